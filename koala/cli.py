@@ -1,0 +1,240 @@
+"""The command line: parse, call, print. Each command imports what it needs when it runs.
+
+Exit status: 0 done, 1 failed, 2 bad input (one line on standard error, no traceback).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from koala import __version__, recipes
+from koala.errors import Failure, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.run
+    try:
+        command(options)
+    except UserError as error:
+        return _complain(error, 2)
+    except (Failure, OSError, MemoryError) as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 1)
+    return 0
+
+
+def _complain(what: object, status: int) -> int:
+    print("koala: " + " ".join(str(what).split()), file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="koala",
+        description="Text-to-image models of SDXL's class, made small and fast.",
+        epilog="koala COMMAND --help explains a command, with an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"koala {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_generate, _architectures, _compress, _prepare, _distill, _evaluate):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    does: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=does, description=does[0].upper() + does[1:] + ".", epilog=f"example: {example}"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+# --- generate -------------------------------------------------------------------------------
+
+
+def _generate(commands) -> None:
+    p = _command(
+        commands, "generate", _run_generate, "draw pictures from words",
+        'koala generate "a red fox, flat twemoji style" -n 4 --seed 7',
+    )  # fmt: skip
+    p.add_argument("prompt", nargs="+", help="what to draw; several prompts, several pictures")
+    p.add_argument("--model", default="koala-mini", help="bundled name, folder or Hub id")
+    p.add_argument("--steps", type=int, default=10, help="denoising steps (default 10)")
+    p.add_argument("--guidance", type=float, default=3.5, help="guidance (CFG; default 3.5)")
+    p.add_argument("--negative", default="", help="what to keep away from")
+    p.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the model's own)")
+    p.add_argument("-n", "--number", type=int, default=1, help="pictures a prompt (default 1)")
+    p.add_argument("--seed", type=int, help="seed of the first picture (default: at random)")
+    p.add_argument("--out", type=Path, default=Path("pictures"), help="folder (default pictures)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    p.add_argument("--json", action="store_true", help="print paths and settings as JSON")
+
+
+def _run_generate(o: argparse.Namespace) -> None:
+    from koala.generation import check_writable, load, save
+    from koala.progress import progress
+
+    check_writable(o.out)
+    pipeline = load(o.model, o.device)
+    with progress("drawing", o.steps, "steps") as advance:
+        result = pipeline(
+            o.prompt, negative_prompt=o.negative, steps=o.steps, guidance=o.guidance,
+            size=o.size, number=o.number, seed=o.seed, on_step=lambda *_: advance(1),
+        )  # fmt: skip
+    for warning in result.dropped:
+        print(f"koala: warning: {warning}", file=sys.stderr)
+    paths = save(result, o.out)
+    if o.json:
+        made = zip(paths, result.settings, strict=True)
+        print(json.dumps([{"path": str(p), **asdict(s)} for p, s in made], indent=1))
+    else:
+        for path, settings in zip(paths, result.settings, strict=True):
+            print(f"{path}  seed {settings.seed}")
+
+
+# --- architectures --------------------------------------------------------------------------
+
+
+def _architectures(commands) -> None:
+    p = _command(
+        commands, "architectures", _run_architectures, "compare the U-Nets, computed from their "
+        "definitions", "koala architectures",
+    )  # fmt: skip
+    p.add_argument("--json", action="store_true", help="print the rows as JSON")
+
+
+def _run_architectures(o: argparse.Namespace) -> None:
+    from koala import architectures
+
+    rows = architectures.table()
+    print(json.dumps(rows, indent=1) if o.json else architectures.format_table(rows))
+
+
+# --- compress -------------------------------------------------------------------------------
+
+
+def _compress(commands) -> None:
+    p = _command(
+        commands, "compress", _run_compress, "cut a student out of an SDXL teacher, with its "
+        "weights", "koala compress runs/sdxl-mini/model --to koala-700m --out runs/student",
+    )  # fmt: skip
+    p.add_argument("teacher", help="name, folder or Hub id of an SDXL pipeline")
+    p.add_argument("--to", required=True, help="koala-700m, koala-1b or bk-sdxl")
+    p.add_argument("--out", type=Path, required=True, help="the student's folder")
+    p.add_argument("--dtype", help="of the U-Net's weights: fp32, fp16, bf16 (default: as found)")
+    p.add_argument("--depth-rule", default="bottom", help="bottom (default), interleave or up")
+    p.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _run_compress(o: argparse.Namespace) -> None:
+    from koala.compression import compress
+
+    report = compress(o.teacher, o.to, o.out, o.dtype, o.depth_rule)
+    if o.json:
+        print(json.dumps(asdict(report), default=str))
+        return
+    print(
+        f"{report.teacher} ({report.teacher_parameters:,} parameters) -> "
+        f"{report.student} ({report.student_parameters:,}): {report.inherited} tensors "
+        f"inherited, {report.dropped} left behind, {report.bytes / 1e6:,.1f} MB in {report.out}"
+    )
+
+
+# --- prepare --------------------------------------------------------------------------------
+
+
+def _prepare(commands) -> None:
+    p = _command(
+        commands, "prepare", _run_prepare, "make captioned pictures and their latents",
+        "koala prepare illustrations-small --out data",
+    )  # fmt: skip
+    p.add_argument("source", help="illustrations or illustrations-small")
+    p.add_argument("--out", type=Path, required=True, help="folder; run again to go on")
+    p.add_argument("--model", help="also encode latents with this model's VAE")
+    p.add_argument("--workers", type=int, help="processes that render (default: every core)")
+    p.add_argument("--device", help="that encodes: cpu, cuda (default: the best there is)")
+    p.add_argument("--sheet", type=Path, help="also write a contact sheet, a PNG, to look at")
+
+
+def _run_prepare(o: argparse.Namespace) -> None:
+    from koala.data.prepare import prepare
+
+    report = prepare(o.source, o.out, o.model, o.workers, o.device, o.sheet)
+    for line in report.lines():
+        print(line)
+
+
+# --- distill --------------------------------------------------------------------------------
+
+
+def _distill(commands) -> None:
+    p = _command(
+        commands, "distill", _run_distill, "train by a recipe; run again to go on",
+        "koala distill koala-mini --teacher runs/sdxl-mini/model --data data "
+        "--out runs/koala-mini",
+    )  # fmt: skip
+    p.add_argument("recipe", help=", ".join(recipes.NAMES))
+    p.add_argument("--teacher", help="name, folder or Hub id of the model to learn from")
+    p.add_argument("--data", type=Path, help="a folder that `koala prepare` made")
+    p.add_argument("--out", type=Path, help="the run's folder; the finished model in OUT/model")
+    p.add_argument("--device", help="cpu, cuda (default: the best there is)")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe as JSON and stop")
+
+
+def _run_distill(o: argparse.Namespace) -> None:
+    recipe = recipes.get(o.recipe)
+    from koala.recipes.run import describe, distill
+
+    if o.dry_run:
+        print(describe(recipe))
+        return
+    for name in ("data", "out"):
+        if getattr(o, name) is None:
+            raise UserError(f"koala distill needs --{name} (only --dry-run goes without)")
+    print(f"finished model: {distill(o.recipe, o.data, o.out, o.teacher, o.device)}")
+
+
+# --- evaluate -------------------------------------------------------------------------------
+
+
+def _evaluate(commands) -> None:
+    p = _command(
+        commands, "evaluate", _run_evaluate, "measure models against held-out pictures",
+        "koala evaluate koala-mini teacher=runs/sdxl-mini/model --pictures data --out report",
+    )  # fmt: skip
+    p.add_argument("model", nargs="+", help="MODEL or NAME=MODEL, a row of the report each")
+    p.add_argument("--pictures", type=Path, required=True, help="folder of `koala prepare`")
+    p.add_argument("--out", type=Path, required=True, help="folder of the report")
+    p.add_argument("--prompts", type=int, default=200, help="held-out pairs (default 200)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    p.add_argument("--steps", type=int, default=10, help="denoising steps (default 10)")
+    p.add_argument("--guidance", type=float, default=3.5, help="guidance (CFG; default 3.5)")
+    p.add_argument("--judge", type=Path, help="judge.safetensors of an earlier report")
+    p.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _run_evaluate(o: argparse.Namespace) -> None:
+    from koala.evaluation.report import evaluate
+
+    models = {}
+    for given in o.model:
+        name, _, model = given.rpartition("=")
+        if (name or model) in models:
+            raise UserError(f"two models are called {name or model!r}: name one NAME=MODEL")
+        models[name or model] = model
+    report = evaluate(
+        models, o.pictures, o.out, o.prompts, o.seeds, o.steps, o.guidance, judge=o.judge
+    )
+    print(json.dumps(report.as_dict(), indent=1) if o.json else report.table())

@@ -1,0 +1,173 @@
+"""What the U-Net is told besides the noisy latent: the prompt's embeddings and the time ids.
+
+Training, generation and evaluation must tell it in exactly the same way, or guidance and
+micro-conditioning silently mean different things in each; so the convention lives here once.
+
+Letters: n prompts, t tokens the encoders read, d1 and d2 the encoders' widths, p pooled width.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from koala.errors import UserError
+from koala.formats import load_text
+
+Pair = tuple[int, int]
+
+
+class TextConditioner:
+    """Prompts to SDXL's text embeddings (arXiv 2307.01952, section 2.1).
+
+    The penultimate hidden states of both CLIP text encoders, side by side, and the second
+    encoder's projected pooled output. The encoders are frozen here.
+
+    An embedding is a function of its prompt alone: prompts are encoded one by one, because a
+    batch's shape changes the last bits of its rows, and then a resumed training would differ
+    from an uninterrupted one by what its memo happened to hold.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        memo: int = 1024,
+    ) -> None:
+        """Takes what `koala.formats.load_text` returns; `memo` bounds the remembered prompts."""
+        assert memo >= 0
+        self.tokenizers = (tokenizer, tokenizer_2)
+        self.encoders = (
+            text_encoder.eval().requires_grad_(False),
+            text_encoder_2.eval().requires_grad_(False),
+        )
+        self.tokens = _tokens(self.tokenizers, self.encoders)
+        self.width = sum(encoder.config.hidden_size for encoder in self.encoders)
+        self.pooled_width: int = text_encoder_2.config.projection_dim
+        self._memo_limit = memo
+        self._memo: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        memo: int = 1024,
+    ) -> "TextConditioner":
+        """The conditioner of a pipeline folder, its encoders on `device` in `dtype`."""
+        tokenizer, tokenizer_2, text_encoder, text_encoder_2 = load_text(folder, dtype)
+        return cls(
+            tokenizer, tokenizer_2, text_encoder.to(device), text_encoder_2.to(device), memo=memo
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoders[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoders[0].dtype
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings [n, t, d1 + d2] and pooled [n, p], in the encoders' dtype and device.
+
+        Reads the first t tokens of each prompt; `dropped_words` says what that leaves out.
+        No gradients. The tensors are the caller's own.
+        """
+        if not prompts:
+            return self.zeros(0)
+        rows = [self._embedding(prompt) for prompt in prompts]
+        return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+    def zeros(self, n: int) -> tuple[Tensor, Tensor]:
+        """The unconditional embedding, [n, t, d1 + d2] and [n, p] of zeros.
+
+        SDXL pipelines put zeros where there is no negative prompt
+        (`force_zeros_for_empty_prompt`), so a caption dropped in training is zeros as well.
+        """
+        return (
+            torch.zeros(n, self.tokens, self.width, dtype=self.dtype, device=self.device),
+            torch.zeros(n, self.pooled_width, dtype=self.dtype, device=self.device),
+        )
+
+    def dropped_words(self, prompt: str) -> str | None:
+        """The end of `prompt` that the encoders do not read, from its first unread word on.
+
+        A word read in part counts as unread. None when all of it is read.
+        """
+        cuts = []
+        for tokenizer in self.tokenizers:
+            spans = tokenizer(
+                prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            ).offset_mapping
+            if len(spans) > self.tokens - 2:  # the start and end tokens take two places
+                cuts.append(spans[self.tokens - 2][0])
+        if not cuts:
+            return None
+        cut = min(cuts)
+        while cut > 0 and not prompt[cut - 1].isspace():
+            cut -= 1
+        return prompt[cut:].strip()
+
+    def _embedding(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """One prompt's embeddings [t, d1 + d2] and pooled [p], remembered."""
+        found = self._memo.pop(prompt, None)
+        if found is None:
+            found = self._encode(prompt)
+        self._memo[prompt] = found
+        if len(self._memo) > self._memo_limit:
+            self._memo.popitem(last=False)
+        return found
+
+    # Not inference mode, even inside a caller's: the memo outlives it and feeds training.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        hidden = []
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            ids = tokenizer(
+                prompt,
+                padding="max_length",
+                max_length=self.tokens,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            output = encoder(ids.to(self.device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2][0])
+        return torch.cat(hidden, dim=-1), output.text_embeds[0]
+
+
+def time_ids(original: Sequence[Pair], crop: Sequence[Pair], target: Sequence[Pair]) -> Tensor:
+    """SDXL's size and crop micro-conditioning (arXiv 2307.01952, section 2.2), float32 [n, 6].
+
+    Row i is original (height, width), crop (top, left), target (height, width), in pixels.
+    """
+    rows = [(*a, *b, *c) for a, b, c in zip(original, crop, target, strict=True)]
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
+
+
+def _tokens(
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
+) -> int:
+    """How many tokens both encoders read, once it is sure that they agree."""
+    first, second = (tokenizer.model_max_length for tokenizer in tokenizers)
+    places = min(encoder.config.max_position_embeddings for encoder in encoders)
+    if first != second or first > places:
+        raise UserError(
+            f"the tokenizers cut at {first} and {second} tokens, the text encoders have {places} "
+            "places; an SDXL pipeline has one length for all: set model_max_length in both "
+            "tokenizer_config.json"
+        )
+    return first

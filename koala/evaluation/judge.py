@@ -1,0 +1,190 @@
+"""Whether a picture shows what its prompt says, told by a judge that saw real pictures only.
+
+Two small heads bring frozen picture features (EfficientNet-Lite0) and frozen text features
+(MiniLM) into one space, trained with InfoNCE as CLIP is. The judge ranks the prompts for every
+picture: R@k is the share of pictures whose own prompt is among the first k.
+
+Letters: n pictures, k captions of each, d_p and d_t widths of the features, e the common width.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from koala.errors import UserError
+
+HIDDEN, EMBEDDING = 512, 256
+EPOCHS, PATIENCE, BATCH = 60, 8, 512
+KEPT_BACK = 0.1  # share of the concepts that early stopping looks at
+RANKS = (1, 5, 10)
+
+
+class Head(nn.Module):
+    """[n, d] -> [n, e], rows of length 1. Inputs are standardised with the training set's."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.layers = nn.Sequential(
+            nn.Dropout(0.2),
+            nn.Linear(width, HIDDEN),
+            nn.GELU(),
+            nn.Dropout(0.2),
+            nn.Linear(HIDDEN, EMBEDDING),
+        )
+
+    def standardise_by(self, x: Tensor) -> None:
+        """Take mean and deviation from x [n, d]."""
+        self.mean.copy_(x.mean(0))
+        self.deviation.copy_(x.std(0).clamp_min(1e-3 * float(x.std()) + 1e-8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.layers((x - self.mean) / self.deviation), dim=-1)
+
+
+class Judge(nn.Module):
+    """Two heads and a temperature. `about` says what it was trained on, as text."""
+
+    def __init__(self, picture_width: int, text_width: int) -> None:
+        super().__init__()
+        self.picture = Head(picture_width)
+        self.text = Head(text_width)
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.about: dict[str, str] = {}
+
+    @staticmethod
+    def fit(
+        picture_features: Tensor,
+        text_features: Tensor,
+        groups: Tensor,
+        concepts: Tensor,
+        seed: int = 0,
+    ) -> "Judge":
+        """Train a judge; the same arguments give the same judge.
+
+        Args:
+            picture_features: float [n, d_p].
+            text_features: float [n, k, d_t], the captions of each picture; a step takes one of
+                them at random.
+            groups: int64 [n]; pictures of one group have the same caption, so each is right for
+                the other.
+            concepts: int64 [n]; a tenth of the concepts is kept back, and the weights of the
+                epoch that ranked their captions best are the ones returned.
+            seed: of first weights, order, captions and dropout.
+        """
+        n = len(picture_features)
+        assert text_features.shape[:2] == (n, text_features.shape[1])
+        assert len(groups) == len(concepts) == n
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            kept = _kept_back(concepts)
+            judge = Judge(picture_features.shape[1], text_features.shape[2])
+            judge.picture.standardise_by(picture_features[~kept])
+            judge.text.standardise_by(text_features[~kept].flatten(0, 1))
+            train = (picture_features[~kept], text_features[~kept], groups[~kept])
+            held = (picture_features[kept], text_features[kept][:, 0])
+            reached = _train(judge, train, held)
+        judge.about = {
+            "pictures": str(int((~kept).sum())),
+            "seed": str(seed),
+            "epochs": str(reached),
+        }
+        return judge.eval()
+
+    @torch.no_grad()
+    def retrieval(self, picture_features: Tensor, text_features: Tensor) -> dict[str, float]:
+        """R@1, R@5 and R@10 from picture to text, in 0..1.
+
+        Args:
+            picture_features: float [n, d_p].
+            text_features: float [n, d_t]; row i is the right text of picture i, and all rows are
+                the gallery. Rows of one direction (the same text twice) are right for each other.
+
+        A wrong text that scores as high as the right one counts as before it.
+        """
+        assert len(picture_features) == len(text_features)
+        scores = self.picture(picture_features) @ self.text(text_features).T
+        unit = F.normalize(text_features, dim=-1)
+        right = unit @ unit.T > 1 - 1e-5
+        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        before = ((scores >= best) & ~right).sum(1)
+        return {f"R@{k}": float((before < k).double().mean()) for k in RANKS}
+
+    def save(self, path: Path) -> None:
+        """Write it as safetensors, whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, partial, metadata={"koala-judge": json.dumps(self.about)})
+        os.replace(partial, path)
+
+    @staticmethod
+    def load(path: Path) -> "Judge":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: no such file, or not a judge.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = (file.metadata() or {}).get("koala-judge")
+                if about is None:
+                    raise UserError(f"{path} holds no judge: give judge.safetensors of a report")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the judge {path} cannot be read ({error}): give judge.safetensors of a report"
+            ) from None
+        judge = Judge(len(tensors["picture.mean"]), len(tensors["text.mean"]))
+        judge.load_state_dict(tensors)
+        judge.about = json.loads(about)
+        return judge.eval()
+
+
+def _kept_back(concepts: Tensor) -> Tensor:
+    """bool [n], true for the pictures of a tenth of the concepts, at least one."""
+    names = concepts.unique()
+    assert len(names) >= 2, "a judge needs two concepts: one to train on, one to keep back"
+    drawn = names[torch.randperm(len(names))[: max(1, round(KEPT_BACK * len(names)))]]
+    return torch.isin(concepts, drawn)
+
+
+def _train(judge: Judge, train: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor]) -> int:
+    """Train until the held-back pictures rank no better; returns the epoch of the best weights."""
+    pictures, texts, groups = train
+    optimiser = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.1)
+    best, best_epoch, weights = -1.0, 0, {}
+    for epoch in range(1, EPOCHS + 1):
+        judge.train()
+        for rows in torch.randperm(len(pictures)).split(BATCH):
+            caption = torch.randint(texts.shape[1], (len(rows),))
+            x, y = judge.picture(pictures[rows]), judge.text(texts[rows, caption])
+            loss = _info_nce(x @ y.T * judge.log_scale.exp().clamp(max=100), groups[rows])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        ranks = judge.eval().retrieval(*held)
+        score = sum(ranks.values()) / len(ranks)
+        if score > best:
+            best, best_epoch = score, epoch
+            weights = {name: tensor.clone() for name, tensor in judge.state_dict().items()}
+        if epoch - best_epoch >= PATIENCE:
+            break
+    judge.load_state_dict(weights)
+    return best_epoch
+
+
+def _info_nce(logits: Tensor, groups: Tensor) -> Tensor:
+    """InfoNCE both ways (CLIP, Radford et al. 2021, figure 3); a group's rows share the target."""
+    right = (groups[:, None] == groups[None, :]).to(logits.dtype)
+    target = right / right.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -1,0 +1,363 @@
+"""Where a model comes from and whether it is whole: names, folders, weights files.
+
+A model is a folder in the layout of diffusers' `StableDiffusionXLPipeline`. Everything that can be
+wrong with one is found here, from its JSON files and the headers of its safetensors files, before
+a single weight is read. Pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from koala import architectures
+from koala.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+BUNDLED = Path(__file__).parent / "models"
+PIPELINE = "StableDiffusionXLPipeline"
+_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
+WEIGHTS = {  # components with weights: stem of the file's name
+    "unet": _DIFFUSERS,
+    "vae": _DIFFUSERS,
+    "text_encoder": _TRANSFORMERS,
+    "text_encoder_2": _TRANSFORMERS,
+}
+CONFIGS = {  # the file without which a component is not there
+    **dict.fromkeys(WEIGHTS, "config.json"),
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+# Bytes an element, of the types that safetensors names and that weights come in.
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = [
+    "model_index.json",
+    *(f"{component}/*.{ending}" for component in CONFIGS for ending in ("json", "txt")),
+    *(f"{component}/*.safetensors" for component in WEIGHTS),
+]
+
+
+class Stored(NamedTuple):
+    """One tensor of a safetensors file: where its bytes lie and what they are."""
+
+    file: Path
+    dtype: str  # safetensors' name, a key of DTYPE_BYTES
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    size: int  # bytes
+
+
+def some(names: Iterable[str], limit: int = 10) -> str:
+    """At most `limit` of the names, then how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `UserError` if it is missing or is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; is this a whole model folder?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}; fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, without reading them.
+
+    Raises `UserError` if the file is no safetensors file or is not as long as its header says.
+    """
+    try:
+        length = file.stat().st_size
+        with file.open("rb") as stream:
+            header_length = int.from_bytes(stream.read(8), "little")
+            if length < 8 or header_length > length - 8:
+                raise UserError(
+                    f"{file} has {length:,} bytes: truncated, or no safetensors file; "
+                    "fetch it again"
+                )
+            header = json.loads(stream.read(header_length))
+            header.pop("__metadata__", None)
+            tensors = {}
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                shape = tuple(entry["shape"])
+                stored = Stored(file, entry["dtype"], shape, 8 + header_length + begin, end - begin)
+                if stored.size != DTYPE_BYTES[stored.dtype] * math.prod(shape):
+                    raise ValueError(f"size of {name}")
+                tensors[name] = stored
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no safetensors file: bad header ({error})") from None
+    expected = max((s.offset + s.size for s in tensors.values()), default=8 + header_length)
+    if length != expected:
+        state = "truncated" if length < expected else "damaged"
+        raise UserError(
+            f"{file} is {state}: {length:,} bytes, its header says {expected:,}; fetch it again"
+        )
+    return tensors
+
+
+def weights_files(folder: Path, component: str) -> list[Path]:
+    """The safetensors files of a component, one or the shards that its index names.
+
+    Raises `UserError` if there are none.
+    """
+    stem, place = WEIGHTS[component], folder / component
+    if (single := place / f"{stem}.safetensors").is_file():
+        return [single]
+    if (index := place / f"{stem}.safetensors.index.json").is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map; fetch it again")
+        shards = sorted({str(shard) for shard in weight_map.values()})
+        if outside := [shard for shard in shards if Path(shard).name != shard]:
+            raise UserError(f"{index} names {outside[0]!r}, which lies outside its folder")
+        return [place / shard for shard in shards]
+    others = sorted(p.name for p in place.glob(f"*{stem}*"))
+    found = f"; found only {some(others)}" if others else ""
+    raise UserError(f"{place} lacks {stem}.safetensors{found}")
+
+
+def read_tensors(folder: Path, component: str) -> dict[str, Stored]:
+    """Every tensor of a component by name, from the headers alone. Raises `UserError`."""
+    tensors: dict[str, Stored] = {}
+    for file in weights_files(folder, component):
+        tensors |= read_header(file)
+    return tensors
+
+
+# --- what a model folder must hold ----------------------------------------------------------
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """The checked folder of a model.
+
+    `name_or_path`: a bundled name ("koala-mini"), the path of a folder, or a Hub id
+    ("org/name"), which is fetched unless the local Hugging Face cache has it. A bundled name
+    wins over a folder of the same name in the working directory (write ./koala-mini for that).
+    Raises `UserError` if it is none of these or the folder is no whole SDXL pipeline.
+    """
+    name = str(name_or_path)
+    if name in bundled_names():
+        folder = BUNDLED / name
+    elif name and Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+    elif name and Path(name).expanduser().is_file():
+        raise UserError(f"{name!r} is a file; a model is a folder in diffusers' SDXL layout")
+    elif isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
+        folder = _fetch(name)
+    else:
+        raise UserError(
+            f"unknown model {name!r}; allowed are a bundled name ({some(bundled_names()) or 'none'}"
+            "), a folder in diffusers' SDXL layout, or a Hub id like org/name"
+        )
+    check_folder(folder)
+    return folder
+
+
+def bundled_names() -> list[str]:
+    """Names of the models that are installed with the package."""
+    return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
+
+
+def _fetch(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(
+            snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["*.fp16*"])
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model {hub_id!r} is no local folder and cannot be had from the Hub ({reason}); "
+            f"bundled are: {some(bundled_names()) or 'none'}"
+        ) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `UserError` naming what keeps `folder` from being a whole SDXL pipeline."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is no model: it has no model_index.json of a {PIPELINE}")
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind != PIPELINE:
+        why = ""
+        if kind == "StableDiffusionPipeline":
+            why = " (SD 1 or 2, whose U-Net has no addition embedding)"
+        raise UserError(f"{folder} is a {kind}{why}; must be a {PIPELINE}")
+    for component, file in CONFIGS.items():
+        if not (folder / component / file).is_file():
+            raise UserError(f"{folder} lacks {component}/{file}, a part of every {PIPELINE}")
+    stored = {component: read_tensors(folder, component) for component in WEIGHTS}
+    arch = unet_architecture(folder)
+    if not arch.pooled:
+        raise UserError(f"{folder}/unet has no addition embedding, an SDXL U-Net has one")
+    check_unet(arch, stored["unet"], folder)
+    _check_widths(folder, arch)
+
+
+def unet_architecture(folder: Path) -> architectures.UNetArchitecture:
+    """What the U-Net of a model folder is, by its configuration. Raises `UserError`."""
+    file = folder / "unet" / "config.json"
+    try:
+        return architectures.from_unet_config(read_json(file))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def check_unet(
+    arch: architectures.UNetArchitecture, stored: dict[str, Stored], folder: Path
+) -> None:
+    """Raises `UserError` unless `stored` has exactly the tensors of `arch`, in its shapes."""
+    shapes = architectures.tensor_shapes(arch)
+    wrong = {
+        "lacks": [name for name in shapes if name not in stored],
+        "has foreign": [name for name in stored if name not in shapes],
+        "has misshapen": [
+            f"{name} {list(stored[name].shape)} for {list(shape)}"
+            for name, shape in shapes.items()
+            if name in stored and stored[name].shape != shape
+        ],
+    }
+    faults = "; ".join(f"{what} {some(names)}" for what, names in wrong.items() if names)
+    if faults:
+        raise UserError(f"{folder}/unet: the weights do not fit config.json: it {faults}")
+
+
+def _check_widths(folder: Path, arch: architectures.UNetArchitecture) -> None:
+    """The widths on which the parts of a pipeline must agree."""
+    text, text_2, vae = (
+        read_json(folder / part / "config.json")
+        for part in ("text_encoder", "text_encoder_2", "vae")
+    )
+    try:
+        context = text["hidden_size"] + text_2["hidden_size"]
+        agreements = {
+            "cross_attention_dim": (arch.context, context, "the text encoders' hidden sizes"),
+            "pooled width": (arch.pooled, text_2["projection_dim"], "text_encoder_2's projection"),
+            "latent channels": (
+                architectures.LATENT_CHANNELS,
+                vae["latent_channels"],
+                "the VAE's latent_channels",
+            ),
+            "latent factor": (
+                architectures.FACTOR,
+                2 ** (len(vae["block_out_channels"]) - 1),
+                "the VAE's",
+            ),
+        }
+    except KeyError as error:
+        raise UserError(f"{folder}: a config.json lacks {error}") from None
+    for what, (own, other, whose) in agreements.items():
+        if own != other:
+            raise UserError(f"{folder}: the U-Net's {what} is {own}, {whose} give {other}")
+
+
+# --- loading --------------------------------------------------------------------------------
+
+
+def _load(model_class: Any, folder: Path, component: str, **options: Any) -> Any:
+    """A component in evaluation mode through its library's class, every tensor accounted for."""
+    read_tensors(folder, component)
+    model, info = model_class.from_pretrained(
+        folder / component,
+        **options,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    wrong = {
+        "lacks": info["missing_keys"],
+        "has foreign": info["unexpected_keys"],
+        "has misshapen": [entry[0] for entry in info["mismatched_keys"]],
+    }
+    faults = "; ".join(f"{what} {some(sorted(keys))}" for what, keys in wrong.items() if keys)
+    if faults:
+        raise UserError(f"{folder}/{component}: the weights do not fit config.json: it {faults}")
+    return model.eval()
+
+
+def _load_diffusers(
+    model_class: Any, folder: Path, component: str, dtype: torch.dtype | None
+) -> Any:
+    import torch
+
+    # Without accelerate, which is no dependency, diffusers can only load in the plain way.
+    dtype = dtype or torch.float32
+    return _load(model_class, folder, component, torch_dtype=dtype, low_cpu_mem_usage=False)
+
+
+def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
+    """The U-Net of a checked model folder, on the CPU; `dtype` None means float32."""
+    from diffusers import UNet2DConditionModel
+
+    check_unet(unet_architecture(folder), read_tensors(folder, "unet"), folder)
+    return _load_diffusers(UNet2DConditionModel, folder, "unet", dtype)
+
+
+def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:
+    """The VAE of a checked model folder, on the CPU; `dtype` None means float32."""
+    from diffusers import AutoencoderKL
+
+    return _load_diffusers(AutoencoderKL, folder, "vae", dtype)
+
+
+def load_text(
+    folder: Path, dtype: torch.dtype | None = None
+) -> tuple[CLIPTokenizer, CLIPTokenizer, CLIPTextModel, CLIPTextModelWithProjection]:
+    """(tokenizer, tokenizer_2, text_encoder, text_encoder_2) of a checked model folder.
+
+    On the CPU; `dtype` None means float32.
+    """
+    import torch
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    dtype = dtype or torch.float32
+    with _no_bars():
+        return (
+            CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+            CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
+            _load(CLIPTextModel, folder, "text_encoder", dtype=dtype),
+            _load(CLIPTextModelWithProjection, folder, "text_encoder_2", dtype=dtype),
+        )
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keeps transformers' bar for every small file off the terminal, and leaves it as it was."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def load_scheduler_config(folder: Path) -> dict[str, Any]:
+    """The noise schedule's settings, as diffusers writes them."""
+    return read_json(folder / "scheduler" / "scheduler_config.json")

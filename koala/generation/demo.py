@@ -1,0 +1,61 @@
+"""`make demo`: eight prompts, drawn with the bundled model, on one contact sheet."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from koala.errors import UserError
+from koala.generation.pictures import check_writable
+from koala.generation.pipeline import load
+from koala.sheet import contact_sheet
+
+EIGHT_PROMPTS = (
+    "a red fox, noto style",
+    "a green apple, twemoji style",
+    "a sailing boat, fluent flat style",
+    "a birthday cake, fluent 3d style",
+    "an owl, twemoji style",
+    "a hot air balloon, noto style",
+    "a red house icon",
+    "two yellow lemons on a pale blue background, noto style",
+)
+SEED = 7
+WIDEST = 256  # pixels: smaller pictures are enlarged, by a whole factor, up to this
+
+
+def demo(out: Path, model: str | Path = "koala-mini") -> Path:
+    """Draws the eight prompts into the PNG `out`, saying how long each took; returns its path."""
+    check_writable(out.parent)
+    start = time.perf_counter()
+    pipeline = load(model)
+    print(f"loaded {pipeline.name} in {time.perf_counter() - start:.1f} s", flush=True)
+    images = []
+    for prompt in EIGHT_PROMPTS:
+        start = time.perf_counter()
+        images += pipeline(prompt, seed=SEED).images
+        print(f"{time.perf_counter() - start:5.2f} s  {prompt}", flush=True)
+    scale = max(1, WIDEST // images[0].width)
+    title = f"{pipeline.name}: 10 steps, guidance 3.5, seed {SEED}"
+    sheet = contact_sheet(images, list(EIGHT_PROMPTS), columns=4, scale=scale, title=title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    sheet.save(temporary, format="PNG")
+    temporary.replace(out)
+    print(f"sheet: {out.resolve()}")
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the sheet, a PNG")
+    try:
+        demo(parser.parse_args(arguments).out)
+    except UserError as error:
+        print(f"koala: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

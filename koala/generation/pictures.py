@@ -1,0 +1,147 @@
+"""Pictures as PNG files that carry their settings.
+
+Twice: as "parameters", the line that other interfaces read when a picture is dropped on them
+(the format of AUTOMATIC1111's web UI), and as "koala", our JSON, which loses nothing.
+"""
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from koala.errors import UserError
+from koala.generation.pipeline import Result, Settings
+
+LONGEST_STEM = 48  # letters of a prompt that make a file's name
+
+
+def check_writable(out_dir: str | Path) -> None:
+    """UserError unless pictures can be written to `out_dir`. Creates nothing that stays."""
+    folder = Path(out_dir).absolute()
+    standing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=standing):
+            pass
+    except OSError as error:
+        raise _unwritable(out_dir, error) from error
+
+
+def save(result: Result, out_dir: str | Path, stem: str | None = None) -> list[Path]:
+    """Writes each picture as `out_dir`/`stem`-NNNN.png and returns the paths, in order.
+
+    Without a stem each file is named after its prompt. The number goes on from the highest
+    that is there, so that no file is ever replaced. A file appears whole or not at all.
+    """
+    if stem is not None and (not stem or Path(stem).name != stem):
+        raise UserError(f"file name {stem!r}: allowed is a plain name without folders")
+    folder = Path(out_dir)
+    paths = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for image, settings in zip(result.images, result.settings, strict=True):
+            path = _next_path(folder, stem or _slug(settings.prompt))
+            _write(image, settings, path)
+            paths.append(path)
+    except OSError as error:
+        raise _unwritable(out_dir, error) from error
+    return paths
+
+
+def read_settings(path: str | Path) -> Settings:
+    """The settings a picture was made with. UserError for a file that does not hold them."""
+    try:
+        with Image.open(path) as image:
+            text = image.info.get("koala")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+    names = {field.name for field in fields(Settings)}
+    try:
+        values = json.loads(text) if isinstance(text, str) else None
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, dict) or set(values) != names:
+        raise UserError(
+            f"{path} holds no settings of ours: give a PNG that koala wrote, unchanged since"
+        )
+    return Settings(**values)
+
+
+def parameters(settings: Settings) -> str:
+    """The settings as AUTOMATIC1111's text.
+
+    Its "SGM Uniform" is the nearest it has to our spacing: both start at the last training
+    timestep, and no later step is two timesteps away.
+    """
+    values = {
+        "Steps": settings.steps,
+        "Sampler": settings.sampler,
+        "Schedule type": "SGM Uniform",
+        "CFG scale": f"{settings.guidance:g}",
+        "Seed": settings.seed,
+        "Size": f"{settings.width}x{settings.height}",
+        "Model": _quoted(settings.model),
+        "Version": _quoted(f"koala {settings.version}"),
+    }
+    lines = [settings.prompt]
+    if settings.negative_prompt:
+        lines.append(f"Negative prompt: {settings.negative_prompt}")
+    lines.append(", ".join(f"{key}: {value}" for key, value in values.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """The format's list is separated by commas and colons; a value that holds one is quoted."""
+    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n\"]", value) else value
+
+
+def _write(image: Image.Image, settings: Settings, path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    _add(info, "parameters", parameters(settings))
+    _add(info, "koala", json.dumps(asdict(settings)))
+    handle, temporary = tempfile.mkstemp(prefix=".koala-", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _add(info: PngImagePlugin.PngInfo, key: str, text: str) -> None:
+    """A tEXt chunk for ASCII, as most readers expect; iTXt, which is UTF-8, for the rest."""
+    if text.isascii():
+        info.add_text(key, text)
+    else:
+        info.add_itxt(key, text)
+
+
+def _umask() -> int:
+    """This process's file mode mask; the system only tells it by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _slug(prompt: str) -> str:
+    """A file name that shows the prompt: its Latin letters and digits, joined by dashes."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return words[:LONGEST_STEM].rstrip("-") or "picture"
+
+
+def _next_path(folder: Path, stem: str) -> Path:
+    pattern = re.compile(re.escape(stem) + r"-(\d+)\.png", re.ASCII | re.IGNORECASE)
+    matches = (pattern.fullmatch(name) for name in os.listdir(folder))
+    last = max((int(match[1]) for match in matches if match), default=0)
+    return folder / f"{stem}-{last + 1:04d}.png"
+
+
+def _unwritable(out_dir: str | Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write to {out_dir} ({error.strerror or error}): name a folder you may write to"
+    )

@@ -1,0 +1,31 @@
+"""Recipes: functions that return the whole configuration of a run. `koala distill NAME` runs one.
+
+    name                 makes                                        of
+    mini-base            VAE and text side of the mini family         prepared pictures
+    sdxl-mini            its SDXL U-Net, from nothing                 mini-base, latents
+    koala-mini           the student, by self-attention distillation  sdxl-mini, latents
+    koala-mini-task      the same student, L_task alone               (a control)
+    koala-mini-task-out  the same student, L_task + L_outKD           (a control)
+
+Importing this package loads nothing heavy; `koala.recipes.run` does the work.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from koala.errors import UserError
+
+if TYPE_CHECKING:
+    from koala.recipes.run import Recipe
+
+NAMES = ("mini-base", "sdxl-mini", "koala-mini", "koala-mini-task", "koala-mini-task-out")
+
+
+def get(name: str) -> "Recipe":
+    """The recipe of that name; `UserError` lists the names."""
+    if name not in NAMES:
+        raise UserError(f"unknown recipe {name!r}; there are {', '.join(NAMES)}")
+    from koala.recipes import mini
+
+    recipe: Callable[[], Recipe] = getattr(mini, name.replace("-", "_"))
+    return recipe()

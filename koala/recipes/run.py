@@ -1,0 +1,250 @@
+"""What running a recipe means: build task and data from its configuration, train, export.
+
+Every run leaves its finished pipeline folder in `<out>/model`; run again, it goes on where it was.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from PIL import Image
+from torch import nn
+
+from koala import architectures, recipes
+from koala.compression import compress
+from koala.conditioning import TextConditioner
+from koala.data.latents import LatentSet, to_pixels
+from koala.data.pictures import NOTICE, PictureSet
+from koala.device import pick_device
+from koala.distillation.loop import Training, train
+from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, NoiseSchedule
+from koala.errors import UserError
+from koala.formats import load_scheduler_config, load_unet, resolve_model
+from koala.generation.pipeline import Pipeline, load
+from koala.mini.text import (
+    TextData,
+    TextDistillation,
+    clip_tokenizer,
+    new_text_encoders,
+    start_from_words,
+    vocabulary_words,
+)
+from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae
+from koala.sentence import SentenceEncoder
+from koala.sheet import contact_sheet
+
+MEMO = 100_000  # captions whose embeddings a training remembers: every one of the mini set
+PROMPTS = (  # of previews
+    "a red apple, noto style",
+    "a fox, flat twemoji style",
+    "a rocket, 3d fluent style",
+    "a dog, flat fluent style",
+    "a blue bicycle, solid icon",
+    "a sunflower, noto style",
+    "a cat on a pale yellow background, flat twemoji style",
+    "two green apples on a light blue background, noto style",
+    "a car, emojione style",
+    "a castle, noto style",
+    "a whale to the left of a crab on a white background, flat fluent style",
+    "three frogs on a mint green background, flat twemoji style",
+    "a scarlet umbrella, solid icon",
+    "a puppy",
+    "a strawberry, flat fluent style",
+    "a guitar, 3d fluent style",
+)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a U-Net is shown: copies of each kind in an epoch, weights of the caption columns."""
+
+    kinds: dict[str, int]
+    captions: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Base:
+    """VAE and text side from nothing, with a U-Net as initialised: what a teacher starts from."""
+
+    vae: Training
+    decoder: Training  # goes on from `vae` with the encoder at rest
+    text: Training
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A U-Net from nothing, by L_task."""
+
+    architecture: str
+    training: Training
+    caption_dropout: float
+    mixture: Mixture
+
+
+@dataclass(frozen=True)
+class Student:
+    """A U-Net cut from the teacher's, then distilled."""
+
+    cut: str
+    training: Training
+    settings: DistillationSettings
+    mixture: Mixture
+
+
+Recipe = Base | Teacher | Student
+
+
+def distill(
+    recipe: str | Recipe,
+    data: str | Path,
+    out: str | Path,
+    teacher: str | None = None,
+    device: str | None = None,
+) -> Path:
+    """Runs a recipe to its end and returns the folder of the finished pipeline, `out`/model.
+
+    recipe: a name of `koala.recipes` or a configuration. data: a folder that `koala prepare` made.
+    teacher: the model to learn from (for `Teacher`, the one whose VAE and text side it takes).
+    device: the GPU where there is one, else the CPU. Run again, it goes on where it was.
+    UserError where something is unknown, missing or of no use; Failure where the training fails.
+    """
+    recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
+    return _run(recipe, Path(data), Path(out), teacher, pick_device(device).type)
+
+
+def _run(recipe: Recipe, data: Path, out: Path, teacher: str | None, device: str) -> Path:
+    model = out / "model"
+    if isinstance(recipe, Base):
+        if teacher is not None:
+            raise UserError(f"--teacher {teacher}: this recipe starts from nothing; leave it out")
+        return _run_base(recipe, data, out, device)
+    if teacher is None:
+        raise UserError(
+            "this recipe needs --teacher: the folder or name of the model to learn from"
+        )
+    source = resolve_model(teacher)
+    if isinstance(recipe, Teacher):
+        task = _teaching(recipe, source, device)
+    else:
+        task = _distilling(recipe, source, out / "start", device)
+    latents = LatentSet(
+        data, source, recipe.mixture.kinds, recipe.mixture.captions, recipe.training.seed
+    )
+    trained = train(task, latents, recipe.training, out, {"recipe": asdict(recipe)})
+    task.export(trained, model)
+    return model
+
+
+def describe(recipe: Recipe) -> str:
+    """The configuration as JSON, for --dry-run."""
+    return json.dumps({type(recipe).__name__.lower(): asdict(recipe)}, indent=2)
+
+
+def _teaching(recipe: Teacher, base: Path, device: str) -> Denoising:
+    torch.manual_seed(recipe.training.seed)
+    arch = architectures.get(recipe.architecture)
+    unet = UNet2DConditionModel(**architectures.unet_config(arch)).to(device)
+    return Denoising(
+        unet.to(memory_format=torch.channels_last),
+        TextConditioner.from_folder(base, device=device, memo=MEMO),
+        NoiseSchedule(load_scheduler_config(base)),
+        base,
+        caption_dropout=recipe.caption_dropout,
+        draw=_drawing(base, device),
+        prompts=PROMPTS,
+    )
+
+
+def _distilling(recipe: Student, teacher: Path, start: Path, device: str) -> Distillation:
+    """The student is the teacher, cut; it is kept in `start` as it was before distillation."""
+    if not start.exists():
+        compress(teacher, recipe.cut, start, "fp32", recipe.settings.depth_rule)
+    student, master = (
+        load_unet(f).to(device, memory_format=torch.channels_last) for f in (start, teacher)
+    )
+    return Distillation(
+        student,
+        master,
+        TextConditioner.from_folder(teacher, device=device, memo=MEMO),
+        NoiseSchedule(load_scheduler_config(teacher)),
+        recipe.settings,
+        start,
+        draw=_drawing(teacher, device),
+        prompts=PROMPTS,
+    )
+
+
+def _drawing(model: Path, device: str) -> Callable[[nn.Module, Sequence[str], int], Image.Image]:
+    pipeline: Pipeline = load(model, device)
+
+    def draw(unet: nn.Module, prompts: Sequence[str], seed: int) -> Image.Image:
+        assert isinstance(unet, UNet2DConditionModel)
+        images = replace(pipeline, unet=unet)(list(prompts), seed=seed).images
+        return contact_sheet(images, list(prompts), columns=8, scale=2)
+
+    return draw
+
+
+def _run_base(recipe: Base, data: Path, out: Path, device: str) -> Path:
+    """VAE, then text side, then a pipeline folder with the two and an untrained U-Net."""
+    pictures = PictureSet(data)
+    seen = pictures.select("train")
+    torch.manual_seed(recipe.vae.seed)
+    vae = new_vae(pictures.image(0).width).to(device, memory_format=torch.channels_last)
+    shown = [pictures.image(i) for i in pictures.select("test-pair")[:16]]
+    coding = Autoencoding(vae, to_pixels(shown))
+    painted = PictureData(pictures, seen, recipe.vae.seed)
+    train(coding, painted, recipe.vae, out / "vae", {"recipe": asdict(recipe)})
+    measure_latents(vae, painted.every(len(seen) // 1000 + 1).to(device))
+    coding = coding.sharpening()
+    train(coding, painted, recipe.decoder, out / "decoder", {"recipe": asdict(recipe)})
+
+    torch.manual_seed(recipe.text.seed)
+    tokenizer = clip_tokenizer()
+    encoders = new_text_encoders(tokenizer).to(device)
+    sentences = SentenceEncoder(device)
+    start_from_words(encoders, tokenizer, sentences)
+    telling = TextDistillation(encoders, tokenizer, sentences).to(device)
+    captions = sorted({pictures.rows[i][c] for i in seen for c in ("short", "long", "subject")})
+    texts = TextData(captions, vocabulary_words(tokenizer), recipe.text.seed)
+    train(telling, texts, recipe.text, out / "text", {"recipe": asdict(recipe)})
+    return assemble(out / "model", coding, telling, data)
+
+
+def assemble(model: Path, coding: Autoencoding, telling: TextDistillation, data: Path) -> Path:
+    """Writes the pipeline folder with `sdxl-mini`'s U-Net as initialised; replaces an older one."""
+    part = model.with_name(f".{model.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    coding.export(coding.trainable, part / "vae")
+    telling.export(telling.trainable, part)
+    config = architectures.unet_config(architectures.get("sdxl-mini"))
+    UNet2DConditionModel(**config).save_pretrained(part / "unet")
+    EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+    ).save_pretrained(part / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "image_encoder": [None, None],
+        "feature_extractor": [None, None],
+    }
+    (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.copy(data / NOTICE, part)
+    shutil.rmtree(model, ignore_errors=True)
+    part.rename(model)
+    return model

@@ -1,0 +1,31 @@
+"""Fixtures shared by the tests: toy data packages and one toy pipeline of each kind."""
+
+from pathlib import Path
+
+import pytest
+
+from koala.data import art, concepts
+from toy import toy_pipeline
+from toy_packages import toy_packages
+
+
+@pytest.fixture(scope="session")
+def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_packages(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def packages(toy_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy packages, in the place of the real ones for one test."""
+    monkeypatch.setenv("KOALA_CACHE", str(toy_cache))
+    remembered = (art._iconify, art.by_code_point, concepts.concepts)
+    for function in remembered:
+        function.cache_clear()
+    yield toy_cache
+    for function in remembered:
+        function.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def toy_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_pipeline(tmp_path_factory.mktemp("toy") / "sdxl", architecture="sdxl")

@@ -1,0 +1,260 @@
+"""Compression: every student tensor is, bit for bit, the teacher tensor that the map names."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from koala import architectures
+from koala.compression import DEPTH_RULES, block_map, compress, tensor_map, write_safetensors
+from koala.errors import UserError
+from koala.formats import load_unet, unet_architecture
+from toy import toy_pipeline
+
+UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
+FULL = [
+    ("sdxl", "koala-700m"), ("sdxl", "koala-1b"), ("sdxl", "bk-sdxl"),
+    ("sdxl-mini", "koala-mini"), ("sdxl-mini", "koala-mini-1b"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return toy_pipeline(tmp_path_factory.mktemp("toy") / "teacher", seed=1)
+
+
+@cache
+def shapes(arch: architectures.UNetArchitecture) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        state = UNet2DConditionModel(**architectures.unet_config(arch)).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+# --- the map --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", DEPTH_RULES)
+@pytest.mark.parametrize(("teacher_name", "student_name"), FULL)
+def test_map_covers_the_real_student_with_equal_shapes(teacher_name, student_name, rule):
+    arch, student = architectures.get(teacher_name), architectures.get(student_name)
+    names = tensor_map(arch, student, rule)
+    of_teacher, of_student = shapes(arch), shapes(student)
+    assert names.keys() == of_student.keys()  # nothing is left as initialised
+    assert all(of_teacher[names[name]] == shape for name, shape in of_student.items())
+    assert len(set(names.values())) == len(names)
+
+
+def test_map_says_what_the_facts_say():
+    blocks = block_map(architectures.get("sdxl"), architectures.get("koala-700m"))
+    assert blocks["down_blocks.2.attentions.0"] == "down_blocks.2.attentions.0"
+    assert blocks["up_blocks.0.resnets.0"] == "up_blocks.0.resnets.0"
+    assert blocks["up_blocks.0.resnets.1"] == "up_blocks.0.resnets.2"
+    assert blocks["up_blocks.2.resnets.1"] == "up_blocks.2.resnets.2"
+    assert blocks["up_blocks.1.upsamplers.0"] == "up_blocks.1.upsamplers.0"
+    block = "up_blocks.0.attentions.{}.transformer_blocks.{}"
+    assert blocks[block.format(1, 3)] == block.format(2, 3)
+    assert not any(name.startswith("mid_block") for name in blocks)
+    assert sum("transformer_blocks" in name for name in blocks) == 21
+    blocks = block_map(architectures.get("sdxl"), architectures.get("koala-1b"))
+    assert sum("transformer_blocks" in name for name in blocks) == 2 + 6 + 6 + 12 + 4
+    assert blocks["mid_block.resnets.1"] == "mid_block.resnets.1"
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"), [("bottom", [0, 1, 2, 3, 4]), ("interleave", [0, 2, 4, 6, 8]),
+                   ("up", [5, 6, 7, 8, 9])],
+)  # fmt: skip
+def test_depth_rules(rule, kept):
+    blocks = block_map(architectures.get("sdxl"), architectures.get("koala-700m"), rule)
+    stem = "down_blocks.2.attentions.0.transformer_blocks."
+    assert [int(blocks[f"{stem}{k}"].removeprefix(stem)) for k in range(5)] == kept
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    depths=st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(1, 12)),
+    cut=st.sampled_from(sorted(architectures.CUTS)),
+    rule=st.sampled_from(sorted(DEPTH_RULES)),
+)
+def test_map_of_any_depths(depths, cut, rule):
+    up = tuple((depth,) * 3 for depth in reversed(depths))
+    arch = replace(architectures.get("sdxl-mini"), depths=depths, up=up, mid=depths[-1])
+    student = architectures.student_of(arch, cut)
+    names = tensor_map(arch, student, rule)
+    of_teacher, of_student = architectures.tensor_shapes(arch), architectures.tensor_shapes(student)
+    assert names.keys() == of_student.keys()
+    assert all(of_teacher[names[name]] == shape for name, shape in of_student.items())
+    assert len(set(names.values())) == len(names)
+
+
+def test_map_of_a_unet_to_itself_is_the_identity():
+    names = tensor_map(architectures.get("sdxl"), architectures.get("sdxl"), "interleave")
+    assert all(mine == theirs for mine, theirs in names.items())
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match=r"'middle'.*bottom, interleave, up"):
+        block_map(architectures.get("sdxl"), architectures.get("koala-1b"), "middle")
+    with pytest.raises(UserError, match="koala-mini cannot inherit from sdxl"):
+        block_map(architectures.get("sdxl"), architectures.get("koala-mini"))
+    with pytest.raises(UserError, match="sdxl cannot inherit from koala-1b"):
+        block_map(architectures.get("koala-1b"), architectures.get("sdxl"))
+    with pytest.raises(UserError, match="different numbers of stages"):
+        block_map(architectures.get("sdm-v2.0"), architectures.get("koala-1b"))
+
+
+# --- the folder -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", DEPTH_RULES)
+@pytest.mark.parametrize("cut", architectures.CUTS)
+def test_every_student_tensor_is_the_named_teacher_tensor(teacher, tmp_path, cut, rule):
+    report = compress(teacher, cut, tmp_path / "student", depth_rule=rule)
+    names = tensor_map(unet_architecture(teacher), unet_architecture(report.out), rule)
+    before, after = load_file(teacher / UNET), load_file(report.out / UNET)
+    assert after.keys() == names.keys()
+    for mine, theirs in names.items():
+        assert torch.equal(after[mine], before[theirs]), mine
+    assert after.keys() == load_unet(report.out).state_dict().keys()
+    assert (report.teacher, report.student) == ("custom", f"{cut} of custom")
+    assert report.inherited == len(after)
+    assert report.dropped == len(before) - len(after)
+    assert report.student_parameters == sum(tensor.numel() for tensor in after.values())
+    assert report.bytes == (report.out / UNET).stat().st_size
+
+
+def test_result_is_a_whole_pipeline(teacher, tmp_path):
+    out = compress(teacher, "koala-700m", str(tmp_path / "new" / "student")).out
+    pipe = StableDiffusionXLPipeline.from_pretrained(out)
+    assert type(pipe.scheduler) is EulerDiscreteScheduler
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    assert pipe.scheduler.config.beta_end == 0.012
+    assert pipe.unet.config.mid_block_type is None
+    assert pipe.unet.config.layers_per_block == 1
+    for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        copied = {p.name: p.read_bytes() for p in (out / name).iterdir()}
+        assert copied == {p.name: p.read_bytes() for p in (teacher / name).iterdir()}
+    assert not [p for p in out.parent.iterdir() if p != out]
+    pictures = pipe("a", num_inference_steps=1, output_type="np").images
+    assert pictures.shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_dtype_converts_the_unet(teacher, tmp_path, dtype, kind):
+    full = compress(teacher, "koala-700m", tmp_path / "fp32")
+    half = compress(teacher, "koala-700m", tmp_path / "half", dtype=dtype)
+    expected = load_file(full.out / UNET)
+    for name, tensor in load_file(half.out / UNET).items():
+        assert tensor.dtype is kind
+        assert torch.equal(tensor, expected[name].to(kind))
+    assert half.bytes < 0.6 * full.bytes
+    assert load_unet(half.out).dtype is torch.float32
+
+
+def test_sharded_teacher_gives_the_same_student(teacher, tmp_path):
+    whole = compress(teacher, "koala-1b", tmp_path / "whole").out
+    StableDiffusionXLPipeline.from_pretrained(teacher).save_pretrained(
+        tmp_path / "sharded", max_shard_size="200KB"
+    )
+    assert len(list((tmp_path / "sharded" / "unet").glob("*.safetensors"))) > 1
+    parts = compress(tmp_path / "sharded", "koala-1b", tmp_path / "parts").out
+    assert (parts / UNET).read_bytes() == (whole / UNET).read_bytes()
+
+
+def copy_with_unet(teacher: Path, folder: Path, change) -> Path:
+    shutil.copytree(teacher, folder)
+    tensors = load_file(folder / UNET)
+    change(tensors)
+    save_file(tensors, folder / UNET)
+    return folder
+
+
+def test_wrong_teachers_are_refused_by_what_is_wrong(teacher, tmp_path):
+    out = tmp_path / "out"
+    koala = toy_pipeline(tmp_path / "koala", architecture="koala")
+    with pytest.raises(UserError, match="has layers_per_block 1, an SDXL U-Net has 2"):
+        compress(koala, "koala-700m", out)
+
+    def lose(tensors):
+        for name in sorted(tensors)[:13]:
+            del tensors[name]
+
+    with pytest.raises(UserError, match=r"lacks (\S+, ){9}\S+ and 3 more$"):
+        compress(copy_with_unet(teacher, tmp_path / "lost", lose), "koala-700m", out)
+
+    def bend(tensors):
+        tensors["conv_in.weight"] = torch.zeros(16, 9, 3, 3)
+
+    with pytest.raises(UserError, match=r"misshapen conv_in.weight \[16, 9, 3, 3\] for \[16, 4"):
+        compress(copy_with_unet(teacher, tmp_path / "bent", bend), "koala-700m", out)
+
+    def overflow(tensors):
+        tensors["conv_out.bias"][0] = 1e9
+
+    large = copy_with_unet(teacher, tmp_path / "large", overflow)
+    with pytest.raises(UserError, match="too large for F16; use fp32 or bf16"):
+        compress(large, "koala-700m", out, dtype="fp16")
+
+    def integers(tensors):
+        tensors["conv_out.bias"] = tensors["conv_out.bias"].to(torch.int32)
+
+    with pytest.raises(UserError, match="holds I32 weights"):
+        compress(copy_with_unet(teacher, tmp_path / "int", integers), "koala-700m", out)
+
+    plain = copy_with_unet(teacher, tmp_path / "plain", lambda tensors: None)
+    config = json.loads((plain / "unet" / "config.json").read_text())
+    config["addition_embed_type"] = None
+    (plain / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no addition embedding"):
+        compress(plain, "koala-700m", out)
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"koala", "lost", "bent", "large", "int", "plain"}  # nothing half-written
+
+
+def test_wrong_settings_are_refused(teacher, tmp_path):
+    with pytest.raises(UserError, match=r"'koala-2b'.*koala-700m"):
+        compress(teacher, "koala-2b", tmp_path / "out")
+    with pytest.raises(UserError, match=r"'int8'.*fp32, fp16, bf16"):
+        compress(teacher, "koala-1b", tmp_path / "out", dtype="int8")
+    with pytest.raises(UserError, match=r"'middle'"):
+        compress(teacher, "koala-1b", tmp_path / "out", depth_rule="middle")
+    with pytest.raises(UserError, match="not empty"):
+        compress(teacher, "koala-1b", teacher)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        compress(teacher, "koala-1b", tmp_path / "file")
+    with pytest.raises(UserError, match="cannot write"):
+        compress(teacher, "koala-1b", tmp_path / "file" / "out")
+    (tmp_path / "empty").mkdir()
+    compress(teacher, "koala-1b", tmp_path / "empty")
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "empty"}
+
+
+def test_writer_is_read_back_by_safetensors(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(7).half(),
+        "ü": torch.randn(2, 3, 4).bfloat16(),
+        "scalar": torch.tensor(1.5),
+        "none": torch.zeros(0, 4),
+    }
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    size = write_safetensors(
+        tmp_path / "x.safetensors",
+        {name: (kinds[t.dtype], tuple(t.shape)) for name, t in tensors.items()},
+        lambda name: tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes(),
+    )
+    back = load_file(tmp_path / "x.safetensors")
+    assert back.keys() == tensors.keys()
+    assert size == (tmp_path / "x.safetensors").stat().st_size
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor)

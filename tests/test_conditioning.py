@@ -1,0 +1,111 @@
+"""Text embeddings and time ids: equal to diffusers' own, bounded memo, honest about cut words."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from koala.conditioning import TextConditioner, time_ids
+from koala.errors import UserError
+from koala.formats import load_text
+from toy import TEXT_WIDTHS, TOKENS, toy_pipeline
+
+PROMPTS = ["a red fox", "zwei grüne Äpfel", "word " * 40, ""]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy")
+
+
+@pytest.fixture
+def conditioner(folder):
+    return TextConditioner.from_folder(folder)
+
+
+def test_embeddings_are_those_of_diffusers_pipeline(folder, conditioner):
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder)
+    text, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    ours, ours_pooled = conditioner(PROMPTS)
+    assert ours.shape == (4, TOKENS, sum(TEXT_WIDTHS)) and ours_pooled.shape == (4, TEXT_WIDTHS[1])
+    torch.testing.assert_close(ours, text, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours_pooled, pooled, atol=1e-5, rtol=0)
+
+
+def test_zeros_are_diffusers_embedding_of_no_negative_prompt(folder, conditioner):
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder)
+    _, text, _, pooled = pipe.encode_prompt(["a", "b"], do_classifier_free_guidance=True)
+    zeros, zeros_pooled = conditioner.zeros(2)
+    assert torch.equal(zeros, text) and torch.equal(zeros_pooled, pooled)
+
+
+def test_an_embedding_depends_on_its_prompt_alone(folder, conditioner):
+    together = conditioner(PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        alone = TextConditioner.from_folder(folder)([prompt])
+        assert torch.equal(alone[0][0], together[0][i])
+        assert torch.equal(alone[1][0], together[1][i])
+
+
+def test_memo_gives_the_same_forgets_the_oldest_and_is_never_handed_out(folder):
+    conditioner = TextConditioner(*load_text(folder, torch.float32), memo=2)
+    first, _ = conditioner(["a"])
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(conditioner(["a"])[0], kept)
+    conditioner(["b", "a", "c"])
+    assert list(conditioner._memo) == ["a", "c"]
+    assert torch.equal(conditioner(["b", "a", "b"])[0][1], kept[0])
+
+
+def test_embeddings_made_while_generating_can_be_trained_on(conditioner):
+    with torch.inference_mode():
+        conditioner(["a"])
+    layer = torch.nn.Linear(sum(TEXT_WIDTHS), 1)
+    layer(conditioner(["a"])[0]).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+    assert not conditioner(["a"])[0].requires_grad
+
+
+def test_no_prompts_give_no_rows(conditioner):
+    text, pooled = conditioner([])
+    assert text.shape == (0, TOKENS, sum(TEXT_WIDTHS)) and pooled.shape == (0, TEXT_WIDTHS[1])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "dropped"),
+    [
+        ("", None),
+        ("x" * 30, None),
+        ("x" * 31, "x" * 31),
+        ("x" * 15 + " " + "y" * 15, None),
+        ("x" * 15 + " " + "y" * 16, "y" * 16),
+        ("x" * 30 + "  yy  zz ", "yy  zz"),
+        ("é" * 15 + " ende", "ende"),  # two bytes a letter
+    ],
+)
+def test_dropped_words(conditioner, prompt, dropped):
+    """The toy tokenizer spells byte by byte: of 32 tokens 30 are letters."""
+    assert conditioner.dropped_words(prompt) == dropped
+
+
+def test_what_dropped_words_leaves_is_all_that_is_read(conditioner):
+    prompt = "a red fox and two green apples on a table"
+    dropped = conditioner.dropped_words(prompt)
+    read = prompt.removesuffix(dropped)
+    assert conditioner.dropped_words(read) is None
+    assert read + dropped == prompt and read.endswith(" ")
+
+
+def test_time_ids_are_diffusers_add_time_ids(folder):
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder)
+    theirs = pipe._get_add_time_ids((48, 64), (3, 5), (32, 40), torch.float32, TEXT_WIDTHS[1])
+    ours = time_ids([(48, 64)] * 2, [(3, 5)] * 2, [(32, 40)] * 2)
+    assert ours.dtype == torch.float32 and torch.equal(ours, theirs.expand(2, 6))
+    assert time_ids([], [], []).shape == (0, 6)
+
+
+def test_tokenizers_of_unequal_length_are_refused(folder):
+    parts = load_text(folder, torch.float32)
+    parts[1].model_max_length = 77
+    with pytest.raises(UserError, match=r"cut at 32 and 77 tokens.*32 places"):
+        TextConditioner(*parts)

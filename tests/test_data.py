@@ -1,0 +1,255 @@
+"""The illustration set: its plan, its captions, its splits, and its making in pieces."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from koala.data import art
+from koala.data.concepts import Concept, plural, with_article
+from koala.data.illustrations import BACKGROUNDS, INKS, SMALL, Illustrations, plan
+from koala.data.latents import LatentSet, normalisation, prepare_latents, shuffled, to_pixels
+from koala.data.pictures import PictureSet, prepare_pictures, render, shards_of
+from koala.data.prepare import prepare
+from koala.errors import UserError
+from koala.formats import load_vae
+from koala.packages import package
+
+TOY = Illustrations(
+    styles=("noto", "twemoji", "fluent-flat", "fluent-3d"),
+    colour_icons=("flat-color-icons",),
+    icons=40,
+    scenes=300,
+    size=32,
+    test_concepts=0.35,
+    test_pairs=0.9,
+)
+
+
+@pytest.fixture
+def rows(packages):
+    return plan(TOY)
+
+
+def test_plan_depends_on_the_settings_alone(rows):
+    assert rows == plan(TOY)
+    other = plan(replace(TOY, seed=5))
+    assert [r.split for r in other if r.kind == "emoji"] == [
+        r.split for r in rows if r.kind == "emoji"
+    ]
+    assert other != rows
+    assert len({r.id for r in rows}) == len(rows)
+
+
+def test_test_concepts_are_in_no_training_picture(rows):
+    held = {r.concept for r in rows if r.split == "test-concept"}
+    assert held
+    for row in rows:
+        if row.split != "test-concept":
+            assert not held & set(row.concept.split(" + ")), row
+
+
+def test_test_pairs_have_halves_that_are_both_seen(rows):
+    train = [r for r in rows if r.split == "train" and r.kind == "emoji"]
+    pairs = [r for r in rows if r.split == "test-pair"]
+    assert pairs
+    for pair in pairs:
+        assert pair.concept in {r.concept for r in train}
+        assert pair.style in {r.style for r in train}
+        drawing = (pair.layers[0].art, pair.layers[0].name)
+        shown = {(la.art, la.name) for r in rows if r.split == "train" for la in r.layers}
+        assert drawing not in shown, "a held-out drawing stands in a training picture"
+
+
+def test_scenes_show_what_they_say(rows):
+    numbers = {"two": 2, "three": 3, "four": 4}
+    scenes = [r for r in rows if r.kind == "scene"]
+    assert len(scenes) == TOY.scenes
+    for row in scenes:
+        assert row.short.endswith(f"on a {row.background} background, {row.style}")
+        first = row.subject.split()[0]
+        if first in numbers:
+            assert len(row.layers) == numbers[first]
+            assert len({la.name for la in row.layers}) == 1
+        if " to the left of " in row.subject or " on the left and " in row.subject:
+            assert row.layers[0].box[0] < row.layers[1].box[0]
+        if " to the right of " in row.subject:
+            assert row.layers[0].box[0] > row.layers[1].box[0]
+        if " above " in row.subject:
+            assert row.layers[0].box[1] < row.layers[1].box[1]
+        if " below " in row.subject:
+            assert row.layers[0].box[1] > row.layers[1].box[1]
+    forms = [" above ", " below ", " to the left of ", " to the right of ", "three ", "four "]
+    assert all(any(f in r.subject for r in scenes) for f in forms)
+
+
+def test_boxes_of_a_scene_do_not_overlap(rows):
+    for row in rows:
+        for i, a in enumerate(row.layers):
+            for b in row.layers[:i]:
+                (ax, ay, s), (bx, by, t) = a.box, b.box
+                assert ax >= bx + t or bx >= ax + s or ay >= by + t or by >= ay + s, row
+
+
+def test_icons_have_the_ink_and_the_ground_that_they_say(rows):
+    for row in [r for r in rows if r.kind == "icon"]:
+        pixels = np.asarray(render(row, 32)).reshape(-1, 3)
+        found = {tuple(p) for p in pixels.tolist()}
+        ink = INKS[next(word for word in row.subject.split() if word in INKS)]
+        ground = BACKGROUNDS[row.background]
+        for colour in (ink, ground):
+            assert tuple(bytes.fromhex(colour[1:])) in found, row
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fox", "a fox"), ("owl", "an owl"), ("grapes", "grapes"), ("bus", "a bus"),
+        ("octopus", "an octopus"), ("bread", "bread"), ("glasses", "glasses"),
+        ("cup of coffee", "a cup of coffee"), ("ear of corn", "an ear of corn"),
+        ("hourglass", "an hourglass"), ("UFO", "a UFO"), ("cherries", "cherries"),
+    ],
+)  # fmt: skip
+def test_articles(name, said):
+    assert with_article(name) == said
+
+
+@pytest.mark.parametrize(
+    ("one", "more"),
+    [("fox", "foxes"), ("mouse", "mice"), ("cup of coffee", "cups of coffee"), ("sheep", "sheep")],
+)
+def test_plurals(one, more):
+    assert plural(one) == more
+
+
+def test_faces_and_whole_animals_are_one_base_concept():
+    dog, face = (Concept("1", name, "", "", ()) for name in ("dog", "dog face"))
+    assert dog.key == face.key == "dog"
+
+
+def test_share_alike_sets_are_left_out_of_what_is_trained_on(packages):
+    assert art.ART_SETS["openmoji"].share_alike
+    for settings in (Illustrations(), SMALL):
+        assert not any(art.ART_SETS[s].share_alike for s in settings.styles)
+        used = (*settings.styles, *settings.colour_icons)
+        for name in used:
+            assert art.ART_SETS[name].author in art.notice([*used])
+
+
+def test_pictures_come_back_as_they_were_drawn(packages, rows, tmp_path):
+    assert prepare_pictures(TOY, tmp_path, workers=1) == len(rows)
+    pictures = PictureSet(tmp_path)
+    assert len(pictures) == len(rows)
+    assert [r["id"] for r in pictures.rows] == [r.id for r in rows]
+    for i in (0, len(rows) // 2, len(rows) - 1):
+        assert pictures.image(i).tobytes() == render(rows[i], TOY.size).tobytes()
+    assert set(pictures.select("train", "scene")) == {
+        i for i, r in enumerate(rows) if r.split == "train" and r.kind == "scene"
+    }
+    assert "Google" in (tmp_path / "NOTICE.txt").read_text()
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_files(packages, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    prepare_pictures(TOY, whole, workers=1)
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from test_data import TOY; from pathlib import "
+        f"Path; from koala.data.pictures import prepare_pictures as p; p(TOY, Path({str(broken)!r})"
+        ", workers=1)"
+    )
+    job = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(broken.glob("*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert list(broken.glob("*.parquet"))
+    prepare_pictures(TOY, broken, workers=1)
+    assert [p.name for p in shards_of(broken)] == [p.name for p in shards_of(whole)]
+    for a, b in zip(shards_of(whole), shards_of(broken), strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_other_settings_are_refused(packages, tmp_path):
+    small = replace(TOY, scenes=0, icons=0, colour_icons=())
+    prepare_pictures(small, tmp_path, workers=1)
+    with pytest.raises(UserError, match="size=32, now it is 40"):
+        prepare_pictures(replace(small, size=40), tmp_path, workers=1)
+
+
+def test_latents_are_the_pipelines_own(packages, toy_sdxl, tmp_path):
+    settings = replace(TOY, scenes=10, icons=10)
+    prepare_pictures(settings, tmp_path, workers=1)
+    assert prepare_latents(tmp_path, toy_sdxl) == len(PictureSet(tmp_path))
+    pictures, vae = PictureSet(tmp_path), load_vae(toy_sdxl)
+    stored = load_file(tmp_path / "latents-00000.safetensors")
+    with torch.no_grad():
+        posterior = vae.encode(to_pixels([pictures.image(3)])).latent_dist
+    shift, scale = normalisation(vae)
+    torch.testing.assert_close(
+        stored["mean"][3].float(), ((posterior.mean - shift) * scale)[0], atol=0.02, rtol=1e-3
+    )
+    again = (tmp_path / "latents-00000.safetensors").stat().st_mtime_ns
+    prepare_latents(tmp_path, toy_sdxl)
+    assert (tmp_path / "latents-00000.safetensors").stat().st_mtime_ns == again
+
+    data = LatentSet(tmp_path, toy_sdxl, {"emoji": 2, "icon": 1}, {"short": 1.0}, seed=0)
+    emoji, icons = (pictures.select("train", k) for k in ("emoji", "icon"))
+    assert len(data.epoch) == 2 * len(emoji) + len(icons)
+    batch = data.batch(0, 8)
+    assert batch["latents"].shape == (8, 4, 4, 4)
+    assert batch["time_ids"][0].tolist() == [32, 32, 0, 0, 32, 32]
+    assert set(batch["captions"]) <= {pictures.rows[i]["short"] for i in emoji + icons}
+    torch.testing.assert_close(data.batch(0, 8)["latents"], batch["latents"], atol=0, rtol=0)
+
+
+def test_latents_of_another_vae_are_refused(packages, toy_sdxl, tmp_path):
+    from toy import toy_pipeline
+
+    data = tmp_path / "data"
+    prepare_pictures(replace(TOY, scenes=0, icons=0, colour_icons=()), data, workers=1)
+    with pytest.raises(UserError, match="not all pictures have latents"):
+        LatentSet(data, toy_sdxl, {"emoji": 1}, {"short": 1.0}, 0)
+    prepare_latents(data, toy_sdxl)
+    other = toy_pipeline(tmp_path / "other", seed=9)
+    for use in (
+        lambda: prepare_latents(data, other),
+        lambda: LatentSet(data, other, {"emoji": 1}, {"short": 1.0}, 0),
+    ):
+        with pytest.raises(UserError, match="another VAE"):
+            use()
+
+
+def test_every_epoch_shows_everything_once():
+    order = shuffled(10, 0, 30, seed=1)
+    assert [sorted(order[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
+    assert shuffled(10, 7, 9, seed=1) == order[7:16]
+    assert order != shuffled(10, 0, 30, seed=2)
+
+
+def test_what_prepare_refuses(packages, tmp_path):
+    for arguments, said in (
+        (("photographs", tmp_path), "illustrations-small"),
+        (("illustrations", tmp_path, None, 0), "at least 1"),
+        (("illustrations", tmp_path, None, 1, "cpu"), "give --model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            prepare(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("KOALA_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no npm
+    with pytest.raises(UserError, match=r"emojibase-data@.*npm is not installed"):
+        package("emojibase-data")
+    with pytest.raises(UserError, match="unknown data package"):
+        package("left-pad")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]

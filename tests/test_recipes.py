@@ -1,0 +1,181 @@
+"""The whole chain at toy size, through the commands' own functions: pictures -> base -> teacher ->
+student -> pictures drawn."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from koala import recipes
+from koala.data.latents import prepare_latents
+from koala.data.pictures import prepare_pictures
+from koala.distillation.loop import Training
+from koala.errors import UserError
+from koala.generation import load
+from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders, start_from_words
+from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae, to_images
+from koala.recipes.run import Mixture, Student, assemble, distill
+from test_data import TOY
+
+TINY = Training(samples=8, batch=4, lr=1e-3, ema_half_life=8, log_every=4, preview_every=8)
+
+
+class Letters:
+    """A sentence encoder at toy size: counts of letters, for texts and for their tokens."""
+
+    def __call__(self, texts):
+        rows = [[float(t.count(chr(97 + i % 26))) + i % 3 for i in range(384)] for t in texts]
+        return torch.nn.functional.normalize(torch.tensor(rows), dim=-1)
+
+    def token_states(self, texts):
+        words = [t.split() for t in texts]
+        longest = max(map(len, words))
+        states = torch.zeros(len(texts), longest, 384)
+        mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+        spans = torch.zeros(len(texts), longest, 2, dtype=torch.long)
+        for n, row in enumerate(words):
+            end = 0
+            for i, word in enumerate(row):
+                start = texts[n].index(word, end)
+                end = start + len(word)
+                states[n, i], mask[n, i] = self([word])[0], True
+                spans[n, i] = torch.tensor([start, end])
+        return states, mask, spans
+
+
+@pytest.fixture(scope="module")
+def base_parts(toy_cache, tmp_path_factory):
+    """A prepared folder and an untrained base pipeline of the mini family's own sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KOALA_CACHE", str(toy_cache))
+        folder = tmp_path_factory.mktemp("family")
+        data = folder / "data"
+        prepare_pictures(replace(TOY, scenes=20, icons=10, size=64), data, workers=1)
+        torch.manual_seed(0)
+        tokenizer = clip_tokenizer()
+        encoders = new_text_encoders(tokenizer)
+        start_from_words(encoders, tokenizer, Letters())
+        telling = TextDistillation(encoders, tokenizer, Letters())
+        coding = Autoencoding(new_vae(64), torch.zeros(2, 3, 64, 64))
+        base = assemble(folder / "base", coding, telling, data)
+        prepare_latents(data, base)
+    return data, base
+
+
+def test_the_whole_chain(base_parts, tmp_path, packages):
+    data, base = base_parts
+    teacher = replace(recipes.get("sdxl-mini"), training=TINY)
+    master = distill(teacher, data, tmp_path / "teacher", str(base), "cpu")
+    student = replace(recipes.get("koala-mini"), training=TINY)
+    small = distill(student, data, tmp_path / "student", str(master), "cpu")
+    lines = (tmp_path / "student" / "stats.jsonl").read_text().splitlines()
+    assert [json.loads(line)["samples"] for line in lines] == [4, 8]
+    assert {"task", "out", "feat", "loss"} <= json.loads(lines[0]).keys()
+    assert list((tmp_path / "student" / "previews").glob("*.png"))
+    before = load_file(tmp_path / "student" / "start/unet/diffusion_pytorch_model.safetensors")
+    after = load_file(small / "unet" / "diffusion_pytorch_model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    image = load(small)("a fox", steps=2, seed=1).images[0]
+    assert image.size == (64, 64)
+
+    again = distill(student, data, tmp_path / "student", str(master), "cpu")  # finished: no step
+    assert all(
+        torch.equal(v, load_file(again / "unet/diffusion_pytorch_model.safetensors")[k])
+        for k, v in after.items()
+    )
+    assert (tmp_path / "student" / "stats.jsonl").read_text().splitlines() == lines
+    other = replace(student, training=replace(TINY, lr=2e-3))
+    with pytest.raises(UserError, match="lr"):
+        distill(other, data, tmp_path / "student", str(master), "cpu")
+
+
+def test_what_distill_refuses(base_parts, tmp_path, packages):
+    data, base = base_parts
+    for recipe, teacher, said in (
+        ("koala-huge", str(base), "koala-mini-task"),
+        ("koala-mini", None, "--teacher"),
+        ("mini-base", str(base), "leave it out"),
+        ("koala-mini", str(tmp_path), "model_index.json|pipeline"),
+    ):
+        with pytest.raises(UserError, match=said):
+            distill(recipe, data, tmp_path / "run", teacher, "cpu")
+    no_kinds = Student(
+        cut="koala-700m",
+        training=TINY,
+        settings=recipes.get("koala-mini").settings,
+        mixture=Mixture({"photograph": 1}, {"short": 1.0}),
+    )
+    with pytest.raises(UserError, match="photograph"):
+        distill(no_kinds, data, tmp_path / "run2", str(base), "cpu")
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_recipes_describe_themselves(name):
+    from koala.recipes.run import describe
+
+    shown = json.loads(describe(recipes.get(name)))
+    assert len(shown) == 1
+
+
+def test_the_controls_differ_from_the_student_in_their_losses_alone():
+    student, task, out = (
+        recipes.get(n) for n in ("koala-mini", "koala-mini-task", "koala-mini-task-out")
+    )
+    for control in (task, out):
+        assert replace(control, settings=student.settings) == student
+    assert task.settings.output_weight == task.settings.feature_weight == 0
+    assert out.settings.output_weight == 1
+    assert out.settings.feature_weight == 0
+
+
+def test_vae_learns_and_its_latents_are_normal(base_parts, packages):
+    from koala.data.pictures import PictureSet
+    from koala.distillation.loop import generator_at
+
+    data, _ = base_parts
+    pictures = PictureSet(data)
+    stream = PictureData(pictures, pictures.select("train"), seed=0)
+    torch.manual_seed(0)
+    task = Autoencoding(new_vae(64), stream.every(20))
+    optimizer = torch.optim.Adam(task.trainable.parameters(), 2e-3)
+    seen = []
+    for step in range(12):
+        loss = task.losses(stream.batch(4 * step, 4), generator_at(0, step))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+    assert sum(seen[-3:]) < 0.8 * sum(seen[:3])
+    pixels = stream.every(3)
+    measure_latents(task.trainable, pixels)
+    mean, std = (
+        torch.tensor(task.trainable.config[k]).view(1, 4, 1, 1)
+        for k in ("latents_mean", "latents_std")
+    )
+    with torch.no_grad():
+        latents = (task.trainable.encode(pixels).latent_dist.mode() - mean) / std
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-2, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
+    assert to_images(pixels)[1].tobytes() == to_images(pixels[1:2])[0].tobytes()
+
+
+def test_text_side_learns_and_is_read_by_clips_tokenizer(packages):
+    tokenizer = clip_tokenizer()
+    assert tokenizer.tokenize("red foxx owl") == ["red</w>", "fo", "x", "x</w>", "owl</w>"]
+    torch.manual_seed(0)
+    encoders = new_text_encoders(tokenizer)
+    task = TextDistillation(encoders, tokenizer, Letters())
+    optimizer = torch.optim.Adam(task.trainable.parameters(), 3e-3)
+    batch = {"texts": ["a red fox", "an owl", "two cars", "a car and an owl"]}
+    seen = []
+    for _ in range(15):
+        losses = task.losses(batch, torch.Generator())
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        seen.append(losses)
+    for name in ("text", "word"):
+        assert seen[-1][name] < 0.5 * seen[0][name]

@@ -11,14 +11,14 @@ from koala.generation.pipeline import load
 from koala.sheet import contact_sheet
 
 EIGHT_PROMPTS = (
-    "a red fox, noto style",
-    "a green apple, twemoji style",
-    "a sailing boat, fluent flat style",
-    "a birthday cake, fluent 3d style",
-    "an owl, twemoji style",
-    "a hot air balloon, noto style",
-    "a red house icon",
-    "two yellow lemons on a pale blue background, noto style",
+    "a fox, noto style",
+    "a red apple, flat twemoji style",
+    "a rocket, 3d fluent style",
+    "a car, flat twemoji style",
+    "a strawberry, flat fluent style",
+    "a whale, noto style",
+    "a blue fish, solid icon",
+    "two red apples on a light blue background, noto style",
 )
 SEED = 7
 WIDEST = 256  # pixels: smaller pictures are enlarged, by a whole factor, up to this

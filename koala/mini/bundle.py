@@ -1,0 +1,82 @@
+"""A finished model as it is shipped: weights in fp16, configs without traces of where they lay.
+
+`python -m koala.mini.bundle MODEL --out koala/models/NAME` is how the bundled model came there.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from koala.errors import UserError
+from koala.formats import CONFIGS, WEIGHTS, resolve_model, weights_files
+
+TEXTS = ("NOTICE.txt", "model_index.json")
+
+
+def bundle(model: str | Path, out: Path) -> int:
+    """Writes `out`, a pipeline folder in fp16; returns the bytes of its weights.
+
+    UserError where `model` is no model or `out` exists.
+    """
+    source = resolve_model(model)
+    if out.exists():
+        raise UserError(f"{out} exists; remove it first, or take another --out")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    size = 0
+    for component in CONFIGS:
+        (part / component).mkdir()
+        for file in sorted((source / component).glob("*.json")):
+            _write_config(file, part / component / file.name)
+        for file in sorted((source / component).glob("*.txt")):
+            shutil.copy(file, part / component)
+        if component in WEIGHTS:
+            for file in weights_files(source, component):
+                size += _write_half(file, part / component / file.name)
+    for name in TEXTS:
+        shutil.copy(source / name, part)
+    part.rename(out)
+    return size
+
+
+def _write_half(file: Path, to: Path) -> int:
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
+    with safe_open(file, "pt") as opened:
+        save_file(tensors, to, metadata=opened.metadata())
+    return to.stat().st_size
+
+
+def _write_config(file: Path, to: Path) -> None:
+    config = json.loads(file.read_text())
+    if file.name == "config.json":
+        config.pop("_name_or_path", None)  # its "dtype" stays float32: what loaders convert to
+    compact = file.name == "tokenizer.json"  # a megabyte less
+    to.write_text(
+        json.dumps(config, ensure_ascii=False, indent=None if compact else 2) + "\n",
+        encoding="utf-8",
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command of this module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    try:
+        size = bundle(options.model, options.out)
+    except UserError as error:
+        print(f"koala: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {size / 1e6:.1f} MB of weights")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ PROMPTS = (
     "a red apple, flat twemoji style",
     "a rocket, 3d fluent style",
     "a strawberry, flat fluent style",
-    "a tulip, emojione style",
+    "a tulip, flat twemoji style",
     "a car, flat twemoji style",
     "a whale, noto style",
     "a guitar, 3d fluent style",
@@ -25,7 +25,7 @@ PROMPTS = (
     "a sailboat, flat twemoji style",
     "a bell pepper, 3d fluent style",
     "a penguin, noto style",
-    "a carrot, emojione style",
+    "a carrot, 3d fluent style",
     "a train, noto style",
     "a blue fish, solid icon",
     "a green tree on a pale yellow background, solid icon",
@@ -41,7 +41,7 @@ PROMPTS = (
     "a puppy, noto style",
     "a blue whale",
     "a feline, flat twemoji style",
-    "a lorry, emojione style",
+    "a lorry, noto style",
     "a blossom, 3d fluent style",
 )
 

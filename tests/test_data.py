@@ -130,7 +130,7 @@ def test_plurals(one, more):
 
 
 def test_faces_and_whole_animals_are_one_base_concept():
-    dog, face = (Concept("1", name, "", "", ()) for name in ("dog", "dog face"))
+    dog, face = (Concept("1", name, name, "", "", ()) for name in ("dog", "dog face"))
     assert dog.key == face.key == "dog"
 
 
@@ -253,3 +253,13 @@ def test_a_package_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown data package"):
         package("left-pad")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_sets_without_code_points_are_joined_by_label(packages):
+    place = packages / "packages"
+    (listed,) = place.glob("@iconify-json+emojione-*")
+    (listed / "chars.json").write_text("{}")
+    assert art.drawing_of("emojione", "1F900", "Fox") == "fox"
+    assert art.drawing_of("emojione", "1F900", "red  apple!") == "red-apple"
+    assert art.drawing_of("emojione", "1F900", "zebra") is None
+    assert art.drawing_of("noto", "1F900", "no such label") == "fox"

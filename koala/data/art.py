@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,9 +70,15 @@ def by_code_point(art: str) -> dict[str, str]:
     return {_plain(p.stem): p.stem for p in (folder / "assets").glob("*.webp")}
 
 
-def drawing_of(art: str, hexcode: str) -> str | None:
-    """The drawing of an emoji in an art set, or None where the set lacks it."""
-    return by_code_point(art).get(_plain(hexcode))
+def drawing_of(art: str, hexcode: str, label: str) -> str | None:
+    """The drawing of an emoji in an art set, or None where the set lacks it.
+
+    By code points; sets that do not list theirs name drawings after Unicode's labels.
+    """
+    if by_code_point(art):
+        return by_code_point(art).get(_plain(hexcode))
+    slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+    return slug if slug in _iconify(art)["icons"] else None
 
 
 def names(art: str) -> list[str]:

@@ -51,6 +51,7 @@ class Concept:
     """One thing that several hands have drawn. `key` unites its faces and variants."""
 
     hexcode: str
+    label: str  # Unicode's: "fox", "hot beverage"
     name: str  # what a person says: "fox", "cup of coffee"
     group: str  # emojibase's group, "animals-nature"
     subgroup: str  # "animal-mammal"
@@ -122,5 +123,5 @@ def concepts() -> tuple[Concept, ...]:
         name = COMMON_NAMES.get(label, label)
         words = tuple(t for t in entry.get("tags", ()) if t.isascii() and t.lower() not in name)
         subgroup = meta["subgroups"][str(entry["subgroup"])]
-        found.append(Concept(entry["hexcode"], name, group, subgroup, words))
+        found.append(Concept(entry["hexcode"], label, name, group, subgroup, words))
     return tuple(found)

@@ -59,7 +59,7 @@ class Illustrations:
 
 
 SMALL = Illustrations(
-    styles=("noto", "twemoji", "fluent-flat", "fluent-3d", "emojione"),
+    styles=("noto", "twemoji", "fluent-flat", "fluent-3d"),
     groups=OBJECTS,
     leave_out=(
         "time", "hotel", "transport-sign", "award-medal", "place-map", "place-other", "game",
@@ -132,7 +132,7 @@ def _split_of_concept(settings: Illustrations, key: str) -> str:
 def _emoji(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
     rows = []
     for c in chosen:
-        drawn = {s: n for s in settings.styles if (n := art.drawing_of(s, c.hexcode)) is not None}
+        drawn = {s: n for s in settings.styles if (n := art.drawing_of(s, c.hexcode, c.label))}
         split = _split_of_concept(settings, c.key)
         held = None
         if split == "train" and len(drawn) >= 3 and hashed("pair", c.name) < settings.test_pairs:
@@ -256,7 +256,7 @@ def _scenes(
             subject, drawn, boxes = _pair(rng, one, other)
         on = f" on a {background} background"
         style = art.ART_SETS[s].style
-        names = [art.drawing_of(s, c.hexcode) for c in drawn]
+        names = [art.drawing_of(s, c.hexcode, c.label) for c in drawn]
         layers = tuple(Layer(s, name or "", box) for name, box in zip(names, boxes, strict=True))
         rows.append(
             Row(

@@ -47,7 +47,7 @@ PROMPTS = (  # of previews
     "a sunflower, noto style",
     "a cat on a pale yellow background, flat twemoji style",
     "two green apples on a light blue background, noto style",
-    "a car, emojione style",
+    "a car, flat twemoji style",
     "a castle, noto style",
     "a whale to the left of a crab on a white background, flat fluent style",
     "three frogs on a mint green background, flat twemoji style",

@@ -220,7 +220,7 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 def _copy_components(teacher: Path, out: Path) -> None:
-    """Tokenizers, text encoders and VAE as they are; the scheduler as KOALA's recipe has it."""
+    """Tokenizers, text encoders, VAE and credits as they are; the scheduler as KOALA's recipe."""
     for component in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae"):
         files = [*(teacher / component).glob("*.json"), *(teacher / component).glob("*.txt")]
         if component in formats.WEIGHTS:
@@ -228,6 +228,8 @@ def _copy_components(teacher: Path, out: Path) -> None:
         (out / component).mkdir()
         for file in files:
             shutil.copyfile(file, out / component / file.name)
+    for credit in (*teacher.glob("NOTICE*"), *teacher.glob("LICENSE*")):
+        shutil.copyfile(credit, out / credit.name)
     index = formats.read_json(teacher / "model_index.json")
     index.pop("_name_or_path", None)
     for name, value in index.items():

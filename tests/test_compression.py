@@ -258,3 +258,9 @@ def test_writer_is_read_back_by_safetensors(tmp_path):
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype
         assert torch.equal(back[name], tensor)
+
+
+def test_credits_come_along(teacher, tmp_path):
+    (teacher / "NOTICE.txt").write_text("drawn by many\n")
+    compress(teacher, "koala-700m", tmp_path / "student")
+    assert (tmp_path / "student" / "NOTICE.txt").read_text() == "drawn by many\n"

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -160,12 +160,12 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(packages, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     prepare_pictures(TOY, whole, workers=1)
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from test_data import TOY; from pathlib import "
-        f"Path; from koala.data.pictures import prepare_pictures as p; p(TOY, Path({str(broken)!r})"
-        ", workers=1)"
+        "from pathlib import Path; from koala.data.illustrations import Illustrations as I; "
+        "from koala.data.pictures import prepare_pictures; "
+        f"prepare_pictures(I(**{asdict(TOY)!r}), Path({str(broken)!r}), workers=1)"
     )
     job = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not list(broken.glob("*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(job.pid, signal.SIGKILL)

@@ -23,12 +23,9 @@ def mini_base() -> Base:
             samples=24_000, batch=8, lr=2e-3, warmup=1_600, decay=True,
             ema_half_life=1_000, log_every=320, preview_every=4_000,
         ),
-        decoder=tuple(
-            Training(
-                samples=samples, batch=8, lr=lr, warmup=800, decay=True,
-                ema_half_life=1_000, log_every=320, preview_every=8_000,
-            )
-            for samples, lr in ((40_000, 1.5e-3), (60_000, 1e-3))
+        decoder=Training(
+            samples=40_000, batch=8, lr=1.5e-3, warmup=800, decay=True,
+            ema_half_life=1_000, log_every=320, preview_every=8_000,
         ),
         text=Training(
             samples=64_000, batch=128, lr=1e-3, warmup=2_560, decay=True, weight_decay=0.0,

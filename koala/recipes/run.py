@@ -71,7 +71,7 @@ class Base:
     """VAE and text side from nothing, with a U-Net as initialised: what a teacher starts from."""
 
     vae: Training
-    decoder: tuple[Training, ...]  # rounds that go on from `vae` with the encoder at rest
+    decoder: Training  # goes on from `vae` with the encoder at rest
     text: Training
 
 
@@ -201,8 +201,7 @@ def _run_base(recipe: Base, data: Path, out: Path, device: str) -> Path:
     train(coding, painted, recipe.vae, out / "vae", {"recipe": asdict(recipe)})
     measure_latents(vae, painted.every(len(seen) // 1000 + 1).to(device))
     coding = coding.sharpening()
-    for i, settings in enumerate(recipe.decoder):
-        train(coding, painted, settings, out / f"decoder-{i + 1}", {"recipe": asdict(recipe)})
+    train(coding, painted, recipe.decoder, out / "decoder", {"recipe": asdict(recipe)})
 
     torch.manual_seed(recipe.text.seed)
     tokenizer = clip_tokenizer()

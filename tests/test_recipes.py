@@ -110,6 +110,7 @@ def test_what_distill_refuses(base_parts, tmp_path, packages):
     )
     with pytest.raises(UserError, match="photograph"):
         distill(no_kinds, data, tmp_path / "run2", str(base), "cpu")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)

@@ -113,7 +113,7 @@ def distill(
     UserError where something is unknown, missing or of no use; Failure where the training fails.
     """
     recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    return _run(recipe, Path(data), Path(out), teacher, pick_device(device).type)
+    return _run(recipe, Path(data), Path(out), teacher, str(pick_device(device)))
 
 
 def _run(recipe: Recipe, data: Path, out: Path, teacher: str | None, device: str) -> Path:
@@ -127,13 +127,13 @@ def _run(recipe: Recipe, data: Path, out: Path, teacher: str | None, device: str
             "this recipe needs --teacher: the folder or name of the model to learn from"
         )
     source = resolve_model(teacher)
+    latents = LatentSet(
+        data, source, recipe.mixture.kinds, recipe.mixture.captions, recipe.training.seed
+    )
     if isinstance(recipe, Teacher):
         task = _teaching(recipe, source, device)
     else:
         task = _distilling(recipe, source, out / "start", device)
-    latents = LatentSet(
-        data, source, recipe.mixture.kinds, recipe.mixture.captions, recipe.training.seed
-    )
     trained = train(task, latents, recipe.training, out, {"recipe": asdict(recipe)})
     task.export(trained, model)
     return model

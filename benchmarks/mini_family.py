@@ -1,0 +1,54 @@
+"""The record of the runs that made the bundled model, as a table.
+
+`python -m benchmarks.mini_family` reads `run.json` and `stats.jsonl` of every run below
+`benchmarks/mini_family` and writes the table into `README.md` there.
+"""
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "mini_family"
+RUNS = {  # folder -> what it made
+    "vae": "VAE",
+    "decoder": "its decoder, further",
+    "text": "text side",
+    "sdxl-mini": "teacher",
+    "koala-mini": "student: L_task + L_outKD + L_featKD",
+    "koala-mini-task": "control: L_task alone",
+    "koala-mini-task-out": "control: L_task + L_outKD",
+}
+SHOWN = ("pixel", "perceptual", "text", "word", "task", "out", "feat")
+BUNDLED = ("vae", "decoder", "text", "sdxl-mini", "koala-mini")
+
+
+def main() -> None:
+    lines = [
+        "# The runs behind the bundled model",
+        "",
+        "Made with the recipes of `koala/recipes/mini.py` and the commands of",
+        "`docs/mini-family.md` on 2 cores of an AMD EPYC (AVX2), one thread a run and two runs",
+        "at a time, Python 3.11, torch 2.13.0 (CPU), diffusers 0.42.1, transformers 5.23.0. The",
+        "cores had other work too, so rates are lower bounds. Losses are means of the last line",
+        "of `stats.jsonl`. This table is made by `python -m benchmarks.mini_family`.",
+        "",
+        "| run | samples | batch | seconds | samples/s | last losses |",
+        "|---|---|---|---|---|---|",
+    ]
+    total = 0.0
+    for name, what in RUNS.items():
+        settings = json.loads((FOLDER / name / "run.json").read_text())
+        last = json.loads((FOLDER / name / "stats.jsonl").read_text().splitlines()[-1])
+        losses = ", ".join(f"{key} {last[key]:.3f}" for key in SHOWN if key in last)
+        rate = last["samples"] / last["seconds"]
+        lines.append(
+            f"| {name}: {what} | {last['samples']:,} | {settings['batch']} | "
+            f"{last['seconds']:,.0f} | {rate:.0f} | {losses} |"
+        )
+        total += last["seconds"] if name in BUNDLED else 0
+    lines += ["", f"All that the bundled model took: {total / 3600:.1f} hours of one core.", ""]
+    (FOLDER / "README.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

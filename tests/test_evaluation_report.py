@@ -152,8 +152,9 @@ def test_a_report_on_the_same_judge_is_the_same(written, pictures, model, tmp_pa
         extractor=Colours(),
         sentences=letters,
     )
-    assert again.rows[0].values == report.rows[0].values
-    assert again.rows[1].values == report.rows[1].values
+    for row, before in zip(again.rows, report.rows, strict=True):
+        for metric, values in before.values.items():  # threads may add up in another order
+            assert row.values[metric] == pytest.approx(values, rel=1e-5), (row.name, metric)
 
 
 def test_a_judge_of_another_extractor_is_refused(written, pictures, model, tmp_path):

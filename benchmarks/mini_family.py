@@ -31,6 +31,12 @@ def main() -> None:
         "cores had other work too, so rates are lower bounds. Losses are means of the last line",
         "of `stats.jsonl`. This table is made by `python -m benchmarks.mini_family`.",
         "",
+        "How the runs were started: stage by stage with the recipes' settings, not by the literal",
+        "commands. Vae, decoder and text ran apart, and the teacher was trained while the decoder",
+        "still was (its latents depend on the encoder alone); the decoder was put into every model",
+        "afterwards. The teacher was stopped and taken up again twice, from one to two threads and",
+        "back. The set was made with a fifth style that had no drawings: the rows are the same.",
+        "",
         "| run | samples | batch | seconds | samples/s | last losses |",
         "|---|---|---|---|---|---|",
     ]

@@ -8,9 +8,7 @@ model is ever in memory.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +25,8 @@ from koala.architectures import (
     unet_config,
 )
 from koala.errors import UserError
-from koala.formats import DTYPE_BYTES, Stored
+from koala.output import new_folder
+from koala.weights import DTYPES, FLOATS, write
 
 # Teacher block that student block k of s starts from, out of the teacher's t (KOALA, table 4):
 DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
@@ -35,7 +34,6 @@ DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
     "interleave": lambda k, s, t: k * t // s,  # evenly spaced from the first: 0, 2, 4, ... of 2s
     "up": lambda k, s, t: t - s + k,  # the last s
 }
-DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # our names, and safetensors' own
 _SCHEDULE = (  # what the student keeps of its teacher's scheduler: the noise it was trained on
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr",
@@ -160,60 +158,6 @@ def tensor_map(
 # --- files ----------------------------------------------------------------------------------
 
 
-def write_safetensors(
-    file: Path,
-    tensors: dict[str, tuple[str, tuple[int, ...]]],
-    read: Callable[[str], bytes],
-) -> int:
-    """Writes a safetensors file one tensor at a time and returns its size in bytes.
-
-    `tensors`: name -> (dtype as safetensors names it, shape); `read(name)` gives the tensor's
-    bytes, little-endian and row-major. The format: eight bytes with the header's length, the
-    header as JSON, then the bytes of all tensors without a gap.
-    """
-    # Wide elements first, so that every tensor is aligned to the size of its elements.
-    order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        dtype, shape = tensors[name]
-        begin, end = end, end + _size(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            content = read(name)
-            assert len(content) == _size(*tensors[name]), name
-            stream.write(content)
-    return 8 + len(text) + end
-
-
-def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    size = DTYPE_BYTES[dtype]
-    for side in shape:
-        size *= side
-    return size
-
-
-def _read(stored: Stored, dtype: str) -> bytes:
-    """A tensor's bytes, converted to `dtype` (safetensors' name) if they are of another."""
-    with stored.file.open("rb") as stream:
-        stream.seek(stored.offset)
-        content = stream.read(stored.size)
-    if dtype == stored.dtype:
-        return content
-    import torch
-
-    of = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    source = torch.frombuffer(bytearray(content), dtype=of[stored.dtype])
-    tensor = source.to(of[dtype])
-    if not torch.equal(tensor.isfinite(), source.isfinite()):
-        raise UserError(f"{stored.file} holds values too large for {dtype}; use fp32 or bf16")
-    return tensor.view(torch.uint8).numpy().tobytes()
-
-
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -243,25 +187,6 @@ def _copy_components(teacher: Path, out: Path) -> None:
     _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
 
 
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that takes its name if all goes well, and goes if not."""
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} exists and is not empty; name a new folder")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a new folder")
-    part = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        yield part
-        os.replace(part, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def compress(
     teacher: str | Path,
     to: str,
@@ -289,18 +214,18 @@ def compress(
         raise UserError(f"{folder}: {error}") from None
     names = tensor_map(arch, student, depth_rule)
     stored = formats.read_tensors(folder, "unet")
-    if strange := {s.dtype for s in stored.values()} - {"F64", "F32", "F16", "BF16"}:
+    if strange := {s.dtype for s in stored.values()} - {*FLOATS}:
         raise UserError(f"{folder}/unet holds {formats.some(strange)} weights; must be floats")
     kinds = {name: DTYPES[dtype] if dtype else stored[names[name]].dtype for name in names}
     shapes = tensor_shapes(student)
     config = {**formats.read_json(folder / "unet" / "config.json"), **unet_config(student)}
     config.pop("_name_or_path", None)
-    with _new_folder(out) as part:
+    with new_folder(out) as part:
         _write_json(part / "unet" / "config.json", config)
-        size = write_safetensors(
+        size = write(
             part / "unet" / "diffusion_pytorch_model.safetensors",
             {name: (kinds[name], shapes[name]) for name in names},
-            lambda name: _read(stored[names[name]], kinds[name]),
+            lambda name: stored[names[name]],
         )
         _copy_components(folder, part)
     return CompressReport(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from koala import architectures
 from koala.errors import UserError
+from koala.weights import Stored, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -38,24 +38,12 @@ CONFIGS = {  # the file without which a component is not there
     "tokenizer_2": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
-# Bytes an element, of the types that safetensors names and that weights come in.
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "model_index.json",
     *(f"{component}/*.{ending}" for component in CONFIGS for ending in ("json", "txt")),
     *(f"{component}/*.safetensors" for component in WEIGHTS),
 ]
-
-
-class Stored(NamedTuple):
-    """One tensor of a safetensors file: where its bytes lie and what they are."""
-
-    file: Path
-    dtype: str  # safetensors' name, a key of DTYPE_BYTES
-    shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
-    size: int  # bytes
 
 
 def some(names: Iterable[str], limit: int = 10) -> str:
@@ -76,45 +64,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file} must hold a JSON object, not {type(value).__name__}")
     return value
-
-
-def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, without reading them.
-
-    Raises `UserError` if the file is no safetensors file or is not as long as its header says.
-    """
-    try:
-        length = file.stat().st_size
-        with file.open("rb") as stream:
-            header_length = int.from_bytes(stream.read(8), "little")
-            if length < 8 or header_length > length - 8:
-                raise UserError(
-                    f"{file} has {length:,} bytes: truncated, or no safetensors file; "
-                    "fetch it again"
-                )
-            header = json.loads(stream.read(header_length))
-            header.pop("__metadata__", None)
-            tensors = {}
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                shape = tuple(entry["shape"])
-                stored = Stored(file, entry["dtype"], shape, 8 + header_length + begin, end - begin)
-                if stored.size != DTYPE_BYTES[stored.dtype] * math.prod(shape):
-                    raise ValueError(f"size of {name}")
-                tensors[name] = stored
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is no safetensors file: bad header ({error})") from None
-    expected = max((s.offset + s.size for s in tensors.values()), default=8 + header_length)
-    if length != expected:
-        state = "truncated" if length < expected else "damaged"
-        raise UserError(
-            f"{file} is {state}: {length:,} bytes, its header says {expected:,}; fetch it again"
-        )
-    return tensors
 
 
 def weights_files(folder: Path, component: str) -> list[Path]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from koala import architectures
-from koala.compression import DEPTH_RULES, block_map, compress, tensor_map, write_safetensors
+from koala.compression import DEPTH_RULES, block_map, compress, tensor_map
 from koala.errors import UserError
 from koala.formats import load_unet, unet_architecture
 from toy import toy_pipeline
@@ -236,28 +236,6 @@ def test_wrong_settings_are_refused(teacher, tmp_path):
     (tmp_path / "empty").mkdir()
     compress(teacher, "koala-1b", tmp_path / "empty")
     assert {p.name for p in tmp_path.iterdir()} == {"file", "empty"}
-
-
-def test_writer_is_read_back_by_safetensors(tmp_path):
-    tensors = {
-        "b": torch.randn(3, 5),
-        "a": torch.randn(7).half(),
-        "ü": torch.randn(2, 3, 4).bfloat16(),
-        "scalar": torch.tensor(1.5),
-        "none": torch.zeros(0, 4),
-    }
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    size = write_safetensors(
-        tmp_path / "x.safetensors",
-        {name: (kinds[t.dtype], tuple(t.shape)) for name, t in tensors.items()},
-        lambda name: tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes(),
-    )
-    back = load_file(tmp_path / "x.safetensors")
-    assert back.keys() == tensors.keys()
-    assert size == (tmp_path / "x.safetensors").stat().st_size
-    for name, tensor in tensors.items():
-        assert back[name].dtype == tensor.dtype
-        assert torch.equal(back[name], tensor)
 
 
 def test_credits_come_along(teacher, tmp_path):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koala import formats
+from koala import card, formats
 from koala.architectures import (
     CUTS,
     UNetArchitecture,
@@ -228,13 +228,31 @@ def compress(
             lambda name: stored[names[name]],
         )
         _copy_components(folder, part)
-    return CompressReport(
-        teacher=arch.name,
-        student=student.name,
-        teacher_parameters=parameters(arch),
-        student_parameters=parameters(student),
-        inherited=len(set(names.values())),
-        dropped=len(stored) - len(set(names.values())),
-        bytes=size,
-        out=out,
+        report = CompressReport(
+            teacher=arch.name,
+            student=student.name,
+            teacher_parameters=parameters(arch),
+            student_parameters=parameters(student),
+            inherited=len(set(names.values())),
+            dropped=len(stored) - len(set(names.values())),
+            bytes=size,
+            out=out,
+        )
+        _card(teacher, folder, report, depth_rule).write(part)
+    return report
+
+
+def _card(teacher: str | Path, folder: Path, report: CompressReport, depth_rule: str) -> card.Card:
+    """The student's model card; `teacher` as it was given, `folder` where it lies."""
+    name = card.name_of(teacher)
+    cut = card.Cut(
+        teacher=name,
+        teacher_architecture=report.teacher,
+        teacher_parameters=report.teacher_parameters,
+        architecture=report.student,
+        parameters=report.student_parameters,
+        inherited=report.inherited,
+        dropped=report.dropped,
+        depth_rule=depth_rule,
     )
+    return card.student_of(card.read(folder), name, card.name_of(report.out), cut)

@@ -41,6 +41,9 @@ CONFIGS = {  # the file without which a component is not there
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "model_index.json",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
     *(f"{component}/*.{ending}" for component in CONFIGS for ending in ("json", "txt")),
     *(f"{component}/*.safetensors" for component in WEIGHTS),
 ]

@@ -63,8 +63,9 @@ class Trained:
     recipe: str  # its name
     settings: dict[str, Any]  # the whole recipe
     samples: dict[str, int]  # what was trained -> samples it has seen
-    data: dict[str, Any]  # "pictures" and what the prepared folder says of itself
-    teacher: str | None  # what L_outKD and L_featKD compare with; None without either
+    data: dict[str, Any]  # "pictures" to train on, and what the prepared folder says of itself
+    teacher: str | None  # whose VAE and text encoders it has; None where it started from nothing
+    distilled: bool  # some loss compares with that teacher
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Card:
             base_model=self.base_model,
             library_name="diffusers",
             pipeline_tag="text-to-image",
-            tags=tags + (["distillation"] if self.trained and self.trained.teacher else []),
+            tags=tags + (["distillation"] if self.trained and self.trained.distilled else []),
             koala=json.loads(json.dumps({"title": self.title, **known})),
         )
 
@@ -213,7 +214,9 @@ def _about(card: Card) -> str:
     kind = "A text-to-image pipeline of Stable Diffusion XL's kind"
     if c := card.cut:
         share = c.parameters / c.teacher_parameters
-        since = "then distilled" if card.trained else "not trained since"
+        since = "not trained since"
+        if card.trained:
+            since = "then distilled" if card.trained.distilled else "then trained without a teacher"
         return (
             f"{kind}, made small with [KOALA](https://arxiv.org/abs/2312.04005)'s method: the "
             f"U-Net of **{c.teacher}** ({c.teacher_architecture}, {c.teacher_parameters:,} "
@@ -251,18 +254,19 @@ def _making(card: Card) -> str:
     parts = ["## How it was made"]
     if c := card.cut:
         parts.append(
-            f"The student has {c.inherited:,} of its teacher's U-Net tensors, value for value; "
+            f"The student started from {c.inherited:,} of its teacher's U-Net tensors; "
             f"{c.dropped:,} were left out (depth rule `{c.depth_rule}`: which transformer blocks "
             "stay). Text encoders, VAE and tokenizers are the teacher's."
         )
     if t := card.trained:
         samples = ", ".join(f"{what} {number:,}" for what, number in t.samples.items())
         data = {key: value for key, value in t.data.items() if key != "pictures"}
-        recipe = f"`{t.recipe}`" + (f", teacher {t.teacher}" if t.teacher else "")
+        role = "teacher" if t.distilled else "VAE and text encoders of"
+        recipe = f"`{t.recipe}`" + (f", {role} {t.teacher}" if t.teacher else "")
         parts += [
             f"- recipe: {recipe}\n"
             f"- samples seen: {samples}\n"
-            f"- data: {t.data['pictures']:,} captioned pictures, prepared with",
+            f"- data: {t.data['pictures']:,} captioned pictures to train on, prepared with",
             _json(data),
             "All settings of the recipe:",
             _json(t.settings),

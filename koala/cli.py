@@ -61,6 +61,27 @@ def _command(
     return parser
 
 
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--push-to-hub", metavar="ORG/NAME", help="upload the result to the Hugging Face Hub"
+    )
+
+
+def _check_push(o: argparse.Namespace) -> None:
+    """Before the work: whether the Hub would take its result."""
+    if o.push_to_hub is not None:
+        from koala.hub import check_target
+
+        check_target(o.push_to_hub)
+
+
+def _push(o: argparse.Namespace, result: Path) -> None:
+    if o.push_to_hub is not None:
+        from koala.hub import push
+
+        print(f"uploaded: {push(result, o.push_to_hub)}", file=sys.stderr)
+
+
 # --- generate -------------------------------------------------------------------------------
 
 
@@ -71,6 +92,10 @@ def _generate(commands) -> None:
     )  # fmt: skip
     p.add_argument("prompt", nargs="+", help="what to draw; several prompts, several pictures")
     p.add_argument("--model", default="koala-mini", help="bundled name, folder or Hub id")
+    p.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]",
+        help="a LoRA for the model or for SDXL, its teacher; may be given several times",
+    )  # fmt: skip
     p.add_argument("--steps", type=int, default=10, help="denoising steps (default 10)")
     p.add_argument("--guidance", type=float, default=3.5, help="guidance (CFG; default 3.5)")
     p.add_argument("--negative", default="", help="what to keep away from")
@@ -83,11 +108,16 @@ def _generate(commands) -> None:
 
 
 def _run_generate(o: argparse.Namespace) -> None:
-    from koala.generation import check_writable, load, save
+    from koala.generation import check_writable, checks, load, save
     from koala.progress import progress
 
     check_writable(o.out)
+    loras = [checks.lora(given) for given in o.lora]
     pipeline = load(o.model, o.device)
+    for file, scale in loras:
+        report = pipeline.add_lora(file, scale, merged=True)
+        if report.dropped:
+            print(f"koala: {report.line()}", file=sys.stderr)
     with progress("drawing", o.steps, "steps") as advance:
         result = pipeline(
             o.prompt, negative_prompt=o.negative, steps=o.steps, guidance=o.guidance,
@@ -135,13 +165,16 @@ def _compress(commands) -> None:
     p.add_argument("--out", type=Path, required=True, help="the student's folder")
     p.add_argument("--dtype", help="of the U-Net's weights: fp32, fp16, bf16 (default: as found)")
     p.add_argument("--depth-rule", default="bottom", help="bottom (default), interleave or up")
+    _add_push(p)
     p.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _run_compress(o: argparse.Namespace) -> None:
     from koala.compression import compress
 
+    _check_push(o)
     report = compress(o.teacher, o.to, o.out, o.dtype, o.depth_rule)
+    _push(o, report.out)
     if o.json:
         print(json.dumps(asdict(report), default=str))
         return
@@ -190,6 +223,7 @@ def _distill(commands) -> None:
     p.add_argument("--data", type=Path, help="a folder that `koala prepare` made")
     p.add_argument("--out", type=Path, help="the run's folder; the finished model in OUT/model")
     p.add_argument("--device", help="cpu, cuda (default: the best there is)")
+    _add_push(p)
     p.add_argument("--dry-run", action="store_true", help="print the recipe as JSON and stop")
 
 
@@ -203,7 +237,10 @@ def _run_distill(o: argparse.Namespace) -> None:
     for name in ("data", "out"):
         if getattr(o, name) is None:
             raise UserError(f"koala distill needs --{name} (only --dry-run goes without)")
-    print(f"finished model: {distill(o.recipe, o.data, o.out, o.teacher, o.device)}")
+    _check_push(o)
+    model = distill(o.recipe, o.data, o.out, o.teacher, o.device)
+    print(f"finished model: {model}")
+    _push(o, model)
 
 
 # --- evaluate -------------------------------------------------------------------------------
@@ -222,10 +259,12 @@ def _evaluate(commands) -> None:
     p.add_argument("--steps", type=int, default=10, help="denoising steps (default 10)")
     p.add_argument("--guidance", type=float, default=3.5, help="guidance (CFG; default 3.5)")
     p.add_argument("--judge", type=Path, help="judge.safetensors of an earlier report")
+    p.add_argument("--card", action="store_true", help="also enter the row in each model's card")
     p.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _run_evaluate(o: argparse.Namespace) -> None:
+    from koala.evaluation.cards import check_cards, enter
     from koala.evaluation.report import evaluate
 
     models = {}
@@ -234,7 +273,11 @@ def _run_evaluate(o: argparse.Namespace) -> None:
         if (name or model) in models:
             raise UserError(f"two models are called {name or model!r}: name one NAME=MODEL")
         models[name or model] = model
+    if o.card:
+        check_cards(models)
     report = evaluate(
         models, o.pictures, o.out, o.prompts, o.seeds, o.steps, o.guidance, judge=o.judge
     )
+    if o.card:
+        enter(report, models)
     print(json.dumps(report.as_dict(), indent=1) if o.json else report.table())

@@ -92,6 +92,11 @@ def _write_shard(rows: list[Row], path: Path, size: int) -> None:
     os.replace(partial, path)
 
 
+def settings_of(folder: Path) -> dict:
+    """What a prepared folder was made with: its source and the settings of that."""
+    return json.loads((folder / "set.json").read_text())
+
+
 def shards_of(folder: Path) -> list[Path]:
     """The picture shards of a prepared folder, in order."""
     return sorted(folder.glob("pictures-*.parquet"))

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from koala import card
 from koala.compression import DEPTH_RULES
 from koala.conditioning import TextConditioner
 from koala.distillation.taps import PAPER_TAPS, Features, Tap, paired_points, tap_points
@@ -196,7 +197,8 @@ class Denoising(nn.Module):
     def export(self, trainable: nn.Module, folder: str | Path) -> None:
         """Writes a pipeline folder: `base` with the weights and config of `trainable` as U-Net.
 
-        The folder appears under its name only when it is whole; an earlier one is replaced.
+        The folder appears under its name only when it is whole; an earlier one is replaced. The
+        base's model card stays behind: the run writes another (`koala.card`).
         """
         assert isinstance(trainable, UNet2DConditionModel)
         folder = Path(folder)
@@ -206,7 +208,7 @@ class Denoising(nn.Module):
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
         part.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(self.base, part, ignore=shutil.ignore_patterns("unet"))
+        shutil.copytree(self.base, part, ignore=shutil.ignore_patterns("unet", card.FILE))
         trainable.save_pretrained(part / "unet", safe_serialization=True)
         config_file = part / "unet" / "config.json"
         config = json.loads(config_file.read_text())
@@ -269,6 +271,11 @@ class DistillationSettings:
                     f"{name} is given but feature_weight is 0, so it has no effect: "
                     "leave it out, or give feature_weight a value above 0"
                 )
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether any term compares with the teacher."""
+        return self.output_weight > 0 or self.feature_weight > 0
 
 
 def teacher_dtype(device: torch.device) -> torch.dtype:
@@ -333,7 +340,7 @@ class Distillation(Denoising):
         terms: dict[str, tuple[float, Tensor]] = {}
         if settings.task_weight > 0:
             terms["task"] = settings.task_weight, F.mse_loss(prediction, noised.noise)
-        if settings.output_weight > 0 or settings.feature_weight > 0:
+        if settings.learns_from_teacher:
             target, teacher_features = self._teach(noised)
             if settings.output_weight > 0:
                 terms["out"] = settings.output_weight, F.mse_loss(prediction, target)

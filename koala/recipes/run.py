@@ -14,11 +14,11 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import nn
 
-from koala import architectures, recipes
+from koala import architectures, card, recipes
 from koala.compression import compress
 from koala.conditioning import TextConditioner
 from koala.data.latents import LatentSet, to_pixels
-from koala.data.pictures import NOTICE, PictureSet
+from koala.data.pictures import NOTICE, PictureSet, settings_of
 from koala.device import pick_device
 from koala.distillation.loop import Training, train
 from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, NoiseSchedule
@@ -70,6 +70,7 @@ class Mixture:
 class Base:
     """VAE and text side from nothing, with a U-Net as initialised: what a teacher starts from."""
 
+    kinds: dict[str, int]  # copies of each kind of picture in an epoch of the VAE's
     vae: Training
     decoder: Training  # goes on from `vae` with the encoder at rest
     text: Training
@@ -112,8 +113,12 @@ def distill(
     device: the GPU where there is one, else the CPU. Run again, it goes on where it was.
     UserError where something is unknown, missing or of no use; Failure where the training fails.
     """
+    name = recipe if isinstance(recipe, str) else "of one's own"
     recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    return _run(recipe, Path(data), Path(out), teacher, str(pick_device(device)))
+    data, out = Path(data), Path(out)
+    model = _run(recipe, data, out, teacher, str(pick_device(device)))
+    _card(name, recipe, data, out, teacher).write(model)
+    return model
 
 
 def _run(recipe: Recipe, data: Path, out: Path, teacher: str | None, device: str) -> Path:
@@ -137,6 +142,26 @@ def _run(recipe: Recipe, data: Path, out: Path, teacher: str | None, device: str
     trained = train(task, latents, recipe.training, out, {"recipe": asdict(recipe)})
     task.export(trained, model)
     return model
+
+
+def _card(name: str, recipe: Recipe, data: Path, out: Path, teacher: str | None) -> card.Card:
+    """The finished model's card: that of what it started from, and this training."""
+    start = card.Card("")
+    if isinstance(recipe, Base):
+        trained = {"VAE": recipe.vae, "decoder": recipe.decoder, "text encoders": recipe.text}
+    else:
+        assert teacher is not None
+        trained = {"U-Net": recipe.training}
+        start = card.read(out / "start" if isinstance(recipe, Student) else resolve_model(teacher))
+    facts = card.Trained(
+        recipe=name,
+        settings=asdict(recipe),
+        samples={what: training.samples for what, training in trained.items()},
+        data={"pictures": len(PictureSet(data).select("train")), **settings_of(data)},
+        teacher=teacher and card.name_of(teacher),
+        distilled=isinstance(recipe, Student) and recipe.settings.learns_from_teacher,
+    )
+    return card.trained_of(start, card.name_of(out / "model"), facts)
 
 
 def describe(recipe: Recipe) -> str:
@@ -197,9 +222,10 @@ def _run_base(recipe: Base, data: Path, out: Path, device: str) -> Path:
     vae = new_vae(pictures.image(0).width).to(device, memory_format=torch.channels_last)
     shown = [pictures.image(i) for i in pictures.select("test-pair")[:16]]
     coding = Autoencoding(vae, to_pixels(shown))
-    painted = PictureData(pictures, seen, recipe.vae.seed)
+    epoch = [i for kind, n in recipe.kinds.items() for i in pictures.select("train", kind) * n]
+    painted = PictureData(pictures, epoch, recipe.vae.seed)
     train(coding, painted, recipe.vae, out / "vae", {"recipe": asdict(recipe)})
-    measure_latents(vae, painted.every(len(seen) // 1000 + 1).to(device))
+    measure_latents(vae, painted.every(len(epoch) // 1000 + 1).to(device))
     coding = coding.sharpening()
     train(coding, painted, recipe.decoder, out / "decoder", {"recipe": asdict(recipe)})
 

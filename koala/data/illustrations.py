@@ -65,12 +65,14 @@ SMALL = Illustrations(
         "time", "hotel", "transport-sign", "award-medal", "place-map", "place-other", "game",
         "arts-crafts", "sound", "music", "phone", "computer", "light-video", "book-paper", "money",
         "mail", "writing", "office", "lock", "science", "medical", "household", "other-object",
-        "event", "dishware", "food-asian", "place-religious", "drink", "food-prepared",
+        "event", "dishware", "food-asian", "place-religious", "drink", "food-prepared", "sport",
+        "sky-weather", "clothing", "place-building", "place-geographic", "tool",
     ),
     colour_icons=(),
-    icons=3_000,
-    scenes=5_000,
+    icons=1_500,
+    scenes=3_000,
     size=64,
+    test_pairs=0.8,
 )  # fmt: skip
 
 

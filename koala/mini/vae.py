@@ -33,7 +33,7 @@ def new_vae(side: int) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96),
+        block_out_channels=(16, 32, 96, 192),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
@@ -89,7 +89,7 @@ class Autoencoding(nn.Module):
     """
 
     def __init__(
-        self, vae: AutoencoderKL, shown: Tensor, perceptual: float = 0.1, kl: float = 1e-3,
+        self, vae: AutoencoderKL, shown: Tensor, perceptual: float = 0.25, kl: float = 1e-3,
         colour: float = 0.1,
     ):  # fmt: skip
         super().__init__()
@@ -120,7 +120,7 @@ class Autoencoding(nn.Module):
         """The same task for the decoder alone."""
         for part in (self.trainable.encoder, self.trainable.quant_conv):
             part.requires_grad_(False)
-        return Autoencoding(self.trainable, self.shown, 5 * self.perceptual, self.kl, self.colour)
+        return Autoencoding(self.trainable, self.shown, 2 * self.perceptual, self.kl, self.colour)
 
     @staticmethod
     def _cropped(x: Tensor, generator: torch.Generator) -> Tensor:

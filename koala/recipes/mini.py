@@ -19,13 +19,14 @@ MIXTURE = Mixture(
 def mini_base() -> Base:
     """The VAE and the text side."""
     return Base(
+        kinds={"emoji": 6, "icon": 1, "scene": 1},
         vae=Training(
-            samples=24_000, batch=8, lr=2e-3, warmup=1_600, decay=True,
-            ema_half_life=1_000, log_every=320, preview_every=4_000,
+            samples=112_000, batch=8, lr=1.5e-3, warmup=1_600, decay=True,
+            ema_half_life=1_000, log_every=800, preview_every=16_000,
         ),
         decoder=Training(
-            samples=40_000, batch=8, lr=1.5e-3, warmup=800, decay=True,
-            ema_half_life=1_000, log_every=320, preview_every=8_000,
+            samples=160_000, batch=8, lr=1e-3, warmup=800, decay=True,
+            ema_half_life=1_000, log_every=800, preview_every=16_000,
         ),
         text=Training(
             samples=64_000, batch=128, lr=1e-3, warmup=2_560, decay=True, weight_decay=0.0,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from koala import recipes
+from koala import card, recipes
 from koala.data.latents import prepare_latents
 from koala.data.pictures import prepare_pictures
 from koala.distillation.loop import Training
@@ -80,6 +80,10 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     assert any(not torch.equal(before[k], after[k]) for k in before)
     image = load(small)("a fox", steps=2, seed=1).images[0]
     assert image.size == (64, 64)
+    told = card.read(small)
+    assert (told.title, told.cut.teacher, told.trained.teacher) == ("student", "teacher", "teacher")
+    assert told.trained.samples == {"U-Net": 8} and told.trained.distilled
+    assert not card.read(master).trained.distilled
 
     again = distill(student, data, tmp_path / "student", str(master), "cpu")  # finished: no step
     assert all(

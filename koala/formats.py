@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from koala import architectures
 from koala.errors import UserError
@@ -38,6 +38,7 @@ CONFIGS = {  # the file without which a component is not there
     "tokenizer_2": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "model_index.json",
@@ -182,19 +183,23 @@ def check_unet(
     arch: architectures.UNetArchitecture, stored: dict[str, Stored], folder: Path
 ) -> None:
     """Raises `UserError` unless `stored` has exactly the tensors of `arch`, in its shapes."""
-    shapes = architectures.tensor_shapes(arch)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    if faults := tensor_faults(architectures.tensor_shapes(arch), shapes):
+        raise UserError(f"{folder}/unet: the weights do not fit config.json: it {faults}")
+
+
+def tensor_faults(expected: Shapes, found: Shapes) -> str:
+    """What keeps `found` from having exactly the tensors `expected`; "" if nothing does."""
     wrong = {
-        "lacks": [name for name in shapes if name not in stored],
-        "has foreign": [name for name in stored if name not in shapes],
+        "lacks": [name for name in expected if name not in found],
+        "has foreign": [name for name in found if name not in expected],
         "has misshapen": [
-            f"{name} {list(stored[name].shape)} for {list(shape)}"
-            for name, shape in shapes.items()
-            if name in stored and stored[name].shape != shape
+            f"{name} {list(found[name])} for {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
         ],
     }
-    faults = "; ".join(f"{what} {some(names)}" for what, names in wrong.items() if names)
-    if faults:
-        raise UserError(f"{folder}/unet: the weights do not fit config.json: it {faults}")
+    return "; ".join(f"{what} {some(names)}" for what, names in wrong.items() if names)
 
 
 def _check_widths(folder: Path, arch: architectures.UNetArchitecture) -> None:

@@ -101,6 +101,10 @@ class TextConditioner:
             torch.zeros(n, self.pooled_width, dtype=self.dtype, device=self.device),
         )
 
+    def forget(self) -> None:
+        """Empties the memo: to be called whenever the encoders have changed, as by a LoRA."""
+        self._memo.clear()
+
     def dropped_words(self, prompt: str) -> str | None:
         """The end of `prompt` that the encoders do not read, from its first unread word on.
 

@@ -3,6 +3,7 @@
 import math
 import re
 import secrets
+from pathlib import Path
 
 from koala.errors import UserError
 
@@ -10,6 +11,7 @@ SMALLEST, LARGEST = 16, 4096  # pixels a side
 MOST_STEPS = 1000
 MOST_GUIDANCE = 100
 MOST_SEED = 2**63 - 1
+MOST_LORA_SCALE = 100
 
 
 def prompts(prompt: str | list[str]) -> list[str]:
@@ -83,6 +85,25 @@ def seed(asked: int | None, pictures: int) -> int:
             f"(picture i of {pictures} takes seed + i)"
         )
     return asked
+
+
+def lora_scale(asked: float) -> float:
+    """UserError unless a LoRA's scale is in its range; negative ones turn it round."""
+    numeric = isinstance(asked, (int, float)) and not isinstance(asked, bool)
+    if not numeric or not abs(asked) <= MOST_LORA_SCALE:
+        raise UserError(
+            f"LoRA scale is {asked!r}: allowed are numbers from -{MOST_LORA_SCALE} to "
+            f"{MOST_LORA_SCALE}, 1 is usual"
+        )
+    return float(asked)
+
+
+def lora(asked: str) -> tuple[str, float]:
+    """(file, scale) of "FILE" or "FILE:SCALE"; without a scale it is 1."""
+    file, _, scale = asked.rpartition(":")
+    if re.fullmatch(r"[-+]?\d*\.?\d+", scale, re.ASCII) and not Path(asked).exists():
+        return file, lora_scale(float(scale))
+    return asked, 1.0
 
 
 def _whole(value: object) -> bool:

@@ -1,11 +1,24 @@
 """Latents to pictures."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
 from koala.errors import UserError
+
+# A decoder, whatever runs it: latents [n, c, h, w] as the U-Net sees them -> pixels float32
+# [n, 3, 8h, 8w] in 0..1.
+Decode: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def decoder(vae: AutoencoderKL) -> Decode:
+    """The VAE's own decoder, all of a picture at once."""
+    return partial(decode, vae)
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ latent's height and width (pixels / 8).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,6 +22,34 @@ class Condition:
     text: Tensor  # [n, t, d]
     pooled: Tensor  # [n, p]
     time_ids: Tensor  # [n, 6]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Condition":
+        """The same on another device and in another precision; itself where that is so already."""
+        parts = (self.text, self.pooled, self.time_ids)
+        return Condition(*(part.to(device, dtype) for part in parts))
+
+
+# One evaluation of a U-Net, whatever runs it: (x, timesteps, condition) -> epsilon. x is float32
+# [n, c, h, w], scaled to the variance that the U-Net knows; timesteps float32 [n], each row its
+# own; epsilon float32 [n, c, h, w]. What it is given may lie on any device.
+Predict: TypeAlias = Callable[[Tensor, Tensor, Condition], Tensor]
+
+
+def predictor(unet: UNet2DConditionModel) -> Predict:
+    """The predictions of a U-Net as PyTorch runs it, on its device and in its precision."""
+
+    def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        own = condition.to(unet.device, unet.dtype)
+        (epsilon,) = unet(
+            x.to(unet.device, unet.dtype),
+            timesteps.to(unet.device),
+            encoder_hidden_states=own.text,
+            added_cond_kwargs={"text_embeds": own.pooled, "time_ids": own.time_ids},
+            return_dict=False,
+        )
+        return epsilon.float()
+
+    return predict
 
 
 def initial_noise(seeds: list[int], channels: int, height: int, width: int) -> Tensor:
@@ -51,20 +80,15 @@ def denoise(
     combined with weight `guidance` (arXiv 2207.12598, equation 6, w = guidance - 1).
     `on_step` is called after each step.
     """
-    condition = _batch(condition, unconditional, unet)
+    predict, condition = predictor(unet), _batch(condition, unconditional, unet)
     x = noise.to(unet.device) * schedule.sigmas[0]  # kept in float32 from step to step
     for timestep, sigma, sigma_next in zip(
         schedule.timesteps, schedule.sigmas[:-1], schedule.sigmas[1:], strict=True
     ):
-        scaled = (x / (sigma**2 + 1) ** 0.5).to(unet.dtype)  # the variance that the U-Net knows
+        scaled = x / (sigma**2 + 1) ** 0.5  # the variance that the U-Net knows
         if unconditional is not None:
             scaled = torch.cat([scaled, scaled])
-        epsilon = unet(
-            scaled,
-            timestep.to(unet.device),
-            encoder_hidden_states=condition.text,
-            added_cond_kwargs={"text_embeds": condition.pooled, "time_ids": condition.time_ids},
-        ).sample.float()
+        epsilon = predict(scaled, timestep.expand(len(scaled)), condition)
         if unconditional is not None:
             without, with_prompt = epsilon.chunk(2)
             epsilon = without + guidance * (with_prompt - without)

@@ -59,14 +59,16 @@ def read_settings(path: str | Path) -> Settings:
     except OSError as error:
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
     names = {field.name for field in fields(Settings)}
+    later = {"loras"}  # what pictures of earlier versions lack
     try:
         values = json.loads(text) if isinstance(text, str) else None
     except json.JSONDecodeError:
         values = None
-    if not isinstance(values, dict) or set(values) != names:
+    if not isinstance(values, dict) or not names - later <= set(values) <= names:
         raise UserError(
             f"{path} holds no settings of ours: give a PNG that koala wrote, unchanged since"
         )
+    values["loras"] = tuple((name, scale) for name, scale in values.get("loras", ()))
     return Settings(**values)
 
 
@@ -86,7 +88,8 @@ def parameters(settings: Settings) -> str:
         "Model": _quoted(settings.model),
         "Version": _quoted(f"koala {settings.version}"),
     }
-    lines = [settings.prompt]
+    loras = "".join(f" <lora:{name}:{scale:g}>" for name, scale in settings.loras)
+    lines = [settings.prompt + loras]
     if settings.negative_prompt:
         lines.append(f"Negative prompt: {settings.negative_prompt}")
     lines.append(", ".join(f"{key}: {value}" for key, value in values.items()))

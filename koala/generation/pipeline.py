@@ -3,7 +3,7 @@
 `load("koala-mini")("a red fox, noto style", number=4, seed=7)` draws four.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from PIL import Image
 import koala
 from koala.conditioning import TextConditioner, time_ids
 from koala.device import pick_device
+from koala.errors import UserError
 from koala.formats import (
     load_scheduler_config,
     load_unet,
@@ -26,6 +27,9 @@ from koala.generation import checks
 from koala.generation.decode import decode, to_pictures
 from koala.generation.denoise import Condition, denoise, initial_noise
 from koala.generation.schedule import Schedule, trailing
+from koala.lora.adapters import Attached, Merged, merge, modules_of
+from koala.lora.names import Base
+from koala.lora.reading import Report, read
 
 PIXELS_AT_ONCE = 512 * 512  # bounds memory: more pictures than this holds are drawn in turns
 
@@ -45,6 +49,7 @@ class Settings:
     version: str  # of koala
     sampler: str = "Euler"
     schedule: str = "trailing"
+    loras: tuple[tuple[str, float], ...] = ()  # name and scale, in the order they were put on
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Pipeline:
     conditioner: TextConditioner
     scheduler_config: dict[str, Any]
     zeros_for_empty: bool = True  # no negative prompt means zeros, not the embedding of ""
+    loras: dict[str, Attached | Merged] = field(default_factory=dict, init=False)  # by name
 
     @property
     def factor(self) -> int:
@@ -98,6 +104,7 @@ class Pipeline:
         width, height = checks.size(size, self.unet.config.sample_size * self.factor, self.factor)
         first_seed = checks.seed(seed, len(prompts) * number)
         schedule = trailing(self.scheduler_config, steps)
+        scales = tuple((name, lora.scale) for name, lora in self.loras.items())
         settings = [
             Settings(
                 prompt=prompts[i // number],
@@ -109,6 +116,7 @@ class Pipeline:
                 height=height,
                 model=self.name,
                 version=koala.__version__,
+                loras=scales,
             )
             for i in range(len(prompts) * number)
         ]
@@ -117,6 +125,46 @@ class Pipeline:
         report = _Progress(on_step, steps * len(chunks))
         images = [image for chunk in chunks for image in self._draw(chunk, schedule, report.step)]
         return Result(images, settings, self._dropped([*prompts, negative_prompt]))
+
+    def add_lora(self, file: str | Path, scale: float = 1.0, merged: bool = False) -> Report:
+        """Puts a LoRA on the U-Net and the text encoders, called by its file's name.
+
+        One made for the model's teacher is carried over; the report says what had no place. It
+        stays beside the weights, or with `merged` is added to them once and for all, which costs
+        nothing a step. UserError for a file that is no LoRA for this model.
+        """
+        path = Path(file).expanduser()
+        if path.stem in self.loras:
+            raise UserError(f"a LoRA called {path.stem!r} is on the model already; rename one")
+        scale = checks.lora_scale(scale)
+        encoders = self.conditioner.encoders
+        configs = (model.config.to_dict() for model in encoders)
+        lora = read(path, Base.from_configs(self.unet.config, *configs))
+        modules = modules_of(self.unet, *encoders)
+        put_on = merge if merged else Attached
+        self.loras[path.stem] = put_on(modules, lora, scale)
+        self.conditioner.forget()
+        return lora.report
+
+    def scale_lora(self, name: str, scale: float) -> None:
+        """Sets the scale of a LoRA that is not merged."""
+        self._attached(name).scale = checks.lora_scale(scale)
+        self.conditioner.forget()
+
+    def remove_lora(self, name: str) -> None:
+        """Takes off a LoRA that is not merged; the weights are as they were."""
+        self._attached(name).remove()
+        del self.loras[name]
+        self.conditioner.forget()
+
+    def _attached(self, name: str) -> Attached:
+        found = self.loras.get(name)
+        if not isinstance(found, Attached):
+            state = "merged into the weights for good" if found else "not on the model"
+            raise UserError(
+                f"LoRA {name!r} is {state}; on it are: {', '.join(self.loras) or 'none'}"
+            )
+        return found
 
     def _draw(
         self, chunk: list[Settings], schedule: Schedule, on_step: Callable[[], None]
@@ -164,11 +212,13 @@ def load(
     model: str | Path = "koala-mini",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    lora: Mapping[str | Path, float] | None = None,
 ) -> Pipeline:
     """Loads a model: a bundled name, a pipeline folder, or a Hub id.
 
     By default on the GPU in float16 where there is one, otherwise on the CPU in float32.
     The VAE is float32 on the CPU and wherever its config asks for it (`force_upcast`).
+    `lora`: files of LoRAs and their scales; `Pipeline.add_lora` says what each becomes.
     UserError for a model that cannot be had or read, or a device that is not there.
     """
     folder = resolve_model(model)
@@ -180,7 +230,7 @@ def load(
         vae = vae.to(dtype)
     unet = load_unet(folder, dtype).to(place, memory_format=torch.channels_last)
     index = read_json(folder / "model_index.json")
-    return Pipeline(
+    pipeline = Pipeline(
         name=Path(model).resolve().name if Path(model).exists() else str(model),
         unet=unet.eval(),
         vae=vae.to(place).eval(),
@@ -188,6 +238,9 @@ def load(
         scheduler_config=load_scheduler_config(folder),
         zeros_for_empty=index.get("force_zeros_for_empty_prompt", True),
     )
+    for file, scale in (lora or {}).items():
+        pipeline.add_lora(file, scale)
+    return pipeline
 
 
 class _Progress:

@@ -1,0 +1,207 @@
+"""Whether a LoRA that a teacher learnt does its work on the student: a style, carried and measured.
+
+A LoRA for one art set that the mini family was not trained on is trained with PEFT on the teacher
+and put on the student by weight inheritance. Both draw the same prompts, things that the LoRA has
+not seen, from the same noise with and without it. The shift is how far the pictures' mean feature
+(EfficientNet-Lite0) goes towards that of the real drawings of those things; the student's should
+be at least half of its teacher's.
+
+`python -m benchmarks.lora_carry --teacher runs/sdxl-mini/model --student runs/koala-mini/model
+--out runs/lora` writes `lora_carry.json`, `lora_carry.png` and the LoRA. Needs the extra `lora`.
+"""
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from torch import Tensor, nn
+
+from koala.conditioning import TextConditioner
+from koala.data.art import ART_SETS
+from koala.data.illustrations import SMALL
+from koala.data.latents import LatentSet, prepare_latents
+from koala.data.pictures import PictureSet, prepare_pictures
+from koala.distillation.tasks import Denoising, NoiseSchedule
+from koala.errors import UserError
+from koala.evaluation.features import EffLite0, at_size, extract
+from koala.evaluation.report import hardware
+from koala.formats import load_scheduler_config, load_unet, resolve_model
+from koala.generation import Pipeline, load
+from koala.progress import progress
+from koala.sheet import contact_sheet
+
+LORA = "pytorch_lora_weights.safetensors"  # diffusers' name of the file
+TARGETS = (  # every linear layer of the transformers, and the convolutions of the resnets
+    "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
+    "conv1", "conv2",
+)  # fmt: skip
+HELD_OUT = 0.2  # share of the things that the LoRA does not see
+SHOWN = 8  # things on the sheet
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the LoRA is trained."""
+
+    style: str = "openmoji"  # art set
+    samples: int = 20_000
+    batch: int = 32
+    rank: int = 16
+    learning_rate: float = 5e-4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far a LoRA moves a model's pictures towards the target style, in feature space."""
+
+    distance: float  # of the model's mean without the LoRA from the target's mean
+    shift: float  # towards the target, mean over the pictures
+    error: float  # standard error of that mean
+    sideways: float  # length of the mean shift's part that leads elsewhere
+
+
+def prepare(training: Training, teacher: Path, out: Path) -> Path:
+    """The style's pictures with the teacher's latents; returns their folder."""
+    if training.style not in ART_SETS or ART_SETS[training.style].kind != "emoji":
+        raise UserError(f"style {training.style!r}: give an art set of emoji")
+    if training.style in SMALL.styles:
+        raise UserError(f"style {training.style!r} is one that the mini family was trained on")
+    settings = replace(
+        SMALL, styles=(training.style,), icons=0, scenes=0, test_concepts=HELD_OUT, test_pairs=0
+    )
+    prepare_pictures(settings, out, workers=1)
+    prepare_latents(out, teacher)
+    return out
+
+
+def train(training: Training, teacher: Path, data: Path, out: Path) -> list[float]:
+    """Trains the LoRA with PEFT, writes it as diffusers does to `out`; returns the losses."""
+    torch.manual_seed(training.seed)  # of the matrices' first values
+    unet = load_unet(teacher)
+    unet.requires_grad_(False).train()
+    config = LoraConfig(r=training.rank, lora_alpha=training.rank, target_modules=[*TARGETS])
+    unet.add_adapter(config)
+    task = Denoising(
+        unet,
+        TextConditioner.from_folder(teacher),
+        NoiseSchedule(load_scheduler_config(teacher)),
+        teacher,
+    )
+    samples = LatentSet(data, teacher, {"emoji": 1}, {"short": 1, "long": 1}, training.seed)
+    learnt = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=training.learning_rate)
+    generator = torch.Generator().manual_seed(training.seed)
+    losses = []
+    with progress("training", training.samples, "samples") as advance:
+        for first in range(0, training.samples, training.batch):
+            loss = task.losses(samples.batch(first, training.batch), generator)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            advance(training.batch, f"loss {losses[-1]:.4f}")
+    StableDiffusionXLPipeline.save_lora_weights(
+        out,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        **_collate_lora_metadata({"unet": unet}),
+    )
+    return losses
+
+
+def draw(pipeline: Pipeline, prompts: list[str], seeds: int, seed: int) -> list[Image.Image]:
+    """`seeds` pictures of each prompt."""
+    with progress("drawing", len(prompts) * seeds, "pictures") as advance:
+        images = []
+        for i, prompt in enumerate(prompts):
+            images += pipeline(prompt, number=seeds, seed=seed + i * seeds).images
+            advance(seeds)
+    return images
+
+
+def measure(without: Tensor, with_lora: Tensor, target: Tensor) -> Shift:
+    """All float [n, d]: features of a model's pictures from the same noise, and real drawings'."""
+    way = target.mean(0) - without.mean(0)
+    moved = with_lora - without
+    along = moved @ (way / way.norm())
+    mean = moved.mean(0)
+    return Shift(
+        distance=way.norm().item(),
+        shift=along.mean().item(),
+        error=(along.std() / len(along) ** 0.5).item(),
+        sideways=(mean - along.mean() * way / way.norm()).norm().item(),
+    )
+
+
+def compare(
+    models: dict[str, str], lora: Path, data: Path, extractor: nn.Module, things: int, seeds: int
+) -> tuple[dict, Image.Image]:
+    """What the LoRA does to every model (figures by name), and a sheet of it."""
+    real = PictureSet(data)
+    held_out = real.select("test-concept")[:things]
+    prompts = [real.rows[i]["short"] for i in held_out]
+    figures, rows, captions = {}, [], []
+    for name, model in models.items():
+        pipeline = load(model)
+        before = draw(pipeline, prompts, seeds, seed=0)
+        report = pipeline.add_lora(lora)
+        after = draw(pipeline, prompts, seeds, seed=0)
+        drawings = [at_size(real.image(i), before[0].size) for i in held_out]
+        features = [extract(extractor, images) for images in (before, after, drawings)]
+        figures[name] = asdict(measure(*features)) | {"lora": asdict(report)}
+        for what, images in (("without", before), ("with", after)):
+            rows += images[::seeds][:SHOWN]
+            captions += [f"{name} {what}: {prompt}" for prompt in prompts[:SHOWN]]
+    rows += drawings[:SHOWN]
+    captions += [f"drawn: {prompt}" for prompt in prompts[:SHOWN]]
+    return figures, contact_sheet(rows, captions, columns=min(SHOWN, len(prompts)), scale=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--teacher", required=True, help="name or folder of the teacher")
+    parser.add_argument("--student", required=True, help="name or folder of its student")
+    parser.add_argument("--style", default=Training.style, help="art set (default openmoji)")
+    parser.add_argument("--samples", type=int, default=Training.samples, help="seen in training")
+    parser.add_argument("--things", type=int, default=96, help="held-out things drawn (at most)")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures of each thing")
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    o = parser.parse_args()
+    start = time.perf_counter()
+    training = Training(style=o.style, samples=o.samples)
+    teacher = resolve_model(o.teacher)
+    data = prepare(training, teacher, o.out / "data")
+    losses = train(training, teacher, data, o.out)
+    models = {"teacher": o.teacher, "student": o.student}
+    figures, sheet = compare(models, o.out / LORA, data, EffLite0(), o.things, o.seeds)
+    share = figures["student"]["shift"] / figures["teacher"]["shift"]
+    tail = max(1, len(losses) // 10)
+    record = {
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
+        "training": asdict(training),
+        "loss_first_tenth": sum(losses[:tail]) / tail,
+        "loss_last_tenth": sum(losses[-tail:]) / tail,
+        "student_shift_over_teacher_shift": share,
+        **figures,
+        "seconds": round(time.perf_counter() - start),
+    }
+    (o.out / "lora_carry.json").write_text(json.dumps(record, indent=1) + "\n")
+    sheet.save(o.out / "lora_carry.png", optimize=True)
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""SDXL's LoRAs on SDXL and on its students: read, carried over, applied, converted."""

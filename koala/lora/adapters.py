@@ -1,0 +1,121 @@
+"""A LoRA on a live model: beside its weights, with a scale that can change, or merged into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from koala.errors import UserError
+from koala.lora.names import PARTS, Target
+from koala.lora.reading import Adapter, Lora
+from koala.weights import load_tensor
+
+Modules = Mapping[Target, nn.Module]
+
+
+def modules_of(unet: nn.Module, text_encoder: nn.Module, text_encoder_2: nn.Module) -> Modules:
+    """Every module of a pipeline that a LoRA may change, by the name a LoRA's reader gives it."""
+    found: dict[Target, nn.Module] = {}
+    for part, model in zip(PARTS, (unet, text_encoder, text_encoder_2), strict=True):
+        for path, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                # As of version 5 of transformers the first encoder's have no "text_model.".
+                short = part != "unet" and path.startswith("encoder.")
+                found[Target(part, f"text_model.{path}" if short else path)] = module
+    return found
+
+
+class Attached:
+    """A LoRA that works beside the weights of a model until it is removed.
+
+    Each module adds scale * factor * up(mid(down(x))) to what it gives. `scale` may be set at any
+    time; the weights are not touched, so removing leaves no trace.
+    """
+
+    def __init__(self, modules: Modules, lora: Lora, scale: float = 1.0) -> None:
+        self.scale = scale
+        self._handles = [
+            modules[target].register_forward_hook(self._hook(modules[target], adapter, lora))
+            for target, adapter in lora.adapters.items()
+        ]
+
+    def _hook(self, module: nn.Module, adapter: Adapter, lora: Lora):
+        weight = module.weight
+        matrices = [t.to(weight.device, weight.dtype) for t in _load(adapter, module, lora)]
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + self.scale * adapter.factor * _through(matrices, module, inputs[0])
+
+        return add
+
+    def remove(self) -> None:
+        """Takes the LoRA off the model again."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A LoRA that has become part of the weights, for good."""
+
+    scale: float
+
+
+@torch.no_grad()
+def merge(modules: Modules, lora: Lora, scale: float = 1.0) -> Merged:
+    """Adds scale * factor * up @ down to the weights, in float32, and leaves their dtype.
+
+    Raises `UserError` if a sum is too large for the dtype; the model is then of no use.
+    """
+    for target, adapter in lora.adapters.items():
+        weight = modules[target].weight
+        matrices = [t.to(weight.device) for t in _load(adapter, modules[target], lora)]
+        change = scale * adapter.factor * product(matrices).reshape(weight.shape)
+        weight.copy_(weight.float() + change)
+        if not weight.isfinite().all():
+            raise UserError(
+                f"{lora.file} at scale {scale:g} makes weights of {target.path} infinite"
+            )
+    return Merged(scale)
+
+
+def product(matrices: list[Tensor]) -> Tensor:
+    """up @ down, or up @ mid @ down, as one weight [out, in, *kernel]."""
+    down, *mid, up = matrices
+    if mid:
+        return torch.einsum("or,rskl,si->oikl", up.flatten(1), *mid, down.flatten(1))
+    return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+def _through(matrices: list[Tensor], module: nn.Module, x: Tensor) -> Tensor:
+    """What the module would give of x with `product(matrices)` as its weight and no bias."""
+    down, *mid, up = matrices
+    if isinstance(module, nn.Linear):
+        return F.linear(F.linear(x, down), up)
+    if mid:
+        x = F.conv2d(x, down)
+    kernel = mid[0] if mid else down
+    x = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation)
+    return F.conv2d(x, up)
+
+
+def _load(adapter: Adapter, module: nn.Module, lora: Lora) -> list[Tensor]:
+    """float32 [down, up] or [down, mid, up] on the CPU, of as many axes as the module's weight.
+
+    Raises `UserError` for values that are not finite.
+    """
+    outer, inner, *kernel = module.weight.shape
+    ones = [1] * len(kernel)
+    down, up = load_tensor(adapter.down, "F32"), load_tensor(adapter.up, "F32")
+    matrices = [
+        down.reshape(adapter.rank, inner, *(ones if adapter.mid else kernel)),
+        *([load_tensor(adapter.mid, "F32")] if adapter.mid else []),
+        up.reshape(outer, adapter.rank, *ones),
+    ]
+    if not all(matrix.isfinite().all() for matrix in matrices):
+        raise UserError(f"{lora.file} holds values that are not finite; fetch it again")
+    return matrices

@@ -1,0 +1,190 @@
+"""What the tensors of a LoRA are called, in every spelling that SDXL's LoRAs come in.
+
+Kohya's names have underscores in the place of dots and so cannot be taken apart again. They need
+not be: a name is looked up in a table that is made from the model's own list of modules, once for
+every spelling. The same tables, read the other way, name the tensors of a converted file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from koala import architectures, ldm, unet_layout
+from koala.architectures import UNetArchitecture
+from koala.errors import UserError
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+ROLES = {  # how a tensor's name ends: what it is
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_mid.weight": "mid",  # the kernel of a Tucker-decomposed convolution (LyCORIS)
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".alpha": "alpha",
+}
+_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+class Target(NamedTuple):
+    """A module that a LoRA changes."""
+
+    part: str  # one of PARTS
+    path: str  # as diffusers names it; in a text encoder with "text_model." before "encoder."
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """As much of a CLIP text encoder as a LoRA's names and shapes depend on."""
+
+    layers: int
+    width: int
+    inner: int  # width between the two layers of its MLP
+    projection: int  # width of its projected output; 0: it has none
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Weight shape of every linear module, by path."""
+        square, shapes = (self.width, self.width), {}
+        for n in range(self.layers):
+            layer = f"text_model.encoder.layers.{n}"
+            for projection in _PROJECTIONS.values():
+                shapes[f"{layer}.self_attn.{projection}"] = square
+            shapes[f"{layer}.mlp.fc1"] = (self.inner, self.width)
+            shapes[f"{layer}.mlp.fc2"] = (self.width, self.inner)
+        if self.projection:
+            shapes["text_projection"] = (self.projection, self.width)
+        return shapes
+
+
+SDXL_TEXT = (  # CLIP ViT-L and OpenCLIP ViT-bigG (arXiv 2307.01952, table 1)
+    TextEncoder(layers=12, width=768, inner=3072, projection=0),
+    TextEncoder(layers=32, width=1280, inner=5120, projection=1280),
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The networks that a LoRA is made for or put on, as far as its names and shapes go."""
+
+    unet: UNetArchitecture
+    text_encoders: tuple[TextEncoder, TextEncoder]
+
+    @classmethod
+    def from_configs(
+        cls, unet: Mapping[str, Any], text: Mapping[str, Any], text_2: Mapping[str, Any]
+    ) -> Base:
+        """From the three `config.json`. Raises `UserError` for no U-Net of SDXL's kind."""
+        first, second = (
+            TextEncoder(c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], p)
+            for c, p in ((text, 0), (text_2, text_2["projection_dim"]))
+        )
+        return cls(architectures.from_unet_config(unet), (first, second))
+
+
+@lru_cache(maxsize=8)
+def shapes(base: Base) -> dict[Target, tuple[int, ...]]:
+    """Weight shape of every linear and convolutional module of the base."""
+    found = {
+        Target("unet", module.path): module.weight
+        for module in unet_layout.modules(base.unet)
+        if len(module.weight) > 1
+    }
+    for part, encoder in zip(PARTS[1:], base.text_encoders, strict=True):
+        found |= {Target(part, path): shape for path, shape in encoder.shapes().items()}
+    return found
+
+
+@lru_cache(maxsize=8)
+def spellings(base: Base) -> dict[str, dict[Target, str]]:
+    """Spelling -> target -> the tensor's name without its ending, a key of `ROLES`.
+
+    Spellings of the U-Net and of the text encoders are apart: files combine them.
+    """
+    original = ldm.unet_modules(base.unet)
+    unet = [target for target in shapes(base) if target.part == "unet"]
+    text = [target for target in shapes(base) if target.part != "unet"]
+    kohya = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    return {
+        "kohya, original names": {t: "lora_unet_" + _flat(original[t.path]) for t in unet},
+        "kohya, diffusers names": {t: "lora_unet_" + _flat(t.path) for t in unet},
+        "kohya, text": {t: kohya[t.part] + _flat(t.path) for t in text},
+        "diffusers": {t: f"unet.{t.path}" for t in unet},
+        "diffusers, processors": {
+            t: f"unet.{_processor(t.path)}" for t in unet if ".attn" in t.path
+        },
+        "diffusers, text": {t: f"{t.part}.{t.path}" for t in text},
+        # As of version 5 of transformers the first encoder's modules have no "text_model.".
+        "diffusers, short text": {
+            t: f"{t.part}.{short}"
+            for t in text
+            if (short := t.path.removeprefix("text_model.")) != t.path
+        },
+        "diffusers, old text": {
+            t: f"{t.part}.{old}" for t in text if (old := _old_text(t.path)) != t.path
+        },
+        "PEFT": {t: f"base_model.model.{t.path}" for t in unet},
+    }
+
+
+def _flat(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def _processor(path: str) -> str:
+    """`...attn1.to_out.0` -> `...attn1.processor.to_out`, whose ending is `_lora.down.weight`."""
+    block, _, projection = path.removesuffix(".0").rpartition(".")
+    return f"{block}.processor.{projection}"
+
+
+def _old_text(path: str) -> str:
+    """`...self_attn.q_proj` -> `...self_attn.to_q`, whose ending is `_lora.down.weight`."""
+    for old, new in _PROJECTIONS.items():
+        if path.endswith(f".self_attn.{new}"):
+            return path.removesuffix(new) + old
+    return path
+
+
+@lru_cache(maxsize=8)
+def targets(base: Base) -> dict[str, tuple[str, Target]]:
+    """Name without its ending -> (spelling, target): the tables of `spellings`, inverted."""
+    return {
+        stem: (spelling, target)
+        for spelling, stems in spellings(base).items()
+        for target, stem in stems.items()
+    }
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """A tensor's name as (stem, ending), ending a key of `ROLES`; None if it has none of them."""
+    for ending in ROLES:
+        if key.endswith(ending):
+            return key.removesuffix(ending), ending
+    return None
+
+
+def base_named(name: str) -> Base:
+    """What a LoRA for `name` is for: an architecture of SDXL's widths, or a model.
+
+    A model is a bundled name, a folder or a Hub id. Raises `UserError` if it is none of them.
+    """
+    from koala import formats
+
+    row = architectures.ARCHITECTURES.get(name)
+    if row and row.context == sum(encoder.width for encoder in SDXL_TEXT):
+        return Base(row, SDXL_TEXT)
+    if row and name not in formats.bundled_names():
+        raise UserError(
+            f"{name} is known as an architecture only, and its text encoders vary; "
+            "name the folder of a model"
+        )
+    folder = formats.resolve_model(name)
+    unet, text, text_2 = (formats.read_json(folder / part / "config.json") for part in PARTS)
+    return Base.from_configs(unet, text, text_2)

@@ -1,0 +1,115 @@
+"""PEFT's settings of a LoRA: where they lie, what they say of alpha, and how they are rewritten.
+
+PEFT keeps alpha out of the weights: diffusers puts its settings into the file's metadata, PEFT
+itself into an `adapter_config.json` beside `adapter_model.safetensors`. Without either alpha is
+the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from koala.errors import UserError
+from koala.formats import read_json, some
+from koala.lora.names import PARTS, Target
+from koala.weights import read_metadata
+
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' name
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
+
+
+@dataclass(frozen=True)
+class Settings:
+    """PEFT's configuration of each part of the pipeline that has one."""
+
+    parts: dict[str, dict[str, Any]]
+    prefixed: bool = True  # in the metadata every name begins with its part: "unet.r"
+    beside: bool = False  # in a file of their own
+
+    def factor(self, target: Target, rank: int) -> float:
+        """What up @ down is multiplied with: alpha / rank (its root if rank-stabilised)."""
+        config = self.parts.get(target.part, {})
+        patterns = config.get("alpha_pattern") or {}
+        found = (alpha for name, alpha in patterns.items() if _names(name, target))
+        alpha = next(found, config.get("lora_alpha", rank))
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def check(self, file: Path, targets: Collection[Target]) -> None:
+        """Raises `UserError` for settings that cannot be followed to the letter."""
+        for part, config in self.parts.items():
+            if (kind := config.get("peft_type", "LORA")) != "LORA":
+                raise UserError(f"{file} is a PEFT adapter of type {kind}; must be LORA")
+            if config.get("use_dora"):
+                raise UserError(f"{file} is a DoRA (use_dora); only LoRA and LoCon can be read")
+            patterns = config.get("alpha_pattern") or {}
+            if not isinstance(patterns, dict):
+                raise UserError(f"{file}: PEFT's alpha_pattern must be an object")
+            for value in (config.get("lora_alpha", 1), *patterns.values()):
+                if not isinstance(value, (int, float)) or isinstance(value, bool):
+                    raise UserError(f"{file}: PEFT's lora_alpha is {value!r}; must be a number")
+            own = [target for target in targets if target.part == part]
+            if strange := [p for p in patterns if not any(_names(p, target) for target in own)]:
+                raise UserError(f"{file}: PEFT's alpha_pattern names no module: {some(strange)}")
+
+    def moved(self, adapters: Mapping[str, tuple[int, float]]) -> Settings:
+        """The same settings for the U-Net modules `adapters`: path -> (rank, factor).
+
+        What chose modules by rules is put as the list of these modules, which says the same.
+        """
+        if "unet" not in self.parts:
+            return self
+        config = self.parts["unet"]
+        alphas = {
+            path: factor * (math.sqrt(rank) if config.get("use_rslora") else rank)
+            for path, (rank, factor) in adapters.items()
+        }
+        ranks = {path: rank for path, (rank, _) in adapters.items()}
+        unet = {
+            **config,
+            "target_modules": sorted(adapters),
+            "rank_pattern": {p: rank for p, rank in ranks.items() if rank != config.get("r")},
+            "alpha_pattern": {p: a for p, a in alphas.items() if a != config.get("lora_alpha")},
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
+        return Settings({**self.parts, "unet": unet}, self.prefixed, self.beside)
+
+    def text(self) -> str:
+        """The settings as the JSON text that is written where they were read."""
+        if self.beside or not self.prefixed:
+            return json.dumps(self.parts["unet"], indent=2, sort_keys=True)
+        flat = {f"{part}.{k}": v for part, config in self.parts.items() for k, v in config.items()}
+        return json.dumps(flat, indent=2, sort_keys=True)
+
+
+def read_settings(file: Path) -> Settings:
+    """PEFT's settings of a LoRA's file, without any if it has none. Raises `UserError`."""
+    text = read_metadata(file).get(METADATA_KEY)
+    if text is None:
+        beside = file.with_name(CONFIG)
+        if file.name == WEIGHTS and beside.is_file():
+            return Settings({"unet": read_json(beside)}, beside=True)
+        return Settings({})
+    try:
+        flat = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: its {METADATA_KEY} is no JSON ({error})") from None
+    if not isinstance(flat, dict):
+        raise UserError(f"{file}: its {METADATA_KEY} must be a JSON object")
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        part, _, setting = name.partition(".")
+        if part in PARTS and setting:
+            parts.setdefault(part, {})[setting] = value
+    return Settings(parts) if parts else Settings({"unet": flat}, prefixed=False)
+
+
+def _names(name: str, target: Target) -> bool:
+    """Whether a name in PEFT's settings, whole or only its end, means the module."""
+    return target.path == name or target.path.endswith(f".{name}")

@@ -25,7 +25,7 @@ from koala.sheet import contact_sheet
 
 SHOWN = 16  # pictures of a preview
 HUE = 3.0  # weight of hue beside lightness: illustrations vary so much less in it
-CROPPED = 0.9  # share of steps on crops of half the side: a step on them costs a quarter
+CROPPED = 0.9  # share of `vae`'s steps on crops of half the side: they cost a quarter
 
 
 def new_vae(side: int) -> AutoencoderKL:
@@ -84,17 +84,21 @@ class Autoencoding(nn.Module):
     and decoder take thousands of steps to agree on a code for hue at all (`docs/log.md`); and
     latents that look like a small picture are easy to denoise.
 
+    Most steps are on crops: steps count, and small ones do.
+
     `sharpening` is the second half of the training: the encoder rests, so that latents keep their
-    meaning (a U-Net can be trained on them meanwhile), and the perceptual error weighs more.
+    meaning (a U-Net can be trained on them meanwhile), the perceptual error weighs more, and
+    pictures are whole, since what a latent means is seen from all of them.
     """
 
     def __init__(
         self, vae: AutoencoderKL, shown: Tensor, perceptual: float = 0.25, kl: float = 1e-3,
-        colour: float = 0.1,
+        colour: float = 0.1, cropped: float = CROPPED,
     ):  # fmt: skip
         super().__init__()
         self.trainable = vae
         self.perceptual, self.kl, self.colour = perceptual, kl, colour
+        self.cropped = cropped  # share of steps on crops
         self._frozen = {"net": MobileNetV2.pretrained()}
         self.shown = shown  # fp32 [SHOWN, 3, h, w]
 
@@ -120,14 +124,15 @@ class Autoencoding(nn.Module):
         """The same task for the decoder alone."""
         for part in (self.trainable.encoder, self.trainable.quant_conv):
             part.requires_grad_(False)
-        return Autoencoding(self.trainable, self.shown, 2 * self.perceptual, self.kl, self.colour)
+        return Autoencoding(
+            self.trainable, self.shown, 2 * self.perceptual, self.kl, self.colour, cropped=0.0
+        )
 
-    @staticmethod
-    def _cropped(x: Tensor, generator: torch.Generator) -> Tensor:
-        """All pictures, or the same half-sided window of all: steps count, and small ones do."""
+    def _cropped(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """All pictures, or the same half-sided window of all."""
         half = x.shape[-1] // 2
         draws = torch.rand(3, generator=generator)
-        if draws[0] >= CROPPED:
+        if draws[0] >= self.cropped:
             return x
         top, left = (int(d * (half + 1)) for d in draws[1:])
         return x[..., top : top + half, left : left + half]

@@ -10,6 +10,7 @@ with what went in, tensor by tensor, through safetensors' own reader.
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -42,19 +43,24 @@ Digests = dict[str, tuple[str, tuple[int, ...], str]]  # name -> dtype, shape, h
 
 @dataclass(frozen=True)
 class Measured:
-    """One command: its output's size, its peak memory, and its times beside those of `cp`."""
+    """One command: its output's size, its peak memory, and its times beside those of `cp`.
+
+    seconds, copy_seconds: (to the end of the sync, of a processor), a pair for every repetition.
+    """
 
     command: str
     bytes: int
     peak_mib: float
-    seconds: list[float]
-    copy_seconds: list[float]
+    seconds: list[tuple[float, float]]
+    copy_seconds: list[tuple[float, float]]
 
-    @property
-    def ratio(self) -> float:
-        """Times a copy: median over the repetitions."""
-        pairs = zip(self.seconds, self.copy_seconds, strict=True)
-        return statistics.median(own / copy for own, copy in pairs)
+    def ratio(self, which: int = 0) -> float:
+        """Times a copy: the quotient of the medians over the repetitions."""
+        own, copy = (
+            statistics.median(pair[which] for pair in times)
+            for times in (self.seconds, self.copy_seconds)
+        )
+        return round(own / copy, 2)
 
 
 def measure(arguments: list[str], out: Path, repeats: int = 1) -> Measured:
@@ -64,23 +70,26 @@ def measure(arguments: list[str], out: Path, repeats: int = 1) -> Measured:
     copy = out.with_name("copy")
     for _ in range(repeats):
         remove(out)
-        os.sync()
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", _PEAK, *command], stdout=subprocess.PIPE, text=True, check=True
-        )
-        os.sync()
-        seconds.append(round(time.perf_counter() - start, 2))
-        peaks.append(int(done.stdout.split()[-1]) / 1024)
-        start = time.perf_counter()
-        subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
-        os.sync()
-        copies.append(round(time.perf_counter() - start, 2))
+        printed, times = timed([sys.executable, "-c", _PEAK, *command])
+        seconds.append(times)
+        peaks.append(int(printed.split()[-1]) / 1024)
+        copies.append(timed(["cp", "-r", str(out), str(copy)])[1])
         remove(copy)
     files = [p for p in out.rglob("*") if p.is_file()] if out.is_dir() else [out]
     shown = " ".join(["koala", *(Path(a).name if "/" in a else a for a in command)])
     size = sum(p.stat().st_size for p in files)
     return Measured(shown, size, round(max(peaks), 1), seconds, copies)
+
+
+def timed(command: list[str]) -> tuple[str, tuple[float, float]]:
+    """What a command prints, and its seconds: until its bytes are on the disk, of a processor."""
+    os.sync()
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    os.sync()
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout, (round(wall, 2), round(processor, 2))
 
 
 def remove(path: Path) -> None:
@@ -156,7 +165,10 @@ def measure_all(teacher: Path, scratch: Path, repeats: int) -> dict:
         "hardware": hardware(),
         "idle_with_torch_mib": round(int(idle.stdout) / 1024, 1),
         "teacher_bytes": sum(p.stat().st_size for p in teacher.rglob("*") if p.is_file()),
-        "measured": {name: asdict(m) | {"ratio": round(m.ratio, 2)} for name, m in rows.items()},
+        "measured": {
+            name: asdict(m) | {"ratio": m.ratio(), "processor_ratio": m.ratio(1)}
+            for name, m in rows.items()
+        },
         "equal_tensors": equal,
     }
 
@@ -170,20 +182,20 @@ def table(figures: dict) -> str:
         f"A random SDXL in fp16, {teacher:.2f} GB, by `{figures['command']}` on",
         f"{figures['hardware']}.",
         "",
-        "Seconds include bringing the bytes to the disk; the copy is `cp` of what the command",
-        "wrote, on the same disk, straight after it. Times a copy: the median over repetitions of",
-        "their quotient. An interpreter that has imported torch and does nothing takes",
-        f"{idle:,.0f} MiB; the bounds set beforehand are {MEMORY_BOUND:,} MiB above that, and",
-        f"{TIME_BOUND:g} times a copy.",
+        "Seconds include bringing the bytes to the disk, of the command and of `cp` of what it",
+        "wrote, on the same disk, right after it. Times a copy is the quotient of their medians,",
+        "also of the seconds of a processor, which the disk's other users do not change. Bounds",
+        f"set beforehand: {MEMORY_BOUND:,} MiB above the {idle:,.0f} MiB of an interpreter that has",
+        f"imported torch and does nothing; {TIME_BOUND:g} times a copy.",
         "",
-        "| | output | peak memory | seconds | seconds of a copy | times a copy |",
-        "|---|---|---|---|---|---|",
+        "| | output | peak memory | seconds | of a copy | times a copy | of a processor's |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, m in figures["measured"].items():
-        own, copy = (", ".join(f"{s:.1f}" for s in m[k]) for k in ("seconds", "copy_seconds"))
+        own, copy = (", ".join(f"{s:.1f}" for s, _ in m[k]) for k in ("seconds", "copy_seconds"))
         lines.append(
             f"| {name} | {m['bytes'] / 1e9:.2f} GB | {m['peak_mib']:,.0f} MiB | {own} | {copy} | "
-            f"{m['ratio']:.2f} |"
+            f"{m['ratio']:.2f} | {m['processor_ratio']:.2f} |"
         )
     lines += [
         "",

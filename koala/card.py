@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
 FILE = "README.md"
 RUN_FOLDERS = ("model", "start")  # of a run: its result and the student before distillation
-_HUB_LICENCES = {  # titles in `modelspec.license` -> the Hub's identifiers
+_HUB_LICENCES = {  # the Hub's identifiers, and titles that stand for one
+    **{name: name for name in (
+        "openrail++", "openrail", "creativeml-openrail-m", "apache-2.0", "mit", "cc0-1.0",
+        "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "agpl-3.0",
+    )},
     "creativeml open rail++-m license": "openrail++",
     "creativeml open rail++-m": "openrail++",
-    "openrail++": "openrail++",
-    "apache-2.0": "apache-2.0",
-    "mit": "mit",
-}
+    "creativeml open rail-m": "creativeml-openrail-m",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,89 @@
-"""Latents to pictures."""
+"""Latents to pictures: the whole VAE, the VAE in strips of rows, or a tiny autoencoder.
 
+Everything that decodes is a `Decode`, so that a pipeline neither knows nor cares which it has.
+"""
+
+import re
 from collections.abc import Callable
-from functools import partial
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
-from koala.errors import UserError
+from koala.architectures import FACTOR, LATENT_CHANNELS
+from koala.errors import Failure, UserError
+from koala.formats import read_json
+from koala.generation.strips import POSITIONS, decode_in_strips
+from koala.weights import load_tensor, read_header
 
-# A decoder, whatever runs it: latents [n, c, h, w] as the U-Net sees them -> pixels float32
-# [n, 3, 8h, 8w] in 0..1.
-Decode: TypeAlias = Callable[[Tensor], Tensor]
+# Latents [n, 4, h, w] as the U-Net sees them -> pictures float32 [n, 3, 8h, 8w] in 0..1.
+Decode = Callable[[Tensor], Tensor]
+
+TINY = "vae_tiny"  # where a model folder keeps its tiny autoencoder
+_TINY_FILE = "diffusion_pytorch_model.safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def decoder(vae: AutoencoderKL) -> Decode:
-    """The VAE's own decoder, all of a picture at once."""
-    return partial(decode, vae)
+def full(vae: AutoencoderKL) -> Decode:
+    """The VAE's decoder as it is, all pictures at once."""
+    return _finite(vae, lambda z: vae.decode(z).sample)
+
+
+def tiled(vae: AutoencoderKL, positions: int = POSITIONS) -> Decode:
+    """The VAE's decoder in strips of rows, one picture at a time.
+
+    Less than half the memory of `full`, and the same picture within 1e-4 in float32:
+    `koala.generation.strips` says how.
+    """
+    return _finite(
+        vae, lambda z: torch.cat([decode_in_strips(vae, one[None], positions) for one in z])
+    )
+
+
+def tiny(autoencoder: AutoencoderTiny) -> Decode:
+    """A tiny autoencoder, one picture at a time: near the VAE's pictures, at a tenth of the cost.
+
+    It takes latents as the U-Net sees them, whatever the VAE's scale.
+    """
+
+    def decode(latents: Tensor) -> Tensor:
+        z = (latents / autoencoder.config.scaling_factor).to(autoencoder.device, autoencoder.dtype)
+        pixels = torch.cat([autoencoder.decode(one[None]).sample.float() for one in z])
+        return _in_range(_checked(pixels, latents, autoencoder.dtype))
+
+    return decode
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pictures float32 [n, 3, 8h, 8w] in 0..1, from latents [n, c, h, w] as the U-Net sees them.
+    """`full(vae)(latents)`."""
+    return full(vae)(latents)
 
-    The latents are unscaled with the VAE config's `latents_mean`, `latents_std` and
-    `scaling_factor`, in the order of diffusers' SDXL pipeline.
+
+def _finite(vae: AutoencoderKL, run: Decode) -> Decode:
+    """`run` on unscaled latents. A VAE that overflows its dtype is made float32, and stays so.
+
+    SDXL's own VAE overflows in float16, and its pictures come out black.
+    """
+
+    def decode(latents: Tensor) -> Tensor:
+        z = unscaled(vae, latents)
+        pixels = run(z.to(vae.device, vae.dtype)).float()
+        if vae.dtype != torch.float32 and not pixels.isfinite().all():
+            vae.float()
+            pixels = run(z.to(vae.device, vae.dtype))
+        return _in_range(_checked(pixels, latents, vae.dtype))
+
+    return decode
+
+
+def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents as the VAE made them, float32, from latents as the U-Net sees them.
+
+    With the config's `latents_mean`, `latents_std` and `scaling_factor`, in the order of
+    diffusers' SDXL pipeline.
     """
     x = latents.float() / vae.config.scaling_factor
     if vae.config.latents_mean is not None and vae.config.latents_std is not None:
@@ -34,12 +92,22 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         x = x * std + mean
-    pixels = vae.decode(x.to(vae.device, vae.dtype)).sample.float()
-    if not pixels.isfinite().all():
-        raise UserError(
-            f"the picture came out as not-a-number in {str(vae.dtype).removeprefix('torch.')}; "
-            "load the model in float32, or use one with a VAE made for float16"
-        )
+    return x
+
+
+def _checked(pixels: Tensor, latents: Tensor, dtype: torch.dtype) -> Tensor:
+    if pixels.isfinite().all():
+        return pixels
+    named = str(dtype).removeprefix("torch.")
+    if latents.isfinite().all():
+        raise Failure(f"the decoder gave not-a-number in {named}: its weights are of no use")
+    raise Failure(
+        "the U-Net gave not-a-number: load the model in float32, or in bfloat16 where the device "
+        "has it"
+    )
+
+
+def _in_range(pixels: Tensor) -> Tensor:
     return (pixels / 2 + 0.5).clamp(0, 1)
 
 
@@ -47,3 +115,63 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
     """8-bit RGB pictures from float [n, 3, h, w] in 0..1."""
     rounded = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in rounded]
+
+
+# --- tiny autoencoders ----------------------------------------------------------------------
+
+
+def load_tiny(source: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderTiny:
+    """An `AutoencoderTiny` on the CPU: of a folder, of a model's `vae_tiny`, or of a Hub id.
+
+    A Hub id (such as madebyollin/taesdxl) is fetched unless the local cache has it. UserError
+    for anything else, or an autoencoder that does not fit SDXL's latents.
+    """
+    folder = _tiny_folder(source)
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != "AutoencoderTiny":
+        raise UserError(f"{folder} holds a {config.get('_class_name')}, not an AutoencoderTiny")
+    model = AutoencoderTiny.from_config(config).to(dtype)
+    assert isinstance(model, AutoencoderTiny)
+    factor = _upscaling(model.config)
+    if (model.config.latent_channels, factor) != (LATENT_CHANNELS, FACTOR):
+        raise UserError(
+            f"{folder} decodes {model.config.latent_channels} channels {factor}-fold; SDXL's "
+            f"latents have {LATENT_CHANNELS} and are enlarged {FACTOR}-fold"
+        )
+    stored = read_header(folder / _TINY_FILE)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if wanted != {name: tensor.shape for name, tensor in stored.items()}:
+        raise UserError(f"{folder / _TINY_FILE} does not fit its config.json; fetch it again")
+    model.load_state_dict({name: load_tensor(tensor) for name, tensor in stored.items()})
+    return model.eval().requires_grad_(False)
+
+
+def _upscaling(config: Any) -> int:
+    return int(config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1))
+
+
+def _tiny_folder(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    for folder in (path / TINY, path):
+        if (folder / "config.json").is_file():
+            return folder
+    if not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
+        return _fetched(source)
+    raise UserError(
+        f"no tiny autoencoder at {str(source)!r}: name a folder with the config.json and "
+        f"{_TINY_FILE} of an AutoencoderTiny, or a Hub id such as madebyollin/taesdxl"
+    )
+
+
+def _fetched(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["config.json", _TINY_FILE]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"tiny autoencoder {hub_id!r} is no local folder and cannot be had from the Hub "
+            f"({reason})"
+        ) from None

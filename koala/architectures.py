@@ -112,29 +112,56 @@ def teacher_faults(teacher: UNetArchitecture) -> list[str]:
     return faults
 
 
-def student_of(teacher: UNetArchitecture, cut_name: str) -> UNetArchitecture:
-    """The student that `CUTS[cut_name]` makes of `teacher`: the same rule at every size.
+def student_of(teacher: UNetArchitecture, to: str) -> UNetArchitecture:
+    """The student that `to` makes of `teacher`: the same rule at every size.
 
-    Raises `UserError` if there is no such cut or the teacher is not an SDXL U-Net.
+    to: a name in `CUTS`, or depths of one's own, "0,2,4": transformer blocks per resnet of each
+    stage, one layer a block; ",no-mid" at the end leaves the mid block out, which else is as deep
+    as the last stage. Raises `UserError` if `to` is neither, the teacher is not an SDXL U-Net, or
+    has not that many blocks.
     """
-    if cut_name not in CUTS:
-        raise UserError(f"no student {cut_name!r}; choose one of {', '.join(CUTS)}")
     if faults := teacher_faults(teacher):
         raise UserError(f"{teacher.name} cannot be the teacher: {'; '.join(faults)}")
-    cut = CUTS[cut_name]
-    depths = tuple(math.ceil(d * s) for d, s in zip(teacher.depths, cut.depth, strict=True))
+    if cut := CUTS.get(to):
+        layers, mid = cut.layers, cut.mid
+        depths = tuple(math.ceil(d * s) for d, s in zip(teacher.depths, cut.depth, strict=True))
+    else:
+        layers, mid = 1, not to.endswith(_NO_MID)
+        depths = _own_depths(to, teacher)
     student = replace(
         teacher,
-        name=f"{cut_name} of {teacher.name}",
-        layers=cut.layers,
+        name=f"{to} of {teacher.name}" if cut else "custom",
+        layers=layers,
         depths=depths,
-        up=_mirrored(depths, cut.layers),
-        mid=depths[-1] if cut.mid else None,
+        up=_mirrored(depths, layers),
+        mid=depths[-1] if mid else None,
     )
     for name, of, by in _STUDENTS:
-        if cut_name == by and teacher == ARCHITECTURES.get(of):
+        if to == by and teacher == ARCHITECTURES.get(of):
             return replace(student, name=name)
-    return student
+    return next((row for row in ARCHITECTURES.values() if row == student), student)
+
+
+_NO_MID = ",no-mid"
+
+
+def _own_depths(to: str, teacher: UNetArchitecture) -> tuple[int, ...]:
+    """The depths in "0,2,4" or "0,2,4,no-mid"; `UserError` if they are none for `teacher`."""
+    numbers = to.removesuffix(_NO_MID).split(",")
+    if not all(number.isascii() and number.isdigit() and len(number) < 4 for number in numbers):
+        raise UserError(
+            f"no student {to!r}; choose one of {', '.join(CUTS)}, or depths such as 0,2,4 or "
+            f"0,2,4{_NO_MID}"
+        )
+    depths = tuple(map(int, numbers))
+    pairs = zip(depths, teacher.depths, strict=False)
+    if len(depths) != len(teacher.depths) or not any(depths) or any(s > t for s, t in pairs):
+        most = ",".join(map(str, teacher.depths))
+        raise UserError(
+            f"depths {','.join(map(str, depths))} cannot be cut out of {most}: needed are "
+            f"{len(teacher.depths)} numbers, none above the teacher's, not all 0"
+        )
+    return depths
 
 
 def _row(

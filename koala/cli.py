@@ -42,7 +42,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"koala {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_generate, _architectures, _compress, _prepare, _distill, _evaluate):
+    for add in (
+        _generate,
+        _architectures,
+        _inspect,
+        _compress,
+        _convert,
+        _prepare,
+        _distill,
+        _evaluate,
+    ):
         add(commands)
     return parser
 
@@ -116,8 +125,7 @@ def _run_generate(o: argparse.Namespace) -> None:
     pipeline = load(o.model, o.device)
     for file, scale in loras:
         report = pipeline.add_lora(file, scale, merged=True)
-        if report.dropped:
-            print(f"koala: {report.line()}", file=sys.stderr)
+        print(f"koala: {report.line()}", file=sys.stderr)
     with progress("drawing", o.steps, "steps") as advance:
         result = pipeline(
             o.prompt, negative_prompt=o.negative, steps=o.steps, guidance=o.guidance,
@@ -152,6 +160,25 @@ def _run_architectures(o: argparse.Namespace) -> None:
     print(json.dumps(rows, indent=1) if o.json else architectures.format_table(rows))
 
 
+# --- inspect --------------------------------------------------------------------------------
+
+
+def _inspect(commands) -> None:
+    p = _command(
+        commands, "inspect", _run_inspect, "say what a weights file or a model is, without "
+        "loading it", "koala inspect sdxl-finetune.safetensors",
+    )  # fmt: skip
+    p.add_argument("model", help="a .safetensors file, bundled name, folder or Hub id")
+    p.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def _run_inspect(o: argparse.Namespace) -> None:
+    from koala.inspection import inspect
+
+    found = inspect(o.model)
+    print(json.dumps(asdict(found), indent=1) if o.json else found.text())
+
+
 # --- compress -------------------------------------------------------------------------------
 
 
@@ -160,10 +187,14 @@ def _compress(commands) -> None:
         commands, "compress", _run_compress, "cut a student out of an SDXL teacher, with its "
         "weights", "koala compress runs/sdxl-mini/model --to koala-700m --out runs/student",
     )  # fmt: skip
-    p.add_argument("teacher", help="name, folder or Hub id of an SDXL pipeline")
-    p.add_argument("--to", required=True, help="koala-700m, koala-1b or bk-sdxl")
+    p.add_argument("teacher", help="name, folder, Hub id or single file of an SDXL pipeline")
+    p.add_argument(
+        "--to", required=True,
+        help="koala-700m, koala-1b, bk-sdxl, or transformer depths of your own, such as 0,2,4 or "
+        "0,2,4,no-mid",
+    )  # fmt: skip
     p.add_argument("--out", type=Path, required=True, help="the student's folder")
-    p.add_argument("--dtype", help="of the U-Net's weights: fp32, fp16, bf16 (default: as found)")
+    p.add_argument("--dtype", help="of all weights: fp32, fp16, bf16 (default: as found)")
     p.add_argument("--depth-rule", default="bottom", help="bottom (default), interleave or up")
     _add_push(p)
     p.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -183,6 +214,36 @@ def _run_compress(o: argparse.Namespace) -> None:
         f"{report.student} ({report.student_parameters:,}): {report.inherited} tensors "
         f"inherited, {report.dropped} left behind, {report.bytes / 1e6:,.1f} MB in {report.out}"
     )
+
+
+# --- convert --------------------------------------------------------------------------------
+
+
+def _convert(commands) -> None:
+    p = _command(
+        commands, "convert", _run_convert, "write a model in another format or dtype",
+        "koala convert runs/student --to single-file --dtype fp16 --out student.safetensors",
+    )  # fmt: skip
+    p.add_argument("model", help="name, folder, Hub id or single file")
+    p.add_argument(
+        "--to", required=True, help="diffusers (a folder) or single-file (for other programs)"
+    )
+    p.add_argument("--out", type=Path, required=True, help="the folder or the .safetensors file")
+    p.add_argument("--dtype", help="of all weights: fp32, fp16, bf16 (default: as found)")
+    _add_push(p)
+    p.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _run_convert(o: argparse.Namespace) -> None:
+    from koala.conversion import convert
+
+    _check_push(o)
+    report = convert(o.model, o.to, o.out, o.dtype)
+    _push(o, report.out)
+    if o.json:
+        print(json.dumps(asdict(report), default=str))
+    else:
+        print(report.line())
 
 
 # --- prepare --------------------------------------------------------------------------------

@@ -8,25 +8,23 @@ model is ever in memory.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from koala import card, formats
 from koala.architectures import (
-    CUTS,
     UNetArchitecture,
     parameters,
     student_of,
     tensor_shapes,
     unet_config,
 )
+from koala.contents import Contents, as_file, write_folder
+from koala.conversion import read_model
 from koala.errors import UserError
-from koala.output import new_folder
-from koala.weights import DTYPES, FLOATS, write
+from koala.output import check_new, new_folder
+from koala.weights import float_dtype
 
 # Teacher block that student block k of s starts from, out of the teacher's t (KOALA, table 4):
 DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
@@ -62,7 +60,7 @@ def _check_pair(teacher: UNetArchitecture, student: UNetArchitecture) -> None:
     fits = (
         student.widths == teacher.widths
         and student.layers <= teacher.layers
-        and all(s <= t and bool(s) == bool(t) for s, t in _depth_pairs(teacher, student))
+        and all(s <= t for s, t in _depth_pairs(teacher, student))
         and (student.mid is None or (teacher.mid is not None and student.mid <= teacher.mid))
     )
     same = ("heads", "context", "pooled", "time_ids", "groups", "linear")
@@ -158,33 +156,25 @@ def tensor_map(
 # --- files ----------------------------------------------------------------------------------
 
 
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_components(teacher: Path, out: Path) -> None:
-    """Tokenizers, text encoders, VAE and credits as they are; the scheduler as KOALA's recipe."""
-    for component in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae"):
-        files = [*(teacher / component).glob("*.json"), *(teacher / component).glob("*.txt")]
-        if component in formats.WEIGHTS:
-            files += formats.weights_files(teacher, component)
-        (out / component).mkdir()
-        for file in files:
-            shutil.copyfile(file, out / component / file.name)
-    for credit in (*teacher.glob("NOTICE*"), *teacher.glob("LICENSE*")):
-        shutil.copyfile(credit, out / credit.name)
-    index = formats.read_json(teacher / "model_index.json")
-    index.pop("_name_or_path", None)
+def _pipeline_files(contents: Contents, student: UNetArchitecture) -> dict[str, bytes]:
+    """The teacher's small files, with the student's U-Net and the scheduler of KOALA's recipe."""
+    config = {**contents.config("unet/config.json"), **unet_config(student)}
+    index = contents.config("model_index.json")
+    for of in (config, index):
+        of.pop("_name_or_path", None)
     for name, value in index.items():
         if isinstance(value, list) and name not in formats.CONFIGS:
             index[name] = [None, None]  # an optional part, such as an image encoder
     index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
-    _write_json(out / "model_index.json", index)
-    schedule = formats.load_scheduler_config(teacher)
+    schedule = contents.config("scheduler/scheduler_config.json")
     kept = {key: schedule[key] for key in _SCHEDULE if key in schedule}
     scheduler = {"_class_name": "EulerDiscreteScheduler", **kept, "timestep_spacing": "trailing"}
-    _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    return {
+        **contents.files,
+        "model_index.json": as_file(index),
+        "unet/config.json": as_file(config),
+        "scheduler/scheduler_config.json": as_file(scheduler),
+    }
 
 
 def compress(
@@ -196,54 +186,46 @@ def compress(
 ) -> CompressReport:
     """Writes the pipeline folder `out`: `teacher`, its U-Net cut down and otherwise as it is.
 
-    teacher: name, folder or Hub id of an SDXL pipeline. to: a cut ("koala-700m", "koala-1b",
-    "bk-sdxl"). dtype: of the student's U-Net weights, "fp32", "fp16" or "bf16"; None keeps the
-    teacher's. depth_rule: which of the teacher's transformer blocks stay, see `DEPTH_RULES`.
-    Every tensor of the student is one of the teacher's. Raises `UserError` if the teacher is no
-    SDXL pipeline, a setting is unknown, or `out` exists and is not empty or cannot be written.
+    teacher: name, folder, Hub id or single file of an SDXL pipeline. to: a cut ("koala-700m",
+    "koala-1b", "bk-sdxl") or depths of one's own, see `student_of`. dtype: of all weights, "fp32",
+    "fp16" or "bf16"; None keeps each as it is. depth_rule: which of the teacher's transformer
+    blocks stay, see `DEPTH_RULES`. Every tensor of the student is one of the teacher's. Raises
+    `UserError` if the teacher is no SDXL pipeline, a setting is unknown, a weight does not fit
+    the dtype, or `out` exists and is not empty or cannot be written; `Failure` if the disk is
+    full.
     """
-    if to not in CUTS:
-        raise UserError(f"no student {to!r}; choose one of {', '.join(CUTS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    folder, out = formats.resolve_model(teacher), Path(out).expanduser()
-    arch = formats.unet_architecture(folder)
+    kind, out = float_dtype(dtype), Path(out).expanduser()
+    check_new(out)
+    contents = read_model(teacher)
+    arch = contents.architecture
     try:
         student = student_of(arch, to)
+        names = tensor_map(arch, student, depth_rule)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
-    names = tensor_map(arch, student, depth_rule)
-    stored = formats.read_tensors(folder, "unet")
-    if strange := {s.dtype for s in stored.values()} - {*FLOATS}:
-        raise UserError(f"{folder}/unet holds {formats.some(strange)} weights; must be floats")
-    kinds = {name: DTYPES[dtype] if dtype else stored[names[name]].dtype for name in names}
-    shapes = tensor_shapes(student)
-    config = {**formats.read_json(folder / "unet" / "config.json"), **unet_config(student)}
-    config.pop("_name_or_path", None)
+        raise UserError(f"{contents.source}: {error}") from None
+    unet = contents.tensors["unet"]
+    tensors = {**contents.tensors, "unet": {mine: unet[names[mine]] for mine in names}}
     with new_folder(out) as part:
-        _write_json(part / "unet" / "config.json", config)
-        size = write(
-            part / "unet" / "diffusion_pytorch_model.safetensors",
-            {name: (kinds[name], shapes[name]) for name in names},
-            lambda name: stored[names[name]],
-        )
-        _copy_components(folder, part)
+        sizes = write_folder(part, tensors, _pipeline_files(contents, student), kind)
+        inherited = len(set(names.values()))
         report = CompressReport(
             teacher=arch.name,
             student=student.name,
             teacher_parameters=parameters(arch),
             student_parameters=parameters(student),
-            inherited=len(set(names.values())),
-            dropped=len(stored) - len(set(names.values())),
-            bytes=size,
+            inherited=inherited,
+            dropped=len(unet) - inherited,
+            bytes=sizes["unet"],
             out=out,
         )
-        _card(teacher, folder, report, depth_rule).write(part)
+        _card(teacher, contents, part, report, depth_rule).write(part)
     return report
 
 
-def _card(teacher: str | Path, folder: Path, report: CompressReport, depth_rule: str) -> card.Card:
-    """The student's model card; `teacher` as it was given, `folder` where it lies."""
+def _card(
+    teacher: str | Path, contents: Contents, part: Path, report: CompressReport, depth_rule: str
+) -> card.Card:
+    """The student's model card; `part`: its folder, with the teacher's card where there is one."""
     name = card.name_of(teacher)
     cut = card.Cut(
         teacher=name,
@@ -255,4 +237,7 @@ def _card(teacher: str | Path, folder: Path, report: CompressReport, depth_rule:
         dropped=report.dropped,
         depth_rule=depth_rule,
     )
-    return card.student_of(card.read(folder), name, card.name_of(report.out), cut)
+    known = card.read_metadata(contents.source, contents.metadata)
+    if card.FILE in contents.files:
+        known = card.read(part)
+    return card.student_of(known, name, card.name_of(report.out), cut)

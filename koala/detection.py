@@ -92,9 +92,9 @@ def foreign(shapes: Shapes) -> str:
 def detect(shapes: Shapes, said: UNetArchitecture | None = None) -> Detected:
     """What a file holds whose tensors have these names and shapes.
 
-    `said`: what the file's own metadata say that its U-Net is; they are believed if it has the
-    tensors of that. Raises `UserError` naming it if it is not an SDXL-class U-Net, alone or with the rest of a
-    pipeline, or if its U-Net lacks tensors or has others.
+    `said`: what the file's own metadata say that its U-Net is; believed if it has exactly the
+    tensors of that. Raises `UserError` naming the file's kind if it is not an SDXL-class U-Net,
+    alone or with the rest of a pipeline, or what its U-Net lacks or has too much.
     """
     if kind := foreign(shapes):
         raise UserError(f"this is {kind}; needed is a Stable Diffusion XL model")

@@ -60,13 +60,21 @@ def some(names: Iterable[str], limit: int = 10) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `UserError` if it is missing or is none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return parse_object(file.read_bytes(), str(file))
     except FileNotFoundError:
         raise UserError(f"{file} is missing; is this a whole model folder?") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{file} cannot be read: {error}; fetch it again") from None
+
+
+def parse_object(content: bytes | str, where: str) -> dict[str, Any]:
+    """The JSON object in a file's content. Raises `UserError` if there is none."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} cannot be read: {error}; fetch it again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{file} must hold a JSON object, not {type(value).__name__}")
+        raise UserError(f"{where} must hold a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -105,27 +113,37 @@ def read_tensors(folder: Path, component: str) -> dict[str, Stored]:
 def resolve_model(name_or_path: str | Path) -> Path:
     """The checked folder of a model.
 
-    `name_or_path`: a bundled name ("koala-mini"), the path of a folder, or a Hub id
-    ("org/name"), which is fetched unless the local Hugging Face cache has it. A bundled name
-    wins over a folder of the same name in the working directory (write ./koala-mini for that).
-    Raises `UserError` if it is none of these or the folder is no whole SDXL pipeline.
+    `name_or_path`: a bundled name ("koala-mini"), the path of a folder, a Hub id ("org/name"),
+    which is fetched unless the local Hugging Face cache has it, or a single file in SDXL's
+    original layout, which is unpacked into koala's cache once. A bundled name wins over a folder
+    of the same name in the working directory (write ./koala-mini for that). Raises `UserError` if
+    it is none of these or the model is no whole SDXL pipeline.
     """
     name = str(name_or_path)
-    if name in bundled_names():
+    if file := single_file_path(name_or_path):
+        from koala.conversion import unpacked
+
+        folder = unpacked(file)
+    elif name in bundled_names():
         folder = BUNDLED / name
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
-    elif name and Path(name).expanduser().is_file():
-        raise UserError(f"{name!r} is a file; a model is a folder in diffusers' SDXL layout")
     elif isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
-        folder = _fetch(name)
+        folder = _hub_folder(name)
     else:
         raise UserError(
             f"unknown model {name!r}; allowed are a bundled name ({some(bundled_names()) or 'none'}"
-            "), a folder in diffusers' SDXL layout, or a Hub id like org/name"
+            "), a folder in diffusers' SDXL layout, a single .safetensors file, or a Hub id like "
+            "org/name"
         )
     check_folder(folder)
     return folder
+
+
+def single_file_path(model: str | Path) -> Path | None:
+    """The path of the single file that a model's name means; None if it means something else."""
+    path = Path(model).expanduser()
+    return path if str(model) not in bundled_names() and path.is_file() else None
 
 
 def bundled_names() -> list[str]:
@@ -133,14 +151,18 @@ def bundled_names() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
 
 
-def _fetch(hub_id: str) -> Path:
+def _hub_folder(hub_id: str) -> Path:
+    """Where the local cache has a model of the Hub; fetched only if it is not whole there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    files = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*.fp16*"]}
+    with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not here, or not all of it
+        folder = Path(snapshot_download(hub_id, **files, local_files_only=True))
+        check_folder(folder)
+        return folder
     try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["*.fp16*"])
-        )
+        return Path(snapshot_download(hub_id, **files))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

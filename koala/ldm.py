@@ -42,8 +42,17 @@ def join(pair: Pair, tensors: Mapping[str, View]) -> View:
     return View(stored, transposed=views[0].transposed != pair.transposed)
 
 
+def fits(pair: Pair, shape: tuple[int, ...]) -> bool:
+    """Whether the original layout's tensor of that shape can hold what the pair says."""
+    if pair.pointwise:
+        return len(shape) == 4 and shape[2:] == (1, 1)
+    if pair.transposed:
+        return len(shape) == 2
+    return len(pair.parts) == 1 or (len(shape) > 0 and shape[0] % len(pair.parts) == 0)
+
+
 def split(pair: Pair, stored: Stored) -> dict[str, View]:
-    """Diffusers' tensors by name, out of the original layout's."""
+    """Diffusers' tensors by name, out of the original layout's, whose shape `fits`."""
     if pair.pointwise:
         stored = stored._replace(shape=stored.shape[:2])
     count = len(pair.parts)

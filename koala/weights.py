@@ -86,6 +86,16 @@ def rows(stored: Stored, begin: int, end: int) -> Stored:
     )
 
 
+def float_dtype(name: str | None) -> str | None:
+    """safetensors' name of the dtype that users call fp32, fp16 or bf16; None stays None.
+
+    Raises `UserError` for any other name.
+    """
+    if name is not None and name not in DTYPES:
+        raise UserError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
+
+
 def size_of(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a tensor."""
     return DTYPE_BYTES[dtype] * math.prod(shape)

@@ -104,7 +104,7 @@ def refused(folder: Path, message: str) -> None:
 def test_folders_that_are_no_model(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no model_index.json")
-    refused(folder / "model_index.json", "is a file")
+    refused(folder / "model_index.json", "truncated, or no safetensors file")
     edit(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     refused(folder, "is a StableDiffusionPipeline .*no addition embedding.*StableDiffusionXLPip")
     (folder / "model_index.json").write_text("[]")

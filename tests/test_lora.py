@@ -48,7 +48,8 @@ def pipeline_of(folder: Path) -> StableDiffusionXLPipeline:
 
 def models_of(folder: Path) -> tuple[torch.nn.Module, ...]:
     """The U-Net and both text encoders."""
-    return tuple(getattr(pipeline_of(folder), part) for part in PARTS)
+    pipeline = pipeline_of(folder)
+    return tuple(getattr(pipeline, part) for part in PARTS)
 
 
 @torch.no_grad()
@@ -172,8 +173,8 @@ def test_half_precision_merges_in_single(sdxl, tmp_path):
     for models in (half, exact):
         merge(modules_of(*models), lora, 0.3)
     for rounded, whole in zip(half, exact, strict=True):
-        for name, weight in whole.state_dict().items():
-            assert torch.equal(rounded.state_dict()[name], weight.half()), name
+        weights = rounded.state_dict()
+        assert all(torch.equal(weights[n], w.half()) for n, w in whole.state_dict().items())
 
 
 def test_what_cannot_be_merged_is_said(sdxl, tmp_path):

@@ -18,7 +18,8 @@ from torch import nn
 
 from koala.distillation import checkpoint
 from koala.distillation.ema import EMA
-from koala.distillation.loop import Training, generator_at, train
+from koala.distillation.loop import generator_at, train
+from koala.distillation.settings import Training
 from koala.errors import Failure, UserError
 from toy import toy_pipeline
 from toy_training import SETTINGS, Stream, toy_task

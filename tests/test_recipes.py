@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from koala import card, recipes
 from koala.data.latents import prepare_latents
 from koala.data.pictures import prepare_pictures
-from koala.distillation.loop import Training
+from koala.distillation.settings import Training
 from koala.errors import UserError
 from koala.generation import load
 from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders, start_from_words

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from koala.conditioning import TextConditioner
-from koala.distillation.loop import Training, train
+from koala.distillation.loop import train
+from koala.distillation.settings import Training
 from koala.distillation.tasks import Denoising, NoiseSchedule
 from koala.formats import load_scheduler_config
 from toy import toy_unet

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from koala.distillation import checkpoint
 from koala.distillation.ema import EMA
+from koala.distillation.settings import Training
 from koala.errors import Failure, UserError
 from koala.progress import progress
 
@@ -42,45 +43,6 @@ class Data(Protocol):
     """An endless, ordered stream: `batch(first, count)` is samples first..first+count-1."""
 
     def batch(self, first: int, count: int) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long and how fast. Everything is counted in samples."""
-
-    samples: int
-    batch: int
-    lr: float  # constant after the warm-up, or falling to 0 where `decay`
-    warmup: int = 0  # samples
-    decay: bool = False  # linearly to zero over the whole run
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    clip: float = 1.0  # largest norm of the gradient
-    ema_half_life: int = 10_000  # samples
-    seed: int = 0
-    log_every: int = 1_024  # samples
-    preview_every: int = 20_000  # samples
-    save_every: float = 45.0  # seconds
-
-    def __post_init__(self) -> None:
-        above_0 = ("samples", "batch", "lr", "clip", "log_every", "preview_every", "ema_half_life")
-        for name in (*above_0, "warmup", "weight_decay", "seed", "save_every"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0 and (value > 0 or name not in above_0)):
-                bound = "above 0" if name in above_0 else "0 or more"
-                raise UserError(f"{name} is {value}: it must be {bound}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas are {self.betas}: both must be at least 0 and below 1")
-        if self.samples % self.batch:
-            raise UserError(
-                f"{self.samples} samples are no multiple of the batch {self.batch}: "
-                f"take {math.ceil(self.samples / self.batch) * self.batch}"
-            )
-
-    def lr_at(self, seen: int) -> float:
-        """Learning rate of the step that begins after `seen` samples."""
-        warm = min(1.0, (seen + self.batch) / self.warmup) if self.warmup else 1.0
-        return self.lr * warm * ((1 - seen / self.samples) if self.decay else 1.0)
 
 
 def train(

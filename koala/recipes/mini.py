@@ -3,7 +3,7 @@
 Pictures are 64 x 64 pixels, so latents are 8 x 8; the set is `illustrations-small`.
 """
 
-from koala.distillation.loop import Training
+from koala.distillation.settings import Training
 from koala.distillation.tasks import DistillationSettings
 from koala.recipes.run import Base, Mixture, Student, Teacher
 

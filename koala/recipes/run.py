@@ -20,7 +20,8 @@ from koala.conditioning import TextConditioner
 from koala.data.latents import LatentSet, to_pixels
 from koala.data.pictures import NOTICE, PictureSet, settings_of
 from koala.device import pick_device
-from koala.distillation.loop import Training, train
+from koala.distillation.loop import train
+from koala.distillation.settings import PLAIN, Hardware, Training
 from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, NoiseSchedule
 from koala.errors import UserError
 from koala.formats import load_scheduler_config, load_unet, resolve_model
@@ -84,6 +85,7 @@ class Teacher:
     training: Training
     caption_dropout: float
     mixture: Mixture
+    hardware: Hardware = PLAIN
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Student:
     training: Training
     settings: DistillationSettings
     mixture: Mixture
+    hardware: Hardware = PLAIN
 
 
 Recipe = Base | Teacher | Student
@@ -139,7 +142,8 @@ def _run(recipe: Recipe, data: Path, out: Path, teacher: str | None, device: str
         task = _teaching(recipe, source, device)
     else:
         task = _distilling(recipe, source, out / "start", device)
-    trained = train(task, latents, recipe.training, out, {"recipe": asdict(recipe)})
+    claimed = {name: value for name, value in asdict(recipe).items() if name != "hardware"}
+    trained = train(task, latents, recipe.training, out, {"recipe": claimed})
     task.export(trained, model)
     return model
 

@@ -1,0 +1,138 @@
+"""The settings of a training: what is done (`Training`), and how machines share it (`Hardware`).
+
+The two are apart because the first decides the result and belongs to the run for good, while the
+second changes it by rounding alone: a run may go on with other processes, another division of the
+batch, or another compiler. Importing this loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from koala.errors import UserError
+
+OPTIMIZERS = ("adamw", "adamw-8bit")
+SHARDINGS = ("ddp", "fsdp")
+TEACHERS = ("whole", "sharded", "offloaded")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast. Everything is counted in samples."""
+
+    samples: int
+    batch: int  # of one step, over all processes
+    lr: float  # constant after the warm-up, or falling to 0 where `decay`
+    warmup: int = 0  # samples
+    decay: bool = False  # linearly to zero over the whole run
+    optimizer: str = "adamw"  # fused; "adamw-8bit" keeps its moments in 8 bits (torchao)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest norm of the gradient
+    ema_half_life: int = 10_000  # samples; the average that is drawn from and exported
+    ema_others: tuple[int, ...] = ()  # further half-lives, kept and exported beside it
+    seed: int = 0
+    log_every: int = 1_024  # samples
+    validate_every: int = 0  # samples; 0: never
+    preview_every: int = 20_000  # samples
+    save_every: float = 45.0  # seconds
+    keep: int = 2  # newest checkpoints
+    keep_every: int = 0  # samples; the checkpoint at each multiple stays for good; 0: none
+
+    def __post_init__(self) -> None:
+        above_0 = ("samples", "batch", "lr", "clip", "log_every", "preview_every", "keep")
+        others = ("warmup", "weight_decay", "seed", "validate_every", "save_every", "keep_every")
+        for name in (*above_0, *others):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0 and (value > 0 or name not in above_0)):
+                bound = "above 0" if name in above_0 else "0 or more"
+                raise UserError(f"{name} is {value}: it must be {bound}")
+        lengths = (self.ema_half_life, *self.ema_others)
+        if not all(math.isfinite(length) and length > 0 for length in lengths):
+            raise UserError(f"EMA half-lives are {lengths}: each must be above 0")
+        if len(set(lengths)) != len(lengths):
+            raise UserError(f"EMA half-lives are {lengths}: name each once")
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(f"optimizer {self.optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas are {self.betas}: both must be at least 0 and below 1")
+        if self.samples % self.batch:
+            raise UserError(
+                f"{self.samples} samples are no multiple of the batch {self.batch}: "
+                f"take {math.ceil(self.samples / self.batch) * self.batch}"
+            )
+
+    @property
+    def half_lives(self) -> tuple[int, ...]:
+        """Every EMA's, that of the exported one first."""
+        return (self.ema_half_life, *self.ema_others)
+
+    def lr_at(self, seen: int) -> float:
+        """Learning rate of the step that begins after `seen` samples."""
+        warm = min(1.0, (seen + self.batch) / self.warmup) if self.warmup else 1.0
+        return self.lr * warm * ((1 - seen / self.samples) if self.decay else 1.0)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """How processes and devices share a training; the result differs by rounding alone.
+
+    Several processes are what torchrun starts. `sharding` and a "sharded" teacher need them.
+    """
+
+    accumulate: int = 1  # parts of a process's share of the batch, computed one after the other
+    sharding: str = "ddp"  # student and optimiser: "ddp" whole in each process, "fsdp" in shards
+    teacher: str = "whole"  # "sharded" over processes, or "offloaded": in main memory, by blocks
+    checkpointing: bool = False  # compute activations of blocks again in the backward pass
+    compile: str = ""  # back end of torch.compile for each block, as "inductor"; "": no compiling
+    channels_last: bool = True
+    ema_on_cpu: bool = False  # averages in main memory, 4 bytes a parameter each
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise UserError(f"accumulate is {self.accumulate}: it must be 1 or more")
+        for name, allowed in (("sharding", SHARDINGS), ("teacher", TEACHERS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(f"{name} {value!r}: choose from {', '.join(allowed)}")
+
+    def micro_batch(self, batch: int, processes: int) -> int:
+        """Samples computed at once; UserError where a batch does not divide so."""
+        parts = processes * self.accumulate
+        if batch % parts:
+            raise UserError(
+                f"a batch of {batch} does not divide into {parts} equal parts ({processes} "
+                f"processes x accumulate {self.accumulate}): change accumulate or the processes"
+            )
+        return batch // parts
+
+    def overridden(self, given: Sequence[str]) -> Hardware:
+        """With "name=value" settings replaced, as the command line gives them; else UserError."""
+        kinds = {field.name: type(getattr(self, field.name)) for field in fields(self)}
+        changes = {}
+        for text in given:
+            name, _, value = text.partition("=")
+            if name not in kinds:
+                raise UserError(f"hardware setting {text!r}: there are {', '.join(kinds)}")
+            if name in changes:
+                raise UserError(f"hardware setting {name} is given twice")
+            changes[name] = _parsed(name, value, kinds[name])
+        return replace(self, **changes)
+
+
+PLAIN = Hardware()  # one device, eager, everything on it
+
+
+def _parsed(name: str, value: str, kind: type) -> int | bool | str:
+    if kind is bool:
+        if value not in ("true", "false"):
+            raise UserError(f"{name}={value}: it must be true or false")
+        return value == "true"
+    if kind is int:
+        try:
+            return int(value)
+        except ValueError:
+            raise UserError(f"{name}={value}: it must be a whole number") from None
+    return value

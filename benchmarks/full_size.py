@@ -3,7 +3,7 @@
 `python -m benchmarks.full_size [--scratch DIR]` makes a random SDXL in fp16 (`random_sdxl`), about
 6.9 GB, takes up to 40 GB below DIR, and writes `full_size.json` and `full_size.md` beside this
 file. Every command runs in a process of its own, followed at once by `cp` of what it wrote, on
-the same disk; both times include bringing the bytes to the disk (sync). What comes out is compared
+the same disk; both times include bringing the bytes to the disk (fsync). What comes out is compared
 with what went in, tensor by tensor, through safetensors' own reader.
 """
 
@@ -45,7 +45,7 @@ Digests = dict[str, tuple[str, tuple[int, ...], str]]  # name -> dtype, shape, h
 class Measured:
     """One command: its output's size, its peak memory, and its times beside those of `cp`.
 
-    seconds, copy_seconds: (to the end of the sync, of a processor), a pair for every repetition.
+    seconds, copy_seconds: (until all is on the disk, of a processor), a pair for each repetition.
     """
 
     command: str
@@ -70,26 +70,31 @@ def measure(arguments: list[str], out: Path, repeats: int = 1) -> Measured:
     copy = out.with_name("copy")
     for _ in range(repeats):
         remove(out)
-        printed, times = timed([sys.executable, "-c", _PEAK, *command])
+        printed, times = timed([sys.executable, "-c", _PEAK, *command], out)
         seconds.append(times)
         peaks.append(int(printed.split()[-1]) / 1024)
-        copies.append(timed(["cp", "-r", str(out), str(copy)])[1])
+        copies.append(timed(["cp", "-r", str(out), str(copy)], copy)[1])
         remove(copy)
-    files = [p for p in out.rglob("*") if p.is_file()] if out.is_dir() else [out]
     shown = " ".join(["koala", *(Path(a).name if "/" in a else a for a in command)])
-    size = sum(p.stat().st_size for p in files)
+    size = sum(p.stat().st_size for p in files_of(out))
     return Measured(shown, size, round(max(peaks), 1), seconds, copies)
 
 
-def timed(command: list[str]) -> tuple[str, tuple[float, float]]:
-    """What a command prints, and its seconds: until its bytes are on the disk, of a processor."""
-    os.sync()
+def timed(command: list[str], out: Path) -> tuple[str, tuple[float, float]]:
+    """What a command prints, and its seconds: until `out` is on the disk, and of a processor."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    os.sync()
+    for file in files_of(out):
+        with file.open("rb") as stream:
+            os.fsync(stream)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done.stdout, (round(wall, 2), round(processor, 2))
+    return done.stdout, (round(wall, 4), round(processor, 4))
+
+
+def files_of(model: Path) -> list[Path]:
+    """The files of a folder, or the file itself."""
+    return [p for p in model.rglob("*") if p.is_file()] if model.is_dir() else [model]
 
 
 def remove(path: Path) -> None:
@@ -101,15 +106,19 @@ def remove(path: Path) -> None:
 
 
 def digests(model: Path) -> Digests:
-    """Every tensor of a model folder, by component and name, or of a single file."""
+    """Every tensor of a model folder, by component and name.
+
+    Without the "text_model." before a text encoder's names, which some versions of transformers
+    write and others do not.
+    """
     found: Digests = {}
-    for file in sorted(model.rglob("*.safetensors")) if model.is_dir() else [model]:
-        prefix = f"{file.parent.name}/" if model.is_dir() else ""
+    for file in sorted(model.rglob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118, not a dict
                 tensor = tensors.get_tensor(name)
                 content = blake2b(tensor.reshape(-1).view(torch.uint8).numpy())
-                found[prefix + name] = (str(tensor.dtype), (*tensor.shape,), content.hexdigest())
+                key = f"{file.parent.name}/{name.removeprefix('text_model.')}"
+                found[key] = (str(tensor.dtype), (*tensor.shape,), content.hexdigest())
     return found
 
 
@@ -164,7 +173,7 @@ def measure_all(teacher: Path, scratch: Path, repeats: int) -> dict:
         "command": "python -m benchmarks.full_size",
         "hardware": hardware(),
         "idle_with_torch_mib": round(int(idle.stdout) / 1024, 1),
-        "teacher_bytes": sum(p.stat().st_size for p in teacher.rglob("*") if p.is_file()),
+        "teacher_bytes": sum(p.stat().st_size for p in files_of(teacher)),
         "measured": {
             name: asdict(m) | {"ratio": m.ratio(), "processor_ratio": m.ratio(1)}
             for name, m in rows.items()
@@ -185,8 +194,8 @@ def table(figures: dict) -> str:
         "Seconds include bringing the bytes to the disk, of the command and of `cp` of what it",
         "wrote, on the same disk, right after it. Times a copy is the quotient of their medians,",
         "also of the seconds of a processor, which the disk's other users do not change. Bounds",
-        f"set beforehand: {MEMORY_BOUND:,} MiB above the {idle:,.0f} MiB of an interpreter that has",
-        f"imported torch and does nothing; {TIME_BOUND:g} times a copy.",
+        f"set beforehand: {MEMORY_BOUND:,} MiB above the {idle:,.0f} MiB of an interpreter that",
+        f"has imported torch and does nothing; {TIME_BOUND:g} times a copy.",
         "",
         "| | output | peak memory | seconds | of a copy | times a copy | of a processor's |",
         "|---|---|---|---|---|---|---|",

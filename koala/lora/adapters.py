@@ -69,10 +69,16 @@ class Merged:
 def merge(modules: Modules, lora: Lora, scale: float = 1.0) -> Merged:
     """Adds scale * factor * up @ down to the weights, in float32, and leaves their dtype.
 
-    Raises `UserError` if a sum is too large for the dtype; the model is then of no use.
+    Raises `UserError` if a sum is too large for the dtype (the model is then of no use), or the
+    weights are quantised.
     """
     for target, adapter in lora.adapters.items():
         weight = modules[target].weight
+        if not isinstance(weight, nn.Parameter):
+            raise UserError(
+                f"{lora.file} cannot be merged into weights of 8 bits: merge it before they are "
+                "quantised, or leave it beside the weights"
+            )
         matrices = [t.to(weight.device) for t in _load(adapter, modules[target], lora)]
         change = scale * adapter.factor * product(matrices).reshape(weight.shape)
         weight.copy_(weight.float() + change)

@@ -52,7 +52,7 @@ def tiny(autoencoder: AutoencoderTiny) -> Decode:
     def decode(latents: Tensor) -> Tensor:
         z = (latents / autoencoder.config.scaling_factor).to(autoencoder.device, autoencoder.dtype)
         pixels = torch.cat([autoencoder.decode(one[None]).sample.float() for one in z])
-        return _in_range(_checked(pixels, latents, autoencoder.dtype))
+        return finished(pixels, latents, autoencoder.dtype)
 
     return decode
 
@@ -74,7 +74,7 @@ def _finite(vae: AutoencoderKL, run: Decode) -> Decode:
         if vae.dtype != torch.float32 and not pixels.isfinite().all():
             vae.float()
             pixels = run(z.to(vae.device, vae.dtype))
-        return _in_range(_checked(pixels, latents, vae.dtype))
+        return finished(pixels, latents, vae.dtype)
 
     return decode
 
@@ -95,9 +95,10 @@ def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return x
 
 
-def _checked(pixels: Tensor, latents: Tensor, dtype: torch.dtype) -> Tensor:
+def finished(pixels: Tensor, latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """A decoder's -1..1 as 0..1. `Failure`, naming the culprit, if there is not-a-number in it."""
     if pixels.isfinite().all():
-        return pixels
+        return (pixels / 2 + 0.5).clamp(0, 1)
     named = str(dtype).removeprefix("torch.")
     if latents.isfinite().all():
         raise Failure(f"the decoder gave not-a-number in {named}: its weights are of no use")
@@ -105,10 +106,6 @@ def _checked(pixels: Tensor, latents: Tensor, dtype: torch.dtype) -> Tensor:
         "the U-Net gave not-a-number: load the model in float32, or in bfloat16 where the device "
         "has it"
     )
-
-
-def _in_range(pixels: Tensor) -> Tensor:
-    return (pixels / 2 + 0.5).clamp(0, 1)
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from koala.conditioning import TextConditioner
 from koala.data.art import ART_SETS
 from koala.data.illustrations import SMALL
-from koala.data.latents import LatentSet, prepare_latents
+from koala.data.latents import LatentSet
 from koala.data.pictures import PictureSet, prepare_pictures
+from koala.data.prepare import encode_pictures
 from koala.distillation.tasks import Denoising, NoiseSchedule
 from koala.errors import UserError
 from koala.evaluation.features import EffLite0, at_size, extract
@@ -45,7 +46,6 @@ TARGETS = (  # every linear layer of the transformers, and the convolutions of t
     "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
     "conv1", "conv2",
 )  # fmt: skip
-HELD_OUT = 0.2  # share of the things that the LoRA does not see
 SHOWN = 8  # things on the sheet
 
 
@@ -58,6 +58,7 @@ class Training:
     batch: int = 32
     rank: int = 16
     learning_rate: float = 5e-4
+    held_out: float = 0.2  # share of things that it does not see
     seed: int = 0
 
 
@@ -78,10 +79,15 @@ def prepare(training: Training, teacher: Path, out: Path) -> Path:
     if training.style in SMALL.styles:
         raise UserError(f"style {training.style!r} is one that the mini family was trained on")
     settings = replace(
-        SMALL, styles=(training.style,), icons=0, scenes=0, test_concepts=HELD_OUT, test_pairs=0
+        SMALL,
+        styles=(training.style,),
+        icons=0,
+        scenes=0,
+        test_concepts=training.held_out,
+        test_pairs=0,
     )
     prepare_pictures(settings, out, workers=1)
-    prepare_latents(out, teacher)
+    encode_pictures(out, teacher)
     return out
 
 

@@ -224,10 +224,13 @@ def _convert(commands) -> None:
         commands, "convert", _run_convert, "write a model in another format or dtype",
         "koala convert runs/student --to single-file --dtype fp16 --out student.safetensors",
     )  # fmt: skip
-    p.add_argument("model", help="name, folder, Hub id or single file")
-    p.add_argument(
-        "--to", required=True, help="diffusers (a folder) or single-file (for other programs)"
-    )
+    p.add_argument("model", help="name, folder, Hub id or single file; with --for a LoRA's file")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", help="diffusers (a folder) or single-file (for other programs)")
+    what.add_argument(
+        "--for", dest="student", metavar="MODEL",
+        help="make SDXL's LoRA one for this student: koala-700m, koala-1b, bk-sdxl or a model",
+    )  # fmt: skip
     p.add_argument("--out", type=Path, required=True, help="the folder or the .safetensors file")
     p.add_argument("--dtype", help="of all weights: fp32, fp16, bf16 (default: as found)")
     _add_push(p)
@@ -235,11 +238,19 @@ def _convert(commands) -> None:
 
 
 def _run_convert(o: argparse.Namespace) -> None:
-    from koala.conversion import convert
+    from koala.conversion import ConvertReport, convert
+    from koala.lora.conversion import convert_lora
+    from koala.lora.reading import Report
 
     _check_push(o)
-    report = convert(o.model, o.to, o.out, o.dtype)
-    _push(o, report.out)
+    report: ConvertReport | Report
+    if o.student is None:
+        report = convert(o.model, o.to, o.out, o.dtype)
+    elif o.dtype is None:
+        report = convert_lora(o.model, o.student, o.out)
+    else:
+        raise UserError("--dtype has no effect on a LoRA, which keeps its own: leave it out")
+    _push(o, o.out.expanduser())
     if o.json:
         print(json.dumps(asdict(report), default=str))
     else:
@@ -251,21 +262,61 @@ def _run_convert(o: argparse.Namespace) -> None:
 
 def _prepare(commands) -> None:
     p = _command(
-        commands, "prepare", _run_prepare, "make captioned pictures and their latents",
-        "koala prepare illustrations-small --out data",
+        commands, "prepare", _run_prepare, "make captioned pictures into latents to train on",
+        "koala prepare path/to/pictures --model path/to/sdxl --out data --size 512",
     )  # fmt: skip
-    p.add_argument("source", help="illustrations or illustrations-small")
+    p.add_argument(
+        "source", help="a folder of pictures, webdataset tars, parquet files or ye-pop chunks; or "
+        "illustrations or illustrations-small",
+    )  # fmt: skip
+    p.add_argument("--as", dest="kind", help="folder, webdataset, parquet, ye-pop: what it is")
     p.add_argument("--out", type=Path, required=True, help="folder; run again to go on")
-    p.add_argument("--model", help="also encode latents with this model's VAE")
-    p.add_argument("--workers", type=int, help="processes that render (default: every core)")
+    p.add_argument("--model", help="whose VAE encodes: name, folder or Hub id")
+    p.add_argument("--workers", type=int, help="processes that read (default: every core)")
     p.add_argument("--device", help="that encodes: cpu, cuda (default: the best there is)")
-    p.add_argument("--sheet", type=Path, help="also write a contact sheet, a PNG, to look at")
+    p.add_argument("--sheet", type=Path, help="a contact sheet of illustrations, a PNG")
+    p.add_argument("--json", action="store_true", help="print what came of it as JSON")
+    made = p.add_argument_group("what is made")
+    made.add_argument("--size", type=int, help="pixels of the square bucket (default 1024)")
+    made.add_argument(
+        "--caption", action="append", dest="captions", metavar="FIELD[+FIELD]",
+        help="fields that make a caption; may be given several times, to mix in training",
+    )  # fmt: skip
+    made.add_argument("--upscale", action="store_true", help="enlarge small pictures")
+    made.add_argument("--one-draw", action="store_true", help="store a draw: half the bytes")
+    made.add_argument("--text", action="store_true", help="store the caption's embeddings too")
+    made.add_argument("--long-captions", help="in embeddings: sentences (default) or chunks")
+    made.add_argument("--held-out", type=float, help="share for validation (default 0.002)")
+    filters = p.add_argument_group("what is left out (each counted in OUT/report.jsonl)")
+    filters.add_argument("--min-side", type=int, help="least pixels of the shorter side")
+    filters.add_argument("--max-aspect", type=float, help="longer over shorter (default 4)")
+    filters.add_argument("--min-words", type=int, help="of every caption")
+    filters.add_argument("--max-words", type=int, help="of every caption")
+    filters.add_argument("--max-nsfw", type=float, help="greatest NSFW score")
+    filters.add_argument("--min-similarity", type=float, help="least score of caption to picture")
+    filters.add_argument("--keep-duplicates", action="store_true", help="of the same bytes")
 
 
 def _run_prepare(o: argparse.Namespace) -> None:
     from koala.data.prepare import prepare
+    from koala.data.samples import Filters, Preparation
 
-    report = prepare(o.source, o.out, o.model, o.workers, o.device, o.sheet)
+    def given(*names: str) -> dict:
+        return {n: value for n in names if (value := getattr(o, n)) not in (None, False)}
+
+    filters = given(
+        "min_side", "max_aspect", "min_words", "max_words", "max_nsfw", "min_similarity",
+        "keep_duplicates",
+    )  # fmt: skip
+    settings = given("size", "upscale", "text", "long_captions", "held_out")
+    settings |= {"filters": Filters(**filters)} if filters else {}
+    settings |= {"captions": tuple(o.captions)} if o.captions else {}
+    settings |= {"posterior": "draw"} if o.one_draw else {}
+    preparation = Preparation(**settings) if settings else None
+    report = prepare(o.source, o.out, o.model, o.workers, o.device, o.sheet, o.kind, preparation)
+    if o.json:
+        print(json.dumps(asdict(report), default=str))
+        return
     for line in report.lines():
         print(line)
 

@@ -162,3 +162,26 @@ def test_generate_refuses_a_bad_lora_in_one_line(tmp_path, capsys):
         assert told in captured.err
         assert len(captured.err.strip().splitlines()) == 1
         assert not (tmp_path / "p").exists()
+
+
+def test_convert_writes_a_lora_that_is_used_as_it_is(teachers_lora, tmp_path, capsys):
+    out = tmp_path / "mini.safetensors"
+    arguments = ["convert", str(teachers_lora), "--for", "koala-mini", "--out", str(out)]
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    own = read(out, base_named("koala-mini")).report
+    assert own.made_for == "koala-mini" and not own.dropped
+    assert told["applied"] == own.applied == own.modules
+    assert main(arguments) == 2
+    assert f"{out} is a file; name a new one" in capsys.readouterr().err
+
+
+def test_convert_takes_one_purpose_and_no_dtype_for_a_lora(teachers_lora, tmp_path, capsys):
+    start = ["convert", str(teachers_lora), "--out", str(tmp_path / "x.safetensors")]
+    assert main([*start, "--for", "koala-mini", "--dtype", "fp16"]) == 2
+    assert "--dtype has no effect on a LoRA" in capsys.readouterr().err
+    for wrong in ([], ["--for", "koala-mini", "--to", "diffusers"]):
+        with pytest.raises(SystemExit) as end:
+            main([*start, *wrong])
+        assert end.value.code == 2
+    assert not (tmp_path / "x.safetensors").exists()

@@ -141,7 +141,9 @@ def _run(recipe: Recipe, data: Path, out: Path, teacher: str | None, device: str
     if isinstance(recipe, Teacher):
         task = _teaching(recipe, source, device)
     else:
-        task = _distilling(recipe, source, out / "start", device)
+        if not (start := out / "start").exists():
+            compress(teacher, recipe.cut, start, "fp32", recipe.settings.depth_rule)
+        task = _distilling(recipe, source, start, device)
     claimed = {name: value for name, value in asdict(recipe).items() if name != "hardware"}
     trained = train(task, latents, recipe.training, out, {"recipe": claimed})
     task.export(trained, model)
@@ -189,9 +191,7 @@ def _teaching(recipe: Teacher, base: Path, device: str) -> Denoising:
 
 
 def _distilling(recipe: Student, teacher: Path, start: Path, device: str) -> Distillation:
-    """The student is the teacher, cut; it is kept in `start` as it was before distillation."""
-    if not start.exists():
-        compress(teacher, recipe.cut, start, "fp32", recipe.settings.depth_rule)
+    """The student is the teacher, cut: `start`, which stays as it was before distillation."""
     student, master = (
         load_unet(f).to(device, memory_format=torch.channels_last) for f in (start, teacher)
     )

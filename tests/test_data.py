@@ -10,14 +10,17 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from koala.data import art
 from koala.data.concepts import Concept, plural, with_article
+from koala.data.encoding import normalisation, to_pixels
 from koala.data.illustrations import BACKGROUNDS, INKS, SMALL, Illustrations, plan
-from koala.data.latents import LatentSet, normalisation, prepare_latents, shuffled, to_pixels
+from koala.data.index import Index
+from koala.data.latents import LatentSet
+from koala.data.order import shuffled
 from koala.data.pictures import PictureSet, prepare_pictures, render, shards_of
-from koala.data.prepare import prepare
+from koala.data.prepare import encode_pictures, prepare
+from koala.data.samples import Preparation
 from koala.errors import UserError
 from koala.formats import load_vae
 from koala.packages import package
@@ -187,27 +190,42 @@ def test_other_settings_are_refused(packages, tmp_path):
 def test_latents_are_the_pipelines_own(packages, toy_sdxl, tmp_path):
     settings = replace(TOY, scenes=10, icons=10)
     prepare_pictures(settings, tmp_path, workers=1)
-    assert prepare_latents(tmp_path, toy_sdxl) == len(PictureSet(tmp_path))
     pictures, vae = PictureSet(tmp_path), load_vae(toy_sdxl)
-    stored = load_file(tmp_path / "latents-00000.safetensors")
-    with torch.no_grad():
-        posterior = vae.encode(to_pixels([pictures.image(3)])).latent_dist
-    shift, scale = normalisation(vae)
-    torch.testing.assert_close(
-        stored["mean"][3].float(), ((posterior.mean - shift) * scale)[0], atol=0.02, rtol=1e-3
-    )
-    again = (tmp_path / "latents-00000.safetensors").stat().st_mtime_ns
-    prepare_latents(tmp_path, toy_sdxl)
-    assert (tmp_path / "latents-00000.safetensors").stat().st_mtime_ns == again
+    assert encode_pictures(tmp_path, toy_sdxl).kept == len(pictures)
+    index = Index(tmp_path)
+    shift, scale = normalisation(vae.config)
+    by_id = {row["id"]: i for i, row in enumerate(pictures.rows)}
+    for shard in range(len(index)):
+        stored = index.tensors(shard, 0)
+        i = by_id[index.fact(shard, 0, "id")]
+        with torch.no_grad():
+            posterior = vae.encode(to_pixels([pictures.image(i)])).latent_dist
+        for name, own in (
+            ("mean", (posterior.mean - shift) * scale),
+            ("deviation", posterior.std * scale),
+        ):
+            torch.testing.assert_close(stored[name].float(), own[0], atol=0.01, rtol=5e-3)
+        assert index.caption(shard, 0, "long") == pictures.rows[i]["long"]
 
+
+def test_a_mixture_shows_copies_of_kinds_and_chosen_captions(packages, toy_sdxl, tmp_path):
+    prepare_pictures(replace(TOY, scenes=10, icons=10), tmp_path, workers=1)
+    encode_pictures(tmp_path, toy_sdxl)
+    pictures = PictureSet(tmp_path)
     data = LatentSet(tmp_path, toy_sdxl, {"emoji": 2, "icon": 1}, {"short": 1.0}, seed=0)
     emoji, icons = (pictures.select("train", k) for k in ("emoji", "icon"))
-    assert len(data.epoch) == 2 * len(emoji) + len(icons)
+    assert data.epoch_length == 2 * len(emoji) + len(icons)
+    places = [data.order.batch(n, 1)[0] for n in range(data.epoch_length)]
+    shown = [data.index.fact(*place, "id") for place in places]
+    assert sorted(shown) == sorted(pictures.rows[i]["id"] for i in emoji * 2 + icons)
     batch = data.batch(0, 8)
     assert batch["latents"].shape == (8, 4, 4, 4)
-    assert batch["time_ids"][0].tolist() == [32, 32, 0, 0, 32, 32]
-    assert set(batch["captions"]) <= {pictures.rows[i]["short"] for i in emoji + icons}
-    torch.testing.assert_close(data.batch(0, 8)["latents"], batch["latents"], atol=0, rtol=0)
+    assert batch["latents"].dtype == torch.float32
+    assert batch["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 8
+    other = LatentSet(tmp_path, toy_sdxl, {"emoji": 1}, {"short": 1, "subject": 3}, seed=0)
+    told = [c for n in range(0, 800, 8) for c in other.batch(n, 8)["captions"]]
+    subjects = {pictures.rows[i]["subject"] for i in emoji}
+    assert 0.7 < sum(c in subjects for c in told) / len(told) < 0.8  # 3 in 4, within 3 sigma
 
 
 def test_latents_of_another_vae_are_refused(packages, toy_sdxl, tmp_path):
@@ -215,12 +233,12 @@ def test_latents_of_another_vae_are_refused(packages, toy_sdxl, tmp_path):
 
     data = tmp_path / "data"
     prepare_pictures(replace(TOY, scenes=0, icons=0, colour_icons=()), data, workers=1)
-    with pytest.raises(UserError, match="not all pictures have latents"):
+    with pytest.raises(UserError, match="not prepared to its end"):
         LatentSet(data, toy_sdxl, {"emoji": 1}, {"short": 1.0}, 0)
-    prepare_latents(data, toy_sdxl)
+    encode_pictures(data, toy_sdxl)
     other = toy_pipeline(tmp_path / "other", seed=9)
     for use in (
-        lambda: prepare_latents(data, other),
+        lambda: encode_pictures(data, other),
         lambda: LatentSet(data, other, {"emoji": 1}, {"short": 1.0}, 0),
     ):
         with pytest.raises(UserError, match="another VAE"):
@@ -239,6 +257,7 @@ def test_what_prepare_refuses(packages, tmp_path):
         (("photographs", tmp_path), "illustrations-small"),
         (("illustrations", tmp_path, None, 0), "at least 1"),
         (("illustrations", tmp_path, None, 1, "cpu"), "give --model"),
+        (("illustrations", tmp_path, None, 1, None, None, None, Preparation(512)), "as it is"),
     ):
         with pytest.raises(UserError, match=said):
             prepare(*arguments)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from koala import card, recipes
-from koala.data.latents import prepare_latents
 from koala.data.pictures import prepare_pictures
+from koala.data.prepare import encode_pictures
 from koala.distillation.settings import Training
 from koala.errors import UserError
 from koala.generation import load
@@ -60,7 +60,7 @@ def base_parts(toy_cache, tmp_path_factory):
         telling = TextDistillation(encoders, tokenizer, Letters())
         coding = Autoencoding(new_vae(64), torch.zeros(2, 3, 64, 64))
         base = assemble(folder / "base", coding, telling, data)
-        prepare_latents(data, base)
+        encode_pictures(data, base)
     return data, base
 
 

@@ -1,171 +1,177 @@
-"""Latents of prepared pictures: encoded once by a model's VAE, then read by every training.
+"""Prepared latents as an endless, ordered stream of batches: what every U-Net learns from.
 
-Beside each picture shard lies `latents-NNNNN.safetensors` (mean and deviation of the VAE's
-posterior, float16 [n, 4, h, w], in the units the U-Net sees) and, once for all, `latents.json`,
-which names the encoder by a hash: latents of one VAE mean nothing to another's U-Net.
+Which samples a batch holds is `koala.data.order`'s business, where they lie `koala.data.index`'s;
+here are the batch itself, its captions and draws, and the thread that reads ahead.
 """
 
-import hashlib
-import json
-import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from koala.conditioning import time_ids
-from koala.data.pictures import PictureSet, shards_of
+from koala.data.captions import Telling
+from koala.data.encoding import encoder_hash
+from koala.data.index import Index
+from koala.data.order import WINDOW, Order
 from koala.errors import UserError
-from koala.formats import load_vae
-from koala.progress import progress
 
-BATCH = 64  # pictures that the VAE encodes at once
+AHEAD = 4  # batches that are read before they are asked for
 
-
-def to_pixels(images: list[Image.Image]) -> Tensor:
-    """RGB pictures of one size as float32 [n, 3, h, w] in [-1, 1]."""
-    pixels = np.stack([np.asarray(i, dtype=np.float32) for i in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-def normalisation(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """(shift, scale), float32 [1, 4, 1, 1]: U-Net latents = (VAE latents - shift) * scale.
-
-    As diffusers' SDXL pipeline undoes it: `latents_mean` and `latents_std` where the VAE's config
-    has them, `scaling_factor` always.
-    """
-    mean, std = vae.config.latents_mean, vae.config.latents_std
-    shift = torch.tensor(mean or [0.0] * 4).view(1, -1, 1, 1)
-    deviation = torch.tensor(std or [1.0] * 4).view(1, -1, 1, 1)
-    return shift, vae.config.scaling_factor / deviation
-
-
-def encoder_hash(model: Path) -> str:
-    """What names a model's latents: a hash of all that makes them (not the decoder), in fp16."""
-    vae = load_vae(model)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(tensor.half().numpy().tobytes())
-    for tensor in normalisation(vae):
-        digest.update(tensor.half().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-@torch.inference_mode()
-def prepare_latents(folder: Path, model: Path, device: str | torch.device = "cpu") -> int:
-    """Encodes the prepared pictures in `folder` with the VAE of `model`; returns how many.
-
-    Run again, it goes on where it was; with another VAE it refuses (UserError).
-    """
-    _claim(folder, encoder_hash(model))
-    pictures = PictureSet(folder)
-    vae = load_vae(model).to(device).eval()
-    shift, scale = normalisation(vae)
-    todo = [(p, out) for p in shards_of(folder) if not (out := _latents_of(p)).exists()]
-    sizes = {p: PictureSet.rows_in(p) for p in shards_of(folder)}
-    done = len(pictures) - sum(sizes[p] for p, _ in todo)
-    with progress("encoding", len(pictures), "pictures", done) as advance:
-        for shard, out in todo:
-            part = PictureSet(shard)
-            means, deviations = [], []
-            for start in range(0, len(part), BATCH):
-                indices = range(start, min(start + BATCH, len(part)))
-                pixels = to_pixels([part.image(i) for i in indices])
-                posterior = vae.encode(pixels.to(device)).latent_dist
-                means.append((posterior.mean.cpu() - shift) * scale)
-                deviations.append(posterior.std.cpu() * scale)
-                advance(len(indices))
-            columns = {"mean": torch.cat(means), "deviation": torch.cat(deviations)}
-            tensors = {name: value.half().contiguous() for name, value in columns.items()}
-            partial = out.with_suffix(".partial")
-            save_file(tensors, partial)
-            os.replace(partial, out)
-    return len(pictures)
-
-
-def _latents_of(shard: Path) -> Path:
-    return shard.with_name(shard.name.replace("pictures-", "latents-")).with_suffix(".safetensors")
-
-
-def _claim(folder: Path, encoder: str) -> None:
-    path = folder / "latents.json"
-    if not path.exists():
-        path.write_text(json.dumps({"encoder": encoder}) + "\n")
-    elif (found := json.loads(path.read_text())["encoder"]) != encoder:
-        raise UserError(
-            f"{folder} holds latents of another VAE ({found}, this model's is {encoder}); "
-            f"remove latents* there, or prepare into another folder"
-        )
+Wanted = tuple[int, int, int, int]  # first, count, rank, world
 
 
 class LatentSet:
-    """The training part of a prepared folder, as an endless ordered stream of batches.
+    """A split of a prepared folder. Its state is one number: the samples seen.
 
-    mix: how often an epoch shows the pictures of each kind, e.g. {"emoji": 3, "scene": 1}; kinds
-    that it does not name are left out. captions: columns to choose a caption from, with weights.
-    Which sample comes when, its caption and its draw from the posterior follow from the seed.
+    A batch's samples, captions and draws from the posterior follow from the seed and from the
+    samples' numbers in the stream, whatever came before and however many processes share it.
     """
 
     def __init__(
         self,
         folder: str | Path,
         model: Path,
-        mix: dict[str, int],
-        captions: dict[str, float],
-        seed: int,
+        mix: Mapping[str, int] | None = None,
+        captions: Mapping[str, float] | None = None,
+        seed: int = 0,
+        *,
+        split: str = "train",
+        size: int | None = None,
+        long_captions: str = "sentences",
+        window: int = WINDOW,
     ):
-        """Raises UserError where `folder` has no latents, or those of another VAE."""
-        folder = Path(folder)
-        pictures = PictureSet(folder)
-        files = [_latents_of(p) for p in shards_of(folder)]
-        if not all(f.exists() for f in files):
-            raise UserError(
-                f"{folder}: not all pictures have latents; run "
-                f"`koala prepare ... --model {model} --out {folder}` to its end first"
-            )
-        _claim(folder, encoder_hash(model))
-        loaded = [load_file(f) for f in files]
-        self.mean = torch.cat([t["mean"] for t in loaded])
-        self.deviation = torch.cat([t["deviation"] for t in loaded])
-        if not torch.isfinite(self.mean).all():
-            raise UserError(f"{folder}: latents that are not finite; prepare them again")
-        if len(self.mean) != len(pictures):
-            raise UserError(f"{folder}: {len(self.mean)} latents, {len(pictures)} pictures")
-        self.rows = pictures.rows
-        self.side = pictures.image(0).width  # pixels
-        self.epoch = [i for kind, n in mix.items() for i in pictures.select("train", kind) * n]
-        if not self.epoch:
-            raise UserError(f"{folder}: no training pictures of the kinds {', '.join(mix)}")
-        self.captions, self.seed = captions, seed
+        """Opens a folder that `koala prepare` made, or a URL of one that fsspec knows.
 
-    def batch(self, first: int, count: int) -> dict[str, Any]:
-        """{"latents": float32 [count, 4, h, w], "captions": strings, "time_ids": [count, 6]}."""
-        order = shuffled(len(self.epoch), first, count, self.seed)
-        picked = torch.tensor([self.epoch[k] for k in order])
-        rng = np.random.default_rng((self.seed, first, 1))
-        weights = np.array([*self.captions.values()])
-        columns = rng.choice([*self.captions], size=count, p=weights / weights.sum())
-        noise = torch.from_numpy(
-            rng.standard_normal((count, *self.mean.shape[1:]), dtype=np.float32)
+        Args:
+            model: a model folder, whose VAE must be the one that made the latents, and whose
+                tokenizers say which captions are too long.
+            mix: how often an epoch shows the samples of each kind, e.g. {"emoji": 3, "scene": 1};
+                kinds that it does not name are left out. None: all once.
+            captions: captions to choose from, with weights. None: the only one there is.
+            split: "train", or one that is held out.
+            size: pixels that the training wants (side of the square bucket); None takes any.
+            long_captions: how a caption that is too long is told, see `koala.data.captions`.
+            window: shards whose samples are shuffled together, see `koala.data.order`. A remote
+                folder has so many shards of every bucket on disk.
+
+        Raises:
+            UserError: the folder is not whole, of another VAE or size, or has no such samples.
+        """
+        self.index = Index(folder, keep=2 * window)
+        self.captions = self._chosen_captions(captions)
+        self._check_made(model, size)
+        parts = {None: 1} if mix is None else dict(mix)
+        shards = np.concatenate(
+            [np.repeat(self.index.select(split, kind), n) for kind, n in parts.items()]
         )
-        pair = (self.side, self.side)
-        return {
-            "latents": self.mean[picked].float() + self.deviation[picked].float() * noise,
-            "captions": [self.rows[i][c] for i, c in zip(picked.tolist(), columns, strict=True)],
-            "time_ids": time_ids([pair] * count, [(0, 0)] * count, [pair] * count),
+        if not len(shards):
+            kinds = "" if mix is None else f" of the kinds {', '.join(mix)}"
+            raise UserError(
+                f"{folder}: no samples of the split {split}{kinds}; there are "
+                f"{', '.join(self.index.summary.samples) or 'none'}"
+            )
+        pairs = np.stack([self.index.height[shards], self.index.width[shards]])
+        _, buckets = np.unique(pairs, axis=1, return_inverse=True)
+        self.order = Order(shards, self.index.rows[shards], buckets.reshape(-1), seed, window)
+        self.seed = seed
+        self._telling = Telling.of(model, long_captions)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="latents")
+        self._coming: OrderedDict[Wanted, Future[dict[str, Any]]] = OrderedDict()
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of an epoch, copies counted."""
+        return self.order.epoch_length
+
+    def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        """A rank's share of the samples first..first+count-1 of the stream.
+
+        All are of one bucket. `first` must be a multiple of `count`, and `count` of `world`; the
+        shares of all ranks, side by side, are the batch of one.
+
+        Returns:
+            "latents": float32 [n, 4, h/8, w/8], n = count / world; "captions": n strings;
+            "time_ids": float32 [n, 6]; and "text" [n, t, d] and "pooled" [n, p], float32, where
+            the folder holds embeddings.
+
+        Raises:
+            Failure: a shard is gone, or a latent is not finite.
+        """
+        assert first % count == 0 and count % world == 0 and 0 <= rank < world
+        wanted = [(first + i * count, count, rank, world) for i in range(AHEAD + 1)]
+        for key in [key for key in self._coming if key not in wanted]:
+            self._coming.pop(key).cancel()
+        for key in wanted:
+            if key not in self._coming:
+                self._coming[key] = self._reader.submit(self._read, *key)
+        return self._coming.pop(wanted[0]).result()
+
+    def _read(self, first: int, count: int, rank: int, world: int) -> dict[str, Any]:
+        share = count // world
+        places = self.order.batch(first // count, count)[rank * share : (rank + 1) * share]
+        latents, text, captions, sizes = [], [], [], []
+        for number, (shard, row) in enumerate(places, first + rank * share):
+            rng = np.random.default_rng((self.seed, 3, number))
+            tensors = self.index.tensors(shard, row)
+            latents.append(self._latents(tensors, rng))
+            captions.append(self._caption(shard, row, rng))
+            if "text" in tensors:
+                text.append((tensors["text"].float(), tensors["pooled"].float()))
+            facts = (self.index.fact(shard, row, n) for n in ("height", "width", "top", "left"))
+            sizes.append(tuple(facts))
+        target = self.index.bucket(places[0][0])
+        batch = {
+            "latents": torch.stack(latents),
+            "captions": captions,
+            "time_ids": time_ids(
+                [s[:2] for s in sizes], [s[2:] for s in sizes], [target] * len(sizes)
+            ),
         }
+        if text:
+            batch["text"] = torch.stack([t for t, _ in text])
+            batch["pooled"] = torch.stack([p for _, p in text])
+        return batch
 
+    def _latents(self, tensors: dict[str, torch.Tensor], rng: np.random.Generator) -> torch.Tensor:
+        """The stored draw, or one from the stored moments."""
+        if "draw" in tensors:
+            return tensors["draw"].float()
+        noise = rng.standard_normal(tensors["mean"].shape, dtype=np.float32)
+        return tensors["mean"].float() + tensors["deviation"].float() * torch.from_numpy(noise)
 
-def shuffled(length: int, first: int, count: int, seed: int) -> list[int]:
-    """Samples first..first+count-1 of an endless stream: every epoch a permutation of its own."""
-    orders = {
-        e: np.random.default_rng((seed, e)).permutation(length)
-        for e in range(first // length, (first + count - 1) // length + 1)
-    }
-    return [int(orders[k // length][k % length]) for k in range(first, first + count)]
+    def _caption(self, shard: int, row: int, rng: np.random.Generator) -> str:
+        weights = np.array([*self.captions.values()])
+        name = str(rng.choice([*self.captions], p=weights / weights.sum()))
+        return self._telling.tell(self.index.caption(shard, row, name), rng)
+
+    def _chosen_captions(self, captions: Mapping[str, float] | None) -> dict[str, float]:
+        there = self.index.captions
+        if captions is None and len(there) == 1:
+            return {there[0]: 1.0}
+        if missing := [name for name in captions or {} if name not in there]:
+            raise UserError(f"{self.index.files.folder}: no captions {', '.join(missing)}; "
+                            f"there are {', '.join(there)}")  # fmt: skip
+        if not captions or min(captions.values()) < 0 or not sum(captions.values()) > 0:
+            raise UserError(
+                f"{self.index.files.folder} has the captions {', '.join(there)}: weights must say "
+                "how often each is shown"
+            )
+        return dict(captions)
+
+    def _check_made(self, model: Path, size: int | None) -> None:
+        made, folder = self.index.made_with, self.index.files.folder
+        if (own := encoder_hash(model)) != made["encoder"]:
+            raise UserError(
+                f"{folder} holds latents of another VAE ({made['encoder']}, this model's is "
+                f"{own}); prepare into another folder with --model {model}"
+            )
+        if size is not None and size != made["size"]:
+            raise UserError(
+                f"{folder} holds latents for {made['size']} pixels, this training is for {size}; "
+                f"prepare into another folder with --size {size}"
+            )

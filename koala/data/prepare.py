@@ -1,16 +1,27 @@
-"""`koala prepare`: from a source's name to pictures, latents and a sheet to look at."""
+"""`koala prepare`: from a source to latents with an index, and a sheet to look at.
 
+What lies at a path is recognised in `koala.data.sources` and encoded in `koala.data.run`; the
+illustration set is rendered first (`koala.data.pictures`).
+"""
+
+import os
 import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from koala.data.illustrations import SMALL, Illustrations
-from koala.data.pictures import PictureSet, prepare_pictures
+from koala.data.pictures import PictureSet, prepare_pictures, settings_of
+from koala.data.samples import Filters, Preparation
+from koala.data.shards import Summary
+from koala.data.sources import recognise
+from koala.data.sources.parquet import Parquet
 from koala.errors import UserError
 from koala.sheet import contact_sheet
 
-SOURCES = {"illustrations": Illustrations(), "illustrations-small": SMALL}
+ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
+CAPTIONS = ("short", "subject", "long")  # of the illustration set
 SHEET = 60  # pictures on the contact sheet
 
 
@@ -19,21 +30,19 @@ class PrepareReport:
     """What lies in the folder now."""
 
     out: Path
-    pictures: dict[str, int]  # "split kind" -> how many
-    latents: int  # pictures with latents; 0 where no model was given
+    pictures: dict[str, int]  # rendered illustrations: "split kind" -> how many
+    latents: Summary | None  # None where no model was given
     sheet: Path | None
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        counted = [f"{n:7,} {what}" for what, n in sorted(self.pictures.items())]
-        latents = [f"latents of {self.latents:,} pictures"] if self.latents else []
-        sheet = [f"contact sheet: {self.sheet}"] if self.sheet else []
-        return [
-            f"{sum(self.pictures.values()):7,} pictures in {self.out}",
-            *counted,
-            *latents,
-            *sheet,
-        ]
+        lines = []
+        if self.pictures:
+            lines.append(f"{sum(self.pictures.values()):7,} pictures in {self.out}")
+            lines += [f"{n:7,} {what}" for what, n in sorted(self.pictures.items())]
+        if self.latents:
+            lines += self.latents.lines(self.out)
+        return [*lines, f"contact sheet: {self.sheet}"] if self.sheet else lines
 
 
 def prepare(
@@ -43,30 +52,77 @@ def prepare(
     workers: int | None = None,
     device: str | None = None,
     sheet: str | Path | None = None,
+    kind: str | None = None,
+    preparation: Preparation | None = None,
 ) -> PrepareReport:
-    """Renders the pictures of `source` into `out` and, given a model, encodes their latents.
+    """Encodes the captioned pictures of `source` with the VAE of `model` into the folder `out`.
+
+    source: a path (see `koala.data.sources`; `kind` says what lies there if that is not clear), or
+    "illustrations" or "illustrations-small", which are rendered first, and only rendered where no
+    model is given. preparation: size, captions, filters; None for the defaults. workers: processes
+    that read pictures (default: every core). sheet: a PNG to write, some pictures of the set.
 
     Run again, it goes on where it was. UserError for an unknown source, a data package that
-    cannot be had, a folder made with other settings or another VAE, workers below 1.
+    cannot be had, a folder made with other settings or another VAE, workers below 1; Failure
+    where the disk is full.
     """
-    if source not in SOURCES:
-        raise UserError(f"unknown source {source!r}; there are {', '.join(SOURCES)}")
     if workers is not None and workers < 1:
         raise UserError(f"{workers} workers: at least 1")
     if device is not None and model is None:
         raise UserError(f"--device {device} is for encoding latents: give --model too")
     out = Path(out)
-    prepare_pictures(SOURCES[source], out, workers)
-    latents = 0
+    if source in ILLUSTRATIONS:
+        if preparation or kind:
+            raise UserError(f"{source} is prepared as it is: give only --model, --device, --sheet")
+        return _prepare_illustrations(ILLUSTRATIONS[source], out, model, workers, device, sheet)
+    found = recognise(source, kind)
+    if model is None:
+        raise UserError(f"source {source} has pictures already: give --model to encode them")
+    if sheet is not None:
+        raise UserError(f"--sheet {sheet}: is drawn of the illustration set only; leave it out")
+    from koala.data.run import prepare_latents
+    from koala.formats import resolve_model
+
+    folder, place = resolve_model(model), _device(device)
+    summary = prepare_latents(found, out, folder, preparation or Preparation(), workers, place)
+    return PrepareReport(out, {}, summary, None)
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a model card says of the data: "pictures" to train on, and what they were made with."""
+    if (folder / "set.json").exists():
+        return {"pictures": len(PictureSet(folder).select("train")), **settings_of(folder)}
+    from koala.data.index import Index
+
+    index = Index(folder)
+    return {"pictures": int(index.rows[index.select("train")].sum()), **index.made_with}
+
+
+def _prepare_illustrations(
+    settings: Illustrations, out: Path, model: str | None, workers: int | None,
+    device: str | None, sheet: str | Path | None,
+) -> PrepareReport:  # fmt: skip
+    prepare_pictures(settings, out, workers)
+    latents = None
     if model is not None:
-        from koala.data.latents import prepare_latents
-        from koala.device import pick_device
         from koala.formats import resolve_model
 
-        latents = prepare_latents(out, resolve_model(model), pick_device(device))
+        latents = encode_pictures(out, resolve_model(model), _device(device), workers)
     pictures = PictureSet(out)
     counts = Counter(f"{row['split']} {row['kind']}" for row in pictures.rows)
     return PrepareReport(out, dict(counts), latents, _draw_sheet(pictures, sheet))
+
+
+def encode_pictures(
+    folder: Path, model: Path, device: str = "cpu", workers: int | None = 1
+) -> Summary:
+    """Encodes the illustrations that were rendered into `folder`, beside them: every one."""
+    from koala.data.run import prepare_latents
+
+    source = Parquet(folder, CAPTIONS, "pictures-*.parquet")
+    filters = Filters(max_aspect=None, keep_duplicates=True)
+    preparation = Preparation(settings_of(folder)["size"], filters=filters, held_out=0.0)
+    return prepare_latents(source, folder, model, preparation, workers, device)
 
 
 def _draw_sheet(pictures: PictureSet, sheet: str | Path | None) -> Path | None:
@@ -77,3 +133,14 @@ def _draw_sheet(pictures: PictureSet, sheet: str | Path | None) -> Path | None:
     captions = [pictures.rows[i]["short"] for i in chosen]
     contact_sheet([pictures.image(i) for i in chosen], captions, 10, scale).save(sheet)
     return Path(sheet)
+
+
+def _device(asked: str | None) -> str:
+    """The device asked for or the best; under torchrun every process has a GPU of its own."""
+    import torch
+
+    from koala.device import pick_device
+
+    if asked is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        asked = f"cuda:{os.environ['LOCAL_RANK']}"
+    return str(pick_device(asked))

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from koala.data.latents import shuffled
+from koala.data.order import shuffled
 from koala.data.pictures import PictureSet
 from koala.mini.perceptual import MobileNetV2
 from koala.sheet import contact_sheet

@@ -17,8 +17,10 @@ from torch import nn
 from koala import architectures, card, recipes
 from koala.compression import compress
 from koala.conditioning import TextConditioner
-from koala.data.latents import LatentSet, to_pixels
-from koala.data.pictures import NOTICE, PictureSet, settings_of
+from koala.data.encoding import to_pixels
+from koala.data.latents import LatentSet
+from koala.data.pictures import NOTICE, PictureSet
+from koala.data.prepare import facts_of
 from koala.device import pick_device
 from koala.distillation.loop import train
 from koala.distillation.settings import PLAIN, Hardware, Training
@@ -163,7 +165,7 @@ def _card(name: str, recipe: Recipe, data: Path, out: Path, teacher: str | None)
         recipe=name,
         settings=asdict(recipe),
         samples={what: training.samples for what, training in trained.items()},
-        data={"pictures": len(PictureSet(data).select("train")), **settings_of(data)},
+        data=facts_of(data),
         teacher=teacher and card.name_of(teacher),
         distilled=isinstance(recipe, Student) and recipe.settings.learns_from_teacher,
     )

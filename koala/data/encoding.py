@@ -1,0 +1,147 @@
+"""What the VAE (and, where asked for, the text side) makes of samples: latents a U-Net learns from.
+
+Shapes: n samples, h x w pixels; latents [n, 4, h/8, w/8].
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from koala import weights
+from koala.conditioning import TextConditioner
+from koala.data.buckets import Size
+from koala.data.captions import Telling
+from koala.data.samples import Dropped, Posterior, Sample
+from koala.formats import load_vae, read_json, read_tensors
+
+BATCH_PIXELS = 4 << 20  # that the VAE encodes at once: four pictures at 1024 x 1024
+SCALING_FACTOR = 0.18215  # diffusers' default, where a VAE's config does not say
+BATCH = 64  # pictures, at most
+_SEEN = np.empty((0, 0, 3), dtype=np.uint8)
+
+
+def to_pixels(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """RGB pictures of one size as float32 [n, 3, h, w] in [-1, 1]."""
+    pixels = np.stack([np.asarray(i, dtype=np.float32) for i in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def normalisation(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(shift, scale), float32 [1, 4, 1, 1]: U-Net latents = (VAE latents - shift) * scale.
+
+    As diffusers' SDXL pipeline undoes it, by the VAE's config: `latents_mean` and `latents_std`
+    where it has them, `scaling_factor` always.
+    """
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    shift = torch.tensor(mean or [0.0] * 4).view(1, -1, 1, 1)
+    deviation = torch.tensor(std or [1.0] * 4).view(1, -1, 1, 1)
+    return shift, config.get("scaling_factor", SCALING_FACTOR) / deviation
+
+
+def encoder_hash(model: Path) -> str:
+    """What names a model's latents: a hash of all that makes them (not the decoder), in fp16."""
+    digest = hashlib.sha256()
+    for name, stored in sorted(read_tensors(model, "vae").items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            for piece in weights.pieces(stored, "F16"):
+                digest.update(piece)
+    for tensor in normalisation(read_json(model / "vae" / "config.json")):
+        digest.update(tensor.half().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample without its pixels, and its tensors: one row of a shard."""
+
+    sample: Sample
+    tensors: dict[str, Tensor]  # bf16, on the CPU, without the batch's axis
+
+    @property
+    def group(self) -> tuple[str, str, Size]:
+        """What its shard has in common: split, kind, bucket."""
+        height, width = (8 * side for side in next(iter(self.tensors.values())).shape[-2:])
+        return self.sample.split, self.sample.kind, (height, width)
+
+
+class Encoder:
+    """A model's VAE on a device, in fp32 on a CPU and under bf16 autocast on anything else."""
+
+    def __init__(
+        self, model: Path, device: str | torch.device, posterior: Posterior, text: bool, seed: int
+    ):
+        """text: whether the captions' embeddings are made too. seed: of the draws."""
+        self.device = torch.device(device)
+        self.vae = load_vae(model).to(self.device, memory_format=torch.channels_last)
+        self.shift, self.scale = (t.to(self.device) for t in normalisation(self.vae.config))
+        self.posterior, self.seed = posterior, seed
+        self.conditioner = TextConditioner.from_folder(model, device=device) if text else None
+
+    def unit(
+        self, results: Iterable[Sample | Dropped], telling: Telling
+    ) -> tuple[list[Encoded], list[Dropped]]:
+        """What becomes of a unit's items, both in their order.
+
+        telling: how the caption of an embedding is told; the sample's caption is what was told. A
+        sample whose latents are not finite is left out.
+        """
+        waiting: dict[Size, list[tuple[int, Sample]]] = {}
+        encoded: dict[int, Encoded | Dropped] = {}
+        for number, result in enumerate(results):
+            if isinstance(result, Dropped):
+                encoded[number] = result
+                continue
+            height, width = result.pixels.shape[:2]
+            batch = waiting.setdefault((height, width), [])
+            batch.append((number, result))
+            if len(batch) >= min(BATCH, max(1, BATCH_PIXELS // (height * width))):
+                encoded.update(self._encode(waiting.pop((height, width)), telling))
+        for batch in waiting.values():
+            encoded.update(self._encode(batch, telling))
+        rows = [encoded[number] for number in sorted(encoded)]
+        return (
+            [row for row in rows if isinstance(row, Encoded)],
+            [row for row in rows if isinstance(row, Dropped)],
+        )
+
+    def _encode(
+        self, batch: list[tuple[int, Sample]], telling: Telling
+    ) -> Iterator[tuple[int, Encoded | Dropped]]:
+        tensors = self._latents([sample for _, sample in batch])
+        for row, (number, sample) in enumerate(batch):
+            own = {name: value[row].bfloat16() for name, value in tensors.items()}
+            if not all(value.isfinite().all() for value in own.values()):
+                yield number, Dropped(sample.id, "not finite", "latents of the VAE")
+                continue
+            if self.conditioner is not None:
+                rng = np.random.default_rng((self.seed, sample.digest))
+                sample = replace(sample, captions=(telling.tell(sample.captions[0], rng),))
+                text, pooled = self.conditioner([*sample.captions])
+                own |= {"text": text[0].bfloat16().cpu(), "pooled": pooled[0].bfloat16().cpu()}
+            yield number, Encoded(replace(sample, pixels=_SEEN), own)
+
+    @torch.inference_mode()
+    def _latents(self, samples: list[Sample]) -> dict[str, Tensor]:
+        """float32 [n, 4, h/8, w/8] on the CPU: "mean" and "deviation", or "draw"."""
+        pixels = to_pixels([sample.pixels for sample in samples])
+        pixels = pixels.to(self.device, memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
+            posterior = self.vae.encode(pixels).latent_dist
+        mean = ((posterior.mean.float() - self.shift) * self.scale).cpu()
+        deviation = (posterior.std.float() * self.scale).cpu()
+        if self.posterior == "moments":
+            return {"mean": mean, "deviation": deviation}
+        noise = [
+            np.random.default_rng((self.seed, sample.digest)).standard_normal(
+                mean.shape[1:], dtype=np.float32
+            )
+            for sample in samples
+        ]
+        return {"draw": mean + deviation * torch.from_numpy(np.stack(noise))}

@@ -1,0 +1,121 @@
+"""The order in which a training sees its samples: a function of the seed, without any state.
+
+Every bucket is an endless stream of its own: its epochs, one after the other, each in a new order.
+In an epoch the bucket's shards are shuffled, and then the samples within every window of so many
+neighbouring shards; a batch is the next stretch of one bucket's stream. A batch may reach from one
+epoch of its bucket into the next, so nothing is left over: **a bucket's tail joins its next epoch**
+and no sample is lost or shown twice in an epoch of its bucket. (A bucket of fewer samples than a
+batch fills it with several of its epochs; it comes up that much more seldom.)
+
+After E epochs of everything, bucket b with N_b samples has given floor(E N_b / B) batches of B. The
+batches between E and E + 1 epochs are shuffled over the buckets. So what the n-th batch holds is
+found from n alone, at a cost that depends on the number of shards and batches, not of samples.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+WINDOW = 64  # shards
+
+
+def shuffled(length: int, first: int, count: int, seed: int) -> list[int]:
+    """Samples first..first+count-1 of an endless stream: every epoch a permutation of its own."""
+    orders = {
+        e: np.random.default_rng((seed, e)).permutation(length)
+        for e in range(first // length, (first + count - 1) // length + 1)
+    }
+    return [int(orders[k // length][k % length]) for k in range(first, first + count)]
+
+
+class Order:
+    """Which samples of which shards make the n-th batch."""
+
+    def __init__(
+        self, shards: np.ndarray, rows: np.ndarray, buckets: np.ndarray, seed: int,
+        window: int = WINDOW,
+    ):  # fmt: skip
+        """int [s] each: shards to show in an epoch (one that stands twice is shown twice), their
+        rows, all above 0, and their buckets, 0, 1, ... without a gap.
+        """
+        assert len(shards) and rows.min() > 0 and window > 0
+        self.seed, self.window = seed, window
+        self.sizes = np.bincount(buckets, rows).astype(np.int64)  # [buckets], samples
+        by_bucket = np.argsort(buckets, kind="stable")
+        ends = np.cumsum(np.bincount(buckets))
+        self._shards = np.split(shards[by_bucket], ends[:-1])
+        self._rows = np.split(rows[by_bucket].astype(np.int64), ends[:-1])
+        # Remembered: orders of the epochs and windows that the latest batches came from.
+        many = 2 * len(self.sizes)
+        self._labels = lru_cache(maxsize=2)(self._buckets_of_epoch)
+        self._epochs = lru_cache(maxsize=many)(self._shards_of_epoch)
+        self._windows = lru_cache(maxsize=many)(self._rows_of_window)
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of an epoch."""
+        return int(self.sizes.sum())
+
+    def batch(self, number: int, size: int) -> list[tuple[int, int]]:
+        """(shard, row) of each sample of a batch, all of one bucket."""
+        epoch, start = self._epoch_of(number, size)
+        labels, ordinals = self._labels(epoch, size)
+        bucket = int(labels[number - start])
+        first = (self._given(epoch, size)[bucket] + int(ordinals[number - start])) * size
+        return self._stretch(bucket, int(first), size)
+
+    def _given(self, epochs: int, size: int) -> np.ndarray:
+        """int [buckets]: batches that each bucket has given after so many epochs."""
+        return epochs * self.sizes // size
+
+    def _epoch_of(self, number: int, size: int) -> tuple[int, int]:
+        """The epoch that a batch belongs to, and the epoch's first batch."""
+        epoch = number * size // self.epoch_length  # or one of the next
+        while self._given(epoch + 1, size).sum() <= number:
+            epoch += 1
+        return epoch, int(self._given(epoch, size).sum())
+
+    def _buckets_of_epoch(self, epoch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Each batch's bucket, and which of the bucket's in this epoch it is."""
+        batches = self._given(epoch + 1, size) - self._given(epoch, size)
+        labels = np.repeat(np.arange(len(batches), dtype=np.int16), batches)
+        np.random.default_rng((self.seed, 0, epoch)).shuffle(labels)
+        order = np.argsort(labels, kind="stable")
+        starts = np.cumsum(batches) - batches
+        ordinals = np.empty(len(labels), dtype=np.int32)
+        ordinals[order] = np.arange(len(labels)) - np.repeat(starts, batches)
+        return labels, ordinals
+
+    def _stretch(self, bucket: int, first: int, count: int) -> list[tuple[int, int]]:
+        """Samples first..first+count-1 of a bucket's stream."""
+        found: list[tuple[int, int]] = []
+        while len(found) < count:
+            epoch, place = divmod(first + len(found), int(self.sizes[bucket]))
+            starts = self._epochs(bucket, epoch)[2]
+            window = int(np.searchsorted(starts, place, "right")) - 1
+            shards, rows = self._windows(bucket, epoch, window)
+            low = place - int(starts[window])
+            high = low + count - len(found)
+            found += zip(shards[low:high].tolist(), rows[low:high].tolist(), strict=True)
+        return found
+
+    def _shards_of_epoch(
+        self, bucket: int, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The bucket's shards in the epoch's order, their rows, and where the windows begin."""
+        rng = np.random.default_rng((self.seed, 1, bucket, epoch))
+        order = rng.permutation(len(self._shards[bucket]))
+        shards, rows = self._shards[bucket][order], self._rows[bucket][order]
+        starts = (np.cumsum(rows) - rows)[:: self.window]
+        return shards, rows, starts
+
+    def _rows_of_window(
+        self, bucket: int, epoch: int, window: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The window's samples in their order: shards and rows."""
+        shards, rows, _ = self._epochs(bucket, epoch)
+        part = slice(window * self.window, (window + 1) * self.window)
+        ends = np.cumsum(rows[part])
+        order = np.random.default_rng((self.seed, 2, bucket, epoch, window)).permutation(ends[-1])
+        shard = np.searchsorted(ends, order, "right")
+        return shards[part][shard], order - (ends - rows[part])[shard]

@@ -1,0 +1,126 @@
+"""One run of `koala prepare`: a source's pictures become shards of latents with an index.
+
+The work is cut into units (`koala.data.units`): their items are read, filtered, resized and
+cropped on all cores, encoded on the device, and written unit by unit (`koala.data.shards`). A unit
+that is done is never done again, so a killed run is taken up by the same command; under torchrun
+every process does its share of the units, and whoever finds them all done makes the index.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from koala.data.captions import Telling, check_expressions
+from koala.data.encoding import Encoded, Encoder, encoder_hash
+from koala.data.items import Source
+from koala.data.samples import Preparation
+from koala.data.shards import Summary, merge, read_summary, unit_file, write_unit
+from koala.data.units import Plan, plan_of
+from koala.data.workers import own_cores, pool_of, read_ahead
+from koala.errors import UserError
+from koala.output import new_file
+from koala.progress import progress
+
+PEEK = 64  # items that are asked which captions and scores there are
+SEED = 0  # of the draws from the posterior, where those are stored
+
+T = TypeVar("T")
+
+
+def prepare_latents(
+    source: Source, out: Path, model: Path, preparation: Preparation,
+    workers: int | None = None, device: str = "cpu",
+) -> Summary:  # fmt: skip
+    """Encodes a source with the VAE of a checked model folder; see `koala.data.prepare`."""
+    preparation = _with_captions(source, preparation)
+    rank, world = (int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    workers = workers or own_cores()
+    with pool_of(workers) as pool:
+        plan = plan_of(source, out, preparation.unit, pool)
+        made_with = {"encoder": encoder_hash(model), "source": source.name, **asdict(preparation)}
+        _claim(out, made_with)
+        mine = range(rank, plan.units, world)
+        todo = [unit for unit in mine if not unit_file(out, unit).exists()]
+        if todo:
+            encoder = Encoder(model, device, preparation.posterior, preparation.text, SEED)
+            telling = Telling.of(model, preparation.long_captions or "sentences")
+            total = sum(map(plan.size, mine))
+            done = total - sum(map(plan.size, todo))
+            with progress("encoding", total, "pictures", done) as advance:
+                chunks = read_ahead(source, plan, todo, preparation, pool, workers)
+                for unit, some in groupby(chunks, key=lambda chunk: chunk[0]):
+                    results = _counted((r for _, chunk in some for r in chunk), advance)
+                    encoded, dropped = encoder.unit(results, telling)
+                    long = _long(encoded, preparation.captions, telling)
+                    write_unit(out, unit, encoded, dropped, long)
+    return _finish(out, plan, preparation)
+
+
+def _finish(out: Path, plan: Plan, preparation: Preparation) -> Summary:
+    """Index and report, where all units are there; UserError where no picture is left."""
+    left = sum(not unit_file(out, unit).exists() for unit in range(plan.units))
+    if left:
+        return Summary(units_left=left)
+    summary = read_summary(out) or merge(out, plan.units, preparation.filters.keep_duplicates)
+    if not summary.kept:
+        counts = ", ".join(f"{n:,} {why}" for why, n in summary.dropped.items())
+        raise UserError(f"no picture is left of {plan.items:,} ({counts}): see {out}/report.jsonl")
+    return summary
+
+
+def _counted(results: Iterable[T], advance: Callable[[int], object]) -> Iterator[T]:
+    for result in results:
+        yield result
+        advance(1)
+
+
+def _long(encoded: Sequence[Encoded], captions: Sequence[str], telling: Telling) -> dict[str, int]:
+    """How many of each caption the encoders cannot read whole."""
+    return {
+        name: sum(telling.is_long(row.sample.captions[i]) for row in encoded)
+        for i, name in enumerate(captions)
+    }
+
+
+# --- before the work ------------------------------------------------------------------------
+
+
+def _with_captions(source: Source, preparation: Preparation) -> Preparation:
+    """The preparation with its captions named; UserError where the source lacks what is asked."""
+    part = next(iter(source.parts()))
+    first = list(islice(source.items(part, 0, PEEK), PEEK))
+    fields = list(dict.fromkeys(name for item in first for name in item.captions))
+    captions = preparation.captions or source.captions or tuple(fields)
+    check_expressions(captions, fields)
+    if not captions and first:
+        raise UserError(f"the first {len(first)} pictures of the source have no captions")
+    for score in preparation.filters.scores:
+        if first and not any(score in item.scores for item in first):
+            raise UserError(f"{score}: the first {len(first)} pictures have no such score")
+    return replace(preparation, captions=captions)
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Writes what the folder's latents are made with, or refuses a folder made with another."""
+    path, wanted = out / "latents.json", json.loads(json.dumps(settings))
+    if not path.exists():
+        with new_file(path) as part:
+            part.write_text(json.dumps(wanted, indent=1) + "\n")
+        return
+    found = json.loads(path.read_text())
+    if found.get("encoder") != wanted["encoder"]:
+        raise UserError(
+            f"{out} holds latents of another VAE ({found.get('encoder')}, this model's is "
+            f"{wanted['encoder']}); prepare into another folder, or remove this one's latents, "
+            "units, *.arrow, plan.json and latents.json"
+        )
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{out} was prepared with {name}={found.get(name)!r}, now it is "
+                f"{wanted.get(name)!r}; take another folder or remove this one"
+            )

@@ -1,0 +1,55 @@
+"""Where captioned pictures come from: one small class a kind, recognised from what lies there.
+
+Adding one: a class as `koala.data.items.Source` wants it, in a module of its own, and its line in
+`_KINDS` and `_found`.
+"""
+
+from pathlib import Path
+
+from koala.data.items import Source
+from koala.data.sources.folder import SUFFIXES, Folder
+from koala.data.sources.parquet import Parquet
+from koala.data.sources.webdataset import WebDataset
+from koala.data.sources.yepop import YePop, chunk_files
+from koala.errors import UserError
+
+_KINDS = {kind.name: kind for kind in (Folder, WebDataset, Parquet, YePop)}
+KINDS = tuple(_KINDS)
+
+
+def recognise(place: str | Path, kind: str | None = None) -> Source:
+    """The source that lies at `place`: a folder, a tar or a parquet file.
+
+    kind: one of KINDS, where the place holds more than one. UserError where there is nothing, or
+    nothing that is known, or more than one kind and none is named.
+    """
+    root = Path(place).expanduser()
+    if kind is not None and kind not in _KINDS:
+        raise UserError(f"--as {kind}: there are {', '.join(KINDS)}")
+    if not root.exists():
+        raise UserError(
+            f"source {str(place)!r} is not there; a source is a path of one of the kinds "
+            f"{', '.join(KINDS)}, or illustrations or illustrations-small"
+        )
+    found = [kind] if kind else _found(root)
+    if len(found) != 1:
+        what = f"may be {' or '.join(found)}" if found else f"holds none of {', '.join(KINDS)}"
+        raise UserError(f"source {root} {what}: name its own folder, or say which with --as KIND")
+    return _KINDS[found[0]](root)
+
+
+def _found(root: Path) -> list[str]:
+    """The kinds that lie at `root`. A parquet beside the tar of its name is img2dataset's log."""
+    if root.is_file():
+        return {".tar": ["webdataset"], ".parquet": ["parquet"]}.get(root.suffix, [])
+    if chunk_files(root):
+        return ["ye-pop"]
+    files = [p for p in root.rglob("*") if p.is_file()]
+    tars = {p.with_suffix("") for p in files if p.suffix == ".tar"}
+    tables = [p for p in files if p.suffix == ".parquet" and p.with_suffix("") not in tars]
+    there = {
+        "webdataset": bool(tars),
+        "parquet": bool(tables),
+        "folder": any(p.suffix.lower() in SUFFIXES for p in files),
+    }
+    return [kind for kind, found in there.items() if found]

@@ -1,0 +1,96 @@
+"""A folder of pictures: captions in a `.txt` beside each, or in one metadata.jsonl or .csv.
+
+The metadata's column `file_name` names the picture, relative to the folder; its text columns are
+captions. Order: by path.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from koala.data.items import SCORES, Item, captions_of, scores_of
+from koala.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Pictures below `root`, as one part."""
+
+    root: Path
+    name = "folder"
+    captions = ()
+
+    def parts(self) -> dict[str, int]:
+        """One, the folder itself, with its number of pictures. UserError where there is none."""
+        if not (pictures := _pictures(self.root)):
+            raise UserError(f"{self.root}: no picture there ({', '.join(SUFFIXES)})")
+        return {".": len(pictures)}
+
+    def count(self, part: str) -> int:
+        """The number of pictures."""
+        return len(_pictures(self.root))
+
+    def items(self, part: str, first: int, count: int) -> Iterator[Item]:
+        """A picture that the metadata does not name has no captions but its .txt's."""
+        metadata = _metadata(self.root)
+        for path in _pictures(self.root)[first : first + count]:
+            id = path.relative_to(self.root).as_posix()
+            record = dict(metadata.get(id, {}))
+            beside = path.with_suffix(".txt")
+            if beside.is_file():
+                record["text"] = beside.read_text(encoding="utf-8", errors="replace")
+            yield Item(id, partial(Path.read_bytes, path), captions_of(record), scores_of(record))
+
+
+@lru_cache(maxsize=2)
+def _pictures(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+@lru_cache(maxsize=2)
+def _metadata(root: Path) -> dict[str, dict[str, Any]]:
+    """Records by the picture they are of; UserError where a line cannot be read."""
+    found = [root / name for name in METADATA if (root / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{root} has both {' and '.join(METADATA)}: keep the one that counts")
+    if not found:
+        return {}
+    (path,) = found
+    records = {}
+    for number, record in enumerate(_records(path), 1):
+        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
+            raise UserError(f"{path}: record {number} has no file_name")
+        records[Path(record["file_name"]).as_posix()] = record
+    return records
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            for row in csv.DictReader(file):
+                yield {k: _number(v) if k in _NUMBERS else v for k, v in row.items()}
+            return
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}: line {number} is no JSON ({error})") from None
+
+
+_NUMBERS = {name for names in SCORES.values() for name in names}
+
+
+def _number(text: str | None) -> float | None:
+    """A score of a csv; None where the cell holds none."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return None

@@ -1,0 +1,101 @@
+"""Parquet files: pictures embedded as bytes or named by path, captions in the text columns.
+
+The picture is the column `image` (bytes, or Hugging Face's {bytes, path}), `jpg`, `png`, `webp` or
+`bytes`; else the path in `path`, `file_name` or `image_path`, relative to the file's folder. Order:
+files by name, rows as they come. A row group is read whole, so groups of some hundred rows are
+best. The illustration set lies in such files, with its own splits and kinds.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from koala.data.items import Item, captions_of, scores_of
+from koala.errors import UserError
+
+EMBEDDED = ("image", "jpg", "png", "webp", "bytes")
+PATHS = ("path", "file_name", "image_path")
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """The parquet files below `root` that `pattern` fits; a part is a file."""
+
+    root: Path
+    captions: tuple[str, ...] = ()
+    pattern: str = "*.parquet"
+    name = "parquet"
+
+    def parts(self) -> dict[str, int]:
+        """Paths of the files relative to `root`, with their bytes. UserError where none are."""
+        found = [self.root] if self.root.is_file() else sorted(self.root.rglob(self.pattern))
+        if not found:
+            raise UserError(f"{self.root}: no {self.pattern} there")
+        return {p.relative_to(self.root).as_posix(): p.stat().st_size for p in found}
+
+    def count(self, part: str) -> int:
+        """Rows, by the file's footer."""
+        file = _file(self.root / part)
+        _picture_column(self.root / part, file.schema_arrow.names)
+        return file.metadata.num_rows
+
+    def items(self, part: str, first: int, count: int) -> Iterator[Item]:
+        """The id is the column `id` or `key`, else the file's name and the row's number."""
+        path = self.root / part
+        column = _picture_column(path, _file(path).schema_arrow.names)
+        for number, record in _records(path, first, count):
+            id = record.get("id") or record.get("key") or f"{path.stem}/{number}"
+            read = partial(_read, path, record[column])
+            captions, scores = captions_of(record), scores_of(record)
+            kind = record.get("kind") or "picture"
+            yield Item(str(id), read, captions, scores, record.get("split"), kind)
+
+
+def _records(path: Path, first: int, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows with their numbers, from the row groups that hold them."""
+    metadata, start = _file(path).metadata, 0
+    for group in range(metadata.num_row_groups):
+        end = start + metadata.row_group(group).num_rows
+        low, high = max(first, start), min(first + count, end)
+        if low < high:
+            rows = _group(path, group).slice(low - start, high - low).to_pylist()
+            yield from zip(range(low, high), rows, strict=True)
+        start = end
+
+
+@lru_cache(maxsize=2)
+def _file(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is no whole parquet file ({error}): fetch it again") from None
+
+
+@lru_cache(maxsize=1)
+def _group(path: Path, group: int) -> pa.Table:
+    return _file(path).read_row_group(group)
+
+
+def _picture_column(path: Path, names: list[str]) -> str:
+    for name in (*EMBEDDED, *PATHS):
+        if name in names:
+            return name
+    raise UserError(
+        f"{path}: no column of pictures; bytes go by {', '.join(EMBEDDED)}, paths by "
+        f"{', '.join(PATHS)}; it has {', '.join(names)}"
+    )
+
+
+def _read(path: Path, picture: Any) -> bytes:
+    if isinstance(picture, dict):
+        picture = picture.get("bytes") or picture.get("path")
+    if isinstance(picture, bytes):
+        return picture
+    if not picture:
+        raise OSError("no picture in this row")
+    return (path.parent / picture).read_bytes()

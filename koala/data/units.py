@@ -1,0 +1,88 @@
+"""How a source is cut into units of work.
+
+A unit is a run of so many items in the source's order, and what is written for it depends on those
+items alone. So units can be done by anybody, in any order, and a killed run loses only those that
+were under way.
+"""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+from koala.data.items import Source
+from koala.errors import UserError
+from koala.output import new_file
+
+CHUNK = 8  # items that a process reads at once: 24 MiB of pixels at 1024 x 1024
+
+Piece = tuple[str, int, int]  # part, first item, number of items
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts with their numbers of items, and how many items make a unit."""
+
+    parts: dict[str, int]
+    unit: int
+
+    @property
+    def items(self) -> int:
+        """Of the whole source."""
+        return sum(self.parts.values())
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return -(-self.items // self.unit)
+
+    def size(self, unit: int) -> int:
+        """Items of a unit; the last may have fewer."""
+        return min(self.unit, self.items - unit * self.unit)
+
+    def pieces(self, units: list[int]) -> Iterator[tuple[int, Piece]]:
+        """(unit, piece) of these units, ascending, in the source's order."""
+        wanted, start = iter(units), 0
+        unit = next(wanted, None)
+        for part, count in self.parts.items():
+            while unit is not None and unit * self.unit < start + count:
+                low = max(start, unit * self.unit)
+                high = min(start + count, unit * self.unit + self.size(unit))
+                for first in range(low, high, CHUNK):
+                    yield unit, (part, first - start, min(CHUNK, high - first))
+                if high < unit * self.unit + self.size(unit):
+                    break  # it goes on in the next part
+                unit = next(wanted, None)
+            start += count
+
+
+def plan_of(source: Source, out: Path, unit: int, pool: Executor | None) -> Plan:
+    """The plan, from `out`/plan.json where it stands there already (counting takes a while).
+
+    UserError where the source is no longer what it was planned from.
+    """
+    path, there = out / "plan.json", source.parts()
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if changed := _changed(kept["parts"], there):
+            raise UserError(
+                f"{out} was begun when the source's part {changed} was another: prepare what is "
+                "there now into another folder"
+            )
+        return Plan(kept["counts"], unit)
+    counts = (pool.map if pool else map)(source.count, there)
+    plan = Plan(dict(zip(there, counts, strict=True)), unit)
+    if not plan.items:
+        raise UserError(f"the source holds no pictures: {', '.join(there)}")
+    with new_file(path) as part:
+        part.write_text(json.dumps({"parts": there, "counts": plan.parts}) + "\n")
+    return plan
+
+
+def _changed(before: dict[str, int], now: dict[str, int]) -> str | None:
+    """The first part that is new, gone or different."""
+    for part in sorted({*before, *now}):
+        if before.get(part) != now.get(part):
+            return part
+    return None

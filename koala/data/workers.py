@@ -1,0 +1,81 @@
+"""The processes that read pictures, ahead of the device that encodes them."""
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing.connection import wait
+
+from koala.data.items import Source
+from koala.data.samples import Dropped, Preparation, Sample, read_samples
+from koala.data.units import Plan
+from koala.errors import Failure
+
+AHEAD = 4  # chunks of items a process, read before they are wanted
+
+
+def own_cores() -> int:
+    """This process's share of the cores that it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextmanager
+def pool_of(workers: int) -> Iterator[Executor | None]:
+    """Processes that read pictures; one worker is this process itself."""
+    if workers == 1:
+        yield None
+        return
+    # Not forked from here: this process has threads, and maybe a GPU.
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(workers, context, _end_with_parent)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise Failure(
+            "a process that reads pictures was killed (memory?); run again to go on, with fewer "
+            "--workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for ever; it ends instead."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def read_ahead(
+    source: Source, plan: Plan, units: list[int], preparation: Preparation,
+    pool: Executor | None, workers: int,
+) -> Iterator[tuple[int, list[Sample | Dropped]]]:  # fmt: skip
+    """(unit, what became of some of its items), in order; some are read before they are wanted."""
+    pieces = plan.pieces(units)
+    if pool is None:
+        for unit, piece in pieces:
+            yield unit, read_samples(source, *piece, preparation)
+        return
+
+    reading: deque[tuple[int, Future]] = deque()
+
+    def begin(some: int) -> None:
+        for unit, piece in islice(pieces, some):
+            reading.append((unit, pool.submit(read_samples, source, *piece, preparation)))
+
+    begin(AHEAD * workers)
+    while reading:
+        unit, job = reading.popleft()
+        yield unit, job.result()
+        begin(1)

@@ -154,7 +154,7 @@ def compare(
 ) -> tuple[dict, Image.Image]:
     """What the LoRA does to every model (figures by name), and a sheet of it."""
     real = PictureSet(data)
-    held_out = real.select("test-concept")[:things]
+    held_out = evenly(real.select("test-concept"), things)
     prompts = [real.rows[i]["short"] for i in held_out]
     figures, rows, captions = {}, [], []
     for name, model in models.items():
@@ -166,11 +166,17 @@ def compare(
         features = [extract(extractor, images) for images in (before, after, drawings)]
         figures[name] = asdict(measure(*features)) | {"lora": asdict(report)}
         for what, images in (("without", before), ("with", after)):
-            rows += images[::seeds][:SHOWN]
-            captions += [f"{name} {what}: {prompt}" for prompt in prompts[:SHOWN]]
-    rows += drawings[:SHOWN]
-    captions += [f"drawn: {prompt}" for prompt in prompts[:SHOWN]]
+            rows += evenly(images[::seeds], SHOWN)
+            captions += [f"{name} {what}: {prompt}" for prompt in evenly(prompts, SHOWN)]
+    rows += evenly(drawings, SHOWN)
+    captions += [f"drawn: {prompt}" for prompt in evenly(prompts, SHOWN)]
     return figures, contact_sheet(rows, captions, columns=min(SHOWN, len(prompts)), scale=2)
+
+
+def evenly(found: list, most: int) -> list:
+    """At most so many of them, from all over the list."""
+    number = min(most, len(found))
+    return [found[i * len(found) // number] for i in range(number)]
 
 
 def main() -> None:

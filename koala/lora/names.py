@@ -52,11 +52,11 @@ class TextEncoder:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Weight shape of every linear module, by path."""
-        square, shapes = (self.width, self.width), {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for n in range(self.layers):
             layer = f"text_model.encoder.layers.{n}"
             for projection in _PROJECTIONS.values():
-                shapes[f"{layer}.self_attn.{projection}"] = square
+                shapes[f"{layer}.self_attn.{projection}"] = (self.width, self.width)
             shapes[f"{layer}.mlp.fc1"] = (self.inner, self.width)
             shapes[f"{layer}.mlp.fc2"] = (self.width, self.inner)
         if self.projection:

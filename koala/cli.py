@@ -107,10 +107,29 @@ def _generate(commands) -> None:
     )  # fmt: skip
     p.add_argument("--steps", type=int, default=10, help="denoising steps (default 10)")
     p.add_argument("--guidance", type=float, default=3.5, help="guidance (CFG; default 3.5)")
+    p.add_argument(
+        "--guidance-until", type=float, default=1.0, metavar="SHARE",
+        help="leave guidance out after this share of the steps (default 1.0, none)",
+    )  # fmt: skip
+    p.add_argument(
+        "--scheduler", default="euler", help="euler (default), euler-a, dpm++2m, ddim or lcm"
+    )
     p.add_argument("--negative", default="", help="what to keep away from")
     p.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the model's own)")
     p.add_argument("-n", "--number", type=int, default=1, help="pictures a prompt (default 1)")
     p.add_argument("--seed", type=int, help="seed of the first picture (default: at random)")
+    p.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
+    p.add_argument(
+        "--strength", type=float,
+        help="how much of it is drawn anew, above 0 and up to 1 (default 0.6)",
+    )  # fmt: skip
+    p.add_argument(
+        "--mask", type=Path, metavar="FILE",
+        help="draw anew only where this picture, of the same size, is light",
+    )  # fmt: skip
+    p.add_argument(
+        "--strict", action="store_true", help="each picture bit for bit as if drawn alone"
+    )
     p.add_argument("--out", type=Path, default=Path("pictures"), help="folder (default pictures)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     p.add_argument("--json", action="store_true", help="print paths and settings as JSON")
@@ -126,13 +145,13 @@ def _run_generate(o: argparse.Namespace) -> None:
     for file, scale in loras:
         report = pipeline.add_lora(file, scale, merged=True)
         print(f"koala: {report.line()}", file=sys.stderr)
-    with progress("drawing", o.steps, "steps") as advance:
-        result = pipeline(
-            o.prompt, negative_prompt=o.negative, steps=o.steps, guidance=o.guidance,
-            size=o.size, number=o.number, seed=o.seed, on_step=lambda *_: advance(1),
-        )  # fmt: skip
-    for warning in result.dropped:
-        print(f"koala: warning: {warning}", file=sys.stderr)
+    requests = pipeline.requests(
+        o.prompt, negative_prompt=o.negative, steps=o.steps, guidance=o.guidance,
+        guidance_until=o.guidance_until, scheduler=o.scheduler, size=o.size, number=o.number,
+        seed=o.seed, image=o.image, strength=o.strength, mask=o.mask,
+    )  # fmt: skip
+    with progress("drawing", pipeline.steps(requests), "steps") as advance:
+        result = pipeline.draw(requests, strict=o.strict, on_step=lambda *_: advance(1))
     paths = save(result, o.out)
     if o.json:
         made = zip(paths, result.settings, strict=True)

@@ -23,6 +23,7 @@ from koala.errors import UserError
 from koala.formats import load_text
 
 Pair = tuple[int, int]
+Ids = tuple[tuple[int, ...], tuple[int, ...]]  # token ids for each encoder, without its marks
 
 
 class TextConditioner:
@@ -31,7 +32,7 @@ class TextConditioner:
     The penultimate hidden states of both CLIP text encoders, side by side, and the second
     encoder's projected pooled output. The encoders are frozen here.
 
-    An embedding is a function of its prompt alone: prompts are encoded one by one, because a
+    An embedding is a function of its tokens alone: they are encoded prompt by prompt, because a
     batch's shape changes the last bits of its rows, and then a resumed training would differ
     from an uninterrupted one by what its memo happened to hold.
     """
@@ -44,7 +45,7 @@ class TextConditioner:
         text_encoder_2: CLIPTextModelWithProjection,
         memo: int = 1024,
     ) -> None:
-        """Takes what `koala.formats.load_text` returns; `memo` bounds the remembered prompts."""
+        """Takes what `koala.formats.load_text` returns; `memo` bounds what is remembered."""
         assert memo >= 0
         self.tokenizers = (tokenizer, tokenizer_2)
         self.encoders = (
@@ -55,7 +56,7 @@ class TextConditioner:
         self.width = sum(encoder.config.hidden_size for encoder in self.encoders)
         self.pooled_width: int = text_encoder_2.config.projection_dim
         self._memo_limit = memo
-        self._memo: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._memo: OrderedDict[Ids, tuple[Tensor, Tensor]] = OrderedDict()
 
     @classmethod
     def from_folder(
@@ -82,12 +83,13 @@ class TextConditioner:
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings [n, t, d1 + d2] and pooled [n, p], in the encoders' dtype and device.
 
-        Reads the first t tokens of each prompt; `dropped_words` says what that leaves out.
-        No gradients. The tensors are the caller's own.
+        Reads the first t tokens of each prompt and no further: training's way. Generation reads
+        the rest in chunks (`koala.generation.prompts`). No gradients. The tensors are the
+        caller's own.
         """
         if not prompts:
             return self.zeros(0)
-        rows = [self._embedding(prompt) for prompt in prompts]
+        rows = [self.read(self._first_ids(prompt)) for prompt in prompts]
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
     def zeros(self, n: int) -> tuple[Tensor, Tensor]:
@@ -105,49 +107,38 @@ class TextConditioner:
         """Empties the memo: to be called whenever the encoders have changed, as by a LoRA."""
         self._memo.clear()
 
-    def dropped_words(self, prompt: str) -> str | None:
-        """The end of `prompt` that the encoders do not read, from its first unread word on.
+    def read(self, ids: Ids) -> tuple[Tensor, Tensor]:
+        """Embeddings [t, d1 + d2] and pooled [p] of at most t - 2 tokens for each encoder.
 
-        A word read in part counts as unread. None when all of it is read.
+        Remembered: not to be written to. No gradients.
         """
-        cuts = []
-        for tokenizer in self.tokenizers:
-            spans = tokenizer(
-                prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            ).offset_mapping
-            if len(spans) > self.tokens - 2:  # the start and end tokens take two places
-                cuts.append(spans[self.tokens - 2][0])
-        if not cuts:
-            return None
-        cut = min(cuts)
-        while cut > 0 and not prompt[cut - 1].isspace():
-            cut -= 1
-        return prompt[cut:].strip()
-
-    def _embedding(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """One prompt's embeddings [t, d1 + d2] and pooled [p], remembered."""
-        found = self._memo.pop(prompt, None)
+        found = self._memo.pop(ids, None)
         if found is None:
-            found = self._encode(prompt)
-        self._memo[prompt] = found
+            found = self._encode(ids)
+        self._memo[ids] = found
         if len(self._memo) > self._memo_limit:
             self._memo.popitem(last=False)
         return found
 
+    def _first_ids(self, prompt: str) -> Ids:
+        first, second = (
+            tuple(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+            for tokenizer in self.tokenizers
+        )
+        room = self.tokens - 2  # the start and end marks take two places
+        return first[:room], second[:room]
+
     # Not inference mode, even inside a caller's: the memo outlives it and feeds training.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def _encode(self, ids: Ids) -> tuple[Tensor, Tensor]:
         hidden = []
-        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            ids = tokenizer(
-                prompt,
-                padding="max_length",
-                max_length=self.tokens,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            output = encoder(ids.to(self.device), output_hidden_states=True)
+        for tokenizer, encoder, own in zip(self.tokenizers, self.encoders, ids, strict=True):
+            marked = [tokenizer.bos_token_id, *own, tokenizer.eos_token_id]
+            marked += [tokenizer.pad_token_id] * (self.tokens - len(marked))
+            assert len(marked) == self.tokens
+            places = torch.tensor([marked], device=self.device)
+            output = encoder(places, output_hidden_states=True)
             hidden.append(output.hidden_states[-2][0])
         return torch.cat(hidden, dim=-1), output.text_embeds[0]
 

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 import koala
 from koala import architectures
 from koala.formats import BUNDLED, WEIGHTS, load_unet, weights_files
-from koala.generation.denoise import initial_noise
+from koala.generation.samplers import Noise
 
 ROOT = Path(__file__).parent.parent
 FOLDER = BUNDLED / "koala-mini"
@@ -48,7 +48,7 @@ def test_no_path_of_another_machine_is_in_it():
 
 def test_plain_diffusers_draws_the_same_picture(pipeline):
     plain = StableDiffusionXLPipeline.from_pretrained(FOLDER)
-    noise = initial_noise([7], 4, 8, 8)
+    noise = Noise(7, (1, 4, 8, 8), torch.device("cpu")).draw()
     theirs = plain(
         prompt="a fox, noto style", guidance_scale=3.5, num_inference_steps=10,
         latents=noise, output_type="np",

@@ -53,7 +53,7 @@ def test_memo_gives_the_same_forgets_the_oldest_and_is_never_handed_out(folder):
     first.zero_()
     assert torch.equal(conditioner(["a"])[0], kept)
     conditioner(["b", "a", "c"])
-    assert list(conditioner._memo) == ["a", "c"]
+    assert list(conditioner._memo) == [conditioner._first_ids(prompt) for prompt in ("a", "c")]
     assert torch.equal(conditioner(["b", "a", "b"])[0][1], kept[0])
 
 
@@ -69,31 +69,6 @@ def test_embeddings_made_while_generating_can_be_trained_on(conditioner):
 def test_no_prompts_give_no_rows(conditioner):
     text, pooled = conditioner([])
     assert text.shape == (0, TOKENS, sum(TEXT_WIDTHS)) and pooled.shape == (0, TEXT_WIDTHS[1])
-
-
-@pytest.mark.parametrize(
-    ("prompt", "dropped"),
-    [
-        ("", None),
-        ("x" * 30, None),
-        ("x" * 31, "x" * 31),
-        ("x" * 15 + " " + "y" * 15, None),
-        ("x" * 15 + " " + "y" * 16, "y" * 16),
-        ("x" * 30 + "  yy  zz ", "yy  zz"),
-        ("é" * 15 + " ende", "ende"),  # two bytes a letter
-    ],
-)
-def test_dropped_words(conditioner, prompt, dropped):
-    """The toy tokenizer spells byte by byte: of 32 tokens 30 are letters."""
-    assert conditioner.dropped_words(prompt) == dropped
-
-
-def test_what_dropped_words_leaves_is_all_that_is_read(conditioner):
-    prompt = "a red fox and two green apples on a table"
-    dropped = conditioner.dropped_words(prompt)
-    read = prompt.removesuffix(dropped)
-    assert conditioner.dropped_words(read) is None
-    assert read + dropped == prompt and read.endswith(" ")
 
 
 def test_time_ids_are_diffusers_add_time_ids(folder):

@@ -11,8 +11,8 @@ from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import load
-from koala.generation.decode import decode
-from koala.generation.denoise import Condition, denoise, initial_noise
+from koala.generation.denoise import evaluate
+from koala.generation.samplers import Noise
 from koala.generation.schedule import trailing
 from toy import toy_pipeline, toy_scheduler
 
@@ -45,6 +45,20 @@ def theirs(folders):
     return loaded
 
 
+def noise_of(seeds, height, width):
+    return torch.cat([Noise(s, (1, 4, height, width), torch.device("cpu")).draw() for s in seeds])
+
+
+@torch.inference_mode()
+def latents_of(pipe, prompt, **asked):
+    """The latents of all pictures, stepped together."""
+    rows = [pipe.begin(request) for request in pipe.requests(prompt, **asked)]
+    while not rows[0].finished:
+        for row, epsilon in zip(rows, evaluate(pipe.predict, rows), strict=True):
+            row.advance(epsilon)
+    return torch.cat([row.x for row in rows])
+
+
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / 255
 
@@ -53,8 +67,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_latents_and_pictures_equal_diffusers_pipeline(folders, theirs, architecture, case):
     prompts, negative, guidance, width, height = CASES[case]
-    seeds = [7 + i for i in range(len(prompts))]
-    noise = initial_noise(seeds, 4, height // 8, width // 8)
+    noise = noise_of([7 + i for i in range(len(prompts))], height // 8, width // 8)
     arguments = {
         "prompt": prompts,
         "negative_prompt": [negative] * len(prompts) if negative else None,
@@ -68,35 +81,62 @@ def test_latents_and_pictures_equal_diffusers_pipeline(folders, theirs, architec
     expected = pipe(**arguments, latents=noise.clone(), output_type="np").images
 
     ours = load(folders[architecture], device="cpu")
-    result = ours(
-        prompts, negative_prompt=negative, guidance=guidance, size=(width, height), seed=7
-    )
-    with torch.inference_mode():
-        one = result.settings[0]
-        unconditional = ours._condition([negative] * len(prompts), one) if guidance > 1 else None
-        x = denoise(
-            ours.unet,
-            noise,
-            ours._condition(prompts, one),
-            unconditional,
-            trailing(ours.scheduler_config, 10),
-            guidance,
-        )
-        drawn = decoded(ours, x)
+    asked = {"negative_prompt": negative, "guidance": guidance, "size": (width, height), "seed": 7}
+    x = latents_of(ours, prompts, **asked)
     torch.testing.assert_close(x, latents, atol=1e-4, rtol=0)
+    drawn = decoded(ours, x)
     np.testing.assert_allclose(drawn, expected, atol=1e-4, rtol=0)
-    for image, array in zip(result.images, drawn, strict=True):  # 8 bits of the very same
+    for image, array in zip(ours(prompts, **asked).images, drawn, strict=True):  # in 8 bits
         np.testing.assert_allclose(pixels(image), array, atol=0.5 / 255 + 1e-4, rtol=0)
 
 
+def test_guidance_cut_off_equals_diffusers_callback_that_cuts_it_off(pipeline, theirs):
+    """As diffusers' documentation does it: guidance 0 and no unconditional rows from a step on."""
+
+    def cut_off(pipe, step, timestep, tensors):
+        if step == 2:  # three of ten steps are done
+            pipe._guidance_scale = 0.0
+            for name in ("prompt_embeds", "add_text_embeds", "add_time_ids"):
+                tensors[name] = tensors[name].chunk(2)[-1]
+        return tensors
+
+    expected = theirs["koala"](
+        "a red fox", guidance_scale=5.0, num_inference_steps=10, latents=noise_of([7], 8, 8),
+        output_type="latent", callback_on_step_end=cut_off,
+        callback_on_step_end_tensor_inputs=["prompt_embeds", "add_text_embeds", "add_time_ids"],
+    ).images  # fmt: skip
+    ours = latents_of(pipeline, "a red fox", guidance=5.0, guidance_until=0.25, seed=7)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    whole = latents_of(pipeline, "a red fox", guidance=5.0, seed=7)
+    assert (whole - ours).abs().max() > 1e-3
+
+
+def test_guidance_costs_rows_only_as_long_as_it_is_on(pipeline):
+    rows = []
+
+    def counted(x, timesteps, condition):
+        rows.append((len(x), len(timesteps), len(condition.text)))
+        return plain(x, timesteps, condition)
+
+    plain, pipeline.predict = pipeline.predict, counted
+    try:
+        latents_of(pipeline, ["a", "b"], guidance=2, guidance_until=0.5, steps=3)
+        latents_of(pipeline, "a", guidance=1, steps=2)
+    finally:
+        pipeline.predict = plain
+    assert [n for n, *_ in rows] == [4, 4, 2, 1, 1]
+    assert all(len(set(counts)) == 1 for counts in rows)
+
+
 def decoded(ours, latents: torch.Tensor) -> np.ndarray:
-    return decode(ours.vae, latents).permute(0, 2, 3, 1).numpy()
+    with torch.inference_mode():
+        return ours.decode(latents).permute(0, 2, 3, 1).numpy()
 
 
 def test_decode_without_latent_statistics_divides_by_the_scaling_factor_only(folders, theirs):
     pipe = load(folders["koala"], device="cpu")
     vae = theirs["koala"].vae
-    latents = initial_noise([0], 4, 4, 4)
+    latents = noise_of([0], 4, 4)
     pipe.vae.register_to_config(latents_mean=None, latents_std=None)
     with torch.inference_mode():
         expected = vae.decode(latents / 0.8).sample / 2 + 0.5
@@ -138,46 +178,34 @@ def test_a_scheduler_config_of_another_kind_is_refused(key, value):
         trailing({**config, key: value}, 10)
 
 
-def test_a_picture_does_not_depend_on_its_company(pipeline):
-    prompts = ["a red fox", "an owl", "two green apples"]
-    together = pipeline(prompts, seed=3, steps=4)
-    for i, prompt in enumerate(prompts):
-        assert torch.equal(initial_noise([3 + i], 4, 8, 8)[0], initial_noise([3, 4, 5], 4, 8, 8)[i])
-        alone = pipeline(prompt, seed=3 + i, steps=4).images[0]
-        assert np.abs(pixels(alone) - pixels(together.images[i])).max() <= 1 / 255 + 1e-6
-
-
 def test_pictures_of_a_batch_equal_those_drawn_alone(pipeline):
-    schedule = trailing(pipeline.scheduler_config, 10)
-    one = pipeline("a", steps=1, seed=0).settings[0]
-    with torch.inference_mode():
-        noise = initial_noise([1, 2, 3], 4, 8, 8)
-        both = [pipeline._condition(["a", "b", "c"], one), pipeline._condition([""] * 3, one)]
-        together = denoise(pipeline.unet, noise, *both, schedule, 3.5)
-        for i in range(3):
-            rows = [
-                Condition(part.text[i : i + 1], part.pooled[i : i + 1], part.time_ids[i : i + 1])
-                for part in both
-            ]
-            alone = denoise(pipeline.unet, noise[i : i + 1], *rows, schedule, 3.5)
-            drawn, company = decode(pipeline.vae, alone), decode(pipeline.vae, together)
-            torch.testing.assert_close(drawn[0], company[i], atol=1e-5, rtol=0)
+    prompts = ["a red fox", "an owl", "two green apples"]
+    together = latents_of(pipeline, prompts, seed=3)
+    strict = pipeline(prompts, seed=3, strict=True).images
+    for i, prompt in enumerate(prompts):
+        alone = latents_of(pipeline, prompt, seed=3 + i)
+        torch.testing.assert_close(alone[0], together[i], atol=1e-4, rtol=0)
+        assert pipeline(prompt, seed=3 + i).images[0].tobytes() == strict[i].tobytes()
 
 
 def test_big_batches_are_drawn_in_turns_with_the_same_pictures(pipeline, monkeypatch):
-    steps = []
-    monkeypatch.setattr("koala.generation.pipeline.PIXELS_AT_ONCE", 2 * 32 * 32)
-    turns = pipeline(
-        ["a", "b"],
-        number=2,
-        seed=5,
-        steps=2,
-        size=(32, 32),
-        on_step=lambda done, total: steps.append((done, total)),
-    )
-    monkeypatch.undo()
-    whole = pipeline(["a", "b"], number=2, seed=5, steps=2, size=(32, 32))
-    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    steps, rows = [], []
+
+    def counted(x, timesteps, condition):
+        rows.append(len(x))
+        return plain(x, timesteps, condition)
+
+    plain, pipeline.predict = pipeline.predict, counted
+    asked = {"number": 2, "seed": 5, "steps": 2, "size": (32, 32), "guidance": 1}
+    try:
+        whole = pipeline(["a", "b"], **asked)
+        monkeypatch.setattr("koala.generation.engine.PIXELS_AT_ONCE", 2 * 32 * 32)
+        count = lambda done, total: steps.append((done, total))  # noqa: E731
+        turns = pipeline(["a", "b"], **asked, on_step=count)
+    finally:
+        pipeline.predict = plain
+    assert rows == [4, 4, 2, 2, 2, 2]
+    assert steps == [(i, 8) for i in range(1, 9)]
     assert turns.settings == whole.settings
     for one, other in zip(turns.images, whole.images, strict=True):
         assert np.abs(pixels(one) - pixels(other)).max() <= 1 / 255 + 1e-6
@@ -222,7 +250,7 @@ def test_the_seed_the_prompt_and_the_negative_prompt_matter(pipeline):
 def test_a_folder_that_does_not_zero_empty_prompts_is_heeded(folders, theirs):
     pipe = load(folders["koala"], device="cpu")
     pipe = dataclasses.replace(pipe, zeros_for_empty=False)
-    noise = initial_noise([4], 4, 8, 8)
+    noise = noise_of([4], 8, 8)
     arguments = {"negative_prompt": "", "guidance_scale": 3.5, "num_inference_steps": 2}
     expected = theirs["koala"]("a", **arguments, latents=noise, output_type="np").images[0]
     ours = pipe("a", seed=4, steps=2).images[0]
@@ -256,6 +284,16 @@ def test_any_multiple_of_eight_is_a_size(folders, size):
         ({"prompt": ["a", ""]}, "prompt is empty"),
         ({"prompt": 3 * [None]}, "allowed is text"),
         ({"prompt": "\ud83e"}, "lone surrogate"),
+        ({"prompt": "a" * 100_000}, "prompt has 100,000 characters: allowed are 10,000"),
+        ({"negative_prompt": "a" * 10_001}, "negative prompt has 10,001 characters"),
+        ({"prompt": "a\x00b\x1b"}, r"control characters .U\+0000, U\+001B"),
+        ({"prompt": "a (fox:99)"}, "'fox' the weight 99: allowed are weights from 0 to 10"),
+        ({"negative_prompt": "(" * 30 + "fox"}, "'fox' the weight 17.4"),
+        ({"scheduler": "heun"}, "scheduler 'heun' is not there: allowed are euler, euler-a"),
+        ({"scheduler": "lcm", "steps": 51}, "51 steps: the lcm scheduler takes 1 to 50"),
+        ({"guidance_until": 0}, "guidance until is 0: allowed are shares"),
+        ({"guidance_until": 1.5}, "guidance until is 1.5"),
+        ({"guidance_until": 0.5, "guidance": 1}, "0.5 has no effect at guidance 1"),
         ({"size": (100, 64)}, "100x64.*multiples of 8 from 16 to 4096"),
         ({"size": (8, 64)}, "8x64.*from 16"),
         ({"size": (4104, 64)}, "to 4096"),
@@ -296,16 +334,6 @@ def test_a_device_that_is_not_there_is_refused(folders):
 def test_an_unknown_model_is_refused():
     with pytest.raises(UserError, match="no-such-model"):
         load("no-such-model")
-
-
-def test_long_prompts_are_drawn_and_what_was_dropped_is_quoted(pipeline):
-    long = "a red fox under three very very old trees"
-    result = pipeline([long, "short"], number=2, steps=1, negative_prompt="n " * 31)
-    assert result.dropped == [
-        "the text encoders read 32 tokens; not read: 'trees'",
-        "the text encoders read 32 tokens; not read: 'n'",
-    ]
-    assert pipeline("short", steps=1).dropped == []
 
 
 def test_half_precision_is_near_single_precision(folders, pipeline):

@@ -1,12 +1,18 @@
 """Prompts to pictures: encode, denoise and decode as plain functions, and a pipeline of them."""
 
+from koala.generation.engine import Engine, Progress, Ticket
 from koala.generation.pictures import check_writable, read_settings, save
-from koala.generation.pipeline import Pipeline, Result, Settings, load
+from koala.generation.pipeline import Pipeline, Result, load
+from koala.generation.requests import Request, Settings
 
 __all__ = [
+    "Engine",
     "Pipeline",
+    "Progress",
+    "Request",
     "Result",
     "Settings",
+    "Ticket",
     "check_writable",
     "load",
     "read_settings",

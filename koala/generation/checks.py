@@ -3,6 +3,7 @@
 import math
 import re
 import secrets
+import unicodedata
 from pathlib import Path
 
 from koala.errors import UserError
@@ -12,6 +13,8 @@ MOST_STEPS = 1000
 MOST_GUIDANCE = 100
 MOST_SEED = 2**63 - 1
 MOST_LORA_SCALE = 100
+LONGEST_TEXT = 10_000  # characters
+STRENGTH = 0.6  # where a picture is given and no strength
 
 
 def prompts(prompt: str | list[str]) -> list[str]:
@@ -42,13 +45,42 @@ def numbers(steps: int, guidance: float, number: int) -> None:
         raise UserError(
             f"steps is {steps!r}: allowed are whole numbers from 1 to {MOST_STEPS}, 10 is usual"
         )
-    numeric = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)
-    if not numeric or not math.isfinite(guidance) or not 0 <= guidance <= MOST_GUIDANCE:
+    if not _number(guidance) or not 0 <= guidance <= MOST_GUIDANCE:
         raise UserError(
             f"guidance is {guidance!r}: allowed are numbers from 0 to {MOST_GUIDANCE}, 3.5 is usual"
         )
     if not _whole(number) or number < 1:
         raise UserError(f"the number of pictures is {number!r}: allowed are whole numbers from 1")
+
+
+def guidance_until(asked: float, guidance: float) -> float:
+    """UserError unless it is a share of the steps, and there is guidance to cut off."""
+    if not _number(asked) or not 0 < asked <= 1:
+        raise UserError(
+            f"guidance until is {asked!r}: allowed are shares of the steps above 0, up to 1 (all)"
+        )
+    if asked < 1 and guidance <= 1:
+        raise UserError(
+            f"guidance until {asked:g} has no effect at guidance {guidance}: leave it out, or set "
+            "guidance above 1"
+        )
+    return float(asked)
+
+
+def strength(asked: float | None, picture: bool, mask: bool) -> float:
+    """The share of the steps to do: 1 without a picture. UserError for one that is no share."""
+    if mask and not picture:
+        raise UserError("a mask needs the picture that it is for: give an image as well")
+    if asked is None:
+        return STRENGTH if picture else 1.0
+    if not picture:
+        raise UserError(f"strength {asked!r} has no effect without a picture: give an image")
+    if not _number(asked) or not 0 < asked <= 1:
+        raise UserError(
+            f"strength is {asked!r}: allowed are numbers above 0 (the picture as it is), up to 1 "
+            f"(all anew); {STRENGTH:g} is usual"
+        )
+    return float(asked)
 
 
 def size(asked: tuple[int, int] | str | None, native: int, factor: int) -> tuple[int, int]:
@@ -106,14 +138,27 @@ def lora(asked: str) -> tuple[str, float]:
     return asked, 1.0
 
 
+def _number(value: object) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) and math.isfinite(value))
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _text(value: object, what: str) -> None:
-    """UserError unless `value` is text that UTF-8 can hold: files and tokenizers need that."""
+    """UserError unless `value` is text of a sane length that UTF-8 can hold, without controls."""
     if not isinstance(value, str):
         raise UserError(f"the {what} is {value!r}: allowed is text")
+    if len(value) > LONGEST_TEXT:
+        raise UserError(
+            f"the {what} has {len(value):,} characters: allowed are {LONGEST_TEXT:,}; say less"
+        )
+    controls = {c for c in value if unicodedata.category(c) == "Cc"} - set("\t\n\r")
+    if controls:
+        named = ", ".join(f"U+{ord(c):04X}" for c in sorted(controls))
+        raise UserError(f"the {what} holds control characters ({named}): leave them out")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -8,13 +8,14 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
 from koala.errors import UserError
-from koala.generation.pipeline import Result, Settings
+from koala.generation.pipeline import Result
+from koala.generation.requests import Settings
 
 LONGEST_STEM = 48  # letters of a prompt that make a file's name
 
@@ -59,7 +60,7 @@ def read_settings(path: str | Path) -> Settings:
     except OSError as error:
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
     names = {field.name for field in fields(Settings)}
-    later = {"loras"}  # what pictures of earlier versions lack
+    later = {field.name for field in fields(Settings) if field.default is not MISSING}
     try:
         values = json.loads(text) if isinstance(text, str) else None
     except json.JSONDecodeError:
@@ -75,19 +76,23 @@ def read_settings(path: str | Path) -> Settings:
 def parameters(settings: Settings) -> str:
     """The settings as AUTOMATIC1111's text.
 
-    Its "SGM Uniform" is the nearest it has to our spacing: both start at the last training
-    timestep, and no later step is two timesteps away.
+    Its "SGM Uniform" is the nearest it has to trailing spacing: both start at the last training
+    timestep, and no later step is two timesteps away. LCM has its own levels in both.
     """
     values = {
         "Steps": settings.steps,
         "Sampler": settings.sampler,
-        "Schedule type": "SGM Uniform",
+        "Schedule type": "SGM Uniform" if settings.schedule == "trailing" else "Automatic",
         "CFG scale": f"{settings.guidance:g}",
         "Seed": settings.seed,
         "Size": f"{settings.width}x{settings.height}",
         "Model": _quoted(settings.model),
         "Version": _quoted(f"koala {settings.version}"),
     }
+    if settings.image:
+        values["Denoising strength"] = f"{settings.strength:g}"
+    if settings.guidance_until < 1:
+        values["Guidance until"] = f"{settings.guidance_until:g}"
     loras = "".join(f" <lora:{name}:{scale:g}>" for name, scale in settings.loras)
     lines = [settings.prompt + loras]
     if settings.negative_prompt:

@@ -3,8 +3,10 @@
 `load("koala-mini")("a red fox, noto style", number=4, seed=7)` draws four.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +25,35 @@ from koala.formats import (
     read_json,
     resolve_model,
 )
-from koala.generation import checks
-from koala.generation.decode import decode, to_pictures
-from koala.generation.denoise import Condition, denoise, initial_noise
-from koala.generation.schedule import Schedule, trailing
+from koala.generation import checks, images, samplers
+from koala.generation.decode import Decode, full, to_pictures
+from koala.generation.denoise import Condition, Kept, Predict, Row, predictor
+from koala.generation.engine import Engine, Progress
+from koala.generation.prompts import Encoded, encode, padded, parse
+from koala.generation.requests import Request, Settings
+from koala.generation.schedule import SPACINGS, Schedule
 from koala.lora.adapters import Attached, Merged, merge, modules_of
 from koala.lora.names import Base
 from koala.lora.reading import Report, read
 
-PIXELS_AT_ONCE = 512 * 512  # bounds memory: more pictures than this holds are drawn in turns
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one picture was made: enough to make it again."""
-
-    prompt: str
-    negative_prompt: str
-    steps: int
-    guidance: float
-    seed: int
-    width: int  # pixels
-    height: int  # pixels
-    model: str
-    version: str  # of koala
-    sampler: str = "Euler"
-    schedule: str = "trailing"
-    loras: tuple[tuple[str, float], ...] = ()  # name and scale, in the order they were put on
+MEMO = 64  # chunks of prompts whose embeddings are remembered
 
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures, the settings of each, and a warning for each prompt that was read in part."""
+    """Pictures and the settings of each."""
 
     images: list[Image.Image]
     settings: list[Settings]
-    dropped: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Pipeline:
-    """A loaded model, made by `load`; `dataclasses.replace(pipeline, unet=...)` swaps its U-Net."""
+    """A loaded model, made by `load`; `dataclasses.replace(pipeline, unet=...)` swaps its U-Net.
+
+    What runs the U-Net and the decoder, and where, can be set: `predict`, `decode` and `device`.
+    A pipeline that `replace` makes has plain ones again, and no record of LoRAs.
+    """
 
     name: str
     unet: UNet2DConditionModel
@@ -72,59 +62,187 @@ class Pipeline:
     scheduler_config: dict[str, Any]
     zeros_for_empty: bool = True  # no negative prompt means zeros, not the embedding of ""
     loras: dict[str, Attached | Merged] = field(default_factory=dict, init=False)  # by name
+    predict: Predict = field(init=False)
+    decode: Decode = field(init=False)
+    device: torch.device = field(init=False)  # where latents are between steps
+    _previewer: images.Previewer | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.predict = predictor(self.unet)
+        self.decode = full(self.vae)
+        self.device = self.unet.device
 
     @property
     def factor(self) -> int:
         """Pixels a latent's side stands for: 8 in SDXL."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    @torch.inference_mode()
     def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        strict: bool = False,
+        on_step: Callable[[int, int], None] | None = None,
+        **asked: Any,
+    ) -> Result:
+        """Draws `number` pictures of each prompt, in the order of the prompts.
+
+        All that `requests` takes can be said. `strict` makes every picture bit for bit what it
+        is when it is drawn alone. `on_step(done, total)` is called after each step of each
+        picture. UserError for a value that is not allowed.
+        """
+        return self.draw(self.requests(prompt, **asked), strict, on_step)
+
+    def draw(
+        self,
+        requests: Sequence[Request],
+        strict: bool = False,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """The pictures of requests, in their order, drawn together as far as they can be."""
+        done, total = itertools.count(1), self.steps(requests)
+
+        def count(_: Progress) -> None:
+            if on_step is not None:
+                on_step(next(done), total)
+
+        engine = Engine(self, strict=strict)
+        tickets = [engine.submit(request, count) for request in requests]
+        while engine.turn():
+            pass
+        settings = [request.settings for request in requests]
+        return Result([ticket.result() for ticket in tickets], settings)
+
+    def steps(self, requests: Sequence[Request]) -> int:
+        """How many steps the requests take, each picture's counted."""
+        return sum(len(self._schedule(request.settings)) for request in requests)
+
+    def requests(
         self,
         prompt: str | list[str],
         *,
         negative_prompt: str = "",
         steps: int = 10,
         guidance: float = 3.5,
+        guidance_until: float = 1.0,
+        scheduler: str = "euler",
         size: tuple[int, int] | str | None = None,
         number: int = 1,
         seed: int | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> Result:
-        """Draws `number` pictures of each prompt, in the order of the prompts.
+        image: str | Path | Image.Image | None = None,
+        strength: float | None = None,
+        mask: str | Path | Image.Image | None = None,
+    ) -> list[Request]:
+        """One request a picture, checked: `number` of each prompt, in the order of the prompts.
 
-        Picture i of the result has seed `seed` + i; without a seed a random one is taken and
-        recorded. `size` is (width, height) in pixels, "WIDTHxHEIGHT", or the model's native
-        size. `guidance` of at most 1 leaves the unconditional pass out. `on_step(done, total)`
-        is called after each step, for progress. UserError for a value that is not allowed.
+        Picture i has seed `seed` + i; without a seed a random one is taken and recorded. `size`
+        is (width, height) in pixels, "WIDTHxHEIGHT", or by default that of `image`, or the
+        model's native one. Prompts may be of any length, with weights (`koala.generation.prompts`).
+        `guidance` of at most 1 leaves the unconditional pass out, and `guidance_until` leaves it
+        out after that share of the steps. `scheduler` is one of `samplers.SAMPLERS`.
+
+        From an `image` (a file or a picture) only the last `strength` of the steps is done, by
+        default 0.6; with a `mask` of its size only what is light in it is painted anew.
+        UserError for a value that is not allowed.
         """
         prompts = checks.prompts(prompt)
         checks.numbers(steps=steps, guidance=guidance, number=number)
         checks.negative_prompt(negative_prompt, guidance)
-        width, height = checks.size(size, self.unet.config.sample_size * self.factor, self.factor)
-        first_seed = checks.seed(seed, len(prompts) * number)
-        schedule = trailing(self.scheduler_config, steps)
-        scales = tuple((name, lora.scale) for name, lora in self.loras.items())
-        settings = [
-            Settings(
-                prompt=prompts[i // number],
-                negative_prompt=negative_prompt,
-                steps=steps,
-                guidance=float(guidance),
-                seed=first_seed + i,
-                width=width,
-                height=height,
-                model=self.name,
-                version=koala.__version__,
-                loras=scales,
-            )
+        for text in (*prompts, negative_prompt):
+            parse(text)  # refuses weights out of their range
+        sampler = samplers.get(scheduler)
+        given, masked = (None if it is None else images.open_picture(it) for it in (image, mask))
+        native = self.unet.config.sample_size * self.factor
+        asked_size = given.size if given is not None and size is None else size
+        width, height = checks.size(asked_size, native, self.factor)
+        first = Settings(
+            prompt=prompts[0],
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance=float(guidance),
+            seed=checks.seed(seed, len(prompts) * number),
+            width=width,
+            height=height,
+            model=self.name,
+            version=koala.__version__,
+            sampler=sampler.name,
+            schedule=sampler.spacing,
+            loras=tuple((name, lora.scale) for name, lora in self.loras.items()),
+            guidance_until=checks.guidance_until(guidance_until, guidance),
+            strength=checks.strength(strength, given is not None, masked is not None),
+            image="" if given is None else images.fingerprint(given),
+            mask="" if masked is None else images.fingerprint(masked),
+        )
+        self._schedule(first)  # refuses a number of steps that the model or the strength rules out
+        pixels = places = None
+        if given is not None:
+            pixels = images.to_pixels(given, (width, height))
+            if masked is not None:
+                places = images.to_mask(masked, given.size, (width, height), self.factor)
+        every = (
+            replace(first, prompt=prompts[i // number], seed=first.seed + i)
             for i in range(len(prompts) * number)
-        ]
-        at_once = max(1, PIXELS_AT_ONCE // (width * height))
-        chunks = [settings[i : i + at_once] for i in range(0, len(settings), at_once)]
-        report = _Progress(on_step, steps * len(chunks))
-        images = [image for chunk in chunks for image in self._draw(chunk, schedule, report.step)]
-        return Result(images, settings, self._dropped([*prompts, negative_prompt]))
+        )
+        return [Request(settings, pixels, places) for settings in every]
+
+    # --- what the engine asks for -----------------------------------------------------------
+
+    @torch.inference_mode()
+    def begin(self, request: Request) -> Row:
+        """The row of a request before its first step."""
+        asked = request.settings
+        schedule = self._schedule(asked)
+        h, w = asked.height // self.factor, asked.width // self.factor
+        noise = samplers.Noise(asked.seed, (1, self.unet.config.in_channels, h, w), self.device)
+        sampler = samplers.BY_NAME[asked.sampler](schedule, noise)
+        first = noise.draw()
+        x, kept = sampler.start(first), None
+        if request.image is not None:
+            latents = images.encode_picture(self.vae, request.image).to(self.device)
+            # As in diffusers: with a mask and full strength, nothing but noise is painted over.
+            if request.mask is None or asked.strength < 1:
+                x = latents + sampler.sigmas[0] * first
+            if request.mask is not None:
+                kept = Kept(latents, request.mask.to(self.device), first)
+        condition, unconditional = self._conditions(asked)
+        guided = math.ceil(asked.guidance_until * len(schedule))
+        return Row(sampler, x, condition, unconditional, asked.guidance, guided, kept)
+
+    @torch.inference_mode()
+    def finish(self, rows: Sequence[Row]) -> list[Image.Image]:
+        """The pictures of rows of one shape that have taken their last step."""
+        return to_pictures(self.decode(torch.cat([row.x for row in rows])))
+
+    @torch.inference_mode()
+    def preview(self, row: Row) -> Image.Image:
+        """What a row's last step saw, roughly: RGB, a pixel for each place of its latent."""
+        if self._previewer is None:
+            self._previewer = images.Previewer(self.decode, self.unet.config.in_channels)
+        return self._previewer(row.x if row.denoised is None else row.denoised)
+
+    def _schedule(self, asked: Settings) -> Schedule:
+        return SPACINGS[asked.schedule](self.scheduler_config, asked.steps).last(asked.strength)
+
+    def _conditions(self, asked: Settings) -> tuple[Condition, Condition | None]:
+        """What the U-Net is told with and, where there is guidance, without the prompt."""
+        prompt = encode(self.conditioner, asked.prompt)
+        if asked.guidance <= 1:
+            return self._condition(prompt, asked), None
+        if not asked.negative_prompt and self.zeros_for_empty:
+            negative = Encoded(torch.zeros_like(prompt.text), torch.zeros_like(prompt.pooled))
+        else:
+            negative = encode(self.conditioner, asked.negative_prompt)
+            longest = max(one.text.shape[1] for one in (prompt, negative))
+            prompt = padded(self.conditioner, prompt, longest)
+            negative = padded(self.conditioner, negative, longest)
+        return self._condition(prompt, asked), self._condition(negative, asked)
+
+    def _condition(self, encoded: Encoded, asked: Settings) -> Condition:
+        pair = (asked.height, asked.width)
+        parts = (encoded.text, encoded.pooled, time_ids([pair], [(0, 0)], [pair]))
+        return Condition(*(part.to(self.device) for part in parts))
+
+    # --- LoRAs ------------------------------------------------------------------------------
 
     def add_lora(self, file: str | Path, scale: float = 1.0, merged: bool = False) -> Report:
         """Puts a LoRA on the U-Net and the text encoders, called by its file's name.
@@ -166,47 +284,6 @@ class Pipeline:
             )
         return found
 
-    def _draw(
-        self, chunk: list[Settings], schedule: Schedule, on_step: Callable[[], None]
-    ) -> list[Image.Image]:
-        """Pictures of one chunk: their size, steps and guidance are the same."""
-        one = chunk[0]
-        noise = initial_noise(
-            [settings.seed for settings in chunk],
-            self.unet.config.in_channels,
-            one.height // self.factor,
-            one.width // self.factor,
-        )
-        condition = self._condition([settings.prompt for settings in chunk], one)
-        unconditional = None
-        if one.guidance > 1:
-            unconditional = self._condition([one.negative_prompt] * len(chunk), one)
-        latents = denoise(
-            self.unet, noise, condition, unconditional, schedule, one.guidance, on_step
-        )
-        return to_pictures(decode(self.vae, latents))
-
-    def _condition(self, prompts: list[str], one: Settings) -> Condition:
-        """The prompts (all empty, or none) and the size, as the U-Net takes them."""
-        n = len(prompts)
-        empty = not prompts[0]
-        text, pooled = (
-            self.conditioner.zeros(n)
-            if empty and self.zeros_for_empty
-            else self.conditioner(prompts)
-        )
-        pair = (one.height, one.width)
-        return Condition(text, pooled, time_ids([pair] * n, [(0, 0)] * n, [pair] * n))
-
-    def _dropped(self, prompts: list[str]) -> list[str]:
-        """A line for each prompt, once, whose end the text encoders do not read."""
-        found = {prompt: self.conditioner.dropped_words(prompt) for prompt in prompts}
-        return [
-            f"the text encoders read {self.conditioner.tokens} tokens; not read: {words!r}"
-            for words in found.values()
-            if words is not None
-        ]
-
 
 def load(
     model: str | Path = "koala-mini",
@@ -234,22 +311,10 @@ def load(
         name=Path(model).resolve().name if Path(model).exists() else str(model),
         unet=unet.eval(),
         vae=vae.to(place).eval(),
-        conditioner=TextConditioner.from_folder(folder, dtype, place),
+        conditioner=TextConditioner.from_folder(folder, dtype, place, MEMO),
         scheduler_config=load_scheduler_config(folder),
         zeros_for_empty=index.get("force_zeros_for_empty_prompt", True),
     )
     for file, scale in (lora or {}).items():
         pipeline.add_lora(file, scale)
     return pipeline
-
-
-class _Progress:
-    """Counts steps over all chunks."""
-
-    def __init__(self, on_step: Callable[[int, int], None] | None, total: int) -> None:
-        self.on_step, self.done, self.total = on_step, 0, total
-
-    def step(self) -> None:
-        self.done += 1
-        if self.on_step is not None:
-            self.on_step(self.done, self.total)

@@ -1,10 +1,11 @@
-"""The noise levels a picture goes through: Euler's discrete schedule with trailing spacing.
+"""The noise levels a picture goes through: SDXL's discrete schedule, in trailing or LCM spacing.
 
 KOALA samples in 10 steps, and with so few the first one must start at the noisiest level that
 training saw. "Trailing" spacing does (arXiv 2305.08891, table 2); "leading", SDXL's own,
-starts below it.
+starts below it. Consistency models were trained to jump between 50 levels of their own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,23 @@ class Schedule:
     timesteps: Tensor  # float32 [steps], falling, 0..999
     sigmas: Tensor  # float32 [steps + 1], falling, the last one 0
 
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def last(self, share: float) -> "Schedule":
+        """The last `share` (0..1] of the steps, rounded down, as for a picture that is given.
+
+        UserError where that leaves no step.
+        """
+        steps = len(self)
+        kept = min(int(steps * share), steps)
+        if kept < 1:
+            raise UserError(
+                f"strength {share:g} of {steps} steps leaves no step to do: give a strength of at "
+                f"least {1 / steps:.3g}, or more steps"
+            )
+        return Schedule(self.timesteps[steps - kept :], self.sigmas[steps - kept :])
+
 
 def trailing(config: dict[str, Any], steps: int) -> Schedule:
     """The schedule of `steps` Euler steps for a folder's scheduler config.
@@ -45,22 +63,50 @@ def trailing(config: dict[str, Any], steps: int) -> Schedule:
     and spacing the config itself names. UserError for a config that is not SDXL's discrete,
     epsilon-predicting kind, or for more steps than it has noise levels.
     """
-    for key, wanted in _REQUIRED.items():
-        found = config.get(key, wanted)
-        if found != wanted:
-            raise UserError(
-                f"the scheduler config says {key} = {found!r}; Euler with trailing spacing is "
-                f"made for {wanted!r}: use a model trained on SDXL's schedule"
-            )
-    levels = config["num_train_timesteps"]
+    levels = _levels(config)
     if not 1 <= steps <= levels:
         raise UserError(f"{steps} steps: this model takes 1 to {levels}")
     # The n-th part of the levels at a time, down from the last; a half rounds to even, and the
     # slice drops the zero that rounding errors add at a few numbers of steps.
     ends = np.arange(levels, 0, -levels / steps)[:steps].round()
-    timesteps = torch.from_numpy(ends).long() - 1
-    sigmas = torch.cat([_sigmas(config)[timesteps], torch.zeros(1)])
-    return Schedule(timesteps.float(), sigmas)
+    return _schedule(config, ends - 1)
+
+
+LCM_LEVELS = 50
+
+
+def lcm(config: dict[str, Any], steps: int) -> Schedule:
+    """The schedule of latent consistency models (arXiv 2310.04378): `steps` of their 50 levels.
+
+    Equal to diffusers' `LCMScheduler`. UserError as for `trailing`, or for more than 50 steps.
+    """
+    levels = _levels(config)
+    if not 1 <= steps <= LCM_LEVELS:
+        raise UserError(f"{steps} steps: the lcm scheduler takes 1 to {LCM_LEVELS}, 4 is usual")
+    trained = levels // LCM_LEVELS * np.arange(LCM_LEVELS, 0, -1) - 1
+    chosen = np.floor(np.linspace(0, LCM_LEVELS, steps, endpoint=False)).astype(int)
+    return _schedule(config, trained[chosen])
+
+
+SPACINGS: dict[str, Callable[[dict[str, Any], int], Schedule]] = {"trailing": trailing, "lcm": lcm}
+
+
+def _levels(config: dict[str, Any]) -> int:
+    """How many noise levels training had, once it is sure that the config is SDXL's kind."""
+    for key, wanted in _REQUIRED.items():
+        found = config.get(key, wanted)
+        if found != wanted:
+            raise UserError(
+                f"the scheduler config says {key} = {found!r}; the schedulers here are made for "
+                f"{wanted!r}: use a model trained on SDXL's schedule"
+            )
+    return config["num_train_timesteps"]
+
+
+def _schedule(config: dict[str, Any], timesteps: np.ndarray) -> Schedule:
+    chosen = torch.from_numpy(timesteps).long()
+    sigmas = torch.cat([_sigmas(config)[chosen], torch.zeros(1)])
+    return Schedule(chosen.float(), sigmas)
 
 
 def _sigmas(config: dict[str, Any]) -> Tensor:

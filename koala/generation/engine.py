@@ -1,0 +1,282 @@
+"""The step engine: requests join and leave a batch between two steps of the denoising.
+
+A U-Net takes a timestep for every row, so that a request need not wait until others are done: it
+steps beside them from the next step on. What they share is a forward pass, nothing else. Each has
+its own noise, sampler and guidance; a request that fails or is cancelled leaves the others alone.
+
+One thread works: either the caller's, which takes `turn` after `turn` until nothing is left, or
+one that `start` sets up, while other threads `submit`, wait for their tickets and cancel them.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from koala.errors import Failure
+from koala.generation.denoise import Predict, Row, evaluate
+from koala.generation.requests import Request
+
+PIXELS_AT_ONCE = 512 * 512  # what a batch holds where no number of rows is named
+
+
+class Model(Protocol):
+    """What the engine needs of a pipeline."""
+
+    predict: Predict
+
+    def begin(self, request: Request) -> Row:
+        """The row before its first step."""
+
+    def finish(self, rows: Sequence[Row]) -> list[Image.Image]:
+        """The pictures of rows of one shape that have taken their last step."""
+
+    def preview(self, row: Row) -> Image.Image:
+        """A rough picture of a row on its way, a pixel for each place of the latent."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a request stands after a step. Only to be used while the callback runs."""
+
+    done: int  # steps
+    steps: int
+    preview: Callable[[], Image.Image]  # RGB, 1/8 of the size; computed when it is called
+
+
+class Ticket(Future[Image.Image]):
+    """A request's future picture.
+
+    `result` waits for it and raises what went wrong, `cancel` takes effect before the next step
+    (False once the picture is being decoded), and asyncio can await it (`asyncio.wrap_future`).
+    """
+
+    def __init__(
+        self, request: Request, number: int, on_step: Callable[[Progress], None] | None
+    ) -> None:
+        super().__init__()
+        self.request = request
+        self.number = number  # in the order of submission
+        self.on_step = on_step
+        self.row: Row | None = None  # the engine's: None while the request waits
+
+
+class Engine:
+    """Draws requests, as many at once as its batch holds.
+
+    max_batch: so many rows at most are on their way; by default as many as hold 512 x 512 pixels,
+    and always one. strict: every row is evaluated and decoded by itself, so that its picture is
+    bit for bit what it is alone; otherwise it is so within rounding, since a kernel may add up
+    in another order in a batch of another size. order: the key by which waiting requests are
+    taken in, lowest first; by default they come in the order of submission.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        max_batch: int | None = None,
+        strict: bool = False,
+        order: Callable[[Ticket], Any] | None = None,
+    ) -> None:
+        assert max_batch is None or max_batch >= 1
+        self.model, self.max_batch, self.strict = model, max_batch, strict
+        self._order = order or (lambda ticket: ticket.number)
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()  # guards _waiting and _closed
+        self._waiting: list[Ticket] = []
+        self._active: list[Ticket] = []  # the worker's own; the group that waited longest is first
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    # --- from any thread --------------------------------------------------------------------
+
+    def submit(self, request: Request, on_step: Callable[[Progress], None] | None = None) -> Ticket:
+        """Takes a request in; `on_step` is called on the worker's thread after each of its steps.
+
+        An exception in `on_step` is the request's failure. Failure if the engine is closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise Failure("the engine is closed: it takes no more requests")
+            ticket = Ticket(request, next(self._numbers), on_step)
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def start(self) -> "Engine":
+        """Sets up the thread that works until `close`."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._work, name="koala-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self, finish: bool = False) -> None:
+        """Takes no more requests, ends all that are there and the thread; then returns.
+
+        `finish` draws them to their end, otherwise they are cancelled.
+        """
+        with self._changed:
+            self._closed = True
+            there = [*self._waiting, *self._active]
+            self._changed.notify()
+        if not finish:
+            for ticket in there:
+                ticket.cancel()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        while self.turn():  # what is left where no thread worked
+            pass
+
+    def __enter__(self) -> "Engine":
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(finish=error is None)
+
+    # --- the worker -------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def turn(self) -> bool:
+        """One step of one group of requests, after letting in those that fit.
+
+        Returns whether there is more to do. Only ever called by one thread.
+        """
+        self._active = _without_cancelled(self._active)
+        self._let_in()
+        if self._active:
+            self._step(self._next_group())
+        with self._changed:
+            return bool(self._active or self._waiting)
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not (self._waiting or self._active or self._closed):
+                        self._changed.wait()
+                if not self.turn() and self._closed:
+                    return
+        except BaseException as error:  # a fault of ours: nobody must wait for ever
+            with self._changed:
+                self._closed = True
+                left = [*self._waiting, *self._active]
+            for ticket in left:
+                _fail(ticket, error)
+            raise
+
+    def _let_in(self) -> None:
+        """Waiting requests, in their order, as long as there is room."""
+        while True:
+            with self._changed:
+                self._waiting = _without_cancelled(self._waiting)
+                if not self._waiting:
+                    return
+                ticket = min(self._waiting, key=self._order)
+                if not self._fits(ticket):
+                    return
+                self._waiting.remove(ticket)
+                self._active.append(ticket)
+            try:
+                ticket.row = self.model.begin(ticket.request)
+            except Exception as error:
+                self._leave(ticket, error)
+
+    def _fits(self, ticket: Ticket) -> bool:
+        if self.max_batch is not None:
+            return len(self._active) < self.max_batch
+        pixels = sum(each.request.pixels for each in (*self._active, ticket))
+        return not self._active or pixels <= PIXELS_AT_ONCE
+
+    def _next_group(self) -> list[Ticket]:
+        """Tickets that can share a pass; they go to the end, so that every shape gets its turn."""
+        first = self._active[0]
+        group = [ticket for ticket in self._active if _shape(ticket) == _shape(first)]
+        if self.strict:
+            group = [first]
+        self._active = [ticket for ticket in self._active if ticket not in group] + group
+        return group
+
+    def _step(self, group: list[Ticket]) -> None:
+        """One step of each; if the pass over all fails, each alone shows whose fault it is."""
+        rows = [ticket.row for ticket in group if ticket.row is not None]
+        try:
+            epsilons = evaluate(self.model.predict, rows)
+        except Exception as error:
+            self._one_by_one(self._step, group, error)
+            return
+        for ticket, row, epsilon in zip(group, rows, epsilons, strict=True):
+            try:
+                row.advance(epsilon)
+                if ticket.on_step is not None:
+                    preview = partial(self.model.preview, row)
+                    ticket.on_step(Progress(row.done, row.steps, preview))
+            except Exception as error:
+                self._leave(ticket, error)
+        ready = [ticket for ticket in group if ticket.row is not None and ticket.row.finished]
+        for ticket in ready:
+            if not ticket.set_running_or_notify_cancel():
+                self._drop(ticket)
+        if ready := [ticket for ticket in ready if ticket.row is not None]:
+            self._finish(ready)
+
+    def _finish(self, group: list[Ticket]) -> None:
+        rows = [ticket.row for ticket in group if ticket.row is not None]
+        try:
+            images = self.model.finish(rows)
+        except Exception as error:
+            self._one_by_one(self._finish, group, error)
+            return
+        for ticket, image in zip(group, images, strict=True):
+            self._drop(ticket)
+            ticket.set_result(image)
+
+    def _one_by_one(
+        self, work: Callable[[list[Ticket]], None], group: list[Ticket], error: Exception
+    ) -> None:
+        if len(group) == 1:
+            self._leave(group[0], error)
+        else:
+            for ticket in group:
+                work([ticket])
+
+    def _leave(self, ticket: Ticket, error: Exception) -> None:
+        self._drop(ticket)
+        _fail(ticket, error)
+
+    def _drop(self, ticket: Ticket) -> None:
+        self._active.remove(ticket)
+        ticket.row = None
+
+
+def _shape(ticket: Ticket) -> tuple[int, ...]:
+    assert ticket.row is not None
+    return ticket.row.shape
+
+
+# A future is told once that its cancelling has been seen: where its ticket leaves the lists.
+
+
+def _without_cancelled(tickets: list[Ticket]) -> list[Ticket]:
+    for ticket in tickets:
+        if ticket.cancelled():
+            ticket.row = None
+            ticket.set_running_or_notify_cancel()
+    return [ticket for ticket in tickets if not ticket.cancelled()]
+
+
+def _fail(ticket: Ticket, error: BaseException) -> None:
+    if ticket.running() or ticket.set_running_or_notify_cancel():
+        ticket.set_exception(error)

@@ -1,0 +1,170 @@
+"""The samplers: how a picture goes from one noise level to the next, given the predicted noise.
+
+All of them in one vocabulary: x = x0 + sigma * noise, a picture with noise on top. (What the U-Net
+sees is x / sqrt(sigma^2 + 1), of variance one; DDIM's and LCM's papers write their formulas for
+that.) A picture has a sampler of its own: its history and its noise belong to no one else.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from koala.errors import UserError
+from koala.generation.schedule import Schedule
+
+
+class Noise:
+    """Unit normal noise of one picture, a function of its seed alone.
+
+    Drawn on the CPU, so that it depends neither on the device nor on other pictures.
+    """
+
+    def __init__(self, seed: int, shape: tuple[int, ...], device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self) -> Tensor:
+        """The next noise, float32 of the shape, on the device."""
+        noise = torch.randn(self.shape, generator=self.generator)
+        if self.device.type == "cuda":  # from pinned memory, so that the loop need not wait
+            noise = noise.pin_memory()
+        return noise.to(self.device, non_blocking=True)
+
+
+class Sampler:
+    """One picture's way down a schedule.
+
+    Subclasses say how to `step`; `name` is AUTOMATIC1111's, `spacing` the schedule's.
+    """
+
+    name: ClassVar[str]
+    spacing: ClassVar[str] = "trailing"
+
+    def __init__(self, schedule: Schedule, noise: Noise) -> None:
+        self.timesteps: list[float] = schedule.timesteps.tolist()
+        self.sigmas: list[float] = schedule.sigmas.tolist()
+        self.noise = noise
+
+    def start(self, noise: Tensor) -> Tensor:
+        """x before the first step, made of nothing but unit normal noise."""
+        return noise * self.sigmas[0]
+
+    def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
+        """x after step i, which leads from sigmas[i] to sigmas[i + 1].
+
+        denoised: the picture that the U-Net sees in x, x - sigmas[i] * predicted noise.
+        """
+        raise NotImplementedError
+
+
+class Euler(Sampler):
+    """Euler's method (arXiv 2206.00364, algorithm 1 without its correction)."""
+
+    name = "Euler"
+
+    def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
+        sigma, to = self.sigmas[i], self.sigmas[i + 1]
+        slope = (x - denoised) / sigma
+        return x + (to - sigma) * slope
+
+
+class DDIM(Euler):
+    """DDIM without added noise (arXiv 2010.02502, equation 12, its sigma 0).
+
+    Written for x = x0 + sigma * noise it is Euler's method. What differs is the start: noise of
+    the variance that training says, sigma^2 + 1, where Euler leaves out the picture's one.
+    """
+
+    name = "DDIM"
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise * _full_deviation(self.sigmas[0])
+
+
+class EulerAncestral(Sampler):
+    """Euler's method to below the next level, then noise up to it.
+
+    The noise is that of the diffusion process itself (arXiv 2010.02502, equation 16, eta 1).
+    """
+
+    name = "Euler a"
+
+    def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
+        sigma, to = self.sigmas[i], self.sigmas[i + 1]
+        up = to * math.sqrt(sigma**2 - to**2) / sigma
+        down = math.sqrt(to**2 - up**2)
+        slope = (x - denoised) / sigma
+        x = x + (down - sigma) * slope
+        return x + up * self.noise.draw() if up > 0 else x
+
+
+class DPMSolver2M(Sampler):
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order from the step before.
+
+    The first step has none before it, the last leads to no noise: both are of first order.
+    """
+
+    name = "DPM++ 2M"
+
+    def __init__(self, schedule: Schedule, noise: Noise) -> None:
+        super().__init__(schedule, noise)
+        self.before: Tensor | None = None  # the last step's denoised
+        self.before_length = 0.0  # of the last step, in log(1 / sigma)
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise * _full_deviation(self.sigmas[0])
+
+    def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
+        sigma, to = self.sigmas[i], self.sigmas[i + 1]
+        if to == 0:
+            return denoised
+        length = math.log(sigma / to)
+        toward = denoised
+        if self.before is not None:
+            toward = denoised + (denoised - self.before) * (length / self.before_length / 2)
+        self.before, self.before_length = denoised, length
+        return to / sigma * x + (1 - to / sigma) * toward
+
+
+class LCM(Sampler):
+    """Multistep consistency sampling (arXiv 2310.04378, algorithm 3), for models made for it."""
+
+    name = "LCM"
+    spacing = "lcm"
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise * _full_deviation(self.sigmas[0])
+
+    def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
+        sigma, to = self.sigmas[i], self.sigmas[i + 1]
+        scaled_time, data = 10 * self.timesteps[i], 0.5  # the boundary condition, section 4.1
+        norm = scaled_time**2 + data**2
+        skip, out = data**2 / norm, scaled_time / math.sqrt(norm)
+        x = out * denoised + skip * x / _full_deviation(sigma)
+        return x + to * self.noise.draw() if to > 0 else x
+
+
+def _full_deviation(sigma: float) -> float:
+    """The standard deviation of x at a noise level: the picture's is one."""
+    return math.sqrt(sigma**2 + 1)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "euler": Euler,
+    "euler-a": EulerAncestral,
+    "dpm++2m": DPMSolver2M,
+    "ddim": DDIM,
+    "lcm": LCM,
+}
+BY_NAME = {sampler.name: sampler for sampler in SAMPLERS.values()}
+
+
+def get(name: str) -> type[Sampler]:
+    """The sampler of a name. UserError with the list for one that is not there."""
+    if name not in SAMPLERS:
+        raise UserError(f"scheduler {name!r} is not there: allowed are {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]

@@ -14,12 +14,23 @@ __version__ = "0.1.0"
 
 _HOME = {  # function -> where it lives
     "load": "koala.generation",
+    "inspect": "koala.inspection",
     "compress": "koala.compression",
+    "convert": "koala.conversion",
     "prepare": "koala.data.prepare",
     "distill": "koala.recipes.run",
     "evaluate": "koala.evaluation.report",
 }
-__all__ = ["__version__", "compress", "distill", "evaluate", "load", "prepare"]
+__all__ = [
+    "__version__",
+    "compress",
+    "convert",
+    "distill",
+    "evaluate",
+    "inspect",
+    "load",
+    "prepare",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,9 @@ CREDIT = "NOTICE.modelspec.txt"  # what others' files say of themselves, for a f
 _LONG = 4000  # letters: a picture, not a credit
 _TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 _EMBEDDING = "text_model.embeddings.token_embedding.weight"
-_MARKS = {  # tensors without a value, by which fine-tuners say how the noise is to be read
+_MARKS: dict[
+    str, dict[str, Any]
+] = {  # tensors without a value, by which fine-tuners say how the noise is to be read
     "v_pred": {"prediction_type": "v_prediction"},
     "ztsnr": {"rescale_betas_zero_snr": True},
 }
@@ -193,7 +195,7 @@ def _known_files(
     `names`: of the tensors beside them. Raises `ValueError` or `LookupError` if a VAE or a text
     encoder is none of SDXL's.
     """
-    schedule = {
+    schedule: dict[str, Any] = {
         "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000,
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "prediction_type": "epsilon", "timestep_spacing": "trailing",

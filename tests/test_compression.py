@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from koala import architectures
 from koala.compression import DEPTH_RULES, block_map, compress, tensor_map
 from koala.errors import UserError
-from koala.formats import load_unet, unet_architecture
+from koala.formats import WEIGHTS, load_unet, unet_architecture
 from toy import toy_pipeline
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -148,13 +148,15 @@ def test_result_is_a_whole_pipeline(teacher, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_dtype_converts_the_unet(teacher, tmp_path, dtype, kind):
+def test_dtype_converts_all_weights(teacher, tmp_path, dtype, kind):
     full = compress(teacher, "koala-700m", tmp_path / "fp32")
     half = compress(teacher, "koala-700m", tmp_path / "half", dtype=dtype)
-    expected = load_file(full.out / UNET)
-    for name, tensor in load_file(half.out / UNET).items():
-        assert tensor.dtype is kind
-        assert torch.equal(tensor, expected[name].to(kind))
+    for component, stem in WEIGHTS.items():
+        file = f"{component}/{stem}.safetensors"
+        expected = load_file(full.out / file)
+        for name, tensor in load_file(half.out / file).items():
+            assert tensor.dtype is kind
+            assert torch.equal(tensor, expected[name].to(kind))
     assert half.bytes < 0.6 * full.bytes
     assert load_unet(half.out).dtype is torch.float32
 
@@ -217,6 +219,49 @@ def test_wrong_teachers_are_refused_by_what_is_wrong(teacher, tmp_path):
         compress(plain, "koala-700m", out)
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {"koala", "lost", "bent", "large", "int", "plain"}  # nothing half-written
+
+
+@pytest.mark.parametrize("to", ["0,1,1,no-mid", "0,0,2", "0,1,2", "0,1,0"])
+def test_depths_of_ones_own(teacher, tmp_path, to):
+    """The student is described by its config alone: what is written there loads and distils."""
+    report = compress(teacher, to, tmp_path / "student")
+    depths = [int(number) for number in to.removesuffix(",no-mid").split(",")]
+    arch = unet_architecture(report.out)
+    assert (arch.layers, list(arch.depths)) == (1, depths)
+    assert arch.up == tuple((depth, depth) for depth in reversed(depths))
+    assert arch.mid == (None if to.endswith("no-mid") else depths[-1])
+    unet, expected = load_unet(report.out), load_file(teacher / UNET)
+    names = tensor_map(unet_architecture(teacher), arch)
+    state = unet.state_dict()
+    assert state.keys() == names.keys()
+    assert all(torch.equal(state[mine], expected[names[mine]]) for mine in names)
+    assert report.student_parameters == sum(p.numel() for p in unet.parameters())
+
+
+def test_depths_of_ones_own_may_be_a_known_student():
+    sdxl = architectures.get("sdxl")
+    assert architectures.student_of(sdxl, "0,2,5,no-mid").name == "koala-700m"
+    assert architectures.student_of(sdxl, "0,2,10").name == "bk-sdxl"
+    assert architectures.student_of(sdxl, "0,2,4,no-mid").name == "custom"
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("0,2", "depths 0,2 cannot be cut out of 0,1,2: needed are 3 numbers"),
+        ("0,2,2", "none above the teacher's"),
+        ("1,1,1", "none above the teacher's"),
+        ("0,0,0", "not all 0"),
+        ("0,1,-1", "no student '0,1,-1'"),
+        ("0,1,2 no mid", "or depths such as 0,2,4 or 0,2,4,no-mid"),
+        ("0,1,99999999999", "no student"),
+        ("", "no student ''"),
+    ],
+)
+def test_depths_that_are_none(teacher, tmp_path, to, message):
+    with pytest.raises(UserError, match=message):
+        compress(teacher, to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_settings_are_refused(teacher, tmp_path):

@@ -114,6 +114,58 @@ def test_sdxl_names_as_published():
     }
 
 
+def seen_by_others(name: str) -> dict[str, object]:
+    """What a reader of the original layout sees: its blocks counted level by level.
+
+    ComfyUI tells KOALA from SDXL by these numbers, and SD.Next and others have it from there.
+    """
+    arch = architectures.get(name)
+    shapes = architectures.tensor_shapes(arch)
+    found = {pair.single: shapes[pair.parts[0]] for pair in ldm.unet_pairs(arch)}
+
+    def depth(block: str) -> int:
+        return len(
+            {n.split(".")[4] for n in found if n.startswith(f"{block}.1.transformer_blocks.")}
+        )
+
+    first = found["input_blocks.0.0.weight"][0]
+    seen: dict[str, list[int]] = {"num_res_blocks": [0], "depth": [], "channel_mult": [0]}
+    blocks = len({n.split(".")[1] for n in found if n.startswith("input_blocks.")})
+    for i in range(1, blocks):
+        if f"input_blocks.{i}.0.op.weight" in found:  # a new level
+            seen["num_res_blocks"].append(0)
+            seen["channel_mult"].append(0)
+        else:
+            seen["num_res_blocks"][-1] += 1
+            seen["channel_mult"][-1] = found[f"input_blocks.{i}.0.out_layers.3.weight"][0] // first
+            seen["depth"].append(depth(f"input_blocks.{i}"))
+    attends = next(n for n in found if n.endswith("transformer_blocks.0.attn2.to_k.weight"))
+    return {
+        **seen,
+        "output_depth": [depth(f"output_blocks.{i}") for i in reversed(range(blocks))],
+        "middle": [depth("middle_block"), any(n.startswith("middle_block.0") for n in found)],
+        "context": found[attends][1],
+        "adm": found["label_emb.0.0.weight"][1],
+        "linear": len(found[attends.split("transformer_blocks")[0] + "proj_in.weight"]) == 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "middle"), [("koala-700m", 5, [0, False]), ("koala-1b", 6, [6, True])]
+)
+def test_koala_is_what_others_take_for_koala(name, depth, middle):
+    assert seen_by_others(name) == {
+        "num_res_blocks": [1, 1, 1],
+        "channel_mult": [1, 2, 4],
+        "depth": [0, 2, depth],
+        "output_depth": [0, 0, 2, 2, depth, depth],
+        "middle": middle,
+        "context": 2048,
+        "adm": 2816,
+        "linear": True,
+    }
+
+
 def test_an_upsampler_comes_after_the_attention_if_there_is_one():
     upsampler = "up_blocks.0.upsamplers.0.conv"
     assert ldm.unet_module(upsampler, 1, attends=True) == "output_blocks.1.2.conv"

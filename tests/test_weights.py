@@ -179,6 +179,19 @@ def test_no_space_left_names_the_output(tmp_path):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def test_an_interrupted_folder_leaves_nothing(tmp_path):
+    from koala.output import new_folder
+
+    def interrupted() -> None:
+        with new_folder(tmp_path / "x") as part:
+            (part / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+
+
 # --- what is no safetensors file ------------------------------------------------------------
 
 

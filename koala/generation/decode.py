@@ -63,7 +63,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def _finite(vae: AutoencoderKL, run: Decode) -> Decode:
-    """`run` on unscaled latents. A VAE that overflows its dtype is made float32, and stays so.
+    """`run` on unscaled latents, once more in float32 where the VAE overflows its dtype.
 
     SDXL's own VAE overflows in float16, and its pictures come out black.
     """
@@ -71,10 +71,11 @@ def _finite(vae: AutoencoderKL, run: Decode) -> Decode:
     def decode(latents: Tensor) -> Tensor:
         z = unscaled(vae, latents)
         pixels = run(z.to(vae.device, vae.dtype)).float()
-        if vae.dtype != torch.float32 and not pixels.isfinite().all():
+        if (dtype := vae.dtype) != torch.float32 and not pixels.isfinite().all():
             vae.float()
             pixels = run(z.to(vae.device, vae.dtype))
-        return finished(pixels, latents, vae.dtype)
+            vae.to(dtype)  # loses nothing: the values came from there
+        return finished(pixels, latents, torch.float32)
 
     return decode
 

@@ -3,117 +3,96 @@
 Decoders are usually tiled by cutting the latent and blending the overlaps. Each tile's group norms
 then see other statistics than the picture's, so tiles differ in colour, the overlap costs half as
 much again, and the seams have to be hidden. Here every layer works on the whole picture instead,
-and only its temporary tensors are cut: a norm takes its statistics over all strips, a convolution
-reads one row beyond each side of its strip. So there are no seams, and the result differs from the
-whole decoder's by rounding only. What is left is one input and one output of a layer at a time.
+strip by strip: a norm takes its statistics over all strips, a convolution looks one row into each
+neighbour. So there are no seams, nothing is computed twice, and the result differs from the whole
+decoder's by rounding only. A strip is let go as soon as its successor has been made of it, so that
+about one tensor of a layer is alive instead of three.
 
-Letters: n pictures, c channels, h x w positions of a layer.
+Letters: n pictures, c channels, h x w positions of a layer. A layer's tensor is a list of strips
+[n, c, some of h, w], from top to bottom.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-POSITIONS = 2**16  # of a strip: 64 rows of a picture 1024 pixels wide
-
-Rows = Callable[[int, int], Tensor]  # (first, end) -> those rows of a layer's input
+POSITIONS = 2**15  # of a strip, at most: 32 rows of a picture 1024 pixels wide
 
 
 def decode_in_strips(vae: AutoencoderKL, z: Tensor, positions: int = POSITIONS) -> Tensor:
     """`vae.decode(z).sample` [n, 3, 8h, 8w], of latents [n, 4, h, w] in the VAE's own scale."""
     decoder = vae.decoder
-    x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(z)))
+    strips = [decoder.mid_block(decoder.conv_in(vae.post_quant_conv(z)))]
     for block in decoder.up_blocks:
         for resnet in block.resnets:
-            x = _resnet(resnet, x, positions)
+            strips = _resnet(resnet, strips)
         for upsampler in block.upsamplers or ():
-            x = _upsample(upsampler.conv, x, positions)
-    normed = _normed(decoder.conv_norm_out, x, positions)
-    return _conv(decoder.conv_out, normed, x.shape, positions)
+            strips = list(_conv(upsampler.conv, _doubled(strips, positions)))
+    normed = map(_normed(decoder.conv_norm_out, strips), _taken(strips))
+    return torch.cat(list(_conv(decoder.conv_out, normed)), dim=2)
 
 
-def _resnet(block: nn.Module, x: Tensor, positions: int) -> Tensor:
-    """x + conv2(act(norm2(conv1(act(norm1(x)))))). Where widths agree, x itself becomes the sum."""
-    h = _conv(block.conv1, _normed(block.norm1, x, positions), x.shape, positions)
-    if block.conv_shortcut is not None:
-        x = _conv(block.conv_shortcut, _plain(x), x.shape, positions)
-    return _conv(block.conv2, _normed(block.norm2, h, positions), x.shape, positions, onto=x)
+def _resnet(block: nn.Module, strips: list[Tensor]) -> list[Tensor]:
+    """x + conv2(act(norm2(conv1(act(norm1(x)))))), x through a 1x1 convolution where widths change.
 
-
-def _upsample(conv: nn.Conv2d, x: Tensor, positions: int) -> Tensor:
-    """The convolution of x, each of whose values has become four."""
-    n, c, h, w = x.shape
-
-    def rows(first: int, end: int) -> Tensor:
-        doubled = F.interpolate(x[:, :, first // 2 : (end + 1) // 2], scale_factor=2.0)
-        return doubled[:, :, first % 2 : first % 2 + end - first]
-
-    return _conv(conv, rows, torch.Size((n, c, 2 * h, 2 * w)), positions)
-
-
-def _plain(x: Tensor) -> Rows:
-    return lambda first, end: x[:, :, first:end]
-
-
-def _normed(norm: nn.GroupNorm, x: Tensor, positions: int) -> Rows:
-    """Rows of silu(norm(x)), with the statistics of the whole x, in float32 as torch takes them."""
-    n, c = x.shape[:2]
-    per_group = x[0].numel() // norm.num_groups
-
-    def over_groups(of_channels: Tensor) -> Tensor:
-        """Sums [n, c] -> the mean of each channel's group [n, c, 1, 1]."""
-        means = of_channels.view(n, norm.num_groups, -1).sum(-1, keepdim=True) / per_group
-        return means.expand(-1, -1, c // norm.num_groups).reshape(n, c, 1, 1)
-
-    strips = [x[:, :, a:b] for a, b in _strips(x.shape, positions)]
-    mean = over_groups(sum(strip.float().sum((2, 3)) for strip in strips))
-    squares = sum((strip.float() - mean).square_().sum((2, 3)) for strip in strips)
-    scale = norm.weight.float().view(1, c, 1, 1) * torch.rsqrt(over_groups(squares) + norm.eps)
-    shift = norm.bias.float().view(1, c, 1, 1) - mean * scale
-
-    def rows(first: int, end: int) -> Tensor:
-        y = x[:, :, first:end].float().mul(scale).add_(shift)
-        return F.silu(y, inplace=True).to(x.dtype)
-
-    return rows
-
-
-def _conv(
-    conv: nn.Conv2d, rows: Rows, shape: torch.Size, positions: int, onto: Tensor | None = None
-) -> Tensor:
-    """The convolution of an input of `shape` that `rows` gives; added to `onto` where it is given.
-
-    Kernels 3x3 with padding 1, or 1x1 with none.
+    Empties `strips`.
     """
-    n, _, height, width = shape
-    reach = conv.padding[0]
-    out = onto
-    if out is None:
-        out = torch.empty(
-            (n, conv.out_channels, height, width),
-            dtype=conv.weight.dtype,
-            device=conv.weight.device,
-            memory_format=torch.channels_last,
-        )
-    for first, end in _strips(shape, positions):
-        low, high = max(0, first - reach), min(height, end + reach)
-        x = rows(low, high)
-        outside = (reach - (first - low), reach - (high - end))  # rows above and below the picture
-        if any(outside):
-            x = F.pad(x, (0, 0, *outside))
-        y = F.conv2d(x, conv.weight, conv.bias, padding=(0, reach))
-        if onto is None:
-            out[:, :, first:end] = y
-        else:
-            out[:, :, first:end] += y
-    return out
+    norm = _normed(block.norm1, strips)
+    past: list[Tensor] = []
+
+    def inner() -> Iterator[Tensor]:
+        for x in _taken(strips):
+            past.append(x if block.conv_shortcut is None else block.conv_shortcut(x))
+            yield norm(x)
+
+    h = list(_conv(block.conv1, inner()))
+    outer = map(_normed(block.norm2, h), _taken(h))
+    return [y.add_(x) for y, x in zip(_conv(block.conv2, outer), _taken(past), strict=True)]
 
 
-def _strips(shape: torch.Size, positions: int) -> Iterator[tuple[int, int]]:
-    """(first row, end row) of each strip."""
-    n, _, height, width = shape
-    step = max(1, positions // (n * width))
-    return ((first, min(first + step, height)) for first in range(0, height, step))
+def _taken(strips: list[Tensor]) -> Iterator[Tensor]:
+    """The strips, each taken off the list, so that nothing but its user holds it."""
+    strips.reverse()
+    while strips:
+        yield strips.pop()
+
+
+def _doubled(strips: list[Tensor], positions: int) -> Iterator[Tensor]:
+    """Each value as 2 x 2 of them, in strips that have no more than `positions`."""
+    for x in _taken(strips):
+        rows = max(1, positions // (4 * x.shape[0] * x.shape[3]))
+        for part in x.split(rows, dim=2):
+            yield F.interpolate(part, scale_factor=2.0)
+
+
+def _normed(norm: nn.GroupNorm, strips: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """strip -> silu(norm(strip)), with statistics over all strips, in float32 as torch has them."""
+    n, c = strips[0].shape[:2]
+    count = sum(x.shape[2] * x.shape[3] for x in strips) * c // norm.num_groups
+
+    def over_groups(sums: list[Tensor]) -> Tensor:
+        """Sums [n, c] of strips -> the mean of each channel's group, [n, c, 1, 1]."""
+        groups = torch.stack(sums).sum(0).view(n, norm.num_groups, -1).sum(-1, keepdim=True)
+        return (groups / count).expand(-1, -1, c // norm.num_groups).reshape(n, c, 1, 1)
+
+    mean = over_groups([x.float().sum((2, 3)) for x in strips])
+    variance = over_groups([(x.float() - mean).square_().sum((2, 3)) for x in strips])
+    scale = norm.weight.float().view(1, c, 1, 1) * torch.rsqrt(variance + norm.eps)
+    shift = norm.bias.float().view(1, c, 1, 1) - mean * scale
+    return lambda x: F.silu(x.float().mul(scale).add_(shift), inplace=True).to(x.dtype)
+
+
+def _conv(conv: nn.Conv2d, strips: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The 3x3 convolution with padding 1 of the whole, strip by strip."""
+    coming = iter(strips)
+    x = next(coming)
+    above = torch.zeros_like(x[:, :, :1])  # outside the picture
+    while x is not None:
+        after = next(coming, None)
+        below = torch.zeros_like(above) if after is None else after[:, :, :1]
+        rows = torch.cat([above, x, below], dim=2)
+        above, x = x[:, :, -1:].clone(), after
+        yield F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))

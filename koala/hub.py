@@ -52,10 +52,11 @@ def push(model: str | Path, target: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     model = Path(model)
-    root = model if model.is_dir() else model.parent
-    files = sorted(path for path in model.rglob("*") if path.is_file()) or [model]
-    contents: dict[str, Path | bytes] = {path.relative_to(root).as_posix(): path for path in files}
-    if card.FILE in contents and (written := card.read(root)).ours:
+    contents: dict[str, Path | bytes] = {model.name: model}
+    if model.is_dir():
+        files = sorted(path for path in model.rglob("*") if path.is_file())
+        contents = {path.relative_to(model).as_posix(): path for path in files}
+    if card.FILE in contents and (written := card.read(model)).ours:
         contents[card.FILE] = written.text(target).encode()
     with _explained(target):
         api = HfApi()

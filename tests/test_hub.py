@@ -114,6 +114,16 @@ def test_the_whole_folder_is_uploaded(hub, toy_sdxl, tmp_path):
     )
 
 
+def test_a_single_file_is_uploaded(hub, toy_sdxl, tmp_path):
+    out = tmp_path / "one.safetensors"
+    given = ["convert", str(toy_sdxl), "--to", "single-file", "--out", str(out)]
+    done = koala(
+        *given, "--push-to-hub", "ann/one", home=tmp_path, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN
+    )
+    assert done.returncode == 0, done.stderr
+    assert hub.files == {"one.safetensors": out.read_bytes()}
+
+
 @pytest.mark.parametrize(
     ("target", "token", "status", "said"),
     [

@@ -1,0 +1,77 @@
+"""How much memory a forward takes, found by running it on tensors without content.
+
+On torch's meta device a model has shapes and no numbers: a forward takes milliseconds and makes
+every tensor that the real one makes. Adding up what is alive at each moment gives the peak, for
+any model, size and batch, and for every layer as it is (quantised, in strips, streamed).
+
+Not seen are the libraries' own workspaces, and attention is taken to be one of torch's fused
+kernels, which never hold the scores.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@torch.no_grad()
+def peak_bytes(forward: Callable[[], Any]) -> int:
+    """The most bytes alive at once of all that `forward` makes, its result included.
+
+    It runs on tensors of the meta device; what exists before it is not counted.
+    """
+    with _FusedAttention(), _Alive() as alive:
+        forward()
+    return alive.peak
+
+
+class _Alive(TorchDispatchMode):
+    """Adds up the storages that are made, and takes off those that die."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                self._known.setdefault(given.untyped_storage(), 0)
+        result = func(*args, **kwargs)
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor):
+                self._add(made.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known[storage] = size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.now -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as its fused kernels do it: nothing but the result."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, _, value = (*args, *(kwargs or {}).values())[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,130 @@
+"""OpenVINO's numbers against PyTorch's, and the choice between the two by measurement."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("openvino")
+
+from koala.errors import UserError
+from koala.generation import openvino
+from koala.generation.backends import Backend, choose, example
+from koala.generation.decode import full
+from koala.generation.denoise import predictor
+from toy import toy_unet, toy_vae
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("KOALA_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def unet(cache):
+    torch.manual_seed(0)
+    return toy_unet("koala").requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def vae(cache):
+    torch.manual_seed(1)
+    return toy_vae().requires_grad_(False)
+
+
+def test_the_u_net_gives_the_same_noise_at_every_size_and_batch(unet, cache):
+    ours, theirs = openvino.predictor(unet), predictor(unet)
+    for rows, side, tokens in ((2, 8, 32), (3, 9, 5)):  # 9: no multiple of the U-Net's factor
+        asked = example(unet, rows, side, tokens)
+        torch.testing.assert_close(ours(*asked), theirs(*asked), atol=1e-4, rtol=0)
+    assert list((cache / "openvino").glob("*.xml")) and list((cache / "openvino").glob("*.blob"))
+
+
+def test_what_is_in_the_cache_is_not_made_again(unet, monkeypatch):
+    asked = example(unet, 2, 8, 32)
+    expected = openvino.predictor(unet)(*asked)
+    monkeypatch.setattr(openvino, "convert", None)  # would fail if it were called
+    assert torch.equal(openvino.predictor(unet)(*asked), expected)
+
+
+def test_other_weights_are_another_model(unet):
+    asked = example(unet, 2, 8, 32)
+    before = openvino.predictor(unet)(*asked)
+    with torch.no_grad():
+        unet.conv_out.bias += 1.0
+    after = openvino.predictor(unet)(*asked)
+    with torch.no_grad():
+        unet.conv_out.bias -= 1.0
+    torch.testing.assert_close(after, before + 1, atol=1e-4, rtol=0)
+
+
+def test_the_decoder_gives_the_same_pictures(vae):
+    latents = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        pictures = openvino.decoder(vae)(latents)
+        torch.testing.assert_close(pictures, full(vae)(latents), atol=1e-4, rtol=0)
+
+
+def test_eight_bits_are_near(unet):
+    pytest.importorskip("nncf")
+    samples, predict = [], predictor(unet)
+    for rows in (1, 2, 3, 4):
+        openvino.recorded(predict, samples)(*example(unet, rows, 8, 32))
+    assert [len(x) for x, _, _ in samples] == [1, 2, 3, 4]
+    asked = example(unet, 2, 8, 32)
+    exact, quantised = predict(*asked), openvino.predictor(unet, "int8", samples)(*asked)
+    error = (quantised - exact).norm() / exact.norm()
+    assert 1e-5 < error < 0.1  # quantised indeed, and not much worse
+
+
+def test_a_lora_beside_the_weights_is_refused(unet):
+    handle = unet.conv_in.register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(UserError, match="merge"):
+        openvino.predictor(unet)
+    handle.remove()
+
+
+def test_refusals(unet, vae):
+    with pytest.raises(UserError, match="fp16"):
+        openvino.predictor(unet, "fp16")
+    with pytest.raises(UserError, match="for the U-Net"):
+        openvino.decoder(vae, "int8")
+    with pytest.raises(UserError, match="abacus"):
+        choose(unet, vae, "abacus")
+    half = toy_unet("koala").half()
+    with pytest.raises(UserError, match="float16"):
+        choose(half, vae, "openvino")
+
+
+def test_a_back_end_is_measured_when_asked_and_remembered(unet, vae, cache):
+    before = choose(unet, vae)
+    assert before.name == "torch" and "auto measures" in before.why
+    chosen = choose(unet, vae, "auto")
+    (file,) = (cache / "backends").glob("*.json")
+    seconds = json.loads(file.read_text())["seconds"]
+    assert set(seconds) == {"torch", "openvino"} and min(seconds.values()) > 0
+    # The verdict is obeyed, whichever it is, and by requests that do not ask.
+    for torch_s, openvino_s, name in ((1.0, 2.0, "torch"), (2.0, 1.0, "openvino")):
+        verdict = json.loads(file.read_text())
+        verdict["seconds"] = {"torch": torch_s, "openvino": openvino_s}
+        file.write_text(json.dumps(verdict))
+        assert choose(unet, vae).name == choose(unet, vae, "auto").name == name
+    assert isinstance(chosen, Backend)
+    asked = example(unet)
+    torch.testing.assert_close(
+        choose(unet, vae, "openvino").predict(*asked), before.predict(*asked), atol=1e-4, rtol=0
+    )
+
+
+def test_the_cache_keeps_to_its_size(tmp_path):
+    import os
+
+    for i in range(4):
+        file = tmp_path / f"{i}.blob"
+        file.write_bytes(bytes(10))
+        os.utime(file, (i, i))
+    openvino.trim(tmp_path, 25)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["2.blob", "3.blob"]

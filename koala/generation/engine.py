@@ -122,6 +122,7 @@ class Engine:
 
         `finish` draws them to their end, otherwise they are cancelled.
         """
+        assert threading.current_thread() is not self._thread, "a callback cannot close the engine"
         with self._changed:
             self._closed = True
             there = [*self._waiting, *self._active]
@@ -173,6 +174,7 @@ class Engine:
             with self._changed:
                 self._closed = True
                 left = [*self._waiting, *self._active]
+                self._waiting, self._active = [], []
             for ticket in left:
                 _fail(ticket, error)
             raise

@@ -1,0 +1,217 @@
+"""Every sampler equals diffusers' scheduler, step by step, on the same predictions and noise."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from koala.errors import UserError
+from koala.generation import load
+from koala.generation.denoise import evaluate
+from koala.generation.samplers import SAMPLERS, Noise, get
+from koala.generation.schedule import SPACINGS, lcm, trailing
+from toy import toy_pipeline, toy_scheduler
+
+CONFIG = dict(toy_scheduler().config)
+COMMON = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+THEIRS = {  # with the same spacing; DDIM's last step leads to no noise, and nothing is clipped
+    "euler": EulerDiscreteScheduler(**COMMON, timestep_spacing="trailing"),
+    "euler-a": EulerAncestralDiscreteScheduler(**COMMON, timestep_spacing="trailing"),
+    "dpm++2m": DPMSolverMultistepScheduler(**COMMON, timestep_spacing="trailing"),
+    "ddim": DDIMScheduler(**COMMON, timestep_spacing="trailing", clip_sample=False),
+    "lcm": LCMScheduler(**COMMON),
+}
+RELATIVE = {"euler", "euler-a"}  # diffusers keeps their x as we do, the others' divided
+SHAPE = (1, 4, 6, 5)
+CPU = torch.device("cpu")
+
+
+def ours_of(name, steps, seed=3):
+    """(sampler, the noise it starts from)."""
+    kind = get(name)
+    noise = Noise(seed, SHAPE, CPU)
+    return kind(SPACINGS[kind.spacing](CONFIG, steps), noise), noise.draw()
+
+
+def model(x, timestep):
+    """Stands for a U-Net: any smooth function of what it sees."""
+    return torch.tanh(x * 1.3 + 0.3 * torch.sin(x.flip(-1)) + timestep / 2000)
+
+
+# DDIM's own step back is 1000 // steps timesteps; ours leads to the schedule's next one. The two
+# agree where steps divides 1000.
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 10, 25, 50])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_step_equals_diffusers_scheduler(name, steps):
+    scheduler = THEIRS[name]
+    scheduler.set_timesteps(steps)
+    sampler, first = ours_of(name, steps)
+    assert torch.equal(torch.tensor(sampler.timesteps), scheduler.timesteps.float())
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(SHAPE, generator=generator)
+    theirs = start * scheduler.init_noise_sigma
+    draws = {"generator": generator} if name in ("euler-a", "lcm") else {}
+    x = sampler.start(first)
+    for i, timestep in enumerate(scheduler.timesteps):
+        sigma, to = sampler.sigmas[i : i + 2]
+        seen = x / (sigma**2 + 1) ** 0.5
+        expected = scheduler.scale_model_input(theirs, timestep)
+        torch.testing.assert_close(seen, expected, atol=1e-4, rtol=0)
+        x = sampler.step(i, x, x - sigma * model(seen, sampler.timesteps[i]))
+        theirs = scheduler.step(model(expected, timestep), timestep, theirs, **draws).prev_sample
+        scale = 1 if name in RELATIVE else (to**2 + 1) ** 0.5
+        torch.testing.assert_close(x, theirs * scale, atol=1e-4 * max(1, to), rtol=0)
+
+
+@given(
+    name=st.sampled_from([*SAMPLERS]),
+    steps=st.integers(1, 50),
+    values=st.lists(st.floats(-3, 3, width=32), min_size=4, max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_model_that_knows_the_picture_leads_to_it(name, steps, values):
+    """Whatever the sampler, its noise and its number of steps: if the U-Net always sees the same
+    picture, that picture comes out."""
+    picture = torch.tensor(values)[None, :, None, None].expand(SHAPE)
+    sampler, first = ours_of(name, steps)
+    x = sampler.start(first)
+    for i in range(steps):
+        x = sampler.step(i, x, picture)
+    torch.testing.assert_close(x, picture.float(), atol=1e-3, rtol=0)
+
+
+def test_ddim_follows_the_schedule_where_steps_do_not_divide_it():
+    """Exact for a model of constant noise: what is left is the picture, at 7 steps too."""
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    sampler, _ = ours_of("ddim", 7)
+    x = 2.0 + sampler.sigmas[0] * noise
+    for i in range(7):
+        x = sampler.step(i, x, x - sampler.sigmas[i] * noise)
+    torch.testing.assert_close(x, torch.full(SHAPE, 2.0), atol=1e-4, rtol=0)
+
+
+def test_samplers_share_no_state():
+    """Two of a kind, their steps interleaved, end as each does by itself."""
+    for name in SAMPLERS:
+        ends = []
+        for company in (False, True):
+            sampler, first = ours_of(name, 6)
+            other, theirs = ours_of(name, 6, seed=9)
+            x, y = sampler.start(first), other.start(theirs)
+            for i in range(6):
+                if company:
+                    y = other.step(i, y, torch.cos(y))
+                x = sampler.step(i, x, torch.tanh(x))
+            ends.append(x)
+        assert torch.equal(*ends), name
+
+
+def test_noise_is_a_function_of_the_seed_alone():
+    one, again, other = Noise(5, SHAPE, CPU), Noise(5, SHAPE, CPU), Noise(6, SHAPE, CPU)
+    first = one.draw()
+    assert torch.equal(first, again.draw()) and not torch.equal(first, one.draw())
+    assert not torch.equal(first, other.draw()) and first.dtype == torch.float32
+
+
+@given(steps=st.integers(1, 1000), share=st.floats(0.001, 1))
+@settings(max_examples=100, deadline=None)
+def test_the_last_share_of_a_schedule_is_its_end(steps, share):
+    schedule = trailing(CONFIG, steps)
+    kept = min(int(steps * share), steps)  # as diffusers counts
+    if kept == 0:
+        with pytest.raises(UserError, match=f"strength {share:g} of {steps} steps leaves no step"):
+            schedule.last(share)
+    else:
+        last = schedule.last(share)
+        assert len(last) == kept and len(last.sigmas) == kept + 1
+        assert torch.equal(last.timesteps, schedule.timesteps[-kept:])
+        assert torch.equal(last.sigmas, schedule.sigmas[-kept - 1 :])
+
+
+@pytest.mark.parametrize("steps", [0, 51, 1000])
+def test_lcm_has_fifty_levels(steps):
+    with pytest.raises(UserError, match=f"{steps} steps: the lcm scheduler takes 1 to 50"):
+        lcm(CONFIG, steps)
+
+
+# --- whole pipelines ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return load(folder, device="cpu")
+
+
+@torch.inference_mode()
+def drawn(pipe, prompt, **asked):
+    (request,) = pipe.requests(prompt, **asked)
+    row = pipe.begin(request)
+    while not row.finished:
+        row.advance(evaluate(pipe.predict, [row])[0])
+    return row.x
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_pictures_equal_diffusers_pipeline_with_its_own_generator(folder, pipeline, name):
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, scheduler=THEIRS[name])
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        "a red fox", negative_prompt="blur", guidance_scale=4.0, num_inference_steps=5,
+        generator=[torch.Generator().manual_seed(11)], output_type="latent",
+    ).images  # fmt: skip
+    ours = drawn(
+        pipeline, "a red fox", negative_prompt="blur", guidance=4, steps=5, scheduler=name, seed=11
+    )
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["euler-a", "dpm++2m", "lcm"])
+def test_from_a_picture_every_kind_of_sampler_begins_in_the_middle(folder, pipeline, name):
+    """Given latents, diffusers' pipeline draws the same noise as ours."""
+    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, scheduler=THEIRS[name])
+    pipe.set_progress_bar_config(disable=True)
+    grey = torch.zeros(1, 3, 64, 64)
+    with torch.inference_mode():
+        latents = pipeline.vae.encode(grey).latent_dist.mode()
+        config = pipeline.vae.config
+        mean, std = (
+            torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std)
+        )
+        latents = (latents - mean) / std * config.scaling_factor
+        expected = pipe(
+            "a red fox", image=latents, strength=0.6, guidance_scale=1.0, num_inference_steps=10,
+            generator=[torch.Generator().manual_seed(11)], output_type="latent",
+        ).images  # fmt: skip
+    (request,) = pipeline.requests(
+        "a red fox", guidance=1, steps=10, scheduler=name, seed=11, strength=0.6,
+        image=Image.new("RGB", (64, 64), "grey"),
+    )  # fmt: skip
+    request = replace(request, image=grey)  # no 8-bit picture is exactly zero
+    with torch.inference_mode():
+        row = pipeline.begin(request)
+        while not row.finished:
+            row.advance(evaluate(pipeline.predict, [row])[0])
+    assert row.steps == 6
+    torch.testing.assert_close(row.x, expected, atol=1e-4, rtol=0)

@@ -17,7 +17,6 @@ from koala.data.encoding import normalisation, to_pixels
 from koala.data.illustrations import BACKGROUNDS, INKS, SMALL, Illustrations, plan
 from koala.data.index import Index
 from koala.data.latents import LatentSet
-from koala.data.order import shuffled
 from koala.data.pictures import PictureSet, prepare_pictures, render, shards_of
 from koala.data.prepare import encode_pictures, prepare
 from koala.data.samples import Preparation
@@ -243,13 +242,6 @@ def test_latents_of_another_vae_are_refused(packages, toy_sdxl, tmp_path):
     ):
         with pytest.raises(UserError, match="another VAE"):
             use()
-
-
-def test_every_epoch_shows_everything_once():
-    order = shuffled(10, 0, 30, seed=1)
-    assert [sorted(order[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
-    assert shuffled(10, 7, 9, seed=1) == order[7:16]
-    assert order != shuffled(10, 0, 30, seed=2)
 
 
 def test_what_prepare_refuses(packages, tmp_path):

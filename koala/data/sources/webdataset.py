@@ -55,15 +55,19 @@ class WebDataset:
 def _contents(path: Path) -> list[tuple[str, dict[str, Place]]]:
     """Keys in the order of their first file, each with its files by suffix."""
     keys: dict[str, dict[str, Place]] = {}
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isfile():
                     folder, _, name = member.name.rpartition("/")
                     stem, dot, suffix = name.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
                     place = (member.offset_data, member.size)
                     keys.setdefault(key, {})[(dot + suffix).lower()] = place
+        if _read(path, (end, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it has no end")  # which tarfile takes for an end
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path} is no whole tar ({error}): fetch it again or remove it") from None
     return list(keys.items())

@@ -1,0 +1,32 @@
+"""Runs `prepare_latents` again and again in processes that a test may kill, at little cost each.
+
+`python toy_prepare.py` imports everything once. For every line of arguments (JSON) on its standard
+input it forks a process in a group of its own, prints its number, and when that has ended, how.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    # Not above: the processes that read pictures import this file, and need none of it.
+    from koala.data.run import prepare_latents
+    from koala.data.samples import Preparation
+    from koala.data.sources import recognise
+
+    for line in sys.stdin:
+        source, out, model, settings, workers = json.loads(line)
+        if child := os.fork():
+            print(child, flush=True)
+            print(os.waitpid(child, 0)[1], flush=True)
+            continue
+        os.setsid()
+        preparation = Preparation(**settings)
+        prepare_latents(recognise(source), Path(out), Path(model), preparation, workers)
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

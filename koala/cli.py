@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         _prepare,
         _distill,
         _evaluate,
+        _benchmark,
     ):
         add(commands)
     return parser
@@ -321,7 +322,8 @@ def _run_prepare(o: argparse.Namespace) -> None:
     from koala.data.samples import Filters, Preparation
 
     def given(*names: str) -> dict:
-        return {n: value for n in names if (value := getattr(o, n)) not in (None, False)}
+        values = {name: getattr(o, name) for name in names}
+        return {n: v for n, v in values.items() if v is not None and v is not False}
 
     filters = given(
         "min_side", "max_aspect", "min_words", "max_words", "max_nsfw", "min_similarity",
@@ -411,4 +413,40 @@ def _run_evaluate(o: argparse.Namespace) -> None:
     )
     if o.card:
         enter(report, models)
+    print(json.dumps(report.as_dict(), indent=1) if o.json else report.table())
+
+
+# --- benchmark ------------------------------------------------------------------------------
+
+
+def _benchmark(commands) -> None:
+    p = _command(
+        commands, "benchmark", _run_benchmark, "measure latency and memory beside stock diffusers",
+        "koala benchmark koala-mini --out benchmark",
+    )  # fmt: skip
+    p.add_argument(
+        "model", nargs="*",
+        help="bundled name, folder or Hub id, or a row of the published table, such as "
+        "koala-lightning-700m, with random weights (default: the whole table)",
+    )  # fmt: skip
+    p.add_argument("--out", type=Path, default=Path("benchmark"), help="new folder (benchmark)")
+    p.add_argument("--runs", type=int, default=5, help="pictures timed of each (default 5)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    p.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32 on a processor, else fp16)")
+    p.add_argument("--backend", help="of ours, on a processor: torch, openvino or auto")
+    p.add_argument("--compile", action="store_true", help="ours compiled, on CUDA in graphs")
+    p.add_argument("--seconds", type=float, help="begin no further model after so many")
+    p.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _run_benchmark(o: argparse.Namespace) -> None:
+    from koala.benchmark.run import benchmark
+
+    def told(row) -> None:
+        cells = row.cells()
+        print(f"{row.name}  {row.engine}  {cells['picture s']} s", file=sys.stderr)
+
+    report = benchmark(
+        o.model, o.out, o.device, o.dtype, o.runs, o.backend, o.compile, o.seconds, told
+    )
     print(json.dumps(report.as_dict(), indent=1) if o.json else report.table())

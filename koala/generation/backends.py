@@ -12,7 +12,9 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -20,12 +22,15 @@ from torch import Tensor
 
 from koala.conditioning import time_ids
 from koala.errors import UserError
-from koala.generation import openvino
+from koala.generation import openvino, speed
 from koala.generation.decode import Decode, full
 from koala.generation.denoise import Condition, Predict, predictor
 from koala.output import new_file
 from koala.packages import cache_folder
 from koala.processor import has_bf16, name
+
+if TYPE_CHECKING:
+    from koala.generation.pipeline import Pipeline
 
 BACKENDS = ("torch", "openvino", "auto")
 _RUNS = 5  # timed evaluations of each; the middle one counts
@@ -132,13 +137,11 @@ def example(
 
 def _key(unet: UNet2DConditionModel) -> dict[str, object]:
     """All that a verdict depends on. Weights are not among it."""
-    import openvino as ov
-
     return {
         "processor": name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "openvino": ov.__version__,
+        "openvino": version("openvino"),
         "dtype": str(unet.dtype),
         "unet": dict(unet.config),
     }
@@ -146,6 +149,14 @@ def _key(unet: UNet2DConditionModel) -> dict[str, object]:
 
 def _verdict_file(unet: UNet2DConditionModel) -> Path:
     return cache_folder().parent / "backends" / f"{openvino.digest([_key(unet)])}.json"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """fp32, fp16 or bf16 as PyTorch's; UserError for any other name."""
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if name not in dtypes:
+        raise UserError(f"dtype {name!r}: allowed are {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
@@ -163,3 +174,35 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         raise UserError(
             f"dtype {named}: {torch.cuda.get_device_name(device)} has none; choose fp16"
         )
+
+
+# --- a whole pipeline -----------------------------------------------------------------------
+
+
+def equip(
+    pipeline: "Pipeline",
+    backend: str | None = None,
+    compiled: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Gives a pipeline its back end, or has PyTorch's compiled: what `koala generate` does.
+
+    `compiled` fuses the projections and compiles the blocks of U-Net and VAE; on CUDA evaluations
+    are replayed from graphs as well. `say` is told what was chosen and why, or what is going on.
+    To be called when every LoRA has been merged. UserError for what does not go together.
+    """
+    if compiled and backend not in (None, "torch"):
+        raise UserError(f"--compile is PyTorch's: it does not go with --backend {backend}")
+    if not compiled:
+        chosen = choose(pipeline.unet, pipeline.vae, backend)
+        pipeline.predict, pipeline.decode = chosen.predict, chosen.decode
+        if backend is not None or chosen.name != "torch":
+            say(f"back end {chosen.name} ({chosen.why})")
+        return
+    device = pipeline.unet.device
+    speed.fuse_projections(pipeline.unet)
+    blocks = speed.compile_blocks(pipeline.unet) + speed.compile_blocks(pipeline.vae.decoder)
+    say(f"{blocks} blocks are compiled at each size's first picture, unless the cache has them")
+    pipeline.predict = predictor(pipeline.unet)
+    if device.type == "cuda":
+        pipeline.predict = speed.graphed(pipeline.predict, device)

@@ -12,6 +12,7 @@ approximations, and their cost in fidelity is told by `python -m benchmarks.fide
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -27,6 +28,10 @@ from koala.errors import UserError
 from koala.generation.decode import Decode, finished, unscaled
 from koala.generation.denoise import Condition, Predict
 from koala.packages import cache_folder
+
+# With this package beside them OpenVINO and NNCF report their use to a statistics service. They do
+# without where it cannot be imported; what runs here calls nobody.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 PRECISIONS = ("fp32", "bf16", "int8")
 CACHE_BYTES = 16 << 30  # what all models together may take in the cache folder

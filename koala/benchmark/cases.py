@@ -1,0 +1,57 @@
+"""What is compared: the models of KOALA's figure and table, at its sizes and steps, as data.
+
+Published are whole pictures in fp16 at batch 1 with stock code and PyTorch 2.1 (arXiv 2312.04005,
+latency and memory table). KOALA draws in 10 steps with guidance 3.5. The paper does not say how
+many steps SDXL-Turbo and SDXL-Lightning took; here they take 4 without guidance, as their makers
+recommend, so those rows are to be read against stock diffusers beside them, not against the paper.
+PixArt is another kind of model and left out.
+"""
+
+from dataclasses import dataclass
+
+from koala.errors import UserError
+
+CARDS = ("3060Ti 8 GB", "2080Ti 11 GB", "4090 24 GB")
+BUDGETS = (8, 11, 24)  # GB of the three
+OOM = None  # where a model did not fit
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is asked to draw."""
+
+    name: str
+    architecture: str  # of `koala.architectures`, or "" for a model of one's own
+    pixels: int  # a side
+    steps: int
+    guidance: float
+    published: tuple[tuple[float, float] | None, ...] = ()  # (s, GB) by card; None: out of memory
+
+    @property
+    def rows(self) -> int:
+        """Rows of one evaluation: with guidance the unconditional one as well."""
+        return 2 if self.guidance > 1 else 1
+
+
+# fmt: off
+_ROWS = (
+    # name                  architecture  pixels steps guidance 3060Ti     2080Ti        4090
+    ("koala-turbo-700m",     "koala-700m",    512, 10, 3.5, (0.74, 5.3), (0.54, 4.7),  (0.19, 4.9)),
+    ("koala-turbo-1b",       "koala-1b",      512, 10, 3.5, (0.92, 6.1), (0.66, 5.5),  (0.24, 5.7)),
+    ("koala-lightning-700m", "koala-700m",   1024, 10, 3.5, (2.88, 6.8), (1.94, 8.2),  (0.66, 8.3)),
+    ("koala-lightning-1b",   "koala-1b",     1024, 10, 3.5, (3.53, 7.2), (2.33, 8.9),  (0.79, 9.1)),
+    ("sdxl-base-1.0",        "sdxl",         1024, 25, 7.5, OOM,         (9.65, 10.4), (3.23, 11.9)),
+    ("sdxl-turbo",           "sdxl",          512,  4, 0.0, OOM,         (0.64, 8.3),  (0.24, 8.5)),
+    ("sdxl-lightning",       "sdxl",         1024,  4, 0.0, OOM,         (2.05, 10.8), (0.72, 11.7)),
+    ("ssd-1b",               "ssd-1b",       1024, 25, 7.5, OOM,         (6.34, 9.3),  (2.09, 9.4)),
+    ("segmind-vega",         "segmind-vega", 1024, 25, 7.5, (6.75, 7.2), (4.52, 8.1),  (1.49, 8.2)),
+)
+# fmt: on
+CASES = {row[0]: Case(*row[:5], published=row[5:]) for row in _ROWS}
+
+
+def get(name: str) -> Case:
+    """The case of that name; `UserError` lists the names."""
+    if name not in CASES:
+        raise UserError(f"unknown case {name!r}; known are {', '.join(CASES)}")
+    return CASES[name]

@@ -1,0 +1,140 @@
+"""Models to measure: real ones where they are at hand, otherwise the same with random weights.
+
+Speed and memory do not depend on the weights' values, so a comparison needs no download; every
+output says which rows had random ones. Random pipelines are built on the device itself, in the
+precision asked for, with the published text encoders' and VAE's configurations.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from koala import architectures
+from koala.benchmark.cases import CASES, Case
+from koala.conditioning import TextConditioner
+from koala.formats import BUNDLED, resolve_model, unet_architecture
+from koala.generation.pipeline import Pipeline, load
+
+_CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
+_CLIP_L = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "hidden_act": "quick_gelu", "projection_dim": 768,
+}  # fmt: skip
+_BIG_G = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+    "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280,
+}  # fmt: skip
+_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+    "force_upcast": False,  # as in the VAE that was made for fp16, which KOALA ships
+}
+_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, how it is asked to draw, and whether its weights are random."""
+
+    case: Case
+    random: bool
+    folder: Path | None = None
+
+
+def subject(name: str) -> Subject:
+    """A case of the published table, or a model: bundled name, folder, Hub id.
+
+    Of one's own model the native size is drawn, in 10 steps with guidance 3.5. UserError for
+    what is neither.
+    """
+    if name in CASES:
+        return Subject(CASES[name], random=True)
+    folder = resolve_model(name)
+    arch = unet_architecture(folder)
+    pixels = arch.sample * architectures.FACTOR
+    label = folder.name if Path(name).exists() else name
+    return Subject(Case(label, arch.name, pixels, 10, 3.5), random=False, folder=folder)
+
+
+def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """Our pipeline of it, ready to draw on the device."""
+    if chosen.folder is not None:
+        return load(chosen.folder, device, dtype)
+    arch = architectures.get(chosen.case.architecture)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        unet = _random(lambda: _unet(arch), device, dtype)
+        vae = _random(lambda: AutoencoderKL(**_VAE), device, dtype)
+        text = _random(lambda: CLIPTextModel(CLIPTextConfig(**_CLIP, **_CLIP_L)), device, dtype)
+        text_2 = _random(
+            lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP, **_BIG_G)), device, dtype
+        )
+    return Pipeline(
+        name=f"{chosen.case.name} (random weights)",
+        unet=unet.to(memory_format=torch.channels_last),
+        vae=vae,
+        conditioner=TextConditioner(_tokenizer(), _tokenizer(), text, text_2),
+        scheduler_config=dict(EulerDiscreteScheduler(**_SCHEDULER).config),
+    )
+
+
+def stock(pipeline: Pipeline) -> StableDiffusionXLPipeline:
+    """The very same components in diffusers' own pipeline, as a model card's snippet makes it."""
+    first, second = pipeline.conditioner.tokenizers
+    encoder, encoder_2 = pipeline.conditioner.encoders
+    scheduler = EulerDiscreteScheduler.from_config(
+        pipeline.scheduler_config, timestep_spacing="trailing"
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=pipeline.vae,
+        text_encoder=encoder,
+        text_encoder_2=encoder_2,
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=pipeline.unet.to(memory_format=torch.contiguous_format),
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _unet(arch: architectures.UNetArchitecture) -> UNet2DConditionModel:
+    model = UNet2DConditionModel.from_config(architectures.unet_config(arch))
+    assert isinstance(model, UNet2DConditionModel)
+    return model
+
+
+def _random(make, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model with its library's random initialisation, made in place in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = make()
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def _tokenizer() -> CLIPTokenizer:
+    """CLIP's own vocabulary, from the bundled model, at the published length."""
+    tokenizer = CLIPTokenizer.from_pretrained(
+        BUNDLED / "koala-mini" / "tokenizer", local_files_only=True
+    )
+    tokenizer.model_max_length = _CLIP["max_position_embeddings"]
+    return tokenizer

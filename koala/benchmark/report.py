@@ -1,0 +1,166 @@
+"""What was measured, as a table to read, CSV and JSON to use, and the bar-and-dot plot."""
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from koala.benchmark.cases import CARDS, CASES
+from koala.benchmark.measure import Ceilings, Timing
+from koala.benchmark.models import Subject
+from koala.output import new_file
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model with one engine. Without `picture` it did not fit into the device's memory."""
+
+    name: str
+    engine: str  # "diffusers" or "koala"
+    weights: str  # "random" or "real"
+    pixels: int
+    steps: int
+    guidance: float
+    picture: Timing | None = None  # a whole picture, batch 1
+    unet: Timing | None = None  # 25 evaluations with guidance
+    peak_gb: float | None = None  # more than before the model was loaded
+    budgets: dict[int, float | None] | None = None  # GB: seconds, None where it did not fit
+    floor: float | None = None  # seconds that the arithmetic takes at the measured ceiling
+
+    @classmethod
+    def out_of_memory(cls, engine: str, chosen: Subject) -> "Row":
+        case, weights = chosen.case, "random" if chosen.random else "real"
+        return cls(case.name, engine, weights, case.pixels, case.steps, case.guidance)
+
+    def cells(self) -> dict[str, Any]:
+        """One flat row of a table; "" where nothing was measured."""
+        picture, unet = self.picture, self.unet
+        own = {
+            "model": self.name,
+            "engine": self.engine,
+            "weights": self.weights,
+            "pixels": self.pixels,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "picture s": "OOM" if picture is None else f"{picture.median:.3f}",
+            "least": "" if picture is None else f"{picture.least:.3f}",
+            "greatest": "" if picture is None else f"{picture.greatest:.3f}",
+            "U-Net 25 steps s": "" if unet is None else f"{unet.median:.3f}",
+            "peak GB": "" if self.peak_gb is None else f"{self.peak_gb:.2f}",
+        }
+        if picture is not None and self.floor is not None:
+            own["x roofline"] = f"{picture.median / self.floor:.2f}"
+        for budget, seconds in (self.budgets or {}).items():
+            own[f"in {budget} GB"] = "OOM" if seconds is None else f"{seconds:.3f}"
+        return own
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows of one run, and the ceilings measured with them."""
+
+    hardware: str
+    device: str
+    ceilings: Ceilings
+    rows: list[Row]
+    left_out: list[str]  # cases that the time did not suffice for
+
+    def ratios(self) -> dict[str, float]:
+        """By model: stock diffusers' seconds over ours."""
+        found: dict[str, dict[str, float]] = {}
+        for row in self.rows:
+            if row.picture is not None:
+                found.setdefault(row.name, {})[row.engine] = row.picture.median
+        return {
+            name: both["diffusers"] / both["koala"]
+            for name, both in found.items()
+            if len(both) == 2
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, with the published figures of the cases beside."""
+        published = {
+            row.name: dict(zip(CARDS, CASES[row.name].published, strict=True))
+            for row in self.rows
+            if row.name in CASES
+        }
+        return {**asdict(self), "times_faster": self.ratios(), "published": published}
+
+    def table(self) -> str:
+        """Markdown: the rows, then what they were held against."""
+        rows = [row.cells() for row in self.rows]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+        lines += [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
+        lines += ["", f"{self.hardware}; device {self.device}."]
+        lines.append(
+            f"Ceilings of this run: {self.ceilings.flops / 1e12:.2f} TFLOP/s "
+            f"({self.ceilings.dtype} product), {self.ceilings.bytes / 1e9:.0f} GB/s (copy)."
+        )
+        for name, ratio in self.ratios().items():
+            lines.append(f"{name}: {ratio:.2f} times as fast as stock diffusers.")
+        if any(row.weights == "random" for row in self.rows):
+            lines.append("Random weights where it says so; speed and memory do not depend on them.")
+        if self.left_out:
+            lines.append(f"Left out for want of time: {', '.join(self.left_out)}.")
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """The same rows as CSV with one heading."""
+        rows = [row.cells() for row in self.rows]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def write(report: Report, out: Path) -> None:
+    """benchmark.json, .csv, .md and, where matplotlib is installed, .png in the folder `out`."""
+    for name, text in (
+        ("benchmark.json", json.dumps(report.as_dict(), indent=1) + "\n"),
+        ("benchmark.csv", report.csv()),
+        ("benchmark.md", report.table()),
+    ):
+        with new_file(out / name) as part:
+            part.write_text(text)
+    if report.rows and find_spec("matplotlib"):
+        plot(report, out / "benchmark.png")
+
+
+def plot(report: Report, file: Path) -> None:
+    """Bars: seconds a picture; dots: peak memory; stock diffusers beside ours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row.name for row in report.rows))
+    figure = Figure(figsize=(max(6.0, 1.4 * len(names)), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    seconds = figure.subplots()
+    memory = seconds.twinx()
+    for shift, engine, colour in ((-0.2, "diffusers", "#b9b9c6"), (0.2, "koala", "#d0493e")):
+        rows = [row for row in report.rows if row.engine == engine]
+        drawn = [row for row in rows if row.picture is not None]
+        places = [names.index(row.name) + shift for row in drawn]
+        medians = [row.picture.median for row in drawn if row.picture]
+        bars = seconds.bar(places, medians, 0.38, color=colour, label=engine)
+        seconds.bar_label(bars, fmt="%.3g", fontsize=7)
+        dots = [(x, row.peak_gb) for x, row in zip(places, drawn, strict=True) if row.peak_gb]
+        memory.scatter(
+            [x for x, _ in dots], [y for _, y in dots], color=colour, edgecolors="black", zorder=3
+        )
+        for row in rows:
+            if row.picture is None:
+                seconds.text(names.index(row.name) + shift, 0, "OOM", ha="center", fontsize=8)
+    seconds.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
+    seconds.set_ylabel("seconds a picture (bars)")
+    memory.set_ylabel("peak memory, GB (dots)")
+    memory.set_ylim(bottom=0)
+    seconds.legend(loc="upper left")
+    figure.suptitle(report.hardware, fontsize=8)
+    with new_file(file) as part:
+        figure.savefig(part, format="png", dpi=120)

@@ -5,13 +5,14 @@ Exit status: 0 done, 1 failed, 2 bad input (one line on standard error, no trace
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from koala import __version__, recipes
-from koala.errors import Failure, UserError
+from koala.errors import FailedElsewhere, Failure, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command(options)
     except UserError as error:
         return _complain(error, 2)
+    except FailedElsewhere:  # another process of the run says why
+        return 1
     except (Failure, OSError, MemoryError) as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
@@ -356,24 +359,33 @@ def _distill(commands) -> None:
     p.add_argument("--data", type=Path, help="a folder that `koala prepare` made")
     p.add_argument("--out", type=Path, help="the run's folder; the finished model in OUT/model")
     p.add_argument("--device", help="cpu, cuda (default: the best there is)")
+    p.add_argument(
+        "--hardware", nargs="+", default=[], metavar="NAME=VALUE",
+        help="how devices share the work, as accumulate=4 sharding=fsdp compile=inductor; the "
+        "result is the same but for rounding",
+    )  # fmt: skip
+    p.add_argument(
+        "--log", nargs="+", default=[], metavar="BOARD", help="also log to tensorboard, wandb"
+    )
     _add_push(p)
     p.add_argument("--dry-run", action="store_true", help="print the recipe as JSON and stop")
 
 
 def _run_distill(o: argparse.Namespace) -> None:
-    recipe = recipes.get(o.recipe)
-    from koala.recipes.run import describe, distill
+    recipes.get(o.recipe)  # an unknown one is refused at once
+    from koala.recipes.run import configured, describe, distill
 
     if o.dry_run:
-        print(describe(recipe))
+        print(describe(configured(o.recipe, o.hardware)))
         return
     for name in ("data", "out"):
         if getattr(o, name) is None:
             raise UserError(f"koala distill needs --{name} (only --dry-run goes without)")
     _check_push(o)
-    model = distill(o.recipe, o.data, o.out, o.teacher, o.device)
-    print(f"finished model: {model}")
-    _push(o, model)
+    model = distill(o.recipe, o.data, o.out, o.teacher, o.device, o.hardware, o.log)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+        print(f"finished model: {model}")
+        _push(o, model)
 
 
 # --- evaluate -------------------------------------------------------------------------------

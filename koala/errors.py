@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class Failure(RuntimeError):
     """Something went wrong that no setting would have prevented. Exit status 1, one line."""
+
+
+class FailedElsewhere(Failure):
+    """Another process of the same run failed, and it says why. Exit status 1, no line."""

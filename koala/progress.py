@@ -27,8 +27,11 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator:
-    """Yields advance(n, note=""), to be called as work gets done; drawn on standard error."""
+def progress(what: str, total: int, unit: str, done: int = 0, silent: bool = False) -> Iterator:
+    """Yields advance(n, note=""), to be called as work gets done; drawn on standard error.
+
+    silent: draws nothing, as in all processes of a run but the first.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,7 +40,7 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=silent) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
 
         def advance(n: int, note: str = "") -> None:

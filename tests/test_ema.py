@@ -59,22 +59,12 @@ def test_the_average_is_a_float32_copy_and_goes_back_in_the_dtype_of_the_module(
     assert module.bias.tolist() == [1.5, 1.5]
 
 
-def test_a_state_goes_on_where_it_was_left() -> None:
-    left, taken_up = EMA(filled(0.0), 100), EMA(filled(7.0), 100)
-    left.update(filled(1.0), 8, 8)
-    taken_up.load_state_dict({k: v.clone() for k, v in left.state_dict().items()})
-    for ema in (left, taken_up):
-        ema.update(filled(4.0), 8, 16)
-    assert values(left) == values(taken_up)
-
-
-def test_a_state_of_another_model_is_refused_whole() -> None:
-    ema = EMA(filled(1.0), 100)
-    with pytest.raises(ValueError, match=r"names that differ: .'bias'"):
-        ema.load_state_dict({"weight": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match=r"bias has shape \(3,\), here it is \(2,\)"):
-        ema.load_state_dict({"weight": torch.zeros(2, 3), "bias": torch.zeros(3)})
-    assert values(ema) == [1.0] * 8
+def test_swapping_twice_is_as_before() -> None:
+    ema, module = EMA(filled(2.0), half_life=10), filled(5.0)
+    ema.swap(module)
+    assert (module.bias.tolist(), values(ema)) == ([2.0, 2.0], [5.0] * 8)
+    ema.swap(module)
+    assert (module.bias.tolist(), values(ema)) == ([5.0, 5.0], [2.0] * 8)
 
 
 @pytest.mark.parametrize("half_life", [0, -1.0, float("nan"), float("inf")])

@@ -18,7 +18,8 @@ from torch import nn
 
 from koala.distillation import checkpoint
 from koala.distillation.ema import EMA
-from koala.distillation.loop import generator_at, train
+from koala.distillation.loop import train
+from koala.distillation.noising import generators_at
 from koala.distillation.settings import Training
 from koala.errors import Failure, UserError
 from toy import toy_pipeline
@@ -45,10 +46,10 @@ class SignalledStream(Stream):
         super().__init__()
         self.at, self.number = at, number
 
-    def batch(self, first: int, count: int) -> dict:
+    def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> dict:
         if first == self.at:
             os.kill(os.getpid(), self.number)
-        return super().batch(first, count)
+        return super().batch(first, count, rank, world)
 
 
 class SpoiltStream(Stream):
@@ -58,8 +59,8 @@ class SpoiltStream(Stream):
         super().__init__()
         self.at = at
 
-    def batch(self, first: int, count: int) -> dict:
-        batch = super().batch(first, count)
+    def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> dict:
+        batch = super().batch(first, count, rank, world)
         if first >= self.at:
             batch["latents"][0] = float("nan")
         return batch
@@ -68,7 +69,8 @@ class SpoiltStream(Stream):
 def stats(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["seconds"]
+        for name in ("samples_per_second", "memory_gib", "seconds"):
+            del line[name]
     return lines
 
 
@@ -107,7 +109,7 @@ def test_stopped_and_run_again_equals_uninterrupted_bit_for_bit(
     assert stats(run) == stats(whole)
     averaged = load_file(run / "checkpoints" / "000000000040" / "state.safetensors")
     for name, value in module.state_dict().items():
-        assert torch.equal(value, averaged[f"ema.{name}"])
+        assert torch.equal(value, averaged[f"ema.32.{name}"])
     assert not module.training
 
 
@@ -154,7 +156,7 @@ def test_a_finished_run_does_not_train_again(base: Path, whole: Path) -> None:
     assert stream.asked == []
     assert state(whole) == kept
     ema = load_file(whole / "checkpoints" / "000000000040" / "state.safetensors")
-    assert torch.equal(module.state_dict()["conv_in.weight"], ema["ema.conv_in.weight"])
+    assert torch.equal(module.state_dict()["conv_in.weight"], ema["ema.32.conv_in.weight"])
 
 
 # --- checkpoints ---------------------------------------------------------------------------
@@ -188,10 +190,10 @@ def test_a_damaged_checkpoint_is_named(base: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     module = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(module.parameters())
+    state = checkpoint.State(module, [EMA(module, 10)], torch.optim.AdamW(module.parameters()))
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(Failure, match="000000000008: cannot write the checkpoint"):
-        checkpoint.save(tmp_path, 8, module, EMA(module, 10), optimizer, {})
+        checkpoint.save(tmp_path, 8, state, {}, SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
@@ -202,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_keeps_the_last_good
     base: Path, tmp_path: Path
 ) -> None:
     run, task = tmp_path / "run", toy_task(base)
-    with pytest.raises(Failure, match="'task' is nan after 20 samples; the last checkpoint"):
+    with pytest.raises(Failure, match=r"'task' is nan after 20 samples \(and 2 more are not"):
         train(task, SpoiltStream(20), SETTINGS, run)
     assert checkpoints(run) == ["000000000016", "000000000020"]
     good = load_file(run / "checkpoints" / "000000000020" / "state.safetensors")
@@ -220,7 +222,7 @@ class Kink:
         self.weight = linear.weight
         self.trainable: nn.Module = linear
 
-    def losses(self, batch: dict, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def losses(self, batch: dict, generators: list[torch.Generator]) -> dict[str, torch.Tensor]:
         loss = self.weight.square().sum().sqrt()
         return {"kink": loss, "loss": loss}
 
@@ -289,7 +291,10 @@ def test_settings_that_mean_nothing_are_refused(change: dict, message: str) -> N
 
 def test_the_log_holds_means_of_every_named_loss(whole: Path) -> None:
     line = json.loads((whole / "stats.jsonl").read_text().splitlines()[0])
-    assert list(line) == ["samples", "task", "loss", "grad_norm", "lr", "seconds"]
+    assert list(line) == [
+        *("samples", "task", "loss", "grad_norm", "lr"),
+        *("samples_per_second", "memory_gib", "seconds"),
+    ]
     assert line["task"] == line["loss"]
     assert line["lr"] == SETTINGS.lr
     assert line["seconds"] > 0
@@ -306,7 +311,7 @@ def test_the_bar_shows_rate_time_left_and_loss(
 
 def test_previews_are_drawn_while_it_trains_and_at_the_end(tmp_path: Path) -> None:
     class Line(Kink):
-        def losses(self, batch: dict, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        def losses(self, batch: dict, generators: list[torch.Generator]) -> dict[str, torch.Tensor]:
             loss = (self.weight - 1).square().sum()
             return {"line": loss, "loss": loss}
 
@@ -320,13 +325,13 @@ def test_previews_are_drawn_while_it_trains_and_at_the_end(tmp_path: Path) -> No
 
 def test_every_seed_and_every_step_has_noise_of_its_own() -> None:
     drawn = {
-        torch.randn(1, generator=generator_at(seed, seen)).item()
+        torch.randn(1, generator=generators_at(seed, seen, 1)[0]).item()
         for seed in (0, 1, 2, 2**32)
         for seen in (0, 4, 2**32)
     }
     assert len(drawn) == 12
-    again = torch.randn(3, generator=generator_at(5, 8))
-    assert torch.equal(again, torch.randn(3, generator=generator_at(5, 8)))
+    again = torch.randn(3, generator=generators_at(5, 8, 1)[0])
+    assert torch.equal(again, torch.randn(3, generator=generators_at(5, 6, 3)[2]))
 
 
 def test_the_learning_rate_warms_up_and_falls_to_0() -> None:

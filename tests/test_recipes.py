@@ -138,7 +138,7 @@ def test_the_controls_differ_from_the_student_in_their_losses_alone():
 
 def test_vae_learns_and_its_latents_are_normal(base_parts, packages):
     from koala.data.pictures import PictureSet
-    from koala.distillation.loop import generator_at
+    from koala.distillation.noising import generators_at
 
     data, _ = base_parts
     pictures = PictureSet(data)
@@ -148,7 +148,7 @@ def test_vae_learns_and_its_latents_are_normal(base_parts, packages):
     optimizer = torch.optim.Adam(task.trainable.parameters(), 2e-3)
     seen = []
     for step in range(12):
-        loss = task.losses(stream.batch(4 * step, 4), generator_at(0, step))["loss"]
+        loss = task.losses(stream.batch(4 * step, 4), generators_at(0, step, 1))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -177,7 +177,7 @@ def test_text_side_learns_and_is_read_by_clips_tokenizer(packages):
     batch = {"texts": ["a red fox", "an owl", "two cars", "a car and an owl"]}
     seen = []
     for _ in range(15):
-        losses = task.losses(batch, torch.Generator())
+        losses = task.losses(batch, [])
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()

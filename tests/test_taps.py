@@ -1,11 +1,24 @@
 """Taps: how many, where, paired with what, and captured as what."""
 
+import gc
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.utils.checkpoint import checkpoint
 
 from koala.architectures import get, unet_config
-from koala.distillation.taps import PAPER_TAPS, STAGES, Features, Tap, paired_points, tap_points
+from koala.distillation.taps import (
+    PAPER_TAPS,
+    STAGES,
+    Features,
+    Tap,
+    paired_points,
+    regions,
+    tap_points,
+)
 from koala.errors import UserError
 from toy import toy_unet
 
@@ -130,14 +143,15 @@ def test_settings_that_mean_nothing_are_refused_by_what_is_allowed(
         tap_points(koala_700m, [Tap("lf", ("DW-1", "DW-1"))])
 
 
-def test_features_come_in_the_order_of_the_points_with_the_shapes_of_their_stages() -> None:
+def test_features_have_the_shapes_of_their_stages() -> None:
     torch.manual_seed(0)
     unet = toy_unet("koala")
     points = ["up_blocks.2", "down_blocks.1.attentions.0.transformer_blocks.0.attn1"]
     points += ["down_blocks.0", "down_blocks.2.resnets.0"]
-    with torch.no_grad(), Features(unet, points) as features:
+    features = Features(unet, points)
+    with torch.no_grad(), features.capture() as captured:
         unet(**inputs(unet))
-    shapes = [tuple(value.shape) for value in features.values]
+    shapes = [tuple(captured[point].shape) for point in points]
     assert shapes == [(2, 16, 8, 8), (2, 16, 32), (2, 16, 4, 4), (2, 32, 2, 2)]
 
 
@@ -155,20 +169,56 @@ def test_the_last_feature_of_a_stage_is_what_the_next_stage_is_given() -> None:
 
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in following]
     handles.append(unet.conv_norm_out.register_forward_pre_hook(note, with_kwargs=True))
-    with torch.no_grad(), Features(unet, points) as features:
+    features = Features(unet, points)
+    with torch.no_grad(), features.capture() as captured:
         unet(**inputs(unet))
     for handle in handles:
         handle.remove()
     assert len(given) == 7
-    for value, expected in zip(features.values, given, strict=True):
-        assert torch.equal(value, expected)
+    for point, expected in zip(points, given, strict=True):
+        assert torch.equal(captured[point], expected)
 
 
-def test_hooks_are_gone_after_the_pass_also_after_an_error() -> None:
+def test_taps_change_neither_the_result_nor_the_names_and_keep_nothing() -> None:
+    torch.manual_seed(0)
     unet = toy_unet("koala")
-    points = tap_points(unet, PAPER_TAPS)
-    with Features(unet, points):
-        unet(**inputs(unet))
-    with pytest.raises(RuntimeError, match="stop"), Features(unet, points):
+    names = [name for name, _ in unet.named_modules()]
+    with torch.no_grad():
+        before = unet(**inputs(unet)).sample
+        features = Features(unet, tap_points(unet, PAPER_TAPS))
+        with features.capture() as captured:
+            assert torch.equal(unet(**inputs(unet)).sample, before)
+    assert [name for name, _ in unet.named_modules()] == names
+    kept = [weakref.ref(value) for value in captured.values()]
+    del captured
+    with torch.no_grad():
+        unet(**inputs(unet))  # outside: nobody listens
+    gc.collect()
+    assert not any(reference() is not None for reference in kept)
+    assert not any(getattr(module, "tapped", None) is not None for module in unet.modules())
+
+
+def test_capture_is_for_exactly_one_pass_and_over_after_an_error() -> None:
+    unet = toy_unet("koala")
+    features = Features(unet, tap_points(unet, PAPER_TAPS))
+    with pytest.raises(AssertionError, match="exactly one"), features.capture():
+        pass
+    with pytest.raises(AssertionError, match="exactly one"), features.capture():
+        _ = [unet(**inputs(unet)) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="stop"), features.capture():
         raise RuntimeError("stop")
-    assert not any(module._forward_hooks for module in unet.modules())
+    with features.capture() as captured:
+        unet(**inputs(unet))
+    assert set(captured) == set(features.points)
+
+
+def test_a_checkpoint_that_computes_again_is_not_heard_again() -> None:
+    unet = toy_unet("koala").train()
+    features = Features(unet, tap_points(unet, PAPER_TAPS))
+    for region in regions(unet):
+        region.compute = partial(checkpoint, region.compute, use_reentrant=False)
+    with features.capture() as captured:
+        output = unet(**inputs(unet)).sample
+        loss = output.square().mean() + sum(f.square().mean() for f in captured.values())
+        loss.backward()  # inside: a second hearing would be an error
+    assert not any(getattr(module, "tapped", None) is not None for module in unet.modules())

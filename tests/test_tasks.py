@@ -11,12 +11,12 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from PIL import Image
 
 from koala.conditioning import TextConditioner
+from koala.distillation.noising import NoiseSchedule, generators_at
 from koala.distillation.taps import PAPER_TAPS, Tap
 from koala.distillation.tasks import (
     Denoising,
     Distillation,
     DistillationSettings,
-    NoiseSchedule,
     teacher_dtype,
 )
 from koala.errors import UserError
@@ -48,8 +48,8 @@ def batch() -> dict:
     return {"latents": latents, "captions": CAPTIONS, "time_ids": time_ids}
 
 
-def seeded(seed: int = 1) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int = 1, count: int = 3) -> list[torch.Generator]:
+    return generators_at(seed, 0, count)
 
 
 Make = Callable[..., Distillation]
@@ -74,10 +74,12 @@ def by_hand(
     conditioner: TextConditioner, caption_dropout: float = 0.1
 ) -> tuple[tuple, dict, torch.Tensor]:
     """Arguments of a U-Net and the noise to find, for `batch()` and `seeded()`."""
-    g, given = seeded(), batch()
-    noise = torch.randn(3, 4, 8, 8, generator=g)
-    t = torch.randint(1000, (3,), generator=g)
-    dropped = torch.rand(3, generator=g) < caption_dropout
+    given, draws = batch(), []
+    for g in seeded():
+        noise = torch.randn(4, 8, 8, generator=g)
+        draws.append((noise, torch.randint(1000, (), generator=g), torch.rand((), generator=g)))
+    noise, t, share = (torch.stack(column) for column in zip(*draws, strict=True))
+    dropped = share < caption_dropout
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
     )
@@ -140,21 +142,19 @@ def test_distillation_losses_equal_a_direct_computation(
     for ours, theirs in pairs.items():
         f_s = recomputed(student, ours, args, kwargs)
         f_t = recomputed(teacher, theirs, args, kwargs)
-        scale = f_t.square().mean() if normalise else 1.0
-        errors[ours] = (f_s - f_t).square().mean() / scale
+        each = (f_s - f_t).square().flatten(1).mean(1)
+        scale = f_t.square().flatten(1).mean(1) if normalise else torch.ones(3)
+        errors[ours] = (each / scale).mean()
     expected = {
         "task": (eps_s - noise).square().mean(),
         "out": (eps_s - eps_t).square().mean(),
         "feat": sum(errors.values()),
+        **{f"tap {path}": value for path, value in errors.items()},
     }
     expected["loss"] = 0.5 * expected["task"] + 2.0 * expected["out"] + 3.0 * expected["feat"]
     assert set(losses) == set(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(losses[name], value, rtol=2e-5, atol=0)
-    taps = task.tap_losses(batch(), seeded())
-    assert set(taps) == set(errors)
-    for path, value in errors.items():
-        torch.testing.assert_close(taps[path], value, rtol=2e-5, atol=1e-9)
+        torch.testing.assert_close(losses[name], value, rtol=2e-5, atol=1e-9)
 
 
 def test_a_student_equal_to_its_teacher_has_no_distillation_loss(distillation: Make) -> None:
@@ -174,7 +174,8 @@ def test_a_weight_of_0_leaves_its_term_out(distillation: Make) -> None:
         ({**NO_FEATURES, "output_weight": 0.0}, {"task"}),
     ):
         losses = distillation(**settings).losses(batch(), seeded())
-        assert set(losses) == {*terms, "loss"}
+        assert {name for name in losses if not name.startswith("tap ")} == {*terms, "loss"}
+        assert ("feat" in terms) == any(name.startswith("tap ") for name in losses)
         for name in terms:
             torch.testing.assert_close(losses[name], whole[name], rtol=1e-6, atol=0)
 
@@ -201,6 +202,44 @@ def test_features_reach_only_the_weights_before_them(distillation: Make) -> None
     student = task.trainable
     assert student.down_blocks[0].downsamplers[0].conv.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in student.up_blocks.parameters())
+
+
+def test_min_snr_weighs_the_task_loss_and_no_other(
+    distillation: Make, conditioner: TextConditioner
+) -> None:
+    plain = distillation().losses(batch(), seeded())
+    weighed = distillation(min_snr=0.5).losses(batch(), seeded())
+    args, kwargs, noise = by_hand(conditioner)
+    with torch.no_grad():
+        errors = (unet("koala", 1)(*args, **kwargs).sample - noise).square().flatten(1).mean(1)
+    abar = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    snr = (abar.alphas_cumprod / (1 - abar.alphas_cumprod))[args[1]]
+    weights = torch.minimum(snr, torch.tensor(0.5)) / snr
+    assert (weights < 1).any()
+    torch.testing.assert_close(weighed["task"], (weights * errors).mean(), rtol=1e-5, atol=0)
+    for name in set(plain) - {"task", "loss"}:
+        assert torch.equal(plain[name], weighed[name])
+
+
+def test_a_loss_is_the_mean_of_what_each_sample_gives_alone(distillation: Make) -> None:
+    task, whole, parts = distillation(normalise=True, min_snr=5.0), batch(), []
+    for i in range(3):
+        one = {name: column[i : i + 1] for name, column in whole.items()}
+        parts.append(task.losses(one, generators_at(1, i, 1)))
+    for name, value in task.losses(whole, seeded()).items():
+        alone = torch.stack([part[name] for part in parts]).mean()
+        torch.testing.assert_close(value, alone, rtol=1e-5, atol=1e-9)
+
+
+def test_prepared_embeddings_are_taken_as_they_are(
+    base: Path, conditioner: TextConditioner
+) -> None:
+    task = Denoising(unet("koala", 1), conditioner, SCHEDULE, base, caption_dropout=0.0)
+    text, pooled = conditioner(CAPTIONS)
+    other = {**batch(), "captions": ["nothing"] * 3, "text": 2 * text, "pooled": 3 * pooled}
+    noised = task.noised(other, seeded())
+    assert torch.equal(noised.text, 2 * text)
+    assert torch.equal(noised.pooled, 3 * pooled)
 
 
 # --- the frozen side -----------------------------------------------------------------------
@@ -264,7 +303,7 @@ def test_captions_are_dropped_one_by_one_and_whole(
         "captions": once["captions"] * 40,
         "time_ids": once["time_ids"].repeat(40, 1),
     }
-    noised = task.noised(many, seeded())
+    noised = task.noised(many, seeded(count=120))
     text_gone = (noised.text == 0).flatten(1).all(1)
     pooled_gone = (noised.pooled == 0).all(1)
     assert torch.equal(text_gone, pooled_gone)
@@ -302,6 +341,8 @@ def test_another_forward_process_is_refused(key: str, value: str) -> None:
         ({"taps": ()}, "feature_weight 1.0 without taps"),
         ({"depth_rule": "top"}, "'top': choose from bottom, interleave, up"),
         ({"caption_dropout": 1.5}, "caption dropout 1.5: it must lie between 0 and 1"),
+        ({"min_snr": 0.0}, "min_snr 0.0: it must be above 0"),
+        ({"min_snr": 5.0, "task_weight": 0.0}, "min_snr 5.0 is given but task_weight is 0"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings: dict, message: str) -> None:
@@ -313,8 +354,7 @@ def test_settings_without_a_meaning_are_refused(settings: dict, message: str) ->
 def test_every_depth_rule_is_a_setting(distillation: Make, rule: str) -> None:
     task = distillation(depth_rule=rule, taps=PAPER_TAPS)
     assert task.losses(batch(), seeded())["feat"].isfinite()
-    at = task.points.index("down_blocks.2.attentions.0.transformer_blocks.0.attn1")
-    deep = task.teacher_points[at]
+    deep = task.pairs["down_blocks.2.attentions.0.transformer_blocks.0.attn1"]
     assert f"transformer_blocks.{1 if rule == 'up' else 0}." in deep
 
 

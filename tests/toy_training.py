@@ -28,8 +28,9 @@ class Stream:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def batch(self, first: int, count: int) -> dict:
-        numbers = range(first, first + count)
+    def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> dict:
+        share = count // world
+        numbers = range(first + rank * share, first + (rank + 1) * share)
         self.asked += numbers
         latents = [
             torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in numbers
@@ -37,7 +38,7 @@ class Stream:
         return {
             "latents": torch.stack(latents),
             "captions": [CAPTIONS[i % len(CAPTIONS)] for i in numbers],
-            "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * count),
+            "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * share),
         }
 
 

@@ -1,25 +1,50 @@
 """Checkpoints of a training: everything that going on from there needs, and nothing half-written.
 
-A checkpoint is a folder `checkpoints/<samples seen>` with `state.safetensors` (weights, EMA,
+A checkpoint is a folder `checkpoints/<samples seen>` with `state.safetensors` (weights, averages,
 optimiser) and `state.json` (samples seen, the log's open sums). It is written beside its name and
-renamed when whole, so whatever has the name can be trusted. The last two are kept.
+renamed when whole, so whatever has the name can be trusted. Tensors are whole and fp32 whatever
+shards they came from, so that any number of processes can go on from it.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from koala.distillation.ema import EMA
+from koala.distillation.settings import Training
+from koala.distillation.shards import local, part_of, whole
 from koala.errors import Failure
 
-KEPT = 2
+
+@dataclass(frozen=True)
+class State:
+    """What a step changes."""
+
+    module: nn.Module
+    averages: list[EMA]
+    optimizer: torch.optim.Optimizer
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, tensor as it lies here, what it is sharded like) of all that is saved."""
+        parameters = dict(self.module.named_parameters())
+        for name, parameter in parameters.items():
+            yield f"weights.{name}", parameter, parameter
+        for average in self.averages:
+            for name, weight in average.state_dict().items():
+                yield f"ema.{average.half_life}.{name}", weight, parameters[name]
+        for name, parameter in parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                like = parameter if value.shape == parameter.shape else value
+                yield f"optimizer.{name}.{key}", value, like
 
 
 def newest(run: Path) -> Path | None:
@@ -33,26 +58,26 @@ def _whole(folder: Path) -> list[Path]:
 
 
 def save(
-    run: Path,
-    seen: int,
-    module: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    log: dict[str, Any],
+    run: Path, seen: int, state: State, log: dict[str, Any], settings: Training, write: bool = True
 ) -> None:
-    """Writes the state after `seen` samples; Failure where the disk does not take it."""
+    """Writes the state after `seen` samples; Failure where the disk does not take it.
+
+    Every process must call this, since shards are gathered; the one that may `write` does.
+    """
+    tensors = {}
+    for name, tensor, like in state.tensors():
+        value = whole(tensor, like)
+        if write:
+            tensors[name] = value
+    if not write:
+        return
     folder = run / "checkpoints" / f"{seen:012d}"
     part = folder.with_name(f".{folder.name}.part")
     for leftover in folder.parent.glob(".*"):  # of a run that was killed while it wrote
         shutil.rmtree(leftover)
-    tensors = {f"weights.{k}": v for k, v in module.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
     try:
         part.mkdir(parents=True)
-        on_cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        save_file(on_cpu, part / "state.safetensors")
+        save_file(tensors, part / "state.safetensors")
         (part / "state.json").write_text(json.dumps({"samples": seen, "log": log}))
         for path in (part / "state.safetensors", part / "state.json", part):
             _to_disk(path)
@@ -62,7 +87,13 @@ def save(
         raise Failure(
             f"{folder}: cannot write the checkpoint ({error}); run again to go on from the last one"
         ) from error
-    for old in _whole(folder.parent)[:-KEPT]:
+    _rotate(folder.parent, settings)
+
+
+def _rotate(folder: Path, settings: Training) -> None:
+    for old in _whole(folder)[: -settings.keep]:
+        if settings.keep_every and int(old.name) % settings.keep_every < settings.batch:
+            continue  # the first one at or after a multiple
         going = old.with_name(f".{old.name}.old")  # never half of one under a checkpoint's name
         os.rename(old, going)
         shutil.rmtree(going)
@@ -77,30 +108,46 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def load(
-    checkpoint: Path, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, Any]]:
+@torch.no_grad()
+def load(checkpoint: Path, state: State) -> tuple[int, dict[str, Any]]:
     """Restores the state; returns the samples seen and the log's open sums.
 
     Failure when the files are damaged.
     """
     try:
-        tensors = load_file(checkpoint / "state.safetensors")
+        with safe_open(checkpoint / "state.safetensors", "pt") as file:
+            _make_moments(state, set(file.keys()))
+            for name, tensor, like in state.tensors():
+                local(tensor).copy_(part_of(file.get_tensor(name), like))
         about = json.loads((checkpoint / "state.json").read_text())
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise Failure(
             f"{checkpoint}: the checkpoint is damaged ({error}); remove this folder and run again "
             "to go on from the one before"
         ) from error
-    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "optimizer": {}}
-    for name, value in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = value
-    module.load_state_dict(parts["weights"])
-    ema.load_state_dict(parts["ema"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in parts["optimizer"].items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return about["samples"], about["log"]
+
+
+def _make_moments(state: State, saved: set[str]) -> None:
+    """Lets the optimiser lay out its state as it likes it: a step at rate 0 along no gradient."""
+    for name, parameter in state.module.named_parameters():
+        if f"optimizer.{name}.step" in saved:  # a part that is at rest has none
+            parameter.grad = torch.zeros_like(parameter)
+    groups = state.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def average(run: Path, half_life: int) -> dict[str, Tensor]:
+    """The averaged weights of that half-life in a run's newest checkpoint, fp32, by name."""
+    checkpoint = newest(run)
+    assert checkpoint is not None, "the run has no checkpoint"
+    prefix = f"ema.{half_life}."
+    with safe_open(checkpoint / "state.safetensors", "pt") as file:
+        names = {name for name in set(file.keys()) if name.startswith(prefix)}
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in sorted(names)}

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from koala.distillation.shards import local
 from koala.errors import UserError
 
 # Early in a run the half-life is at most this share of the samples seen, so that the average
@@ -29,21 +30,22 @@ def ema_decay(batch: int, seen: int, half_life: float, ramp_up: float = RAMP_UP)
 
 
 class EMA:
-    """fp32 running average of a module's parameters, on the devices where they lie.
+    """fp32 running average of a module's parameters, of sharded ones the part that lies here.
 
     module: its parameters are the start of the average. It may not have persistent buffers.
     half_life: samples after which a weight counts half; above 0, else UserError.
+    on_cpu: keep the average in main memory instead of beside the parameters.
     """
 
-    def __init__(self, module: nn.Module, half_life: float) -> None:
+    def __init__(self, module: nn.Module, half_life: float, on_cpu: bool = False) -> None:
         if not (math.isfinite(half_life) and half_life > 0):
             raise UserError(
                 f"EMA half-life {half_life} samples: it must be a finite number above 0"
             )
         self.half_life = half_life
         self._weights = {
-            name: parameter.detach().to(torch.float32, copy=True)
-            for name, parameter in module.named_parameters()
+            name: part.to("cpu" if on_cpu else part.device, torch.float32, copy=True)
+            for name, part in _parts(module).items()
         }
         assert set(self._weights) == set(module.state_dict()), "buffers or tied weights"
 
@@ -53,34 +55,36 @@ class EMA:
 
         seen: samples seen so far, these included.
         """
-        parameters = dict(module.named_parameters())
-        assert parameters.keys() == self._weights.keys()
+        parts = _parts(module)
+        assert parts.keys() == self._weights.keys()
         decay = ema_decay(batch, seen, self.half_life)
-        new = [parameters[name].detach().float() for name in self._weights]
+        new = [parts[name].to(weight) for name, weight in self._weights.items()]
         torch._foreach_lerp_(list(self._weights.values()), new, 1.0 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
         """Writes the average into the parameters of `module`, in their own dtype."""
-        parameters = dict(module.named_parameters())
-        assert parameters.keys() == self._weights.keys()
+        parts = _parts(module)
+        assert parts.keys() == self._weights.keys()
         for name, weight in self._weights.items():
-            parameters[name].copy_(weight)
+            parts[name].copy_(weight)
+
+    @torch.no_grad()
+    def swap(self, module: nn.Module) -> None:
+        """Exchanges the average and the fp32 parameters of `module`; twice is as before."""
+        parts = _parts(module)
+        assert parts.keys() == self._weights.keys()
+        for name, weight in self._weights.items():
+            assert parts[name].dtype == torch.float32, "the average would be rounded"
+            kept = parts[name].clone()
+            parts[name].copy_(weight)
+            weight.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights by parameter name, fp32; the tensors themselves, not copies."""
+        """The averaged weights by parameter name, fp32: the local parts themselves, not copies."""
         return dict(self._weights)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes the values of a `state_dict`; names and shapes must be the same (ValueError)."""
-        if state.keys() != self._weights.keys():
-            differing = sorted(state.keys() ^ self._weights.keys())[:10]
-            raise ValueError(f"EMA state of another model; names that differ: {differing}")
-        for name, weight in self._weights.items():
-            if state[name].shape != weight.shape:
-                raise ValueError(
-                    f"EMA state of another model: {name} has shape {tuple(state[name].shape)}, "
-                    f"here it is {tuple(weight.shape)}"
-                )
-        for name, weight in self._weights.items():
-            weight.copy_(state[name])
+
+def _parts(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters' parts that lie in this process, by name."""
+    return {name: local(parameter.detach()) for name, parameter in module.named_parameters()}

@@ -1,18 +1,17 @@
 """The training loop, one for everything that learns: VAE, text side, teacher, student.
 
 What is learnt is the task's business (named losses), what is learnt from the data's (a batch is a
-function of the sample's number); here are order, optimiser, EMA, checkpoints and what one sees
-while it runs. Randomness is a function of (seed, samples seen), so a run that is stopped and
-started again by the same command ends in the same weights, bit for bit on a CPU.
+function of the sample's number), who computes what the layout's; here are order, optimiser, EMA,
+checkpoints and what one sees while it runs. Randomness is a function of (seed, number of the
+sample), so a run that is stopped and started again by the same command ends in the same weights,
+bit for bit on a CPU; with other processes or another division of the batch, up to rounding.
 """
 
-import hashlib
-import json
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +20,19 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from koala.distillation import checkpoint
 from koala.distillation.ema import EMA
+from koala.distillation.noising import generators_at
+from koala.distillation.parallel import Layout
+from koala.distillation.records import Log, Record, claim
 from koala.distillation.settings import Training
-from koala.errors import Failure, UserError
+from koala.distillation.speed import Meter
+from koala.errors import UserError
 from koala.progress import progress
+
+HELD_OUT_SEED = 2**40  # noise and timesteps of the validation: no run's own, the same in all
 
 
 class Task(Protocol):
@@ -34,142 +40,216 @@ class Task(Protocol):
 
     trainable: nn.Module
 
-    def losses(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]: ...
+    def losses(
+        self, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]: ...
     def preview(self, trainable: nn.Module) -> Image.Image | None: ...
     def export(self, trainable: nn.Module, folder: Path) -> None: ...
 
 
 class Data(Protocol):
-    """An endless, ordered stream: `batch(first, count)` is samples first..first+count-1."""
+    """An endless, ordered stream of samples.
 
-    def batch(self, first: int, count: int) -> dict[str, Any]: ...
+    `batch(first, count, rank, world)` is the rank-th of `world` equal, contiguous parts of the
+    samples first..first+count-1.
+    """
+
+    def batch(self, first: int, count: int, rank: int, world: int) -> dict[str, Any]: ...
 
 
 def train(
-    task: Task, data: Data, settings: Training, run: Path, note: dict[str, Any] | None = None
+    task: Task,
+    data: Data,
+    settings: Training,
+    run: Path,
+    note: dict[str, Any] | None = None,
+    *,
+    layout: Layout | None = None,
+    held_out: dict[str, Any] | None = None,
+    boards: Sequence[str] = (),
+    flops: float | None = None,
 ) -> nn.Module:
     """Trains to the end, going on from the newest checkpoint in `run`; returns the EMA weights.
 
-    run: folder for `run.json` (settings and `note`), `stats.jsonl`, `previews/`, `checkpoints/`.
+    run: folder for `run.json` (settings and `note`), `stats.jsonl`, `previews/`, `checkpoints/`,
+      and `validation.jsonl` where there are samples `held_out`: a batch of the data's kind.
+    layout: of several processes, or of other hardware (`koala.distillation.parallel`); None is
+      this process and the device where the task is.
+    boards: "tensorboard", "wandb". flops: of one sample's step, to show the share of the peak.
+
     SIGTERM and Ctrl-C save and stop (a second one ends at once). UserError when the folder belongs
-    to a run with other settings; Failure when a loss or the gradient is not finite (the last good
-    checkpoint stays), or when the run was stopped before its end.
+    to a run with other settings, or a setting cannot be; Failure when a loss or the gradient is not
+    finite (the last good checkpoint stays), or when the run was stopped before its end.
     """
-    _claim(run, {**asdict(settings), **(note or {})})
     module = task.trainable.train()
     device = next(module.parameters()).device
-    optimizer = torch.optim.AdamW(
-        module.parameters(),
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    ema = EMA(module, settings.ema_half_life)
+    layout = layout or Layout()
+    world, parts = layout.world, layout.hardware.accumulate
+    micro = layout.hardware.micro_batch(settings.batch, world.size)
+    _check_held_out(settings, held_out)
+    with world.together():
+        if world.first:
+            claim(run, {**asdict(settings), **(note or {})})
+    averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
+    state = checkpoint.State(module, averages, _optimizer(settings, module))
     last = checkpoint.newest(run)
-    seen, open_sums = checkpoint.load(last, module, ema, optimizer) if last else (0, None)
-    log = _Log(run / "stats.jsonl", seen, open_sums)
+    seen, open_sums = checkpoint.load(last, state) if last else (0, None)
+    log, meter = Log(open_sums), Meter(world, seen, flops)
+    with world.together():
+        record = Record(run, seen, boards) if world.first else None
     saved = time.monotonic()
     with (
-        progress(run.name, settings.samples, "samples", seen) as advance,
+        progress(run.name, settings.samples, "samples", seen, silent=not world.first) as advance,
         _stop_requested() as stop_requested,
     ):
         while seen < settings.samples:
-            batch = data.batch(seen, settings.batch)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                losses = task.losses(batch, generator_at(settings.seed, seen))
-            losses["loss"].backward()
+            # One step.
+            batch = data.batch(seen, settings.batch, world.rank, world.size)
+            first = seen + world.rank * parts * micro
+            sums: dict[str, Tensor] = {}
+            for part in range(parts):
+                generators = generators_at(settings.seed, first + part * micro, micro)
+                with layout.computing(last=part == parts - 1):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                        losses = task.losses(_cut(batch, part, micro), generators)
+                    (losses["loss"] / parts).backward()
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach().float() / parts
             norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
-            log.add(_finite({**losses, "grad_norm": norm}, seen, run))
-            for group in optimizer.param_groups:
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            save_due = time.monotonic() - saved > settings.save_every
+            wishes = [float(stop_requested()), float(save_due and world.first)]
+            values, (stop, save) = _agree(layout, {**sums, "grad_norm": norm}, wishes)
+            _check_finite(layout, values, seen, run)
+            log.add(values)
+            for group in state.optimizer.param_groups:
                 group["lr"] = settings.lr_at(seen)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
             seen += settings.batch
-            ema.update(module, settings.batch, seen)
+            for average in averages:
+                average.update(module, settings.batch, seen)
 
-            done, stop = seen >= settings.samples, stop_requested()
-            if done or _crossed(seen, settings.batch, settings.log_every):
-                log.write(seen, settings.lr_at(seen - settings.batch))
-            advance(settings.batch, f"loss {log.latest:.4f}")
-            if done or _crossed(seen, settings.batch, settings.preview_every):
-                _preview(task, ema, module, run / "previews" / f"{seen:012d}.png")
-            if done or stop or time.monotonic() - saved > settings.save_every:
-                checkpoint.save(run, seen, module, ema, optimizer, log.open_sums())
+            # What one sees of it, and what is kept.
+            done = seen >= settings.samples
+            due = _due(seen, settings)
+            if done or due(settings.log_every):
+                means = log.means()
+                pace = {"lr": settings.lr_at(seen - settings.batch), **meter.read(seen)}
+                if record:
+                    record.write("train", seen, {**means, **pace, "seconds": log.seconds})
+            advance(settings.batch, f"loss {log.latest:.4f} {meter.note}".strip())
+            if held_out is not None and (done or due(settings.validate_every)):
+                means = _validate(task, held_out, micro)
+                if record:
+                    record.write("validation", seen, means)
+            if done or due(settings.preview_every):
+                image = _preview(task, averages[0])
+                if record and image is not None:
+                    _write_image(image, run / "previews" / f"{seen:012d}.png")
+            if done or stop or save or due(settings.keep_every):
+                with world.together():
+                    checkpoint.save(run, seen, state, log.open_sums(), settings, world.first)
                 saved = time.monotonic()
             if stop and not done:
-                raise Failure(f"{run}: stopped after {seen} samples; run again to go on")
-    ema.copy_to(module)
+                raise world.failure(f"{run}: stopped after {seen} samples; run again to go on")
+    averages[0].copy_to(module)
     return module.eval()
 
 
-def generator_at(seed: int, seen: int) -> torch.Generator:
-    """CPU generator of the step that begins after `seen` samples.
-
-    torch's CPU generator reads only the lower 32 bits of its seed, so both numbers are hashed into
-    that many.
-    """
-    digest = hashlib.blake2b(f"{seed} {seen}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-def _crossed(seen: int, batch: int, every: int) -> bool:
-    """Whether the last batch passed a multiple of `every`."""
-    return seen // every > (seen - batch) // every
-
-
-def _claim(run: Path, settings: dict[str, Any]) -> None:
-    path, wanted = run / "run.json", json.loads(json.dumps(settings))
-    if path.exists():
-        found = json.loads(path.read_text())
-        for k in sorted({*found, *wanted}):
-            if found.get(k) != wanted.get(k):
-                raise UserError(
-                    f"{run} holds a run with {k}={found.get(k)!r}, now it is {wanted.get(k)!r}; "
-                    "take another --out, or remove the folder"
-                )
-        return
+def _optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW at the settings' rate; UserError where its library is not installed."""
+    common: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(module.parameters(), **common, fused=True)
+    assert settings.optimizer == "adamw-8bit"
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(wanted, indent=1) + "\n")
-    except OSError as error:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(f"optimizer {settings.optimizer} needs `pip install torchao`") from error
+    return AdamW8bit(module.parameters(), **common)
+
+
+def _check_held_out(settings: Training, held_out: dict[str, Any] | None) -> None:
+    if bool(settings.validate_every) != (held_out is not None):
         raise UserError(
-            f"{run}: cannot be written ({error.strerror}); take another --out"
-        ) from error
+            f"validate_every is {settings.validate_every} and there are "
+            f"{'no' if held_out is None else 'some'} held-out samples: take both or neither"
+        )
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
+def _cut(batch: dict[str, Any], part: int, size: int) -> dict[str, Any]:
+    """The part-th `size` samples of a batch."""
+    return {name: column[part * size : (part + 1) * size] for name, column in batch.items()}
 
 
-def _finite(values: dict[str, Tensor], seen: int, run: Path) -> dict[str, float]:
-    """The values as numbers, by one transfer from the device; Failure on the first that is none."""
+def _due(seen: int, settings: Training) -> Callable[[int], bool]:
+    """Whether the step that ended after `seen` samples passed a multiple of so many; 0: never."""
+    return lambda every: every > 0 and seen // every > (seen - settings.batch) // every
+
+
+def _agree(
+    layout: Layout, values: dict[str, Tensor], wishes: list[float]
+) -> tuple[dict[str, float], list[bool]]:
+    """Means over the processes, and whether any of them has each wish: one transfer, one message.
+
+    So all processes stop and save after the same step.
+    """
     stacked = torch.stack([value.detach().float() for value in values.values()])
-    numbers = dict(zip(values, stacked.tolist(), strict=True))
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise Failure(
-                f"{run}: {name!r} is {number} after {seen} samples; the last checkpoint is kept: "
-                "lower the learning rate and begin a new run"
-            )
-    return numbers
+    vector = layout.world.mean(torch.cat([stacked.cpu(), torch.tensor(wishes)])).tolist()
+    numbers = dict(zip(values, vector[: len(values)], strict=True))
+    return numbers, [number > 0 for number in vector[len(values) :]]
 
 
-def _preview(task: Task, ema: EMA, module: nn.Module, path: Path) -> None:
+def _check_finite(layout: Layout, values: dict[str, float], seen: int, run: Path) -> None:
+    """Raises Failure that names the first tap, term or norm that is no number, and how many are."""
+    bad = [name for name, number in values.items() if not math.isfinite(number)]
+    if bad:
+        others = f" (and {len(bad) - 1} more are not finite)" if len(bad) > 1 else ""
+        raise layout.world.failure(
+            f"{run}: {bad[0]!r} is {values[bad[0]]} after {seen} samples{others}; the last "
+            "checkpoint is kept: lower the learning rate and begin a new run"
+        )
+
+
+@torch.no_grad()
+def _validate(task: Task, held_out: dict[str, Any], size: int) -> dict[str, float]:
+    """Means of the task's losses on held-out samples, always with the same noise and timesteps.
+
+    Every process computes all of them: shards of a model are gathered for all alike.
+    """
+    count = len(next(iter(held_out.values())))
+    sums: dict[str, float] = {}
+    with torch.compiler.set_stance("force_eager"):  # not worth compiling for
+        for first in range(0, count, size):
+            batch = _cut(held_out, first // size, size)
+            number = min(size, count - first)
+            losses = task.losses(batch, generators_at(HELD_OUT_SEED, first, number))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * number / count
+    return sums
+
+
+def _preview(task: Task, average: EMA) -> Image.Image | None:
     """Draws with the averaged weights, then puts the trained ones back."""
-    kept = {k: v.clone() for k, v in module.state_dict().items()}
-    ema.copy_to(module)
-    image = task.preview(module.eval())
-    module.load_state_dict(kept)
+    module = task.trainable
+    average.swap(module)
+    with torch.compiler.set_stance("force_eager"):
+        image = task.preview(module.eval())
+    average.swap(module)
     module.train()
-    if image is not None:
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        image.save(part, format="PNG")
-        os.replace(part, path)
+    return image
+
+
+def _write_image(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    image.save(part, format="PNG")
+    os.replace(part, path)
 
 
 @contextmanager
@@ -190,42 +270,3 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Log:
-    """`stats.jsonl`: means of every named loss since the line before.
-
-    A line's "seconds" are of training since its very beginning, without pauses between runs.
-    The sums of the line that is not yet written go into checkpoints, so that the lines of a
-    resumed run are those of an uninterrupted one.
-    """
-
-    def __init__(self, path: Path, seen: int, open_sums: dict[str, Any] | None) -> None:
-        state = open_sums or {"sums": {}, "count": 0, "seconds": 0.0}
-        self.path, self.latest = path, math.nan
-        self.sums: dict[str, float] = state["sums"]
-        self.count: int = state["count"]
-        self.started = time.monotonic() - state["seconds"]
-        if path.exists():
-            text = path.read_text()
-            whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last line
-            # Lines after the checkpoint will be written again.
-            kept = [line for line in whole if json.loads(line)["samples"] <= seen]
-            _replace(path, "".join(f"{line}\n" for line in kept))
-
-    def add(self, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-        self.latest = values["loss"]
-
-    def open_sums(self) -> dict[str, Any]:
-        seconds = time.monotonic() - self.started
-        return {"sums": dict(self.sums), "count": self.count, "seconds": seconds}
-
-    def write(self, seen: int, lr: float) -> None:
-        means = {name: total / self.count for name, total in self.sums.items()}
-        line = {"samples": seen, **means, "lr": lr, "seconds": time.monotonic() - self.started}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.sums, self.count = {}, 0

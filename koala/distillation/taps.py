@@ -9,11 +9,14 @@ gave the student its weights, so the two always have equal shapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
+from typing import Any
 
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from koala.architectures import from_unet_config
@@ -143,46 +146,114 @@ def paired_points(
     return pairs
 
 
+class Region:
+    """A transformer block or resnet: what is compiled, and computed again, in one piece.
+
+    It stands in for the `forward` of its block and changes no module, name or weight. The features
+    tapped inside the block leave it as further outputs and go to their listeners outside, so that
+    compiling or checkpointing `compute` neither hides a feature nor hears it twice.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.inside: tuple[str, ...] = ()  # tapped children
+        self.listeners: dict[str, list[Callable[[Tensor], None]]] = {}
+        self.compute: Callable[..., tuple[Tensor, list[Tensor]]] = compute
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        output, features = self.compute(self.block, self.inside, *args, **kwargs)
+        for name, feature in zip(self.inside, features, strict=True):
+            for listener in self.listeners[name]:
+                listener(feature)
+        return output
+
+    def listen(self, child: str, listener: Callable[[Tensor], None]) -> None:
+        """Gives `listener` the output of the block's `child` in every pass from now on."""
+        if child not in self.inside:
+            self.inside = (*self.inside, child)
+            self.block.get_submodule(child).register_forward_hook(_keep)
+        self.listeners.setdefault(child, []).append(listener)
+
+
+def _keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+    module.tapped = output
+
+
+def compute(
+    block: nn.Module, inside: tuple[str, ...], *args: Any, **kwargs: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """The block's own forward and the features of its children named by `inside`.
+
+    One function for all blocks, so that those of one shape share what torch.compile makes of it.
+    """
+    children = [getattr(block, name) for name in inside]
+    try:
+        output = type(block).forward(block, *args, **kwargs)
+        return output, [child.tapped for child in children]
+    finally:  # also when a checkpoint has seen enough and stops half-way
+        for child in children:
+            child.tapped = None
+
+
+def regions(unet: nn.Module) -> list[Region]:
+    """The regions of a U-Net in the order of its modules; made once, then the same ones."""
+    found = []
+    for module in unet.modules():
+        if isinstance(module, (BasicTransformerBlock, ResnetBlock2D)):
+            if not isinstance(module.forward, Region):
+                module.forward = Region(module)
+            found.append(module.forward)
+    return found
+
+
 class Features:
-    """Collects module outputs during one forward pass.
+    """Captures module outputs of a U-Net, from the raw modules and before anything wraps them.
 
-    >>> with Features(unet, points) as features:
+    >>> features = Features(unet, points)
+    >>> with features.capture() as captured:
     ...     unet(...)
-    >>> features.values  # one tensor a point, in the order of `points`
+    >>> captured  # features by point, still on the graph
 
-    The hooks sit on the raw modules, so a wrapper around `unet` makes no difference, and they
-    are there only inside the `with`: no feature is kept alive by sampling or by evaluation.
+    Nothing is kept by passes outside the `with`: neither sampling nor a checkpoint's second
+    computation holds features alive.
     """
 
     def __init__(self, unet: nn.Module, points: Sequence[str]) -> None:
-        self._modules = [unet.get_submodule(point) for point in points]
-        self._captured: list[list[Tensor]] = [[] for _ in points]
-        self._handles: list = []
+        self.points = tuple(points)
+        self._into: dict[str, Tensor] | None = None
+        by_block = {region.block: region for region in regions(unet)}
+        for point in points:
+            parent, _, child = point.rpartition(".")
+            listener = self._listener(point)
+            region = by_block.get(unet.get_submodule(parent))
+            if region is not None:
+                region.listen(child, listener)
+            else:
+                unet.get_submodule(point).register_forward_hook(_outside(listener))
 
-    def __enter__(self) -> Features:
-        def hook_for(slot: list[Tensor]):
-            # A down stage returns (hidden state, skip connections); the others a tensor.
-            def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-                slot.append(output[0] if isinstance(output, tuple) else output)
+    def _listener(self, point: str) -> Callable[[Tensor], None]:
+        def listen(feature: Tensor) -> None:
+            if self._into is not None:
+                assert point not in self._into, "exactly one forward pass"
+                self._into[point] = feature
 
-            return hook
+        return listen
 
-        for module, slot in zip(self._modules, self._captured, strict=True):
-            self._handles.append(module.register_forward_hook(hook_for(slot)))
-        return self
+    @contextmanager
+    def capture(self) -> Iterator[dict[str, Tensor]]:
+        """For exactly one forward pass."""
+        assert self._into is None
+        captured = self._into = {}
+        try:
+            yield captured
+            assert captured.keys() == set(self.points), "exactly one forward pass"
+        finally:
+            self._into = None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
-    @property
-    def values(self) -> list[Tensor]:
-        """The features of the one forward pass made inside the `with`, still on the graph."""
-        assert all(len(slot) == 1 for slot in self._captured), "exactly one forward pass"
-        return [slot[0] for slot in self._captured]
+def _outside(listener: Callable[[Tensor], None]) -> Callable[..., None]:
+    # A down stage returns (hidden state, skip connections); the others a tensor.
+    def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        listener(output[0] if isinstance(output, tuple) else output)
+
+    return hook

@@ -6,7 +6,8 @@
     L = w_task L_task + w_out L_outKD + w_feat L_featKD
 
 A task owns the trainable module, knows how to draw a preview and how to write the finished
-model; it knows nothing of optimisers, checkpoints or progress, which are the loop's.
+model; it knows nothing of optimisers, checkpoints or progress, which are the loop's. Every loss is
+a mean over samples of what each sample gives alone, so that a batch may be computed in parts.
 
 Shapes: n samples, 4 latent channels, h x w latent pixels, L tokens, D text width, P pooled width.
 """
@@ -26,11 +27,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from koala import card
 from koala.compression import DEPTH_RULES
 from koala.conditioning import TextConditioner
+from koala.distillation.noising import NoiseSchedule, draw_noise
 from koala.distillation.taps import PAPER_TAPS, Features, Tap, paired_points, tap_points
 from koala.errors import UserError
 
@@ -38,39 +39,6 @@ from koala.errors import UserError
 Draw = Callable[[nn.Module, Sequence[str], int], Image.Image | None]
 
 PREVIEW_SEED = 0  # the same noise in every preview, so that sheets of a run can be compared
-
-
-class NoiseSchedule:
-    """SDXL's discrete forward process: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps.
-
-    config: a diffusers scheduler config as a dict (`koala.formats.load_scheduler_config`).
-    UserError where it describes another process than scaled-linear betas with epsilon prediction.
-    Source: Ho et al. 2020, eq. 4; betas as in Rombach et al. 2022 (scaled linear).
-    """
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        expected = {
-            "beta_schedule": "scaled_linear",
-            "prediction_type": "epsilon",
-            "trained_betas": None,
-            "rescale_betas_zero_snr": False,
-        }
-        for key, value in expected.items():
-            if config.get(key, value) != value:
-                raise UserError(
-                    f"scheduler config: {key} is {config[key]!r}, training knows only {value!r}; "
-                    "take a model with SDXL's schedule"
-                )
-        self.steps: int = config["num_train_timesteps"]
-        root_betas = torch.linspace(
-            config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, self.steps
-        )
-        self.alphas_cumprod = torch.cumprod(1.0 - root_betas**2, dim=0)  # [steps], fp32
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """z_t for fp32 latents and noise [n,4,h,w] and timesteps int64 [n] in [0, steps)."""
-        abar = self.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
-        return abar.sqrt() * latents + (1.0 - abar).sqrt() * noise
 
 
 class Noised(NamedTuple):
@@ -97,9 +65,19 @@ def predict(unet: nn.Module, batch: Noised, dtype: torch.dtype) -> Tensor:
     ).sample.float()
 
 
+def squared_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Mean squared error of each sample, in fp32 whatever autocast says: [n, ...] to [n]."""
+    return (ours.float() - theirs.float()).square().flatten(1).mean(1)
+
+
 def _check_dropout(caption_dropout: float) -> None:
     if not 0.0 <= caption_dropout <= 1.0:
         raise UserError(f"caption dropout {caption_dropout}: it must lie between 0 and 1")
+
+
+def _check_min_snr(gamma: float | None) -> None:
+    if gamma is not None and not (math.isfinite(gamma) and gamma > 0):
+        raise UserError(f"min_snr {gamma}: it must be above 0 (5 is usual), or None")
 
 
 class Denoising(nn.Module):
@@ -109,6 +87,7 @@ class Denoising(nn.Module):
     base: pipeline folder that `export` copies, with its U-Net replaced; it must exist (UserError).
     caption_dropout: share of samples whose text is replaced by the zeros that the pipeline uses
       for an empty negative prompt, so that guidance works; 0 to 1, else UserError.
+    min_snr: gamma of `NoiseSchedule.min_snr_weights`, or None: all timesteps count alike.
     draw, prompts: how and what `preview` draws; without `draw` there is no preview.
     """
 
@@ -120,11 +99,13 @@ class Denoising(nn.Module):
         base: str | Path,
         *,
         caption_dropout: float = 0.1,
+        min_snr: float | None = None,
         draw: Draw | None = None,
         prompts: Sequence[str] = (),
     ) -> None:
         super().__init__()
         _check_dropout(caption_dropout)
+        _check_min_snr(min_snr)
         if draw is not None and not prompts:
             raise UserError("previews need prompts: give at least one, or no way to draw")
         self.base = Path(base)
@@ -133,59 +114,73 @@ class Denoising(nn.Module):
         self.trainable = unet
         self.schedule = schedule
         self.caption_dropout = caption_dropout
+        self.min_snr = min_snr
         self.prompts = tuple(prompts)
         self._draw = draw
-        # Frozen things are no submodules: they have no place in state dicts or in .train().
-        self._frozen: dict[str, Any] = {"conditioner": conditioner}
+        # No submodules, these: they have no place in state dicts or in .train().
+        self._apart: dict[str, Any] = {"conditioner": conditioner, "called": unet}
 
     @property
     def device(self) -> torch.device:
         return next(self.trainable.parameters()).device
 
-    def noised(self, batch: dict[str, Any], generator: torch.Generator) -> Noised:
-        """Draws eps, t and the dropped captions, in this order and from `generator` only.
+    @property
+    def tokens(self) -> int:
+        """Tokens that the text side reads."""
+        return self._apart["conditioner"].tokens
+
+    @property
+    def teacher(self) -> UNet2DConditionModel | None:
+        """The frozen U-Net that runs beside the trainable one."""
+        return None
+
+    def call_through(self, wrapped: nn.Module) -> None:
+        """Calls the trainable module through `wrapped` from now on, as DDP must be."""
+        self._apart["called"] = wrapped
+
+    def noised(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> Noised:
+        """Draws eps, t and the dropped captions of each sample from its own generator.
 
         batch: {"latents": float [n,4,h,w] scaled as the U-Net sees them, "captions": n strings,
-        "time_ids": float [n,6]}. The draws are made on the generator's device: a CPU generator
-        gives the same ones whatever device trains.
+        "time_ids": float [n,6]}, and where they are prepared "text" [n,L,D] and "pooled" [n,P].
+        generators: n, on the CPU (`koala.distillation.noising`).
         """
         latents = batch["latents"].to(self.device, torch.float32)
-        captions = list(batch["captions"])
-        count = len(captions)
-        assert latents.shape[0] == count, (latents.shape, count)
-        drawn_on = generator.device
-        noise = torch.randn(latents.shape, generator=generator, device=drawn_on)
-        timesteps = torch.randint(
-            self.schedule.steps, (count,), generator=generator, device=drawn_on
-        )
-        dropped = torch.rand(count, generator=generator, device=drawn_on) < self.caption_dropout
-        noise, timesteps = noise.to(self.device), timesteps.to(self.device)
-        text, pooled = self._condition(captions, dropped.to(self.device))
+        drawn = draw_noise(latents.shape, self.schedule.steps, generators)
+        noise, timesteps = drawn.noise.to(self.device), drawn.timesteps.to(self.device)
+        text, pooled = self._condition(batch)
+        kept = (drawn.share >= self.caption_dropout).to(self.device)  # the others get zeros
         return Noised(
             noisy=self.schedule.add_noise(latents, noise, timesteps),
             noise=noise,
             timesteps=timesteps,
-            text=text,
-            pooled=pooled,
+            text=text * kept[:, None, None],
+            pooled=pooled * kept[:, None],
             time_ids=batch["time_ids"].to(self.device, torch.float32),
         )
 
     @torch.no_grad()
-    def _condition(self, captions: list[str], dropped: Tensor) -> tuple[Tensor, Tensor]:
-        conditioner: TextConditioner = self._frozen["conditioner"]
+    def _condition(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if "text" in batch:
+            return batch["text"].to(self.device), batch["pooled"].to(self.device)
+        conditioner: TextConditioner = self._apart["conditioner"]
         with torch.autocast(self.device.type, enabled=False):  # as exact as in generation
-            text, pooled = (value.to(self.device) for value in conditioner(captions))
-        no_text, no_pooled = (value.to(self.device) for value in conditioner.zeros(len(captions)))
-        return (
-            torch.where(dropped[:, None, None], no_text, text),
-            torch.where(dropped[:, None], no_pooled, pooled),
-        )
+            text, pooled = conditioner(list(batch["captions"]))
+        return text.to(self.device), pooled.to(self.device)
 
-    def losses(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """{"task", "loss"}: fp32 scalars; `batch` as in `noised`."""
-        noised = self.noised(batch, generator)
-        task = F.mse_loss(predict(self.trainable, noised, torch.float32), noised.noise)
+    def losses(
+        self, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
+        """{"task", "loss"}: fp32 scalars; arguments as in `noised`."""
+        noised = self.noised(batch, generators)
+        task = self._task_loss(predict(self._apart["called"], noised, torch.float32), noised)
         return {"task": task, "loss": task}
+
+    def _task_loss(self, prediction: Tensor, noised: Noised) -> Tensor:
+        errors = squared_error(prediction, noised.noise)
+        if self.min_snr is not None:
+            errors = errors * self.schedule.min_snr_weights(noised.timesteps, self.min_snr)
+        return errors.mean()
 
     def preview(self, trainable: nn.Module) -> Image.Image | None:
         """A sheet of the task's prompts drawn with `trainable`, always from the same noise."""
@@ -226,10 +221,13 @@ class DistillationSettings:
 
     task_weight, output_weight, feature_weight: w_task, w_out, w_feat; finite, 0 or more. The
       paper prints none; 1/1/1 is our reading.
+    min_snr: gamma of the min-SNR weights (`min_snr_weights`) of L_task, and of no other term;
+      None weights all timesteps alike, as the paper does.
     taps: features of L_featKD; empty exactly when feature_weight is 0.
     depth_rule: how transformer blocks are paired: "bottom" (the paper's best), "interleave", "up".
-    normalise: divide each tap's error by the mean square of the teacher's feature in the batch
-      (LAPTOP-Diff, 2404.11098), so that no tap outweighs the others by its scale.
+    min_snr: as in `Denoising`: weights L_task and no other term; the paper has none.
+    normalise: divide each tap's error of a sample by the mean square of the teacher's feature
+      (as LAPTOP-Diff, 2404.11098, does), so that no tap outweighs the others by its scale.
     caption_dropout: as in `Denoising`.
     UserError on anything else, also on a setting that would have no effect.
     """
@@ -237,6 +235,7 @@ class DistillationSettings:
     task_weight: float = 1.0
     output_weight: float = 1.0
     feature_weight: float = 1.0
+    min_snr: float | None = None
     taps: tuple[Tap, ...] = PAPER_TAPS
     depth_rule: str = "bottom"
     normalise: bool = False
@@ -253,6 +252,12 @@ class DistillationSettings:
                 raise UserError(f"{name} {weight}: it must be a finite number, 0 or more")
         if not any(weights.values()):
             raise UserError("all loss weights are 0: give at least one a value above 0")
+        _check_min_snr(self.min_snr)
+        if self.min_snr is not None and self.task_weight == 0:
+            raise UserError(
+                f"min_snr {self.min_snr} is given but task_weight is 0, so it has no effect: "
+                "leave it out, or give task_weight a value above 0"
+            )
         if self.depth_rule not in DEPTH_RULES:
             raise UserError(f"depth rule {self.depth_rule!r}: choose from {', '.join(DEPTH_RULES)}")
         _check_dropout(self.caption_dropout)
@@ -315,67 +320,74 @@ class Distillation(Denoising):
             schedule,
             base,
             caption_dropout=settings.caption_dropout,
+            min_snr=settings.min_snr,
             draw=draw,
             prompts=prompts,
         )
         self.settings = settings
-        self.points = tap_points(student, settings.taps)
-        self.teacher_points = paired_points(student, teacher, self.points, settings.depth_rule)
-        self._frozen["teacher"] = teacher.requires_grad_(False).eval()
+        points = tap_points(student, settings.taps)
+        pairs = paired_points(student, teacher, points, settings.depth_rule)
+        self.pairs = dict(zip(points, pairs, strict=True))  # student's module path -> teacher's
+        self._features = Features(student, points)
+        self._teacher_features = Features(teacher, pairs)
+        self._apart["teacher"] = teacher.requires_grad_(False).eval()
         self._place_teacher()
 
+    @property
+    def teacher(self) -> UNet2DConditionModel:
+        """The frozen U-Net that runs beside the trainable one."""
+        return self._apart["teacher"]
+
     def _place_teacher(self) -> None:
-        self._frozen["teacher"].to(self.device, teacher_dtype(self.device))
+        self.teacher.to(self.device, teacher_dtype(self.device))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Distillation:
         super()._apply(*args, **kwargs)  # what .to() and .cuda() call: the teacher comes along
         self._place_teacher()
         return self
 
-    def losses(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """The computed ones of {"task", "out", "feat"}, unweighted, and their weighted "loss"."""
+    def losses(
+        self, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
+        """The computed ones of {"task", "out", "feat"}, unweighted, and their weighted "loss".
+
+        And, without gradient, each tap's part of "feat" as "tap PATH" by the student's module.
+        """
         settings = self.settings
-        noised = self.noised(batch, generator)
-        prediction, features = self._forward(self.trainable, noised, torch.float32, self.points)
+        noised = self.noised(batch, generators)
+        with self._features.capture() as features:
+            prediction = predict(self._apart["called"], noised, torch.float32)
         terms: dict[str, tuple[float, Tensor]] = {}
+        taps: dict[str, Tensor] = {}
         if settings.task_weight > 0:
-            terms["task"] = settings.task_weight, F.mse_loss(prediction, noised.noise)
+            terms["task"] = settings.task_weight, self._task_loss(prediction, noised)
         if settings.learns_from_teacher:
             target, teacher_features = self._teach(noised)
             if settings.output_weight > 0:
-                terms["out"] = settings.output_weight, F.mse_loss(prediction, target)
+                out = squared_error(prediction, target).mean()
+                terms["out"] = settings.output_weight, out
             if settings.feature_weight > 0:
-                errors = self._tap_errors(features, teacher_features)
-                terms["feat"] = settings.feature_weight, torch.stack(errors).sum()
-        losses = {name: term for name, (_, term) in terms.items()}
+                taps = self._tap_errors(features, teacher_features)
+                terms["feat"] = settings.feature_weight, torch.stack([*taps.values()]).sum()
+        losses = {f"tap {point}": error.detach() for point, error in taps.items()}
+        losses |= {name: term for name, (_, term) in terms.items()}
         losses["loss"] = torch.stack([weight * term for weight, term in terms.values()]).sum()
         return losses
 
     @torch.no_grad()
-    def tap_losses(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """Each tap's part of "feat" by the student's module path, without gradient."""
-        noised = self.noised(batch, generator)
-        _, features = self._forward(self.trainable, noised, torch.float32, self.points)
-        _, teacher_features = self._teach(noised)
-        errors = self._tap_errors(features, teacher_features)
-        return dict(zip(self.points, errors, strict=True))
+    def _teach(self, noised: Noised) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._teacher_features.capture() as features:
+            prediction = predict(self.teacher, noised, self.teacher.dtype)
+        return prediction, features
 
-    @staticmethod
-    def _forward(
-        unet: nn.Module, noised: Noised, dtype: torch.dtype, points: Sequence[str]
-    ) -> tuple[Tensor, list[Tensor]]:
-        with Features(unet, points) as features:
-            prediction = predict(unet, noised, dtype)
-        return prediction, features.values
-
-    @torch.no_grad()
-    def _teach(self, noised: Noised) -> tuple[Tensor, list[Tensor]]:
-        teacher: UNet2DConditionModel = self._frozen["teacher"]
-        return self._forward(teacher, noised, teacher.dtype, self.teacher_points)
-
-    def _tap_errors(self, ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
-        errors = []
-        for f_s, f_t in zip(ours, theirs, strict=True):
-            error = F.mse_loss(f_s.float(), f_t.float())
-            errors.append(error / f_t.float().square().mean() if self.settings.normalise else error)
+    def _tap_errors(
+        self, features: dict[str, Tensor], teacher_features: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        errors = {}
+        for point, pair in self.pairs.items():
+            f_s, f_t = features[point], teacher_features[pair]
+            error = squared_error(f_s, f_t)
+            if self.settings.normalise:
+                error = error / f_t.float().square().flatten(1).mean(1)
+            errors[point] = error.mean()
         return errors

@@ -96,8 +96,9 @@ class TextData:
     def __init__(self, captions: Sequence[str], words: Sequence[str], seed: int):
         self.captions, self.words, self.seed = captions, words, seed
 
-    def batch(self, first: int, count: int) -> dict[str, Any]:
-        """{"texts": list of `count` strings}."""
+    def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        """{"texts": list of `count` strings}; one process learns from them."""
+        assert world == 1
         rng = random.Random(f"{self.seed} {first}")
         return {"texts": [self._one(rng) for _ in range(count)]}
 
@@ -129,7 +130,9 @@ class TextDistillation(nn.Module):
         self.tokenizer = tokenizer
         self._frozen = {"teacher": teacher}
 
-    def losses(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(
+        self, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
         """Named scalars: "text", "word" and "alike" (similarities within the batch)."""
         texts = batch["texts"]
         teacher = self._frozen["teacher"]

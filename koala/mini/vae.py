@@ -57,8 +57,9 @@ class PictureData:
         ).permute(0, 3, 1, 2)  # uint8 [N, 3, h, w]
         self.seed = seed
 
-    def batch(self, first: int, count: int) -> dict[str, Any]:
-        """{"pixels": fp32 [count, 3, h, w] in [-1, 1]}."""
+    def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        """{"pixels": fp32 [count, 3, h, w] in [-1, 1]}; one process learns from them."""
+        assert world == 1
         return {"pixels": self._some(shuffled(len(self.pixels), first, count, self.seed))}
 
     def every(self, step: int) -> Tensor:
@@ -102,8 +103,11 @@ class Autoencoding(nn.Module):
         self._frozen = {"net": MobileNetV2.pretrained()}
         self.shown = shown  # fp32 [SHOWN, 3, h, w]
 
-    def losses(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """Named scalars; the posterior's noise comes from `generator`."""
+    def losses(
+        self, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
+        """Named scalars; all chance comes from the first sample's generator."""
+        generator = generators[0]
         device = next(self.trainable.parameters()).device
         x = batch["pixels"].to(device)
         mirrored = torch.rand(len(x), generator=generator) < 0.5

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
@@ -21,9 +22,11 @@ from koala.data.encoding import to_pixels
 from koala.data.latents import LatentSet
 from koala.data.pictures import NOTICE, PictureSet
 from koala.data.prepare import facts_of
-from koala.device import pick_device
+from koala.distillation import checkpoint
 from koala.distillation.loop import train
+from koala.distillation.parallel import World, joined, lay_out
 from koala.distillation.settings import PLAIN, Hardware, Training
+from koala.distillation.speed import unet_flops
 from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, NoiseSchedule
 from koala.errors import UserError
 from koala.formats import load_scheduler_config, load_unet, resolve_model
@@ -41,6 +44,8 @@ from koala.sentence import SentenceEncoder
 from koala.sheet import contact_sheet
 
 MEMO = 100_000  # captions whose embeddings a training remembers: every one of the mini set
+HELD_OUT = 64  # samples of the validation
+HELD_OUT_SPLITS = ("test", "test-pair")  # the first that a folder has
 PROMPTS = (  # of previews
     "a red apple, noto style",
     "a fox, flat twemoji style",
@@ -110,46 +115,119 @@ def distill(
     out: str | Path,
     teacher: str | None = None,
     device: str | None = None,
+    hardware: Sequence[str] = (),
+    boards: Sequence[str] = (),
 ) -> Path:
     """Runs a recipe to its end and returns the folder of the finished pipeline, `out`/model.
 
     recipe: a name of `koala.recipes` or a configuration. data: a folder that `koala prepare` made.
     teacher: the model to learn from (for `Teacher`, the one whose VAE and text side it takes).
-    device: the GPU where there is one, else the CPU. Run again, it goes on where it was.
+    device: the GPU where there is one, else the CPU; of the processes that torchrun starts, each
+    takes a GPU of its own. hardware: "name=value" settings of `Hardware` that replace the recipe's.
+    boards: "tensorboard", "wandb". Run again, it goes on where it was, also on other hardware.
     UserError where something is unknown, missing or of no use; Failure where the training fails.
     """
     name = recipe if isinstance(recipe, str) else "of one's own"
-    recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
     data, out = Path(data), Path(out)
-    model = _run(recipe, data, out, teacher, str(pick_device(device)))
-    _card(name, recipe, data, out, teacher).write(model)
-    return model
+    with joined(device) as world:
+        with world.together():
+            recipe = configured(recipe, hardware)
+            _check_teacher(recipe, teacher, world)
+        if isinstance(recipe, Base):
+            models = [_run_base(recipe, data, out, str(world.device), boards)]
+        else:
+            assert teacher is not None
+            models = _run(recipe, data, out, teacher, world, boards)
+        with world.together():
+            for model in models if world.first else ():
+                _card(name, recipe, data, out, teacher).write(model)
+    return models[0]
 
 
-def _run(recipe: Recipe, data: Path, out: Path, teacher: str | None, device: str) -> Path:
-    model = out / "model"
+def configured(recipe: str | Recipe, hardware: Sequence[str] = ()) -> Recipe:
+    """The recipe, its hardware settings replaced by those given as "name=value"."""
+    recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
+    if not hardware:
+        return recipe
     if isinstance(recipe, Base):
-        if teacher is not None:
-            raise UserError(f"--teacher {teacher}: this recipe starts from nothing; leave it out")
-        return _run_base(recipe, data, out, device)
-    if teacher is None:
+        raise UserError(f"--hardware {' '.join(hardware)}: this recipe has none; leave it out")
+    return replace(recipe, hardware=recipe.hardware.overridden(hardware))
+
+
+def _check_teacher(recipe: Recipe, teacher: str | None, world: World) -> None:
+    if isinstance(recipe, Base) and teacher is not None:
+        raise UserError(f"--teacher {teacher}: this recipe starts from nothing; leave it out")
+    if isinstance(recipe, Base) and world.size > 1:
+        raise UserError("this recipe trains in one process: start it without torchrun")
+    if not isinstance(recipe, Base) and teacher is None:
         raise UserError(
             "this recipe needs --teacher: the folder or name of the model to learn from"
         )
-    source = resolve_model(teacher)
-    latents = LatentSet(
-        data, source, recipe.mixture.kinds, recipe.mixture.captions, recipe.training.seed
-    )
-    if isinstance(recipe, Teacher):
-        task = _teaching(recipe, source, device)
-    else:
-        if not (start := out / "start").exists():
+
+
+def _run(
+    recipe: Teacher | Student,
+    data: Path,
+    out: Path,
+    teacher: str,
+    world: World,
+    boards: Sequence[str],
+) -> list[Path]:
+    """Trains and exports a U-Net: with each average, the main one first."""
+    training = recipe.training
+    with world.together():
+        source = resolve_model(teacher)
+        recipe.hardware.micro_batch(training.batch, world.size)
+        mixture = recipe.mixture
+        latents = LatentSet(data, source, mixture.kinds, mixture.captions, training.seed)
+        held_out = _held_out(latents, recipe, source) if training.validate_every else None
+        start = out / "start"
+        if isinstance(recipe, Student) and world.first and not start.exists():
             compress(teacher, recipe.cut, start, "fp32", recipe.settings.depth_rule)
-        task = _distilling(recipe, source, start, device)
+    device = str(world.device)
+    task = (
+        _teaching(recipe, source, device)
+        if isinstance(recipe, Teacher)
+        else _distilling(recipe, source, start, device)
+    )
+    layout = lay_out(task, recipe.hardware, world)
     claimed = {name: value for name, value in asdict(recipe).items() if name != "hardware"}
-    trained = train(task, latents, recipe.training, out, {"recipe": claimed})
-    task.export(trained, model)
-    return model
+    train(
+        task, latents, training, out, {"recipe": claimed}, layout=layout, held_out=held_out,
+        boards=boards, flops=_flops(task, latents) if world.device.type == "cuda" else None,
+    )  # fmt: skip
+    models = [out / "model", *(out / f"model-ema-{length}" for length in training.ema_others)]
+    with world.together():
+        for length, model in zip(training.half_lives, models, strict=True) if world.first else ():
+            unet = UNet2DConditionModel.from_config(task.trainable.config)
+            unet.load_state_dict(checkpoint.average(out, length))
+            task.export(unet, model)
+    return models
+
+
+def _held_out(latents: LatentSet, recipe: Teacher | Student, model: Path) -> dict[str, Any]:
+    """A batch of pictures that the training is not shown, for its validation."""
+    folder, captions = latents.index.files.folder, recipe.mixture.captions
+    for split in HELD_OUT_SPLITS:
+        if len(latents.index.select(split)):
+            there = LatentSet(folder, model, None, captions, recipe.training.seed, split=split)
+            return there.batch(0, HELD_OUT)
+    raise UserError(
+        f"{folder} has no held-out pictures to validate with: prepare with --held-out, or take "
+        "a recipe whose validate_every is 0"
+    )
+
+
+def _flops(task: Denoising, latents: LatentSet) -> float:
+    """FLOP of one sample's step: the teacher's forward pass, and the student's three times.
+
+    A backward pass is two forward passes' work. Buckets have about the area of the square one.
+    """
+    side = latents.index.made_with["size"] // 8
+    networks = [(3, task.trainable.config)]
+    if task.teacher is not None:
+        networks.append((1, task.teacher.config))
+    return sum(times * unet_flops(config, side, side, task.tokens) for times, config in networks)
 
 
 def _card(name: str, recipe: Recipe, data: Path, out: Path, teacher: str | None) -> card.Card:
@@ -180,9 +258,8 @@ def describe(recipe: Recipe) -> str:
 def _teaching(recipe: Teacher, base: Path, device: str) -> Denoising:
     torch.manual_seed(recipe.training.seed)
     arch = architectures.get(recipe.architecture)
-    unet = UNet2DConditionModel(**architectures.unet_config(arch)).to(device)
     return Denoising(
-        unet.to(memory_format=torch.channels_last),
+        UNet2DConditionModel(**architectures.unet_config(arch)).to(device),
         TextConditioner.from_folder(base, device=device, memo=MEMO),
         NoiseSchedule(load_scheduler_config(base)),
         base,
@@ -194,12 +271,9 @@ def _teaching(recipe: Teacher, base: Path, device: str) -> Denoising:
 
 def _distilling(recipe: Student, teacher: Path, start: Path, device: str) -> Distillation:
     """The student is the teacher, cut: `start`, which stays as it was before distillation."""
-    student, master = (
-        load_unet(f).to(device, memory_format=torch.channels_last) for f in (start, teacher)
-    )
     return Distillation(
-        student,
-        master,
+        load_unet(start).to(device),
+        load_unet(teacher),  # the task casts it before it takes it along
         TextConditioner.from_folder(teacher, device=device, memo=MEMO),
         NoiseSchedule(load_scheduler_config(teacher)),
         recipe.settings,
@@ -220,7 +294,7 @@ def _drawing(model: Path, device: str) -> Callable[[nn.Module, Sequence[str], in
     return draw
 
 
-def _run_base(recipe: Base, data: Path, out: Path, device: str) -> Path:
+def _run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[str]) -> Path:
     """VAE, then text side, then a pipeline folder with the two and an untrained U-Net."""
     pictures = PictureSet(data)
     seen = pictures.select("train")
@@ -230,10 +304,11 @@ def _run_base(recipe: Base, data: Path, out: Path, device: str) -> Path:
     coding = Autoencoding(vae, to_pixels(shown))
     epoch = [i for kind, n in recipe.kinds.items() for i in pictures.select("train", kind) * n]
     painted = PictureData(pictures, epoch, recipe.vae.seed)
-    train(coding, painted, recipe.vae, out / "vae", {"recipe": asdict(recipe)})
+    note = {"recipe": asdict(recipe)}
+    train(coding, painted, recipe.vae, out / "vae", note, boards=boards)
     measure_latents(vae, painted.every(len(epoch) // 1000 + 1).to(device))
     coding = coding.sharpening()
-    train(coding, painted, recipe.decoder, out / "decoder", {"recipe": asdict(recipe)})
+    train(coding, painted, recipe.decoder, out / "decoder", note, boards=boards)
 
     torch.manual_seed(recipe.text.seed)
     tokenizer = clip_tokenizer()
@@ -243,7 +318,7 @@ def _run_base(recipe: Base, data: Path, out: Path, device: str) -> Path:
     telling = TextDistillation(encoders, tokenizer, sentences).to(device)
     captions = sorted({pictures.rows[i][c] for i in seen for c in ("short", "long", "subject")})
     texts = TextData(captions, vocabulary_words(tokenizer), recipe.text.seed)
-    train(telling, texts, recipe.text, out / "text", {"recipe": asdict(recipe)})
+    train(telling, texts, recipe.text, out / "text", note, boards=boards)
     return assemble(out / "model", coding, telling, data)
 
 

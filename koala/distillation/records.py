@@ -1,0 +1,169 @@
+"""What a run's folder says of it: `run.json`, `stats.jsonl`, `validation.jsonl`, and boards.
+
+Lines are for programs and always there; boards (TensorBoard, wandb) show the same numbers to those
+who ask for them. Only the first process of a run writes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from koala.errors import UserError
+
+BOARDS = ("tensorboard", "wandb")
+FILES = {"train": "stats.jsonl", "validation": "validation.jsonl"}
+
+
+def claim(run: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder `run` this run's own; UserError where it is one with other settings."""
+    path, wanted = run / "run.json", json.loads(json.dumps(settings))
+    if path.exists():
+        found = json.loads(path.read_text())
+        for k in sorted({*found, *wanted}):
+            if found.get(k) != wanted.get(k):
+                raise UserError(
+                    f"{run} holds a run with {k}={found.get(k)!r}, now it is {wanted.get(k)!r}; "
+                    "take another --out, or remove the folder"
+                )
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        _replace(path, json.dumps(wanted, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{run}: cannot be written ({error.strerror}); take another --out"
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+class Board(Protocol):
+    """Where numbers are shown besides the lines."""
+
+    def show(self, group: str, seen: int, values: dict[str, float]) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `tensorboard/` of the run's folder."""
+
+    def __init__(self, run: Path, seen: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--log tensorboard needs `pip install tensorboard`") from error
+        self._writer = SummaryWriter(run / "tensorboard", purge_step=seen + 1)
+
+    def show(self, group: str, seen: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, seen)
+        self._writer.flush()
+
+
+class Wandb:
+    """The run at Weights & Biases, in the project "koala"; run again, it goes on there."""
+
+    def __init__(self, run: Path, seen: int) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--log wandb needs `pip install wandb`") from error
+        settings = (run / "run.json").read_text()
+        self._run = wandb.init(
+            project="koala",
+            name=run.name,
+            id=hashlib.sha256(f"{run.absolute()} {settings}".encode()).hexdigest()[:16],
+            resume="allow",
+            dir=run,
+            config=json.loads(settings),
+        )
+
+    def show(self, group: str, seen: int, values: dict[str, float]) -> None:
+        self._run.log({f"{group}/{name}": value for name, value in values.items()}, step=seen)
+
+
+def open_boards(names: Sequence[str], run: Path, seen: int) -> list[Board]:
+    """The boards of these names; UserError for another name, or for one that is not installed.
+
+    seen: samples that the run has seen; what a board shows beyond them is shown again.
+    """
+    kinds = {"tensorboard": TensorBoard, "wandb": Wandb}
+    for name in names:
+        if name not in kinds:
+            raise UserError(f"--log {name}: there are {', '.join(BOARDS)}")
+    return [kinds[name](run, seen) for name in names]
+
+
+class Lines:
+    """A JSONL file with a line for each group of samples, in their order."""
+
+    def __init__(self, path: Path, seen: int) -> None:
+        """Lines beyond the samples `seen` are removed: they will be written again."""
+        self.path = path
+        if path.exists():
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last line
+            kept = [line for line in whole if json.loads(line)["samples"] <= seen]
+            _replace(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, seen: int, values: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"samples": seen, **values}) + "\n")
+
+
+class Record:
+    """All that a run writes of its course: a file of lines for each group, and boards."""
+
+    def __init__(self, run: Path, seen: int, boards: Sequence[str]) -> None:
+        self._lines = {group: Lines(run / file, seen) for group, file in FILES.items()}
+        self._boards = open_boards(boards, run, seen)
+
+    def write(self, group: str, seen: int, values: dict[str, float]) -> None:
+        """group: "train" or "validation"."""
+        self._lines[group].write(seen, values)
+        for board in self._boards:
+            board.show(group, seen, values)
+
+
+class Log:
+    """Means of every named loss since the line before.
+
+    The sums of the line that is not yet written go into checkpoints, so that the lines of a
+    resumed run are those of an uninterrupted one.
+    """
+
+    def __init__(self, open_sums: dict[str, Any] | None) -> None:
+        state = open_sums or {"sums": {}, "count": 0, "seconds": 0.0}
+        self.latest = math.nan
+        self.sums: dict[str, float] = dict(state["sums"])
+        self.count: int = state["count"]
+        self._started = time.monotonic() - state["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Of training since its very beginning, without the pauses between runs."""
+        return time.monotonic() - self._started
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        self.latest = values["loss"]
+
+    def open_sums(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "count": self.count, "seconds": self.seconds}
+
+    def means(self) -> dict[str, float]:
+        """The means so far; the next line begins."""
+        means = {name: total / self.count for name, total in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means

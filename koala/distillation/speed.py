@@ -1,0 +1,89 @@
+"""How fast a training is and how fast it could be: rate, memory, share of the matmul peak.
+
+The ceiling is measured on the machine itself, in the same run: what one large bf16 product reaches.
+"""
+
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from koala.distillation.parallel import World
+
+PEAK_SIDE = 8192  # of the matrices, random ones: zeros would be multiplied faster
+PEAK_TIMES = 20
+
+
+def matmul_peak(device: torch.device) -> float | None:
+    """FLOP/s of one device on a large bf16 matrix product; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    a, b = (
+        torch.randn(PEAK_SIDE, PEAK_SIDE, device=device, dtype=torch.bfloat16) for _ in range(2)
+    )
+    times = []
+    for _ in range(2):  # the first round warms up
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(PEAK_TIMES):
+            a @ b
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return PEAK_TIMES * 2 * PEAK_SIDE**3 / times[-1]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: of the GPU's memory, on the CPU of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def unet_flops(config: Mapping[str, Any], height: int, width: int, tokens: int) -> int:
+    """FLOP of one forward pass for one sample: two for each multiplication of a product.
+
+    config: of a U-Net of SDXL's kind. height, width: of the latents. tokens: of the text. Counted
+    without memory or arithmetic, on the meta device.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(config))
+        added = unet.config.addition_time_embed_dim * 6
+        pooled = unet.config.projection_class_embeddings_input_dim - added
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(
+                torch.empty(1, unet.config.in_channels, height, width),
+                torch.empty(1),
+                torch.empty(1, tokens, unet.config.cross_attention_dim),
+                added_cond_kwargs={
+                    "text_embeds": torch.empty(1, pooled),
+                    "time_ids": torch.empty(1, 6),
+                },
+            )
+    return counter.get_total_flops()
+
+
+class Meter:
+    """Rate and memory of a run, and its share of the peak where FLOP of a sample are known."""
+
+    def __init__(self, world: World, seen: int, flops: float | None) -> None:
+        """flops: of one sample's step, forward and backward, teacher included."""
+        self._world, self._seen, self._at, self._flops = world, seen, time.monotonic(), flops
+        self._peak = matmul_peak(world.device) if flops is not None else None
+        self.note = ""
+
+    def read(self, seen: int) -> dict[str, float]:
+        """Since the last reading: samples a second of all processes, GiB, share of the peak."""
+        now = time.monotonic()
+        rate = (seen - self._seen) / max(now - self._at, 1e-9)
+        self._seen, self._at = seen, now
+        memory = peak_memory(self._world.device) / 2**30
+        values = {"samples_per_second": rate, "memory_gib": memory}
+        self.note = f"{memory:.1f} GiB"
+        if self._flops is not None and self._peak is not None:
+            values["share_of_peak"] = rate * self._flops / (self._peak * self._world.size)
+            self.note += f" {values['share_of_peak']:.0%} of peak"
+        return values

@@ -207,7 +207,7 @@ def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
 # --- reading --------------------------------------------------------------------------------
 
 
-def pieces(tensor: Stored | View, dtype: str | None = None) -> Iterator[bytes]:
+def pieces(tensor: Stored | View, dtype: str | None = None) -> Iterator[bytearray | memoryview]:
     """A tensor's bytes, row-major and little-endian, in pieces of a few MiB.
 
     `dtype`: safetensors' name of the float type to convert to; None leaves it as it is. Raises
@@ -220,20 +220,17 @@ def pieces(tensor: Stored | View, dtype: str | None = None) -> Iterator[bytes]:
             yield piece if stored.dtype == dtype else _converted(piece, stored, dtype)
 
 
-def _plain(stored: Stored) -> Iterator[tuple[Stored, bytes]]:
+def _plain(stored: Stored) -> Iterator[tuple[Stored, bytearray]]:
     with stored.file.open("rb") as stream:
         stream.seek(stored.offset)
         for begin in range(0, stored.size, _PIECE):
-            yield stored, _exactly(stream.read(min(_PIECE, stored.size - begin)), stored, begin)
+            piece = bytearray(min(_PIECE, stored.size - begin))
+            if stream.readinto(piece) != len(piece):
+                raise UserError(f"{stored.file} became shorter while it was read; run again")
+            yield stored, piece
 
 
-def _exactly(piece: bytes, stored: Stored, begin: int) -> bytes:
-    if len(piece) != min(_PIECE, stored.size - begin):
-        raise UserError(f"{stored.file} became shorter while it was read; run again")
-    return piece
-
-
-def _transposed(view: View) -> Iterator[tuple[Stored, bytes]]:
+def _transposed(view: View) -> Iterator[tuple[Stored, bytearray]]:
     """A transposed tensor by groups of its rows, which are columns of what is stored."""
     import numpy as np
 
@@ -245,19 +242,20 @@ def _transposed(view: View) -> Iterator[tuple[Stored, bytes]]:
     matrix = np.memmap(stored.file, element, "r", stored.offset, stored.shape)
     step = max(1, _PIECE // (height * DTYPE_BYTES[stored.dtype]))
     for column in range(0, width, step):
-        yield stored, matrix[:, column : column + step].T.tobytes()
+        yield stored, bytearray(matrix[:, column : column + step].T.tobytes())
 
 
-def _converted(piece: bytes, stored: Stored, dtype: str) -> bytes:
+def _converted(piece: bytearray, stored: Stored, dtype: str) -> memoryview:
     if stored.dtype not in FLOATS or dtype not in FLOATS:
         raise UserError(f"{stored.file} holds {stored.dtype} weights; cannot be made {dtype}")
     import torch
 
-    source = torch.frombuffer(bytearray(piece), dtype=_torch_dtype(stored.dtype))
+    source = torch.frombuffer(piece, dtype=_torch_dtype(stored.dtype))
     tensor = source.to(_torch_dtype(dtype))
-    if not torch.equal(tensor.isfinite(), source.isfinite()):
+    finite = tensor.isfinite()
+    if not finite.all() and not torch.equal(finite, source.isfinite()):
         raise UserError(f"{stored.file} holds values too large for {dtype}; use fp32 or bf16")
-    return tensor.view(torch.uint8).numpy().tobytes()
+    return tensor.view(torch.uint8).numpy().data
 
 
 def _torch_dtype(dtype: str) -> torch.dtype:

@@ -29,7 +29,7 @@ PROMPTS = (
     "a train, noto style",
     "a blue fish, solid icon",
     "a green tree on a pale yellow background, solid icon",
-    "a red umbrella, outline icon",
+    "a red rabbit, outline icon",
     "a purple guitar on a mint green background, solid icon",
     "an orange on a dark blue background, flat twemoji style",
     "two red apples on a light blue background, noto style",

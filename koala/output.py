@@ -67,6 +67,8 @@ def _explained(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if any(parent.name.endswith(".part") for parent in out.parents):
+            raise  # the folder that it is a part of says so
         reason = error.strerror or str(error)
         if error.errno in _FULL:
             raise Failure(

@@ -179,6 +179,18 @@ def test_no_space_left_names_the_output(tmp_path):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def test_a_folder_that_cannot_be_finished_is_named_and_not_its_parts(tmp_path):
+    from koala.output import new_file, new_folder
+
+    def full() -> None:
+        with new_folder(tmp_path / "x") as part, new_file(part / "weights"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(Failure, match=f"^cannot write {tmp_path}/x: No space left"):
+        full()
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_folder_leaves_nothing(tmp_path):
     from koala.output import new_folder
 

@@ -1,13 +1,15 @@
 """PNG files with their settings, contact sheets, and the demo that makes one."""
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFont
+from PIL import Image, ImageFont, PngImagePlugin
 
 from koala.errors import UserError
 from koala.generation import Result, Settings, check_writable, load, read_settings, save
@@ -35,6 +37,26 @@ def test_parameters_are_automatic1111s_text():
         "Steps: 25, Sampler: Euler, Schedule type: SGM Uniform, CFG scale: 5, "
         'Seed: 9223372036854775807, Size: 72x40, Model: "a, \\"b\\"", Version: koala 0.1.0'
     )
+
+
+def test_parameters_name_what_differs_from_the_plain_way():
+    lcm = replace(EXAMPLE, sampler="LCM", schedule="lcm", image="0123", strength=0.6)
+    assert "Sampler: LCM, Schedule type: Automatic" in parameters(lcm)
+    assert parameters(lcm).endswith("Denoising strength: 0.6")
+    assert parameters(replace(EXAMPLE, guidance_until=0.5)).endswith("Guidance until: 0.5")
+
+
+def test_pictures_of_earlier_versions_are_read(tmp_path):
+    """Before LoRAs, other samplers and given pictures, settings said less."""
+    (path,) = save(result(EXAMPLE), tmp_path)
+    with Image.open(path) as image:
+        text = json.loads(image.info["koala"])
+        for name in ("loras", "guidance_until", "strength", "image", "mask"):
+            del text[name]
+        info = PngImagePlugin.PngInfo()
+        info.add_text("koala", json.dumps(text))
+        image.save(tmp_path / "old.png", pnginfo=info)
+    assert read_settings(tmp_path / "old.png") == EXAMPLE
 
 
 prompts = st.text(max_size=60)

@@ -30,7 +30,9 @@ PIXELS_AT_ONCE = 512 * 512  # what a batch holds where no number of rows is name
 class Model(Protocol):
     """What the engine needs of a pipeline."""
 
-    predict: Predict
+    @property
+    def predict(self) -> Predict:
+        """One evaluation of the U-Net."""
 
     def begin(self, request: Request) -> Row:
         """The row before its first step."""

@@ -168,7 +168,7 @@ def _our_draw(pipeline: Pipeline, chosen: Subject) -> Draw:
 
 
 @torch.inference_mode()
-def _unet_seconds(engine: str, chosen: Subject, pipeline: Pipeline, device: torch.device) -> Timing:
+def _unet_seconds(engine: str, chosen: Subject, pipeline: Pipeline, options: Options) -> Timing:
     """25 evaluations with guidance and nothing else; the middle of at most three such runs."""
     predict = predictor(pipeline.unet) if engine == "diffusers" else pipeline.predict
     side = chosen.case.pixels // pipeline.factor

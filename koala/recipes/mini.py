@@ -51,7 +51,7 @@ def sdxl_mini() -> Teacher:
 def koala_mini() -> Student:
     """The student: L_task + L_outKD + L_featKD on SA everywhere and LF at DW-1 and UP-3.
 
-    Deviations from the paper: 96,000 samples (64 M there) at lr 5e-4 falling to zero (1e-5
+    Deviations from the paper: 64,000 samples (64 M there) at lr 5e-4 falling to zero (1e-5
     constant), since the model has 4.8 M parameters and is given minutes; each tap's error
     is divided by the teacher feature's mean square (LAPTOP-Diff), so that no tap counts for more
     by its scale. The paper's plain sum has not been tried here.
@@ -71,7 +71,7 @@ def koala_mini_task_out() -> Student:
 
 def _student(settings: DistillationSettings) -> Student:
     training = Training(
-        samples=96_000, batch=64, lr=5e-4, warmup=1_280, decay=True,
+        samples=64_000, batch=64, lr=5e-4, warmup=1_280, decay=True,
         ema_half_life=3_000, preview_every=16_000,
     )  # fmt: skip
     return Student(cut="koala-700m", training=training, settings=settings, mixture=MIXTURE)

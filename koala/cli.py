@@ -104,7 +104,7 @@ def _generate(commands) -> None:
         'koala generate "a red fox, flat twemoji style" -n 4 --seed 7',
     )  # fmt: skip
     p.add_argument("prompt", nargs="+", help="what to draw; several prompts, several pictures")
-    p.add_argument("--model", default="koala-mini", help="bundled name, folder or Hub id")
+    p.add_argument("--model", default="koala-mini", help="name, folder, Hub id or single file")
     p.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:SCALE]",
         help="a LoRA for the model or for SDXL, its teacher; may be given several times",
@@ -136,11 +136,18 @@ def _generate(commands) -> None:
     )
     p.add_argument("--out", type=Path, default=Path("pictures"), help="folder (default pictures)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    p.add_argument(
+        "--backend", help="torch, openvino, or auto: measure once which is faster and remember it "
+        "(default: what is remembered, else torch)",
+    )  # fmt: skip
+    p.add_argument("--compile", action="store_true", help="compile the model, kept in the cache")
+    p.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
     p.add_argument("--json", action="store_true", help="print paths and settings as JSON")
 
 
 def _run_generate(o: argparse.Namespace) -> None:
     from koala.generation import check_writable, checks, load, save
+    from koala.generation.backends import equip
     from koala.progress import progress
 
     check_writable(o.out)
@@ -153,6 +160,10 @@ def _run_generate(o: argparse.Namespace) -> None:
         o.prompt, negative_prompt=o.negative, steps=o.steps, guidance=o.guidance,
         guidance_until=o.guidance_until, scheduler=o.scheduler, size=o.size, number=o.number,
         seed=o.seed, image=o.image, strength=o.strength, mask=o.mask,
+    )  # fmt: skip
+    equip(
+        pipeline, o.backend, o.compile, o.graphs,
+        lambda line: print(f"koala: {line}", file=sys.stderr),
     )  # fmt: skip
     with progress("drawing", pipeline.steps(requests), "steps") as advance:
         result = pipeline.draw(requests, strict=o.strict, on_step=lambda *_: advance(1))
@@ -446,7 +457,8 @@ def _benchmark(commands) -> None:
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     p.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32 on a processor, else fp16)")
     p.add_argument("--backend", help="of ours, on a processor: torch, openvino or auto")
-    p.add_argument("--compile", action="store_true", help="ours compiled, on CUDA in graphs")
+    p.add_argument("--compile", action="store_true", help="ours compiled")
+    p.add_argument("--graphs", action="store_true", help="ours replayed from CUDA graphs")
     p.add_argument("--seconds", type=float, help="begin no further model after so many")
     p.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -459,6 +471,6 @@ def _run_benchmark(o: argparse.Namespace) -> None:
         print(f"{row.name}  {row.engine}  {cells['picture s']} s", file=sys.stderr)
 
     report = benchmark(
-        o.model, o.out, o.device, o.dtype, o.runs, o.backend, o.compile, o.seconds, told
+        o.model, o.out, o.device, o.dtype, o.runs, o.backend, o.compile, o.graphs, o.seconds, told
     )
     print(json.dumps(report.as_dict(), indent=1) if o.json else report.table())

@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("openvino")
 
+from koala.cli import main
 from koala.errors import UserError
 from koala.generation import openvino
 from koala.generation.backends import Backend, choose, example
@@ -128,3 +131,17 @@ def test_the_cache_keeps_to_its_size(tmp_path):
         os.utime(file, (i, i))
     openvino.trim(tmp_path, 25)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["2.blob", "3.blob"]
+
+
+def test_koala_generate_takes_the_back_end_asked_for(toy_sdxl, tmp_path, cache, capsys):
+    given = ["generate", "a fox", "--model", str(toy_sdxl), "--steps", "2", "--seed", "7"]
+    drawn = {}
+    for backend in ("torch", "openvino"):
+        out = tmp_path / backend
+        assert main([*given, "--backend", backend, "--out", str(out)]) == 0
+        assert f"back end {backend}" in capsys.readouterr().err
+        (path,) = out.glob("*.png")
+        drawn[backend] = np.asarray(Image.open(path), dtype=np.int16)
+    assert np.abs(drawn["torch"] - drawn["openvino"]).max() <= 1  # of 255: the same but rounding
+    assert main([*given, "--backend", "openvino", "--compile", "--out", str(tmp_path)]) == 2
+    assert "--compile" in capsys.readouterr().err

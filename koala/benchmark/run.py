@@ -41,7 +41,8 @@ class Options:
     dtype: torch.dtype
     runs: int = 5  # pictures timed of each
     backend: str | None = None  # of ours
-    compiled: bool = False  # ours, by torch.compile and CUDA graphs
+    compiled: bool = False  # ours, by torch.compile
+    graphs: bool = False  # ours, replayed from CUDA graphs
     seconds: float | None = None  # no new model is begun after so many
 
     @property
@@ -58,6 +59,7 @@ def benchmark(
     runs: int = 5,
     backend: str | None = None,
     compiled: bool = False,
+    graphs: bool = False,
     seconds: float | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Report:
@@ -73,7 +75,7 @@ def benchmark(
     place = pick_device(device)
     precision = torch_dtype(dtype or ("fp32" if place.type == "cpu" else "fp16"))
     check_dtype(precision, place)
-    options = Options(place, precision, runs, backend, compiled, seconds)
+    options = Options(place, precision, runs, backend, compiled, graphs, seconds)
     subjects = [subject(name) for name in names or CASES]
     start = time.monotonic()
     reached = measure.ceilings(place, precision)
@@ -117,7 +119,7 @@ def _rows(chosen: Subject, options: Options, reached: Ceilings) -> Iterator[Row]
 
 def _ours(pipeline: Pipeline, options: Options) -> Pipeline:
     pipeline.unet.to(memory_format=torch.channels_last)
-    equip(pipeline, options.backend, options.compiled)
+    equip(pipeline, options.backend, options.compiled, options.graphs)
     return pipeline
 
 

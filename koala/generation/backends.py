@@ -183,26 +183,28 @@ def equip(
     pipeline: "Pipeline",
     backend: str | None = None,
     compiled: bool = False,
+    graphs: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Gives a pipeline its back end, or has PyTorch's compiled: what `koala generate` does.
+    """Gives a loaded pipeline what runs its networks: what `koala generate` does.
 
-    `compiled` fuses the projections and compiles the blocks of U-Net and VAE; on CUDA evaluations
-    are replayed from graphs as well. `say` is told what was chosen and why, or what is going on.
-    To be called when every LoRA has been merged. UserError for what does not go together.
+    `compiled` fuses the U-Net's projections and compiles the blocks of U-Net and VAE, `graphs`
+    replays evaluations from CUDA graphs; both are PyTorch's. `say` is told what was chosen and
+    why. To be called when every LoRA has been merged. UserError for what does not go together.
     """
-    if compiled and backend not in (None, "torch"):
-        raise UserError(f"--compile is PyTorch's: it does not go with --backend {backend}")
-    if not compiled:
+    if (compiled or graphs) and backend not in (None, "torch"):
+        asked = "--compile" if compiled else "--graphs"
+        raise UserError(f"{asked} is PyTorch's: it does not go with --backend {backend}")
+    if not (compiled or graphs):
         chosen = choose(pipeline.unet, pipeline.vae, backend)
         pipeline.predict, pipeline.decode = chosen.predict, chosen.decode
         if backend is not None or chosen.name != "torch":
             say(f"back end {chosen.name} ({chosen.why})")
         return
-    device = pipeline.unet.device
-    speed.fuse_projections(pipeline.unet)
-    blocks = speed.compile_blocks(pipeline.unet) + speed.compile_blocks(pipeline.vae.decoder)
-    say(f"{blocks} blocks are compiled at each size's first picture, unless the cache has them")
+    if compiled:
+        speed.fuse_projections(pipeline.unet)
+        blocks = speed.compile_blocks(pipeline.unet) + speed.compile_blocks(pipeline.vae.decoder)
+        say(f"{blocks} blocks are compiled at each size's first picture, unless in the cache")
     pipeline.predict = predictor(pipeline.unet)
-    if device.type == "cuda":
-        pipeline.predict = speed.graphed(pipeline.predict, device)
+    if graphs:
+        pipeline.predict = speed.graphed(pipeline.predict, pipeline.unet.device)

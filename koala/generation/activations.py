@@ -2,7 +2,8 @@
 
 On torch's meta device a model has shapes and no numbers: a forward takes milliseconds and makes
 every tensor that the real one makes. Adding up what is alive at each moment gives the peak, for
-any model, size and batch, and for every layer as it is (quantised, in strips, streamed).
+any model, size and batch, and for every layer as it is (quantised, in strips, streamed). So it is
+with a backward pass (`koala.recipes.memory`).
 
 Not seen are the libraries' own workspaces, and attention is taken to be one of torch's fused
 kernels, which never hold the scores.
@@ -27,12 +28,12 @@ def peak_bytes(forward: Callable[[], Any]) -> int:
 
     It runs on tensors of the meta device; what exists before it is not counted.
     """
-    with _FusedAttention(), _Alive() as alive:
+    with FusedAttention(), Alive() as alive:
         forward()
     return alive.peak
 
 
-class _Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):
     """Adds up the storages that are made, and takes off those that die."""
 
     def __init__(self) -> None:
@@ -65,13 +66,34 @@ class _Alive(TorchDispatchMode):
         self.now -= size
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as its fused kernels do it: nothing but the result."""
+class FusedAttention(TorchFunctionMode):
+    """Attention as its fused kernels do it: nothing but the result, and what its gradient needs."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            query, _, value = (*args, *(kwargs or {}).values())[:3]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
+            query, key, value = (*args, *(kwargs or {}).values())[:3]
+            return _Attended.apply(query, key, value)
         return func(*args, **(kwargs or {}))
+
+
+class _Attended(torch.autograd.Function):
+    """Shapes of attention, heads before tokens: [n, heads, tokens, width]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed = _by_token(query, value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)  # logarithms of softmax's
+        ctx.save_for_backward(query, key, value, mixed, sums)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_by_token(tensor, tensor.shape[-1]) for tensor in ctx.saved_tensors[:3])
+
+
+def _by_token(like: Tensor, width: int) -> Tensor:
+    """An empty [n, heads, tokens, width] that lies in memory as [n, tokens, heads, width]."""
+    n, heads, tokens, _ = like.shape
+    return like.new_empty(n, tokens, heads, width).transpose(1, 2)

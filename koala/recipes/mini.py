@@ -25,7 +25,7 @@ def mini_base() -> Base:
             ema_half_life=1_000, log_every=800, preview_every=16_000,
         ),
         decoder=Training(
-            samples=64_000, batch=8, lr=1e-3, warmup=800, decay=True,
+            samples=44_000, batch=8, lr=1e-3, warmup=800, decay=True,
             ema_half_life=1_000, log_every=800, preview_every=16_000,
         ),
         text=Training(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import cpu, gpu
 from koala import architectures
 from koala.benchmark import measure
 from koala.benchmark.cases import CARDS, CASES, get
@@ -144,3 +145,42 @@ def test_refusals(given, said, tmp_path, capsys):
     assert main(["benchmark", *given, "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_script_of_all_gpu_figures_is_rehearsed(toy_sdxl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the table's default place
+    out = tmp_path / "gpu"
+    given = ["--device", "cpu", "--toy", "--model", str(toy_sdxl), "--out", str(out)]
+    assert gpu.main(given) == 0
+    figures = json.loads((out / "gpu.json").read_text())
+    assert list(figures["sections"]) == list(gpu.SECTIONS)
+    for name, entry in figures["sections"].items():
+        assert entry["rows"] and "failed" not in entry, name
+    rungs = {row["rung"]: row for row in figures["sections"]["ladder"]["rows"]}
+    assert set(rungs) == {"stock diffusers", "ours", *(name for name, _ in gpu.RUNGS)}
+    assert rungs["+ compiled blocks"]["noise_error"] < 0.05  # bf16
+    assert (out / "table" / "benchmark.csv").is_file()
+
+
+def test_a_section_that_fails_leaves_the_others(toy_sdxl, tmp_path, monkeypatch):
+    def fails(run):
+        yield {"row": 1}
+        raise RuntimeError("no such card")
+
+    def works(run):
+        yield {"row": 2.00001}
+
+    sections = {"one": (0, fails), "two": (0, works), "three": (10**6, works)}
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    out = tmp_path / "gpu"
+    assert gpu.main(["--device", "cpu", "--model", str(toy_sdxl), "--out", str(out)]) == 1
+    one, two, three = json.loads((out / "gpu.json").read_text())["sections"].values()
+    assert one["rows"] == [{"row": 1}] and "no such card" in one["failed"]
+    assert two["rows"] == [{"row": 2.0}]
+    assert three["rows"] == [] and "needs about" in three["left_out"]
+
+
+@pytest.mark.parametrize("way", ["diffusers fp32", "koala fp32, guided half way", "koala bf16"])
+def test_every_way_of_the_processors_benchmark_draws(way, toy_sdxl):
+    found = cpu.draw(way, toy_sdxl, 64)
+    assert found["seconds"] > 0 and found["peak_gb"] > 0.1  # the interpreter and its libraries

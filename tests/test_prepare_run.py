@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -239,8 +241,8 @@ def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
     assert samples(broken) == samples(whole)
     for path in sorted(whole.rglob("*.*")):
         assert (broken / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
-    latents = {p.name for p in whole.glob("latents/*")}
-    assert {p.name for p in broken.glob("latents/*") if not p.name.startswith(".")} == latents
+    names = [{p.name for p in out.rglob("*")} for out in (whole, broken)]
+    assert names[0] == names[1]  # and nothing half-written
     stamps = {p: p.stat().st_mtime_ns for p in whole.rglob("*.*")}
     prepare_latents(recognise(there), whole, toy_sdxl, preparation, workers=1)
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*.*")} == stamps  # nothing is redone
@@ -333,3 +335,31 @@ def test_the_command_prepares_and_reports(folder, toy_sdxl, tmp_path, capsys):
     assert table["height"].to_pylist() == [64] * len(table)
     assert main([*given, "--long-captions", "chunks"]) == 2
     assert "none are asked for" in capsys.readouterr().err
+
+
+def test_the_pages_commands_do_what_they_say(files, toy_sdxl, tmp_path, monkeypatch, capsys):
+    """docs/data.md at toy size: every command, and the lines of Python after them."""
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    there = {
+        "path/to/pictures": write_folder(tmp_path / "pictures", files[:9]),
+        "path/to/laion-tars": write_tars(tmp_path / "tars", files[:9]),
+        "path/to/tables": LAYOUTS["parquet of bytes"](tmp_path / "tables", files[:9]),
+        "path/to/ye-pop": write_yepop(tmp_path / "ye-pop", files[:9]),
+        "path/to/sdxl": toy_sdxl,
+    }
+    for name, place in there.items():
+        page = page.replace(name, str(place))
+    page = re.sub(r"--size \d+|--min-side \d+|--min-similarity [\d.]+", "", page)
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).replace("\\\n", " ")
+    commands = [shlex.split(line)[1:] for line in shell.splitlines() if line.startswith("koala ")]
+    assert len(commands) >= 6
+    for command in commands:
+        shutil.rmtree("data", ignore_errors=True)
+        assert main([*command, "--size", "64", "--workers", "1"]) == 0
+        assert "latents of" in capsys.readouterr().out
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict = {}
+    exec(snippet.replace("128)", "4)"), found)
+    assert found["batch"]["latents"].shape == (4, 4, 8, 8)
+    assert found["data"].epoch_length == Index("data").summary.samples["train picture"]

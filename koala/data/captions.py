@@ -10,13 +10,16 @@ learns. Either way a sample is told by whole sentences that fit.
 
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from koala.errors import UserError
+from koala.formats import read_json
 
+CLIP_TOKENS = 77  # what CLIP reads, where a tokenizer does not say
 POLICIES = ("sentences", "chunks")
 _END = re.compile(r"(?<=[.!?;])\s+")
 
@@ -56,17 +59,19 @@ class Telling:
     @classmethod
     def of(cls, model: Path, policy: str) -> "Telling":
         """As the text side of a model folder reads: the longer of its two tokenizers' counts."""
-        from transformers import CLIPTokenizer
+        parts = [model / part for part in ("tokenizer", "tokenizer_2")]
+        limits = [read_json(p / "tokenizer_config.json").get("model_max_length") for p in parts]
 
-        both = [
-            CLIPTokenizer.from_pretrained(model / part, local_files_only=True)
-            for part in ("tokenizer", "tokenizer_2")
-        ]
+        @cache
+        def tokenizers() -> list[Any]:  # loaded when the first long text comes
+            from transformers import CLIPTokenizer
+
+            return [CLIPTokenizer.from_pretrained(p, local_files_only=True) for p in parts]
 
         def count(text: str) -> int:
-            return max(len(t(text, verbose=False).input_ids) for t in both)
+            return max(len(t(text, verbose=False).input_ids) for t in tokenizers())
 
-        return cls(count, min(t.model_max_length for t in both), policy)
+        return cls(count, min(limit or CLIP_TOKENS for limit in limits), policy)
 
     def is_long(self, caption: str) -> bool:
         """Whether the encoders would leave some of it unread."""

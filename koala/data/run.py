@@ -18,7 +18,14 @@ from koala.data.captions import Telling, check_expressions
 from koala.data.encoding import Encoded, Encoder, encoder_hash
 from koala.data.items import Source
 from koala.data.samples import Preparation
-from koala.data.shards import Summary, merge, read_summary, unit_file, write_unit
+from koala.data.shards import (
+    Summary,
+    merge,
+    read_summary,
+    remove_parts,
+    unit_file,
+    write_unit,
+)
 from koala.data.units import Plan, plan_of
 from koala.data.workers import own_cores, pool_of, read_ahead
 from koala.errors import UserError
@@ -46,6 +53,7 @@ def prepare_latents(
         mine = range(rank, plan.units, world)
         todo = [unit for unit in mine if not unit_file(out, unit).exists()]
         if todo:
+            remove_parts(out, {*todo})
             encoder = Encoder(model, device, preparation.posterior, preparation.text, SEED)
             telling = Telling.of(model, preparation.long_captions or "sentences")
             total = sum(map(plan.size, mine))

@@ -14,7 +14,7 @@ and `pooled` [n, p] where embeddings were asked for.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -135,6 +135,13 @@ def write_unit(
 def index_schema(captions: Sequence[str]) -> pa.Schema:
     """The index's columns."""
     return pa.schema([*_FACTS, *((CAPTION + name, pa.string()) for name in captions)])
+
+
+def remove_parts(out: Path, units: Container[int]) -> None:
+    """Removes what killed processes left half-written of these units."""
+    for part in (*out.glob("latents/.*.part"), *out.glob("units/.*.part")):
+        if int(part.name[1:7]) in units:
+            part.unlink()
 
 
 def _write_shard(path: Path, rows: list["Encoded"]) -> None:

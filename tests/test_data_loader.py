@@ -1,0 +1,160 @@
+"""Batches: true to what was prepared, the same for any number of processes, from anywhere."""
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from koala.data.index import Index
+from koala.data.latents import LatentSet
+from koala.data.run import prepare_latents
+from koala.data.samples import Preparation
+from koala.data.sources import recognise
+from koala.errors import Failure, UserError
+from toy_sources import caption, pictures, write_folder
+
+NUMBER = 40
+
+
+@pytest.fixture(scope="module")
+def folder(toy_sdxl, tmp_path_factory):
+    """40 pictures of three shapes in five units."""
+    there = write_folder(tmp_path_factory.mktemp("pictures") / "there", pictures(NUMBER))
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    preparation = Preparation(size=64, step=8, unit=8, held_out=0.15)
+    prepare_latents(recognise(there), out, toy_sdxl, preparation, workers=1)
+    return out
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    """The folder, to be spoilt."""
+    import shutil
+
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def epoch(data: LatentSet) -> list[dict]:
+    return [data.batch(n, 1) for n in range(data.epoch_length)]
+
+
+def test_an_epoch_shows_every_sample_as_it_was_prepared(folder, toy_sdxl):
+    data, index = LatentSet(folder, toy_sdxl), Index(folder)
+    held = LatentSet(folder, toy_sdxl, split="test")
+    assert 0 < held.epoch_length < 15
+    assert data.epoch_length + held.epoch_length == NUMBER
+    stored = {}
+    for shard in index.select("train"):
+        for row in range(index.rows[shard]):
+            stored[index.caption(shard, row, "text")] = (shard, row)
+    seen = []
+    for n in range(data.epoch_length):
+        batch = data.batch(n, 1)
+        (told,) = batch["captions"]
+        seen.append(told)
+        place = stored[told]
+        tensors = index.tensors(*place)
+        error = (batch["latents"][0] - tensors["mean"]) / tensors["deviation"]
+        assert error.abs().max() < 6  # normal noise
+        facts = [index.fact(*place, name) for name in ("height", "width", "top", "left")]
+        assert batch["time_ids"][0].tolist() == [*facts, *index.bucket(place[0])]
+    assert sorted(seen) == sorted(stored)
+    assert {*seen} < {caption(n) for n in range(NUMBER)}
+
+
+def test_one_process_and_four_see_the_same_batches(folder, toy_sdxl):
+    whole, shared = LatentSet(folder, toy_sdxl), LatentSet(folder, toy_sdxl)
+    for first in (0, 8, 16, 80, 8):
+        batch = whole.batch(first, 8)
+        shares = [shared.batch(first, 8, rank, 4) for rank in range(4)]
+        for name in ("latents", "time_ids"):
+            assert torch.equal(torch.cat([s[name] for s in shares]), batch[name])
+        assert [c for s in shares for c in s["captions"]] == batch["captions"]
+        assert batch["latents"].dtype == torch.float32
+
+
+def test_the_stream_has_no_state(folder, toy_sdxl):
+    one, other = LatentSet(folder, toy_sdxl), LatentSet(folder, toy_sdxl)
+    forwards = [one.batch(4 * n, 4) for n in range(20)]
+    for n in (13, 2, 19, 0):
+        again = other.batch(4 * n, 4)
+        assert again["captions"] == forwards[n]["captions"]
+        assert torch.equal(again["latents"], forwards[n]["latents"])
+    shapes = {b["latents"].shape for b in forwards}
+    assert len(shapes) > 1
+    differently = LatentSet(folder, toy_sdxl, seed=1)
+    assert [differently.batch(4 * n, 4)["captions"] for n in range(20)] != [
+        b["captions"] for b in forwards
+    ]
+
+
+def test_draws_of_one_sample_differ_and_are_normal(folder, toy_sdxl):
+    data, index = LatentSet(folder, toy_sdxl), Index(folder)
+    draws: dict[str, list[torch.Tensor]] = {}
+    for n in range(6 * data.epoch_length):
+        batch = data.batch(n, 1)
+        draws.setdefault(batch["captions"][0], []).append(batch["latents"][0])
+    errors = []
+    for shard in index.select("train"):
+        tensors = index.tensors(shard, 0)
+        own = draws[index.caption(shard, 0, "text")]
+        assert len({t.sum().item() for t in own}) == len(own) >= 5
+        errors += [((t - tensors["mean"]) / tensors["deviation"]).flatten() for t in own]
+    noise = torch.cat(errors)
+    assert abs(noise.mean()) < 4 / len(noise) ** 0.5
+    assert abs(noise.std() - 1) < 4 / (2 * len(noise)) ** 0.5
+
+
+def test_a_remote_folder_gives_the_same_and_keeps_few_shards(folder, toy_sdxl):
+    remote = fsspec.filesystem("memory")
+    remote.put(str(folder), "/bucket/data", recursive=True)
+    far = LatentSet("memory://bucket/data", toy_sdxl, window=2)
+    near = LatentSet(folder, toy_sdxl, window=2)
+    for n in range(12):
+        own, theirs = far.batch(4 * n, 4), near.batch(4 * n, 4)
+        assert torch.equal(own["latents"], theirs["latents"])
+        assert own["captions"] == theirs["captions"]
+    assert 0 < len(far.index.files._fetched) <= 4
+    kept = [p for p in far.index.files._fetched.values() if p.exists()]
+    assert len(kept) == len(far.index.files._fetched)
+
+
+def test_what_is_missing_or_not_finite_is_named(copied, toy_sdxl):
+    shard = sorted(copied.glob("latents/*"))[3]
+    tensors = load_file(shard)
+    tensors["mean"][0, 0, 0, 0] = torch.nan
+    save_file(tensors, shard)
+    data = LatentSet(copied, toy_sdxl)
+    with pytest.raises(Failure, match=rf"00\d\d.jpg in latents/{shard.name} is not finite"):
+        epoch(data)
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"{shard.name} is truncated"):
+        epoch(LatentSet(copied, toy_sdxl))
+    shard.unlink()
+    with pytest.raises(UserError, match=f"1 shards are missing, first latents/{shard.name}"):
+        LatentSet(copied, toy_sdxl)
+
+
+def test_what_a_training_cannot_use_is_refused(folder, copied, toy_sdxl):
+    for given, said in (
+        ({"size": 128}, "holds latents for 64 pixels, this training is for 128"),
+        ({"split": "validation"}, "no samples of the split validation; .* train picture"),
+        ({"mix": {"photo": 1}}, "of the kinds photo"),
+        ({"captions": {"title": 1.0}}, "no captions title; there are text"),
+        ({"captions": {"text": 0.0}}, "weights"),
+        ({"long_captions": "cut"}, "sentences, chunks"),
+    ):
+        with pytest.raises(UserError, match=said):
+            LatentSet(folder, toy_sdxl, **given)
+    (copied / "shards.arrow").unlink()
+    with pytest.raises(UserError, match="not prepared to its end"):
+        LatentSet(copied, toy_sdxl)
+
+
+def test_opening_reads_no_rows(folder, toy_sdxl):
+    """Twice: the shard table, which has a row a shard; nothing that has a row a sample."""
+    data = LatentSet(folder, toy_sdxl)
+    assert data.index._batches.cache_info().misses == 0
+    assert len(data.index) == len(list(folder.glob("latents/*")))
+    assert int(np.sum(data.index.rows)) == NUMBER

@@ -86,18 +86,21 @@ def size(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def test_dtype_layout_and_hooks_stay():
+@pytest.mark.parametrize("kind", sorted(LARGEST))
+def test_dtype_layout_and_hooks_stay(kind):
     unet = seeded_unet().half().to(memory_format=torch.channels_last)
     seen = []
     unet.conv_in.register_forward_hook(lambda *_: seen.append(1))
-    quantise(unet, "int8")
+    quantise(unet, kind)
     assert unet.dtype == torch.float16 and unet.device.type == "cpu"
     kernel = unet.down_blocks[0].resnets[0].conv1.values
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     once = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    quantise(unet, "int8")  # a second time changes nothing
+    quantise(unet, kind)  # a second time changes nothing
     assert all(torch.equal(tensor, once[name]) for name, tensor in unet.state_dict().items())
-    unet.float()
+    half = unet.conv_in.weight
+    unet.float()  # another dtype to compute in, the same 8 bits
+    assert torch.equal(unet.conv_in.weight.half(), half)
     with torch.inference_mode():
         unet(**inputs())
     assert seen == [1]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from koala.architectures import FACTOR, LATENT_CHANNELS
 from koala.errors import Failure, UserError
@@ -23,7 +23,7 @@ from koala.weights import load_tensor, read_header
 Decode = Callable[[Tensor], Tensor]
 
 TINY = "vae_tiny"  # where a model folder keeps its tiny autoencoder
-_TINY_FILE = "diffusion_pytorch_model.safetensors"
+TINY_FILE = "diffusion_pytorch_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -124,11 +124,11 @@ def load_tiny(source: str | Path, dtype: torch.dtype = torch.float32) -> Autoenc
     A Hub id (such as madebyollin/taesdxl) is fetched unless the local cache has it. UserError
     for anything else, or an autoencoder that does not fit SDXL's latents.
     """
-    folder = _tiny_folder(source)
+    folder = tiny_folder(source)
     config = read_json(folder / "config.json")
     if config.get("_class_name") != "AutoencoderTiny":
         raise UserError(f"{folder} holds a {config.get('_class_name')}, not an AutoencoderTiny")
-    model = AutoencoderTiny.from_config(config).to(dtype)
+    model = AutoencoderTiny.from_config(config)
     assert isinstance(model, AutoencoderTiny)
     factor = _upscaling(model.config)
     if (model.config.latent_channels, factor) != (LATENT_CHANNELS, FACTOR):
@@ -136,11 +136,12 @@ def load_tiny(source: str | Path, dtype: torch.dtype = torch.float32) -> Autoenc
             f"{folder} decodes {model.config.latent_channels} channels {factor}-fold; SDXL's "
             f"latents have {LATENT_CHANNELS} and are enlarged {FACTOR}-fold"
         )
-    stored = read_header(folder / _TINY_FILE)
+    stored = read_header(folder / TINY_FILE)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if wanted != {name: tensor.shape for name, tensor in stored.items()}:
-        raise UserError(f"{folder / _TINY_FILE} does not fit its config.json; fetch it again")
+        raise UserError(f"{folder / TINY_FILE} does not fit its config.json; fetch it again")
     model.load_state_dict({name: load_tensor(tensor) for name, tensor in stored.items()})
+    nn.Module.to(model, dtype)  # diffusers' own `to` warns of an empty list of modules
     return model.eval().requires_grad_(False)
 
 
@@ -148,7 +149,8 @@ def _upscaling(config: Any) -> int:
     return int(config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1))
 
 
-def _tiny_folder(source: str | Path) -> Path:
+def tiny_folder(source: str | Path) -> Path:
+    """Where its config.json lies; what is only on the Hub is fetched. UserError as above."""
     path = Path(source).expanduser()
     for folder in (path / TINY, path):
         if (folder / "config.json").is_file():
@@ -157,7 +159,7 @@ def _tiny_folder(source: str | Path) -> Path:
         return _fetched(source)
     raise UserError(
         f"no tiny autoencoder at {str(source)!r}: name a folder with the config.json and "
-        f"{_TINY_FILE} of an AutoencoderTiny, or a Hub id such as madebyollin/taesdxl"
+        f"{TINY_FILE} of an AutoencoderTiny, or a Hub id such as madebyollin/taesdxl"
     )
 
 
@@ -166,7 +168,7 @@ def _fetched(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", _TINY_FILE]))
+        return Path(snapshot_download(hub_id, allow_patterns=["config.json", TINY_FILE]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

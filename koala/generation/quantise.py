@@ -19,13 +19,14 @@ _SMALLEST = 2.0**-24  # scale: the smallest that float16 has
 class _Packed(nn.Module):
     """Mixed into a layer: its weight is computed at every use."""
 
-    values: Tensor  # int8 or fp8, of the weight's shape
+    kind: str
+    values: Tensor  # the kind's bits as uint8, which no change of dtype touches; [out, ...]
     scale: Tensor  # [out, 1, ...], of the weight's dtype
 
     @property
     def weight(self) -> Tensor:
         """values * scale, in the scale's dtype. A new tensor: writing to it changes nothing."""
-        return self.values.to(self.scale.dtype).mul_(self.scale)
+        return self.values.view(_DTYPES[self.kind]).to(self.scale.dtype).mul_(self.scale)
 
     @torch.no_grad()
     def pack(self, kind: str) -> None:
@@ -39,7 +40,8 @@ class _Packed(nn.Module):
         values = (weight.float() / scale.float()).clamp(-LARGEST[kind], LARGEST[kind])
         if kind == "int8":
             values = values.round()
-        self.register_buffer("values", values.to(_DTYPES[kind]))
+        self.kind = kind
+        self.register_buffer("values", values.to(_DTYPES[kind]).view(torch.uint8))
         self.register_buffer("scale", scale)
 
 

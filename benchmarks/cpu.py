@@ -25,12 +25,12 @@ from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionXL
 from koala.benchmark.measure import GB, peak_bytes
 from koala.benchmark.models import build, stock, subject
 from koala.benchmark.run import benchmark
-from koala.evaluation.report import hardware
 from koala.generation.arrangement import load_within
 from koala.generation.backends import equip
 from koala.generation.decode import TINY
 from koala.generation.pipeline import load
 from koala.output import new_file
+from koala.processor import hardware
 
 CASE = "koala-turbo-700m"
 VRAM = 5.0  # GiB that our plan may take: 6 GB with the interpreter and its libraries

@@ -31,7 +31,7 @@ from koala.benchmark.measure import GB, Ceilings
 from koala.benchmark.models import Subject, build, stock, subject
 from koala.benchmark.run import benchmark, picture_flops
 from koala.device import pick_device
-from koala.evaluation.report import hardware
+from koala.errors import UserError
 from koala.generation import speed
 from koala.generation.arrangement import load_within
 from koala.generation.backends import example
@@ -41,6 +41,7 @@ from koala.generation.engine import Engine
 from koala.generation.fp8 import to_float8
 from koala.generation.pipeline import Pipeline
 from koala.output import new_file
+from koala.processor import hardware
 
 Rows = Iterator[dict[str, Any]]
 
@@ -247,7 +248,7 @@ def memory(run: Run) -> Rows:
                 pipeline, plan = load_within(
                     folder, str(run.device), budget, size=(pixels, pixels), say=print
                 )
-            except ValueError as error:  # nothing fits: the message names what would
+            except UserError as error:  # nothing fits: the message names what would
                 yield {"vram_gib": budget, "refused": str(error)}
                 continue
             row = drawn(run, pipeline, None)

@@ -23,11 +23,11 @@ from koala.benchmark.models import Subject, build, stock, subject
 from koala.benchmark.report import Report, Row, write
 from koala.device import pick_device
 from koala.errors import UserError
-from koala.evaluation.report import hardware
 from koala.generation.backends import check_dtype, equip, example, torch_dtype
 from koala.generation.denoise import predictor
 from koala.generation.pipeline import Pipeline
 from koala.output import check_new
+from koala.processor import hardware
 
 UNET_STEPS = 25  # of the U-Net alone, as published
 Draw = Callable[[], object]
@@ -48,7 +48,10 @@ class Options:
     @property
     def budgets(self) -> tuple[int, ...]:
         """Memory budgets in GB that the device's allocator can be held to."""
-        return BUDGETS if self.device.type == "cuda" else ()
+        if self.device.type != "cuda":
+            return ()
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return tuple(budget for budget in BUDGETS if budget * GB < total)
 
 
 def benchmark(
@@ -186,8 +189,6 @@ def _unet_seconds(engine: str, chosen: Subject, pipeline: Pipeline, options: Opt
 def _under(budget: int, draw: Draw, device: torch.device) -> float | None:
     """Seconds of a picture when the allocator gets no more than `budget` GB; None: did not fit."""
     total = torch.cuda.get_device_properties(device).total_memory
-    if budget * GB >= total:
-        return None
     measure.release(device)
     torch.cuda.set_per_process_memory_fraction(budget * GB / total, device)
     try:

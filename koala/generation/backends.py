@@ -197,7 +197,8 @@ def equip(
         raise UserError(f"{asked} is PyTorch's: it does not go with --backend {backend}")
     if not (compiled or graphs):
         chosen = choose(pipeline.unet, pipeline.vae, backend)
-        pipeline.predict, pipeline.decode = chosen.predict, chosen.decode
+        if chosen.name != "torch":  # which a pipeline has from the beginning
+            pipeline.predict, pipeline.decode = chosen.predict, chosen.decode
         if backend is not None or chosen.name != "torch":
             say(f"back end {chosen.name} ({chosen.why})")
         return

@@ -29,7 +29,7 @@ def has_bf16() -> bool:
 
 
 def hardware() -> str:
-    """Processor, cores, accelerator and versions, in one line: what every figure is written with."""
+    """Processor, cores, accelerator and versions, in one line."""
     import diffusers
     import torch
 

@@ -32,7 +32,8 @@ from koala.data.illustrations import SMALL
 from koala.data.latents import LatentSet
 from koala.data.pictures import PictureSet, prepare_pictures
 from koala.data.prepare import encode_pictures
-from koala.distillation.tasks import Denoising, NoiseSchedule
+from koala.distillation.noising import NoiseSchedule, generators_at
+from koala.distillation.tasks import Denoising
 from koala.errors import UserError
 from koala.evaluation.features import EffLite0, at_size, extract
 from koala.evaluation.report import hardware
@@ -107,11 +108,11 @@ def train(training: Training, teacher: Path, data: Path, out: Path) -> list[floa
     samples = LatentSet(data, teacher, {"emoji": 1}, {"short": 1, "long": 1}, training.seed)
     learnt = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=training.learning_rate)
-    generator = torch.Generator().manual_seed(training.seed)
     losses = []
     with progress("training", training.samples, "samples") as advance:
         for first in range(0, training.samples, training.batch):
-            loss = task.losses(samples.batch(first, training.batch), generator)["loss"]
+            generators = generators_at(training.seed, first, training.batch)
+            loss = task.losses(samples.batch(first, training.batch), generators)["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -10,9 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from koala import __version__, recipes
 from koala.errors import FailedElsewhere, Failure, UserError
+from koala.recipes.cards import CARDS
+
+if TYPE_CHECKING:
+    from koala.generation import Pipeline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,6 +147,13 @@ def _generate(commands) -> None:
     )  # fmt: skip
     p.add_argument("--compile", action="store_true", help="compile the model, kept in the cache")
     p.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
+    p.add_argument(
+        "--vram", metavar="GIB",
+        help="plan to stay within so many GiB of memory, or within what is free ('free')",
+    )  # fmt: skip
+    p.add_argument("--weights", help="fp32, fp16, bf16, int8 or fp8 (default: the plan's choice)")
+    p.add_argument("--decode", help="full, tiled or tiny (default: the plan's choice)")
+    p.add_argument("--tiny-vae", help="folder or Hub id of the tiny decoder (default: the model's)")
     p.add_argument("--json", action="store_true", help="print paths and settings as JSON")
 
 
@@ -150,21 +162,24 @@ def _run_generate(o: argparse.Namespace) -> None:
     from koala.generation.backends import equip
     from koala.progress import progress
 
+    def say(line: str) -> None:
+        print(f"koala: {line}", file=sys.stderr)
+
     check_writable(o.out)
-    loras = [checks.lora(given) for given in o.lora]
-    pipeline = load(o.model, o.device)
-    for file, scale in loras:
-        report = pipeline.add_lora(file, scale, merged=True)
-        print(f"koala: {report.line()}", file=sys.stderr)
+    planned = any((o.vram, o.weights, o.decode, o.tiny_vae))
+    if planned:
+        pipeline = _planned(o, say)
+    else:
+        pipeline = load(o.model, o.device)
+        for file, scale in map(checks.lora, o.lora):
+            say(pipeline.add_lora(file, scale, merged=True).line())
     requests = pipeline.requests(
         o.prompt, negative_prompt=o.negative, steps=o.steps, guidance=o.guidance,
         guidance_until=o.guidance_until, scheduler=o.scheduler, size=o.size, number=o.number,
         seed=o.seed, image=o.image, strength=o.strength, mask=o.mask,
     )  # fmt: skip
-    equip(
-        pipeline, o.backend, o.compile, o.graphs,
-        lambda line: print(f"koala: {line}", file=sys.stderr),
-    )  # fmt: skip
+    if not planned:
+        equip(pipeline, o.backend, o.compile, o.graphs, say)
     with progress("drawing", pipeline.steps(requests), "steps") as advance:
         result = pipeline.draw(requests, strict=o.strict, on_step=lambda *_: advance(1))
     paths = save(result, o.out)
@@ -174,6 +189,28 @@ def _run_generate(o: argparse.Namespace) -> None:
     else:
         for path, settings in zip(paths, result.settings, strict=True):
             print(f"{path}  seed {settings.seed}")
+
+
+def _planned(o: argparse.Namespace, say: Callable[[str], None]) -> "Pipeline":
+    """A pipeline that draws by a memory plan, which is printed."""
+    from koala.generation import checks
+    from koala.generation.arrangement import load_within
+    from koala.generation.images import open_picture
+
+    for option in ("backend", "compile", "graphs"):
+        if getattr(o, option):
+            raise UserError(
+                f"--{option} has no effect under a memory plan: leave it out, or --vram, "
+                "--weights, --decode and --tiny-vae"
+            )
+    size = open_picture(o.image).size if o.image and not o.size else o.size
+    pipeline, plan = load_within(
+        o.model, o.device, o.vram or "free", size=size, pictures=len(o.prompt) * o.number,
+        weights=o.weights, decode=o.decode, tiny=o.tiny_vae, lora=dict(map(checks.lora, o.lora)),
+        say=say,
+    )  # fmt: skip
+    print(plan.table(), file=sys.stderr)
+    return pipeline
 
 
 # --- architectures --------------------------------------------------------------------------
@@ -362,41 +399,75 @@ def _run_prepare(o: argparse.Namespace) -> None:
 def _distill(commands) -> None:
     p = _command(
         commands, "distill", _run_distill, "train by a recipe; run again to go on",
-        "koala distill koala-mini --teacher runs/sdxl-mini/model --data data "
-        "--out runs/koala-mini",
+        "koala distill koala-lightning-700m --data laion-pop --out runs/koala",
     )  # fmt: skip
     p.add_argument("recipe", help=", ".join(recipes.NAMES))
-    p.add_argument("--teacher", help="name, folder or Hub id of the model to learn from")
+    p.add_argument(
+        "--teacher",
+        help="name, folder, file or Hub id of the model to learn from (default: the recipe's)",
+    )
     p.add_argument("--data", type=Path, help="a folder that `koala prepare` made")
     p.add_argument("--out", type=Path, help="the run's folder; the finished model in OUT/model")
     p.add_argument("--device", help="cpu, cuda (default: the best there is)")
     p.add_argument(
-        "--hardware", nargs="+", default=[], metavar="NAME=VALUE",
-        help="how devices share the work, as accumulate=4 sharding=fsdp compile=inductor; the "
-        "result is the same but for rounding",
+        "--set", nargs="+", default=[], metavar="NAME=VALUE",
+        help="settings in place of the recipe's, as training.batch=64 hardware.accumulate=4; "
+        "those of hardware change the result by rounding alone, also when a run goes on",
     )  # fmt: skip
     p.add_argument(
         "--log", nargs="+", default=[], metavar="BOARD", help="also log to tensorboard, wandb"
     )
     _add_push(p)
-    p.add_argument("--dry-run", action="store_true", help="print the recipe as JSON and stop")
+    p.add_argument(
+        "--dry-run", action="store_true",
+        help="only say what is trained and what it costs: memory by part, samples a second, days",
+    )  # fmt: skip
+    p.add_argument(
+        "--card", help=f"with --dry-run: {', '.join(CARDS)} (default: measure the one here)"
+    )
+    p.add_argument("--gpus", type=int, help="with --dry-run: how many (default 1)")
+    p.add_argument("--json", action="store_true", help="with --dry-run: recipe and cost as JSON")
 
 
 def _run_distill(o: argparse.Namespace) -> None:
     recipes.get(o.recipe)  # an unknown one is refused at once
-    from koala.recipes.run import configured, describe, distill
-
     if o.dry_run:
-        print(describe(configured(o.recipe, o.hardware)))
+        _dry_run(o)
         return
+    for name in ("card", "gpus", "json"):
+        if getattr(o, name):
+            raise UserError(f"--{name} is for --dry-run; leave it out")
+    from koala.recipes.run import distill
+
     for name in ("data", "out"):
         if getattr(o, name) is None:
             raise UserError(f"koala distill needs --{name} (only --dry-run goes without)")
     _check_push(o)
-    model = distill(o.recipe, o.data, o.out, o.teacher, o.device, o.hardware, o.log)
+    model = distill(o.recipe, o.data, o.out, o.teacher, o.device, o.set, o.log)
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
         print(f"finished model: {model}")
         _push(o, model)
+
+
+def _dry_run(o: argparse.Namespace) -> None:
+    from koala.recipes.cost import estimate
+    from koala.recipes.run import ALONE, configured, described
+
+    recipe = configured(o.recipe, o.set)
+    gpus = 1 if o.gpus is None else o.gpus
+    cost = (
+        None
+        if isinstance(recipe, ALONE)
+        else estimate(
+            recipe, teacher=o.teacher, data=o.data, card=o.card, processes=gpus, device=o.device
+        )
+    )
+    if o.json:
+        shown = {**described(recipe), **({"cost": cost.as_dict()} if cost else {})}
+        print(json.dumps(shown, indent=2))
+        return
+    print(json.dumps(described(recipe), indent=2))
+    print(cost.text() if cost else "(what this recipe costs is not reckoned: it has no U-Net)")
 
 
 # --- evaluate -------------------------------------------------------------------------------

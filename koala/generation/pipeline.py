@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
+from torch import nn
 
 import koala
 from koala.conditioning import TextConditioner, time_ids
@@ -290,28 +291,41 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     lora: Mapping[str | Path, float] | None = None,
+    settle: Callable[[str, Sequence[nn.Module]], None] | None = None,
 ) -> Pipeline:
     """Loads a model: a bundled name, a pipeline folder, or a Hub id.
 
     By default on the GPU in float16 where there is one, otherwise on the CPU in float32.
     The VAE is float32 on the CPU and wherever its config asks for it (`force_upcast`).
     `lora`: files of LoRAs and their scales; `Pipeline.add_lora` says what each becomes.
+    `settle`: given each part's models as soon as they are read, onto the CPU, to put them where
+    they belong (`koala.generation.arrangement`); by default all go to the device.
     UserError for a model that cannot be had or read, or a device that is not there.
     """
     folder = resolve_model(model)
     place = pick_device(device)
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" else torch.float16
+
+    def onto_device(_: str, models: Sequence[nn.Module]) -> None:
+        for each in models:
+            each.to(place)
+
+    settle = settle or onto_device
+    conditioner = TextConditioner.from_folder(folder, dtype, memo=MEMO)
+    settle("text encoders", conditioner.encoders)
+    unet = load_unet(folder, dtype).to(memory_format=torch.channels_last)
+    settle("U-Net", [unet])
     vae = load_vae(folder, torch.float32)
     if place.type != "cpu" and not vae.config.force_upcast:
         vae = vae.to(dtype)
-    unet = load_unet(folder, dtype).to(place, memory_format=torch.channels_last)
+    settle("VAE", [vae])
     index = read_json(folder / "model_index.json")
     pipeline = Pipeline(
         name=Path(model).resolve().name if Path(model).exists() else str(model),
         unet=unet.eval(),
-        vae=vae.to(place).eval(),
-        conditioner=TextConditioner.from_folder(folder, dtype, place, MEMO),
+        vae=vae.eval(),
+        conditioner=conditioner,
         scheduler_config=load_scheduler_config(folder),
         zeros_for_empty=index.get("force_zeros_for_empty_prompt", True),
     )

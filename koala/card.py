@@ -200,7 +200,7 @@ def read_metadata(file: Path, metadata: Mapping[str, str]) -> Card:
 
 def student_of(teacher: Card, name: str, title: str, cut: Cut) -> Card:
     """The card of a compressed model: the teacher's licence, and what was cut."""
-    base = name if "/" in name else teacher.base_model
+    base = "/".join(name.split("/")[:2]) if "/" in name else teacher.base_model  # not its file
     return Card(title, teacher.licence, base, cut)
 
 

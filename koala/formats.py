@@ -40,6 +40,7 @@ CONFIGS = {  # the file without which a component is not there
 }
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/([\w.-][\w./-]*\.safetensors)")  # org/name/FILE
 _HUB_FILES = [
     "model_index.json",
     "README.md",
@@ -115,7 +116,8 @@ def resolve_model(name_or_path: str | Path) -> Path:
 
     `name_or_path`: a bundled name ("koala-mini"), the path of a folder, a Hub id ("org/name"),
     which is fetched unless the local Hugging Face cache has it, or a single file in SDXL's
-    original layout, which is unpacked into koala's cache once. A bundled name wins over a folder
+    original layout, here or on the Hub ("org/name/FILE.safetensors"), which is unpacked into
+    koala's cache once. A bundled name wins over a folder
     of the same name in the working directory (write ./koala-mini for that). Raises `UserError` if
     it is none of these or the model is no whole SDXL pipeline.
     """
@@ -141,9 +143,16 @@ def resolve_model(name_or_path: str | Path) -> Path:
 
 
 def single_file_path(model: str | Path) -> Path | None:
-    """The path of the single file that a model's name means; None if it means something else."""
+    """The path of the single file that a model's name means; None if it means something else.
+
+    One of the Hub is fetched unless the local Hugging Face cache has it; UserError if it cannot be.
+    """
     path = Path(model).expanduser()
-    return path if str(model) not in bundled_names() and path.is_file() else None
+    if str(model) in bundled_names() or path.is_dir():
+        return None
+    if not path.exists() and isinstance(model, str) and (found := _HUB_FILE.fullmatch(model)):
+        return _hub_file(*found.groups())
+    return path if path.is_file() else None
 
 
 def bundled_names() -> list[str]:
@@ -164,11 +173,31 @@ def _hub_folder(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, **files))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model {hub_id!r} is no local folder and cannot be had from the Hub ({reason}); "
+            f"model {hub_id!r} is no local folder and cannot be had from the Hub "
+            f"({_first_line(error)}); "
             f"bundled are: {some(bundled_names()) or 'none'}"
         ) from None
+
+
+def _hub_file(hub_id: str, file: str) -> Path:
+    """Where the local cache has a file of the Hub; fetched only if it is not there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not here
+        return Path(hf_hub_download(hub_id, file, local_files_only=True))
+    try:
+        return Path(hf_hub_download(hub_id, file))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"model {f'{hub_id}/{file}'!r} is no local file and cannot be had from the Hub "
+            f"({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_folder(folder: Path) -> None:

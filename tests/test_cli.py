@@ -149,7 +149,7 @@ def test_distill_and_prepare_and_evaluate_refuse(tmp_path, capsys):
 
 
 def test_a_dry_run_shows_the_recipe(capsys):
-    assert main(["distill", "koala-mini", "--dry-run"]) == 0
+    assert main(["distill", "koala-mini", "--dry-run", "--card", "4090", "--json"]) == 0
     student = json.loads(capsys.readouterr().out)["student"]
     assert student["cut"] == "koala-700m"
     taps = {tap["location"]: tap["stages"] for tap in student["settings"]["taps"]}

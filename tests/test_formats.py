@@ -95,6 +95,23 @@ def test_hub_id_in_the_cache(monkeypatch, tmp_path, whole):
     assert formats.resolve_model("some/koala") == repo / "snapshots" / commit
 
 
+def test_a_single_file_of_the_hub(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    commit = "0" * 40
+    snapshot = tmp_path / "models--some--teacher" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "four_steps.safetensors").touch()
+    (tmp_path / "models--some--teacher" / "refs").mkdir()
+    (tmp_path / "models--some--teacher" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    found = formats.single_file_path("some/teacher/four_steps.safetensors")
+    assert found == snapshot / "four_steps.safetensors"
+    with pytest.raises(UserError, match=r"'some/teacher/one.safetensors' is no local file"):
+        formats.resolve_model("some/teacher/one.safetensors")
+
+
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         formats.resolve_model(folder)

@@ -119,9 +119,9 @@ def test_what_distill_refuses(base_parts, tmp_path, packages):
 
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_recipes_describe_themselves(name):
-    from koala.recipes.run import describe
+    from koala.recipes.run import described
 
-    shown = json.loads(describe(recipes.get(name)))
+    shown = json.loads(json.dumps(described(recipes.get(name))))
     assert len(shown) == 1
 
 

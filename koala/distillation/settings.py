@@ -8,8 +8,7 @@ batch, or another compiler. Importing this loads nothing heavy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 from koala.errors import UserError
 
@@ -108,31 +107,5 @@ class Hardware:
             )
         return batch // parts
 
-    def overridden(self, given: Sequence[str]) -> Hardware:
-        """With "name=value" settings replaced, as the command line gives them; else UserError."""
-        kinds = {field.name: type(getattr(self, field.name)) for field in fields(self)}
-        changes = {}
-        for text in given:
-            name, _, value = text.partition("=")
-            if name not in kinds:
-                raise UserError(f"hardware setting {text!r}: there are {', '.join(kinds)}")
-            if name in changes:
-                raise UserError(f"hardware setting {name} is given twice")
-            changes[name] = _parsed(name, value, kinds[name])
-        return replace(self, **changes)
-
 
 PLAIN = Hardware()  # one device, eager, everything on it
-
-
-def _parsed(name: str, value: str, kind: type) -> int | bool | str:
-    if kind is bool:
-        if value not in ("true", "false"):
-            raise UserError(f"{name}={value}: it must be true or false")
-        return value == "true"
-    if kind is int:
-        try:
-            return int(value)
-        except ValueError:
-            raise UserError(f"{name}={value}: it must be a whole number") from None
-    return value

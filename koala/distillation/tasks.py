@@ -339,7 +339,8 @@ class Distillation(Denoising):
         return self._apart["teacher"]
 
     def _place_teacher(self) -> None:
-        self.teacher.to(self.device, teacher_dtype(self.device))
+        # Not diffusers' own `to`, which warns of modules to keep in fp32 where there are none.
+        nn.Module.to(self.teacher, self.device, teacher_dtype(self.device))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Distillation:
         super()._apply(*args, **kwargs)  # what .to() and .cuda() call: the teacher comes along

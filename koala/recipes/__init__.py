@@ -7,6 +7,8 @@
     koala-mini-task      the same student, L_task alone               (a control)
     koala-mini-task-out  the same student, L_task + L_outKD           (a control)
 
+and the paper's runs at full size, which `koala.recipes.paper` lists, a row each.
+
 Importing this package loads nothing heavy; `koala.recipes.run` does the work.
 """
 
@@ -14,17 +16,27 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from koala.errors import UserError
+from koala.recipes import paper
 
 if TYPE_CHECKING:
     from koala.recipes.run import Recipe
 
-NAMES = ("mini-base", "sdxl-mini", "koala-mini", "koala-mini-task", "koala-mini-task-out")
+MINI = (
+    "mini-base",
+    "sdxl-mini",
+    "koala-mini",
+    "koala-mini-task",
+    "koala-mini-task-out",
+)
+NAMES = (*MINI, *paper.PRESETS)
 
 
 def get(name: str) -> "Recipe":
     """The recipe of that name; `UserError` lists the names."""
     if name not in NAMES:
         raise UserError(f"unknown recipe {name!r}; there are {', '.join(NAMES)}")
+    if name in paper.PRESETS:
+        return paper.student(name)
     from koala.recipes import mini
 
     recipe: Callable[[], Recipe] = getattr(mini, name.replace("-", "_"))

@@ -5,15 +5,13 @@ Every run leaves its finished pipeline folder in `<out>/model`; run again, it go
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
-from PIL import Image
-from torch import nn
 
 from koala import architectures, card, recipes
 from koala.compression import compress
@@ -29,8 +27,12 @@ from koala.distillation.settings import PLAIN, Hardware, Training
 from koala.distillation.speed import unet_flops
 from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, NoiseSchedule
 from koala.errors import UserError
-from koala.formats import load_scheduler_config, load_unet, resolve_model
-from koala.generation.pipeline import Pipeline, load
+from koala.formats import (
+    load_scheduler_config,
+    load_unet,
+    resolve_model,
+    unet_architecture,
+)
 from koala.mini.text import (
     TextData,
     TextDistillation,
@@ -40,38 +42,25 @@ from koala.mini.text import (
     vocabulary_words,
 )
 from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae
+from koala.recipes.overrides import overridden
+from koala.recipes.previews import MINI_PROMPTS, drawing
 from koala.sentence import SentenceEncoder
-from koala.sheet import contact_sheet
 
-MEMO = 100_000  # captions whose embeddings a training remembers: every one of the mini set
+MEMO = 2**31  # bytes of embeddings that a training on the CPU remembers: all of the mini set's
+MEMO_ON_GPU = 2**29
 HELD_OUT = 64  # samples of the validation
 HELD_OUT_SPLITS = ("test", "test-pair")  # the first that a folder has
-PROMPTS = (  # of previews
-    "a red apple, noto style",
-    "a fox, flat twemoji style",
-    "a rocket, 3d fluent style",
-    "a dog, flat fluent style",
-    "a blue bicycle, solid icon",
-    "a sunflower, noto style",
-    "a cat on a pale yellow background, flat twemoji style",
-    "two green apples on a light blue background, noto style",
-    "a car, flat twemoji style",
-    "a steam train, noto style",
-    "a whale to the left of a crab on a white background, flat fluent style",
-    "three frogs on a mint green background, flat twemoji style",
-    "a scarlet rabbit, solid icon",
-    "a puppy",
-    "a strawberry, flat fluent style",
-    "a guitar, 3d fluent style",
-)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a U-Net is shown: copies of each kind in an epoch, weights of the caption columns."""
+    """What a U-Net is shown: copies of each kind in an epoch, weights of the caption columns.
 
-    kinds: dict[str, int]
-    captions: dict[str, float]
+    None: everything once; the only column there is.
+    """
+
+    kinds: dict[str, int] | None = None
+    captions: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,9 +93,15 @@ class Student:
     settings: DistillationSettings
     mixture: Mixture
     hardware: Hardware = PLAIN
+    teacher: str | None = None  # the model to learn from where --teacher names none
+    of: str = "sdxl-mini"  # architecture of a teacher that is not here, for a dry run
+    pixels: int | None = None  # side of the square bucket; data of another size are refused
+    prompts: tuple[str, ...] = MINI_PROMPTS  # of previews
 
 
 Recipe = Base | Teacher | Student
+ALONE = (Base,)  # train in one process, without settings of hardware
+UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run goes on
 
 
 def distill(
@@ -115,15 +110,16 @@ def distill(
     out: str | Path,
     teacher: str | None = None,
     device: str | None = None,
-    hardware: Sequence[str] = (),
+    settings: Sequence[str] = (),
     boards: Sequence[str] = (),
 ) -> Path:
     """Runs a recipe to its end and returns the folder of the finished pipeline, `out`/model.
 
     recipe: a name of `koala.recipes` or a configuration. data: a folder that `koala prepare` made.
-    teacher: the model to learn from (for `Teacher`, the one whose VAE and text side it takes).
+    teacher: the model to learn from (for `Teacher`, the one whose VAE and text side it takes);
+    recipes of the paper name their own.
     device: the GPU where there is one, else the CPU; of the processes that torchrun starts, each
-    takes a GPU of its own. hardware: "name=value" settings of `Hardware` that replace the recipe's.
+    takes a GPU of its own. settings: "name=value", replacing the recipe's (`overrides`).
     boards: "tensorboard", "wandb". Run again, it goes on where it was, also on other hardware.
     UserError where something is unknown, missing or of no use; Failure where the training fails.
     """
@@ -131,8 +127,8 @@ def distill(
     data, out = Path(data), Path(out)
     with joined(device) as world:
         with world.together():
-            recipe = configured(recipe, hardware)
-            _check_teacher(recipe, teacher, world)
+            recipe = configured(recipe, settings)
+            teacher = _teacher_of(recipe, teacher, world)
         if isinstance(recipe, Base):
             models = [_run_base(recipe, data, out, str(world.device), boards)]
         else:
@@ -144,25 +140,24 @@ def distill(
     return models[0]
 
 
-def configured(recipe: str | Recipe, hardware: Sequence[str] = ()) -> Recipe:
-    """The recipe, its hardware settings replaced by those given as "name=value"."""
+def configured(recipe: str | Recipe, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe, its settings replaced by those given as "name=value"; UserError as there."""
     recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    if not hardware:
-        return recipe
-    if isinstance(recipe, Base):
-        raise UserError(f"--hardware {' '.join(hardware)}: this recipe has none; leave it out")
-    return replace(recipe, hardware=recipe.hardware.overridden(hardware))
+    return overridden(recipe, settings)
 
 
-def _check_teacher(recipe: Recipe, teacher: str | None, world: World) -> None:
-    if isinstance(recipe, Base) and teacher is not None:
-        raise UserError(f"--teacher {teacher}: this recipe starts from nothing; leave it out")
-    if isinstance(recipe, Base) and world.size > 1:
+def _teacher_of(recipe: Recipe, given: str | None, world: World) -> str | None:
+    """The teacher's name: the given one, else the recipe's own; None where none is needed."""
+    if isinstance(recipe, Base) and given is not None:
+        raise UserError(f"--teacher {given}: this recipe starts from nothing; leave it out")
+    if isinstance(recipe, ALONE) and world.size > 1:
         raise UserError("this recipe trains in one process: start it without torchrun")
+    teacher = given or (recipe.teacher if isinstance(recipe, Student) else None)
     if not isinstance(recipe, Base) and teacher is None:
         raise UserError(
             "this recipe needs --teacher: the folder or name of the model to learn from"
         )
+    return teacher
 
 
 def _run(
@@ -179,19 +174,20 @@ def _run(
         source = resolve_model(teacher)
         recipe.hardware.micro_batch(training.batch, world.size)
         mixture = recipe.mixture
-        latents = LatentSet(data, source, mixture.kinds, mixture.captions, training.seed)
+        size = recipe.pixels if isinstance(recipe, Student) else None
+        latents = LatentSet(data, source, mixture.kinds, mixture.captions, training.seed, size=size)
         held_out = _held_out(latents, recipe, source) if training.validate_every else None
         start = out / "start"
         if isinstance(recipe, Student) and world.first and not start.exists():
             compress(teacher, recipe.cut, start, "fp32", recipe.settings.depth_rule)
-    device = str(world.device)
+    conditioner = _conditioner(source, world.device, latents)
     task = (
-        _teaching(recipe, source, device)
+        _teaching(recipe, source, conditioner, world.device)
         if isinstance(recipe, Teacher)
-        else _distilling(recipe, source, start, device)
+        else _distilling(recipe, source, start, conditioner, world.device)
     )
     layout = lay_out(task, recipe.hardware, world)
-    claimed = {name: value for name, value in asdict(recipe).items() if name != "hardware"}
+    claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
     train(
         task, latents, training, out, {"recipe": claimed}, layout=layout, held_out=held_out,
         boards=boards, flops=_flops(task, latents) if world.device.type == "cuda" else None,
@@ -250,48 +246,51 @@ def _card(name: str, recipe: Recipe, data: Path, out: Path, teacher: str | None)
     return card.trained_of(start, card.name_of(out / "model"), facts)
 
 
-def describe(recipe: Recipe) -> str:
-    """The configuration as JSON, for --dry-run."""
-    return json.dumps({type(recipe).__name__.lower(): asdict(recipe)}, indent=2)
+def described(recipe: Recipe) -> dict[str, Any]:
+    """The configuration under its kind's name, for JSON."""
+    return {type(recipe).__name__.lower(): asdict(recipe)}
 
 
-def _teaching(recipe: Teacher, base: Path, device: str) -> Denoising:
+def _conditioner(model: Path, device: torch.device, latents: LatentSet) -> TextConditioner:
+    """The text side: on the device, or on the CPU where only previews need it."""
+    stored = latents.index.made_with["text"]
+    place = torch.device("cpu") if stored else device
+    arch = unet_architecture(model)
+    room = MEMO if place.type == "cpu" else MEMO_ON_GPU
+    memo = room // (4 * arch.tokens * arch.context)
+    return TextConditioner.from_folder(model, device=place, memo=memo)
+
+
+def _teaching(
+    recipe: Teacher, base: Path, conditioner: TextConditioner, device: torch.device
+) -> Denoising:
     torch.manual_seed(recipe.training.seed)
     arch = architectures.get(recipe.architecture)
     return Denoising(
         UNet2DConditionModel(**architectures.unet_config(arch)).to(device),
-        TextConditioner.from_folder(base, device=device, memo=MEMO),
+        conditioner,
         NoiseSchedule(load_scheduler_config(base)),
         base,
         caption_dropout=recipe.caption_dropout,
-        draw=_drawing(base, device),
-        prompts=PROMPTS,
+        draw=drawing(base, conditioner, device),
+        prompts=MINI_PROMPTS,
     )
 
 
-def _distilling(recipe: Student, teacher: Path, start: Path, device: str) -> Distillation:
+def _distilling(
+    recipe: Student, teacher: Path, start: Path, conditioner: TextConditioner, device: torch.device
+) -> Distillation:
     """The student is the teacher, cut: `start`, which stays as it was before distillation."""
     return Distillation(
         load_unet(start).to(device),
         load_unet(teacher),  # the task casts it before it takes it along
-        TextConditioner.from_folder(teacher, device=device, memo=MEMO),
+        conditioner,
         NoiseSchedule(load_scheduler_config(teacher)),
         recipe.settings,
         start,
-        draw=_drawing(teacher, device),
-        prompts=PROMPTS,
+        draw=drawing(teacher, conditioner, device),
+        prompts=recipe.prompts,
     )
-
-
-def _drawing(model: Path, device: str) -> Callable[[nn.Module, Sequence[str], int], Image.Image]:
-    pipeline: Pipeline = load(model, device)
-
-    def draw(unet: nn.Module, prompts: Sequence[str], seed: int) -> Image.Image:
-        assert isinstance(unet, UNet2DConditionModel)
-        images = replace(pipeline, unet=unet)(list(prompts), seed=seed).images
-        return contact_sheet(images, list(prompts), columns=8, scale=2)
-
-    return draw
 
 
 def _run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[str]) -> Path:

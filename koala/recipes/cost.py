@@ -1,0 +1,246 @@
+"""What a run will cost, told before it is begun: `koala distill RECIPE --dry-run`.
+
+FLOP of a sample are counted from the architectures: the teacher's forward and three times the
+student's (a backward pass is two forwards' work), four times where activations are computed again.
+Memory is `koala.recipes.memory`'s. Time follows from a rate of the device: that of a named card,
+at an assumed share of its peak, or one measured here (`koala.recipes.trial`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from koala import architectures
+from koala.architectures import FACTOR, UNetArchitecture, student_of
+from koala.data.index import Index
+from koala.device import pick_device
+from koala.distillation.taps import tap_points
+from koala.errors import UserError
+from koala.formats import (
+    BUNDLED,
+    bundled_names,
+    read_tensors,
+    resolve_model,
+    unet_architecture,
+)
+from koala.recipes.memory import Plan, blank_unet, device_memory, main_memory
+from koala.recipes.run import MEMO_ON_GPU, Recipe, Student, Teacher
+from koala.recipes.trial import assumed, measured
+
+MINI = architectures.get("sdxl-mini")
+SDXL_TEXT = 123_060_480 + 694_659_840  # parameters of its two text encoders
+SDXL_VAE = 83_653_863
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a whole run. Memory in GiB of one device, or of one process's main memory."""
+
+    student: str
+    teacher: str | None
+    trained: int  # parameters
+    frozen: int  # of the teacher's U-Net, text encoders and VAE
+    taps: dict[str, int]  # by location
+    samples: int
+    batch: int
+    processes: int
+    micro_batch: int
+    pixels: int
+    tflop_a_sample: float  # teacher's forward and three of the student's
+    tflop_again: float  # more, where activations are computed again
+    device: str
+    room: float  # of the device
+    memory: dict[str, float]
+    main_memory: dict[str, float]
+    advice: str  # what to set where it does not fit, or where more would
+    samples_per_second: float
+    basis: str  # how the rate is known
+    days: float
+    device_hours: float
+
+    @property
+    def total(self) -> float:
+        """GiB of one device."""
+        return sum(self.memory.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "total_memory": self.total}
+
+    def text(self) -> str:
+        """For the terminal."""
+        taps = " + ".join(f"{n} {location}" for location, n in self.taps.items()) or "none"
+        again = f" + {self.tflop_again:.2f} again" if self.tflop_again else ""
+        lines = [
+            f"student       {self.student}, {self.trained:,} parameters trained",
+            f"teacher       {self.teacher or 'none'}; {self.frozen:,} parameters frozen",
+            f"taps          {taps}",
+            f"samples       {self.samples:,} of {self.pixels} px, {self.batch} a step: "
+            f"{self.processes} x {self.micro_batch} at once",
+            f"a sample      {self.tflop_a_sample:.2f} TFLOP{again}",
+            f"memory        {self.total:.2f} of {self.room:.1f} GiB of each {self.device}, namely",
+            *(f"{size:14.2f} {part}" for part, size in self.memory.items()),
+            *(f"{size:14.2f} in main memory: {n}" for n, size in self.main_memory.items()),
+            *([f"              {self.advice}"] if self.advice else []),
+            f"speed         {self.samples_per_second:.3g} samples/s (estimate: {self.basis})",
+            f"whole run     {self.days:.3g} days, {self.device_hours:,.4g} device-hours (estimate)",
+        ]
+        return "\n".join(lines)
+
+
+def estimate(
+    recipe: Recipe,
+    *,
+    teacher: str | None = None,
+    data: str | Path | None = None,
+    card: str | None = None,
+    processes: int = 1,
+    device: str | None = None,
+) -> Estimate:
+    """What the recipe's run takes on `processes` devices.
+
+    teacher: where it is a folder or a file here, it is looked at; else the recipe says what it is.
+    data: a prepared folder, which says whether the text side runs; None: it does.
+    card: a name of `koala.recipes.cards`; None measures `device` for half a minute at most.
+    UserError for a recipe without a U-Net, an unknown card, or a batch that does not divide.
+    """
+    if not isinstance(recipe, Student | Teacher):
+        raise UserError("a dry run reckons U-Nets alone; this recipe makes a VAE and a text side")
+    if processes < 1:
+        raise UserError(f"--gpus {processes}: it must be 1 or more")
+    here = None if card else pick_device(device)
+    plan = _plan(recipe, teacher, processes, on_gpu=here is None or here.type == "cuda")
+    frozen = _frozen(teacher, plan)
+    memory = {**device_memory(plan), **_beside(frozen, data)}
+    speed = assumed(card) if card else measured(plan, here, sum(memory.values()), sum(_flops(plan)))
+    again, flops = _flops(plan)
+    rate = processes * speed.flops / (again + flops)
+    seconds = recipe.training.samples / rate
+    return Estimate(
+        student=plan.student.name,
+        teacher=plan.teacher.name if plan.teacher else None,
+        trained=architectures.parameters(plan.student),
+        frozen=sum(frozen.values()),
+        taps=_taps(recipe, plan.student),
+        samples=recipe.training.samples,
+        batch=recipe.training.batch,
+        processes=processes,
+        micro_batch=plan.micro_batch,
+        pixels=plan.pixels,
+        tflop_a_sample=flops / 1e12,
+        tflop_again=again / 1e12,
+        device=speed.device,
+        room=speed.room,
+        memory={part: size / 2**30 for part, size in memory.items()},
+        main_memory={part: size / 2**30 for part, size in main_memory(plan).items()},
+        advice=_advice(plan, memory, speed.room),
+        samples_per_second=rate,
+        basis=speed.basis,
+        days=seconds / 86_400,
+        device_hours=seconds / 3600 * processes,
+    )
+
+
+def _plan(recipe: Student | Teacher, teacher: str | None, processes: int, on_gpu: bool) -> Plan:
+    """The recipe with its sizes: the teacher's own where it lies here, else the recipe's."""
+    common: dict[str, Any] = {
+        "training": recipe.training,
+        "hardware": recipe.hardware,
+        "world": processes,
+        "on_gpu": on_gpu,
+    }
+    if isinstance(recipe, Teacher):
+        arch = architectures.get(recipe.architecture)
+        return Plan(arch, None, None, pixels=arch.sample * FACTOR, **common)
+    folder = _folder(teacher)
+    master = unet_architecture(folder) if folder else architectures.get(recipe.of)
+    student = student_of(master, recipe.cut)
+    pixels = recipe.pixels or master.sample * FACTOR
+    return Plan(student, master, recipe.settings, pixels=pixels, **common)
+
+
+def _folder(teacher: str | None) -> Path | None:
+    """The teacher's folder if it is one of this machine."""
+    here = teacher is not None and (teacher in bundled_names() or Path(teacher).is_dir())
+    return resolve_model(teacher) if teacher is not None and here else None
+
+
+def _frozen(teacher: str | None, plan: Plan) -> dict[str, int]:
+    """Parameters of what is not trained, by part."""
+    folder = _folder(teacher)
+    if folder is None and plan.student.context == MINI.context:
+        folder = BUNDLED / "koala-mini"
+    parts = {"text encoders": SDXL_TEXT, "VAE": SDXL_VAE}
+    if folder is not None:
+        stored = {
+            name: sum(math.prod(t.shape) for t in read_tensors(folder, name).values())
+            for name in ("text_encoder", "text_encoder_2", "vae")
+        }
+        parts = {
+            "text encoders": stored["text_encoder"] + stored["text_encoder_2"],
+            "VAE": stored["vae"],
+        }
+    if plan.teacher is not None:
+        parts["teacher"] = architectures.parameters(plan.teacher)
+    return parts
+
+
+def _beside(frozen: dict[str, int], data: str | Path | None) -> dict[str, int]:
+    """Bytes on the device of what a run keeps there besides the U-Nets, in fp32."""
+    text_stored = data is not None and Index(data).made_with["text"]
+    text = {} if text_stored else {"text encoders": 4 * frozen["text encoders"] + MEMO_ON_GPU}
+    return {**text, "VAE": 4 * frozen["VAE"]}
+
+
+def _flops(plan: Plan) -> tuple[int, int]:
+    """FLOP of a sample's step: computed again by checkpointing, and all the rest."""
+    side = plan.pixels
+    own = architectures.flops(plan.student, side, side, plan.student.tokens)
+    rest = 3 * own
+    if plan.teacher is not None and plan.settings and plan.settings.learns_from_teacher:
+        rest += architectures.flops(plan.teacher, side, side, plan.teacher.tokens)
+    return (own if plan.hardware.checkpointing else 0), rest
+
+
+def _taps(recipe: Student | Teacher, student: UNetArchitecture) -> dict[str, int]:
+    if isinstance(recipe, Teacher):
+        return {}
+    unet = blank_unet(student)
+    return {tap.location: len(tap_points(unet, [tap])) for tap in recipe.settings.taps}
+
+
+def _advice(plan: Plan, memory: Mapping[str, int], room: float) -> str:
+    """What to set where the run does not fit into `room` GiB, or would with larger parts."""
+    fixed, per_sample = sum(memory.values()), memory["activations"] / plan.micro_batch
+    fixed -= memory["activations"]
+    share = plan.training.batch // plan.world
+    fitting = [
+        parts
+        for parts in range(1, share + 1)
+        if share % parts == 0 and fixed + per_sample * share / parts <= room * 2**30
+    ]
+    if not fitting:
+        return f"does not fit, not even one sample at a time: {_remedies(plan)}"
+    if fitting[0] > plan.hardware.accumulate:
+        return f"does not fit: --set hardware.accumulate={fitting[0]} would"
+    if fitting[0] < plan.hardware.accumulate:
+        return f"--set hardware.accumulate={fitting[0]} would fit as well, and be faster"
+    return ""
+
+
+def _remedies(plan: Plan) -> str:
+    """Settings that save memory and are not yet made."""
+    hardware, training = plan.hardware, plan.training
+    open_ = {
+        "hardware.checkpointing=true": not hardware.checkpointing,
+        "training.optimizer=adamw-8bit": training.optimizer == "adamw",
+        "hardware.ema_on_cpu=true": not hardware.ema_on_cpu,
+        "hardware.teacher=offloaded": hardware.teacher == "whole" and plan.teacher is not None,
+        "hardware.sharding=fsdp": hardware.sharding == "ddp" and plan.world > 1,
+    }
+    settings = " ".join(name for name, is_open in open_.items() if is_open)
+    return f"--set {settings}" if settings else "take a larger card, or more of them"

@@ -1,0 +1,286 @@
+"""What a training takes of a device's memory, part by part, before it is begun.
+
+What stays (weights, optimiser, averages, teacher) is counted. What a step makes is found by making
+one: the real task runs forward and backward on the meta device, where tensors have shapes and no
+numbers (`koala.generation.activations`), and what is alive at its fullest moment is added up. So
+taps, checkpointing and the division of the batch are as they are, at any size.
+
+Not seen: the libraries' own workspaces and the device's context (`OVERHEAD` stands for them), the
+gaps of the allocator, and previews, which are drawn when a step's activations are gone. Compiled
+blocks keep less than is counted here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from koala import architectures
+from koala.architectures import FACTOR, LATENT_CHANNELS, UNetArchitecture
+from koala.distillation.noising import NoiseSchedule, generators_at
+from koala.distillation.parallel import World, lay_out
+from koala.distillation.settings import Hardware, Training
+from koala.distillation.taps import regions
+from koala.distillation.tasks import Denoising, Distillation, DistillationSettings
+from koala.formats import BUNDLED, load_scheduler_config
+from koala.generation.activations import Alive, FusedAttention
+
+OVERHEAD = 2**30  # bytes of a GPU: context, cuDNN's and cuBLAS's workspaces; assumed
+STATES_8BIT = (4096, 256)  # torchao: least size of a tensor kept in 8 bits, numbers with one scale
+AHEAD = 2  # regions that FSDP2 has gathered at once: one computes, one comes
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training as its memory sees it; sizes of pictures in pixels."""
+
+    student: UNetArchitecture
+    teacher: UNetArchitecture | None  # None: L_task alone, no teacher runs
+    settings: DistillationSettings | None  # None: a `Denoising`
+    training: Training
+    hardware: Hardware
+    world: int  # processes, a device each
+    pixels: int
+    on_gpu: bool  # bf16 autocast and a teacher in bf16; else float32
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples computed at once; UserError where the batch does not divide so."""
+        return self.hardware.micro_batch(self.training.batch, self.world)
+
+
+def device_memory(plan: Plan) -> dict[str, int]:
+    """Bytes on each device at the fullest moment of a step, by part; text side and VAE apart.
+
+    Under DDP and accumulation all gradients are there from the start; else they come while
+    activations go, and those are counted that are there at that moment.
+    """
+    student = blank_unet(plan.student)
+    shares = plan.world if plan.hardware.sharding == "fsdp" else 1
+    numbers = [p.numel() for p in student.parameters()]
+    gathered = _gathered(student, AHEAD) if shares > 1 else 0
+    lengths = 0 if plan.hardware.ema_on_cpu else len(plan.training.half_lives)
+    kept_gradients = plan.world > 1 or plan.hardware.accumulate > 1
+    step = _step(plan, student, kept_gradients)
+    gradients = 4 * sum(numbers) if kept_gradients else step.pop("gradients")
+    parts = {
+        "weights": 4 * sum(numbers) // shares + gathered,
+        "gradients": gradients // shares + gathered,
+        "optimiser": optimiser_bytes(numbers, plan.training.optimizer) // shares,
+        "averages": 4 * lengths * sum(numbers) // shares,
+        "teacher": _teacher_bytes(plan),
+        "bf16 copies of weights": step["copies"],
+        "activations": step["activations"],
+        "context and workspaces": OVERHEAD if plan.on_gpu else 0,
+    }
+    return {part: size for part, size in parts.items() if size or part == "gradients"}
+
+
+def main_memory(plan: Plan) -> dict[str, int]:
+    """Bytes of main memory that the first process takes, by part; the others write nothing."""
+    weights, lengths = 4 * architectures.parameters(plan.student), len(plan.training.half_lives)
+    parts = {
+        "averages": lengths * weights if plan.hardware.ema_on_cpu else 0,
+        "a checkpoint while it is written": (1 + 2 + lengths) * weights,  # moments and averages too
+    }
+    if plan.teacher is not None and plan.hardware.teacher == "offloaded":
+        parts["teacher"] = 2 * architectures.parameters(plan.teacher)
+    return {part: size for part, size in parts.items() if size}
+
+
+def optimiser_bytes(sizes: Iterable[int], optimizer: str) -> int:
+    """Bytes of AdamW's two moments for tensors of so many numbers."""
+    total = 0
+    least, block = STATES_8BIT
+    for n in sizes:
+        in_8_bits = optimizer == "adamw-8bit" and n >= least and n % block == 0
+        total += 2 * (n + 4 * n // block if in_8_bits else 4 * n)
+    return total
+
+
+def blank_unet(arch: UNetArchitecture) -> UNet2DConditionModel:
+    """The U-Net on the meta device, fp32."""
+    with META:
+        return UNet2DConditionModel(**architectures.unet_config(arch))
+
+
+def _gathered(unet: nn.Module, regions_at_once: int) -> int:
+    """Bytes of fp32 parameters that are whole at once: those outside the regions always are."""
+    inside = [sum(p.numel() for p in region.block.parameters()) for region in regions(unet)]
+    every = sum(p.numel() for p in unet.parameters())
+    return 4 * (every - sum(inside) + regions_at_once * max(inside))
+
+
+def _teacher_bytes(plan: Plan) -> int:
+    if plan.teacher is None:
+        return 0
+    width = 2 if plan.on_gpu else 4
+    whole = width * architectures.parameters(plan.teacher)
+    if plan.hardware.teacher == "whole":
+        return whole
+    sharded = plan.hardware.teacher == "sharded"
+    held = _gathered(blank_unet(plan.teacher), AHEAD if sharded else 1) * width // 4
+    return held + (whole // plan.world if sharded else 0)
+
+
+# --- a step without numbers -----------------------------------------------------------------
+
+
+def _step(plan: Plan, student: UNet2DConditionModel, kept_gradients: bool) -> dict[str, int]:
+    """Bytes that a step has made and holds at its fullest moment: gradients, copies, activations.
+
+    kept_gradients: the gradients are there before and are added to.
+    """
+    teacher = None if plan.teacher is None else blank_unet(plan.teacher)
+    task = task_of(plan, student, teacher)
+    if teacher is not None and plan.on_gpu:
+        nn.Module.to(teacher, torch.bfloat16)
+    batch, ledger = batch_of(plan, META), _Ledger()
+    autocast = _Autocast(ledger)
+    modes = [FusedAttention(), *([autocast] if plan.on_gpu else [])]
+    for region in regions(student):  # there too when it is computed again, in the backward pass
+        region.compute = partial(_within, modes, region.compute)
+    alone = replace(plan.hardware, compile="", sharding="ddp", teacher="whole")
+    lay_out(task, alone, World(device=META))
+    if kept_gradients:
+        for parameter in student.parameters():
+            parameter.grad = torch.empty_like(parameter)
+    with ledger:
+        draws = generators_at(0, 0, plan.micro_batch)
+        loss = _within(modes, task.losses, batch, draws)["loss"]
+        autocast.forget()
+        loss.backward()
+        for parameter in student.parameters():
+            ledger.name(cast(Tensor, parameter.grad), "gradients")
+    return {"gradients": 0, "copies": 0, "activations": 0} | ledger.fullest()
+
+
+def _within(
+    modes: Sequence[TorchFunctionMode], compute: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What `compute` gives under the modes."""
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        return compute(*args, **kwargs)
+
+
+def task_of(
+    plan: Plan, student: UNet2DConditionModel, teacher: UNet2DConditionModel | None
+) -> Denoising:
+    """The plan's own task for models without weights of their own; batches must bring their text.
+
+    It can neither preview nor be exported.
+    """
+    base = BUNDLED / "koala-mini"  # any pipeline folder: a task copies its own when it exports
+    no_text: Any = None
+    schedule = NoiseSchedule(load_scheduler_config(base))
+    if teacher is None:
+        return Denoising(student, no_text, schedule, base)
+    assert plan.settings is not None
+    return Distillation(student, teacher, no_text, schedule, plan.settings, base)
+
+
+def batch_of(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """As many samples as are computed at once, all zeros, with their text."""
+    n, side, arch = plan.micro_batch, plan.pixels // FACTOR, plan.student
+    return {
+        "latents": torch.zeros(n, LATENT_CHANNELS, side, side, device=device),
+        "captions": [""] * n,
+        "text": torch.zeros(n, arch.tokens, arch.context, device=device),
+        "pooled": torch.zeros(n, arch.pooled, device=device),
+        "time_ids": torch.zeros(n, 6, device=device),
+    }
+
+
+class _Ledger(Alive):
+    """Keeps a book of all storages made, to tell afterwards what was alive at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: list[int] = []  # by number of the storage, in the order of their making
+        self._events: list[int] = []  # a number: it was made; its complement: it died
+        self._numbers = WeakIdKeyDictionary()
+        self._names: dict[int, str] = {}
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            super()._add(storage)
+            number = len(self._sizes)
+            self._sizes.append(storage.nbytes())
+            self._numbers[storage] = number
+            self._events.append(number)
+            weakref.finalize(storage, self._events.append, ~number)
+
+    def name(self, tensor: Tensor, name: str) -> None:
+        """Says what a tensor is for; without a name it is an activation."""
+        number = self._numbers.get(tensor.untyped_storage())
+        if number is not None:
+            self._names[number] = name
+
+    def fullest(self) -> dict[str, int]:
+        """Bytes by name at the moment when most were alive."""
+        changes = (self._sizes[e] if e >= 0 else -self._sizes[~e] for e in self._events)
+        held = list(accumulate(changes))
+        peak = max(range(len(held)), key=held.__getitem__)
+        alive: dict[str, int] = {}
+        for event in self._events[: peak + 1]:
+            number = event if event >= 0 else ~event
+            name = self._names.get(number, "activations")
+            sign = 1 if event >= 0 else -1
+            alive[name] = alive.get(name, 0) + sign * self._sizes[number]
+        return alive
+
+
+class _Autocast(TorchFunctionMode):
+    """What bf16 autocast does on CUDA to the operations of a U-Net, for tensors of no device."""
+
+    _IN_BF16 = ("linear", "conv2d", "scaled_dot_product_attention")
+    _IN_FP32 = ("group_norm", "layer_norm")
+
+    def __init__(self, ledger: _Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+        self._copies: dict[Tensor, Tensor] | None = {}  # of weights, until the forward is over
+
+    def forget(self) -> None:
+        """The forward is over: copies that no gradient needs die, and none is kept any more."""
+        self._copies = None
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self._IN_BF16:
+            args, kwargs = tree_map(self._lowered, (args, kwargs))
+        elif name in self._IN_FP32:
+            args, kwargs = tree_map(_raised, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def _lowered(self, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.dtype == torch.float32):
+            return value
+        if not isinstance(value, nn.Parameter):
+            return value.bfloat16()
+        copies = {} if self._copies is None else self._copies
+        if value not in copies:
+            copies[value] = value.bfloat16()
+            self._ledger.name(copies[value], "copies")
+        return copies[value]
+
+
+def _raised(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,111 @@
+"""Settings of a recipe replaced from the command line, as in `--set training.batch=64`.
+
+A name is the path to a field of the recipe's dataclasses, a value is read as that field's type
+says. Lists are separated by commas. Taps are written as in the paper's tables and in
+`koala.recipes.paper`: "sa+lf@DW-1,UP-3" is self-attention everywhere and the last feature of two
+stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from koala.distillation.taps import Tap
+from koala.errors import UserError
+
+T = TypeVar("T")
+
+
+def overridden(recipe: T, given: Sequence[str]) -> T:
+    """The recipe with its "name=value" settings replaced.
+
+    UserError on a name that it does not have (all that there are are listed), one given twice, a
+    value of another type, and whatever the settings themselves refuse.
+    """
+    kinds = dict(_settings(recipe))
+    values: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if name not in kinds or not equals:
+            raise UserError(f"--set {text}: the form is NAME=VALUE, names are {', '.join(kinds)}")
+        if name in values:
+            raise UserError(f"--set {name} is given twice: name each setting once")
+        values[name] = _read(name, value, kinds[name])
+    return _replaced(recipe, values)
+
+
+def taps_of(text: str) -> tuple[Tap, ...]:
+    """Taps as they are written: "" is none, "sa+lf@DW-1,UP-3" two kinds. UserError for others."""
+    taps = []
+    for part in text.split("+") if text else ():
+        location, at, stages = part.partition("@")
+        taps.append(Tap(location, tuple(stages.split(",")) if at else None))
+    return tuple(taps)
+
+
+def _settings(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Path and type of every field that is not a dataclass itself."""
+    hints = get_type_hints(type(node))
+    found = []
+    for field in fields(node):
+        value = getattr(node, field.name)
+        if is_dataclass(value):
+            found += _settings(value, f"{prefix}{field.name}.")
+        else:
+            found.append((prefix + field.name, hints[field.name]))
+    return found
+
+
+def _replaced(node: T, values: dict[str, Any]) -> T:
+    """The dataclass with the values, by path; all of one dataclass at once, as it checks them."""
+    inner: dict[str, dict[str, Any]] = {}
+    changes: dict[str, Any] = {}
+    for path, value in values.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            inner.setdefault(name, {})[rest] = value
+        else:
+            changes[name] = value
+    changes |= {name: _replaced(getattr(node, name), below) for name, below in inner.items()}
+    return replace(node, **changes)  # type: ignore[type-var]
+
+
+# --- values ---------------------------------------------------------------------------------
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "false": False}[text]
+
+
+_PLAIN: dict[type, tuple[Callable[[str], Any], str]] = {  # how a type is read, and what it is
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    bool: (_truth, "true or false"),
+    str: (str, "text"),
+}
+
+
+def _read(name: str, text: str, kind: Any) -> Any:
+    """`text` as a value of the type `kind`; UserError saying what it must be."""
+    if kind == tuple[Tap, ...]:
+        return taps_of(text)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # "X | None"
+        (kind,) = (one for one in inner if one is not NoneType)
+        return None if text == "none" else _read(name, text, kind)
+    if origin is tuple:
+        parts = text.split(",") if text else []
+        if Ellipsis not in inner and len(parts) != len(inner):
+            raise UserError(f"--set {name}={text}: it must be {len(inner)} values, as in 1,2")
+        return tuple(_read(name, part, inner[0]) for part in parts)
+    if origin is dict:  # "fox:3,owl:1"
+        pairs = [part.rpartition(":") for part in text.split(",")]
+        return {_read(name, key, inner[0]): _read(name, value, inner[1]) for key, _, value in pairs}
+    reader, what = _PLAIN[kind]
+    try:
+        return reader(text)
+    except (KeyError, ValueError):
+        raise UserError(f"--set {name}={text}: it must be {what}") from None

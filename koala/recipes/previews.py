@@ -1,0 +1,57 @@
+"""What a U-Net's training shows of itself: a sheet of pictures drawn with the weights so far."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import nn
+
+from koala.conditioning import TextConditioner
+from koala.distillation.tasks import Draw
+from koala.formats import load_scheduler_config, load_vae
+from koala.generation.pipeline import Pipeline
+from koala.sheet import contact_sheet
+
+SMALL = 128  # pixels: pictures up to here are shown twice as large, larger ones
+LARGEST = 512  # at most so large
+MINI_PROMPTS = (
+    "a red apple, noto style",
+    "a fox, flat twemoji style",
+    "a rocket, 3d fluent style",
+    "a dog, flat fluent style",
+    "a blue bicycle, solid icon",
+    "a sunflower, noto style",
+    "a cat on a pale yellow background, flat twemoji style",
+    "two green apples on a light blue background, noto style",
+    "a car, flat twemoji style",
+    "a steam train, noto style",
+    "a whale to the left of a crab on a white background, flat fluent style",
+    "three frogs on a mint green background, flat twemoji style",
+    "a scarlet rabbit, solid icon",
+    "a puppy",
+    "a strawberry, flat fluent style",
+    "a guitar, 3d fluent style",
+)
+
+
+def drawing(model: Path, conditioner: TextConditioner, device: torch.device | str) -> Draw:
+    """Draws with any U-Net and the VAE of `model`, which goes to `device` in fp32.
+
+    conditioner: the training's own; the text side is not loaded a second time.
+    """
+    vae = load_vae(model).to(device).eval()
+    schedule = load_scheduler_config(model)
+
+    def draw(unet: nn.Module, prompts: Sequence[str], seed: int) -> Image.Image:
+        assert isinstance(unet, UNet2DConditionModel)
+        pipeline = Pipeline("preview", unet, vae, conditioner, schedule)
+        images = pipeline(list(prompts), seed=seed).images
+        if images[0].width <= SMALL:
+            return contact_sheet(images, list(prompts), columns=8, scale=2)
+        for image in images:
+            image.thumbnail((LARGEST, LARGEST))
+        return contact_sheet(images, list(prompts), columns=4)
+
+    return draw

@@ -143,7 +143,7 @@ def _key(unet: UNet2DConditionModel) -> dict[str, object]:
         "torch": torch.__version__,
         "openvino": version("openvino"),
         "dtype": str(unet.dtype),
-        "unet": dict(unet.config),
+        "unet": openvino.settings_of(unet),
     }
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -181,7 +182,10 @@ def convert(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
     """The module as an `openvino.Model` of open shapes."""
     import openvino
 
-    return openvino.convert_model(module, example_input=example)
+    with warnings.catch_warnings():
+        # Of branches that follow the example's shape: its odd side takes those that fit all sizes.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return openvino.convert_model(module, example_input=example)
 
 
 def _quantised(model: Any, samples: Sequence[tuple[Tensor, ...]]) -> Any:
@@ -238,7 +242,7 @@ def _fingerprint(module: nn.Module, more: Sequence[Any]) -> str:
     """A hash of a module's weights and settings, and of the tensors in `more`."""
     state = hashlib.sha256()
     for part in module.children():
-        state.update(json.dumps(dict(part.config), sort_keys=True, default=str).encode())
+        state.update(json.dumps(settings_of(part), sort_keys=True).encode())
     tensors = [tensor for _, tensor in sorted(module.state_dict().items())]
     for item in (*tensors, *more):
         for piece in item if isinstance(item, tuple) else (item,):
@@ -246,6 +250,11 @@ def _fingerprint(module: nn.Module, more: Sequence[Any]) -> str:
                 piece = piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             state.update(piece.encode() if isinstance(piece, str) else piece)
     return state.hexdigest()
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """A model's configuration without its notes, such as the folder that it was read from."""
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
 
 
 def digest(values: Sequence[Any]) -> str:

@@ -97,7 +97,7 @@ class Telling:
 
     def _pieces(self, caption: str) -> list[str]:
         """Sentences; one that does not fit falls into runs of words, as long as they can be."""
-        pieces = []
+        pieces: list[str] = []
         for sentence in _END.split(caption):
             pieces += [sentence] if self._fits(sentence) else self._pack(sentence.split())
         return pieces

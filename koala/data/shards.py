@@ -110,15 +110,15 @@ def write_unit(
     `Failure` where the disk is full.
     """
     groups: dict[tuple[str, str, Size], list[Encoded]] = {}
-    for row in encoded:
-        groups.setdefault(row.group, []).append(row)
+    for one in encoded:
+        groups.setdefault(one.group, []).append(one)
     ordered = sorted(groups.items())
     for number, (_, rows) in enumerate(ordered):
         _write_shard(out / shard_name(unit, number), rows)
     columns: dict[str, list[Any]] = {name: [] for name, _ in _FACTS}
     columns |= {CAPTION + name: [] for name in long}
     for _, rows in ordered:
-        for row, sample in enumerate(encoded.sample for encoded in rows):
+        for row, sample in enumerate(one.sample for one in rows):
             facts = (sample.id, row, sample.digest, *sample.original, *sample.crop)
             for column, value in zip(columns.values(), (*facts, *sample.captions), strict=True):
                 column.append(value)

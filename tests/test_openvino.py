@@ -17,6 +17,7 @@ from koala.generation.backends import Backend, choose, example
 from koala.generation.decode import full
 from koala.generation.denoise import predictor
 from koala.generation.pipeline import load
+from koala.processor import has_bf16
 from toy import toy_pipeline, toy_unet
 
 LATENTS = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
@@ -111,6 +112,16 @@ def test_eight_bits_are_near(cache):
     exact, quantised = predict(*asked), openvino.predictor(unet, "int8", samples)(*asked)
     error = (quantised - exact).norm() / exact.norm()
     assert 1e-5 < error < 0.1  # quantised indeed, and not much worse
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this processor has no bfloat16")
+def test_a_model_in_bfloat16_runs_in_it(cache):
+    torch.manual_seed(0)
+    unet = smallest_unet().requires_grad_(False)
+    asked = example(unet, 2, 8, 5)
+    exact = predictor(unet)(*asked)
+    error = (openvino.predictor(unet.bfloat16(), "bf16")(*asked) - exact).norm() / exact.norm()
+    assert 1e-5 < error < 0.03  # 8 bits of mantissa
 
 
 def test_a_lora_beside_the_weights_is_refused(unet):

@@ -97,7 +97,7 @@ class Report:
         lines += [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
         lines += ["", f"{self.hardware}; device {self.device}."]
         lines.append(
-            f"Ceilings of this run: {self.ceilings.flops / 1e12:.2f} TFLOP/s "
+            f"Ceilings of this run: {self.ceilings.flops / 1e12:.3g} TFLOP/s "
             f"({self.ceilings.dtype} product), {self.ceilings.bytes / 1e9:.0f} GB/s (copy)."
         )
         for name, ratio in self.ratios().items():
@@ -160,7 +160,7 @@ def plot(report: Report, file: Path) -> None:
     seconds.set_ylabel("seconds a picture (bars)")
     memory.set_ylabel("peak memory, GB (dots)")
     memory.set_ylim(bottom=0)
-    seconds.legend(loc="upper left")
+    figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(report.hardware, fontsize=8)
     with new_file(file) as part:
         figure.savefig(part, format="png", dpi=120)

@@ -95,15 +95,16 @@ def recorded(predict: Predict, into: list[Sample]) -> Predict:
 
 
 class _FlatUNet(nn.Module):
-    """A U-Net whose inputs are tensors side by side, as a traced graph wants them."""
+    """A U-Net whose inputs are float32 tensors side by side, as a traced graph wants them."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
+        x, text, pooled, ids = (tensor.to(self.unet.dtype) for tensor in (x, text, pooled, ids))
         added = {"text_embeds": pooled, "time_ids": ids}
-        return self.unet(x, t, text, added_cond_kwargs=added, return_dict=False)[0]
+        return self.unet(x, t, text, added_cond_kwargs=added, return_dict=False)[0].float()
 
 
 class _FlatDecoder(nn.Module):
@@ -112,7 +113,7 @@ class _FlatDecoder(nn.Module):
         self.vae = vae
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z, return_dict=False)[0]
+        return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
 
 
 class _Engine:

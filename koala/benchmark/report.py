@@ -155,7 +155,7 @@ def plot(report: Report, file: Path) -> None:
         )
         for row in rows:
             if row.picture is None:
-                seconds.text(names.index(row.name) + shift, 0, "OOM", ha="center", fontsize=8)
+                seconds.text(names.index(row.name) + shift, 0, "OOM", ha="center", va="bottom")
     seconds.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
     seconds.set_ylabel("seconds a picture (bars)")
     memory.set_ylabel("peak memory, GB (dots)")

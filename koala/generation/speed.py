@@ -51,7 +51,7 @@ def fuse_projections(unet: nn.Module) -> None:
 
 def _check_plain(attention: Attention) -> None:
     for name in ("to_q", "to_k", "to_v"):
-        projection = getattr(attention, name, None)
+        projection = getattr(attention, name, nn.Identity())
         if type(projection) is not nn.Linear or projection._forward_hooks:
             raise UserError(
                 "projections cannot be fused twice, quantised, or under a LoRA that lies beside "

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from koala.distillation.noising import generators_at
 from koala.distillation.settings import Training
 from koala.errors import Failure, UserError
 from toy import toy_pipeline
-from toy_training import SETTINGS, Stream, toy_task
+from toy_training import SETTINGS, SignalledStream, Stream, toy_task
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +36,6 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
     train(toy_task(base), Stream(), SETTINGS, run)
     return run
-
-
-class SignalledStream(Stream):
-    """Sends this process a signal while the batch that begins at `at` is made."""
-
-    def __init__(self, at: int, number: int) -> None:
-        super().__init__()
-        self.at, self.number = at, number
-
-    def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> dict:
-        if first == self.at:
-            os.kill(os.getpid(), self.number)
-        return super().batch(first, count, rank, world)
 
 
 class SpoiltStream(Stream):
@@ -197,6 +183,25 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
+def test_checkpoints_at_multiples_stay_for_good(base: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, save_every=10**6, keep=1, keep_every=14)
+    train(toy_task(base), Stream(), settings, tmp_path / "run")
+    # 14, 28 lie within the batches that end at 16, 28.
+    assert checkpoints(tmp_path / "run") == ["000000000016", "000000000028", "000000000040"]
+
+
+def test_every_average_is_kept_by_its_half_life(base: Path, whole: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, ema_others=(1, 512))
+    module = train(toy_task(base), Stream(), settings, tmp_path / "run")
+    averages = {length: checkpoint.average(tmp_path / "run", length) for length in (32, 1, 512)}
+    names = module.state_dict().keys()
+    assert all(average.keys() == names for average in averages.values())
+    alone = checkpoint.average(whole, 32)
+    assert all(torch.equal(averages[32][name], alone[name]) for name in names)
+    assert all(torch.equal(averages[32][name], module.state_dict()[name]) for name in names)
+    assert not torch.equal(averages[1]["conv_in.weight"], averages[32]["conv_in.weight"])
+
+
 # --- failures ------------------------------------------------------------------------------
 
 
@@ -279,45 +284,15 @@ def test_a_run_folder_that_cannot_be_made_is_refused(base: Path, tmp_path: Path)
         ({"seed": -1}, "seed is -1: it must be 0 or more"),
         ({"betas": (0.9, 1.0)}, "betas are"),
         ({"samples": 42}, "42 samples are no multiple of the batch 4: take 44"),
+        ({"keep": 0}, "keep is 0: it must be above 0"),
+        ({"optimizer": "sgd"}, "optimizer 'sgd': choose from adamw, adamw-8bit"),
+        ({"ema_others": (0,)}, r"half-lives are \(32, 0\): each must be above 0"),
+        ({"ema_others": (32,)}, r"half-lives are \(32, 32\): name each once"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         replace(SETTINGS, **change)
-
-
-# --- what one sees -------------------------------------------------------------------------
-
-
-def test_the_log_holds_means_of_every_named_loss(whole: Path) -> None:
-    line = json.loads((whole / "stats.jsonl").read_text().splitlines()[0])
-    assert list(line) == [
-        *("samples", "task", "loss", "grad_norm", "lr"),
-        *("samples_per_second", "memory_gib", "seconds"),
-    ]
-    assert line["task"] == line["loss"]
-    assert line["lr"] == SETTINGS.lr
-    assert line["seconds"] > 0
-
-
-def test_the_bar_shows_rate_time_left_and_loss(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    with pytest.raises(Failure):
-        train(toy_task(base), SignalledStream(28, signal.SIGTERM), SETTINGS, tmp_path / "run")
-    shown = " ".join(capsys.readouterr().err.split())
-    assert re.search(r"run .*32/40 [\d.]+ samples/s \d:\d\d:\d\d loss \d\.\d{4}", shown), shown
-
-
-def test_previews_are_drawn_while_it_trains_and_at_the_end(tmp_path: Path) -> None:
-    class Line(Kink):
-        def losses(self, batch: dict, generators: list[torch.Generator]) -> dict[str, torch.Tensor]:
-            loss = (self.weight - 1).square().sum()
-            return {"line": loss, "loss": loss}
-
-    train(Line(), Stream(), SETTINGS, tmp_path / "run")
-    drawn = sorted(path.name for path in (tmp_path / "run" / "previews").iterdir())
-    assert drawn == ["000000000016.png", "000000000032.png", "000000000040.png"]
 
 
 # --- randomness and rate -------------------------------------------------------------------

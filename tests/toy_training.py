@@ -1,18 +1,25 @@
-"""A complete training at toy size: real task, real loop, 10 steps in a few seconds.
+"""Complete trainings at toy size: real tasks, real loop, 10 steps in a few seconds.
 
 Run as a program (`python toy_training.py BASE RUN`) it trains to the end, so that a test can kill
-it and start it again.
+it and start it again. `processes` starts the same function in several, as torchrun would.
 """
 
+import os
+import socket
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import multiprocessing
 
 from koala.conditioning import TextConditioner
 from koala.distillation.loop import train
-from koala.distillation.settings import Training
-from koala.distillation.tasks import Denoising, NoiseSchedule
+from koala.distillation.noising import NoiseSchedule
+from koala.distillation.parallel import World, lay_out
+from koala.distillation.settings import PLAIN, Hardware, Training
+from koala.distillation.tasks import Denoising, Distillation, DistillationSettings
 from koala.formats import load_scheduler_config
 from toy import toy_unet
 
@@ -20,6 +27,7 @@ CAPTIONS = ("a red fox", "two green apples", "a drum")
 SETTINGS = Training(
     samples=40, batch=4, lr=1e-3, ema_half_life=32, log_every=12, preview_every=16, save_every=0
 )
+STEP = replace(SETTINGS, samples=4)  # a single one: the checkpoint's moments are its gradient
 
 
 class Stream:
@@ -42,6 +50,19 @@ class Stream:
         }
 
 
+class SignalledStream(Stream):
+    """Sends this process a signal while the batch that begins at `at` is made."""
+
+    def __init__(self, at: int, number: int) -> None:
+        super().__init__()
+        self.at, self.number = at, number
+
+    def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> dict:
+        if first == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().batch(first, count, rank, world)
+
+
 def toy_task(base: Path) -> Denoising:
     """A seeded KOALA-shaped U-Net to be trained; `base`: a toy pipeline folder."""
     with torch.random.fork_rng(devices=[]):
@@ -49,6 +70,51 @@ def toy_task(base: Path) -> Denoising:
         unet = toy_unet("koala")
     schedule = NoiseSchedule(load_scheduler_config(base))
     return Denoising(unet, TextConditioner.from_folder(base), schedule, base, caption_dropout=0.5)
+
+
+def toy_distillation(base: Path) -> Distillation:
+    """The same U-Net and a seeded SDXL-shaped teacher, with the paper's taps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        student = toy_unet("koala")
+        teacher = toy_unet("sdxl")
+    schedule = NoiseSchedule(load_scheduler_config(base))
+    settings = DistillationSettings(normalise=True, min_snr=5.0, caption_dropout=0.5)
+    conditioner = TextConditioner.from_folder(base)
+    return Distillation(student, teacher, conditioner, schedule, settings, base)
+
+
+def distil(
+    base: Path,
+    run: Path,
+    hardware: Hardware = PLAIN,
+    *,
+    settings: Training = SETTINGS,
+    world: World | None = None,
+    data: Stream | None = None,
+) -> None:
+    """A whole distillation on such hardware."""
+    task, world = toy_distillation(base), world or World()
+    layout = lay_out(task, hardware, world)
+    train(task, data or Stream(), settings, run, layout=layout)
+
+
+def processes(function: Callable[..., None], *arguments: object, count: int = 2) -> None:
+    """Runs function(rank, *arguments) in `count` processes with torchrun's environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_process, (port, count, function, arguments), nprocs=count)
+
+
+def _process(rank: int, port: int, count: int, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    function(rank, *arguments)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from koala.distillation.ema import EMA
+from koala.distillation.optimizers import make_moments, plain_parts
 from koala.distillation.settings import Training
 from koala.distillation.shards import local, part_of, whole
 from koala.errors import Failure
@@ -42,9 +43,9 @@ class State:
             for name, weight in average.state_dict().items():
                 yield f"ema.{average.half_life}.{name}", weight, parameters[name]
         for name, parameter in parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                like = parameter if value.shape == parameter.shape else value
-                yield f"optimizer.{name}.{key}", value, like
+            for key, moment in self.optimizer.state.get(parameter, {}).items():
+                for part, value in plain_parts(moment).items():
+                    yield f"optimizer.{name}.{key}{part}", value, value
 
 
 def newest(run: Path) -> Path | None:
@@ -116,7 +117,10 @@ def load(checkpoint: Path, state: State) -> tuple[int, dict[str, Any]]:
     """
     try:
         with safe_open(checkpoint / "state.safetensors", "pt") as file:
-            _make_moments(state, set(file.keys()))
+            saved = set(file.keys())
+            named = state.module.named_parameters()  # what is at rest has no moments
+            moving = [value for name, value in named if f"optimizer.{name}.step" in saved]
+            make_moments(state.optimizer, moving)
             for name, tensor, like in state.tensors():
                 local(tensor).copy_(part_of(file.get_tensor(name), like))
         about = json.loads((checkpoint / "state.json").read_text())
@@ -126,21 +130,6 @@ def load(checkpoint: Path, state: State) -> tuple[int, dict[str, Any]]:
             "to go on from the one before"
         ) from error
     return about["samples"], about["log"]
-
-
-def _make_moments(state: State, saved: set[str]) -> None:
-    """Lets the optimiser lay out its state as it likes it: a step at rate 0 along no gradient."""
-    for name, parameter in state.module.named_parameters():
-        if f"optimizer.{name}.step" in saved:  # a part that is at rest has none
-            parameter.grad = torch.zeros_like(parameter)
-    groups = state.optimizer.param_groups
-    rates = [group["lr"] for group in groups]
-    for group in groups:
-        group["lr"] = 0.0
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def average(run: Path, half_life: int) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from koala.distillation import checkpoint
 from koala.distillation.ema import EMA
 from koala.distillation.noising import generators_at
+from koala.distillation.optimizers import new_optimizer, set_rate
 from koala.distillation.parallel import Layout
 from koala.distillation.records import Log, Record, claim
 from koala.distillation.settings import Training
@@ -86,12 +87,12 @@ def train(
     layout = layout or Layout()
     world, parts = layout.world, layout.hardware.accumulate
     micro = layout.hardware.micro_batch(settings.batch, world.size)
-    _check_held_out(settings, held_out)
+    _check(settings, layout, held_out)
     with world.together():
         if world.first:
             claim(run, {**asdict(settings), **(note or {})})
     averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
-    state = checkpoint.State(module, averages, _optimizer(settings, module))
+    state = checkpoint.State(module, averages, new_optimizer(settings, module))
     last = checkpoint.newest(run)
     seen, open_sums = checkpoint.load(last, state) if last else (0, None)
     log, meter = Log(open_sums), Meter(world, seen, flops)
@@ -122,8 +123,7 @@ def train(
             values, (stop, save) = _agree(layout, {**sums, "grad_norm": norm}, wishes)
             _check_finite(layout, values, seen, run)
             log.add(values)
-            for group in state.optimizer.param_groups:
-                group["lr"] = settings.lr_at(seen)
+            set_rate(state.optimizer, settings.lr_at(seen))
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             seen += settings.batch
@@ -157,24 +157,12 @@ def train(
     return module.eval()
 
 
-def _optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW at the settings' rate; UserError where its library is not installed."""
-    common: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": settings.betas,
-        "weight_decay": settings.weight_decay,
-    }
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(module.parameters(), **common, fused=True)
-    assert settings.optimizer == "adamw-8bit"
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise UserError(f"optimizer {settings.optimizer} needs `pip install torchao`") from error
-    return AdamW8bit(module.parameters(), **common)
-
-
-def _check_held_out(settings: Training, held_out: dict[str, Any] | None) -> None:
+def _check(settings: Training, layout: Layout, held_out: dict[str, Any] | None) -> None:
+    if settings.optimizer == "adamw-8bit" and layout.hardware.sharding == "fsdp":
+        raise UserError(
+            "optimizer adamw-8bit does not go with sharding=fsdp: its codes are of whole tensors; "
+            "take adamw, whose moments are sharded too"
+        )
     if bool(settings.validate_every) != (held_out is not None):
         raise UserError(
             f"validate_every is {settings.validate_every} and there are "

@@ -145,10 +145,7 @@ def lay_out(task: Laid, hardware: Hardware, world: World) -> Layout:
     if hardware.compile:
         _compile([region for network in networks for region in regions(network)], hardware.compile)
     if hardware.checkpointing:
-        for region in regions(student):
-            region.compute = partial(
-                checkpoint, region.compute, use_reentrant=False, preserve_rng_state=False
-            )
+        _checkpoint(regions(student))
     if teacher is not None and hardware.teacher == "offloaded":
         for region in regions(teacher):
             _offload(region.block, world.device)
@@ -205,6 +202,14 @@ def _compile(found: list[Region], backend: str) -> None:
     torch._dynamo.config.optimize_ddp = False  # regions are smaller than DDP's buckets
     for region in found:
         region.compute = torch.compile(region.compute, backend=backend)
+
+
+def _checkpoint(found: list[Region]) -> None:
+    """Keeps no activations inside the regions: the backward pass computes them again."""
+    for region in found:
+        region.compute = partial(
+            checkpoint, region.compute, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def _shard(unet: nn.Module, world: World) -> None:

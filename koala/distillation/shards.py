@@ -16,11 +16,9 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor, like: Tensor) -> Tensor:
     """The whole of what is sharded as `like` is: fp32 on the CPU, contiguous, its own memory.
 
-    tensor: the local part, or a DTensor; 8-bit optimiser states too. Every process must call this.
+    tensor: the local part, or a DTensor. Every process must call this.
     """
     part = local(tensor).detach()
-    if type(part) is not Tensor:  # in 8 bits, of a kind of its own
-        part = part.dequantize()
     if isinstance(like, DTensor):
         part = DTensor.from_local(
             part.to(like.device), like.device_mesh, like.placements,

@@ -156,12 +156,13 @@ class Region:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self._forward = type(block).forward
         self.inside: tuple[str, ...] = ()  # tapped children
         self.listeners: dict[str, list[Callable[[Tensor], None]]] = {}
         self.compute: Callable[..., tuple[Tensor, list[Tensor]]] = compute
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        output, features = self.compute(self.block, self.inside, *args, **kwargs)
+        output, features = self.compute(self._forward, self.block, self.inside, *args, **kwargs)
         for name, feature in zip(self.inside, features, strict=True):
             for listener in self.listeners[name]:
                 listener(feature)
@@ -180,15 +181,19 @@ def _keep(module: nn.Module, args: tuple, output: Tensor) -> None:
 
 
 def compute(
-    block: nn.Module, inside: tuple[str, ...], *args: Any, **kwargs: Any
+    forward: Callable[..., Tensor],
+    block: nn.Module,
+    inside: tuple[str, ...],
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The block's own forward and the features of its children named by `inside`.
+    """What the block's own `forward` returns, and the features of its children `inside`.
 
     One function for all blocks, so that those of one shape share what torch.compile makes of it.
     """
     children = [getattr(block, name) for name in inside]
     try:
-        output = type(block).forward(block, *args, **kwargs)
+        output = forward(block, *args, **kwargs)
         return output, [child.tapped for child in children]
     finally:  # also when a checkpoint has seen enough and stops half-way
         for child in children:

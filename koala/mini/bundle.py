@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from koala.errors import UserError
 from koala.formats import CONFIGS, WEIGHTS, resolve_model, weights_files
+from koala.generation.decode import TINY, TINY_FILE
 
 TEXTS = ("NOTICE.txt", "model_index.json")
 
@@ -39,6 +40,10 @@ def bundle(model: str | Path, out: Path) -> int:
         if component in WEIGHTS:
             for file in weights_files(source, component):
                 size += _write_half(file, part / component / file.name)
+    if (source / TINY).is_dir():
+        (part / TINY).mkdir()
+        _write_config(source / TINY / "config.json", part / TINY / "config.json")
+        size += _write_half(source / TINY / TINY_FILE, part / TINY / TINY_FILE)
     for name in TEXTS:
         shutil.copy(source / name, part)
     part.rename(out)

@@ -6,6 +6,7 @@
     koala-mini           the student, by self-attention distillation  sdxl-mini, latents
     koala-mini-task      the same student, L_task alone               (a control)
     koala-mini-task-out  the same student, L_task + L_outKD           (a control)
+    tiny-mini            a tiny autoencoder beside the VAE            any of them, latents
 
 and the paper's runs at full size, which `koala.recipes.paper` lists, a row each.
 
@@ -27,6 +28,7 @@ MINI = (
     "koala-mini",
     "koala-mini-task",
     "koala-mini-task-out",
+    "tiny-mini",
 )
 NAMES = (*MINI, *paper.PRESETS)
 

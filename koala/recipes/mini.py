@@ -5,7 +5,7 @@ Pictures are 64 x 64 pixels, so latents are 8 x 8; the set is `illustrations-sma
 
 from koala.distillation.settings import Training
 from koala.distillation.tasks import DistillationSettings
-from koala.recipes.run import Base, Mixture, Student, Teacher
+from koala.recipes.run import Base, Mixture, Student, Teacher, Tiny
 
 # An epoch shows each emoji twelve times and each icon and scene once: of the samples 71 % are
 # emoji, 10 % icons, 20 % scenes. A bare subject and a long caption now and then keep the model
@@ -67,6 +67,17 @@ def koala_mini_task() -> Student:
 def koala_mini_task_out() -> Student:
     """Control: the same student and samples, L_task + L_outKD."""
     return _student(DistillationSettings(feature_weight=0.0, taps=()))
+
+
+def tiny_mini() -> Tiny:
+    """The tiny autoencoder, from the VAE of any model of the family."""
+    return Tiny(
+        kinds=MIXTURE.kinds,
+        training=Training(
+            samples=128_000, batch=32, lr=2e-3, warmup=3_200, decay=True, weight_decay=0.0,
+            ema_half_life=4_000, log_every=3_200, preview_every=32_000,
+        ),
+    )  # fmt: skip
 
 
 def _student(settings: DistillationSettings) -> Student:

@@ -30,9 +30,11 @@ from koala.errors import UserError
 from koala.formats import (
     load_scheduler_config,
     load_unet,
+    load_vae,
     resolve_model,
     unet_architecture,
 )
+from koala.generation.decode import TINY
 from koala.mini.text import (
     TextData,
     TextDistillation,
@@ -41,6 +43,7 @@ from koala.mini.text import (
     start_from_words,
     vocabulary_words,
 )
+from koala.mini.tiny import TinyDistillation, new_tiny
 from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae
 from koala.recipes.overrides import overridden
 from koala.recipes.previews import MINI_PROMPTS, drawing
@@ -99,8 +102,16 @@ class Student:
     prompts: tuple[str, ...] = MINI_PROMPTS  # of previews
 
 
-Recipe = Base | Teacher | Student
-ALONE = (Base,)  # train in one process, without settings of hardware
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny autoencoder that learns from a model's VAE; the model gets it as `vae_tiny`."""
+
+    kinds: dict[str, int]  # copies of each kind of picture in an epoch
+    training: Training
+
+
+Recipe = Base | Teacher | Student | Tiny
+ALONE = (Base, Tiny)  # train in one process, without settings of hardware
 UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run goes on
 
 
@@ -131,6 +142,9 @@ def distill(
             teacher = _teacher_of(recipe, teacher, world)
         if isinstance(recipe, Base):
             models = [_run_base(recipe, data, out, str(world.device), boards)]
+        elif isinstance(recipe, Tiny):
+            assert teacher is not None
+            return _run_tiny(recipe, data, out, teacher, str(world.device), boards)
         else:
             assert teacher is not None
             models = _run(recipe, data, out, teacher, world, boards)
@@ -319,6 +333,30 @@ def _run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence
     texts = TextData(captions, vocabulary_words(tokenizer), recipe.text.seed)
     train(telling, texts, recipe.text, out / "text", note, boards=boards)
     return assemble(out / "model", coding, telling, data)
+
+
+def _run_tiny(
+    recipe: Tiny, data: Path, out: Path, teacher: str, device: str, boards: Sequence[str]
+) -> Path:
+    """The tiny autoencoder, then the teacher's folder with it; its card stays the teacher's."""
+    source, seed = resolve_model(teacher), recipe.training.seed
+    latents = LatentSet(data, source, recipe.kinds, {"short": 1.0}, seed)
+    torch.manual_seed(seed)
+    task = TinyDistillation(
+        new_tiny().to(device),
+        load_vae(source).to(device),
+        shown=latents.batch(0, 16)["latents"],
+    )
+    note = {"recipe": asdict(recipe)}
+    trained = train(task, latents, recipe.training, out, note, boards=boards)
+    model = out / "model"
+    part = model.with_name(f".{model.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part, ignore=shutil.ignore_patterns(TINY))
+    task.export(trained, part / TINY)
+    shutil.rmtree(model, ignore_errors=True)
+    part.rename(model)
+    return model
 
 
 def assemble(model: Path, coding: Autoencoding, telling: TextDistillation, data: Path) -> Path:

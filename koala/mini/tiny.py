@@ -1,0 +1,85 @@
+"""A tiny autoencoder for the mini family: a decoder of little work, and its inverse.
+
+diffusers' `AutoencoderTiny`, the class of TAESD, at a third of its width. It takes latents as the
+U-Net sees them and learns from the VAE alone: from latents what the VAE draws of them, and from
+that picture the latents again. So it needs no pictures, only what `koala prepare --model` made.
+
+Shapes: n samples, latents [n, 4, h, w], pictures [n, 3, 8h, 8w].
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from koala.data.encoding import normalisation
+from koala.mini.perceptual import MobileNetV2
+from koala.mini.vae import opponent, to_images
+from koala.sheet import contact_sheet
+
+
+def new_tiny() -> AutoencoderTiny:
+    """The untrained autoencoder, fp32: some 160,000 parameters, most of them the decoder's."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(16,) * 4,
+        decoder_block_out_channels=(24,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(2, 2, 2, 1),
+    )
+
+
+class TinyDistillation(nn.Module):
+    """What the VAE draws, drawn again: L1 + L2 + perceptual error; and the way back: L2.
+
+    tiny: what is trained. vae: the frozen teacher. shown: latents [n, 4, h, w] of the preview.
+    """
+
+    def __init__(
+        self, tiny: AutoencoderTiny, vae: AutoencoderKL, shown: Tensor, perceptual: float = 0.25
+    ) -> None:
+        super().__init__()
+        self.trainable = tiny
+        self.perceptual = perceptual
+        self.shown = shown
+        # Outside the module's own, so that they are neither trained nor saved.
+        self._frozen = {"vae": vae.requires_grad_(False).eval(), "net": MobileNetV2.pretrained()}
+
+    def losses(
+        self, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
+        """Named scalars for {"latents": [n, 4, h, w]}; nothing is left to chance."""
+        z = batch["latents"].to(next(self.trainable.parameters()).device)
+        target = self.drawn(z)
+        y = self.trainable.decode(z).sample
+        error = opponent(y - target)
+        pixel = error.abs().mean() + error.square().mean()
+        seen = self._frozen["net"].to(z.device).distance(y, target)
+        latent = F.mse_loss(self.trainable.encode(target).latents, z)
+        loss = pixel + self.perceptual * seen + latent
+        return {"pixel": pixel, "perceptual": seen, "latent": latent, "loss": loss}
+
+    @torch.no_grad()
+    def drawn(self, z: Tensor) -> Tensor:
+        """The VAE's pictures of latents as the U-Net sees them, in [-1, 1]."""
+        vae = self._frozen["vae"]
+        shift, scale = (each.to(z.device) for each in normalisation(vae.config))
+        return vae.decode(z / scale + shift).sample.clamp(-1, 1)
+
+    @torch.no_grad()
+    def preview(self, trainable: nn.Module) -> Image.Image:
+        """The VAE's pictures above the tiny one's."""
+        assert isinstance(trainable, AutoencoderTiny)
+        z = self.shown.to(next(trainable.parameters()).device)
+        images = to_images(torch.cat([self.drawn(z), trainable.decode(z).sample]))
+        names = ["VAE"] * len(z) + ["tiny"] * len(z)
+        return contact_sheet(images, names, max(1, len(z) // 2), 2)
+
+    def export(self, trainable: nn.Module, folder: Path) -> None:
+        """Writes the folder of the autoencoder in fp32."""
+        assert isinstance(trainable, AutoencoderTiny)
+        trainable.save_pretrained(folder)

@@ -7,7 +7,6 @@ together. The first row is those real pictures themselves; what it reaches is wh
 
 import json
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import diffusers
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -29,6 +27,7 @@ from koala.evaluation.judge import Judge
 from koala.evaluation.table import Report, Row
 from koala.formats import resolve_model
 from koala.generation import Pipeline, load
+from koala.processor import hardware
 from koala.progress import progress
 from koala.sentence import SentenceEncoder
 
@@ -123,7 +122,7 @@ def evaluate(
     out = _writable(Path(out))
     trained = _loaded(Path(judge), size) if judge else None
     extractor = extractor or EffLite0().to("cuda" if torch.cuda.is_available() else "cpu")
-    yardstick = _yardstick(
+    yardstick = yardstick_of(
         real, chosen, reference, train, size, extractor, sentences or SentenceEncoder(), trained
     )
     rows = [Row.of(REAL, notes.get(REAL, ""), [yardstick.real()])]
@@ -182,19 +181,6 @@ def choose(real: PictureSet, prompts: int) -> tuple[list[int], list[int], list[i
             "more pictures"
         )
     return chosen, reference, train
-
-
-def hardware() -> str:
-    """Processor, cores, accelerator and versions, in one line."""
-    model = platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return (
-        f"{model}, {os.cpu_count()} cores{device}; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    )
 
 
 def _check(
@@ -293,7 +279,7 @@ def _loaded(path: Path, size: tuple[int, int]) -> Judge:
     return judge
 
 
-def _yardstick(
+def yardstick_of(
     real: PictureSet,
     chosen: list[int],
     reference: list[int],

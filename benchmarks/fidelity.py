@@ -1,0 +1,211 @@
+"""What every fast or small way of drawing costs: one model, the same noise, against its own fp32.
+
+`python -m benchmarks.fidelity --pictures data [--model koala-mini] [--out benchmarks/fidelity]`
+
+PSNR of the latents (peak: the range of the fp32 ones) and of the pictures, over all of them;
+FD-EffLite0 and retrieval against held-out real pictures, as `koala evaluate` measures them. A way
+that loses more than 2 % of retrieval (R@5) is marked, and must not be a default.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from koala.data.pictures import PictureSet
+from koala.errors import UserError
+from koala.evaluation.features import EffLite0, extract
+from koala.evaluation.judge import Judge
+from koala.evaluation.report import Yardstick, choose, hardware, yardstick_of
+from koala.formats import resolve_model
+from koala.generation import openvino
+from koala.generation.arrangement import load_within
+from koala.generation.decode import TINY
+from koala.generation.pipeline import Pipeline, load
+from koala.output import new_folder
+from koala.progress import progress
+from koala.sentence import SentenceEncoder
+
+EXACT = "fp32"
+MOST_LOST = 0.02  # of R@5
+CHUNK = 32  # prompts at a time
+CALIBRATION = "a fox, noto style", "two green apples on a light blue background"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _planned(**asked: Any) -> Callable[[str, str], Pipeline]:
+    return lambda model, device: load_within(model, device, say=_say, **asked)[0]
+
+
+def _openvino(precision: str) -> Callable[[str, str], Pipeline]:
+    def made(model: str, device: str) -> Pipeline:
+        pipeline = load(model, device)
+        samples: list[openvino.Sample] = []
+        if precision == "int8":
+            plain = pipeline.predict
+            pipeline.predict = openvino.recorded(plain, samples)
+            pipeline(list(CALIBRATION), seed=0)
+        pipeline.predict = openvino.predictor(pipeline.unet, precision, samples)
+        return pipeline
+
+    return made
+
+
+Way = tuple[Callable[[str, str], Pipeline], dict[str, Any]]  # loader, what is asked besides
+WAYS: dict[str, Way] = {
+    EXACT: (_planned(weights="fp32", decode="full"), {}),
+    "decode in strips": (_planned(weights="fp32", decode="tiled"), {}),
+    "decode tiny": (_planned(weights="fp32", decode="tiny"), {}),
+    "weights int8": (_planned(weights="int8", decode="full"), {}),
+    "weights fp8": (_planned(weights="fp8", decode="full"), {}),
+    "weights int8, decode tiny": (_planned(weights="int8", decode="tiny"), {}),
+    "bf16": (_planned(weights="bf16", decode="full"), {}),
+    "guidance until 0.75": (_planned(weights="fp32", decode="full"), {"guidance_until": 0.75}),
+    "guidance until 0.5": (_planned(weights="fp32", decode="full"), {"guidance_until": 0.5}),
+    "OpenVINO fp32": (_openvino("fp32"), {}),
+    "OpenVINO bf16": (_openvino("bf16"), {}),
+    "OpenVINO int8 (NNCF)": (_openvino("int8"), {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=Path, required=True, help="folder of `koala prepare`")
+    parser.add_argument("--model", default="koala-mini")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/fidelity"), help="new folder")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--judge", type=Path, help="judge.safetensors of a report on the model")
+    o = parser.parse_args()
+    with new_folder(o.out) as folder:
+        rows = measured(o)
+        report = {
+            "command": shlex.join(["python", "-m", "benchmarks.fidelity", *sys.argv[1:]]),
+            "hardware": hardware(),
+            "prompts": o.prompts,
+            "seeds": o.seeds,
+            "rows": rows,
+        }
+        (folder / "fidelity.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / "fidelity.md").write_text(table(rows) + "\n")
+    print(table(rows))
+
+
+def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row of figures for each way that this machine and model have; the others say why not."""
+    real = PictureSet(o.pictures)
+    chosen, reference, train = choose(real, o.prompts)
+    side = load(o.model, "cpu").requests("x")[0].settings.width
+    extractor = EffLite0().to(o.device)
+    judge = Judge.load(o.judge) if o.judge else None
+    yardstick = yardstick_of(
+        real, chosen, reference, train, (side, side), extractor, SentenceEncoder(), judge
+    )
+    texts = [real.rows[i]["short"] for i in chosen]
+    folder = resolve_model(o.model)
+    exact: tuple[Tensor, list[Image.Image]] | None = None
+    rows = []
+    for name in dict.fromkeys([EXACT, *o.ways]):
+        if "tiny" in name and not (folder / TINY).is_dir():
+            rows.append({"way": name, "left out": f"the model has no {TINY}"})
+            continue
+        loader, asked = WAYS[name]
+        try:
+            pipeline = loader(o.model, o.device)
+        except UserError as error:
+            rows.append({"way": name, "left out": str(error)})
+            continue
+        latents, images = drawn(name, pipeline, texts, o.seeds, asked)
+        exact = exact or (latents, images)
+        rows.append(
+            {
+                "way": name,
+                "PSNR latents": psnr(latents, exact[0], float(exact[0].max() - exact[0].min())),
+                "PSNR pictures": psnr(as_numbers(images), as_numbers(exact[1]), 255.0),
+                **means(images, len(o.seeds), yardstick, extractor),
+            }
+        )
+    return rows
+
+
+def drawn(
+    name: str, pipeline: Pipeline, texts: Sequence[str], seeds: Sequence[int], asked: dict[str, Any]
+) -> tuple[Tensor, list[Image.Image]]:
+    """Final latents [n, 4, h, w] and pictures: each text once for each seed, seed by seed."""
+    latents: list[Tensor] = []
+    decode = pipeline.decode
+
+    def recorded(x: Tensor) -> Tensor:
+        latents.append(x.float().cpu())
+        return decode(x)
+
+    pipeline.decode = recorded
+    images: list[Image.Image] = []
+    with progress(name, len(texts) * len(seeds), "pictures") as advance:
+        for seed in seeds:
+            for start in range(0, len(texts), CHUNK):
+                first = seed * len(texts) + start
+                made = pipeline(list(texts[start : start + CHUNK]), seed=first, **asked).images
+                images += made
+                advance(len(made))
+    return torch.cat(latents), images
+
+
+def as_numbers(images: Sequence[Image.Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).double()
+
+
+def psnr(one: Tensor, other: Tensor, peak: float) -> float | None:
+    """Decibels over all values; None where nothing differs."""
+    error = (one.double() - other.double()).square().mean().item()
+    return None if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def means(
+    images: Sequence[Image.Image], seeds: int, yardstick: Yardstick, extractor: nn.Module
+) -> dict[str, float]:
+    """The yardstick's measures, their mean over the seeds."""
+    features = extract(extractor, images).chunk(seeds)
+    every = [yardstick.measure(of_seed) for of_seed in features]
+    return {name: sum(each[name] for each in every) / seeds for name in every[0]}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| | PSNR latents, dB | PSNR pictures, dB | FD-EffLite0 | R@1 | R@5 | R@5 against fp32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    exact = rows[0]["R@5"]
+    for row in rows:
+        if "left out" in row:
+            lines.append(f"| {row['way']} | left out: {row['left out']} | | | | | |")
+            continue
+        decibels = [
+            "equal" if row[f"PSNR {of}"] is None else f"{row[f'PSNR {of}']:.1f}"
+            for of in ("latents", "pictures")
+        ]
+        change = row["R@5"] / exact - 1 if exact else math.nan
+        mark = " **off by default**" if change < -MOST_LOST else ""
+        figures = (f"{row['FD-EffLite0']:.2f}", f"{row['R@1']:.3f}", f"{row['R@5']:.3f}")
+        cells = (row["way"], *decibels, *figures, f"{100 * change:+.1f} %{mark}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -203,7 +203,7 @@ def test_a_draw_takes_half_the_bytes_and_embeddings_are_of_what_is_told(
 
 
 def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
-    settings = {"size": 32, "unit": 4, "held_out": 0.1}
+    settings = {"size": 32, "unit": 2, "held_out": 0.1}  # many: 20 kills must come in between
     preparation = Preparation(**settings)
     there = write_tars(tmp_path / "there", pictures(240, [(40, 40)]), each=30)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -231,7 +231,7 @@ def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
             while len(list(broken.glob("units/*"))) < before + more:
                 assert time.monotonic() < deadline, (kills, before, more)
                 time.sleep(0.001)
-            time.sleep(rng.random() * 0.03)
+            time.sleep(rng.random() * 0.005)
             os.killpg(pid, signal.SIGKILL)
             assert os.WTERMSIG(int(job.stdout.readline())) == signal.SIGKILL
             kills += 1

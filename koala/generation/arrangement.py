@@ -27,7 +27,8 @@ from koala.generation.pipeline import Pipeline, load
 from koala.generation.quantise import quantise
 from koala.generation.streaming import Streaming, Turns, Visiting
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Arrangement:
@@ -75,6 +76,7 @@ class Arrangement:
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         how = self.plan.mode.decode
         if how not in self._decoders:
+            assert self.planner.tiny is not None, "no row of the ladder is tiny without one"
             model = load_tiny(self.planner.tiny, DTYPES[self.plan.mode.dtype])
             self._decoders[how] = tiny(model.to(self.plan.device))
         return self._decoders[how](latents)

@@ -172,6 +172,7 @@ class Streaming(Visitor):
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._next: dict[Unit, Unit] = {}
         self._handles: list[RemovableHandle] = []
+        self._slots: list[Tensor] = []
         for unit in self.units:
             self._handles += [
                 unit.module.register_forward_pre_hook(partial(self._arrive, unit)),
@@ -191,7 +192,7 @@ class Streaming(Visitor):
         """Gives the room back."""
         if self._side is not None:  # which may still be copying into it
             torch.cuda.current_stream(self.device).wait_stream(self._side)
-        self._slots: list[Tensor] = []
+        self._slots = []
         self._at = 0  # the slot of the unit that came last
         self._last: Unit | None = None
         self._coming: Unit | None = None  # lies in the other slot, or is being copied there

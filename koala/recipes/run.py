@@ -106,7 +106,7 @@ class Student:
 class Tiny:
     """A tiny autoencoder that learns from a model's VAE; the model gets it as `vae_tiny`."""
 
-    kinds: dict[str, int]  # copies of each kind of picture in an epoch
+    kinds: dict[str, int] | None  # copies of each kind of picture in an epoch; None: all once
     training: Training
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,7 +96,10 @@ def open_boards(names: Sequence[str], run: Path, seen: int) -> list[Board]:
 
     seen: samples that the run has seen; what a board shows beyond them is shown again.
     """
-    kinds = {"tensorboard": TensorBoard, "wandb": Wandb}
+    kinds: dict[str, Callable[[Path, int], Board]] = {
+        "tensorboard": TensorBoard,
+        "wandb": Wandb,
+    }
     for name in names:
         if name not in kinds:
             raise UserError(f"--log {name}: there are {', '.join(BOARDS)}")

@@ -90,7 +90,8 @@ def _time_steps(plan: Plan, device: torch.device) -> tuple[float, int]:
     place = "whole" if device.type != "cuda" else plan.hardware.teacher.replace("sharded", "whole")
     alone = replace(plan.hardware, compile="", sharding="ddp", teacher=place)
     lay_out(task, alone, World(device=device))
-    batch, times = batch_of(plan, device), []
+    batch = batch_of(plan, device)
+    times: list[float] = []
     begun = time.perf_counter()
     while len(times) <= STEPS and (len(times) < 2 or time.perf_counter() - begun < PATIENCE / 2):
         start = time.perf_counter()

@@ -1,5 +1,7 @@
 """What makes the U-Net faster leaves its numbers: fused, compiled and 8-bit against plain."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -45,22 +47,19 @@ def test_fusing_refuses_what_it_would_drop(unet):
 
 
 def test_compiled_blocks_give_the_same_noise(unet, monkeypatch, tmp_path):
-    # The tracing and the whole graphs are what is ours; inductor's own code takes minutes here.
+    # That every block is one whole graph is what can fail here; inductor would take minutes.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    before = answer(unet), answer(unet, rows=1)
+    before = answer(unet)
     fuse_projections(unet)
-    blocks = compile_blocks(unet, backend="aot_eager")
+    blocks = compile_blocks(unet, backend="eager")
     assert blocks == 6 + 9  # transformer blocks and resnets
-    torch.testing.assert_close(answer(unet), before[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(answer(unet, rows=1), before[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(answer(unet), before, atol=1e-5, rtol=0)
 
 
 def test_the_compiler_keeps_its_work_in_the_cache_folder(unet, monkeypatch, tmp_path):
     monkeypatch.setenv("KOALA_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     compile_blocks(unet)
-    import os
-
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
 
 

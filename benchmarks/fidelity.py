@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from koala.data.pictures import PictureSet
-from koala.errors import UserError
+from koala.errors import Failure, UserError
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.judge import Judge
 from koala.evaluation.report import Yardstick, choose, hardware, yardstick_of
@@ -125,11 +125,10 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         loader, asked = WAYS[name]
         try:
-            pipeline = loader(o.model, o.device)
-        except UserError as error:
+            latents, images = drawn(name, loader(o.model, o.device), texts, o.seeds, asked)
+        except (UserError, Failure) as error:
             rows.append({"way": name, "left out": str(error)})
             continue
-        latents, images = drawn(name, pipeline, texts, o.seeds, asked)
         exact = exact or (latents, images)
         rows.append(
             {

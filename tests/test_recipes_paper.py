@@ -101,16 +101,16 @@ def test_the_final_runs_are_the_papers():
     ],
 )
 def test_flop_of_a_sample(name, tflop):
-    again, flops = _flops(_plan(recipes.get(name), None, 1, on_gpu=True))
+    again, flops = _flops(_plan(recipes.get(name), None, 1, True, None))
     assert again == 0
     assert round(flops / 1e12, 1) == tflop
 
 
 def test_one_small_card_computes_activations_again_and_the_control_asks_no_teacher():
-    again, flops = _flops(_plan(recipes.get("koala-lightning-700m-24gb"), None, 1, on_gpu=True))
+    again, flops = _flops(_plan(recipes.get("koala-lightning-700m-24gb"), None, 1, True, None))
     forward = architectures.flops(architectures.get("koala-700m"), 1024, 1024, 77)
     assert again == forward
-    _, alone = _flops(_plan(recipes.get("ablation-task"), None, 1, on_gpu=True))
+    _, alone = _flops(_plan(recipes.get("ablation-task"), None, 1, True, None))
     assert alone == 3 * architectures.flops(architectures.get("koala-1b"), 1024, 1024, 77)
     assert flops > 3 * forward
 

@@ -28,7 +28,7 @@ from koala.formats import (
     unet_architecture,
 )
 from koala.recipes.memory import Plan, blank_unet, device_memory, main_memory
-from koala.recipes.run import MEMO_ON_GPU, Recipe, Student, Teacher
+from koala.recipes.run import MEMO, MEMO_ON_GPU, Recipe, Student, Teacher
 from koala.recipes.trial import assumed, measured
 
 MINI = architectures.get("sdxl-mini")
@@ -74,14 +74,14 @@ class Estimate:
     def text(self) -> str:
         """For the terminal."""
         taps = " + ".join(f"{n} {location}" for location, n in self.taps.items()) or "none"
-        again = f" + {self.tflop_again:.2f} again" if self.tflop_again else ""
+        again = f" + {self.tflop_again:.4g} computed again" if self.tflop_again else ""
         lines = [
             f"student       {self.student}, {self.trained:,} parameters trained",
             f"teacher       {self.teacher or 'none'}; {self.frozen:,} parameters frozen",
             f"taps          {taps}",
             f"samples       {self.samples:,} of {self.pixels} px, {self.batch} a step: "
             f"{self.processes} x {self.micro_batch} at once",
-            f"a sample      {self.tflop_a_sample:.2f} TFLOP{again}",
+            f"a sample      {self.tflop_a_sample:.4g} TFLOP{again}",
             f"memory        {self.total:.2f} of {self.room:.1f} GiB of each {self.device}, namely",
             *(f"{size:14.2f} {part}" for part, size in self.memory.items()),
             *(f"{size:14.2f} in main memory: {n}" for n, size in self.main_memory.items()),
@@ -104,20 +104,23 @@ def estimate(
     """What the recipe's run takes on `processes` devices.
 
     teacher: where it is a folder or a file here, it is looked at; else the recipe says what it is.
-    data: a prepared folder, which says whether the text side runs; None: it does.
+    data: a prepared folder, which says how large the pictures are where the recipe does not, and
+    whether the text side runs; without it, it does.
     card: a name of `koala.recipes.cards`; None measures `device` for half a minute at most.
     UserError for a recipe without a U-Net, an unknown card, or a batch that does not divide.
     """
     if not isinstance(recipe, Student | Teacher):
         raise UserError("a dry run reckons U-Nets alone; this recipe makes a VAE and a text side")
-    if processes < 1:
-        raise UserError(f"--gpus {processes}: it must be 1 or more")
-    here = None if card else pick_device(device)
-    plan = _plan(recipe, teacher, processes, on_gpu=here is None or here.type == "cuda")
-    frozen = _frozen(teacher, plan)
-    memory = {**device_memory(plan), **_beside(frozen, data)}
-    speed = assumed(card) if card else measured(plan, here, sum(memory.values()), sum(_flops(plan)))
+    _check(recipe, processes)
+    made_with = Index(data).made_with if data is not None else {}
+    known = assumed(card) if card is not None else None
+    here = pick_device(device)
+    on_gpu = known is not None or here.type == "cuda"
+    plan = _plan(recipe, teacher, processes, on_gpu, made_with.get("size"))
     again, flops = _flops(plan)
+    frozen = _frozen(teacher, plan)
+    memory = device_memory(plan) | _beside(frozen, on_gpu, made_with.get("text", False))
+    speed = known or measured(plan, here, sum(memory.values()), again + flops)
     rate = processes * speed.flops / (again + flops)
     seconds = recipe.training.samples / rate
     return Estimate(
@@ -145,8 +148,22 @@ def estimate(
     )
 
 
-def _plan(recipe: Student | Teacher, teacher: str | None, processes: int, on_gpu: bool) -> Plan:
-    """The recipe with its sizes: the teacher's own where it lies here, else the recipe's."""
+def _check(recipe: Student | Teacher, processes: int) -> None:
+    """Raises UserError for what a run of so many processes would refuse, too."""
+    if processes < 1:
+        raise UserError(f"--gpus {processes}: it must be 1 or more")
+    sharded = recipe.hardware.sharding == "fsdp" or recipe.hardware.teacher == "sharded"
+    if processes == 1 and sharded:
+        raise UserError("sharding=fsdp and teacher=sharded need several GPUs: give --gpus N")
+
+
+def _plan(
+    recipe: Student | Teacher, teacher: str | None, processes: int, on_gpu: bool, size: int | None
+) -> Plan:
+    """The recipe with its sizes: the teacher's own where it lies here, else the recipe's.
+
+    size: pixels of the data's square bucket, where the recipe does not say; None: the native ones.
+    """
     common: dict[str, Any] = {
         "training": recipe.training,
         "hardware": recipe.hardware,
@@ -155,11 +172,11 @@ def _plan(recipe: Student | Teacher, teacher: str | None, processes: int, on_gpu
     }
     if isinstance(recipe, Teacher):
         arch = architectures.get(recipe.architecture)
-        return Plan(arch, None, None, pixels=arch.sample * FACTOR, **common)
+        return Plan(arch, None, None, pixels=size or arch.sample * FACTOR, **common)
     folder = _folder(teacher)
     master = unet_architecture(folder) if folder else architectures.get(recipe.of)
     student = student_of(master, recipe.cut)
-    pixels = recipe.pixels or master.sample * FACTOR
+    pixels = recipe.pixels or size or master.sample * FACTOR
     return Plan(student, master, recipe.settings, pixels=pixels, **common)
 
 
@@ -189,11 +206,13 @@ def _frozen(teacher: str | None, plan: Plan) -> dict[str, int]:
     return parts
 
 
-def _beside(frozen: dict[str, int], data: str | Path | None) -> dict[str, int]:
+def _beside(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> dict[str, int]:
     """Bytes on the device of what a run keeps there besides the U-Nets, in fp32."""
-    text_stored = data is not None and Index(data).made_with["text"]
-    text = {} if text_stored else {"text encoders": 4 * frozen["text encoders"] + MEMO_ON_GPU}
-    return {**text, "VAE": 4 * frozen["VAE"]}
+    parts = {"VAE, for previews": 4 * frozen["VAE"]}
+    if not text_stored:
+        parts["text encoders"] = 4 * frozen["text encoders"]
+        parts["embeddings of captions, at most"] = MEMO_ON_GPU if on_gpu else MEMO
+    return parts
 
 
 def _flops(plan: Plan) -> tuple[int, int]:
@@ -228,7 +247,7 @@ def _advice(plan: Plan, memory: Mapping[str, int], room: float) -> str:
     if fitting[0] > plan.hardware.accumulate:
         return f"does not fit: --set hardware.accumulate={fitting[0]} would"
     if fitting[0] < plan.hardware.accumulate:
-        return f"--set hardware.accumulate={fitting[0]} would fit as well, and be faster"
+        return f"--set hardware.accumulate={fitting[0]} would fit as well"
     return ""
 
 

@@ -71,31 +71,31 @@ HARDWARE = {
 EIGHT_BIT = ("24 GB", "12 GB")  # keep AdamW's moments in 8 bits
 
 _BEST = "sa+lf@DW-1,UP-3"
-_SPREAD, _UPPER = ("sa", "in 8", "interleave"), ("sa", "in 8", "up")  # depth rules of their own
+_SPREAD, _UPPER = ("sa", "in 4", "interleave"), ("sa", "in 4", "up")  # depth rules of their own
 _DW, _UP = "sa@DW-2,DW-3", "sa@UP-1,UP-2"
 # fmt: off
 _ROWS: tuple[tuple, ...] = (
     # name                       cut           teacher        px    K  batch taps       hardware
     ("koala-turbo-1b",            "koala-1b",   "turbo",      512, 500, 128, _BEST,      "in 2"),
     ("koala-turbo-700m",          "koala-700m", "turbo",      512, 500, 128, _BEST,      "at once"),
-    ("koala-lightning-1b",        "koala-1b",   "lightning", 1024, 500, 128, _BEST,      "in 8"),
+    ("koala-lightning-1b",        "koala-1b",   "lightning", 1024, 500, 128, _BEST,      "in 4"),
     ("koala-lightning-700m",      "koala-700m", "lightning", 1024, 500, 128, _BEST,      "in 4"),
-    ("koala-1b",                  "koala-1b",   "base",      1024, 100, 128, _BEST,      "in 8"),
+    ("koala-1b",                  "koala-1b",   "base",      1024, 100, 128, _BEST,      "in 4"),
     ("koala-700m",                "koala-700m", "base",      1024, 100, 128, _BEST,      "in 4"),
     ("study-turbo",               "koala-700m", "turbo",      512, 100, 128, _BEST,      "at once"),
     ("study-lightning",           "koala-700m", "lightning", 1024, 100, 128, _BEST,      "in 4"),
     ("bk-sdxl-sa",                "bk-sdxl",    "base",      1024,  30,  32, _BEST,      "in 8"),
-    ("ablation-task",             "koala-1b",   "base",      1024,  30,  32, "",         "in 8"),
-    ("ablation-sa",               "koala-1b",   "base",      1024,  30,  32, "sa",       "in 8"),
-    ("ablation-ca",               "koala-1b",   "base",      1024,  30,  32, "ca",       "in 8"),
-    ("ablation-ffn",              "koala-1b",   "base",      1024,  30,  32, "ffn",      "in 8"),
-    ("ablation-residual",         "koala-1b",   "base",      1024,  30,  32, "residual", "in 8"),
-    ("ablation-lf",               "koala-1b",   "base",      1024,  30,  32, "lf",       "in 8"),
-    ("ablation-sa-lf",            "koala-1b",   "base",      1024,  30,  32, _BEST,      "in 8"),
-    ("ablation-sa-lf-all",        "koala-1b",   "base",      1024,  30,  32, "sa+lf",    "in 8"),
-    ("ablation-sa-dw",            "koala-1b",   "base",      1024,  30,  32, _DW,        "in 8"),
-    ("ablation-sa-mid",           "koala-1b",   "base",      1024,  30,  32, "sa@Mid",   "in 8"),
-    ("ablation-sa-up",            "koala-1b",   "base",      1024,  30,  32, _UP,        "in 8"),
+    ("ablation-task",             "koala-1b",   "base",      1024,  30,  32, "",         "in 4"),
+    ("ablation-sa",               "koala-1b",   "base",      1024,  30,  32, "sa",       "in 4"),
+    ("ablation-ca",               "koala-1b",   "base",      1024,  30,  32, "ca",       "in 4"),
+    ("ablation-ffn",              "koala-1b",   "base",      1024,  30,  32, "ffn",      "in 4"),
+    ("ablation-residual",         "koala-1b",   "base",      1024,  30,  32, "residual", "in 4"),
+    ("ablation-lf",               "koala-1b",   "base",      1024,  30,  32, "lf",       "in 4"),
+    ("ablation-sa-lf",            "koala-1b",   "base",      1024,  30,  32, _BEST,      "in 4"),
+    ("ablation-sa-lf-all",        "koala-1b",   "base",      1024,  30,  32, "sa+lf",    "in 4"),
+    ("ablation-sa-dw",            "koala-1b",   "base",      1024,  30,  32, _DW,        "in 4"),
+    ("ablation-sa-mid",           "koala-1b",   "base",      1024,  30,  32, "sa@Mid",   "in 4"),
+    ("ablation-sa-up",            "koala-1b",   "base",      1024,  30,  32, _UP,        "in 4"),
     ("ablation-interleave",       "koala-1b",   "base",      1024,  30,  32, *_SPREAD),
     ("ablation-upper",            "koala-1b",   "base",      1024,  30,  32, *_UPPER),
     ("koala-lightning-700m-24gb", "koala-700m", "lightning", 1024, 100,  32, _BEST,      "24 GB"),

@@ -58,7 +58,8 @@ def measured(plan: Plan, device: torch.device, memory: int, flops: int) -> Speed
         return Speed(cards.SHARE * rate, basis, name, room)
     seconds, steps = _time_steps(plan, device)
     achieved = flops * plan.micro_batch / seconds
-    basis = f"{steps} steps of {plan.micro_batch} measured, {achieved / rate:.0%} of the peak here"
+    share = f"{achieved / rate:.0%} of a matrix product's rate"
+    basis = f"{steps} steps of {plan.micro_batch} measured, {share}"
     return Speed(achieved, basis, name, room)
 
 

@@ -174,7 +174,9 @@ def test_advice():
     assert cost._advice(plan, memory, least / GIB) == (
         "does not fit: --set hardware.accumulate=4 would"
     )
-    assert "ema_on_cpu" in cost._advice(plan, memory, memory["weights"] / GIB)
+    too_little = memory["weights"] / GIB
+    assert "ema_on_cpu" in cost._advice(plan, memory, too_little)
+    assert "--text" in cost._advice(plan, {**memory, "text encoders": 1}, too_little)
 
 
 @pytest.mark.parametrize(

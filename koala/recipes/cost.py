@@ -243,7 +243,7 @@ def _advice(plan: Plan, memory: Mapping[str, int], room: float) -> str:
         if share % parts == 0 and fixed + per_sample * share / parts <= room * 2**30
     ]
     if not fitting:
-        return f"does not fit, not even one sample at a time: {_remedies(plan)}"
+        return f"does not fit, not even one sample at a time: {_remedies(plan, memory)}"
     if fitting[0] > plan.hardware.accumulate:
         return f"does not fit: --set hardware.accumulate={fitting[0]} would"
     if fitting[0] < plan.hardware.accumulate:
@@ -251,15 +251,18 @@ def _advice(plan: Plan, memory: Mapping[str, int], room: float) -> str:
     return ""
 
 
-def _remedies(plan: Plan) -> str:
-    """Settings that save memory and are not yet made."""
+def _remedies(plan: Plan, memory: Mapping[str, int]) -> str:
+    """What saves memory and is not yet done."""
     hardware, training = plan.hardware, plan.training
-    open_ = {
+    undone = {
         "hardware.checkpointing=true": not hardware.checkpointing,
         "training.optimizer=adamw-8bit": training.optimizer == "adamw",
         "hardware.ema_on_cpu=true": not hardware.ema_on_cpu,
         "hardware.teacher=offloaded": hardware.teacher == "whole" and plan.teacher is not None,
         "hardware.sharding=fsdp": hardware.sharding == "ddp" and plan.world > 1,
     }
-    settings = " ".join(name for name, is_open in open_.items() if is_open)
-    return f"--set {settings}" if settings else "take a larger card, or more of them"
+    settings = " ".join(name for name, is_undone in undone.items() if is_undone)
+    ways = [f"--set {settings}"] if settings else []
+    if "text encoders" in memory:
+        ways.append("--data whose embeddings are stored (koala prepare --text)")
+    return " or ".join([*ways, "larger cards, or more of them"])

@@ -27,7 +27,8 @@ CAPTIONS = ("a red fox", "two green apples", "a drum")
 SETTINGS = Training(
     samples=40, batch=4, lr=1e-3, ema_half_life=32, log_every=12, preview_every=16, save_every=0
 )
-STEP = replace(SETTINGS, samples=4)  # a single one: the checkpoint's moments are its gradient
+# A single one: the checkpoint's moments are its gradient.
+STEP = replace(SETTINGS, samples=4, validate_every=4)
 
 
 class Stream:
@@ -96,7 +97,8 @@ def distil(
     """A whole distillation on such hardware."""
     task, world = toy_distillation(base), world or World()
     layout = lay_out(task, hardware, world)
-    train(task, data or Stream(), settings, run, layout=layout)
+    held_out = Stream().batch(100, 6) if settings.validate_every else None
+    train(task, data or Stream(), settings, run, layout=layout, held_out=held_out)
 
 
 def processes(function: Callable[..., None], *arguments: object, count: int = 2) -> None:

@@ -217,7 +217,8 @@ def _shard(unet: nn.Module, world: World) -> None:
     mesh = init_device_mesh(world.device.type, (world.size,))
     for region in regions(unet):
         fully_shard(region.block, mesh=mesh)
-    fully_shard(unet, mesh=mesh)
+    # The rest too, after every pass: where no backward pass follows, nothing else would.
+    fully_shard(unet, mesh=mesh, reshard_after_forward=True)
 
 
 def _offload(block: nn.Module, device: torch.device) -> None:

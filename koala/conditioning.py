@@ -6,21 +6,26 @@ micro-conditioning silently mean different things in each; so the convention liv
 Letters: n prompts, t tokens the encoders read, d1 and d2 the encoders' widths, p pooled width.
 """
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import (
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    PreTrainedTokenizerBase,
-)
 
 from koala.errors import UserError
 from koala.formats import load_text
+
+if TYPE_CHECKING:  # loaded with the encoders: data that bring their text need none of it
+    from transformers import (
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        PreTrainedTokenizerBase,
+    )
 
 Pair = tuple[int, int]
 Ids = tuple[tuple[int, ...], tuple[int, ...]]  # token ids for each encoder, without its marks
@@ -65,7 +70,7 @@ class TextConditioner:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         memo: int = 1024,
-    ) -> "TextConditioner":
+    ) -> TextConditioner:
         """The conditioner of a pipeline folder, its encoders on `device` in `dtype`."""
         tokenizer, tokenizer_2, text_encoder, text_encoder_2 = load_text(folder, dtype)
         return cls(

@@ -1,5 +1,8 @@
 """Batches: true to what was prepared, the same for any number of processes, from anywhere."""
 
+import shutil
+from pathlib import Path
+
 import fsspec
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from koala.data.index import Index
 from koala.data.latents import LatentSet
+from koala.data.order import Order
 from koala.data.run import prepare_latents
 from koala.data.samples import Preparation
 from koala.data.sources import recognise
@@ -30,8 +34,6 @@ def folder(toy_sdxl, tmp_path_factory):
 @pytest.fixture
 def copied(folder, tmp_path):
     """The folder, to be spoilt."""
-    import shutil
-
     return shutil.copytree(folder, tmp_path / "copy")
 
 
@@ -106,18 +108,64 @@ def test_draws_of_one_sample_differ_and_are_normal(folder, toy_sdxl):
     assert abs(noise.std() - 1) < 4 / (2 * len(noise)) ** 0.5
 
 
-def test_a_remote_folder_gives_the_same_and_keeps_few_shards(folder, toy_sdxl):
+@pytest.fixture
+def bucket(folder):
+    """The folder as a remote one, and the names of what is fetched from there."""
     remote = fsspec.filesystem("memory")
     remote.put(str(folder), "/bucket/data", recursive=True)
+    yield remote
+    remote.rm("/bucket", recursive=True)
+
+
+def test_a_remote_folder_gives_the_same_and_keeps_few_shards(folder, bucket, toy_sdxl):
     far = LatentSet("memory://bucket/data", toy_sdxl, window=2)
     near = LatentSet(folder, toy_sdxl, window=2)
+    far.index.files.keep = 3  # fewer than are wanted at once: they are fetched again
     for n in range(12):
         own, theirs = far.batch(4 * n, 4), near.batch(4 * n, 4)
         assert torch.equal(own["latents"], theirs["latents"])
         assert own["captions"] == theirs["captions"]
-    assert 0 < len(far.index.files._fetched) <= 4
-    kept = [p for p in far.index.files._fetched.values() if p.exists()]
-    assert len(kept) == len(far.index.files._fetched)
+    scratch = Path(far.index.files._scratch.name)
+    assert len(far.index.files._fetched) == 3
+    far.close()
+    assert not scratch.exists()
+
+
+def test_remote_shards_are_fetched_once_an_epoch_and_before_they_are_wanted(bucket, toy_sdxl):
+    far = LatentSet("memory://bucket/data", toy_sdxl)
+    far.batch(0, 4)
+    files = far.index.files
+    names = {far.index.name(shard) for shard in far.index.select("train")}
+    assert files._fetched.keys() == names  # the stream is named far beyond the first batch
+    assert sum(1 for _ in Path(files._scratch.name).iterdir()) <= len(names) + 3  # and the tables
+    epoch(far)
+    assert next(files._numbers) == len(names) + 3
+    far.close()
+
+
+def test_a_shard_that_cannot_be_fetched_is_named(bucket, toy_sdxl):
+    far = LatentSet("memory://bucket/data", toy_sdxl)
+    shutil.rmtree(far.index.files._scratch.name)
+    Path(far.index.files._scratch.name).write_text("a file where the folder should be")
+    with pytest.raises(Failure, match=r"memory://bucket/data: latents/.* cannot be fetched"):
+        far.batch(0, 4)
+    Path(far.index.files._scratch.name).unlink()
+    far.close()
+    bucket.rm("/bucket/data/latents", recursive=True)
+    with pytest.raises(UserError, match="shards are missing, first latents/000000-000"):
+        LatentSet("memory://bucket/data", toy_sdxl)
+
+
+def test_processes_share_out_the_shards_of_a_window():
+    """Of eight processes each meets an eighth of a window's shards, and a few beside."""
+    shards = np.arange(64)
+    order = Order(shards, np.full(64, 100), np.zeros(64, int), seed=0)
+    met: list[set[int]] = [set() for _ in range(8)]
+    for number in range(6400 // 128):
+        places = order.batch(number, 128)
+        for rank in range(8):
+            met[rank] |= {shard for shard, _ in places[16 * rank : 16 * (rank + 1)]}
+    assert max(map(len, met)) < 24  # of 64
 
 
 def test_what_is_missing_or_not_finite_is_named(copied, toy_sdxl):

@@ -19,10 +19,10 @@ def main() -> None:
     for line in sys.stdin:
         source, out, model, settings, workers = json.loads(line)
         if child := os.fork():
+            os.setpgid(child, child)  # before anybody may kill the group
             print(child, flush=True)
             print(os.waitpid(child, 0)[1], flush=True)
             continue
-        os.setsid()
         preparation = Preparation(**settings)
         prepare_latents(recognise(source), Path(out), Path(model), preparation, workers)
         os._exit(0)

@@ -2,14 +2,18 @@
 
 Nothing here grows with the number of samples: the index stays on disk (memory-mapped), and the
 shard table has a line for some hundred samples. A remote folder (any URL that fsspec knows, such
-as s3://bucket/data) has its tables copied at the start, and its shards, whole, when they are
-wanted; the latest stay on disk.
+as s3://bucket/data) has its tables copied at the start, and its shards, whole, in the background
+before they are wanted; the latest stay on disk.
 """
 
 import json
+import os
 import tempfile
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +27,116 @@ from torch import Tensor
 
 from koala import weights
 from koala.data.buckets import Size
-from koala.data.shards import CAPTION, INDEX, SHARDS, shard_name, summary_of
+from koala.data.shards import (
+    CAPTION,
+    GROUPS,
+    INDEX,
+    SHARDS,
+    shard_name,
+    shard_number,
+    summary_of,
+)
 from koala.errors import Failure, UserError
+
+FETCHERS = 8  # shards of a remote folder that are fetched at once
 
 
 class Files:
     """A folder's files under local names; those of a remote one are fetched, the latest kept."""
 
-    def __init__(self, folder: str | Path, keep: int):
-        """keep: how many fetched shards stay on disk."""
+    def __init__(self, folder: str | Path):
         self.folder = str(folder).rstrip("/")
         self._fs, self._root = fsspec.url_to_fs(self.folder)
-        self._keep = keep
-        self._fetched: OrderedDict[str, Path] = OrderedDict()
-        self._scratch = None
-        if not isinstance(self._fs, LocalFileSystem):
+        self.keep = 1024  # fetched shards that stay on disk
+        self._fetched: OrderedDict[str, Future[Path]] = OrderedDict()
+        self.remote = not isinstance(self._fs, LocalFileSystem)
+        if self.remote:
             self._scratch = tempfile.TemporaryDirectory(prefix="koala-data-")
+            self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="shards")
+            self._numbers = count()
 
-    def local(self, name: str, forget: bool = False) -> Path:
-        """Where a file of the folder lies. forget: it may go when `keep` others were wanted since.
+    def table(self, name: str) -> Path:
+        """Where one of the folder's tables lies here. FileNotFoundError where it has none."""
+        return self._fetch(name) if self.remote else self._there(name)
 
-        FileNotFoundError where the folder does not have it.
+    def shard(self, name: str) -> Path:
+        """Where a shard lies here, fetched if need be. FileNotFoundError where it is gone.
+
+        `Failure` where it cannot be fetched.
         """
-        if self._scratch is None:
-            path = Path(self._root, name)
-            if not path.exists():
-                raise FileNotFoundError(name)
-            return path
-        if (there := self._fetched.pop(name, None)) is None:
-            there = Path(self._scratch.name, name.replace("/", "+"))
-            self._fs.get_file(f"{self._root}/{name}", str(there))
-        if not forget:
-            return there
-        self._fetched[name] = there
-        while len(self._fetched) > self._keep:
-            self._fetched.popitem(last=False)[1].unlink()
+        if not self.remote:
+            return self._there(name)
+        try:
+            return self._coming(name).result()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise Failure(
+                f"{self.folder}: {name} cannot be fetched ({error}); run again to go on"
+            ) from error
+
+    def foretell(self, names: Iterable[str]) -> None:
+        """Says which shards will be wanted, in what order: remote ones are fetched meanwhile."""
+        for name in names if self.remote else ():
+            self._coming(name)
+
+    def names(self, folder: str) -> Iterable[str]:
+        """Names of the files in one of its folders; none where it has no such folder."""
+        if self.remote:
+            try:
+                listed = self._fs.ls(f"{self._root}/{folder}", detail=False)
+            except FileNotFoundError:
+                return
+            yield from (path.rstrip("/").rpartition("/")[2] for path in listed)
+        elif (there := Path(self._root, folder)).is_dir():
+            with os.scandir(there) as entries:
+                yield from (entry.name for entry in entries)
+
+    def close(self) -> None:
+        """Stops fetching and removes what was fetched."""
+        if self.remote:
+            self._fetchers.shutdown(cancel_futures=True)
+            self._scratch.cleanup()
+
+    def _there(self, name: str) -> Path:
+        path = Path(self._root, name)
+        if not path.exists():
+            raise FileNotFoundError(name)
+        return path
+
+    def _fetch(self, name: str) -> Path:
+        # A name of its own, since an earlier copy may be about to be removed.
+        there = Path(self._scratch.name, f"{next(self._numbers)}+{Path(name).name}")
+        self._fs.get_file(f"{self._root}/{name}", str(there))
         return there
 
-    def names(self, folder: str) -> set[str]:
-        """Names of the files in one of its folders."""
-        try:
-            listed = self._fs.ls(f"{self._root}/{folder}", detail=False)
-        except FileNotFoundError:
-            return set()
-        return {f"{folder}/{path.rstrip('/').rpartition('/')[2]}" for path in listed}
+    def _coming(self, name: str) -> Future[Path]:
+        """The fetching of a shard, begun if it is not there; the one wanted longest ago may go."""
+        coming = self._fetched.pop(name, None)
+        if coming is None or (coming.done() and coming.exception()):
+            coming = self._fetchers.submit(self._fetch, name)
+        self._fetched[name] = coming
+        while len(self._fetched) > self.keep:
+            self._fetched.popitem(last=False)[1].add_done_callback(_remove)
+        return coming
+
+
+def _remove(fetched: Future[Path]) -> None:
+    if not fetched.cancelled() and fetched.exception() is None:
+        fetched.result().unlink(missing_ok=True)
 
 
 class Index:
     """The shards of a prepared folder and the rows of each."""
 
-    def __init__(self, folder: str | Path, keep: int = 1024):
-        """keep: how many fetched shards of a remote folder stay on disk.
-
-        UserError where the folder is not prepared to the end, or lacks a shard.
-        """
-        self.files = Files(folder, keep)
+    def __init__(self, folder: str | Path):
+        """UserError where the folder is not prepared to the end, or lacks a shard."""
+        self.files = Files(folder)
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(self.files.local(SHARDS))))
-            self._rows = pa.ipc.open_file(pa.memory_map(str(self.files.local(INDEX))))
+            table = pa.ipc.open_file(pa.memory_map(str(self.files.table(SHARDS))))
+            self._rows = pa.ipc.open_file(pa.memory_map(str(self.files.table(INDEX))))
             self.made_with: dict[str, Any] = json.loads(
-                self.files.local("latents.json").read_text()
+                self.files.table("latents.json").read_text()
             )
         except FileNotFoundError as error:
             raise UserError(
@@ -117,6 +171,10 @@ class Index:
         """(height, width) in pixels of a shard's pictures."""
         return int(self.height[shard]), int(self.width[shard])
 
+    def name(self, shard: int) -> str:
+        """A shard's path in the folder."""
+        return shard_name(int(self.unit[shard]), int(self.group[shard]))
+
     def fact(self, shard: int, row: int, name: str) -> Any:
         """A column's value for the row-th kept sample of a shard."""
         batch = self._batches(int(self.unit[shard]))
@@ -131,12 +189,11 @@ class Index:
 
         `Failure` where the shard is gone or its latents are not finite.
         """
-        name = shard_name(int(self.unit[shard]), int(self.group[shard]))
-        at = self.fact(shard, row, "row")
+        name, at = self.name(shard), self.fact(shard, row, "row")
         try:
-            self.files.local(name, forget=True)
+            file = self.files.shard(name)
             found = {
-                key: weights.load_tensor(weights.rows(stored, at, at + 1))[0]
+                key: weights.load_tensor(weights.rows(stored._replace(file=file), at, at + 1))[0]
                 for key, stored in self._headers(name).items()
             }
         except FileNotFoundError:
@@ -150,14 +207,16 @@ class Index:
         return found
 
     def _header(self, name: str) -> dict[str, weights.Stored]:
-        return weights.read_header(self.files.local(name, forget=True))
+        return weights.read_header(self.files.shard(name))
 
     def _check_shards(self) -> None:
-        there = self.files.names("latents")
-        pairs = zip(self.unit.tolist(), self.group.tolist(), strict=True)
-        missing = [name for pair in pairs if (name := shard_name(*pair)) not in there]
-        if missing:
+        """By one number a shard: there may be a million of them."""
+        wanted = self.unit.astype(np.int64) * GROUPS + self.group
+        found = (shard_number(name) for name in self.files.names("latents"))
+        there = np.fromiter((number for number in found if number is not None), np.int64)
+        missing = np.flatnonzero(~np.isin(wanted, there))
+        if len(missing):
             raise UserError(
-                f"{self.files.folder}: {len(missing)} shards are missing, first {missing[0]}; "
-                "bring them back, or prepare into another folder"
+                f"{self.files.folder}: {len(missing)} shards are missing, first "
+                f"{self.name(int(missing[0]))}; bring them back, or prepare into another folder"
             )

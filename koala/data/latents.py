@@ -21,6 +21,9 @@ from koala.data.order import WINDOW, Order
 from koala.errors import UserError
 
 AHEAD = 4  # batches that are read before they are asked for
+# Batches whose shards are fetched before that from a remote folder. Every bucket begins a window
+# of shards now and then, and wants nearly all of them at once.
+FAR_AHEAD = 64
 
 Wanted = tuple[int, int, int, int]  # first, count, rank, world
 
@@ -56,13 +59,13 @@ class LatentSet:
             split: "train", or one that is held out.
             size: pixels that the training wants (side of the square bucket); None takes any.
             long_captions: how a caption that is too long is told, see `koala.data.captions`.
-            window: shards whose samples are shuffled together, see `koala.data.order`. A remote
-                folder has so many shards of every bucket on disk.
+            window: shards whose samples are shuffled together, see `koala.data.order`. Of a remote
+                folder so many of every bucket, and some that come next, are on this disk.
 
         Raises:
             UserError: the folder is not whole, of another VAE or size, or has no such samples.
         """
-        self.index = Index(folder, keep=2 * window)
+        self.index = Index(folder)
         self.captions = self._chosen_captions(captions)
         self._check_made(model, size)
         parts = {None: 1} if mix is None else dict(mix)
@@ -78,7 +81,9 @@ class LatentSet:
         pairs = np.stack([self.index.height[shards], self.index.width[shards]])
         _, buckets = np.unique(pairs, axis=1, return_inverse=True)
         self.order = Order(shards, self.index.rows[shards], buckets.reshape(-1), seed, window)
+        self.index.files.keep = window * (len(self.order.sizes) + 4)
         self.seed = seed
+        self._foretold = range(0)  # batches whose shards are named already
         self._telling = Telling.of(model, long_captions)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="latents")
         self._coming: OrderedDict[Wanted, Future[dict[str, Any]]] = OrderedDict()
@@ -111,9 +116,30 @@ class LatentSet:
                 self._coming[key] = self._reader.submit(self._read, *key)
         return self._coming.pop(wanted[0]).result()
 
+    def _places(self, number: int, count: int, rank: int, world: int) -> list[tuple[int, int]]:
+        """Shard and row of each sample of a rank's share of a batch."""
+        share = count // world
+        return self.order.batch(number, count)[rank * share : (rank + 1) * share]
+
+    def _foretell(self, number: int, *share: int) -> None:
+        """Names the shards of the batches from `number` on, as far as they are not named yet."""
+        if not self.index.files.remote:
+            return
+        begin = self._foretold.stop if number in self._foretold else number
+        self._foretold = range(number, number + FAR_AHEAD)
+        for coming in range(begin, number + FAR_AHEAD):
+            shards = dict.fromkeys(shard for shard, _ in self._places(coming, *share))
+            self.index.files.foretell(map(self.index.name, shards))
+
+    def close(self) -> None:
+        """Ends the reading ahead, and removes what was fetched from a remote folder."""
+        self._reader.shutdown(cancel_futures=True)
+        self.index.files.close()
+
     def _read(self, first: int, count: int, rank: int, world: int) -> dict[str, Any]:
         share = count // world
-        places = self.order.batch(first // count, count)[rank * share : (rank + 1) * share]
+        self._foretell(first // count, count, rank, world)
+        places = self._places(first // count, count, rank, world)
         latents, text, captions, sizes = [], [], [], []
         for number, (shard, row) in enumerate(places, first + rank * share):
             rng = np.random.default_rng((self.seed, 3, number))

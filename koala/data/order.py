@@ -10,6 +10,9 @@ batch fills it with several of its epochs; it comes up that much more seldom.)
 After E epochs of everything, bucket b with N_b samples has given floor(E N_b / B) batches of B. The
 batches between E and E + 1 epochs are shuffled over the buckets. So what the n-th batch holds is
 found from n alone, at a cost that depends on the number of shards and batches, not of samples.
+
+What a batch takes from a window stands in it by shard and row, so that processes that share batches
+share out the shards too: each meets few of a window's.
 """
 
 from functools import lru_cache
@@ -96,7 +99,7 @@ class Order:
             shards, rows = self._windows(bucket, epoch, window)
             low = place - int(starts[window])
             high = low + count - len(found)
-            found += zip(shards[low:high].tolist(), rows[low:high].tolist(), strict=True)
+            found += sorted(zip(shards[low:high].tolist(), rows[low:high].tolist(), strict=True))
         return found
 
     def _shards_of_epoch(

@@ -13,6 +13,7 @@ and `pooled` [n, p] where embeddings were asked for.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from koala.data.encoding import Encoded
 
 INDEX, SHARDS, REPORT = "index.arrow", "shards.arrow", "report.jsonl"
+GROUPS = 1 << 16  # more than a unit can have
+_SHARD_FILE = re.compile(r"(\d+)-(\d+)\.safetensors")
 CAPTION = "caption "  # what the index's caption columns begin with
 _FACTS: list[tuple[str, pa.DataType]] = [
     ("id", pa.string()),
@@ -58,6 +61,12 @@ _SHARD = pa.schema(
 def shard_name(unit: int, group: int) -> str:
     """A shard's path in the folder."""
     return f"latents/{unit:06d}-{group:03d}.safetensors"
+
+
+def shard_number(file: str) -> int | None:
+    """unit * GROUPS + group of a shard's file name, without its folder; None of another file's."""
+    found = _SHARD_FILE.fullmatch(file)
+    return int(found[1]) * GROUPS + int(found[2]) if found else None
 
 
 def unit_file(out: Path, unit: int) -> Path:

@@ -10,6 +10,7 @@ import re
 import tempfile
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from typing import IO
 
 from PIL import Image, PngImagePlugin
 
@@ -106,14 +107,19 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n\"]", value) else value
 
 
-def _write(image: Image.Image, settings: Settings, path: Path) -> None:
+def write_png(image: Image.Image, settings: Settings, file: IO[bytes]) -> None:
+    """Writes a picture as PNG, with its settings inside, to an open file."""
     info = PngImagePlugin.PngInfo()
     _add(info, "parameters", parameters(settings))
     _add(info, "koala", json.dumps(asdict(settings)))
+    image.save(file, format="PNG", pnginfo=info)
+
+
+def _write(image: Image.Image, settings: Settings, path: Path) -> None:
     handle, temporary = tempfile.mkstemp(prefix=".koala-", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
+            write_png(image, settings, file)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

@@ -105,7 +105,7 @@ def test_labels_do_not_change_identity():
     )
     assert architectures.identify(architectures.unet_config(TINY)) == "custom"
     mini = architectures.from_unet_config(architectures.unet_config(architectures.get("sdxl-mini")))
-    assert (mini.name, mini.tokens, mini.sample) == ("sdxl-mini", 32, 8)
+    assert (mini.name, mini.tokens, mini.sample) == ("sdxl-mini", 32, 16)
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,8 @@ def test_what_prepare_refuses(packages, tmp_path):
         (("photographs", tmp_path), "illustrations-small"),
         (("illustrations", tmp_path, None, 0), "at least 1"),
         (("illustrations", tmp_path, None, 1, "cpu"), "give --model"),
-        (("illustrations", tmp_path, None, 1, None, None, None, Preparation(512)), "as it is"),
+        (("illustrations", tmp_path, None, 1, None, None, "folder"), "as it is"),
+        (("illustrations", tmp_path, None, 1, None, None, None, Preparation(text=True)), "--size"),
     ):
         with pytest.raises(UserError, match=said):
             prepare(*arguments)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from koala import card, recipes
 from koala.data.pictures import prepare_pictures
@@ -66,8 +67,13 @@ def base_parts(toy_cache, tmp_path_factory):
 
 def test_the_whole_chain(base_parts, tmp_path, packages):
     data, base = base_parts
-    teacher = replace(recipes.get("sdxl-mini"), training=TINY)
-    master = distill(teacher, data, tmp_path / "teacher", str(base), "cpu")
+    first = replace(recipes.get("sdxl-mini-64"), training=TINY)
+    begun = distill(first, data, tmp_path / "first", str(base), "cpu")
+    teacher = replace(recipes.get("sdxl-mini"), training=replace(TINY, lr=1e-30))
+    master = distill(teacher, data, tmp_path / "teacher", str(begun), "cpu")
+    unet = "unet/diffusion_pytorch_model.safetensors"  # goes on from its weights: no step moves any
+    assert_close(load_file(master / unet), load_file(begun / unet), rtol=0, atol=1e-7)
+    assert not torch.equal(*(load_file(m / unet)["conv_in.weight"] for m in (base, begun)))
     student = replace(recipes.get("koala-mini"), training=TINY)
     small = distill(student, data, tmp_path / "student", str(master), "cpu")
     lines = (tmp_path / "student" / "stats.jsonl").read_text().splitlines()
@@ -79,7 +85,7 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[k], after[k]) for k in before)
     image = load(small)("a fox", steps=2, seed=1).images[0]
-    assert image.size == (64, 64)
+    assert image.size == (128, 128)
     told = card.read(small)
     assert (told.title, told.cut.teacher, told.trained.teacher) == ("student", "teacher", "teacher")
     assert told.trained.samples == {"U-Net": 8} and told.trained.distilled
@@ -94,6 +100,8 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     other = replace(student, training=replace(TINY, lr=2e-3))
     with pytest.raises(UserError, match="lr"):
         distill(other, data, tmp_path / "student", str(master), "cpu")
+    with pytest.raises(UserError, match=r"koala-mini, this recipe goes on from sdxl-mini"):
+        distill(teacher, data, tmp_path / "further", str(small), "cpu")
 
 
 def test_what_distill_refuses(base_parts, tmp_path, packages):

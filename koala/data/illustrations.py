@@ -71,7 +71,6 @@ SMALL = Illustrations(
     colour_icons=(),
     icons=1_500,
     scenes=3_000,
-    size=64,
     test_pairs=0.8,
 )  # fmt: skip
 

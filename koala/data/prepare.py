@@ -7,7 +7,7 @@ illustration set is rendered first (`koala.data.pictures`).
 import os
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,9 @@ def prepare(
 
     source: a path (see `koala.data.sources`; `kind` says what lies there if that is not clear), or
     "illustrations" or "illustrations-small", which are rendered first, and only rendered where no
-    model is given. preparation: size, captions, filters; None for the defaults. workers: processes
-    that read pictures (default: every core). sheet: a PNG to write, some pictures of the set.
+    model is given. preparation: size, captions, filters; None for the defaults; of the
+    illustrations the size alone can be chosen. workers: processes that read pictures (default:
+    every core). sheet: a PNG to write, some pictures of the set.
 
     Run again, it goes on where it was. UserError for an unknown source, a data package that
     cannot be had, a folder made with other settings or another VAE, workers below 1; Failure
@@ -72,9 +73,14 @@ def prepare(
         raise UserError(f"--device {device} is for encoding latents: give --model too")
     out = Path(out)
     if source in ILLUSTRATIONS:
-        if preparation or kind:
-            raise UserError(f"{source} is prepared as it is: give only --model, --device, --sheet")
-        return _prepare_illustrations(ILLUSTRATIONS[source], out, model, workers, device, sheet)
+        settings = ILLUSTRATIONS[source]
+        if preparation:
+            settings = replace(settings, size=preparation.size)
+        if kind or preparation not in (None, Preparation(settings.size)):
+            raise UserError(
+                f"{source} is prepared as it is: give only --size, --model, --device, --sheet"
+            )
+        return _prepare_illustrations(settings, out, model, workers, device, sheet)
     found = recognise(source, kind)
     if model is None:
         raise UserError(f"source {source} has pictures already: give --model to encode them")

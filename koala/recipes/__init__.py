@@ -2,7 +2,8 @@
 
     name                 makes                                        of
     mini-base            VAE and text side of the mini family         prepared pictures
-    sdxl-mini            its SDXL U-Net, from nothing                 mini-base, latents
+    sdxl-mini-64         its SDXL U-Net, from nothing, on 64 pixels   mini-base, latents
+    sdxl-mini            the same, going on on 128 pixels             sdxl-mini-64, latents
     koala-mini           the student, by self-attention distillation  sdxl-mini, latents
     koala-mini-task      the same student, L_task alone               (a control)
     koala-mini-task-out  the same student, L_task + L_outKD           (a control)
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MINI = (
     "mini-base",
+    "sdxl-mini-64",
     "sdxl-mini",
     "koala-mini",
     "koala-mini-task",

@@ -78,12 +78,14 @@ class Base:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A U-Net from nothing, by L_task."""
+    """A U-Net by L_task: from nothing, or `further` from the U-Net of the model given."""
 
     architecture: str
     training: Training
     caption_dropout: float
     mixture: Mixture
+    min_snr: float | None = None  # as in `koala.distillation.tasks.Denoising`
+    further: bool = False
     hardware: Hardware = PLAIN
 
 
@@ -280,12 +282,22 @@ def _teaching(
 ) -> Denoising:
     torch.manual_seed(recipe.training.seed)
     arch = architectures.get(recipe.architecture)
+    if recipe.further:
+        if (found := unet_architecture(base)) != arch:
+            raise UserError(
+                f"{base} has a U-Net {found.name}, this recipe goes on from {arch.name}: "
+                "give the model that the recipe before it made"
+            )
+        unet = load_unet(base)
+    else:
+        unet = UNet2DConditionModel(**architectures.unet_config(arch))
     return Denoising(
-        UNet2DConditionModel(**architectures.unet_config(arch)).to(device),
+        unet.to(device),
         conditioner,
         NoiseSchedule(load_scheduler_config(base)),
         base,
         caption_dropout=recipe.caption_dropout,
+        min_snr=recipe.min_snr,
         draw=drawing(base, conditioner, device),
         prompts=MINI_PROMPTS,
     )

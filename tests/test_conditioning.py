@@ -57,6 +57,13 @@ def test_memo_gives_the_same_forgets_the_oldest_and_is_never_handed_out(folder):
     assert torch.equal(conditioner(["b", "a", "b"])[0][1], kept[0])
 
 
+def test_without_a_memo_prompts_are_encoded_together(folder, conditioner):
+    together = TextConditioner(*load_text(folder, torch.float32), memo=0)
+    for ours, alone in zip(together(PROMPTS), conditioner(PROMPTS), strict=True):
+        torch.testing.assert_close(ours, alone, atol=1e-5, rtol=0)
+    assert not together._memo
+
+
 def test_embeddings_made_while_generating_can_be_trained_on(conditioner):
     with torch.inference_mode():
         conditioner(["a"])

@@ -78,7 +78,7 @@ def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         unet = _random(lambda: _unet(arch), device, dtype)
-        vae = _random(lambda: AutoencoderKL(**_VAE), device, dtype)
+        vae = new_vae(device, dtype)
         text = _random(lambda: CLIPTextModel(CLIPTextConfig(**_CLIP, **_CLIP_L)), device, dtype)
         text_2 = _random(
             lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP, **_BIG_G)), device, dtype
@@ -90,6 +90,11 @@ def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline
         conditioner=TextConditioner(_tokenizer(), _tokenizer(), text, text_2),
         scheduler_config=dict(EulerDiscreteScheduler(**_SCHEDULER).config),
     )
+
+
+def new_vae(device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    """SDXL's VAE with random weights."""
+    return _random(lambda: AutoencoderKL(**_VAE), device, dtype)
 
 
 def stock(pipeline: Pipeline) -> StableDiffusionXLPipeline:

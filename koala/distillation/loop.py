@@ -83,7 +83,6 @@ def train(
     finite (the last good checkpoint stays), or when the run was stopped before its end.
     """
     module = task.trainable.train()
-    device = next(module.parameters()).device
     layout = layout or Layout()
     world, parts = layout.world, layout.hardware.accumulate
     micro = layout.hardware.micro_batch(settings.batch, world.size)
@@ -107,15 +106,8 @@ def train(
             # One step.
             batch = data.batch(seen, settings.batch, world.rank, world.size)
             first = seen + world.rank * parts * micro
-            sums: dict[str, Tensor] = {}
-            for part in range(parts):
-                generators = generators_at(settings.seed, first + part * micro, micro)
-                with layout.computing(last=part == parts - 1):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                        losses = task.losses(_cut(batch, part, micro), generators)
-                    (losses["loss"] / parts).backward()
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + value.detach().float() / parts
+            generators = generators_at(settings.seed, first, parts * micro)
+            sums = gradients(task, layout, batch, generators)
             norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             save_due = time.monotonic() - saved > settings.save_every
@@ -155,6 +147,27 @@ def train(
                 raise world.failure(f"{run}: stopped after {seen} samples; run again to go on")
     averages[0].copy_to(module)
     return module.eval()
+
+
+def gradients(
+    task: Task, layout: Layout, batch: dict[str, Any], generators: Sequence[torch.Generator]
+) -> dict[str, Tensor]:
+    """Adds a batch's gradients to the module's, part by part; returns the means of its losses.
+
+    batch: this process's share of a step's; generators: one for each of its samples.
+    """
+    device = next(task.trainable.parameters()).device
+    parts, sums = layout.hardware.accumulate, dict[str, Tensor]()
+    micro = len(generators) // parts
+    for part in range(parts):
+        own = generators[part * micro : (part + 1) * micro]
+        with layout.computing(last=part == parts - 1):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                losses = task.losses(_cut(batch, part, micro), own)
+            (losses["loss"] / parts).backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().float() / parts
+    return sums
 
 
 def _check(settings: Training, layout: Layout, held_out: dict[str, Any] | None) -> None:

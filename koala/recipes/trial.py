@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from koala.architectures import UNetArchitecture
+from koala.distillation.loop import gradients
 from koala.distillation.noising import generators_at
 from koala.distillation.parallel import World, lay_out
 from koala.distillation.speed import matmul_peak
@@ -89,17 +90,15 @@ def _time_steps(plan: Plan, device: torch.device) -> tuple[float, int]:
     teacher = None if plan.teacher is None else _random_unet(plan.teacher, device)
     task = task_of(plan, student, teacher)
     place = "whole" if device.type != "cuda" else plan.hardware.teacher.replace("sharded", "whole")
-    alone = replace(plan.hardware, compile="", sharding="ddp", teacher=place)
-    lay_out(task, alone, World(device=device))
+    alone = replace(plan.hardware, compile="", sharding="ddp", teacher=place, accumulate=1)
+    layout = lay_out(task, alone, World(device=device))
     batch = batch_of(plan, device)
     times: list[float] = []
     begun = time.perf_counter()
     while len(times) <= STEPS and (len(times) < 2 or time.perf_counter() - begun < PATIENCE / 2):
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = task.losses(batch, generators_at(0, 0, plan.micro_batch))["loss"]
-        loss.backward()
-        loss.item()  # waits for the device
+        losses = gradients(task, layout, batch, generators_at(0, 0, plan.micro_batch))
+        losses["loss"].item()  # waits for the device
         times.append(time.perf_counter() - start)
     return min(times[1:]), len(times) - 1
 

@@ -1,5 +1,7 @@
 """Prompts of any length and weight: the syntax, and the embeddings beside compel's."""
 
+import time
+
 import pytest
 import torch
 from compel import Compel, ReturnedEmbeddingsType
@@ -88,6 +90,18 @@ def test_whatever_stands_there_is_read_or_refused(text):
             parse(text)
     else:
         assert parts and all(0 <= f.weight <= 10 and f.text for part in parts for f in part)
+
+
+@pytest.mark.parametrize("prompt", ["[a" * 5000, "[a" * 3333 + "]" * 3333, "a" + 9998 * " " + "b"])
+def test_no_prompt_takes_long_to_read(prompt):
+    """The longest that is allowed, built to be slow: work must grow with length alone."""
+    start = time.process_time()
+    (part,) = parse(prompt)
+    assert time.process_time() - start < 0.5
+    letters = "".join(f.text for f in part)
+    assert letters.replace(" ", "") == prompt.translate({ord(c): None for c in "[] "})
+    if prompt[0] == "[":
+        assert part[0].weight == pytest.approx(1 / 1.1) and part[-1].weight < 1e-100
 
 
 @pytest.mark.parametrize("prompt", ["(a:11)", "(a:-1)", "((a:5):5)", "(" * 25 + "a"])

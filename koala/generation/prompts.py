@@ -13,6 +13,7 @@ the mean over the prompt back, so that each weighted word changes all the others
 """
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -31,7 +32,7 @@ _MARKS = re.compile(
     r"|[(\[\])]"
     r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
     r"|\s*\bBREAK\b\s*"
-    r"|[^\\()\[\]:B\s]+|."  # text: a run of plain characters, or any other one
+    r"|[^\\()\[\]:B\s]+|\s+|."  # text: a run of plain characters or of spaces, any other one
     , re.DOTALL,
 )  # fmt: skip
 
@@ -61,34 +62,59 @@ def parse(prompt: str) -> list[list[Fragment]]:
     A bracket without its partner is no mistake: one that is not closed holds to the end, one that
     was not opened is text. UserError for a weight that is not in 0..10.
     """
-    found: list[tuple[str | None, float]] = []  # texts with their weights; None is a BREAK
-    opened: list[tuple[str, int]] = []  # brackets, and what they begin with
+    found: list[str | None] = []  # texts; None is a BREAK
+    brackets: list[_Bracket] = []
+    opened: list[_Bracket] = []
     for mark in _MARKS.finditer(prompt):
         token = mark[0]
+        last = opened[-1].kind if opened else ""
         if token.strip() == "BREAK":
-            found.append((None, 1.0))
+            found.append(None)
         elif token in ("(", "["):
-            opened.append((token, len(found)))
-        elif token == "]" and opened and opened[-1][0] == "[":
-            _weigh(found, opened.pop()[1], SQUARE)
-        elif (token == ")" or mark["weight"]) and opened and opened[-1][0] == "(":
-            _weigh(found, opened.pop()[1], float(mark["weight"] or ROUND))
+            opened.append(_Bracket(token, len(found), ROUND if token == "(" else SQUARE))
+            brackets.append(opened[-1])
+        elif token == "]" and last == "[":
+            opened.pop().end = len(found)
+        elif (token == ")" or mark["weight"]) and last == "(":
+            opened[-1].weight = float(mark["weight"] or ROUND)
+            opened.pop().end = len(found)
         else:
             escaped = len(token) == 2 and token[0] == "\\"
-            found.append((token[1:] if escaped else token, 1.0))
-    for bracket, start in opened:
-        _weigh(found, start, ROUND if bracket == "(" else SQUARE)
-    return _parts(found)
+            found.append(token[1:] if escaped else token)
+    for bracket in opened:
+        bracket.end = len(found)
+    return _parts(zip(found, _weights(brackets, len(found)), strict=True))
 
 
-def _weigh(found: list[tuple[str | None, float]], start: int, weight: float) -> None:
-    """Multiplies the weights of everything from `start` on."""
-    found[start:] = [(text, old * weight) for text, old in found[start:]]
+@dataclass
+class _Bracket:
+    kind: str
+    start: int  # of what it holds, among the texts found
+    weight: float
+    end: int = -1  # where it has no end yet
 
 
-def _parts(found: list[tuple[str | None, float]]) -> list[list[Fragment]]:
+def _weights(brackets: Sequence[_Bracket], count: int) -> Iterator[float]:
+    """The weight of each of `count` texts: all brackets round it multiplied, in one pass.
+
+    The brackets nest, and are in the order in which they begin.
+    """
+    coming = iter(brackets)
+    next_one = next(coming, None)
+    inside: list[tuple[int, float]] = [(count + 1, 1.0)]  # ends and weights, the outermost first
+    for i in range(count):
+        while inside[-1][0] <= i:
+            inside.pop()
+        while next_one is not None and next_one.start == i:
+            if next_one.end > i:
+                inside.append((next_one.end, inside[-1][1] * next_one.weight))
+            next_one = next(coming, None)
+        yield inside[-1][1]
+
+
+def _parts(found: Iterable[tuple[str | None, float]]) -> list[list[Fragment]]:
     """Split at the BREAKs; neighbours of one weight joined; empty parts left out, all but one."""
-    parts: list[list[Fragment]] = [[]]
+    parts: list[list[tuple[float, list[str]]]] = [[]]
     for text, weight in found:
         if not 0 <= weight <= MOST_WEIGHT:
             raise UserError(
@@ -97,11 +123,12 @@ def _parts(found: list[tuple[str | None, float]]) -> list[list[Fragment]]:
             )
         if text is None:
             parts.append([])
-        elif parts[-1] and parts[-1][-1].weight == weight:
-            parts[-1][-1] = Fragment(parts[-1][-1].text + text, weight)
+        elif parts[-1] and parts[-1][-1][0] == weight:
+            parts[-1][-1][1].append(text)
         else:
-            parts[-1].append(Fragment(text, weight))
-    return [part for part in parts if part] or [[]]
+            parts[-1].append((weight, [text]))
+    joined = [[Fragment("".join(texts), weight) for weight, texts in part] for part in parts]
+    return [part for part in joined if part] or [[]]
 
 
 # --- embeddings -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from koala import architectures
 from koala.errors import UserError
-from koala.weights import Stored, read_header
+from koala.weights import Stored, load_tensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -318,11 +318,22 @@ def _load_diffusers(
 
 
 def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
-    """The U-Net of a checked model folder, on the CPU; `dtype` None means float32."""
+    """The U-Net of a checked model folder, on the CPU; `dtype` None means float32.
+
+    Tensor by tensor: diffusers' own way, without accelerate, holds every weight twice.
+    """
+    import torch
     from diffusers import UNet2DConditionModel
 
-    check_unet(unet_architecture(folder), read_tensors(folder, "unet"), folder)
-    return _load_diffusers(UNet2DConditionModel, folder, "unet", dtype)
+    stored = read_tensors(folder, "unet")
+    check_unet(unet_architecture(folder), stored, folder)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
+    kind = dtype or torch.float32
+    # A copy, so that the memory is torch's own and aligned as it likes it.
+    weights = {name: load_tensor(one).to(kind, copy=True) for name, one in stored.items()}
+    unet.load_state_dict(weights, assign=True)
+    return unet.eval()
 
 
 def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:

@@ -207,7 +207,7 @@ def _planned(o: argparse.Namespace, say: Callable[[str], None]) -> "Pipeline":
     pipeline, plan = load_within(
         o.model, o.device, o.vram or "free", size=size, pictures=len(o.prompt) * o.number,
         weights=o.weights, decode=o.decode, tiny=o.tiny_vae, lora=dict(map(checks.lora, o.lora)),
-        say=say,
+        given=o.image is not None, say=say,
     )  # fmt: skip
     print(plan.table(), file=sys.stderr)
     return pipeline

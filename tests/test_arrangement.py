@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from koala.cli import main
@@ -111,6 +112,20 @@ def test_the_plan_is_kept_and_not_much_too_large(planner, row):
     assert 0.75 * plan.peak <= peak <= plan.peak
 
 
+@pytest.mark.parametrize("row", [0, 3])
+def test_the_plan_is_kept_while_a_picture_is_read(row):
+    """The phase by itself, with nobody on the device before it."""
+    size = (256, 192)
+    planner = Planner(BUNDLED / "koala-mini", CPU, size, given=True)
+    plan = planner.plan(planner.modes[row])
+    pipeline, _ = arranged(BUNDLED / "koala-mini", planner, plan.mode, [])
+    (request,) = pipeline.requests("a fox", image=Image.new("RGB", size, "teal"), seed=1)
+    before, phase = bytes_of(pipeline), plan.phases[1]
+    with torch.inference_mode():
+        peak = before + allocations(lambda: pipeline.encode(request.image))
+    assert 0.75 * phase.total <= peak <= phase.total
+
+
 def bytes_of(pipeline) -> int:
     models = (pipeline.unet, pipeline.vae, *pipeline.conditioner.encoders)
     storages = {}
@@ -129,6 +144,20 @@ def hungry(run, arrangement, allowed: str):
         return run(latents)
 
     return more
+
+
+def test_memory_that_ends_while_a_request_begins_is_a_step_down_too(folder):
+    """Its text and its picture are read then."""
+    expected = drawn(load(folder, "cpu"))
+    lines: list[str] = []
+    planner = Planner(folder, CPU, (64, 64), weights="fp32")
+    pipeline, arrangement = arranged(folder, planner, planner.modes[0], lines)
+    encoder = pipeline.conditioner.encoders[0]
+    encoder.register_forward_pre_hook(
+        lambda *_: None if lines else torch.empty(2**60, dtype=torch.uint8)
+    )
+    assert np.abs(drawn(pipeline) - expected).max() <= 1
+    assert len(lines) == 1 and arrangement.plan.mode != planner.modes[0]
 
 
 def test_out_of_memory_steps_down_once_and_says_so(folder):

@@ -1,4 +1,4 @@
-"""Three decoders: whole, in strips, tiny; and what becomes of a VAE that overflows."""
+"""Three decoders and two encoders: whole, in strips, tiny; and a VAE that overflows."""
 
 import copy
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 from koala.errors import Failure, UserError
 from koala.formats import BUNDLED, load_vae
 from koala.generation.decode import full, load_tiny, tiled, tiny, to_pictures
+from koala.generation.images import encode_picture
+from koala.generation.strips import encode_in_strips
 from toy import toy_vae
 
 
@@ -64,6 +67,22 @@ def test_strips_of_the_bundled_vae_equal_the_whole_in_both_precisions():
         assert (tiled(half, 2048)(z) - whole).abs().mean() < 1.1 * own
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    n=st.integers(1, 2),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    positions=st.integers(1, 4000),
+)
+def test_strips_of_any_height_give_the_whole_encoders_latents(vae, n, height, width, positions):
+    pixels = latents(n, 3, 8 * height, 8 * width).clamp(-1, 1)
+    whole = vae.encode(pixels).latent_dist.mode()
+    ours = encode_in_strips(vae, pixels, positions)
+    torch.testing.assert_close(ours, whole, atol=1e-4, rtol=0)
+    encoded = encode_picture(vae, pixels, strips=True)
+    torch.testing.assert_close(encoded, encode_picture(vae, pixels), atol=1e-4, rtol=0)
+
+
 def test_strips_leave_the_latents_alone(vae):
     z = latents(1, 4, 4, 4)
     kept = z.clone()
@@ -84,6 +103,29 @@ def test_a_vae_that_overflows_is_run_once_more_in_float32(decoder):
         for _ in range(2):
             torch.testing.assert_close(decoder(half)(z), wanted, atol=1e-4, rtol=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in half.state_dict().items())
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_an_encoder_that_overflows_is_run_once_more_in_float32(strips):
+    half = toy_vae().requires_grad_(False).half()
+    half.encoder.conv_in.weight *= 1e6
+    half.encoder.conv_in.weight.clamp_(-6e4, 6e4)
+    pixels = latents(1, 3, 16, 16).clamp(-1, 1)
+    assert not half.encode(pixels.half()).latent_dist.mode().isfinite().all()
+    wanted = encode_picture(copy.deepcopy(half).float(), pixels)
+    torch.testing.assert_close(encode_picture(half, pixels, strips), wanted, atol=1e-4, rtol=0)
+    assert half.dtype == torch.float16
+
+
+def test_a_tiny_decoder_that_overflows_is_run_once_more_in_float32():
+    half = toy_tiny().half()
+    convolutions = [m for m in half.decoder.modules() if isinstance(m, torch.nn.Conv2d)]
+    convolutions[0].weight.mul_(1e6).clamp_(-6e4, 6e4)
+    convolutions[1].weight.div_(6e4)  # brings it down again, where it is not lost
+    z = latents(1, 4, 4, 4)
+    assert not half.decode(z.half()).sample.isfinite().all()
+    wanted = tiny(copy.deepcopy(half).float())(z)
+    torch.testing.assert_close(tiny(half)(z), wanted, atol=1e-4, rtol=0)
 
 
 def test_what_is_not_a_number_is_a_failure_that_names_the_culprit(vae):
@@ -118,6 +160,22 @@ def test_a_tiny_autoencoder_is_found_in_its_folder_and_in_a_models(tmp_path):
         for name, tensor in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
     assert load_tiny(tmp_path / "model", torch.float16).dtype == torch.float16
+
+
+def test_a_tiny_autoencoder_is_found_by_its_hub_id(tmp_path, monkeypatch):
+    """In the local cache, as when it was fetched before; one that is not there is refused."""
+    commit = "0" * 40
+    stored = tmp_path / "models--some--taesdxl"
+    model = toy_tiny()
+    written(stored / "snapshots" / commit, model)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    loaded = load_tiny("some/taesdxl").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(UserError, match="'some/other' is no local folder and cannot be had"):
+        load_tiny("some/other")
 
 
 def test_what_is_no_tiny_autoencoder_is_refused(tmp_path):

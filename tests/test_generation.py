@@ -310,6 +310,7 @@ def test_any_multiple_of_eight_is_a_size(folders, size):
         ({"guidance": 100.5}, "guidance is 100.5"),
         ({"guidance": 1, "negative_prompt": "blur"}, "'blur' has no effect at guidance 1"),
         ({"number": 0}, "number of pictures is 0"),
+        ({"number": 10**9}, "number of pictures is 1000000000: allowed .* 1 to 10,000"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "from 0 to 2..63 - 1"),
         ({"seed": 2**63 - 1, "number": 2}, "from 0 to 2..63 - 2"),

@@ -204,6 +204,7 @@ def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path, pipeline):
     (tmp_path / "torn.png").write_bytes(whole.read_bytes()[:-500])
     Image.new("I;16", (16, 16)).save(tmp_path / "deep.png")
     Image.new("1", (9000, 9000)).save(tmp_path / "large.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "program.eps")  # what reads it runs a program
     reasons = {
         "bomb.png": "cannot be read as a picture.*exceeds limit",
         "large.png": "is 9000x9000: allowed are 64,000,000 pixels",
@@ -212,6 +213,7 @@ def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path, pipeline):
         "torn.png": "cannot be read as a picture",
         "missing.png": "No such file",
         "deep.png": "has the mode I;16",
+        "program.eps": "cannot be read as a picture: cannot identify",
         ".": "Is a directory",
     }
     for name, reason in reasons.items():

@@ -109,6 +109,19 @@ def test_more_pictures_and_larger_ones_take_more(planner):
             assert 1.7 * small.activations < large.activations < 2.3 * small.activations
 
 
+def test_pictures_to_start_from_are_planned(planner):
+    """A phase more, of the VAE; in strips wherever it decodes in strips."""
+    given = Planner(MINI, CPU, (64, 64), given=True)
+    for plain, mode in zip(planner.modes, given.modes, strict=True):
+        plan, without = given.plan(mode), planner.plan(plain)
+        assert [phase.name for phase in plan.phases] == ["encode", "picture", "denoise", "decode"]
+        assert (plan.phases[0], *plan.phases[2:]) == without.phases
+        decodes = plan.phases[-1]
+        assert plan.phases[1].weights == decodes.weights
+        assert plan.phases[1].activations <= 1.1 * decodes.activations
+    assert "picture" in given.plan(given.modes[0]).table()
+
+
 def test_what_is_asked_for_stays_on_every_row(with_tiny):
     exact = Planner(with_tiny, CPU, (64, 64), weights="fp32").modes
     assert {mode.packed for mode in exact} == {None}
@@ -124,12 +137,18 @@ def test_what_is_asked_for_stays_on_every_row(with_tiny):
     assert Planner(with_tiny, CPU, (64, 64)).modes[-1].decode == "tiny"
 
 
-def test_dtypes_by_device(with_tiny):
+def test_dtypes_by_device(with_tiny, monkeypatch):
     metal = Planner(with_tiny, torch.device("mps"), (64, 64))
     assert {(m.dtype, m.vae_dtype) for m in metal.modes} == {("fp16", "fp16")}
+    monkeypatch.setattr("koala.generation.backends.has_bf16", lambda: True)
     assert {m.vae_dtype for m in Planner(with_tiny, CPU, (64, 64), weights="bf16").modes} == {
         "fp32"
     }
+    monkeypatch.setattr("koala.generation.backends.has_bf16", lambda: False)
+    with pytest.raises(UserError, match="bfloat16: this processor has none"):
+        Planner(with_tiny, CPU, (64, 64), weights="bf16")
+    with pytest.raises(UserError, match="float16: no processor computes in it"):
+        Planner(with_tiny, CPU, (64, 64), weights="fp16")
     with pytest.raises(UserError, match="MPS has no such type"):
         Planner(with_tiny, torch.device("mps"), (64, 64), weights="fp8")
 

@@ -1,17 +1,28 @@
 """What makes the U-Net faster leaves its numbers: fused, compiled and 8-bit against plain."""
 
+import itertools
 import os
 
 import pytest
 import torch
 from torch import nn
 
+from koala.device import whereabouts
 from koala.errors import UserError
 from koala.generation.backends import check_dtype, example
-from koala.generation.denoise import predictor
+from koala.generation.denoise import evaluate, predictor
 from koala.generation.fp8 import Float8Linear, to_float8
-from koala.generation.speed import compile_blocks, fuse_projections, graphed
-from toy import toy_unet
+from koala.generation.pipeline import load
+from koala.generation.samplers import SAMPLERS
+from koala.generation.speed import (
+    ROWS,
+    compile_blocks,
+    fuse_projections,
+    graphed,
+    in_fixed_batches,
+    one_by_one,
+)
+from toy import toy_pipeline, toy_unet
 
 
 @pytest.fixture
@@ -78,6 +89,53 @@ def test_a_replayed_graph_gives_the_same_noise_for_every_input(unet):
             torch.testing.assert_close(
                 replayed(moved, timesteps, condition), plain(moved, timesteps, condition)
             )
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 9])
+def test_batches_of_fixed_sizes_give_the_same_noise(unet, rows):
+    plain, seen = predictor(unet), []
+
+    def watched(x, timesteps, condition):
+        seen.append([len(x), len(timesteps), *(len(part) for part in vars(condition).values())])
+        return plain(x, timesteps, condition)
+
+    asked = example(unet, rows, tokens=5)
+    fixed = in_fixed_batches(watched, sizes=(1, 2, 4))
+    torch.testing.assert_close(fixed(*asked), plain(*asked), atol=1e-5, rtol=0)
+    assert seen == [[n] * 5 for n in {1: [1], 3: [4], 5: [4, 1], 9: [4, 4, 1]}[rows]]
+    assert all(b <= 1.5 * a or b == a + 1 for a, b in itertools.pairwise(ROWS))
+
+
+def test_pictures_are_decoded_one_by_one():
+    seen = []
+
+    def decode(latents):
+        seen.append(len(latents))
+        return 2 * latents
+
+    z = torch.randn(3, 4, 2, 2)
+    assert torch.equal(one_by_one(decode)(z), 2 * z) and seen == [1, 1, 1]
+
+
+def test_a_model_is_where_its_first_parameter_is(unet):
+    assert whereabouts(unet) == (unet.device, unet.dtype) == (torch.device("cpu"), torch.float32)
+    assert whereabouts(unet.half().to("meta")) == (torch.device("meta"), torch.float16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_host_never_waits_for_the_device_between_steps(tmp_path):
+    """Of every sampler, with guidance: a copy or a question that waits is an error in this mode."""
+    pipeline = load(toy_pipeline(tmp_path / "toy", architecture="koala"), "cuda")
+    for name in SAMPLERS:
+        with torch.inference_mode():
+            rows = [pipeline.begin(r) for r in pipeline.requests(["a", "b"], scheduler=name)]
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                while not rows[0].finished:
+                    for row, noise in zip(rows, evaluate(pipeline.predict, rows), strict=True):
+                        row.advance(noise)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def test_an_8_bit_product_is_near_the_exact_one():

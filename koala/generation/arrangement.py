@@ -22,6 +22,7 @@ from koala.generation.blueprint import DTYPES, TEXT, UNET, VAE
 from koala.generation.decode import Decode, full, load_tiny, tiled, tiny
 from koala.generation.denoise import predictor
 from koala.generation.engine import PIXELS_AT_ONCE
+from koala.generation.images import encode_picture
 from koala.generation.memory import GIB, Plan, Planner, budget_of
 from koala.generation.pipeline import Pipeline, load
 from koala.generation.quantise import quantise
@@ -71,7 +72,12 @@ class Arrangement:
         self._decoders = {"full": full(vae), "tiled": tiled(vae)}
         pipeline.device = self.plan.device
         pipeline.predict = self._guarded(predictor(pipeline.unet))
+        pipeline.encode = lambda pixels: encode_picture(
+            vae, pixels, strips=self.plan.mode.encoder == "tiled"
+        )
         pipeline.decode = self._guarded(self._decode)
+        # Text and pictures are read in it. What a retry begins anew is a function of the request.
+        pipeline.begin = self._guarded(pipeline.begin)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         how = self.plan.mode.decode
@@ -129,21 +135,23 @@ def load_within(
     decode: str | None = None,
     tiny: str | Path | None = None,
     lora: Mapping[str | Path, float] | None = None,
+    given: bool = False,
     say: Callable[[str], object],
 ) -> tuple[Pipeline, Plan]:
     """A model, loaded so that it draws within `vram` GiB, or in what is "free"; and its plan.
 
     size: of the pictures, as in `Pipeline.requests`. pictures: how many there will be. weights,
     decode, tiny: as in `koala.generation.memory.Planner`. lora: files and scales, merged into the
-    weights. `say` is told what became of the LoRAs, and of a plan that had to be left. UserError
-    where nothing fits, and as in `koala.generation.pipeline.load`.
+    weights. given: whether there will be pictures to start from. `say` is told what became of the
+    LoRAs, and of a plan that had to be left. UserError where nothing fits, and as in
+    `koala.generation.pipeline.load`.
     """
     budget = None if vram == "free" else budget_of(vram)
     folder, place = resolve_model(model), pick_device(device)
     native = unet_architecture(folder).sample * FACTOR
     width, height = checks.size(size, native, FACTOR)
     at_once = max(1, min(pictures, PIXELS_AT_ONCE // (width * height)))
-    planner = Planner(folder, place, (width, height), at_once, weights, decode, tiny)
+    planner = Planner(folder, place, (width, height), at_once, weights, decode, tiny, given)
     plan = planner.choose(budget)
     arrangement = Arrangement(planner, plan, say)
     dtype = DTYPES[plan.mode.dtype]

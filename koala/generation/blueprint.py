@@ -20,7 +20,7 @@ from koala.formats import read_json
 from koala.generation.activations import peak_bytes
 from koala.generation.decode import tiny_folder
 from koala.generation.quantise import quantise
-from koala.generation.strips import decode_in_strips
+from koala.generation.strips import decode_in_strips, encode_in_strips
 
 TEXT, UNET, VAE, TINY = "text encoders", "U-Net", "VAE", "tiny VAE"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -29,6 +29,10 @@ _DECODERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "full": lambda vae, z: vae.decode(z).sample,
     "tiled": lambda vae, z: torch.cat([decode_in_strips(vae, one[None]).float() for one in z]),
     "tiny": lambda vae, z: torch.cat([vae.decode(one[None]).sample.float() for one in z]),
+}
+_ENCODERS: dict[str, Callable[[Any, Tensor], Tensor]] = {  # one picture at a time
+    "full": lambda vae, x: vae.encode(x).latent_dist.mode(),
+    "tiled": encode_in_strips,
 }
 
 
@@ -45,6 +49,7 @@ class Blueprint:
         self.latents = (LATENT_CHANNELS, size[1] // FACTOR, size[0] // FACTOR)
         self.models = cache(self._models)
         self.work = cache(self._work)
+        self.look = cache(self._look)
 
     def config(self, component: str) -> dict[str, Any]:
         return read_json(self.folder / component / "config.json")
@@ -88,6 +93,12 @@ class Blueprint:
             return peak_bytes(partial(_predict, models[0], 2 * n, self.latents, tokens))
         assert decoder is not None
         return peak_bytes(partial(_decode, models[0], _DECODERS[decoder], (n, *self.latents)))
+
+    def _look(self, dtype: str, encoder: str) -> int:
+        """Bytes alive at most while the VAE encodes one picture, the picture included."""
+        (vae,), (_, h, w) = self.models(VAE, dtype), self.latents
+        shape = (1, 3, FACTOR * h, FACTOR * w)
+        return peak_bytes(lambda: _ENCODERS[encoder](vae, _blank(*shape, dtype=vae.dtype)))
 
 
 def _read(encoder: Any, tokens: int) -> Any:

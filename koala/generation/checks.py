@@ -10,6 +10,7 @@ from koala.errors import UserError
 
 SMALLEST, LARGEST = 16, 4096  # pixels a side
 MOST_STEPS = 1000
+MOST_PICTURES = 10_000  # of all prompts together
 MOST_GUIDANCE = 100
 MOST_SEED = 2**63 - 1
 MOST_LORA_SCALE = 100
@@ -49,8 +50,11 @@ def numbers(steps: int, guidance: float, number: int) -> None:
         raise UserError(
             f"guidance is {guidance!r}: allowed are numbers from 0 to {MOST_GUIDANCE}, 3.5 is usual"
         )
-    if not _whole(number) or number < 1:
-        raise UserError(f"the number of pictures is {number!r}: allowed are whole numbers from 1")
+    if not _whole(number) or not 1 <= number <= MOST_PICTURES:
+        raise UserError(
+            f"the number of pictures is {number!r}: allowed are whole numbers from 1 to "
+            f"{MOST_PICTURES:,}"
+        )
 
 
 def guidance_until(asked: float, guidance: float) -> float:

@@ -5,6 +5,7 @@ Everything that decodes is a `Decode`, so that a pipeline neither knows nor care
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from koala.architectures import FACTOR, LATENT_CHANNELS
+from koala.device import whereabouts
 from koala.errors import Failure, UserError
 from koala.formats import read_json
 from koala.generation.strips import POSITIONS, decode_in_strips
@@ -29,7 +31,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def full(vae: AutoencoderKL) -> Decode:
     """The VAE's decoder as it is, all pictures at once."""
-    return _finite(vae, lambda z: vae.decode(z).sample)
+    return _finite(vae, lambda z: vae.decode(z).sample, partial(unscaled, vae))
 
 
 def tiled(vae: AutoencoderKL, positions: int = POSITIONS) -> Decode:
@@ -38,9 +40,11 @@ def tiled(vae: AutoencoderKL, positions: int = POSITIONS) -> Decode:
     Less than half the memory of `full`, and the same picture within 1e-4 in float32:
     `koala.generation.strips` says how.
     """
-    return _finite(
-        vae, lambda z: torch.cat([decode_in_strips(vae, one[None], positions) for one in z])
-    )
+
+    def run(z: Tensor) -> Tensor:
+        return torch.cat([decode_in_strips(vae, one[None], positions) for one in z])
+
+    return _finite(vae, run, partial(unscaled, vae))
 
 
 def tiny(autoencoder: AutoencoderTiny) -> Decode:
@@ -49,12 +53,10 @@ def tiny(autoencoder: AutoencoderTiny) -> Decode:
     It takes latents as the U-Net sees them, whatever the VAE's scale.
     """
 
-    def decode(latents: Tensor) -> Tensor:
-        z = (latents / autoencoder.config.scaling_factor).to(autoencoder.device, autoencoder.dtype)
-        pixels = torch.cat([autoencoder.decode(one[None]).sample.float() for one in z])
-        return finished(pixels, latents, autoencoder.dtype)
+    def run(z: Tensor) -> Tensor:
+        return torch.cat([autoencoder.decode(one[None]).sample.float() for one in z])
 
-    return decode
+    return _finite(autoencoder, run, lambda latents: latents / autoencoder.config.scaling_factor)
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -62,22 +64,27 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return full(vae)(latents)
 
 
-def _finite(vae: AutoencoderKL, run: Decode) -> Decode:
-    """`run` on unscaled latents, once more in float32 where the VAE overflows its dtype.
+def _finite(model: nn.Module, run: Decode, prepared: Decode) -> Decode:
+    """`run` on `prepared` latents, computed as `computed` says.
 
     SDXL's own VAE overflows in float16, and its pictures come out black.
     """
 
     def decode(latents: Tensor) -> Tensor:
-        z = unscaled(vae, latents)
-        pixels = run(z.to(vae.device, vae.dtype)).float()
-        if (dtype := vae.dtype) != torch.float32 and not pixels.isfinite().all():
-            vae.float()
-            pixels = run(z.to(vae.device, vae.dtype))
-            vae.to(dtype)  # loses nothing: the values came from there
-        return finished(pixels, latents, torch.float32)
+        return finished(computed(model, run, prepared(latents)), latents, torch.float32)
 
     return decode
+
+
+def computed(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """run(x) in the model's dtype, once more in float32 where that overflows; float32."""
+    device, dtype = whereabouts(model)
+    y = run(x.to(device, dtype)).float()
+    if dtype != torch.float32 and not y.isfinite().all():
+        nn.Module.to(model, torch.float32)  # diffusers' own `to` warns where nothing is wrong
+        y = run(x.to(device, torch.float32))
+        nn.Module.to(model, dtype)  # loses nothing: the values came from there
+    return y
 
 
 def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from koala.device import sent, whereabouts
 from koala.generation.samplers import Sampler
 
 
@@ -53,10 +54,11 @@ def predictor(unet: UNet2DConditionModel) -> Predict:
     """The predictions of a U-Net as PyTorch runs it, on its device and in its precision."""
 
     def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        own = condition.to(unet.device, unet.dtype)
+        device, dtype = whereabouts(unet)
+        own = condition.to(device, dtype)
         (epsilon,) = unet(
-            x.to(unet.device, unet.dtype),
-            timesteps.to(unet.device),
+            x.to(device, dtype),
+            sent(timesteps, device),
             encoder_hidden_states=own.text,
             added_cond_kwargs={"text_embeds": own.pooled, "time_ids": own.time_ids},
             return_dict=False,

@@ -10,6 +10,7 @@ one that `start` sets up, while other threads `submit`, wait for their tickets a
 
 import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from koala.generation.denoise import Predict, Row, evaluate
 from koala.generation.requests import Request
 
 PIXELS_AT_ONCE = 512 * 512  # what a batch holds where no number of rows is named
+STEPS_AHEAD = 2  # that a GPU is given before the first of them is done
 
 
 class Model(Protocol):
@@ -96,6 +98,7 @@ class Engine:
         self._active: list[Ticket] = []  # the worker's own; the group that waited longest is first
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._ahead: deque[torch.cuda.Event] = deque()  # the ends of steps that a GPU was given
 
     # --- from any thread --------------------------------------------------------------------
 
@@ -221,6 +224,7 @@ class Engine:
         except Exception as error:
             self._one_by_one(self._step, group, error)
             return
+        self._keep_pace(epsilons[0].device)
         for ticket, row, epsilon in zip(group, rows, epsilons, strict=True):
             try:
                 row.advance(epsilon)
@@ -235,6 +239,18 @@ class Engine:
                 self._drop(ticket)
         if ready := [ticket for ticket in ready if ticket.row is not None]:
             self._finish(ready)
+
+    def _keep_pace(self, device: torch.device) -> None:
+        """Waits until a GPU has but `STEPS_AHEAD` steps to do.
+
+        It never idles, and yet who joins, cancels or reports progress is not steps behind it.
+        """
+        if device.type == "cuda":
+            event = torch.cuda.Event(blocking=True)
+            event.record(torch.cuda.current_stream(device))
+            self._ahead.append(event)
+            if len(self._ahead) > STEPS_AHEAD:
+                self._ahead.popleft().synchronize()
 
     def _finish(self, group: list[Ticket]) -> None:
         rows = [ticket.row for ticket in group if ticket.row is not None]

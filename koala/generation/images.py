@@ -15,10 +15,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from koala.errors import UserError
-from koala.generation.decode import Decode
+from koala.generation.decode import Decode, computed
+from koala.generation.strips import encode_in_strips
 
 MOST_PIXELS = 64_000_000
 _RGB_LIKE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+# Others are no pictures of pixels (EPS runs a program), or nobody's.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "TGA")
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -32,7 +35,7 @@ def open_picture(file: str | Path | Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            with Image.open(file) as image:
+            with Image.open(file, formats=_FORMATS) as image:
                 return _upright(image, str(file))
     except UserError:
         raise
@@ -94,13 +97,17 @@ def fingerprint(image: Image.Image) -> str:
     return hashlib.sha256(header + image.tobytes()).hexdigest()[:16]
 
 
-def encode_picture(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def encode_picture(vae: AutoencoderKL, pixels: Tensor, strips: bool = False) -> Tensor:
     """Latents float32 [n, c, h, w] as the U-Net sees them, of pixels [n, 3, 8h, 8w] in -1..1.
 
     The most likely ones, not a draw; scaled with the VAE config's statistics, as diffusers'
-    picture-to-picture pipeline does.
+    picture-to-picture pipeline does. `strips` takes less memory (`koala.generation.strips`).
     """
-    z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+
+    def mode(x: Tensor) -> Tensor:
+        return encode_in_strips(vae, x) if strips else vae.encode(x).latent_dist.mode()
+
+    z = computed(vae, mode, pixels)
     if vae.config.latents_mean is not None and vae.config.latents_std is not None:
         mean, std = (
             torch.tensor(values, device=z.device).view(1, -1, 1, 1)

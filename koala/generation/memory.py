@@ -1,7 +1,8 @@
 """What a model takes by the way it is run, and the first way that fits into what there is.
 
 A `Mode` is such a way. A `Plan` is a mode with its cost: for each phase of a picture (reading the
-prompt, denoising, decoding) the weights that are on the device then, and the work. A `Planner`
+prompt, and a picture where one is given, denoising, decoding) the weights that are on the device
+then, and the work. A `Planner`
 goes down `LADDER` until the largest phase fits. `koala.generation.arrangement` obeys.
 """
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from koala.errors import UserError
 from koala.generation import decode as decoding
+from koala.generation.backends import check_dtype
 from koala.generation.blueprint import DTYPES, TEXT, TINY, UNET, VAE, Blueprint
 from koala.generation.quantise import LARGEST
 from koala.generation.streaming import packed_size, tensors_of, units_of
@@ -24,7 +26,6 @@ GIB = 2**30
 MARGIN = 1.3  # on activations, for what the libraries' kernels take besides: up to 1.25 was seen
 CARRIED = 2 * 2**20  # bytes: latents, embeddings and the like of a request
 FREE_SHARE = 0.9  # of the free memory that a plan may take
-PHASES = ("encode", "denoise", "decode")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Mode:
     def decoder(self) -> str:
         """The part that decodes."""
         return TINY if self.decode == "tiny" else VAE
+
+    @property
+    def encoder(self) -> str:
+        """How the VAE encodes a picture that is given: "full" or "tiled"."""
+        return "full" if self.decode == "full" else "tiled"
 
     @property
     def decoder_dtype(self) -> str:
@@ -162,7 +168,8 @@ class Planner:
     weights: "int8" or "fp8" stores the U-Net's and the text encoders' in 8 bits, a dtype leaves
     them in it; None leaves the choice to the plan. decode: "full", "tiled" or "tiny"; None
     likewise. tiny: where the tiny autoencoder comes from, by default the model's own, if any.
-    UserError for what is not there.
+    given: whether pictures are drawn from others, which the VAE encodes. UserError for what is not
+    there, or a dtype that the device lacks.
     """
 
     def __init__(
@@ -174,8 +181,9 @@ class Planner:
         weights: str | None = None,
         decode: str | None = None,
         tiny: str | Path | None = None,
+        given: bool = False,
     ) -> None:
-        self.device, self.size, self.pictures = device, size, pictures
+        self.device, self.size, self.pictures, self.given = device, size, pictures, given
         has_own = (folder / decoding.TINY / "config.json").is_file()
         self.tiny = tiny or (folder if has_own or decode == "tiny" else None)
         if self.tiny is not None:
@@ -214,6 +222,8 @@ class Planner:
             raise UserError(f"decoder is {decode!r}: allowed are full, tiled, tiny")
         if weights == "fp8" and self.device.type == "mps":
             raise UserError("weights are 'fp8': MPS has no such type; choose int8")
+        if weights in DTYPES:
+            check_dtype(DTYPES[weights], self.device)
         own = "fp32" if self.device.type == "cpu" else "fp16"
         dtype = weights if weights in DTYPES else own
         vae_dtype = self._vae_dtype(dtype)
@@ -246,19 +256,17 @@ class Planner:
             parts[TINY] = models(TINY, mode.dtype)
             size = packed_size(tensors_of(parts[TINY]))
             inside[TINY] = (size, size)
-        activations = {
-            "encode": work(TEXT, mode.dtype, mode.packed),
-            "denoise": work(UNET, mode.dtype, mode.packed),
-            "decode": work(mode.decoder, mode.decoder_dtype, None, mode.decode),
-        }
-        busy = dict(zip(PHASES, (TEXT, UNET, mode.decoder), strict=True))
+        every = [  # name, the part that works, bytes of its work
+            ("encode", TEXT, work(TEXT, mode.dtype, mode.packed)),
+            ("denoise", UNET, work(UNET, mode.dtype, mode.packed)),
+            ("decode", mode.decoder, work(mode.decoder, mode.decoder_dtype, None, mode.decode)),
+        ]
+        if self.given:
+            look = self._blueprint.look(mode.vae_dtype, mode.encoder)
+            every.insert(1, ("picture", VAE, look))
         phases = tuple(
-            Phase(
-                name,
-                sum(one[part != busy[name]] for part, one in inside.items()),
-                activations[name],
-            )
-            for name in PHASES
+            Phase(name, sum(one[part != busy] for part, one in inside.items()), activations)
+            for name, busy, activations in every
         )
         sizes = {part: packed_size(tensors_of(made)) for part, made in parts.items()}
         return Plan(mode, self.device, self.size, self.pictures, sizes, phases)

@@ -7,13 +7,14 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import koala
 from koala.conditioning import TextConditioner, time_ids
@@ -52,7 +53,8 @@ class Result:
 class Pipeline:
     """A loaded model, made by `load`; `dataclasses.replace(pipeline, unet=...)` swaps its U-Net.
 
-    What runs the U-Net and the decoder, and where, can be set: `predict`, `decode` and `device`.
+    What runs the U-Net and the VAE, and where, can be set: `predict`, `encode`, `decode` and
+    `device`.
     A pipeline that `replace` makes has plain ones again, and no record of LoRAs.
     """
 
@@ -64,12 +66,14 @@ class Pipeline:
     zeros_for_empty: bool = True  # no negative prompt means zeros, not the embedding of ""
     loras: dict[str, Attached | Merged] = field(default_factory=dict, init=False)  # by name
     predict: Predict = field(init=False)
+    encode: Callable[[Tensor], Tensor] = field(init=False)  # pictures to latents
     decode: Decode = field(init=False)
     device: torch.device = field(init=False)  # where latents are between steps
     _previewer: images.Previewer | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.predict = predictor(self.unet)
+        self.encode = partial(images.encode_picture, self.vae)
         self.decode = full(self.vae)
         self.device = self.unet.device
 
@@ -199,7 +203,7 @@ class Pipeline:
         first = noise.draw()
         x, kept = sampler.start(first), None
         if request.image is not None:
-            latents = images.encode_picture(self.vae, request.image).to(self.device)
+            latents = self.encode(request.image).to(self.device)
             # As in diffusers: with a mask and full strength, nothing but noise is painted over.
             if request.mask is None or asked.strength < 1:
                 x = latents + sampler.sigmas[0] * first

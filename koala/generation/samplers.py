@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from koala.device import sent
 from koala.errors import UserError
 from koala.generation.schedule import Schedule
 
@@ -29,10 +30,7 @@ class Noise:
 
     def draw(self) -> Tensor:
         """The next noise, float32 of the shape, on the device."""
-        noise = torch.randn(self.shape, generator=self.generator)
-        if self.device.type == "cuda":  # from pinned memory, so that the loop need not wait
-            noise = noise.pin_memory()
-        return noise.to(self.device, non_blocking=True)
+        return sent(torch.randn(self.shape, generator=self.generator), self.device)
 
 
 class Sampler:

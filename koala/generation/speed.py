@@ -1,4 +1,4 @@
-"""The same U-Net and VAE in PyTorch, faster: fused projections, compiled blocks, CUDA graphs.
+"""The same U-Net and VAE, faster: fused projections, compiled blocks, CUDA graphs, fixed batches.
 
 In this order, from outside the model, and after every LoRA was merged and before any
 quantisation: what is fused has no projections of its own any more, what is compiled or captured
@@ -6,7 +6,8 @@ must not change. SDPA and channels_last need nothing here: `load` brings both, a
 (`denoise`) never waits for the device.
 
 Compiling takes a minute or two the first time. So it is asked for, never done by itself, and what
-it made stays in the cache folder.
+it made stays in the cache folder. What is compiled or captured is so for one shape: batches have
+one of a few fixed sizes, which `koala.generation.backends.warm_up` goes through beforehand.
 """
 
 import os
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from koala.errors import UserError
+from koala.generation.decode import Decode
 from koala.generation.denoise import Condition, Predict
 from koala.packages import cache_folder
 
 _MOST_GRAPHS = 256  # compiled variants of one kind of block: its shapes times the batch's
 _WARM_UP = 3  # runs before a capture, in which libraries choose and allocate
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of fixed batches: at most a third more than needed
 
 
 # --- fused projections ----------------------------------------------------------------------
@@ -103,9 +106,8 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     many.
 
     Blocks rather than the whole: equal blocks share what is compiled, so that it takes as long
-    as its kinds, not as its depth. It happens at the first forward of each shape; `warm_up` does
-    it beforehand. What is made is kept under $KOALA_CACHE, unless $TORCHINDUCTOR_CACHE_DIR says
-    otherwise.
+    as its kinds, not as its depth. It happens at the first forward of each shape. What is made is
+    kept under $KOALA_CACHE, unless $TORCHINDUCTOR_CACHE_DIR says otherwise.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder().parent / "inductor"))
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
@@ -166,3 +168,38 @@ class _Graph:
             own.copy_(given, non_blocking=True)
         self.graph.replay()
         return self.output.clone()
+
+
+# --- fixed batches --------------------------------------------------------------------------
+
+
+def in_fixed_batches(predict: Predict, sizes: Sequence[int] = ROWS) -> Predict:
+    """`predict` of any number of rows, which itself is only ever asked about `sizes` of them.
+
+    The smallest that holds the rows, filled up with copies of the last one; more rows than the
+    largest holds go in turns. Requests that join and leave then meet no new shape.
+    """
+    largest = max(sizes)
+
+    def predict_all(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        told = (condition.text, condition.pooled, condition.time_ids)
+        turns = zip(*(tensor.split(largest) for tensor in (x, timesteps, *told)), strict=True)
+        return torch.cat([one_turn(*turn) for turn in turns])
+
+    def one_turn(*given: Tensor) -> Tensor:
+        rows = len(given[0])
+        more = min(size for size in sizes if size >= rows) - rows
+        x, timesteps, *told = (_filled_up(tensor, more) for tensor in given)
+        return predict(x, timesteps, Condition(*told))[:rows]
+
+    return predict_all
+
+
+def _filled_up(tensor: Tensor, more: int) -> Tensor:
+    """The tensor with so many copies of its last row behind it."""
+    return torch.cat([tensor, tensor[-1:].expand(more, *tensor.shape[1:])]) if more else tensor
+
+
+def one_by_one(decode: Decode) -> Decode:
+    """`decode`, asked about a single picture at a time."""
+    return lambda latents: torch.cat([decode(latent) for latent in latents.split(1)])

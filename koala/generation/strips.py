@@ -1,4 +1,4 @@
-"""The VAE's decoder in strips of rows: the same picture in under half the memory.
+"""The VAE in strips of rows: the same picture, or latents, in under half the memory.
 
 Decoders are usually tiled by cutting the latent and blending the overlaps. Each tile's group norms
 then see other statistics than the picture's, so tiles differ in colour, the overlap costs half as
@@ -35,6 +35,24 @@ def decode_in_strips(vae: AutoencoderKL, z: Tensor, positions: int = POSITIONS) 
     return torch.cat(list(_conv(decoder.conv_out, normed)), dim=2)
 
 
+def encode_in_strips(vae: AutoencoderKL, pixels: Tensor, positions: int = POSITIONS) -> Tensor:
+    """`vae.encode(pixels).latent_dist.mode()` [n, 4, h, w], of pixels [n, 3, 8h, 8w]."""
+    encoder = vae.encoder
+    factor = 2 ** (len(encoder.down_blocks) - 1)  # that every strip can be halved to the end
+    rows = factor * max(1, positions // (factor * pixels.shape[0] * pixels.shape[3]))
+    # Called as a layer, as the decoder's first is: weights that are away come with the call.
+    around = _with_neighbours(pixels.split(rows, dim=2))
+    strips = [encoder.conv_in(x)[:, :, 1:-1] for x in around]
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            strips = _resnet(resnet, strips)
+        for downsampler in block.downsamplers or ():
+            strips = list(_halved(downsampler.conv, strips))
+    x = encoder.mid_block(torch.cat(strips, dim=2))
+    x = encoder.conv_out(F.silu(encoder.conv_norm_out(x)))
+    return vae.quant_conv(x).chunk(2, dim=1)[0]
+
+
 def _resnet(block: nn.Module, strips: list[Tensor]) -> list[Tensor]:
     """x + conv2(act(norm2(conv1(act(norm1(x)))))), x through a 1x1 convolution where widths change.
 
@@ -68,6 +86,21 @@ def _doubled(strips: list[Tensor], positions: int) -> Iterator[Tensor]:
             yield F.interpolate(part, scale_factor=2.0)
 
 
+def _halved(conv: nn.Conv2d, strips: list[Tensor]) -> Iterator[Tensor]:
+    """The 3x3 convolution in steps of two, over strips of even height.
+
+    As diffusers' encoder has it, it looks one row and column beyond the lower right edges.
+    """
+    coming = _taken(strips)
+    x: Tensor | None = next(coming)
+    while x is not None:
+        after = next(coming, None)
+        below = torch.zeros_like(x[:, :, :1]) if after is None else after[:, :, :1]
+        rows = F.pad(torch.cat([x, below], dim=2), (0, 1))
+        x = after
+        yield F.conv2d(rows, conv.weight, conv.bias, stride=2)
+
+
 def _normed(norm: nn.GroupNorm, strips: list[Tensor]) -> Callable[[Tensor], Tensor]:
     """strip -> silu(norm(strip)), with statistics over all strips, in float32 as torch has them."""
     n, c = strips[0].shape[:2]
@@ -87,6 +120,12 @@ def _normed(norm: nn.GroupNorm, strips: list[Tensor]) -> Callable[[Tensor], Tens
 
 def _conv(conv: nn.Conv2d, strips: Iterable[Tensor]) -> Iterator[Tensor]:
     """The 3x3 convolution with padding 1 of the whole, strip by strip."""
+    for rows in _with_neighbours(strips):
+        yield F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
+
+
+def _with_neighbours(strips: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Every strip with the row above and the row below it, zeros outside the picture."""
     coming = iter(strips)
     x = next(coming)
     above = torch.zeros_like(x[:, :, :1])  # outside the picture
@@ -95,4 +134,4 @@ def _conv(conv: nn.Conv2d, strips: Iterable[Tensor]) -> Iterator[Tensor]:
         below = torch.zeros_like(above) if after is None else after[:, :, :1]
         rows = torch.cat([above, x, below], dim=2)
         above, x = x[:, :, -1:].clone(), after
-        yield F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
+        yield rows

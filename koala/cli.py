@@ -406,7 +406,7 @@ def _distill(commands) -> None:
         "--teacher",
         help="name, folder, file or Hub id of the model to learn from (default: the recipe's)",
     )
-    p.add_argument("--data", type=Path, help="a folder that `koala prepare` made")
+    p.add_argument("--data", help="a folder that `koala prepare` made, or a URL of one")
     p.add_argument("--out", type=Path, help="the run's folder; the finished model in OUT/model")
     p.add_argument("--device", help="cpu, cuda (default: the best there is)")
     p.add_argument(

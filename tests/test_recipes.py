@@ -4,12 +4,14 @@ student -> pictures drawn."""
 import json
 from dataclasses import replace
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from koala import card, recipes
+from koala.cli import main
 from koala.data.pictures import prepare_pictures
 from koala.data.prepare import encode_pictures
 from koala.distillation.settings import Training
@@ -17,7 +19,8 @@ from koala.errors import UserError
 from koala.generation import load
 from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders, start_from_words
 from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae, to_images
-from koala.recipes.run import Mixture, Student, assemble, distill
+from koala.recipes.family import assemble
+from koala.recipes.run import Mixture, Student, distill
 from test_data import TOY
 
 TINY = Training(samples=8, batch=4, lr=1e-3, ema_half_life=8, log_every=4, preview_every=8)
@@ -102,6 +105,21 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
         distill(other, data, tmp_path / "student", str(master), "cpu")
     with pytest.raises(UserError, match=r"koala-mini, this recipe goes on from sdxl-mini"):
         distill(teacher, data, tmp_path / "further", str(small), "cpu")
+
+
+def test_data_may_lie_elsewhere(base_parts, tmp_path, packages):
+    data, base = base_parts
+    remote = fsspec.filesystem("memory")
+    remote.put(str(data), "/family/data", recursive=True)
+    given = ["--set", "training.samples=4", "training.batch=4", "training.warmup=0"]
+    command = ["distill", "sdxl-mini-64", "--teacher", str(base), "--device", "cpu", *given]
+    for name, place in (("far", "memory://family/data"), ("near", str(data))):
+        assert main([*command, "--data", place, "--out", str(tmp_path / name)]) == 0
+    file = "model/unet/diffusion_pytorch_model.safetensors"
+    far, near = (load_file(tmp_path / name / file) for name in ("far", "near"))
+    assert all(torch.equal(far[name], value) for name, value in near.items())
+    assert card.read(tmp_path / "far/model").trained.data["pictures"] > 0
+    remote.rm("/family", recursive=True)
 
 
 def test_what_distill_refuses(base_parts, tmp_path, packages):

@@ -94,10 +94,10 @@ def prepare(
     return PrepareReport(out, {}, summary, None)
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
+def facts_of(folder: str | Path) -> dict[str, Any]:
     """What a model card says of the data: "pictures" to train on, and what they were made with."""
-    if (folder / "set.json").exists():
-        return {"pictures": len(PictureSet(folder).select("train")), **settings_of(folder)}
+    if (Path(folder) / "set.json").exists():
+        return {"pictures": len(PictureSet(folder).select("train")), **settings_of(Path(folder))}
     from koala.data.index import Index
 
     index = Index(folder)

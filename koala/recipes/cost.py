@@ -28,7 +28,7 @@ from koala.formats import (
     unet_architecture,
 )
 from koala.recipes.memory import Plan, blank_unet, device_memory, main_memory
-from koala.recipes.run import MEMO, MEMO_ON_GPU, Recipe, Student, Teacher
+from koala.recipes.run import MEMO, Recipe, Student, Teacher
 from koala.recipes.trial import assumed, measured
 
 MINI = architectures.get("sdxl-mini")
@@ -207,11 +207,12 @@ def _frozen(teacher: str | None, plan: Plan) -> dict[str, int]:
 
 
 def _beside(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> dict[str, int]:
-    """Bytes on the device of what a run keeps there besides the U-Nets, in fp32."""
+    """Bytes on the device of what a run keeps there besides the U-Nets."""
     parts = {"VAE, for previews": 4 * frozen["VAE"]}
     if not text_stored:
-        parts["text encoders"] = 4 * frozen["text encoders"]
-        parts["embeddings of captions, at most"] = MEMO_ON_GPU if on_gpu else MEMO
+        parts["text encoders"] = (2 if on_gpu else 4) * frozen["text encoders"]
+        if not on_gpu:
+            parts["embeddings of captions, at most"] = MEMO
     return parts
 
 

@@ -3,22 +3,18 @@
 Every run leaves its finished pipeline folder in `<out>/model`; run again, it goes on where it was.
 """
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from koala import architectures, card, recipes
 from koala.compression import compress
 from koala.conditioning import TextConditioner
-from koala.data.encoding import to_pixels
 from koala.data.latents import LatentSet
-from koala.data.pictures import NOTICE, PictureSet
 from koala.data.prepare import facts_of
 from koala.distillation import checkpoint
 from koala.distillation.loop import train
@@ -30,27 +26,14 @@ from koala.errors import UserError
 from koala.formats import (
     load_scheduler_config,
     load_unet,
-    load_vae,
     resolve_model,
     unet_architecture,
 )
-from koala.generation.decode import TINY
-from koala.mini.text import (
-    TextData,
-    TextDistillation,
-    clip_tokenizer,
-    new_text_encoders,
-    start_from_words,
-    vocabulary_words,
-)
-from koala.mini.tiny import TinyDistillation, new_tiny
-from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae
+from koala.recipes.family import run_base, run_tiny
 from koala.recipes.overrides import overridden
 from koala.recipes.previews import MINI_PROMPTS, drawing
-from koala.sentence import SentenceEncoder
 
 MEMO = 2**31  # bytes of embeddings that a training on the CPU remembers: all of the mini set's
-MEMO_ON_GPU = 2**29
 HELD_OUT = 64  # samples of the validation
 HELD_OUT_SPLITS = ("test", "test-pair")  # the first that a folder has
 
@@ -128,7 +111,8 @@ def distill(
 ) -> Path:
     """Runs a recipe to its end and returns the folder of the finished pipeline, `out`/model.
 
-    recipe: a name of `koala.recipes` or a configuration. data: a folder that `koala prepare` made.
+    recipe: a name of `koala.recipes` or a configuration. data: a folder that `koala prepare` made,
+    or for U-Nets a URL of one.
     teacher: the model to learn from (for `Teacher`, the one whose VAE and text side it takes);
     recipes of the paper name their own.
     device: the GPU where there is one, else the CPU; of the processes that torchrun starts, each
@@ -137,16 +121,16 @@ def distill(
     UserError where something is unknown, missing or of no use; Failure where the training fails.
     """
     name = recipe if isinstance(recipe, str) else "of one's own"
-    data, out = Path(data), Path(out)
+    out = Path(out)
     with joined(device) as world:
         with world.together():
             recipe = configured(recipe, settings)
             teacher = _teacher_of(recipe, teacher, world)
         if isinstance(recipe, Base):
-            models = [_run_base(recipe, data, out, str(world.device), boards)]
+            models = [run_base(recipe, Path(data), out, str(world.device), boards)]
         elif isinstance(recipe, Tiny):
             assert teacher is not None
-            return _run_tiny(recipe, data, out, teacher, str(world.device), boards)
+            return run_tiny(recipe, data, out, teacher, str(world.device), boards)
         else:
             assert teacher is not None
             models = _run(recipe, data, out, teacher, world, boards)
@@ -178,7 +162,7 @@ def _teacher_of(recipe: Recipe, given: str | None, world: World) -> str | None:
 
 def _run(
     recipe: Teacher | Student,
-    data: Path,
+    data: str | Path,
     out: Path,
     teacher: str,
     world: World,
@@ -204,10 +188,13 @@ def _run(
     )
     layout = lay_out(task, recipe.hardware, world)
     claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
-    train(
-        task, latents, training, out, {"recipe": claimed}, layout=layout, held_out=held_out,
-        boards=boards, flops=_flops(task, latents) if world.device.type == "cuda" else None,
-    )  # fmt: skip
+    try:
+        train(
+            task, latents, training, out, {"recipe": claimed}, layout=layout, held_out=held_out,
+            boards=boards, flops=_flops(task, latents) if world.device.type == "cuda" else None,
+        )  # fmt: skip
+    finally:
+        latents.close()
     models = [out / "model", *(out / f"model-ema-{length}" for length in training.ema_others)]
     with world.together():
         for length, model in zip(training.half_lives, models, strict=True) if world.first else ():
@@ -223,7 +210,9 @@ def _held_out(latents: LatentSet, recipe: Teacher | Student, model: Path) -> dic
     for split in HELD_OUT_SPLITS:
         if len(latents.index.select(split)):
             there = LatentSet(folder, model, None, captions, recipe.training.seed, split=split)
-            return there.batch(0, HELD_OUT)
+            batch = there.batch(0, HELD_OUT)
+            there.close()
+            return batch
     raise UserError(
         f"{folder} has no held-out pictures to validate with: prepare with --held-out, or take "
         "a recipe whose validate_every is 0"
@@ -242,7 +231,7 @@ def _flops(task: Denoising, latents: LatentSet) -> float:
     return sum(times * unet_flops(config, side, side, task.tokens) for times, config in networks)
 
 
-def _card(name: str, recipe: Recipe, data: Path, out: Path, teacher: str | None) -> card.Card:
+def _card(name: str, recipe: Recipe, data: str | Path, out: Path, teacher: str | None) -> card.Card:
     """The finished model's card: that of what it started from, and this training."""
     start = card.Card("")
     if isinstance(recipe, Base):
@@ -269,12 +258,11 @@ def described(recipe: Recipe) -> dict[str, Any]:
 
 def _conditioner(model: Path, device: torch.device, latents: LatentSet) -> TextConditioner:
     """The text side: on the device, or on the CPU where only previews need it."""
-    stored = latents.index.made_with["text"]
-    place = torch.device("cpu") if stored else device
-    arch = unet_architecture(model)
-    room = MEMO if place.type == "cpu" else MEMO_ON_GPU
-    memo = room // (4 * arch.tokens * arch.context)
-    return TextConditioner.from_folder(model, device=place, memo=memo)
+    if latents.index.made_with["text"] or device.type == "cpu":
+        arch = unet_architecture(model)
+        return TextConditioner.from_folder(model, memo=MEMO // (4 * arch.tokens * arch.context))
+    # Encoding again is quicker here than remembering, and few captions come twice.
+    return TextConditioner.from_folder(model, torch.float16, device, memo=0)
 
 
 def _teaching(
@@ -317,90 +305,3 @@ def _distilling(
         draw=drawing(teacher, conditioner, device),
         prompts=recipe.prompts,
     )
-
-
-def _run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[str]) -> Path:
-    """VAE, then text side, then a pipeline folder with the two and an untrained U-Net."""
-    pictures = PictureSet(data)
-    seen = pictures.select("train")
-    torch.manual_seed(recipe.vae.seed)
-    vae = new_vae(pictures.image(0).width).to(device, memory_format=torch.channels_last)
-    shown = [pictures.image(i) for i in pictures.select("test-pair")[:16]]
-    coding = Autoencoding(vae, to_pixels(shown))
-    epoch = [i for kind, n in recipe.kinds.items() for i in pictures.select("train", kind) * n]
-    painted = PictureData(pictures, epoch, recipe.vae.seed)
-    note = {"recipe": asdict(recipe)}
-    train(coding, painted, recipe.vae, out / "vae", note, boards=boards)
-    measure_latents(vae, painted.every(len(epoch) // 1000 + 1).to(device))
-    coding = coding.sharpening()
-    train(coding, painted, recipe.decoder, out / "decoder", note, boards=boards)
-
-    torch.manual_seed(recipe.text.seed)
-    tokenizer = clip_tokenizer()
-    encoders = new_text_encoders(tokenizer).to(device)
-    sentences = SentenceEncoder(device)
-    start_from_words(encoders, tokenizer, sentences)
-    telling = TextDistillation(encoders, tokenizer, sentences).to(device)
-    captions = sorted({pictures.rows[i][c] for i in seen for c in ("short", "long", "subject")})
-    texts = TextData(captions, vocabulary_words(tokenizer), recipe.text.seed)
-    train(telling, texts, recipe.text, out / "text", note, boards=boards)
-    return assemble(out / "model", coding, telling, data)
-
-
-def _run_tiny(
-    recipe: Tiny, data: Path, out: Path, teacher: str, device: str, boards: Sequence[str]
-) -> Path:
-    """The tiny autoencoder, then the teacher's folder with it; its card stays the teacher's."""
-    source, seed = resolve_model(teacher), recipe.training.seed
-    latents = LatentSet(data, source, recipe.kinds, {"short": 1.0}, seed)
-    torch.manual_seed(seed)
-    task = TinyDistillation(
-        new_tiny().to(device),
-        load_vae(source).to(device),
-        shown=latents.batch(0, 16)["latents"],
-    )
-    note = {"recipe": asdict(recipe)}
-    trained = train(task, latents, recipe.training, out, note, boards=boards)
-    model = out / "model"
-    part = model.with_name(f".{model.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(source, part, ignore=shutil.ignore_patterns(TINY))
-    task.export(trained, part / TINY)
-    shutil.rmtree(model, ignore_errors=True)
-    part.rename(model)
-    return model
-
-
-def assemble(model: Path, coding: Autoencoding, telling: TextDistillation, data: Path) -> Path:
-    """Writes the pipeline folder with `sdxl-mini`'s U-Net as initialised; replaces an older one."""
-    part = model.with_name(f".{model.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    coding.export(coding.trainable, part / "vae")
-    telling.export(telling.trainable, part)
-    config = architectures.unet_config(architectures.get("sdxl-mini"))
-    UNet2DConditionModel(**config).save_pretrained(part / "unet")
-    EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        timestep_spacing="trailing",
-    ).save_pretrained(part / "scheduler")
-    index = {
-        "_class_name": "StableDiffusionXLPipeline",
-        "force_zeros_for_empty_prompt": True,
-        "vae": ["diffusers", "AutoencoderKL"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "image_encoder": [None, None],
-        "feature_extractor": [None, None],
-    }
-    (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.copy(data / NOTICE, part)
-    shutil.rmtree(model, ignore_errors=True)
-    part.rename(model)
-    return model

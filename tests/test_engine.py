@@ -256,7 +256,7 @@ def test_a_request_that_fails_while_it_begins_leaves_the_others_alone(pipeline):
 
     class Broken:
         predict = staticmethod(pipeline.predict)
-        finish, preview = pipeline.finish, pipeline.preview
+        finish, preview, wear = pipeline.finish, pipeline.preview, pipeline.wear
 
         def begin(self, request):
             if request is bad:
@@ -396,7 +396,7 @@ def test_an_exception_in_the_callers_block_cancels_what_is_left(pipeline):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_ever_if_the_worker_dies(pipeline):
     class Dies:
-        predict = staticmethod(pipeline.predict)
+        predict, wear = staticmethod(pipeline.predict), pipeline.wear
 
         def begin(self, request) -> Row:
             raise SystemExit

@@ -10,6 +10,7 @@ one that `start` sets up, while other threads `submit`, wait for their tickets a
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -23,7 +24,7 @@ from PIL import Image
 
 from koala.errors import Failure
 from koala.generation.denoise import Predict, Row, evaluate
-from koala.generation.requests import Request
+from koala.generation.requests import Loras, Request
 
 PIXELS_AT_ONCE = 512 * 512  # what a batch holds where no number of rows is named
 STEPS_AHEAD = 2  # that a GPU is given before the first of them is done
@@ -35,6 +36,9 @@ class Model(Protocol):
     @property
     def predict(self) -> Predict:
         """One evaluation of the U-Net."""
+
+    def wear(self, lora: Loras) -> None:
+        """Puts on the LoRAs of one request's own, in the place of those worn until now."""
 
     def begin(self, request: Request) -> Row:
         """The row before its first step."""
@@ -55,6 +59,19 @@ class Progress:
     preview: Callable[[], Image.Image]  # RGB, 1/8 of the size; computed when it is called
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What one step of one group took."""
+
+    pictures: int
+    pixels: int  # of all of them; those that are guided count twice, as they are evaluated
+    seconds: float
+
+
+class Late(Failure):
+    """A request was not done by its deadline."""
+
+
 class Ticket(Future[Image.Image]):
     """A request's future picture.
 
@@ -63,12 +80,20 @@ class Ticket(Future[Image.Image]):
     """
 
     def __init__(
-        self, request: Request, number: int, on_step: Callable[[Progress], None] | None
+        self,
+        request: Request,
+        number: int,
+        on_step: Callable[[Progress], None] | None,
+        on_start: Callable[[], None] | None,
+        deadline: float | None,
+        tag: Any,
     ) -> None:
         super().__init__()
         self.request = request
         self.number = number  # in the order of submission
-        self.on_step = on_step
+        self.on_step, self.on_start = on_step, on_start
+        self.deadline = deadline  # by time.monotonic()
+        self.tag = tag
         self.row: Row | None = None  # the engine's: None while the request waits
 
 
@@ -76,10 +101,11 @@ class Engine:
     """Draws requests, as many at once as its batch holds.
 
     max_batch: so many rows at most are on their way; by default as many as hold 512 x 512 pixels,
-    and always one. strict: every row is evaluated and decoded by itself, so that its picture is
-    bit for bit what it is alone; otherwise it is so within rounding, since a kernel may add up
-    in another order in a batch of another size. order: the key by which waiting requests are
-    taken in, lowest first; by default they come in the order of submission.
+    and always one. max_pixels: they hold so many pixels at most. strict: every row is evaluated and
+    decoded by itself, so that its picture is bit for bit what it is alone; otherwise it is so
+    within rounding, since a kernel may add up in another order in a batch of another size. order:
+    the key by which waiting requests are taken in, lowest first; by default they come in the order
+    of submission. on_pass: told on the worker's thread what each pass took.
     """
 
     def __init__(
@@ -88,9 +114,14 @@ class Engine:
         max_batch: int | None = None,
         strict: bool = False,
         order: Callable[[Ticket], Any] | None = None,
+        max_pixels: int | None = None,
+        on_pass: Callable[[Pass], None] | None = None,
     ) -> None:
         assert max_batch is None or max_batch >= 1
         self.model, self.max_batch, self.strict = model, max_batch, strict
+        if max_batch is None and max_pixels is None:
+            max_pixels = PIXELS_AT_ONCE
+        self.max_pixels, self.on_pass = max_pixels, on_pass
         self._order = order or (lambda ticket: ticket.number)
         self._numbers = itertools.count()
         self._changed = threading.Condition()  # guards _waiting and _closed
@@ -102,18 +133,34 @@ class Engine:
 
     # --- from any thread --------------------------------------------------------------------
 
-    def submit(self, request: Request, on_step: Callable[[Progress], None] | None = None) -> Ticket:
-        """Takes a request in; `on_step` is called on the worker's thread after each of its steps.
+    def submit(
+        self,
+        request: Request,
+        on_step: Callable[[Progress], None] | None = None,
+        on_start: Callable[[], None] | None = None,
+        deadline: float | None = None,
+        tag: Any = None,
+    ) -> Ticket:
+        """Takes a request in.
 
-        An exception in `on_step` is the request's failure. Failure if the engine is closed.
+        On the worker's thread `on_start` is called when it is let in and `on_step` after each of
+        its steps; an exception in either is the request's failure. With a `deadline` (by
+        time.monotonic()) it fails with `Late` before the first step after it. `tag` is the
+        ticket's, for `order` to look at. Failure if the engine is closed.
         """
         with self._changed:
             if self._closed:
                 raise Failure("the engine is closed: it takes no more requests")
-            ticket = Ticket(request, next(self._numbers), on_step)
+            ticket = Ticket(request, next(self._numbers), on_step, on_start, deadline, tag)
             self._waiting.append(ticket)
             self._changed.notify()
         return ticket
+
+    def waiting(self) -> list[Ticket]:
+        """The requests that are not let in yet, in the order in which they would be now."""
+        with self._changed:
+            there = [ticket for ticket in self._waiting if not ticket.done()]
+            return sorted(there, key=self._order)
 
     def start(self) -> "Engine":
         """Sets up the thread that works until `close`."""
@@ -161,6 +208,7 @@ class Engine:
         Returns whether there is more to do. Only ever called by one thread.
         """
         self._active = _without_cancelled(self._active)
+        self._fail_late()
         self._let_in()
         if self._active:
             self._step(self._next_group())
@@ -184,6 +232,17 @@ class Engine:
                 _fail(ticket, error)
             raise
 
+    def _fail_late(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            there = [*self._waiting, *self._active]
+            late = [t for t in there if t.deadline is not None and t.deadline <= now]
+            self._waiting = [ticket for ticket in self._waiting if ticket not in late]
+        self._active = [ticket for ticket in self._active if ticket not in late]
+        for ticket in late:
+            ticket.row = None
+            _fail(ticket, Late("the picture was not done by its deadline"))
+
     def _let_in(self) -> None:
         """Waiting requests, in their order, as long as there is room."""
         while True:
@@ -197,20 +256,25 @@ class Engine:
                 self._waiting.remove(ticket)
                 self._active.append(ticket)
             try:
+                self.model.wear(ticket.request.lora)
                 ticket.row = self.model.begin(ticket.request)
+                if ticket.on_start is not None:
+                    ticket.on_start()
             except Exception as error:
                 self._leave(ticket, error)
 
     def _fits(self, ticket: Ticket) -> bool:
-        if self.max_batch is not None:
-            return len(self._active) < self.max_batch
+        if not self._active:
+            return True
+        if self.max_batch is not None and len(self._active) >= self.max_batch:
+            return False
         pixels = sum(each.request.pixels for each in (*self._active, ticket))
-        return not self._active or pixels <= PIXELS_AT_ONCE
+        return self.max_pixels is None or pixels <= self.max_pixels
 
     def _next_group(self) -> list[Ticket]:
-        """Tickets that can share a pass; they go to the end, so that every shape gets its turn."""
+        """Tickets that can share a pass; they go to the end, so that every kind gets its turn."""
         first = self._active[0]
-        group = [ticket for ticket in self._active if _shape(ticket) == _shape(first)]
+        group = [ticket for ticket in self._active if _kind(ticket) == _kind(first)]
         if self.strict:
             group = [first]
         self._active = [ticket for ticket in self._active if ticket not in group] + group
@@ -219,12 +283,20 @@ class Engine:
     def _step(self, group: list[Ticket]) -> None:
         """One step of each; if the pass over all fails, each alone shows whose fault it is."""
         rows = [ticket.row for ticket in group if ticket.row is not None]
+        start = time.perf_counter()
+        pixels = sum(
+            ticket.request.pixels * (2 if row.guided else 1)
+            for ticket, row in zip(group, rows, strict=True)
+        )
         try:
+            self.model.wear(group[0].request.lora)
             epsilons = evaluate(self.model.predict, rows)
         except Exception as error:
             self._one_by_one(self._step, group, error)
             return
         self._keep_pace(epsilons[0].device)
+        if self.on_pass is not None:
+            self.on_pass(Pass(len(group), pixels, time.perf_counter() - start))
         for ticket, row, epsilon in zip(group, rows, epsilons, strict=True):
             try:
                 row.advance(epsilon)
@@ -281,9 +353,10 @@ class Engine:
         ticket.row = None
 
 
-def _shape(ticket: Ticket) -> tuple[int, ...]:
+def _kind(ticket: Ticket) -> tuple[tuple[int, ...], Loras]:
+    """Tickets that agree in it can share a pass: of one shape, and by the same weights."""
     assert ticket.row is not None
-    return ticket.row.shape
+    return ticket.row.shape, ticket.request.lora
 
 
 # A future is told once that its cancelling has been seen: where its ticket leaves the lists.

@@ -32,11 +32,12 @@ from koala.generation.decode import Decode, full, to_pictures
 from koala.generation.denoise import Condition, Kept, Predict, Row, predictor
 from koala.generation.engine import Engine, Progress
 from koala.generation.prompts import Encoded, encode, padded, parse
-from koala.generation.requests import Request, Settings
+from koala.generation.requests import Loras, Request, Settings
 from koala.generation.schedule import SPACINGS, Schedule
-from koala.lora.adapters import Attached, Merged, merge, modules_of
+from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import Base
-from koala.lora.reading import Report, read
+from koala.lora.reading import Lora, Report, read
+from koala.lora.wardrobe import Wardrobe
 
 MEMO = 64  # chunks of prompts whose embeddings are remembered
 
@@ -70,9 +71,12 @@ class Pipeline:
     decode: Decode = field(init=False)
     device: torch.device = field(init=False)  # where latents are between steps
     _previewer: images.Previewer | None = field(default=None, init=False)
+    _wardrobe: Wardrobe = field(init=False, repr=False)
+    _plain: Predict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.predict = predictor(self.unet)
+        self._plain = self.predict = predictor(self.unet)
+        self._wardrobe = Wardrobe(self._modules, self._read_lora)
         self.encode = partial(images.encode_picture, self.vae)
         self.decode = full(self.vae)
         self.device = self.unet.device
@@ -137,6 +141,7 @@ class Pipeline:
         image: str | Path | Image.Image | None = None,
         strength: float | None = None,
         mask: str | Path | Image.Image | None = None,
+        lora: Mapping[str | Path, float] | None = None,
     ) -> list[Request]:
         """One request a picture, checked: `number` of each prompt, in the order of the prompts.
 
@@ -148,6 +153,7 @@ class Pipeline:
 
         From an `image` (a file or a picture) only the last `strength` of the steps is done, by
         default 0.6; with a `mask` of its size only what is light in it is painted anew.
+        `lora` names files and scales for these pictures alone, besides those on the model.
         UserError for a value that is not allowed.
         """
         prompts = checks.prompts(prompt)
@@ -160,6 +166,7 @@ class Pipeline:
         native = self.unet.config.sample_size * self.factor
         asked_size = given.size if given is not None and size is None else size
         width, height = checks.size(asked_size, native, self.factor)
+        own = self._own_loras(lora or {})
         first = Settings(
             prompt=prompts[0],
             negative_prompt=negative_prompt,
@@ -172,7 +179,10 @@ class Pipeline:
             version=koala.__version__,
             sampler=sampler.name,
             schedule=sampler.spacing,
-            loras=tuple((name, lora.scale) for name, lora in self.loras.items()),
+            loras=(
+                *((name, standing.scale) for name, standing in self.loras.items()),
+                *((path.stem, scale) for path, scale in own),
+            ),
             guidance_until=checks.guidance_until(guidance_until, guidance),
             strength=checks.strength(strength, given is not None, masked is not None),
             image="" if given is None else images.fingerprint(given),
@@ -188,9 +198,14 @@ class Pipeline:
             replace(first, prompt=prompts[i // number], seed=first.seed + i)
             for i in range(len(prompts) * number)
         )
-        return [Request(settings, pixels, places) for settings in every]
+        return [Request(settings, pixels, places, own) for settings in every]
 
     # --- what the engine asks for -----------------------------------------------------------
+
+    def wear(self, lora: Loras) -> None:
+        """Puts on the LoRAs of one request's own, in the place of those worn until now."""
+        if self._wardrobe.wear(lora):
+            self.conditioner.forget()
 
     @torch.inference_mode()
     def begin(self, request: Request) -> Row:
@@ -260,12 +275,9 @@ class Pipeline:
         if path.stem in self.loras:
             raise UserError(f"a LoRA called {path.stem!r} is on the model already; rename one")
         scale = checks.lora_scale(scale)
-        encoders = self.conditioner.encoders
-        configs = (model.config.to_dict() for model in encoders)
-        lora = read(path, Base.from_configs(self.unet.config, *configs))
-        modules = modules_of(self.unet, *encoders)
+        lora = self._read_lora(path)
         put_on = merge if merged else Attached
-        self.loras[path.stem] = put_on(modules, lora, scale)
+        self.loras[path.stem] = put_on(self._modules(), lora, scale)
         self.conditioner.forget()
         return lora.report
 
@@ -279,6 +291,28 @@ class Pipeline:
         self._attached(name).remove()
         del self.loras[name]
         self.conditioner.forget()
+
+    def _own_loras(self, asked: Mapping[str | Path, float]) -> Loras:
+        """The LoRAs of one request, checked as far as their files' headers go."""
+        if asked and self.predict is not self._plain:
+            raise UserError(
+                "a LoRA for single requests needs PyTorch's plain way of running the model: leave "
+                "it out, or load the model without compiling, graphs, a plan or another back end"
+            )
+        found = tuple((Path(file), checks.lora_scale(scale)) for file, scale in asked.items())
+        stems = [*self.loras, *(path.stem for path, _ in found)]
+        for path, _ in found:
+            if stems.count(path.stem) > 1:
+                raise UserError(f"two LoRAs are called {path.stem!r}: name each once")
+            self._read_lora(path)
+        return found
+
+    def _read_lora(self, path: Path) -> Lora:
+        configs = (model.config.to_dict() for model in self.conditioner.encoders)
+        return read(path, Base.from_configs(self.unet.config, *configs))
+
+    def _modules(self) -> Modules:
+        return modules_of(self.unet, *self.conditioner.encoders)
 
     def _attached(self, name: str) -> Attached:
         found = self.loras.get(name)

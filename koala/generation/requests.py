@@ -5,8 +5,12 @@ from them again.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor
+
+Loras: TypeAlias = tuple[tuple[Path, float], ...]  # files and scales, in the order they are put on
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Request:
     settings: Settings
     image: Tensor | None = None  # float32 [1, 3, height, width] in -1..1
     mask: Tensor | None = None  # float32 [1, 1, h, w]: 1 is painted anew, 0 is kept
+    lora: Loras = ()  # of its own, besides those that are on the model for all
 
     @property
     def pixels(self) -> int:

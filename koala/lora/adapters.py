@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from koala.errors import UserError
 from koala.lora.names import PARTS, Target
@@ -36,12 +37,17 @@ class Attached:
     time; the weights are not touched, so removing leaves no trace.
     """
 
-    def __init__(self, modules: Modules, lora: Lora, scale: float = 1.0) -> None:
+    def __init__(
+        self, modules: Modules, lora: Lora, scale: float = 1.0, put_on: bool = True
+    ) -> None:
         self.scale = scale
-        self._handles = [
-            modules[target].register_forward_hook(self._hook(modules[target], adapter, lora))
+        self._hooks = [
+            (modules[target], self._hook(modules[target], adapter, lora))
             for target, adapter in lora.adapters.items()
         ]
+        self._handles: list[RemovableHandle] = []
+        if put_on:
+            self.put_on()
 
     def _hook(self, module: nn.Module, adapter: Adapter, lora: Lora):
         weight = module.weight
@@ -52,10 +58,16 @@ class Attached:
 
         return add
 
+    def put_on(self) -> None:
+        """Has the LoRA work from now on, after those that do already."""
+        assert not self._handles
+        self._handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
+
     def remove(self) -> None:
-        """Takes the LoRA off the model again."""
+        """Takes the LoRA off the model again; its matrices stay at hand for `put_on`."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
 
 @dataclass(frozen=True)

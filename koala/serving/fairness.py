@@ -1,0 +1,70 @@
+"""Whose picture comes next: the client's that has had least, the urgent before the patient.
+
+Each client has a virtual time: the work it has been given. The waiting picture of the client with
+the least goes first, so that one who sends a hundred pictures and one who sends two share the
+machine evenly while both wait. Who comes back after a pause starts where the others are and
+cannot claim what it did not use (start-time fair queueing, Goyal et al., SIGCOMM 1996).
+
+Priorities come before that, but a picture gains one with every `patience` seconds of waiting:
+so urgent ones never shut the others out.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from koala.generation import Ticket
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is known of a picture in the queue; the tag of its ticket."""
+
+    client: str
+    priority: int
+    work: float  # pixels to evaluate, over all its steps
+    arrived: float  # by the clock
+
+
+class Fairness:
+    """The order of the queue. Any thread may call it."""
+
+    def __init__(self, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.patience, self.clock = patience, clock
+        self._lock = threading.Lock()
+        self._given: dict[str, float] = {}  # virtual time by client
+        self._there: Counter[str] = Counter()  # pictures that wait or are on their way
+        self._now = 0.0  # the virtual time of the picture that was let in last
+
+    def arrive(self, place: Place) -> None:
+        """A picture joins the queue."""
+        with self._lock:
+            if not self._there[place.client]:
+                given = self._given.get(place.client, 0.0)
+                self._given[place.client] = max(given, self._now)
+            self._there[place.client] += 1
+
+    def start(self, place: Place) -> None:
+        """A picture is let in: its client has had so much more."""
+        with self._lock:
+            self._now = max(self._now, self._given[place.client])
+            self._given[place.client] += place.work
+
+    def leave(self, place: Place) -> None:
+        """A picture is done, has failed or was cancelled."""
+        with self._lock:
+            self._there[place.client] -= 1
+            for client in [name for name, there in self._there.items() if not there]:
+                del self._there[client]
+                if self._given[client] <= self._now:  # as one who was never here
+                    del self._given[client]
+
+    def rank(self, ticket: Ticket) -> tuple[float, float, int]:
+        """The key by which waiting pictures are taken, lowest first."""
+        place: Place = ticket.tag
+        aged = (self.clock() - place.arrived) // self.patience
+        with self._lock:
+            given = self._given.get(place.client, 0.0)
+        return max(0.0, place.priority - aged), given, ticket.number

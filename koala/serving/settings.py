@@ -1,0 +1,61 @@
+"""What a server is told when it starts, and how much it lets anybody ask for.
+
+Nothing heavy is imported here: the command line reads it for its defaults.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server bears. A request over a limit is refused with the limit's name."""
+
+    queue: int = 256  # pictures of all clients that wait or are on their way
+    client_queue: int = 64  # of one client
+    pictures: int = 10  # of one request
+    pixels: int = 64 * 1024 * 1024  # of all pictures that wait or are on their way
+    steps: int = 200  # of one picture
+    size: int | None = None  # pixels of one picture; None: four times the native size
+    upload_bytes: int = 32 * 1024 * 1024  # of one request's body
+    upload_pixels: int = 16 * 1024 * 1024  # of one picture that is given
+    rate: float = 600.0  # requests a minute of one client, in the long run
+    burst: int = 100  # requests of one client at once
+    patience: float = 30.0  # seconds after which a waiting picture counts one priority higher
+    drain: float = 60.0  # seconds that what is on its way has when the server is told to stop
+    max_batch: int | None = None  # pictures of the native size in one pass; None: measured
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `koala serve` was called."""
+
+    model: str = "koala-mini"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    device: str | None = None
+    backend: str | None = None
+    vram: str | None = None  # GiB, or "free"
+    compile: bool = False
+    graphs: bool = False
+    lora_dir: Path | None = None
+    data: Path = field(default_factory=lambda: data_folder())
+    gallery_bytes: int = 4 * 1024**3  # the oldest pictures go first
+    gallery_days: float = 30.0
+    limits: Limits = Limits()
+
+    @property
+    def on_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+
+def data_folder() -> Path:
+    """$KOALA_DATA, or koala's folder among the user's data ($XDG_DATA_HOME)."""
+    if "KOALA_DATA" in os.environ:
+        return Path(os.environ["KOALA_DATA"])
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "koala"

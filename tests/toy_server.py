@@ -1,0 +1,50 @@
+"""A real server on loopback, with a toy model, for the tests of `koala.serving`."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from koala.generation import Pipeline
+from koala.serving.app import create_app
+from koala.serving.service import Service
+from koala.serving.settings import Limits, Options
+from koala.serving.store import Store
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    url: str
+    service: Service
+    app: object
+
+
+@contextmanager
+def running(
+    pipeline: Pipeline, data: Path, limits: Limits | None = None, **told: object
+) -> Iterator[Running]:
+    """Serves a loaded pipeline until the block ends. `told`: further fields of `Options`."""
+    limits = limits or Limits(max_batch=8)
+    options = Options(data=data, limits=limits, **told)
+    service = Service(pipeline, limits, options.lora_dir)
+    service.start()
+    store = Store(data)
+    app = create_app(service, store, options)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        try:
+            yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", service, app)
+        finally:
+            service.close()
+            server.should_exit = True
+            thread.join(30)
+            store.close()

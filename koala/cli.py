@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from koala import __version__, recipes
 from koala.errors import FailedElsewhere, Failure, UserError
 from koala.recipes.cards import CARDS
+from koala.serving.settings import Limits, Options, data_folder, limits_of
 
 if TYPE_CHECKING:
     from koala.generation import Pipeline
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (
         _generate,
+        _serve,
         _architectures,
         _inspect,
         _compress,
@@ -211,6 +213,69 @@ def _planned(o: argparse.Namespace, say: Callable[[str], None]) -> "Pipeline":
     )  # fmt: skip
     print(plan.table(), file=sys.stderr)
     return pipeline
+
+
+# --- serve ----------------------------------------------------------------------------------
+
+
+def _serve(commands) -> None:
+    p = _command(
+        commands, "serve", _run_serve, "answer requests for pictures over HTTP, with a page",
+        "koala serve --model koala-mini --port 8000",
+    )  # fmt: skip
+    usual = Limits()
+    p.add_argument("--model", default="koala-mini", help="name, folder, Hub id or single file")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, help="default 8000; 0: any that is free")
+    p.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key a line, asked of all")
+    p.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="where pictures and jobs are kept (default: $KOALA_DATA, or ~/.local/share/koala)",
+    )  # fmt: skip
+    p.add_argument("--lora-dir", type=Path, metavar="DIR", help="LoRAs that requests may name")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    p.add_argument("--backend", help="torch, openvino or auto, as in koala generate")
+    p.add_argument("--compile", action="store_true", help="compile the model, kept in the cache")
+    p.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
+    p.add_argument("--vram", metavar="GIB", help="plan to stay within so many GiB, or 'free'")
+    limits = p.add_argument_group("limits")
+    limits.add_argument(
+        "--max-batch", type=int, metavar="N", help="pictures in one pass (default: measured)"
+    )
+    limits.add_argument(
+        "--max-size", metavar="WIDTHxHEIGHT",
+        help="the most pixels of a picture (default: four times the model's own)",
+    )  # fmt: skip
+    for name, says, kind in (
+        ("queue", "pictures that wait or are drawn", int),
+        ("client-queue", "of one client", int),
+        ("rate", "requests a minute of one client, 0: any number", float),
+        ("burst", "of them at once", int),
+        ("drain", "seconds that pictures under way have at SIGTERM", float),
+    ):
+        default = getattr(usual, name.replace("-", "_"))
+        limits.add_argument(
+            f"--{name}", type=kind, default=default, help=f"{says} (default {default:g})"
+        )
+    gallery = p.add_argument_group("gallery")
+    gallery.add_argument("--gallery-gib", type=float, default=4.0, help="most GiB (default 4)")
+    gallery.add_argument("--gallery-days", type=float, default=30.0, help="most days (default 30)")
+
+
+def _run_serve(o: argparse.Namespace) -> None:
+    from koala.serving import serve
+
+    limits = limits_of(
+        o.max_size, max_batch=o.max_batch, queue=o.queue, client_queue=o.client_queue,
+        rate=o.rate, burst=o.burst, drain=o.drain,
+    )  # fmt: skip
+    options = Options(
+        model=o.model, host=o.host, port=o.port, api_key_file=o.api_key_file, device=o.device,
+        backend=o.backend, vram=o.vram, compile=o.compile, graphs=o.graphs, lora_dir=o.lora_dir,
+        data=o.data or data_folder(), gallery_bytes=int(o.gallery_gib * 2**30),
+        gallery_days=o.gallery_days, limits=limits,
+    )  # fmt: skip
+    serve(options, lambda line: print(f"koala: {line}", file=sys.stderr, flush=True))
 
 
 # --- architectures --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 {"error": {"message", "type", "param", "code"}}: `message` for people, `code` for programs.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from http import HTTPStatus
@@ -16,7 +17,10 @@ from starlette.exceptions import HTTPException
 
 from koala.errors import Failure, UserError
 from koala.generation import Late
+from koala.generation.arrangement import ran_out
 from koala.serving.admission import UNAVAILABLE, Busy
+
+_log = logging.getLogger("koala.serving")
 
 
 class Refusal(Exception):
@@ -63,6 +67,9 @@ def refusal(error: BaseException) -> Refusal:
         case HTTPException():
             phrase = str(error.detail)
             return Refusal(error.status_code, phrase, phrase.lower().replace(" ", "_"))
+    if ran_out(error):
+        return Refusal(503, "out of memory: ask for a smaller picture, or later", "memory", retry=5)
+    _log.error("a request failed", exc_info=error)
     return Refusal(500, "the server failed; its log says why", "failed")
 
 

@@ -12,6 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 from koala.generation import Pass
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
+_PICTURES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Metrics:
@@ -20,27 +21,34 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        new = {"registry": self.registry}
-        self._waiting = Gauge("koala_queue_pictures", "pictures that wait", **new)
-        self._active = Gauge("koala_active_pictures", "pictures on their way", **new)
-        self._memory = Gauge("koala_device_memory_bytes", "allocated by torch on the GPU", **new)
+        self._waiting = self._gauge("koala_queue_pictures", "Pictures that wait.")
+        self._active = self._gauge("koala_active_pictures", "Pictures on their way.")
+        self._capacity = self._gauge(
+            "koala_batch_limit", "Pictures of the native size that one pass may hold."
+        )
+        self._memory = self._gauge("koala_device_memory_bytes", "Allocated by torch on the GPU.")
         self._memory.set_function(_device_memory)
-        self._rows = Histogram(
-            "koala_batch_pictures", "pictures in one pass", buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32),
-            **new,
-        )  # fmt: skip
-        self._capacity = Gauge("koala_batch_limit", "pictures of the native size a pass", **new)
-        self._step = Histogram("koala_step_seconds", "one pass", buckets=_SECONDS, **new)
-        self._wait = Histogram("koala_wait_seconds", "until let in", buckets=_SECONDS, **new)
-        self._preview = Histogram(
-            "koala_first_preview_seconds", "until the first preview", buckets=_SECONDS, **new
+        self._rows = self._histogram("koala_batch_pictures", "Pictures in one pass.", _PICTURES)
+        self._step = self._histogram("koala_step_seconds", "One pass.")
+        self._wait = self._histogram("koala_wait_seconds", "From acceptance until let in.")
+        self._preview = self._histogram(
+            "koala_first_preview_seconds", "From acceptance until the first preview."
         )
-        self._picture = Histogram(
-            "koala_picture_seconds", "until the picture", buckets=_SECONDS, **new
+        self._picture = self._histogram(
+            "koala_picture_seconds", "From acceptance until the picture is drawn."
         )
-        self._pictures = Counter("koala_pictures", "pictures drawn", **new)
-        self._cancelled = Counter("koala_cancelled", "pictures cancelled", **new)
-        self._errors = Counter("koala_errors", "refused or failed, by reason", ["reason"], **new)
+        self._pictures = self._counter("koala_pictures", "Pictures drawn.")
+        self._cancelled = self._counter("koala_cancelled", "Pictures cancelled.")
+        self._errors = self._counter("koala_errors", "Refused or failed, by reason.", "reason")
+
+    def _gauge(self, name: str, says: str) -> Gauge:
+        return Gauge(name, says, registry=self.registry)
+
+    def _histogram(self, name: str, says: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+        return Histogram(name, says, registry=self.registry, buckets=buckets)
+
+    def _counter(self, name: str, says: str, *labels: str) -> Counter:
+        return Counter(name, says, labels, registry=self.registry)
 
     def watch(self, waiting: Callable[[], int], active: Callable[[], int]) -> None:
         """Where the numbers of pictures come from, whenever somebody asks."""

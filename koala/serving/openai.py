@@ -103,7 +103,7 @@ class Asked(BaseModel):
 
     def order(self, client: str) -> Order:
         """The same for the service."""
-        given = {
+        given: dict[str, Any] = {
             "negative_prompt": self.negative_prompt, "steps": self.steps,
             "guidance": self.guidance, "guidance_until": self.guidance_until,
             "scheduler": self.scheduler, "number": self.n, "seed": self.seed,

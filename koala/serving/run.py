@@ -1,24 +1,169 @@
-"""What `koala serve` does: load, answer, warm up, and leave in good order when told to."""
+"""What `koala serve` does: load, answer, warm up, and leave in good order when told to.
 
+The port is taken and the keys are read before anything long begins, so that a mistake shows at
+once. The server answers as soon as the model is loaded, and is ready when it is warm.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from koala.errors import Failure, UserError
 from koala.serving.settings import Options
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-
-def serve(options: Options) -> None:
-    """Serves until it is told to stop. UserError for what it cannot be started with."""
     import uvicorn
 
-    from koala.generation import load
+    from koala.generation import Pipeline
+    from koala.serving.service import Service
+
+CONNECTIONS_END = 5  # seconds that answers have after the last picture is done
+
+
+def serve(options: Options, say: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT; a second one ends what is under way at once.
+
+    `say` is told in lines for a person. UserError for what it cannot be started with.
+    """
+    try:
+        import uvicorn
+    except ImportError:
+        raise UserError(
+            "koala serve needs more packages: pip install 'koala-diffusion[serve]'"
+        ) from None
+    from koala.generation import speed
     from koala.serving.app import create_app
     from koala.serving.service import Service
     from koala.serving.store import Store
 
-    pipeline = load(options.model, options.device)
-    service = Service(pipeline, options.limits, options.lora_dir)
-    service.start()
-    app: FastAPI = create_app(service, Store(options.data), options)
-    uvicorn.run(app, host=options.host, port=options.port, access_log=False)
+    check(options)
+    if not options.on_loopback and options.api_key_file is None:
+        say(
+            f"warning: whoever reaches {options.host} can draw with this server: "
+            "give --api-key-file"
+        )
+    with _bound(options) as listening, contextlib.closing(Store(options.data)) as store:
+        pipeline, options = _loaded(options, say)
+        sizes = speed.ROWS if options.compile or options.graphs else ()
+        service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
+        app = create_app(service, store, options)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False,
+            timeout_graceful_shutdown=CONNECTIONS_END,
+        )  # fmt: skip
+        try:
+            asyncio.run(_until_told(uvicorn.Server(config), service, listening, options, say))
+        finally:
+            service.close()
+
+
+def check(options: Options) -> None:
+    """UserError for options that do not go together or name what is not there."""
+    from koala.serving.security import Keys
+
+    if options.api_key_file is not None:
+        Keys.read(options.api_key_file)
+    if options.lora_dir is not None:
+        if not options.lora_dir.is_dir():
+            raise UserError(f"--lora-dir {options.lora_dir} is no folder: name the LoRAs' one")
+        others = {
+            "--vram": options.vram, "--compile": options.compile, "--graphs": options.graphs,
+            "--backend": options.backend not in (None, "torch"),
+        }  # fmt: skip
+        for name in (name for name, given in others.items() if given):
+            raise UserError(
+                f"--lora-dir does not go with {name}: LoRAs that change need the model as PyTorch "
+                "runs it; leave one out"
+            )
+    if options.vram is not None:
+        for name in ("backend", "compile", "graphs"):
+            if getattr(options, name):
+                raise UserError(f"--{name} has no effect under a memory plan: leave out --vram")
+
+
+def _loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Options]":
+    """The model as asked for, and the options with limits that it can hold."""
+    from koala.generation import load, speed
+    from koala.generation.arrangement import load_within
+    from koala.generation.backends import equip
+    from koala.generation.engine import PIXELS_AT_ONCE
+
+    limits = options.limits
+    if options.vram is not None:
+        side = None if limits.size is None else int(limits.size**0.5) // 8 * 8
+        pipeline, plan = load_within(
+            options.model, options.device, options.vram, pictures=limits.max_batch or 8,
+            size=None if side is None else (side, side), given=True, say=say,
+        )  # fmt: skip
+        say(plan.table())
+        native = (pipeline.unet.config.sample_size * pipeline.factor) ** 2
+        largest = limits.size or native
+        at_once = max(1, min(limits.max_batch or 8, PIXELS_AT_ONCE // largest))
+        limits = replace(limits, max_batch=at_once, size=largest)
+    else:
+        pipeline = load(options.model, options.device)
+        backend = "torch" if options.lora_dir is not None else options.backend
+        equip(pipeline, backend, options.compile, options.graphs, say)
+        if options.compile or options.graphs:
+            pipeline.predict = speed.in_fixed_batches(pipeline.predict)
+    # Decoding several at once takes their memory several times, and is hardly faster.
+    pipeline.decode = speed.one_by_one(pipeline.decode)
+    return pipeline, replace(options, limits=limits)
+
+
+@contextlib.contextmanager
+def _bound(options: Options) -> Iterator[socket.socket]:
+    """The address, taken; nobody is answered yet. UserError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    with socket.socket(family) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((options.host, options.port))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"port {options.port} of {options.host} cannot be had ({error}): name another with "
+                "--port or --host"
+            ) from None
+        yield listening
+
+
+async def _until_told(
+    server: "uvicorn.Server", service: "Service", listening: socket.socket, options: Options,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Answers, warms up, and ends when a signal says so, after what is under way."""
+    told = asyncio.Event()
+
+    def on_signal() -> None:
+        if told.is_set():
+            service.cancel()
+        told.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    # The server's own handlers would end the process by the signal, not with status 0.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    serving = asyncio.create_task(server.serve([listening]))
+    warming = asyncio.create_task(asyncio.to_thread(service.start))
+    stopping = asyncio.create_task(told.wait())
+    await asyncio.wait({serving, warming, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if warming.done() and not warming.exception() and not told.is_set():
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        say(f"{service.pipeline.name} is ready on http://{shown}:{port}")
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if told.is_set():
+        say("stopping: no new requests; what is under way is finished")
+        if not await asyncio.to_thread(service.drain, options.limits.drain):
+            say("what was not finished has been cancelled")
+    server.should_exit = True
+    await serving
+    if not server.started:
+        raise Failure("the server could not be started; its log says why")
+    if not told.is_set() or warming.done():
+        await warming

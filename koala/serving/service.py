@@ -9,7 +9,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +86,11 @@ class Drawing:
 
 
 class Service:
-    """What the interfaces submit to. `loras`: the folder whose LoRAs orders may name."""
+    """What the interfaces submit to.
+
+    loras: the folder whose LoRAs orders may name. sizes: of the batches that are compiled or
+    captured, all of which are gone through before the first request.
+    """
 
     def __init__(
         self,
@@ -94,6 +98,7 @@ class Service:
         limits: Limits,
         loras: Path | None = None,
         metrics: Metrics | None = None,
+        sizes: Sequence[int] = (),
     ) -> None:
         self.pipeline, self.limits, self.lora_folder = pipeline, limits, loras
         self.metrics = metrics or Metrics()
@@ -101,6 +106,7 @@ class Service:
         self.max_batch = limits.max_batch or 1  # pictures of the native size
         self._admission = Admission(limits)
         self._fairness = Fairness(limits.patience)
+        self._sizes = sizes
         self._draining = False
         self._idle = threading.Condition()  # told when a picture leaves
         self._drawings: set[Drawing] = set()
@@ -111,24 +117,17 @@ class Service:
 
     def start(self) -> None:
         """Warms up, which takes as long as it takes, then is ready."""
-        self.max_batch = self.limits.max_batch or warm_up(self.pipeline)
-        native = self.native * self.native
-        self._engine = Engine(
-            self.pipeline,
-            max_batch=self.max_batch,
-            max_pixels=self.max_batch * native,
-            order=self._fairness.rank,
-            on_pass=self._note_pass,
-        ).start()
-        (request,) = self.requests(Order("a", steps=2, seed=0))
-        place = Place("", 0, 0.0, time.monotonic())
-        self._fairness.arrive(place)
-        ticket = self._engine.submit(
-            request, lambda progress: progress.preview() and None,
-            partial(self._fairness.start, place), tag=place,
-        )  # fmt: skip
-        ticket.result()
-        self._fairness.leave(place)
+        self.max_batch = warm_up(self.pipeline, self.limits.max_batch, self._sizes)
+        with self._idle:
+            if self._draining:
+                return
+            self._engine = Engine(
+                self.pipeline,
+                max_batch=self.max_batch,
+                max_pixels=self.max_batch * self.native * self.native,
+                order=self._fairness.rank,
+                on_pass=self._note_pass,
+            ).start()
         self.ready = True
 
     def drain(self, seconds: float) -> bool:
@@ -137,13 +136,18 @@ class Service:
         with self._idle:
             finished = self._idle.wait_for(lambda: not self._admission.pictures, seconds)
         if not finished:
-            for drawing in list(self._drawings):
-                drawing.cancel()
+            self.cancel()
         return finished
+
+    def cancel(self) -> None:
+        """Cancels everything that waits or is under way."""
+        for drawing in list(self._drawings):
+            drawing.cancel()
 
     def close(self) -> None:
         """Cancels what is left and ends the engine's thread."""
-        self._draining, self.ready = True, False
+        with self._idle:
+            self._draining, self.ready = True, False
         if self._engine is not None:
             self._engine.close()
 
@@ -186,6 +190,9 @@ class Service:
         size = order.size
         if image is not None and size is None:
             size = self._size_for(image)
+        names = [name for name, _ in order.loras]
+        if len(set(names)) < len(names):
+            raise UserError(f"lora: each may be named once, not {', '.join(names)}")
         requests = self.pipeline.requests(
             order.prompt, negative_prompt=order.negative_prompt, steps=order.steps,
             guidance=order.guidance, guidance_until=order.guidance_until,
@@ -218,8 +225,12 @@ class Service:
             place = Place(order.client, order.priority, work[i], time.monotonic())
             drawing._tickets.append(self._enter(request, place, i, order.deadline, listener))
         for ticket in drawing.futures():
-            ticket.add_done_callback(lambda _: drawing.done and self._drawings.discard(drawing))
+            ticket.add_done_callback(lambda _: self._forget(drawing))
         return drawing
+
+    def _forget(self, drawing: Drawing) -> None:
+        if drawing.done:
+            self._drawings.discard(drawing)
 
     def _check_open(self) -> None:
         if self._draining:

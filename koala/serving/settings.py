@@ -3,9 +3,13 @@
 Nothing heavy is imported here: the command line reads it for its defaults.
 """
 
+import math
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from koala.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -27,6 +31,26 @@ class Limits:
     patience: float = 30.0  # seconds after which a waiting picture counts one priority higher
     drain: float = 60.0  # seconds that what is on its way has when the server is told to stop
     max_batch: int | None = None  # pictures of the native size in one pass; None: measured
+
+    def __post_init__(self) -> None:
+        """UserError for a limit under which nothing could be drawn."""
+        least = {"rate": 0, "drain": 0}
+        for each in fields(self):
+            value, lowest = getattr(self, each.name), least.get(each.name, 1)
+            if value is not None and not (math.isfinite(value) and value >= lowest):
+                name = each.name.replace("_", "-")
+                raise UserError(f"--{name} is {value}: allowed are numbers from {lowest} on")
+
+
+def limits_of(max_size: str | None, **values: float | None) -> Limits:
+    """Limits as the command line names them: `max_size` is WIDTHxHEIGHT. UserError."""
+    pixels = None
+    if max_size is not None:
+        match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", max_size.strip(), re.ASCII)
+        if match is None:
+            raise UserError(f"--max-size {max_size!r}: allowed is WIDTHxHEIGHT, as in 1024x1024")
+        pixels = int(match[1]) * int(match[2])
+    return Limits(size=pixels, **values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Answers that wait: until pictures are there, or the client is gone."""
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -49,7 +48,7 @@ class EventStream(Response):
             await self.events.aclose()
 
     async def _send(self, send: Send) -> None:
-        coming = asyncio.ensure_future(anext(self.events, None))
+        coming = self._next()
         try:
             while True:
                 done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE)
@@ -58,12 +57,17 @@ class EventStream(Response):
                     break
                 await send({"type": "http.response.body", "body": part, "more_body": True})
                 if done:
-                    coming = asyncio.ensure_future(anext(self.events, None))
+                    coming = self._next()
         finally:
             coming.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-                await coming
+            await asyncio.gather(coming, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _next(self) -> "asyncio.Task[bytes | None]":
+        async def following() -> bytes | None:
+            return await anext(self.events, None)
+
+        return asyncio.create_task(following())
 
 
 async def disconnected(receive: Receive) -> None:
@@ -79,8 +83,9 @@ async def drawn(request: Request, service: Service, drawing: Drawing) -> list[Im
     """
     pictures = asyncio.gather(*map(asyncio.wrap_future, drawing.futures()))
     gone = asyncio.create_task(disconnected(request.receive))
+    both: set[asyncio.Future[Any]] = {pictures, gone}
     try:
-        await asyncio.wait({pictures, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if pictures.done():
             return finished(pictures, service)
         raise Refusal(499, "the client is gone", "gone")

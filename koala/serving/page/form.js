@@ -1,0 +1,227 @@
+// The form: what is asked for. It is remembered over reloads, filled from settings, and read
+// into an order for the server, which checks it: its words about a bad value are shown as they are.
+
+import { $, kept, make, press, tell } from "./dom.js";
+import { given, show as showStart, startOrder } from "./start.js";
+
+const USUAL = {
+  negative: "", steps: "10", guidance: "3.5", until: "1", scheduler: "euler", seed: "",
+  number: "1", size: "", width: "", height: "", strength: "0.6",
+};
+const NAMES = ["prompt", ...Object.keys(USUAL)];
+const NUMBERS = [1, 2, 3, 4, 6, 8, 10];
+const MOST_SEED = Number.MAX_SAFE_INTEGER; // beyond it JavaScript's numbers skip some
+let about = { model: "", size: 64, schedulers: {} };
+let styles = [];
+let loras = []; // [[name, scale]]
+
+/** Builds the form for what the server draws with, and fills in what was there last. */
+export function startForm(server, presets) {
+  about = server;
+  styles = presets.styles;
+  fillSelects();
+  $("styles").replaceChildren(...styles.map(styleChip));
+  for (const range of document.querySelectorAll("input[data-of]")) pairUp(range);
+  setValues({ ...USUAL, ...kept.read("form") });
+  setLoras(kept.read("loras") ?? []);
+  $("form").addEventListener("input", (event) => {
+    changed();
+    if (["size", "width", "height"].includes(event.target.id)) showStart();
+  });
+  $("dice").addEventListener("click", () => {
+    $("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
+    changed();
+  });
+  $("usual").addEventListener("click", () => {
+    setValues(USUAL);
+    setLoras([]);
+    tell("The usual settings are back.");
+  });
+}
+
+function fillSelects() {
+  $("number").replaceChildren(...NUMBERS.map((n) => new Option(String(n), String(n))));
+  $("scheduler").replaceChildren(
+    ...Object.entries(about.schedulers).map(([id, name]) => new Option(name, id)),
+  );
+  const side = about.size;
+  const [half, more] = [eighths(side * 0.75), eighths(side * 1.25)];
+  const sizes = [
+    [side, side], [more, half], [half, more], [eighths(side * 1.5), half],
+    [half, eighths(side * 1.5)],
+  ];
+  $("size").replaceChildren(
+    new Option(`Usual, ${side} × ${side}`, ""),
+    ...sizes.slice(1).map(([w, h]) => new Option(`${w} × ${h}`, `${w}x${h}`)),
+    new Option("Another…", "own"),
+  );
+}
+
+const eighths = (pixels) => Math.max(16, 8 * Math.round(pixels / 8));
+
+/** A range beside a number field: each follows the other. The range has no name of its own. */
+function pairUp(range) {
+  const field = $(range.dataset.of);
+  range.addEventListener("input", () => (field.value = range.value));
+  field.addEventListener("input", () => (range.value = field.value));
+}
+
+/** After any change: keeps the values and shows what depends on them. */
+export function changed() {
+  kept.write("form", values());
+  kept.write("loras", loras);
+  refresh();
+}
+
+function values() {
+  return Object.fromEntries(NAMES.map((name) => [name, $(name).value]));
+}
+
+function setValues(next) {
+  if (next.size && ![...$("size").options].some((option) => option.value === next.size)) {
+    const [width, height] = next.size.split("x");
+    next = { ...next, size: "own", width, height };
+  }
+  for (const [name, value] of Object.entries(next)) {
+    if (NAMES.includes(name)) $(name).value = value;
+  }
+  for (const select of [$("number"), $("size"), $("scheduler")]) {
+    if (select.selectedIndex < 0) select.selectedIndex = 0;
+  }
+  changed();
+  showStart();
+}
+
+function refresh() {
+  for (const range of document.querySelectorAll("input[data-of]")) {
+    range.value = $(range.dataset.of).value;
+  }
+  for (const chip of $("styles").children) press(chip, hasStyle(chip.dataset.style));
+  $("own-size").hidden = $("size").value !== "own";
+}
+
+/** To be called when there is a picture to start from, or none any more. */
+export function startChanged() {
+  const side = about.size;
+  $("size").options[0].text = given() ? "Like the picture" : `Usual, ${side} × ${side}`;
+}
+
+// --- styles ---------------------------------------------------------------------------------
+
+function styleChip(style) {
+  const chip = make("button", { type: "button", "data-style": style, "aria-pressed": "false" });
+  chip.textContent = style.replace(/ style$/, "");
+  chip.addEventListener("click", () => {
+    const had = hasStyle(style);
+    const rest = parts().filter((part) => !styles.includes(part)).join(", ");
+    $("prompt").value = had ? rest : rest ? `${rest}, ${style}` : style;
+    changed();
+  });
+  return chip;
+}
+
+const parts = () =>
+  $("prompt").value.split(",").map((part) => part.trim()).filter(Boolean);
+
+const hasStyle = (style) => parts().includes(style);
+
+// --- in and out -----------------------------------------------------------------------------
+
+/** The size to draw at, from a picture of a size: the one chosen, or its shape at usual area. */
+export function sizeToDraw(width, height) {
+  const chosen = chosenSize();
+  if (chosen && chosen.every((side) => side >= 16 && side <= 4096)) return chosen.map(eighths);
+  const scale = about.size / Math.sqrt(width * height);
+  return [eighths(width * scale), eighths(height * scale)];
+}
+
+function chosenSize() {
+  const text = $("size").value;
+  if (text === "own") return [$("width").valueAsNumber, $("height").valueAsNumber];
+  return text ? text.split("x").map(Number) : null;
+}
+
+/** What to send as a job. Throws an Error whose message is for people. */
+export function order() {
+  const prompt = $("prompt").value.trim();
+  if (!prompt) {
+    $("prompt").focus();
+    throw new Error("Say what to draw first.");
+  }
+  const asked = {
+    prompt, n: Number($("number").value), scheduler: $("scheduler").value,
+    steps: read("steps"), guidance: read("guidance"), guidance_until: read("until"),
+  };
+  if ($("negative").value.trim()) asked.negative_prompt = $("negative").value.trim();
+  if ($("seed").value.trim()) asked.seed = seed();
+  const size = chosenSize();
+  if (size?.some((side) => !(side > 0) || side % 8)) {
+    throw new Error("Give the width and the height in pixels, multiples of 8.");
+  }
+  if (size) asked.size = size.join("x");
+  if (loras.length) asked.lora = loras.map(([name, scale]) => ({ name, scale }));
+  if (given()) Object.assign(asked, { strength: read("strength") }, startOrder());
+  return asked;
+}
+
+function read(name) {
+  const value = $(name).valueAsNumber;
+  if (Number.isFinite(value)) return value;
+  const label = document.querySelector(`label[for="${name}"]`).textContent;
+  $("more").open ||= $("more").contains($(name));
+  $(name).focus();
+  throw new Error(`${label} must be a number.`);
+}
+
+function seed() {
+  const text = $("seed").value.trim();
+  if (/^\d+$/.test(text) && Number(text) <= MOST_SEED) return Number(text);
+  throw new Error(`The seed must be a whole number from 0 to ${MOST_SEED}.`);
+}
+
+/** Sends a picture's settings back to the form; `from` says in a note where they are from. */
+export function fill(settings, from) {
+  const notes = [];
+  const next = { prompt: settings.prompt, negative: settings.negative_prompt ?? "" };
+  next.until = String(settings.guidance_until ?? 1);
+  for (const name of ["steps", "guidance", "seed"]) {
+    if (settings[name] !== undefined) next[name] = String(settings[name]);
+  }
+  if (settings.seed > MOST_SEED) {
+    next.seed = "";
+    notes.push("Its seed is larger than a browser can count.");
+  }
+  if (settings.width && settings.height) {
+    const own = settings.width === about.size && settings.height === about.size;
+    next.size = own ? "" : `${settings.width}x${settings.height}`;
+  }
+  const named = Object.entries(about.schedulers).find(([, name]) => name === settings.sampler);
+  if (named) next.scheduler = named[0];
+  else if (settings.sampler) notes.push(`There is no sampler ${settings.sampler} here.`);
+  const fromPicture = settings.source === "A1111" ? settings.strength : settings.image;
+  if (fromPicture) {
+    next.strength = String(settings.strength);
+    if (!given()) notes.push("It was made from another picture: give that one as well.");
+  }
+  next.number = "1";
+  setValues(next);
+  setLoras(settings.loras ?? []);
+  if (settings.model && settings.source && settings.model !== about.model) {
+    notes.push(`It was made with ${settings.model}.`);
+  }
+  tell([from, ...notes].join(" "));
+}
+
+function setLoras(next) {
+  loras = next;
+  $("loras").hidden = loras.length === 0;
+  $("loras").querySelector(".chips").replaceChildren(
+    ...loras.map(([name, scale]) => {
+      const chip = make("button", { type: "button", title: "Leave it out" }, `${name} ${scale} ×`);
+      chip.setAttribute("aria-label", `Leave out the LoRA ${name}`);
+      chip.addEventListener("click", () => setLoras(loras.filter(([other]) => other !== name)));
+      return chip;
+    }),
+  );
+  kept.write("loras", loras);
+}

@@ -1,0 +1,223 @@
+// The jobs on their way: a card each with previews, progress, place in the queue and cancel.
+// They live on the server: a reload finds them again, and a lost connection goes on.
+
+import { $, make, say, tell } from "./dom.js";
+import { call, events, ServerError } from "./server.js";
+import { pictureInto, pictureName } from "./pictures.js";
+
+const STREAMS = 2; // browsers open six connections to a server, over all their tabs
+const POLL = 1500; // milliseconds between looks at the jobs that have no stream
+const OVER = ["done", "failed", "cancelled"];
+const cards = new Map(); // id -> Card
+let streaming = 0;
+let drawn = () => {};
+let view = () => {};
+let usualSize = 64;
+
+/** Finds the jobs that are on their way. `onPicture(picture)`, `onView(id)` are called back. */
+export async function startJobs(side, onPicture, onView) {
+  [usualSize, drawn, view] = [side, onPicture, onView];
+  await look();
+  setInterval(() => {
+    if (!document.hidden && [...cards.values()].some((card) => card.waits)) look().catch(() => {});
+  }, POLL);
+  document.addEventListener("visibilitychange", () => {
+    if (!document.hidden) look().catch(() => {});
+  });
+}
+
+/** Asks for all recent jobs: new ones get a card, those without a stream are brought up to date. */
+async function look() {
+  const { data } = await call("v1/jobs?limit=50");
+  for (const job of data.reverse()) {
+    const card = cards.get(job.id);
+    if (card) {
+      if (card.waits) card.update(job);
+    } else if (!OVER.includes(job.status)) show(job);
+  }
+}
+
+/** Sends an order and shows its card. */
+export async function draw(order) {
+  const job = await call("v1/jobs", { method: "POST", json: order });
+  for (const [id, card] of cards) if (card.over) remove(id);
+  return show(job).element;
+}
+
+function show(job) {
+  const card = new Card(job);
+  cards.set(job.id, card);
+  $("jobs").prepend(card.element);
+  fillStreams();
+  return card;
+}
+
+function remove(id) {
+  cards.get(id)?.element.remove();
+  cards.delete(id);
+}
+
+/** Takes a picture that was deleted off the cards; a card without pictures goes. */
+export function forget(pictureId) {
+  for (const [id, card] of cards) {
+    card.element.querySelector(`[data-picture="${pictureId}"]`)?.remove();
+    if (card.over && !card.element.querySelector(".tile")) remove(id);
+  }
+}
+
+/** Gives free streams to the oldest jobs: they are drawn first. */
+function fillStreams() {
+  for (const card of cards.values()) {
+    if (streaming >= STREAMS) return;
+    if (card.waits) follow(card);
+  }
+}
+
+async function follow(card) {
+  streaming++;
+  card.waits = false;
+  for (let pause = 500; !card.over; pause = Math.min(2 * pause, 10_000)) {
+    try {
+      for await (const { name, data } of events(`v1/jobs/${card.id}/events`)) {
+        card.take(name, data);
+        pause = 500;
+        if (card.over) break;
+      }
+    } catch (error) {
+      if (error instanceof ServerError && error.status >= 400 && error.status < 500) {
+        card.end("failed", error.message);
+        break;
+      }
+    }
+    if (!card.over) await new Promise((resolve) => setTimeout(resolve, pause));
+  }
+  streaming--;
+  fillStreams();
+}
+
+// --- a card ---------------------------------------------------------------------------------
+
+class Card {
+  constructor(job) {
+    this.id = job.id;
+    this.over = false;
+    this.waits = true; // for a stream
+    this.number = job.order.n ?? 1;
+    this.build(job.order);
+    this.update(job);
+  }
+
+  build(order) {
+    this.words = make("p", { className: "words", title: order.prompt }, order.prompt);
+    this.said = make("p", { className: "said quiet" });
+    this.bar = make("progress", { max: 1, value: 0, "aria-label": "Steps done" });
+    this.button = make("button", { type: "button", className: "small" }, "Cancel");
+    this.button.addEventListener("click", () => this.cancel());
+    const [width, height] = (order.size ?? `${usualSize}x${usualSize}`).split("x").map(Number);
+    this.tiles = Array.from({ length: this.number }, () => {
+      const tile = make("div", { className: "tile empty" });
+      tile.style.aspectRatio = `${width} / ${height}`;
+      return tile;
+    });
+    const grid = make("div", { className: "tiles" }, ...this.tiles);
+    grid.style.setProperty("--columns", columns(this.number));
+    grid.style.setProperty("--shape", width / height);
+    const text = make("div", { className: "text" }, this.words, this.said);
+    const head = make("div", { className: "head" }, text, this.button);
+    this.element = make("article", { className: "card job", "data-job": this.id }, head, this.bar,
+      grid);
+  }
+
+  /** Takes one event of the server. */
+  take(name, data) {
+    if (name === "status" || name === "end") this.update(data);
+    else if (name === "progress") this.progress(data);
+    else if (name === "preview") this.preview(data);
+    else if (name === "picture") this.picture(data.picture ?? data);
+  }
+
+  update(job) {
+    job.pictures.forEach((picture) => this.picture(picture));
+    if (OVER.includes(job.status)) this.end(job.status, job.error?.message, job);
+    else this.progress({ ...job.progress, position: job.position });
+  }
+
+  progress({ done, total, position }) {
+    if (this.over) return;
+    if (total) this.bar.value = done / total;
+    const ahead = position === 1 ? "1 picture" : `${position} pictures`;
+    if (done) this.said.textContent = `${done} of ${total} steps`;
+    else if (position) this.said.textContent = `Waiting, ${ahead} ahead`;
+    else this.said.textContent = "Starting";
+    title();
+  }
+
+  preview({ index, b64_json: data }) {
+    const tile = this.tiles[index];
+    if (!tile || tile.dataset.picture) return;
+    let image = tile.querySelector("img");
+    if (!image) {
+      image = make("img", { alt: "Being drawn", className: "preview" });
+      tile.replaceChildren(image);
+      tile.classList.remove("empty");
+    }
+    image.src = `data:image/${data.startsWith("UklGR") ? "webp" : "png"};base64,${data}`;
+  }
+
+  picture(picture) {
+    const tile = this.tiles[picture.index];
+    if (!tile || tile.dataset.picture) return;
+    const button = make("button", { type: "button", className: "tile" });
+    button.dataset.picture = picture.id;
+    button.style.aspectRatio = `${picture.settings.width} / ${picture.settings.height}`;
+    button.setAttribute("aria-label", `Look at ${pictureName(picture)}`);
+    button.append(...tile.childNodes); // the preview stays until the picture is there
+    button.addEventListener("click", () => view(picture.id));
+    tile.replaceWith(button);
+    this.tiles[picture.index] = button;
+    pictureInto(button, picture);
+    drawn(picture);
+  }
+
+  end(status, message, job) {
+    if (this.over) return;
+    this.over = true;
+    this.waits = false;
+    this.element.classList.add(status);
+    this.button.textContent = "Put away";
+    this.button.disabled = false;
+    for (const tile of this.tiles) if (!tile.dataset.picture) tile.remove();
+    this.bar.value = status === "done" ? 1 : this.bar.value;
+    const seconds = job?.finished && job.started ? job.finished - job.started : 0;
+    const took = seconds ? ` in ${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s` : "";
+    this.said.textContent = {
+      done: `Done${took}`, cancelled: "Cancelled", failed: message ?? "It failed.",
+    }[status];
+    this.said.classList.toggle("error", status === "failed");
+    if (status !== "failed") say(`${this.said.textContent}: ${this.words.textContent}`);
+    title();
+    if (status === "cancelled" && !this.element.querySelector(".tile")) setTimeout(() => remove(this.id), 4000);
+  }
+
+  async cancel() {
+    if (this.over) return remove(this.id);
+    this.button.disabled = true;
+    this.said.textContent = "Cancelling";
+    try {
+      this.update(await call(`v1/jobs/${this.id}/cancel`, { method: "POST" }));
+    } catch (error) {
+      tell(error.message);
+      this.button.disabled = false;
+    }
+  }
+}
+
+/** As many columns as make a grid of n that is about square. */
+const columns = (n) => (n === 3 ? 3 : Math.ceil(Math.sqrt(n)));
+
+/** The page's title says how far the jobs are, for a tab in the background. */
+function title() {
+  const open = [...cards.values()].filter((card) => !card.over);
+  const done = open.reduce((sum, card) => sum + card.bar.value, 0) / open.length;
+  document.title = open.length ? `${Math.round(100 * done)} % · koala` : "koala";
+}

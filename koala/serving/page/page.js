@@ -1,0 +1,123 @@
+// The page: starts its parts and joins them.
+
+import { $, make, tell } from "./dom.js";
+import { call, onKeyWanted } from "./server.js";
+import { fill, changed, order, sizeToDraw, startChanged, startForm } from "./form.js";
+import { give, onBadFile, startPanel } from "./start.js";
+import { startPainter } from "./mask.js";
+import { add, refreshWelcome, startGallery, view } from "./gallery.js";
+import { draw, startJobs } from "./jobs.js";
+import { readSettings } from "./png.js";
+
+function complain(text) {
+  $("error").textContent = text;
+  $("error").hidden = !text;
+}
+
+/** Asks for the key in a dialog; resolves to null if it is closed without one. */
+function askForKey(wrong) {
+  $("ask-why").textContent = wrong
+    ? "That key is not right, or no longer." : "Whoever runs it has one for you.";
+  $("key").value = "";
+  $("ask").returnValue = "";
+  $("ask").showModal();
+  return new Promise((resolve) => {
+    $("ask").addEventListener(
+      "close", () => resolve($("ask").returnValue === "ok" ? $("key").value.trim() : null),
+      { once: true },
+    );
+  });
+}
+
+async function submit() {
+  if ($("draw").disabled) return;
+  complain("");
+  $("draw").disabled = true;
+  try {
+    const card = await draw(order());
+    const box = card.getBoundingClientRect();
+    if (box.top < 0 || box.bottom > innerHeight) {
+      card.scrollIntoView({ behavior: "smooth", block: "start" });
+    }
+  } catch (error) {
+    complain(error.message);
+  } finally {
+    $("draw").disabled = false;
+  }
+}
+
+/** A file that was dropped: on the panel it is to start from, elsewhere its settings are read. */
+async function dropped(event) {
+  event.preventDefault();
+  $("dropping").hidden = true;
+  const file = event.dataTransfer.files[0];
+  if (!file) return;
+  complain("");
+  if ($("start").contains(event.target)) return void (await give(file));
+  const settings = await readSettings(await file.arrayBuffer());
+  if (settings) fill(settings, `The settings of ${file.name} are in the form.`);
+  else if (await give(file)) tell(`${file.name} holds no settings: drawing starts from it now.`);
+}
+
+function startDropping() {
+  let depth = 0; // of elements that a drag has entered
+  const files = (event) => event.dataTransfer?.types.includes("Files");
+  addEventListener("dragenter", (event) => {
+    if (!files(event)) return;
+    depth++;
+    $("dropping").hidden = $("start").contains(event.target);
+  });
+  addEventListener("dragleave", () => {
+    depth = Math.max(0, depth - 1);
+    if (depth === 0) $("dropping").hidden = true;
+  });
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    depth = 0;
+    dropped(event).catch((error) => complain(error.message));
+  });
+}
+
+function startKeys() {
+  $("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    submit();
+  });
+  addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    if (document.querySelector("dialog[open]")) return;
+    event.preventDefault();
+    submit();
+  });
+}
+
+async function start() {
+  const [about, all] = await Promise.all([call("page/about.json"), call("page/presets.json")]);
+  const presets = all[about.model] ?? all.other;
+  $("model").textContent = about.model;
+  $("prompt").placeholder = presets.examples[0];
+  onBadFile(complain);
+  startPainter();
+  startPanel(sizeToDraw, startChanged);
+  startForm(about, presets);
+  startKeys();
+  startDropping();
+  onKeyWanted(askForKey);
+  $("examples").replaceChildren(...presets.examples.map((words) => {
+    const chip = make("button", { type: "button" }, words);
+    chip.addEventListener("click", () => {
+      $("prompt").value = words;
+      changed();
+      submit();
+    });
+    return chip;
+  }));
+  const wide = matchMedia("(min-width: 60rem)").matches;
+  $("more").open = wide;
+  await startGallery();
+  new MutationObserver(refreshWelcome).observe($("jobs"), { childList: true });
+  await startJobs(about.size, add, view);
+  document.documentElement.dataset.ready = "true";
+}
+
+start().catch((error) => complain(error.message));

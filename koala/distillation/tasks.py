@@ -225,7 +225,6 @@ class DistillationSettings:
       None weights all timesteps alike, as the paper does.
     taps: features of L_featKD; empty exactly when feature_weight is 0.
     depth_rule: how transformer blocks are paired: "bottom" (the paper's best), "interleave", "up".
-    min_snr: as in `Denoising`: weights L_task and no other term; the paper has none.
     normalise: divide each tap's error of a sample by the mean square of the teacher's feature
       (as LAPTOP-Diff, 2404.11098, does), so that no tap outweighs the others by its scale.
     caption_dropout: as in `Denoising`.

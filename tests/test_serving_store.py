@@ -134,7 +134,7 @@ def test_other_files_and_versions_are_refused_in_one_line(tmp_path):
 def test_a_job_ends_once_and_takes_nothing_more(tmp_path):
     gallery = gallery_of(tmp_path)
     table = Table(gallery.store)
-    job = table.accept("ann", {"prompt": "a"}, {"image": "QUJD"}, 2)
+    job = table.accept("ann", {"prompt": "a"}, {"image": "QUJD"}, 2, 10)
     assert table.uploads(job.id) == {"image": "QUJD"}
     first = gallery.add(picture(), SETTINGS, "ann", partial(keep, table, job.id, 0))
     with pytest.raises(Ended):
@@ -150,19 +150,19 @@ def test_a_job_ends_once_and_takes_nothing_more(tmp_path):
 
 def test_waiting_jobs_are_bounded_in_number_for_each_and_all_and_in_bytes(tmp_path):
     table = Table(Store(tmp_path), Bounds(jobs=3, jobs_of_client=2, uploads=100))
-    jobs = [table.accept("ann", {}, {}, 1) for _ in range(2)]
+    jobs = [table.accept("ann", {}, {}, 1, 10) for _ in range(2)]
     with pytest.raises(Full) as full:
-        table.accept("ann", {}, {}, 1)
+        table.accept("ann", {}, {}, 1, 10)
     assert full.value.mine
     with pytest.raises(Full) as full:
-        table.accept("bob", {}, {"image": "x" * 100}, 1)
+        table.accept("bob", {}, {"image": "x" * 100}, 1, 10)
     assert not full.value.mine
-    table.accept("bob", {}, {"image": "x" * 80}, 1)
+    table.accept("bob", {}, {"image": "x" * 80}, 1, 10)
     with pytest.raises(Full) as full:
-        table.accept("bob", {}, {}, 1)
+        table.accept("bob", {}, {}, 1, 10)
     assert not full.value.mine
     assert table.cancel(jobs[0].id)
-    table.accept("bob", {}, {}, 1)
+    table.accept("bob", {}, {}, 1, 10)
 
 
 def test_ended_jobs_are_forgotten_by_age_and_number(tmp_path, monkeypatch):
@@ -171,9 +171,9 @@ def test_ended_jobs_are_forgotten_by_age_and_number(tmp_path, monkeypatch):
     table = Table(Store(tmp_path), most_seconds=10, clock=lambda: now[0])
     jobs = []
     for now[0] in (0, 1, 2, 3):
-        jobs.append(table.accept("ann", {}, {}, 1).id)
+        jobs.append(table.accept("ann", {}, {}, 1, 10).id)
         table.cancel(jobs[-1])
-    waits = table.accept("ann", {}, {}, 1).id
+    waits = table.accept("ann", {}, {}, 1, 10).id
     table.tidy()
     assert [job.id for job in table.page(9)] == [waits, jobs[3], jobs[2]]
     now[0] = 12.5
@@ -263,7 +263,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(client=st.sampled_from(CLIENTS), number=st.integers(1, 3))
     def accept_job(self, client, number):
-        job = self.table.accept(client, {"n": number}, {"image": "eA=="}, number)
+        job = self.table.accept(client, {"n": number}, {"image": "eA=="}, number, 10)
         self.jobs[job.id] = Asked(client, number)
 
     @precondition(lambda self: self.jobs)
@@ -366,7 +366,7 @@ def write(folder, said):
 
     def work():
         while True:
-            job = table.accept("ann", {}, {"image": "x" * 5000}, 2).id
+            job = table.accept("ann", {}, {"image": "x" * 5000}, 2, 10).id
             os.write(said, f"{job}\n".encode())
             for place in range(2):
                 also = partial(keep, table, job, place)

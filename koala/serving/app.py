@@ -1,17 +1,22 @@
 """The application: what answers which path, and what all answers have in common."""
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from koala import __version__
-from koala.serving import answers, openai
+from koala.serving import answers, jobs_api, openai, page
 from koala.serving.gallery import Gallery
+from koala.serving.jobs import Jobs
 from koala.serving.security import Guard, Keys
 from koala.serving.service import Service
 from koala.serving.settings import Options
 from koala.serving.store import Store
+from koala.serving.table import Table
 
 DAY = 24 * 3600.0  # seconds
 
@@ -19,16 +24,34 @@ router = APIRouter()
 
 
 def create_app(service: Service, store: Store, options: Options) -> FastAPI:
-    """Every interface of one service. `app.state` has `service`, `gallery` and `options`."""
-    app = FastAPI(title="koala", version=__version__, docs_url=None, redoc_url=None)
+    """Every interface of one service. `app.state` has `service`, `gallery`, `jobs` and `options`.
+
+    Jobs are worked on from the app's startup to its shutdown, or until `jobs.close`.
+    """
+    app = FastAPI(
+        title="koala", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan
+    )
     app.state.service, app.state.options = service, options
-    app.state.gallery = Gallery(store, options.gallery_bytes, options.gallery_days * DAY)
-    for routes in (router, openai.router):
+    gallery = Gallery(store, options.gallery_bytes, options.gallery_days * DAY)
+    jobs = Jobs(service, Table(store, most_seconds=options.gallery_days * DAY), gallery)
+    app.state.gallery, app.state.jobs = gallery, jobs
+    files = page.router(service.pipeline.name, service.native)
+    for routes in (router, openai.router, jobs_api.router, files):
         app.include_router(routes)
     answers.install(app, service.metrics.failed)
     keys = Keys.read(options.api_key_file) if options.api_key_file else None
     app.add_middleware(Guard, options=options, keys=keys, note=service.metrics.failed)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    jobs: Jobs = app.state.jobs
+    await asyncio.to_thread(jobs.start)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(jobs.close)
 
 
 @router.get("/health", summary="Whether the process is alive")

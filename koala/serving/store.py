@@ -47,6 +47,7 @@ CREATE TABLE jobs (
     request TEXT NOT NULL,
     uploads BLOB NOT NULL,
     number INTEGER NOT NULL,
+    steps INTEGER NOT NULL,
     created REAL NOT NULL,
     started REAL,
     finished REAL,

@@ -17,7 +17,7 @@ from typing import Any
 from koala.serving.store import Store, is_id
 
 MOST_ENDED = 10_000  # jobs that are remembered after their end
-_COLUMNS = "id, client, status, request, number, created, started, finished, message, code"
+_COLUMNS = "id, client, status, request, number, steps, created, started, finished, message, code"
 
 
 class Full(Exception):
@@ -41,6 +41,7 @@ class Job:
     status: str  # open, done, failed, cancelled
     request: dict[str, Any]  # what was asked for, without the bytes of pictures
     number: int  # of pictures
+    steps: int  # of each
     created: float  # Unix seconds
     started: float | None  # when the first step of any picture was taken
     finished: float | None
@@ -75,7 +76,12 @@ class Table:
         self.clock = clock
 
     def accept(
-        self, client: str, request: dict[str, Any], uploads: dict[str, str], number: int
+        self,
+        client: str,
+        request: dict[str, Any],
+        uploads: dict[str, str],
+        number: int,
+        steps: int,
     ) -> Job:
         """Takes a job; when this returns it is on disk. Full if too much waits."""
         id, created, given = self.store.new_id(), self.clock(), json.dumps(uploads).encode()
@@ -91,11 +97,11 @@ class Table:
             if waiting["jobs"] >= self.bounds.jobs or much:
                 raise Full(mine=False)
             db.execute(
-                "INSERT INTO jobs (id, client, status, request, uploads, number, created) "
-                "VALUES (?, ?, 'open', ?, ?, ?, ?)",
-                (id, client, json.dumps(request), given, number, created),
+                "INSERT INTO jobs (id, client, status, request, uploads, number, steps, "
+                "created) VALUES (?, ?, 'open', ?, ?, ?, ?, ?)",
+                (id, client, json.dumps(request), given, number, steps, created),
             )
-        return Job(id, client, "open", request, number, created, None, None, None, None)
+        return Job(id, client, "open", request, number, steps, created, None, None, None, None)
 
     def get(self, id: str, owner: str | None = None) -> Job | None:
         """The job of an id; None if there is none."""

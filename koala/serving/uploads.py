@@ -3,6 +3,7 @@
 Decoding takes time: it belongs on a thread of its own, never on the event loop's.
 """
 
+import base64
 import io
 import warnings
 
@@ -52,3 +53,15 @@ def mask_of_transparency(data: bytes, most_pixels: int) -> bytes:
     file = io.BytesIO()
     alpha.point(lambda opacity: 255 if opacity < 128 else 0).save(file, format="PNG")
     return file.getvalue()
+
+
+def from_text(text: str, what: str) -> bytes:
+    """The bytes of base64, as it is or in a data: URL. UserError that calls it `what`."""
+    if text.startswith("data:"):
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            raise UserError(f"{what} is a data: URL without base64: encode it so")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise UserError(f"{what} is no base64 of a picture") from None

@@ -73,6 +73,10 @@ def router(model: str, size: int) -> APIRouter:
     def index(request: Request) -> Response:
         return _answer(known["index.html"], request)
 
+    @routes.get("/favicon.ico")
+    def icon(request: Request) -> Response:
+        return _answer(known["koala.svg"], request)
+
     @routes.get("/page/{name}")
     def file(name: str, request: Request) -> Response:
         if name not in known:

@@ -157,10 +157,9 @@ class Engine:
         return ticket
 
     def waiting(self) -> list[Ticket]:
-        """The requests that are not let in yet, in the order in which they would be now."""
+        """The requests that are not let in yet, in the order of submission."""
         with self._changed:
-            there = [ticket for ticket in self._waiting if not ticket.done()]
-            return sorted(there, key=self._order)
+            return [ticket for ticket in self._waiting if not ticket.done()]
 
     def start(self) -> "Engine":
         """Sets up the thread that works until `close`."""

@@ -38,8 +38,9 @@ class Refusal(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         if self.status == HTTPStatus.TOO_MANY_REQUESTS:
             kind = "rate_limit_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        param = None if self.param is None else _sendable(self.param)
+        message = _sendable(self.message)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         headers = {"Retry-After": str(math.ceil(self.retry))} if self.retry else {}
@@ -65,8 +66,8 @@ def refusal(error: BaseException) -> Refusal:
         case ValidationError() | RequestValidationError():
             return _invalid(error)
         case HTTPException():
-            phrase = str(error.detail)
-            return Refusal(error.status_code, phrase, phrase.lower().replace(" ", "_"))
+            phrase = HTTPStatus(error.status_code).phrase
+            return Refusal(error.status_code, str(error.detail), phrase.lower().replace(" ", "_"))
     if ran_out(error):
         return Refusal(503, "out of memory: ask for a smaller picture, or later", "memory", retry=5)
     _log.error("a request failed", exc_info=error)
@@ -74,7 +75,7 @@ def refusal(error: BaseException) -> Refusal:
 
 
 def install(app: FastAPI, note: Callable[[str], None]) -> None:
-    """Has the app answer every exception so; `note` is told each code."""
+    """Has the app answer every exception so, and say so; `note` is told each code."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         found = refusal(error)
@@ -84,6 +85,53 @@ def install(app: FastAPI, note: Callable[[str], None]) -> None:
     kinds = (Refusal, UserError, Busy, Failure, ValidationError, RequestValidationError)
     for kind in (*kinds, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
+    describe(app)
+
+
+def describe(app: FastAPI) -> None:
+    """Has the app's OpenAPI document name these errors in place of FastAPI's own."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
+        schema = plain()
+        parts = schema.setdefault("components", {}).setdefault("schemas", {})
+        parts["Error"] = _ERROR
+        for name in ("HTTPValidationError", "ValidationError"):
+            parts.pop(name, None)
+        answer = {"$ref": "#/components/schemas/Error"}
+        content = {"application/json": {"schema": answer}}
+        for operation in (o for path in schema["paths"].values() for o in path.values()):
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = {"description": "an error", "content": content}
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
+_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _TEXT,
+                "code": _TEXT,
+            },
+        }
+    },
+}
+
+
+def _sendable(text: str) -> str:
+    """The text without halves of characters, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _invalid(error: ValidationError | RequestValidationError) -> Refusal:

@@ -9,10 +9,11 @@ Priorities come before that, but a picture gains one with every `patience` secon
 so urgent ones never shut the others out.
 """
 
+import heapq
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from koala.generation import Ticket
@@ -64,7 +65,32 @@ class Fairness:
     def rank(self, ticket: Ticket) -> tuple[float, float, int]:
         """The key by which waiting pictures are taken, lowest first."""
         place: Place = ticket.tag
-        aged = (self.clock() - place.arrived) // self.patience
         with self._lock:
             given = self._given.get(place.client, 0.0)
-        return max(0.0, place.priority - aged), given, ticket.number
+        return self._urgency(place), given, ticket.number
+
+    def order(self, tickets: Sequence[Ticket]) -> list[Ticket]:
+        """Waiting pictures, given in the order of their arrival, as they would be taken."""
+        lines: dict[float, dict[str, deque[Ticket]]] = {}
+        for ticket in tickets:
+            clients = lines.setdefault(self._urgency(ticket.tag), {})
+            clients.setdefault(ticket.tag.client, deque()).append(ticket)
+        with self._lock:
+            given = dict(self._given)
+        ordered: list[Ticket] = []
+        for urgency in sorted(lines):
+            clients = lines[urgency]
+            heads = [(given.get(c, 0.0), line[0].number, c) for c, line in clients.items()]
+            heapq.heapify(heads)
+            while heads:
+                had, _, client = heapq.heappop(heads)
+                ordered.append(clients[client].popleft())
+                given[client] = had + ordered[-1].tag.work
+                if clients[client]:
+                    head = (given[client], clients[client][0].number, client)
+                    heapq.heappush(heads, head)
+        return ordered
+
+    def _urgency(self, place: Place) -> float:
+        """Its priority, less what waiting has gained it."""
+        return max(0.0, place.priority - (self.clock() - place.arrived) // self.patience)

@@ -67,7 +67,7 @@ class Asked(BaseModel):
     guidance_until: float | None = None
     negative_prompt: str | None = None
     scheduler: str | None = None
-    lora: list[Worn] | None = None
+    lora: Annotated[list[Worn], Field(max_length=8)] | None = None
 
     def check(self, service: Service) -> None:
         """Refuses what this server cannot do, in words that say what it can."""
@@ -147,28 +147,19 @@ async def generations(asked: Asked, request: Request) -> Response:
     return await _answer(request, asked, asked.order(client_of(request)), "image_generation")
 
 
-@router.post(
-    "/images/edits",
-    summary="Draw from a picture",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["image", "prompt"],
-                        "properties": {
-                            "image": {"type": "string", "format": "binary"},
-                            "mask": {"type": "string", "format": "binary"},
-                            "prompt": {"type": "string"},
-                        },
-                    }
-                }
-            },
-        }
-    },
-)
+def _form_schema() -> dict[str, Any]:
+    """An edit's form, for the OpenAPI document."""
+    schema = Edit.model_json_schema()
+    schema.pop("$defs", None)
+    file = {"type": "string", "format": "binary"}
+    lora = {"type": "string", "description": "JSON: a list of objects with name and scale"}
+    schema["properties"] |= {"image": file, "mask": file, "lora": lora}
+    schema["required"] = ["image", "prompt"]
+    content = {"multipart/form-data": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@router.post("/images/edits", summary="Draw from a picture", openapi_extra=_form_schema())
 async def edits(request: Request) -> Response:
     service: Service = request.app.state.service
     fields, files = await _form(request)
@@ -260,7 +251,7 @@ def _described(asked: Asked, drawing: Drawing) -> dict[str, Any]:
 
 
 def _usage(drawing: Drawing) -> dict[str, Any]:
-    """Tokens: for pictures, places of the latent."""
+    """What stands for tokens here: words, and for pictures places of the latent."""
     first = drawing.requests[0]
     text = len(first.settings.prompt.split())
     given = first.pixels // 64 if first.image is not None else 0

@@ -56,7 +56,9 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             timeout_graceful_shutdown=CONNECTIONS_END,
         )  # fmt: skip
         try:
-            asyncio.run(_until_told(uvicorn.Server(config), service, listening, options, say))
+            closed = app.state.jobs.close
+            server = uvicorn.Server(config)
+            asyncio.run(_until_told(server, service, closed, listening, options, say))
         finally:
             service.close()
 
@@ -132,10 +134,13 @@ def _bound(options: Options) -> Iterator[socket.socket]:
 
 
 async def _until_told(
-    server: "uvicorn.Server", service: "Service", listening: socket.socket, options: Options,
-    say: Callable[[str], None],
+    server: "uvicorn.Server", service: "Service", closed: Callable[[], None],
+    listening: socket.socket, options: Options, say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Answers, warms up, and ends when a signal says so, after what is under way."""
+    """Answers, warms up, and ends when a signal says so, after what is under way.
+
+    `closed` is called then, to end what listens to jobs.
+    """
     told = asyncio.Event()
 
     def on_signal() -> None:
@@ -161,6 +166,7 @@ async def _until_told(
         say("stopping: no new requests; what is under way is finished")
         if not await asyncio.to_thread(service.drain, options.limits.drain):
             say("what was not finished has been cancelled")
+        await asyncio.to_thread(closed)
     server.should_exit = True
     await serving
     if not server.started:

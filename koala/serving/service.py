@@ -218,7 +218,7 @@ class Service:
         self._check_open()
         self._admission.admit(order.client, requests, sum(work))
         assert self._engine is not None
-        drawing = Drawing(requests, self._engine.waiting)
+        drawing = Drawing(requests, self._queue)
         self._drawings.add(drawing)
         listener = on_event or (lambda event: None)
         for i, request in enumerate(requests):
@@ -296,6 +296,10 @@ class Service:
     def _note_pass(self, done: Pass) -> None:
         self._admission.pace.note(done)
         self.metrics.passed(done, self.max_batch)
+
+    def _queue(self) -> list[Ticket]:
+        """The pictures that wait, in the order in which they will be taken as things are."""
+        return [] if self._engine is None else self._fairness.order(self._engine.waiting())
 
     def _waiting_pictures(self) -> int:
         return 0 if self._engine is None else len(self._engine.waiting())

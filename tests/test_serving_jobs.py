@@ -109,6 +109,13 @@ def client(pipeline, gate, tmp_path):
         yield client
 
 
+@pytest.fixture(scope="module")
+def empty(pipeline, tmp_path_factory):
+    """One server for all that is refused."""
+    with serving(pipeline, tmp_path_factory.mktemp("data")) as client:
+        yield client
+
+
 def png(side=SIDE, colour="teal"):
     file = io.BytesIO()
     Image.new("RGB", (side, side), colour).save(file, "PNG")
@@ -192,20 +199,20 @@ def test_pictures_and_masks_are_given_as_base64_or_data_urls_and_not_kept(client
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_bad_jobs_are_refused_by_name_and_leave_nothing(client, asked, says):
-    answer = client.post("/v1/jobs", json={**ASKED, **asked})
+def test_bad_jobs_are_refused_by_name_and_leave_nothing(empty, asked, says):
+    answer = empty.post("/v1/jobs", json={**ASKED, **asked})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"]
-    assert client.ok("GET", "/v1/jobs") == {"object": "list", "data": []}
+    assert empty.ok("GET", "/v1/jobs") == {"object": "list", "data": []}
 
 
-def test_unknown_ids_are_404_and_bad_pages_400(client):
+def test_unknown_ids_are_404_and_bad_pages_400(empty):
     for path in ("jobs/x", "jobs/x/events", f"gallery/{'a' * 32}", "gallery/..%2f..%2fx/image"):
-        assert client.get(f"/v1/{path}").status_code == 404
-    assert client.delete(f"/v1/gallery/{'a' * 32}").status_code == 404
-    assert client.post("/v1/jobs/x/cancel").status_code == 404
+        assert empty.get(f"/v1/{path}").status_code == 404
+    assert empty.delete(f"/v1/gallery/{'a' * 32}").status_code == 404
+    assert empty.post("/v1/jobs/x/cancel").status_code == 404
     for query in ("limit=0", "limit=x", "limit=1000", "before=1", "before=%00"):
         for what in ("jobs", "gallery"):
-            answer = client.get(f"/v1/{what}?{query}")
+            answer = empty.get(f"/v1/{what}?{query}")
             assert answer.status_code == 400 and answer.json()["error"]["code"]
 
 
@@ -453,6 +460,7 @@ def test_accepted_jobs_are_drawn_exactly_once_through_kill_9(folder, tmp_path):
                 while time.monotonic() < end:
                     job = client.submit(n=2, seed=None, steps=4)
                     accepted[job["id"]] = job["order"]["seed"]
+                    time.sleep(0.02)
                 if i == 3:
                     ends = {id: client.end(id) for id in accepted}
                     pictures = client.ok("GET", "/v1/gallery?limit=200")["data"]

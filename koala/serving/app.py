@@ -9,7 +9,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from koala import __version__
-from koala.serving import answers, jobs_api, openai, page
+from koala.serving import a1111, answers, jobs_api, openai, page
 from koala.serving.gallery import Gallery
 from koala.serving.jobs import Jobs
 from koala.serving.security import Guard, Keys
@@ -35,8 +35,9 @@ def create_app(service: Service, store: Store, options: Options) -> FastAPI:
     gallery = Gallery(store, options.gallery_bytes, options.gallery_days * DAY)
     jobs = Jobs(service, Table(store, most_seconds=options.gallery_days * DAY), gallery)
     app.state.gallery, app.state.jobs = gallery, jobs
+    app.state.a1111 = a1111.Desk()
     files = page.router(service.pipeline.name, service.native)
-    for routes in (router, openai.router, jobs_api.router, files):
+    for routes in (router, openai.router, jobs_api.router, a1111.router, files):
         app.include_router(routes)
     answers.install(app, service.metrics.failed)
     keys = Keys.read(options.api_key_file) if options.api_key_file else None

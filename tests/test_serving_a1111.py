@@ -296,6 +296,23 @@ def test_what_there_is(client, pipeline):
     assert client.post("/options", json={"jpeg_quality": 80}).status_code == 400
 
 
+def test_a_key_may_be_basics_password_as_tools_send_it(pipeline, tmp_path):
+    (tmp_path / "keys").write_text("k" * 20)
+    with running(pipeline, tmp_path / "data", api_key_file=tmp_path / "keys") as server:
+        url = f"{server.url}/sdapi/v1/samplers"
+        ok(httpx2.get(url, auth=("anybody", "k" * 20)))
+        ok(httpx2.get(url, headers={"Authorization": f"Bearer {'k' * 20}"}))
+        for header in (
+            "Basic " + "k" * 20,
+            "Basic ***",
+            "Basic",
+            "Digest " + "k" * 20,
+            "Basic /w==",
+        ):
+            assert httpx2.get(url, headers={"Authorization": header}).status_code == 401
+        assert httpx2.get(url, auth=("k" * 20, "wrong")).status_code == 401
+
+
 def test_loras_are_taken_out_of_the_prompt():
     assert with_loras("a fox") == ("a fox", ())
     assert with_loras("a <lora:ink:0.5>fox <lora:b>") == ("a fox", (("ink", 0.5), ("b", 1.0)))

@@ -6,6 +6,7 @@ another origin are refused, and names for loopback that only a forged DNS answer
 """
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import time
@@ -55,11 +56,20 @@ class Keys:
         return Keys(keys)
 
     def client(self, authorization: str) -> str | None:
-        """The client's name from its header, None if no key is in it."""
+        """The client's name from its header, None if no key is in it.
+
+        As Bearer, or as the password of Basic: AUTOMATIC1111's tools know nothing else.
+        """
         scheme, _, key = authorization.partition(" ")
+        if scheme.lower() == "basic":
+            try:
+                _, _, key = base64.b64decode(key.strip(), validate=True).decode().partition(":")
+            except ValueError:
+                return None
         given = hashlib.sha256(key.strip().encode()).digest()
         found = [known for known in self._hashes if hmac.compare_digest(known, given)]
-        return f"key-{given.hex()[:12]}" if found and scheme.lower() == "bearer" else None
+        known_scheme = scheme.lower() in ("bearer", "basic")
+        return f"key-{given.hex()[:12]}" if found and known_scheme else None
 
 
 class Rates:

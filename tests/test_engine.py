@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import CancelledError
 from concurrent.futures import wait as wait_for
 
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 
 from koala.errors import Failure, UserError
-from koala.generation import Engine, load
+from koala.generation import Engine, Late, load
 from koala.generation.denoise import Row, evaluate
 from toy import TOKENS, toy_pipeline
+from toy_lora import toy_base, toy_lora
 
 SIDE = 16  # pixels: the smallest picture there is
 KINDS = [  # requests that differ in all a row can differ in, of one shape
@@ -410,3 +412,114 @@ def test_nobody_waits_for_ever_if_the_worker_dies(pipeline):
     with pytest.raises(Failure, match="closed"):
         engine.submit(request_of(pipeline))
     engine.close()
+
+
+# --- what servers need ----------------------------------------------------------------------
+
+
+def test_a_request_says_when_it_is_let_in_and_passes_say_what_they_took(pipeline):
+    told, passes = [], []
+    engine = Engine(pipeline, max_batch=1, on_pass=passes.append)
+    for name in "ab":
+        request = request_of(pipeline, steps=2, guidance=2.0, guidance_until=0.5)
+        engine.submit(
+            request, lambda p, n=name: told.append(n), lambda n=name: told.append(f"+{n}")
+        )
+    assert [ticket.number for ticket in engine.waiting()] == [0, 1]
+    run(engine)
+    assert told == ["+a", "a", "a", "+b", "b", "b"] and not engine.waiting()
+    pixels = SIDE * SIDE
+    assert [one.pixels for one in passes] == [2 * pixels, pixels] * 2
+    assert all(one.pictures == 1 and one.seconds > 0 for one in passes)
+
+
+def test_rows_and_pixels_both_have_limits(watched):
+    pipeline, batches = watched
+    engine = Engine(pipeline, max_batch=3, max_pixels=2 * SIDE * SIDE)
+    for seed, size in enumerate([(SIDE, SIDE)] * 3 + [(64, 64)]):
+        engine.submit(request_of(pipeline, seed=seed, steps=1, guidance=1, size=size))
+    run(engine)
+    assert batches == [2, 1, 1]
+
+
+def test_a_deadline_ends_a_request_that_waits_or_is_on_its_way(watched):
+    pipeline, batches = watched
+    requests = [request_of(pipeline, seed=s, steps=3, guidance=1) for s in range(3)]
+    engine = Engine(pipeline, max_batch=2)
+
+    def past(_):
+        late.deadline = waits.deadline = time.monotonic()
+
+    late = engine.submit(requests[0], past, deadline=time.monotonic() + 60)
+    other = engine.submit(requests[1])
+    waits = engine.submit(requests[2], deadline=time.monotonic() + 60)
+    run(engine)
+    for ticket in (late, waits):
+        with pytest.raises(Late, match="deadline"):
+            ticket.result()
+    assert batches == [2, 1, 1] and late.row is None
+    assert_near(other.result(), drawn_alone(pipeline, requests[1]))
+
+
+@pytest.fixture(scope="module")
+def loras(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loras")
+    base = toy_base(pipeline.unet)
+    return [
+        toy_lora(folder / f"{n}.safetensors", base, seed=s) for s, n in enumerate(("ink", "oil"))
+    ]
+
+
+def test_requests_with_different_loras_are_as_each_alone(pipeline, loras):
+    """The same prompt and seed, so that nothing else tells them apart, and two that share."""
+    ink, oil = loras
+    sets = [{}, {ink: 1.0}, {ink: 0.5, oil: -1.0}, {oil: 1.0}, {}, {ink: 1.0}]
+    requests = [request_of(pipeline, steps=3, guidance=3.0, lora=lora) for lora in sets]
+    expected = []
+    for lora in sets:  # on the model for good
+        for file, scale in lora.items():
+            pipeline.add_lora(file, scale)
+        expected.append(pipeline("a", size=(SIDE, SIDE), seed=0, steps=3, guidance=3.0))
+        for file in lora:
+            pipeline.remove_lora(file.stem)
+    passes = []
+    engine = Engine(pipeline, on_pass=passes.append)
+    tickets = [engine.submit(request) for request in requests]
+    run(engine)
+    for ticket, request, own in zip(tickets, requests, expected, strict=True):
+        assert_near(ticket.result(), own.images[0])
+        assert request.settings == own.settings[0]
+    assert len({image.tobytes() for image in (own.images[0] for own in expected)}) == 4
+    assert [one.pictures for one in passes] == [2, 2, 1, 1] * 3
+    assert_near(drawn_alone(pipeline, requests[0]), expected[0].images[0])  # nothing stayed on
+
+
+def test_a_lora_that_cannot_be_read_fails_its_own_request(pipeline, loras, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(loras[0].read_bytes())
+    request = request_of(pipeline, steps=2, lora={broken: 1.0})
+    broken.write_bytes(b"nothing")
+    engine = Engine(pipeline)
+    fails, works = engine.submit(request), engine.submit(request_of(pipeline, steps=2))
+    run(engine)
+    assert isinstance(fails.exception(), UserError)
+    assert_near(works.result(), drawn_alone(pipeline, request_of(pipeline, steps=2)))
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"nowhere.safetensors": 1.0}, "nowhere"),
+        ({"ink": 1000}, "LoRA scale is 1000"),
+        ({"a/ink.safetensors": 1, "b/ink.safetensors": 1}, "two LoRAs are called 'ink'"),
+    ],
+)
+def test_loras_of_a_request_that_are_refused(pipeline, lora, words):
+    with pytest.raises(UserError, match=words):
+        request_of(pipeline, lora=lora)
+
+
+def test_what_does_not_run_the_model_plainly_takes_no_loras(watched, loras):
+    pipeline, _ = watched
+    with pytest.raises(UserError, match="PyTorch's plain way"):
+        request_of(pipeline, lora={loras[0]: 1.0})

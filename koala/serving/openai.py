@@ -42,7 +42,7 @@ class Worn(BaseModel):
     scale: float = 1.0
 
 
-class Asked(BaseModel):
+class Generation(BaseModel):
     """The fields that generations and edits share."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -114,7 +114,7 @@ class Asked(BaseModel):
         return Order(self.prompt, client=client, loras=loras, **said)
 
 
-class Edit(Asked):
+class Edit(Generation):
     """The fields of an edit that are no files."""
 
     strength: float | None = None
@@ -142,7 +142,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 @router.post("/images/generations", summary="Draw pictures")
-async def generations(asked: Asked, request: Request) -> Response:
+async def generations(asked: Generation, request: Request) -> Response:
     asked.check(request.app.state.service)
     return await _answer(request, asked, asked.order(client_of(request)), "image_generation")
 
@@ -217,7 +217,7 @@ def _with_loras(fields: dict[str, Any]) -> dict[str, Any]:
 # --- answers --------------------------------------------------------------------------------
 
 
-async def _answer(request: Request, asked: Asked, order: Order, what: str) -> Response:
+async def _answer(request: Request, asked: Generation, order: Order, what: str) -> Response:
     service: Service = request.app.state.service
     if asked.stream:
         return await _stream(request, asked, order, what)
@@ -231,7 +231,7 @@ async def _answer(request: Request, asked: Asked, order: Order, what: str) -> Re
 
 
 async def _delivered(
-    request: Request, asked: Asked, image: Image.Image, drawing: Drawing, index: int
+    request: Request, asked: Generation, image: Image.Image, drawing: Drawing, index: int
 ) -> str:
     settings = drawing.requests[index].settings
     data = await asyncio.to_thread(
@@ -241,7 +241,7 @@ async def _delivered(
     return base64.b64encode(data).decode()
 
 
-def _described(asked: Asked, drawing: Drawing) -> dict[str, Any]:
+def _described(asked: Generation, drawing: Drawing) -> dict[str, Any]:
     settings = drawing.requests[0].settings
     return {
         "created": int(time.time()), "background": "opaque", "output_format": asked.format,
@@ -265,7 +265,7 @@ def _usage(drawing: Drawing) -> dict[str, Any]:
 # --- streams --------------------------------------------------------------------------------
 
 
-async def _stream(request: Request, asked: Asked, order: Order, what: str) -> Response:
+async def _stream(request: Request, asked: Generation, order: Order, what: str) -> Response:
     """Partial pictures while they are drawn, then each when it is done."""
     service: Service = request.app.state.service
     loop, coming = asyncio.get_running_loop(), asyncio.Queue[tuple[Event, Image.Image | None]]()
@@ -290,7 +290,7 @@ def _shown(steps: int, partial_images: int) -> set[int]:
 
 
 async def _events(
-    request: Request, asked: Asked, what: str, drawing: Drawing,
+    request: Request, asked: Generation, what: str, drawing: Drawing,
     coming: "asyncio.Queue[tuple[Event, Image.Image | None]]",
 ) -> AsyncGenerator[bytes, None]:  # fmt: skip
     service: Service = request.app.state.service
@@ -325,7 +325,7 @@ async def _events(
         drawing.cancel()
 
 
-def _enlarged(preview: Image.Image, request: Drawn, asked: Asked) -> str:
+def _enlarged(preview: Image.Image, request: Drawn, asked: Generation) -> str:
     """A preview at the picture's size, base64."""
     size = (request.settings.width, request.settings.height)
     image = preview.resize(size, Image.Resampling.BICUBIC)

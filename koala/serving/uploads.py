@@ -13,7 +13,7 @@ from koala.errors import UserError
 from koala.generation.images import open_picture
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 
 
 def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Image:
@@ -26,19 +26,21 @@ def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Ima
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > most_pixels:
-                    raise UserError(
-                        f"{what} is {width}x{height}: allowed are {most_pixels:,} pixels; make it "
-                        "smaller"
-                    )
+                if image.width * image.height > most_pixels:
+                    raise _too_large(what, f"{image.width}x{image.height}", most_pixels)
                 return open_picture(image)
     except UserError:
         raise
+    except Image.DecompressionBombError:
+        raise _too_large(what, "huge", most_pixels) from None
     except _UNREADABLE:
         raise UserError(
             f"{what} cannot be read as a picture: allowed are whole {', '.join(FORMATS)} files"
         ) from None
+
+
+def _too_large(what: str, size: str, most_pixels: int) -> UserError:
+    return UserError(f"{what} is {size}: allowed are {most_pixels:,} pixels; make it smaller")
 
 
 def mask_of_transparency(data: bytes, most_pixels: int) -> bytes:

@@ -1,0 +1,233 @@
+"""Who may ask, how often and how much; and pictures that are forged."""
+
+import contextlib
+import http.client
+import io
+import json
+import struct
+import zlib
+from urllib.parse import urlsplit
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from koala.errors import UserError
+from koala.generation import load
+from koala.serving.admission import Busy
+from koala.serving.security import Keys, Rates
+from koala.serving.settings import Limits, Options
+from koala.serving.uploads import mask_of_transparency, open_upload
+from toy import toy_pipeline
+from toy_server import running
+
+KEYS = ("first-key-0123456789", "other-key-0123456789")
+DRAW = "/v1/images/generations"
+ASKED = {"prompt": "a", "size": "16x16", "steps": 1}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return load(toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def open_server(pipeline, tmp_path_factory):
+    limits = Limits(max_batch=2, upload_bytes=10_000, rate=0)
+    with running(pipeline, tmp_path_factory.mktemp("open"), limits) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def locked(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("locked")
+    file = folder / "keys"
+    file.write_text("# of this test\n\n" + "\n".join(KEYS) + "\n")
+    limits = Limits(max_batch=2, rate=60, burst=3)
+    with running(pipeline, folder / "data", limits, api_key_file=file) as found:
+        yield found
+
+
+def ask(server, path: str, body: object = None, **headers: str):
+    """(status, headers, body) of a POST where there is a body, else of a GET."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    sent = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    kind = {} if sent is None else {"Content-Type": "application/json"}
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request("GET" if sent is None else "POST", path, sent, {**kind, **named})
+    answer = connection.getresponse()
+    return answer.status, answer.headers, answer.read()
+
+
+def code(answer) -> str:
+    return json.loads(answer[2])["error"]["code"]
+
+
+# --- keys -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/v1/gallery", "/x"])
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEYS[0]}"}]
+)
+def test_where_there_are_keys_one_is_needed(locked, path, headers):
+    answer = ask(locked, path, **headers)
+    assert answer[0] == 401 and code(answer) == "invalid_api_key"
+    assert answer[1]["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json"])
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_opens(locked, path, key):
+    assert ask(locked, path, Authorization=f"Bearer {key}")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/"])
+def test_health_and_the_page_are_open(locked, path):
+    assert ask(locked, path)[0] == 200
+
+
+def test_rates_are_each_clients_own_and_say_when_to_come_back(locked):
+    headers = {"Authorization": f"Bearer {KEYS[0]}"}
+    answers = [ask(locked, DRAW, ASKED, **headers) for _ in range(4)]
+    assert [answer[0] for answer in answers] == [200, 200, 200, 429]
+    assert code(answers[3]) == "rate" and int(answers[3][1]["Retry-After"]) == 1
+    assert ask(locked, DRAW, ASKED, Authorization=f"Bearer {KEYS[1]}")[0] == 200
+
+
+def test_keys_have_a_least_length_and_are_read_once(tmp_path):
+    file = tmp_path / "keys"
+    for text, words in (("# none\n", "holds no key"), ("short\n", "is short")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            Keys.read(file)
+    with pytest.raises(UserError, match="cannot be read"):
+        Keys.read(tmp_path / "nothing")
+
+
+@given(st.lists(st.floats(0, 30), max_size=60))
+def test_a_bucket_gives_no_more_than_its_burst_and_its_rate(pauses):
+    now = [0.0]
+    rates, taken = Rates(Limits(rate=60, burst=5), lambda: now[0]), 0
+    for pause in pauses:
+        now[0] += pause
+        with contextlib.suppress(Busy):
+            rates.take("a")
+            taken += 1
+    assert taken <= 5 + now[0] + 1e-6
+
+
+# --- other sites ----------------------------------------------------------------------------
+
+
+def test_other_sites_and_forged_names_are_not_answered(open_server):
+    own = urlsplit(open_server.url).netloc
+    assert ask(open_server, DRAW, ASKED, Origin=f"http://{own}")[0] == 200
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+        answer = ask(open_server, DRAW, ASKED, Origin=origin)
+        assert answer[0] == 403 and code(answer) == "origin"
+    answer = ask(open_server, "/v1/models", Host="rebound.example")
+    assert answer[0] == 403 and code(answer) == "host"
+    assert "access-control-allow-origin" not in ask(open_server, "/v1/models")[1]
+
+
+# --- bodies ---------------------------------------------------------------------------------
+
+
+def test_a_body_is_bounded_whether_its_length_is_told_or_not(open_server):
+    large = json.dumps({"prompt": "a" * 20_000}).encode()
+    answer = ask(open_server, DRAW, large)
+    assert answer[0] == 413 and code(answer) == "too_large"
+    connection = http.client.HTTPConnection(urlsplit(open_server.url).netloc, timeout=60)
+    chunks = (large[i : i + 4096] for i in range(0, len(large), 4096))
+    connection.request("POST", DRAW, chunks, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    assert ask(open_server, DRAW, ASKED)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status"), [("/nothing", "GET", 404), (DRAW, "GET", 405)]
+)
+def test_what_is_not_there_is_told_in_the_same_shape(open_server, path, method, status):
+    answer = ask(open_server, path)
+    assert answer[0] == status and json.loads(answer[2])["error"]["message"]
+
+
+def test_the_document_describes_our_errors(open_server):
+    document = json.loads(ask(open_server, "/openapi.json")[2])
+    for operation in (o for path in document["paths"].values() for o in path.values()):
+        assert "422" not in operation["responses"] and "default" in operation["responses"]
+    fields = document["components"]["schemas"]["Generation"]
+    assert fields["additionalProperties"] is False and "lora" in fields["properties"]
+
+
+# --- pictures -------------------------------------------------------------------------------
+
+
+def saved(kind: str, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, "teal").save(file, kind)
+    return file.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of some bytes that says it holds so many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_usual_pictures_are_read(kind):
+    assert open_upload(saved(kind), 64).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (saved("PNG", (9, 8)), "is 9x8: allowed are 64 pixels"),
+        (bomb(50_000, 50_000), "allowed are 64 pixels"),
+        (saved("GIF"), "cannot be read"),
+        (saved("TIFF"), "cannot be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "cannot be read"),
+        (saved("JPEG")[:-40], "cannot be read"),
+        (saved("PNG")[:44], "cannot be read"),
+        (b"", "cannot be read"),
+    ],
+)
+def test_others_are_refused(data, words):
+    with pytest.raises(UserError, match=words):
+        open_upload(data, 64)
+
+
+@given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.data())
+def test_forged_bytes_are_refused_or_read(kind, data):
+    content = bytearray(saved(kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(UserError):
+        assert open_upload(bytes(content), 10_000).width > 0
+
+
+def test_a_mask_is_light_where_it_was_transparent():
+    mask = Image.new("RGBA", (4, 1))
+    mask.putdata([(9, 9, 9, 255), (9, 9, 9, 0), (9, 9, 9, 127), (9, 9, 9, 128)])
+    file = io.BytesIO()
+    mask.save(file, "PNG")
+    ours = Image.open(io.BytesIO(mask_of_transparency(file.getvalue(), 64)))
+    assert list(ours.tobytes()) == [0, 255, 255, 0]
+    with pytest.raises(UserError, match="no transparency"):
+        mask_of_transparency(saved("PNG"), 64)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)],
+)
+def test_what_loopback_is(host, expected):
+    assert Options(host=host).on_loopback is expected

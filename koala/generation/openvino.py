@@ -139,8 +139,12 @@ class _Engine:
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
-            "CACHE_DIR": str(_folder()),
+            # A thread that is bound to a core waits for whatever else runs there.
+            "ENABLE_CPU_PINNING": False,
         }
+        # OpenVINO finds what it has compiled by the model, not by these: a model compiled for bf16
+        # would come back for fp32. So every set of them has a cache of its own.
+        self.options["CACHE_DIR"] = str(_folder() / digest([self.options]))
         # Of the weights as they are now, so that a merged LoRA makes another model.
         self.key = _fingerprint(module, ["int8", *samples] if precision == "int8" else ["float"])
         self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
@@ -268,10 +272,10 @@ def _folder() -> Path:
 
 
 def trim(folder: Path, limit: int) -> None:
-    """Deletes the oldest files until `limit` bytes hold the rest."""
-    files = sorted(folder.glob("[0-9a-f]*"), key=lambda file: file.stat().st_mtime, reverse=True)
+    """Deletes the oldest files, in folders too, until `limit` bytes hold the rest."""
+    files = [file for file in folder.rglob("[0-9a-f]*") if file.is_file()]
     total = 0
-    for file in files:
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         total += file.stat().st_size
         if total > limit:
             file.unlink()

@@ -164,6 +164,8 @@ async def _drawn(
     """
     waits = map(asyncio.wrap_future, drawing.futures())
     pictures = asyncio.gather(*waits, return_exceptions=True)
+    # What becomes of them when the client is gone is nobody's concern.
+    pictures.add_done_callback(lambda done: done.cancelled() or done.exception())
     gone = asyncio.create_task(disconnected(request.receive))
     try:
         first: set[asyncio.Future[Any]] = {pictures, gone}

@@ -82,6 +82,8 @@ async def drawn(request: Request, service: Service, drawing: Drawing) -> list[Im
     Raises what the first that failed raised.
     """
     pictures = asyncio.gather(*map(asyncio.wrap_future, drawing.futures()))
+    # What becomes of them when the client is gone is nobody's concern.
+    pictures.add_done_callback(lambda done: done.cancelled() or done.exception())
     gone = asyncio.create_task(disconnected(request.receive))
     both: set[asyncio.Future[Any]] = {pictures, gone}
     try:

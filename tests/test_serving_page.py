@@ -209,7 +209,15 @@ def test_a_picture_is_made(page):
 
 @needs_chromium
 def test_a_job_is_cancelled(page):
-    cancel(page, begin_long(page))
+    first = begin_long(page)
+    page.set("number", 1)
+    page.click("#draw")
+    said = "document.querySelector('.job .said').textContent"
+    second = page.wait(f"{said}.match(/^Waiting, \\d+ pictures? ahead$/) && "
+                       "document.querySelector('.job').dataset.job")  # fmt: skip
+    assert second != first
+    cancel(page, str(second))
+    cancel(page, first)
     assert page.find("#draw").is_enabled()
 
 

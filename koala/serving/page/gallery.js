@@ -11,10 +11,12 @@ const PAGE = 60;
 let pictures = []; // as the server tells them, newest first
 let viewed = null; // the one in the viewer
 
-/** Shows the newest pictures and wires the viewer. */
+/** Shows the newest pictures and wires the viewer. What jobs have added already stays. */
 export async function startGallery() {
   closable($("viewer"));
-  $("older").addEventListener("click", () => more().catch((error) => tell(error.message)));
+  $("older").addEventListener("click", () => {
+    more(pictures.at(-1)).catch((error) => tell(error.message));
+  });
   $("newer").addEventListener("click", () => move(-1));
   $("next").addEventListener("click", () => move(1));
   $("viewer").addEventListener("keydown", (event) => {
@@ -36,11 +38,11 @@ export async function startGallery() {
   $("delete").addEventListener("click", remove);
   $("viewed").addEventListener("load", fit);
   addEventListener("resize", fit);
-  await more();
+  await more(null);
 }
 
-async function more() {
-  const last = pictures.at(-1);
+/** Shows the next pictures: those older than `last`, or the newest. */
+async function more(last) {
   const { data } = await call(`v1/gallery?limit=${PAGE}${last ? `&before=${last.id}` : ""}`);
   const known = new Set(pictures.map(({ id }) => id));
   const next = data.filter(({ id }) => !known.has(id));

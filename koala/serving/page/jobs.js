@@ -121,6 +121,7 @@ class Card {
     });
     const grid = make("div", { className: "tiles" }, ...this.tiles);
     grid.style.setProperty("--columns", columns(this.number));
+    grid.style.setProperty("--rows", Math.ceil(this.number / columns(this.number)));
     grid.style.setProperty("--shape", width / height);
     const text = make("div", { className: "text" }, this.words, this.said);
     const head = make("div", { className: "head" }, text, this.button);
@@ -196,7 +197,8 @@ class Card {
     this.said.classList.toggle("error", status === "failed");
     if (status !== "failed") say(`${this.said.textContent}: ${this.words.textContent}`);
     title();
-    if (status === "cancelled" && !this.element.querySelector(".tile")) setTimeout(() => remove(this.id), 4000);
+    const empty = !this.element.querySelector(".tile");
+    if (status === "cancelled" && empty) setTimeout(() => remove(this.id), 4000);
   }
 
   async cancel() {

@@ -9,6 +9,8 @@ import { add, refreshWelcome, startGallery, view } from "./gallery.js";
 import { draw, startJobs } from "./jobs.js";
 import { readSettings } from "./png.js";
 
+const MOST_BYTES = 1 << 28; // of a file whose settings are read
+
 function complain(text) {
   $("error").textContent = text;
   $("error").hidden = !text;
@@ -54,7 +56,7 @@ async function dropped(event) {
   if (!file) return;
   complain("");
   if ($("start").contains(event.target)) return void (await give(file));
-  const settings = await readSettings(await file.arrayBuffer());
+  const settings = file.size <= MOST_BYTES && (await readSettings(await file.arrayBuffer()));
   if (settings) fill(settings, `The settings of ${file.name} are in the form.`);
   else if (await give(file)) tell(`${file.name} holds no settings: drawing starts from it now.`);
 }
@@ -114,9 +116,9 @@ async function start() {
   }));
   const wide = matchMedia("(min-width: 60rem)").matches;
   $("more").open = wide;
-  await startGallery();
   new MutationObserver(refreshWelcome).observe($("jobs"), { childList: true });
-  await startJobs(about.size, add, view);
+  await startJobs(about.size, add, view); // first: what is done meanwhile is in the gallery
+  await startGallery();
   document.documentElement.dataset.ready = "true";
 }
 

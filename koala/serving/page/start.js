@@ -34,7 +34,8 @@ export async function give(file) {
   try {
     if (file) next = await createImageBitmap(file);
   } catch {
-    complain(`${file.name || "This file"} cannot be read as a picture: choose a PNG, JPEG or WebP.`);
+    const name = file.name || "This file";
+    complain(`${name} cannot be read as a picture: choose a PNG, JPEG or WebP.`);
     return false;
   }
   bitmap?.close();

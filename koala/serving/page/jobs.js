@@ -89,7 +89,9 @@ async function follow(card) {
         break;
       }
     }
-    if (!card.over) await new Promise((resolve) => setTimeout(resolve, pause));
+    if (card.over) break;
+    if (pause > 500) card.said.textContent = "No connection, trying again";
+    await new Promise((resolve) => setTimeout(resolve, pause));
   }
   streaming--;
   fillStreams();

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
@@ -437,6 +438,22 @@ def test_after_a_crash_only_what_had_no_end_is_drawn_and_with_the_same_seed(
         seeds = [one["settings"]["seed"] for one in after["pictures"]]
         assert seeds == [job["order"]["seed"] + i for i in range(3)]
         assert len(client.ok("GET", "/v1/gallery")["data"]) == 4
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_job(client, monkeypatch):
+    monkeypatch.setattr("koala.serving.jobs.DISK", 0.1)
+    plain, full = os.fsync, iter([True, True, True])
+
+    def fsync(handle):
+        if next(full, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    job = client.end(client.submit(n=2)["id"])
+    assert job["status"] == "done" and next(full, None) is None
+    files = os.listdir(client.jobs.gallery.folder)
+    assert sorted(files) == sorted(f"{one['id']}.png" for one in job["pictures"])
 
 
 def serve_until_killed(folder, data, port):

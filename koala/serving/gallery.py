@@ -58,7 +58,7 @@ class Gallery:
         self.store, self.most_bytes, self.most_seconds = store, most_bytes, most_seconds
         self.clock = clock
         self.folder = store.folder / "pictures"
-        with _explained(self.folder):
+        with _explained():
             self.folder.mkdir(exist_ok=True)
             self._sweep()
         self.tidy()
@@ -69,15 +69,16 @@ class Gallery:
         settings: Settings,
         client: str,
         also: Callable[[Connection, str], None] | None = None,
+        png: bytes | None = None,
     ) -> Picture:
-        """Keeps a picture; when this returns it is on disk.
+        """Keeps a picture; when this returns it is on disk. `png`: its file, where it is made.
 
         `also(db, id)` belongs to the same transaction: if it raises, there is no picture.
         Failure if the disk is full.
         """
         thumbnail = _thumbnail(image)
         id = self.store.new_id()
-        size = self._write(id, image, settings) + len(thumbnail)
+        size = self._write(id, image, settings, png) + len(thumbnail)
         values = json.dumps(asdict(settings))
         picture = Picture(id, client, self.clock(), size, json.loads(values))
         try:
@@ -176,13 +177,16 @@ class Gallery:
             db.execute("DELETE FROM pictures WHERE id <= ?", (gone[-1],))
         return gone
 
-    def _write(self, id: str, image: Image.Image, settings: Settings) -> int:
+    def _write(self, id: str, image: Image.Image, settings: Settings, png: bytes | None) -> int:
         """Writes the file, and the name into its folder, through to the disk; its bytes."""
         part = self.folder / f".{id}.part"
-        with _explained(self.folder):
+        with _explained():
             try:
                 with open(part, "xb") as file:
-                    write_png(image, settings, file)
+                    if png is None:
+                        write_png(image, settings, file)
+                    else:
+                        file.write(png)
                     file.flush()
                     os.fsync(file.fileno())
                     size = file.tell()
@@ -244,8 +248,9 @@ def _sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explained() -> Iterator[None]:
+    """Says in one line, which names no path, what kept the disk from taking a picture."""
     try:
         yield
     except OSError as error:
-        raise Failure(f"cannot keep pictures in {folder}: {error.strerror or error}") from error
+        raise Failure(f"cannot keep pictures: {error.strerror}") from error

@@ -18,6 +18,7 @@ from PIL import Image
 
 from koala.errors import Failure, UserError
 from koala.generation import Late, Settings
+from koala.generation.arrangement import ran_out
 from koala.serving import views
 from koala.serving.admission import Busy
 from koala.serving.gallery import Gallery
@@ -30,6 +31,7 @@ from koala.serving.table import Ended, Full, Job, Table
 WRITERS = 4  # pictures that are compressed at once
 RETRY = 30.0  # seconds that a client is told to wait where too many jobs do
 TICK = 1.0  # seconds between looks at deadlines, while something waits
+DISK = 30.0  # seconds between attempts to keep a picture that the disk does not take
 TIDY = 60.0  # seconds between looks at what is too old
 BETWEEN_PREVIEWS = 0.1  # seconds, of one picture
 
@@ -268,7 +270,7 @@ class Jobs:
             again = not live.over
             log.error("a picture of job %s is drawn again: %s", id, error)
             with self._changed:
-                self._queue.pause("", TICK)
+                self._queue.pause("", DISK)
         with self._changed:
             if again:
                 self._queue.back(live, place)
@@ -308,5 +310,7 @@ def _words(error: BaseException) -> tuple[str, str]:
             return " ".join(str(error).split()), "invalid_value"
         case Failure():
             return " ".join(str(error).split()), "failed"
+    if ran_out(error):
+        return "out of memory: ask for a smaller picture, or later", "memory"
     log.error("a picture failed", exc_info=error)
     return "the server failed; its log says why", "failed"

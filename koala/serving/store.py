@@ -101,7 +101,7 @@ class Store:
 
         Failure if the disk does not take them.
         """
-        with self._lock, _explained(self.folder):
+        with self._lock, _explained():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -113,7 +113,7 @@ class Store:
 
     def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         """All rows of a query that changes nothing."""
-        with self._lock, _explained(self.folder):
+        with self._lock, _explained():
             return self._db.execute(query, values).fetchall()
 
     def close(self) -> None:
@@ -189,9 +189,9 @@ def _statements(script: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Says in one line what kept the disk from answering."""
+def _explained() -> Iterator[None]:
+    """Says in one line, which names no path, what kept the disk from answering."""
     try:
         yield
     except sqlite3.OperationalError as error:
-        raise Failure(f"cannot keep records in {folder}: {error}") from error
+        raise Failure(f"cannot keep records of jobs and pictures: {error}") from error

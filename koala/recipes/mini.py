@@ -73,7 +73,7 @@ def sdxl_mini() -> Teacher:
 def koala_mini() -> Student:
     """The student: L_task + L_outKD + L_featKD on SA everywhere and LF at DW-1 and UP-3.
 
-    Deviations from the paper: 32,000 samples (64 M there) at lr 5e-4 falling to zero (1e-5
+    Deviations from the paper: 24,000 samples (64 M there) at lr 5e-4 falling to zero (1e-5
     constant), since the model has 4.8 M parameters and is given minutes; min-SNR in L_task, as its
     teacher learnt. Each tap's error is divided by the teacher feature's mean square (LAPTOP-Diff),
     so that no tap counts for more by its scale, and their sum is weighted so that it is about as
@@ -108,7 +108,7 @@ def tiny_mini() -> Tiny:
 
 def _student(settings: DistillationSettings) -> Student:
     training = Training(
-        samples=32_000, batch=32, lr=5e-4, warmup=640, decay=True,
+        samples=24_000, batch=32, lr=5e-4, warmup=640, decay=True,
         ema_half_life=2_000, preview_every=8_000,
     )  # fmt: skip
     return Student(cut="koala-700m", training=training, settings=settings, mixture=MIXTURE)

@@ -73,7 +73,7 @@ def server(pipeline, tmp_path_factory):
 @pytest.fixture
 def client(server, gate):
     """The one server's client, with an empty gallery."""
-    for one in server.app.state.gallery.page(100):
+    for one in gallery(server):
         server.app.state.gallery.remove(one.id)
     return server
 
@@ -84,6 +84,7 @@ def ok(answer):
 
 
 def gallery(client):
+    client.app.state.keeper.wait()
     return client.app.state.gallery.page(100)
 
 

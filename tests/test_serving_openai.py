@@ -355,6 +355,8 @@ def test_a_request_ends_when_its_client_goes(server, stream):
 
 def test_the_pictures_of_synchronous_requests_are_in_the_gallery(client, server):
     answer = client.images.generate(prompt="kept", size=SIZE, extra_body={"steps": 1})
-    (picture,) = server.app.state.gallery.page(1)
+    gallery = server.app.state.gallery
+    server.app.state.keeper.wait()
+    (picture,) = gallery.page(1)
     assert picture.settings["prompt"] == "kept"
-    assert server.app.state.gallery.png(picture.id) == base64.b64decode(answer.data[0].b64_json)
+    assert gallery.png(picture.id) == base64.b64decode(answer.data[0].b64_json)

@@ -138,7 +138,7 @@ async def _answer(request: Request, asked: Asked, order: Order, kind: str) -> di
     said = asked.model_dump(exclude=set(asked.model_extra or ()))
     if isinstance(asked, FromPicture) and not asked.include_init_images:
         said |= {"init_images": None, "mask": None}
-    kept = None if asked.do_not_save_samples else request.app.state.gallery
+    kept = None if asked.do_not_save_samples else request.app.state.keeper
     texts = await asyncio.gather(*(_text(kept, *pair, order.client) for pair in pairs))
     first = drawing.requests[0].settings
     return {

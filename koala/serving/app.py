@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from koala import __version__
 from koala.serving import a1111, answers, jobs_api, openai, page
+from koala.serving.delivery import Keeper
 from koala.serving.gallery import Gallery
 from koala.serving.jobs import Jobs
 from koala.serving.security import Guard, Keys
@@ -35,6 +36,7 @@ def create_app(service: Service, store: Store, options: Options) -> FastAPI:
     gallery = Gallery(store, options.gallery_bytes, options.gallery_days * DAY)
     jobs = Jobs(service, Table(store, most_seconds=options.gallery_days * DAY), gallery)
     app.state.gallery, app.state.jobs = gallery, jobs
+    app.state.keeper = Keeper(gallery)
     app.state.a1111 = a1111.Desk()
     files = page.router(service.pipeline.name, service.native)
     for routes in (router, openai.router, jobs_api.router, a1111.router, files):
@@ -53,6 +55,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(jobs.close)
+        await asyncio.to_thread(app.state.keeper.close)
 
 
 @router.get("/health", summary="Whether the process is alive")

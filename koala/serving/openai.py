@@ -235,7 +235,7 @@ async def _delivered(
 ) -> str:
     settings = drawing.requests[index].settings
     data = await asyncio.to_thread(
-        deliver, request.app.state.gallery, image, settings, client_of(request), asked.format,
+        deliver, request.app.state.keeper, image, settings, client_of(request), asked.format,
         asked.output_compression,
     )  # fmt: skip
     return base64.b64encode(data).decode()

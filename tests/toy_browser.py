@@ -16,7 +16,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 DESKTOP, PHONE = (1280, 860), (390, 844)
-PATIENCE = 60  # seconds: machines differ
+PATIENCE = 120  # seconds: machines differ
 
 
 @contextmanager

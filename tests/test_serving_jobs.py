@@ -1,5 +1,6 @@
 """Jobs and the gallery over HTTP: followed, cancelled, late, too many, and through crashes."""
 
+import asyncio
 import base64
 import contextlib
 import errno
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from koala.generation import load, read_settings
+from koala.serving.listeners import Listener
 from koala.serving.settings import Limits
 from koala.serving.store import Store
 from koala.serving.table import Bounds, Table
@@ -265,10 +267,41 @@ def test_two_can_follow_and_one_can_leave(client, gate):
     assert client.end(job["id"])["status"] == "done" and not client.jobs._queue.jobs
 
 
+def test_silence_is_filled_with_comments(client, gate, monkeypatch):
+    monkeypatch.setattr("koala.serving.streams.KEEP_ALIVE", 0.1)
+    gate.clear()
+    job = client.submit()
+    with client.stream("GET", f"/v1/jobs/{job['id']}/events") as answer:
+        comments = (line for line in answer.iter_lines() if line.startswith(":"))
+        assert next(comments) and next(comments)
+    gate.set()
+    client.end(job["id"])
+
+
+def test_a_slow_follower_misses_what_is_out_of_date_and_nothing_else():
+    async def follow():
+        listener = Listener()
+        for i in range(1000):
+            listener.tell("preview", i % 2, i)
+            listener.tell("progress")
+            if i in (300, 600):
+                listener.tell("picture", i)
+        listener.tell("end")
+        first = await listener.news()
+        listener.tell("progress")
+        return first, await listener.news()
+
+    first, second = asyncio.run(asyncio.wait_for(follow(), 10))
+    pictures = [("picture", 300, None), ("picture", 600, None)]
+    previews = [("preview", 0, 998), ("preview", 1, 999)]
+    assert first == [*pictures, *previews, ("progress", 0, None), ("end", 0, None)]
+    assert second == [("progress", 0, None)]
+
+
 def test_a_queued_job_hears_its_position(client, gate):
     gate.clear()
-    client.jobs._most = lambda: 2
-    jobs = [client.submit(n=2, steps=2) for _ in range(3)]
+    client.jobs._most = lambda: 1
+    jobs = [client.submit(n=n, steps=2) for n in (1, 2, 2)]
     client.until(jobs[0]["id"], "running")
     assert [client.get_job(job["id"])["position"] for job in jobs] == [0, 0, 2]
     events = client.events(jobs[2]["id"])

@@ -113,7 +113,8 @@ class Jobs:
         self, limit: int, before: str | None = None, owner: str | None = None
     ) -> list[dict[str, Any]]:
         """At most `limit` jobs, newest first; those older than `before` if it is given."""
-        return [self._view(job) for job in self.table.page(limit, before, owner)]
+        behind = self._behind()
+        return [self._view(job, behind) for job in self.table.page(limit, before, owner)]
 
     def follow(self, id: str, listener: Listener) -> None:
         """Has the listener told what happens to an open job from now on."""
@@ -131,27 +132,37 @@ class Jobs:
             if live is not None:
                 live.listeners.discard(listener)
 
-    def _view(self, job: Job) -> dict[str, Any]:
+    def _behind(self) -> int:
+        """How many pictures the service has that wait before all that wait here."""
+        with self._changed:
+            last = self._queue.last()
+        return 0 if last is None else last.position() + 1
+
+    def _view(self, job: Job, behind: int | None = None) -> dict[str, Any]:
+        with self._changed:
+            live = self._queue.jobs.get(job.id)
+        if live is None and job.status == "open":  # it has ended meanwhile, or is just coming in
+            job = self.table.get(job.id) or job
         pictures = {
             place: found
             for place, picture in job.ended.items()
             if picture is not None and (found := self.gallery.get(picture)) is not None
         }
+        if job.status != "open":
+            return views.ended_job(job, pictures)
+        if live is None:
+            return views.open_job(job, pictures, None, 0, 0)
         with self._changed:
-            live = self._queue.jobs.get(job.id)
-            if live is None or job.status != "open":
-                return views.ended_job(job, pictures)
             started, done = live.started, sum(live.steps.values())
             drawings = list(live.drawings.values())
             waits = bool(live.waiting) and not drawings and started is None
             ahead = self._queue.ahead(live, time.time()) if waits else 0
-            last = self._queue.last() if waits else None
         if started is not None:
             position = 0
         elif drawings:
             position = min(drawing.position() for drawing in drawings)
-        else:  # behind all that the service has been given
-            position = ahead + (0 if last is None else last.position() + 1)
+        else:
+            position = ahead + (self._behind() if behind is None else behind)
         return views.open_job(job, pictures, started, done, position)
 
     # --- the feeder -------------------------------------------------------------------------
@@ -197,7 +208,7 @@ class Jobs:
 
     def _watch(self, live: Live, place: int, drawing: Drawing) -> None:
         with self._changed:
-            live.drawings[place] = drawing
+            self._queue.gave(live, place, drawing)
             over = live.over
         if over:
             drawing.cancel()

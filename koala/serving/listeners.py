@@ -5,6 +5,7 @@ steps and previews that are out of date, never a picture, and costs no more memo
 """
 
 import asyncio
+import contextlib
 import threading
 from typing import Any
 
@@ -26,8 +27,9 @@ class Listener:
             first = not self._news
             self._news.pop((what, index), None)
             self._news[what, index] = value
-        if first and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._woken.set)
+        if first:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it its readers
+                self._loop.call_soon_threadsafe(self._woken.set)
 
     async def news(self) -> list[News]:
         """What there is to tell, oldest first; waits until there is something."""

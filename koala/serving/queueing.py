@@ -58,6 +58,7 @@ class Queue:
         self.given = 0  # pictures that the service has
         self.of_client: Counter[str] = Counter()  # the same by client
         self._paused: dict[str, float] = {}  # clients, until when; "": everybody
+        self._newest: tuple[Live, int] | None = None  # what the service was given last
 
     def pause(self, client: str, seconds: float) -> None:
         """Gives nothing of a client's ("": of anybody's) for a while."""
@@ -82,6 +83,11 @@ class Queue:
         self.of_client[late.job.client] += 1
         return late, late.waiting.pop(0)
 
+    def gave(self, live: Live, place: int, drawing: Drawing) -> None:
+        """The service has taken a picture."""
+        live.drawings[place] = drawing
+        self._newest = live, place
+
     def back(self, live: Live, place: int) -> None:
         """The service has a picture no longer, and it has had no end: it waits again."""
         live.waiting = sorted([*live.waiting, place])
@@ -102,14 +108,11 @@ class Queue:
         return sum(len(each.waiting) for each in others if self._rank(each, now) < own)
 
     def last(self) -> Drawing | None:
-        """The last that the service was given and has not begun with."""
-        waiting = [
-            drawing
-            for live in self.jobs.values()
-            for place, drawing in live.drawings.items()
-            if place not in live.steps
-        ]
-        return max(waiting, key=Drawing.position, default=None)
+        """What the service was given last, if it still waits there."""
+        if self._newest is None:
+            return None
+        live, place = self._newest
+        return None if place in live.steps else live.drawings.get(place)
 
     def _rank(self, live: Live, now: float) -> tuple[float, int, str]:
         aged = (now - live.job.created) // self.patience

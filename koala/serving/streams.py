@@ -99,9 +99,10 @@ async def drawn(request: Request, service: Service, drawing: Drawing) -> list[Im
 
 def finished(done: "asyncio.Future[Any]", service: Service) -> Any:
     """The result of a future of the engine's. Where it was cancelled, an error that says so."""
-    if done.cancelled():
-        raise cancelled(service)
-    return done.result()
+    try:
+        return done.result()
+    except asyncio.CancelledError:  # it is done: nobody cancels the caller here
+        raise cancelled(service) from None
 
 
 def cancelled(service: Service) -> Exception:

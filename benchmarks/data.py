@@ -1,9 +1,11 @@
-"""What the data side can do: start-up with a million rows and more, the loader, reading pictures.
+"""What the data side can do: start-up with a hundred million rows, the loader, reading pictures.
 
 `python -m benchmarks.data index 1000000` makes a folder of so many samples (an index as `koala
 prepare` writes it; the shards are tiny and shared by hard links) and opens it in a process of its
-own. `loader` reads batches of latents of full size as fast as it can; `reading` decodes, resizes
-and crops photographs' worth of noise on one core. Each prints its figures as JSON;
+own, which loads nothing else. `loader` reads batches of latents of full size as fast as it can;
+`remote` takes batches at the pace of eight GPUs from a folder behind a slow link (simulated, five
+times as fast as it would be); `reading` decodes, resizes and crops photographs' worth of noise on
+one core, and `encoding` encodes one by SDXL's VAE. Each prints its figures as JSON;
 `benchmarks/data.json` keeps them.
 """
 
@@ -12,18 +14,23 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
+from fsspec.spec import AbstractFileSystem
 from PIL import Image
 
 from koala import weights
+from koala.data import latents
 from koala.data.buckets import buckets
 from koala.data.encoding import encoder_hash
 from koala.data.items import Item
@@ -34,7 +41,8 @@ from koala.formats import BUNDLED
 
 MODEL = BUNDLED / "koala-mini"  # whose VAE the folders name
 UNIT = 4096
-CAPTION = "a photograph of a fox that stands in the snow between two birches"
+CAPTION = "a fox in the snow"  # a longer one would load tokenizers, which a training has anyway
+LONG = "a photograph of a fox that stands in the snow between two birches, in the evening"
 BATCH = 128  # the paper's
 LINKS = 30_000  # of one file, at most: file systems have a limit
 
@@ -84,22 +92,21 @@ def _shard(path: Path, rows: int, shape: tuple[int, int, int]) -> None:
 
 
 def _resident() -> float:
-    """MiB of this process."""
+    """MiB of this process, its libraries included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+    return round(pages * resource.getpagesize() / 2**20)
 
 
 def opened(folder: Path) -> dict[str, float]:
     """Start-up of a training's data, from imports done to the first batch in hand."""
     before, start, busy = _resident(), time.perf_counter(), time.process_time()
     data = LatentSet(folder, MODEL)
-    ready, used = time.perf_counter(), time.process_time() - busy
+    ready, used, open_mib = time.perf_counter(), time.process_time() - busy, _resident()
     data.order.batch(0, BATCH)
     ordered = time.perf_counter()
     places = [data.order.batch(n, BATCH) for n in range(1, 201)]
     later = (time.perf_counter() - ordered) / 200
     data.batch(0, BATCH)
-    units = np.array([[data.index.unit[shard] for shard, _ in batch] for batch in places])
     return {
         "samples": data.epoch_length,
         "shards": len(data.index),
@@ -107,15 +114,32 @@ def opened(folder: Path) -> dict[str, float]:
         "open_core_s": round(used, 3),
         "order_of_first_batch_s": round(ordered - ready, 3),
         "order_of_a_later_batch_s": round(later, 5),
-        "memory_before_mib": round(before),
-        "memory_added_mib": round(_resident() - before),
+        "process_mib_with_libraries": before,
+        "process_mib_opened": open_mib,
+        "process_mib_with_first_batch": _resident(),
+        **shuffled(data, places),
+    }
+
+
+def shuffled(data: LatentSet, places: list[list[tuple[int, int]]]) -> dict[str, float]:
+    """How well the stream is mixed; places: of batches one after the other."""
+    unit = data.index.unit
+    units = np.array([[unit[shard] for shard, _ in batch] for batch in places])
+    last = data.epoch_length // BATCH
+    far = np.linspace(0, last - 1, 200).astype(int)  # batches over the whole epoch
+    means = [np.mean([unit[shard] for shard, _ in data.order.batch(int(n), BATCH)]) for n in far]
+    rng = np.random.default_rng(0)
+    return {
         # Of 128 samples drawn at random from all units, and of a batch:
-        "units_in_a_random_batch": round(_distinct(len({*data.index.unit.tolist()}), BATCH), 1),
+        "units_in_a_random_batch": round(_distinct(len({*unit.tolist()}), BATCH), 1),
         "units_in_a_batch": round(float(np.mean([len({*row}) for row in units.tolist()])), 1),
         # How far neighbours in the stream lie apart in the source; 1/3 for a random order.
         "distance_of_neighbours": round(
-            float(np.abs(np.diff(units, axis=1)).mean() / max(1, data.index.unit.max())), 3
+            float(np.abs(np.diff(rng.permuted(units, axis=1), axis=1)).mean() / unit.max()), 3
         ),
+        # Of a batch's place in the epoch with its mean place in the source: 0 but for chance, which
+        # gives 0.07 where an epoch has hundreds of windows, and more where it has a few.
+        "correlation_with_the_source": round(float(np.corrcoef(far, means)[0, 1]), 3),
     }
 
 
@@ -124,24 +148,24 @@ def _distinct(kinds: int, drawn: int) -> float:
     return kinds * (1 - (1 - 1 / kinds) ** drawn)
 
 
-def index(rows: int) -> dict[str, float]:
-    """Figures of `opened` in a fresh process, on a folder of so many rows."""
+def index(rows: int, size: int) -> dict[str, float]:
+    """Figures of `opened` in a fresh process, on a folder of so many rows in buckets of a size."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "data"
-        make(folder, rows, 512, (4, 8, 8))
+        make(folder, rows, size, (4, 8, 8))
         code = f"from benchmarks.data import *; print(json.dumps(opened(Path({str(folder)!r}))))"
         done = subprocess.run(
             [sys.executable, "-c", code], check=True, capture_output=True, text=True
         )
-        size = (folder / INDEX).stat().st_size
-        return {**json.loads(done.stdout), "index_mib": round(size / 2**20)}
+        table = (folder / INDEX).stat().st_size
+        return {**json.loads(done.stdout), "buckets_of": size, "index_mib": round(table / 2**20)}
 
 
-def loader(batches: int = 60) -> dict[str, float]:
+def loader(batches: int = 60, size: int = 1024) -> dict[str, float]:
     """Samples a second of 1024-pixel latents (256 KiB each) from files that are in memory."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "data"
-        make(folder, UNIT, 1024, None)
+        make(folder, UNIT, size, None)
         data = LatentSet(folder, MODEL)
         data.batch(0, BATCH)
         start, busy = time.perf_counter(), time.process_time()
@@ -154,6 +178,59 @@ def loader(batches: int = 60) -> dict[str, float]:
             "samples_per_core_s": round(samples / used),
             "mib_per_core_s": round(samples * 0.25 / used),
         }
+
+
+class SlowFiles(AbstractFileSystem):
+    """A folder of this machine, reached as over a network: so long a file, whatever its size."""
+
+    protocol = "slow"
+    seconds = 0.0  # of one file
+    fetched = 0
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list:
+        return [f"{path}/{name}" for name in os.listdir(self._strip_protocol(path))]
+
+    def get_file(self, rpath: str, lpath: str, *_: Any, **__: Any) -> None:
+        if rpath.endswith(".safetensors"):
+            time.sleep(self.seconds)
+            type(self).fetched += 1
+        shutil.copyfile(self._strip_protocol(rpath), lpath)
+
+
+def remote(batches: int = 800, faster: float = 5.0) -> dict[str, Any]:
+    """What eight GPUs that want 192 samples/s wait for a folder behind a link of 8 x 50 MB/s.
+
+    Shards of 1024 pixels take 26 MB; here they are tiny and come after the time that those would
+    take. Everything runs `faster` than it would, and windows of 16 shards pass in 512 batches.
+    """
+    fsspec.register_implementation("slow", SlowFiles, clobber=True)
+    SlowFiles.seconds = (0.05 + 26 / 50) / faster
+    pace = BATCH / 192 / faster
+    figures: dict[str, Any] = {"faster": faster, "batches": batches, "wanted_per_s": 192}
+    with tempfile.TemporaryDirectory() as scratch:
+        make(Path(scratch) / "data", 64 * UNIT, 1024, (4, 8, 8))
+        for way, ahead in (("ahead", latents.FAR_AHEAD), ("when wanted", 1)):
+            latents.FAR_AHEAD = ahead
+            data, before, waits = LatentSet(f"slow://{scratch}/data", MODEL, window=16), 0.0, []
+            SlowFiles.fetched = 0
+            for n in range(batches):
+                start = time.perf_counter()
+                data.batch(n * BATCH, BATCH)
+                waits.append((time.perf_counter() - start) * faster)
+                time.sleep(pace)
+            before = sum(waits[: batches // 4])  # the first windows of all buckets come at once
+            steady = sorted(waits[batches // 4 :])
+            figures[way] = {
+                "first_quarter_waited_s": round(before, 1),
+                "then_waited_of_all_time": round(
+                    sum(steady) / (sum(steady) + len(steady) * pace * faster), 3
+                ),
+                "then_longest_wait_s": round(steady[-1], 2),
+                "shards_fetched": SlowFiles.fetched,
+                "shards_that_held_the_samples": round(batches * BATCH / (UNIT / 41)),
+            }
+            data.close()
+    return figures
 
 
 def reading(pictures: int = 40) -> dict[str, float]:
@@ -171,16 +248,36 @@ def reading(pictures: int = 40) -> dict[str, float]:
     return {"pictures_per_core_s": round(pictures / seconds, 1), "bytes": buffer.tell()}
 
 
+def encoding(side: int = 512) -> dict[str, float]:
+    """Pictures a second that one core encodes by SDXL's VAE (random weights, fp32)."""
+    from koala.benchmark.models import new_vae
+
+    torch.set_num_threads(1)
+    vae = new_vae(torch.device("cpu"), torch.float32)
+    picture = torch.zeros(1, 3, side, side).to(memory_format=torch.channels_last)
+    start = time.process_time()
+    with torch.inference_mode():
+        vae.encode(picture)
+    seconds = time.process_time() - start
+    return {"pixels": side, "pictures_per_core_s": float(f"{1 / seconds:.3g}")}
+
+
 def main() -> None:
-    from koala.evaluation.report import hardware
+    from koala.processor import hardware
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("index", "loader", "reading"))
+    parser.add_argument("what", choices=("index", "loader", "remote", "reading", "encoding"))
     parser.add_argument("rows", type=int, nargs="?", default=1_000_000, help="of the index")
+    parser.add_argument("--size", type=int, default=512, help="of the index's buckets")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/data.json"))
     options = parser.parse_args()
-    name = f"index {options.rows}" if options.what == "index" else options.what
-    measured = {"index": lambda: index(options.rows), "loader": loader, "reading": reading}
+    name = options.what
+    if name == "index":
+        name += f" {options.rows}" + (f" --size {options.size}" if options.size != 512 else "")
+    measured = {
+        "index": lambda: index(options.rows, options.size),
+        "loader": loader, "remote": remote, "reading": reading, "encoding": encoding,
+    }  # fmt: skip
     figures = {
         "command": f"python -m benchmarks.data {name}",
         "hardware": hardware(),

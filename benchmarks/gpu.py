@@ -1,376 +1,110 @@
-"""Every figure of generation that needs a GPU, in one run of under nine minutes.
+"""Every figure that needs a GPU, of training and of drawing, in one run of under nine minutes.
 
-`python -m benchmarks.gpu [--out benchmarks/gpu] [--seconds 520]`
+`python -m benchmarks.gpu [--out benchmarks/gpu] [--seconds 520] [--sections training ladder ...]`
 
-Sections, in order of worth: the ladder of optimisations on KOALA-700M at 1024 px against its
-roofline, few steps with a tiny decoder, throughput by batch, memory by budget, growth with steps
-and pixels, and the published table in what time is left. Each row is written as soon as it is
-measured, and no section is begun that the time would not suffice for: a run cut short leaves what
-it had. A section that fails says so in its place and the next one begins. Weights are random.
+Sections, in order of worth: a training's samples a second against the way public scripts do it and
+the card's peak; the ladder of optimisations of a picture against its roofline; a training's memory
+on cards of 12, 24 and 80 GB beside what `--dry-run` foretells; few steps with a tiny decoder;
+throughput by batch; a picture's memory by budget; `koala prepare` and the loader; growth with
+steps and pixels; and the published table in what time is left. Each section has its share of the
+time, and what one leaves goes to those that follow. Every row is written as soon as it is measured:
+a run cut short leaves what it had. A section that fails says so in its place and the next one
+begins. Weights are random.
 
 Rehearsal without a GPU: `python -m benchmarks.gpu --device cpu --model koala-mini --toy`.
 """
 
 import argparse
-import json
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
-from torch import Tensor
 
+from benchmarks import gpu_drawing, gpu_fitting, gpu_preparing, gpu_training
+from benchmarks.gpu_run import Row, Run, Section, rounded
 from koala.benchmark import measure
-from koala.benchmark.cases import CASES
-from koala.benchmark.measure import GB, Ceilings
-from koala.benchmark.models import Subject, build, stock, subject
-from koala.benchmark.run import benchmark, picture_flops
+from koala.benchmark.models import subject
 from koala.device import pick_device
-from koala.errors import UserError
-from koala.generation import speed
-from koala.generation.arrangement import load_within
-from koala.generation.backends import example
-from koala.generation.decode import tiny
-from koala.generation.denoise import predictor
-from koala.generation.engine import Engine
-from koala.generation.fp8 import to_float8
-from koala.generation.pipeline import Pipeline
-from koala.output import new_file
 from koala.processor import hardware
 
-Rows = Iterator[dict[str, Any]]
-
-
-@dataclass
-class Run:
-    """What every section needs to know."""
-
-    chosen: Subject
-    device: torch.device
-    out: Path
-    until: float  # time.monotonic()
-    toy: bool
-    ceilings: Ceilings
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def left(self) -> float:
-        return self.until - time.monotonic()
-
-    @property
-    def runs(self) -> int:
-        return 1 if self.toy else 10
-
-    def save(self) -> None:
-        with new_file(self.out / "gpu.json") as part:
-            part.write_text(json.dumps(self.figures, indent=1) + "\n")
+SECTIONS = {
+    "training": Section(180, gpu_training.training),
+    "ladder": Section(110, gpu_drawing.ladder),
+    "training_memory": Section(60, gpu_fitting.memory),
+    "few_steps": Section(30, gpu_drawing.few_steps),
+    "throughput": Section(40, gpu_drawing.throughput),
+    "memory": Section(40, gpu_drawing.memory),
+    "preparing": Section(20, gpu_preparing.preparing),
+    "growth": Section(15, gpu_drawing.growth),
+    "table": Section(25, gpu_drawing.table),
+}
+LEAST = 1 / 3  # of a section's seconds: with less it is not begun
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/gpu"), help="new folder")
-    parser.add_argument("--model", default="koala-lightning-700m", help="what to measure")
+    parser.add_argument("--model", default="koala-lightning-700m", help="what is to draw")
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--seconds", type=float, default=520, help="of the whole run")
-    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
-    parser.add_argument("--toy", action="store_true", help="a rehearsal: one run, small batches")
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=[])
+    parser.add_argument("--toy", action="store_true", help="a rehearsal: one run, small sizes")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     device = pick_device(options.device)
-    run = Run(
-        subject(options.model), device, options.out, start + options.seconds, options.toy,
-        measure.ceilings(device, torch.bfloat16),
-    )  # fmt: skip
+    ceilings = measure.ceilings(device, torch.bfloat16)
+    run = Run(subject(options.model), device, options.out, options.toy, ceilings)
     run.figures = {
         "command": "python -m benchmarks.gpu",
         "hardware": hardware(),
         "device": str(device),
         "model": options.model,
         "weights": "random" if run.chosen.random else "real",
-        "ceilings": vars(run.ceilings),
+        "ceilings": vars(ceilings),
         "sections": {},
     }
-    failed = [name for name in options.sections if not section(run, name)]
+    failed = []
+    names = options.sections or list(SECTIONS)
+    for number, name in enumerate(names):
+        left = start + options.seconds - time.monotonic()
+        wanted = [SECTIONS[other].seconds for other in names[number:]]
+        if not section(run, name, left * wanted[0] / sum(wanted)):
+            failed.append(name)
     run.figures["seconds"] = round(time.monotonic() - start, 1)
     run.save()
+    run.plot()
     print(f"{options.out / 'gpu.json'}: {run.figures['seconds']} s")
     return 1 if failed else 0
 
 
-def section(run: Run, name: str) -> bool:
-    """Runs one section, if the time suffices; False if it failed."""
-    needs, rows = SECTIONS[name]
-    done: list[dict[str, Any]] = []
-    entry: dict[str, Any] = {"rows": done}
+def section(run: Run, name: str, seconds: float) -> bool:
+    """Runs one section for so long at most, row by row; False if it failed."""
+    wanted = SECTIONS[name]
+    done: list[Row] = []
+    entry: dict = {"rows": done}
     run.figures["sections"][name] = entry
-    if not run.toy and run.left < needs:
-        entry["left_out"] = f"{run.left:.0f} s were left, it needs about {needs}"
+    if not run.toy and seconds < LEAST * wanted.seconds:
+        entry["left_out"] = f"{seconds:.0f} s were left to it, it needs about {wanted.seconds}"
         return True
     start = time.monotonic()
+    run.until = start + seconds
     try:
-        for row in rows(run):
+        for row in wanted.rows(run):
             done.append({key: rounded(value) for key, value in row.items()})
             print(name, done[-1], flush=True)
             run.save()
+            if run.left < 0:
+                entry["cut_short"] = f"its {seconds:.0f} s were over"
+                break
     except Exception as error:  # the others are to be measured all the same
         traceback.print_exc()
         entry["failed"] = repr(error)[:500]
     entry["seconds"] = round(time.monotonic() - start, 1)
     run.save()
+    torch.compiler.reset()
     measure.release(run.device)
     return "failed" not in entry
-
-
-def rounded(value: Any) -> Any:
-    """Four digits are more than any of it is sure of."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-# --- sections -------------------------------------------------------------------------------
-
-
-def ladder(run: Run) -> Rows:
-    """One optimisation after the other, each on top of those before."""
-    half = torch.float32 if run.toy else torch.float16
-    pipeline = build(run.chosen, run.device, half)
-    floor = picture_flops(pipeline, run.chosen) / run.ceilings.flops
-    plain = stock_drawn(run, pipeline)
-    yield {"rung": "stock diffusers", **plain, "x_roofline": plain["picture_s"] / floor}
-    pipeline.unet.to(memory_format=torch.channels_last)
-    yield {"rung": "ours", **drawn(run, pipeline, floor)}
-    tokens, side = pipeline.conditioner.tokens, run.chosen.case.pixels // pipeline.factor
-    del pipeline
-    exact = pipeline_in(run, run.chosen, torch.float32)
-    asked = example(exact.unet, 2, side, tokens)
-    expected = evaluated(exact, asked)
-    del exact
-    pipeline = pipeline_in(run, run.chosen, torch.bfloat16)
-    for name, climb in RUNGS:
-        start = time.monotonic()
-        climb(run, pipeline)
-        draw(run, pipeline)
-        first = time.monotonic() - start
-        error = (evaluated(pipeline, asked) - expected).norm() / expected.norm()
-        row = drawn(run, pipeline, floor)
-        yield {"rung": name, **row, "noise_error": float(error), "first_picture_s": first}
-
-
-def graphs(run: Run, pipeline: Pipeline) -> None:
-    """Evaluations from CUDA graphs, captured anew: the U-Net has changed."""
-    pipeline.predict = predictor(pipeline.unet)
-    if run.device.type == "cuda":
-        pipeline.predict = speed.graphed(pipeline.predict, run.device)
-
-
-def compiled(run: Run, pipeline: Pipeline) -> None:
-    """Compiled blocks, where it is worth it: a processor takes minutes and gains nothing."""
-    if run.device.type == "cuda":
-        speed.compile_blocks(pipeline.unet)
-        speed.compile_blocks(pipeline.vae.decoder)
-    graphs(run, pipeline)
-
-
-def eight_bits(run: Run, pipeline: Pipeline) -> None:
-    """Linear layers in fp8, compiled into what is around them."""
-    to_float8(pipeline.unet, run.device)
-    compiled(run, pipeline)
-
-
-RUNGS: tuple[tuple[str, Callable[[Run, Pipeline], object]], ...] = (
-    ("bf16", lambda run, pipeline: None),
-    ("+ fused projections", lambda run, pipeline: speed.fuse_projections(pipeline.unet)),
-    ("+ CUDA graphs", graphs),
-    ("+ VAE in channels_last", lambda run, p: p.vae.to(memory_format=torch.channels_last)),
-    ("+ compiled blocks", compiled),
-    ("+ fp8 linear layers", eight_bits),
-)
-
-
-def few_steps(run: Run) -> Rows:
-    """4 steps without guidance and a tiny decoder, which draw in the least time."""
-    chosen = replace(run.chosen, case=replace(run.chosen.case, steps=4, guidance=0.0))
-    dtype = torch.float32 if run.toy else torch.bfloat16
-    pipeline = pipeline_in(run, chosen, dtype)
-    small = AutoencoderTiny().to(run.device, dtype).eval().requires_grad_(False)
-    arithmetic = picture_flops(pipeline, chosen)
-    yield {"decode": "full", **drawn(run, pipeline, arithmetic / run.ceilings.flops, 4, 0.0)}
-    pipeline.decode = tiny(small)
-    yield {"decode": "tiny", **drawn(run, pipeline, None, 4, 0.0)}
-    if run.device.type == "cuda":
-        speed.compile_blocks(pipeline.unet)
-        pipeline.predict = speed.graphed(predictor(pipeline.unet), run.device)
-        yield {"decode": "tiny, compiled, graphs", **drawn(run, pipeline, None, 4, 0.0)}
-
-
-def throughput(run: Run) -> Rows:
-    """Pictures a second through the engine, by rows in its batch."""
-    pipeline = fast(run)
-    floor = picture_flops(pipeline, run.chosen) / run.ceilings.flops
-    for batch in (1, 2) if run.toy else (1, 2, 4, 8, 16, 32):
-        if run.left < 30 and not run.toy:
-            return
-        count = max(2 * batch, 4) if not run.toy else batch
-
-        def work(batch: int = batch, count: int = count) -> None:
-            engine = Engine(pipeline, max_batch=batch)
-            tickets = [engine.submit(request) for request in requests(run, pipeline, count)]
-            while engine.turn():
-                pass
-            for ticket in tickets:
-                ticket.result()
-
-        found = measured(run, work, runs=1)
-        rate = count / found["picture_s"]
-        yield {
-            "batch": batch, "pictures_per_s": rate, "x_roofline": 1 / (rate * floor),
-            "peak_gb": found["peak_gb"],
-        }  # fmt: skip
-
-
-def memory(run: Run) -> Rows:
-    """Peak and seconds by budget, beside what the plan foretold."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = run.chosen.folder or Path(temporary) / "model"
-        if run.chosen.folder is None:
-            stock(build(run.chosen, run.device, torch.float16)).save_pretrained(folder)
-            measure.release(run.device)
-        pixels = run.chosen.case.pixels
-        for budget in (None,) if run.toy else (None, 8.0, 4.0, 3.0, 2.0):
-            if run.device.type == "cuda":
-                torch.cuda.set_per_process_memory_fraction(1.0, run.device)
-            measure.release(run.device)
-            try:
-                pipeline, plan = load_within(
-                    folder, str(run.device), budget, size=(pixels, pixels), say=print
-                )
-            except UserError as error:  # nothing fits: the message names what would
-                yield {"vram_gib": budget, "refused": str(error)}
-                continue
-            row = drawn(run, pipeline, None)
-            yield {
-                "vram_gib": budget, "mode": plan.mode.told(), "planned_gb": plan.peak / GB, **row
-            }  # fmt: skip
-            del pipeline
-        if run.device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0, run.device)
-
-
-def growth(run: Run) -> Rows:
-    """Seconds by steps and by pixels: both should grow in proportion."""
-    pipeline = fast(run)
-    native = run.chosen.case.pixels
-    for steps in (1, 2) if run.toy else (5, 10, 20, 40):
-        yield {"steps": steps, "pixels": native, **drawn(run, pipeline, None, steps)}
-    for pixels in (native,) if run.toy else (512, 768, 1024, 1280):
-        found = measured(run, lambda pixels=pixels: draw(run, pipeline, size=(pixels, pixels)))
-        yield {"steps": steps_of(run), "pixels": pixels, **found}
-
-
-def table(run: Run) -> Rows:
-    """The published comparison, by `koala.benchmark`, in what time is left."""
-    names = [run.chosen.case.name] if run.chosen.case.name in CASES else [str(run.chosen.folder)]
-    if not run.toy:
-        names = list(CASES)
-    cuda = run.device.type == "cuda"
-    report = benchmark(
-        names, run.out / "table", str(run.device), runs=1 if run.toy else 3, graphs=cuda,
-        backend=None if cuda else "torch", seconds=max(0.0, run.left - 45),
-    )  # fmt: skip
-    yield from (row.cells() for row in report.rows)
-
-
-# Name: about how many seconds it needs on an H200 at worst, and what it does.
-SECTIONS: dict[str, tuple[int, Callable[[Run], Rows]]] = {
-    "ladder": (150, ladder),
-    "few_steps": (40, few_steps),
-    "throughput": (60, throughput),
-    "memory": (60, memory),
-    "growth": (30, growth),
-    "table": (60, table),
-}
-
-
-# --- what they share ------------------------------------------------------------------------
-
-
-def pipeline_in(run: Run, chosen: Subject, dtype: torch.dtype) -> Pipeline:
-    """Ours with all its parts in `dtype`: the same weights for the same model."""
-    pipeline = build(chosen, run.device, torch.float16 if chosen.folder is None else torch.float32)
-    torch.nn.Module.to(pipeline.unet, dtype)
-    torch.nn.Module.to(pipeline.vae, dtype)
-    for encoder in pipeline.conditioner.encoders:
-        encoder.to(dtype)
-    return pipeline
-
-
-def fast(run: Run) -> Pipeline:
-    """Ours as one would serve it: bf16, compiled, replayed from graphs."""
-    if run.device.type != "cuda":
-        return pipeline_in(run, run.chosen, torch.float32)
-    pipeline = pipeline_in(run, run.chosen, torch.bfloat16)
-    pipeline.vae.to(memory_format=torch.channels_last)
-    speed.fuse_projections(pipeline.unet)
-    compiled(run, pipeline)
-    return pipeline
-
-
-def stock_drawn(run: Run, pipeline: Pipeline) -> dict[str, Any]:
-    """Figures of a picture by stock diffusers, with the same components."""
-    case, pipe = run.chosen.case, stock(pipeline)
-    asked = {"num_inference_steps": steps_of(run), "guidance_scale": case.guidance}
-    size = {"height": case.pixels, "width": case.pixels}
-    return measured(run, lambda: pipe("a fox", **asked, **size))
-
-
-@torch.inference_mode()
-def evaluated(pipeline: Pipeline, asked: tuple) -> Tensor:
-    return pipeline.predict(*asked)
-
-
-def steps_of(run: Run) -> int:
-    return 2 if run.toy else run.chosen.case.steps
-
-
-def requests(run: Run, pipeline: Pipeline, number: int, **asked: Any) -> list:
-    case = run.chosen.case
-    given = {"steps": steps_of(run), "guidance": case.guidance, "size": (case.pixels, case.pixels)}
-    return pipeline.requests("a fox", number=number, seed=0, **(given | asked))
-
-
-def draw(run: Run, pipeline: Pipeline, **asked: Any) -> None:
-    pipeline.draw(requests(run, pipeline, 1, **asked))
-
-
-def drawn(
-    run: Run,
-    pipeline: Pipeline,
-    floor: float | None,
-    steps: int | None = None,
-    guidance: float | None = None,
-) -> dict[str, Any]:
-    """Figures of one picture, with the roofline's seconds beside where they are given."""
-    asked = {"steps": steps, "guidance": guidance}
-    given = {key: value for key, value in asked.items() if value is not None}
-    found = measured(run, lambda: draw(run, pipeline, **given))
-    return found | ({} if floor is None else {"x_roofline": found["picture_s"] / floor})
-
-
-def measured(run: Run, work: Callable[[], object], runs: int | None = None) -> dict[str, Any]:
-    """Seconds with their spread, and the most memory that tensors took meanwhile."""
-    measure.release(run.device)
-    measure.reset_peak(run.device)
-    seconds = measure.timing(work, runs or run.runs, run.device)
-    peak = measure.peak_bytes(run.device)
-    return {
-        "picture_s": seconds.median,
-        "spread": seconds.spread,
-        "peak_gb": None if peak is None else peak / GB,
-    }
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import cpu, gpu
+from benchmarks import cpu, gpu, gpu_drawing
+from benchmarks.gpu_run import Section
 from koala import architectures
 from koala.benchmark import measure
 from koala.benchmark.cases import CARDS, CASES, get
@@ -154,11 +155,28 @@ def test_the_script_of_all_gpu_figures_is_rehearsed(toy_sdxl, tmp_path, monkeypa
     assert gpu.main(given) == 0
     figures = json.loads((out / "gpu.json").read_text())
     assert list(figures["sections"]) == list(gpu.SECTIONS)
+    assert sum(section.seconds for section in gpu.SECTIONS.values()) <= 540 - 20  # and the imports
     for name, entry in figures["sections"].items():
         assert entry["rows"] and "failed" not in entry, name
+        assert not any("refused" in row for row in entry["rows"]), name
     rungs = {row["rung"]: row for row in figures["sections"]["ladder"]["rows"]}
-    assert set(rungs) == {"stock diffusers", "ours", *(name for name, _ in gpu.RUNGS)}
+    assert set(rungs) == {"stock diffusers", "ours", *(name for name, _ in gpu_drawing.RUNGS)}
     assert rungs["+ compiled blocks"]["noise_error"] < 0.05  # bf16
+    trained = figures["sections"]["training"]["rows"]
+    assert [row["student"] for row in trained] == ["koala-700m"] * 6 + ["koala-1b"] * 2
+    assert all(row["samples_per_s"] > 0 and row["share_of_peak"] > 0 for row in trained)
+    assert trained[0]["times"] == 1 and all(row["planned_gb"] > 0 for row in trained[3:])
+    fitted = figures["sections"]["training_memory"]["rows"]
+    assert [row["vram_gb"] for row in fitted] == [12, 24, 80, "all"]
+    lines = list(csv.DictReader((out / "gpu.csv").open()))
+    (rate,) = (
+        line["value"] for line in lines
+        if (line["section"], line["row"], line["figure"]) == ("training", "0", "samples_per_s")
+    )  # fmt: skip
+    assert float(rate) == trained[0]["samples_per_s"]
+    assert f"| {rate} |" in (out / "gpu.md").read_text()
+    with Image.open(out / "gpu.png") as image:
+        assert image.format == "PNG"
     assert (out / "table" / "benchmark.csv").is_file()
 
 
@@ -170,14 +188,28 @@ def test_a_section_that_fails_leaves_the_others(toy_sdxl, tmp_path, monkeypatch)
     def works(run):
         yield {"row": 2.00001}
 
-    sections = {"one": (0, fails), "two": (0, works), "three": (10**6, works)}
+    def dawdles(run):
+        yield {"row": run.left}
+        run.until -= 1000
+        yield {"row": 3}
+        yield {"row": 4}
+
+    sections = {
+        "one": Section(1, fails), "two": Section(1, works), "three": Section(8, dawdles),
+        "four": Section(990, works),
+    }  # fmt: skip
     monkeypatch.setattr(gpu, "SECTIONS", sections)
     out = tmp_path / "gpu"
-    assert gpu.main(["--device", "cpu", "--model", str(toy_sdxl), "--out", str(out)]) == 1
-    one, two, three = json.loads((out / "gpu.json").read_text())["sections"].values()
+    given = ["--device", "cpu", "--model", str(toy_sdxl), "--out", str(out)]
+    assert gpu.main([*given, "--seconds", "1000"]) == 1
+    one, two, three, four = json.loads((out / "gpu.json").read_text())["sections"].values()
     assert one["rows"] == [{"row": 1}] and "no such card" in one["failed"]
-    assert two["rows"] == [{"row": 2.0}]
-    assert three["rows"] == [] and "needs about" in three["left_out"]
+    assert two["rows"] == four["rows"] == [{"row": 2.0}]
+    assert 7 < three["rows"][0]["row"] < 9  # its share
+    assert len(three["rows"]) == 2 and "were over" in three["cut_short"]
+    assert gpu.main([*given, "--seconds", "100", "--sections", "four"]) == 0
+    (four,) = json.loads((out / "gpu.json").read_text())["sections"].values()
+    assert four["rows"] == [] and "needs about 990" in four["left_out"]
 
 
 @pytest.mark.parametrize("way", ["diffusers fp32", "koala fp32, guided half way", "koala bf16"])

@@ -77,17 +77,14 @@ def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline
     arch = architectures.get(chosen.case.architecture)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        unet = _random(lambda: _unet(arch), device, dtype)
+        unet = new_unet(arch, device, dtype)
         vae = new_vae(device, dtype)
-        text = _random(lambda: CLIPTextModel(CLIPTextConfig(**_CLIP, **_CLIP_L)), device, dtype)
-        text_2 = _random(
-            lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP, **_BIG_G)), device, dtype
-        )
+        conditioner = new_conditioner(device, dtype)
     return Pipeline(
         name=f"{chosen.case.name} (random weights)",
         unet=unet.to(memory_format=torch.channels_last),
         vae=vae,
-        conditioner=TextConditioner(_tokenizer(), _tokenizer(), text, text_2),
+        conditioner=conditioner,
         scheduler_config=dict(EulerDiscreteScheduler(**_SCHEDULER).config),
     )
 
@@ -95,6 +92,22 @@ def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline
 def new_vae(device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     """SDXL's VAE with random weights."""
     return _random(lambda: AutoencoderKL(**_VAE), device, dtype)
+
+
+def new_conditioner(device: torch.device, dtype: torch.dtype, memo: int = 1024) -> TextConditioner:
+    """SDXL's text side with random weights; `memo` as there."""
+    text = _random(lambda: CLIPTextModel(CLIPTextConfig(**_CLIP, **_CLIP_L)), device, dtype)
+    text_2 = _random(
+        lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP, **_BIG_G)), device, dtype
+    )
+    return TextConditioner(_tokenizer(), _tokenizer(), text, text_2, memo)
+
+
+def new_unet(
+    arch: architectures.UNetArchitecture, device: torch.device, dtype: torch.dtype
+) -> UNet2DConditionModel:
+    """A U-Net with random weights."""
+    return _random(lambda: _unet(arch), device, dtype)
 
 
 def stock(pipeline: Pipeline) -> StableDiffusionXLPipeline:

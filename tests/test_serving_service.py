@@ -346,6 +346,22 @@ def test_before_it_is_warm_it_takes_nothing(pipeline):
     assert refused.value.reason == "starting"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_died_is_no_server_that_is_alive(serve):
+    service = serve()
+
+    def die(event) -> None:
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        service.submit(order(), die).result()
+    service._engine._thread.join(10)
+    assert not service.alive
+    with pytest.raises(Busy):
+        service.submit(order())
+    assert service._admission.pictures == 0
+
+
 def test_nothing_is_left_of_pictures_that_are_gone(serve):
     service = serve()
     drawings = [service.submit(order(number=2, client=f"client {i}")) for i in range(8)]

@@ -161,6 +161,11 @@ class Engine:
         with self._changed:
             return [ticket for ticket in self._waiting if not ticket.done()]
 
+    @property
+    def working(self) -> bool:
+        """Whether there is a thread that works."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self) -> "Engine":
         """Sets up the thread that works until `close`."""
         assert self._thread is None
@@ -228,7 +233,7 @@ class Engine:
                 left = [*self._waiting, *self._active]
                 self._waiting, self._active = [], []
             for ticket in left:
-                _fail(ticket, error)
+                fail(ticket, error)
             raise
 
     def _fail_late(self) -> None:
@@ -240,7 +245,7 @@ class Engine:
         self._active = [ticket for ticket in self._active if ticket not in late]
         for ticket in late:
             ticket.row = None
-            _fail(ticket, Late("the picture was not done by its deadline"))
+            fail(ticket, Late("the picture was not done by its deadline"))
 
     def _let_in(self) -> None:
         """Waiting requests, in their order, as long as there is room."""
@@ -345,7 +350,7 @@ class Engine:
 
     def _leave(self, ticket: Ticket, error: Exception) -> None:
         self._drop(ticket)
-        _fail(ticket, error)
+        fail(ticket, error)
 
     def _drop(self, ticket: Ticket) -> None:
         self._active.remove(ticket)
@@ -369,6 +374,6 @@ def _without_cancelled(tickets: list[Ticket]) -> list[Ticket]:
     return [ticket for ticket in tickets if not ticket.cancelled()]
 
 
-def _fail(ticket: Ticket, error: BaseException) -> None:
+def fail(ticket: Ticket, error: BaseException) -> None:
     if ticket.running() or ticket.set_running_or_notify_cancel():
         ticket.set_exception(error)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -58,15 +57,22 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(app.state.keeper.close)
 
 
-@router.get("/health", summary="Whether the process is alive")
-async def health() -> dict[str, Any]:
-    return {"status": "alive"}
+@router.get("/health", summary="Whether the server is alive", responses={503: {}})
+async def health(request: Request) -> JSONResponse:
+    alive = request.app.state.service.alive
+    return JSONResponse({"status": "alive" if alive else "dead"}, 200 if alive else 503)
 
 
 @router.get("/ready", summary="Whether requests are taken", responses={503: {}})
 async def ready(request: Request) -> JSONResponse:
     service: Service = request.app.state.service
-    state = "draining" if service.draining else "ready" if service.ready else "starting"
+    state = (
+        "draining"
+        if service.draining
+        else "ready"
+        if service.ready and service.alive
+        else "starting"
+    )
     return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
 

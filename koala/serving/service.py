@@ -152,6 +152,11 @@ class Service:
             self._engine.close()
 
     @property
+    def alive(self) -> bool:
+        """Whether the engine's thread is there, as soon as there was one."""
+        return self._engine is None or self._draining or self._engine.working
+
+    @property
     def draining(self) -> bool:
         return self._draining
 
@@ -235,7 +240,7 @@ class Service:
     def _check_open(self) -> None:
         if self._draining:
             raise Busy("draining", self.limits.drain)
-        if not self.ready:
+        if not (self.ready and self.alive):
             raise Busy("starting", 5.0)
 
     def _enter(

@@ -102,7 +102,7 @@ def serving(pipeline, data, **told):
         running(pipeline, data, **told) as server,
         Client(base_url=server.url, timeout=60) as client,
     ):
-        client.jobs = server.app.state.jobs
+        client.jobs, client.keeper = server.app.state.jobs, server.app.state.keeper
         yield client
 
 
@@ -117,6 +117,14 @@ def empty(pipeline, tmp_path_factory):
     """One server for all that is refused."""
     with serving(pipeline, tmp_path_factory.mktemp("data")) as client:
         yield client
+
+
+def eventually(holds):
+    """Waits until something holds that follows from what was seen, but not at once."""
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def png(side=SIDE, colour="teal"):
@@ -257,14 +265,11 @@ def test_two_can_follow_and_one_can_leave(client, gate):
     assert next(stays)[0] == next(leaves)[0] == "status"
     assert len(live.listeners) == 2
     leaves.close()
-    for _ in range(100):
-        if len(live.listeners) == 1:
-            break
-        time.sleep(0.05)
-    assert len(live.listeners) == 1
+    eventually(lambda: len(live.listeners) == 1)
     gate.set()
     assert list(stays)[-1][0] == "end"
-    assert client.end(job["id"])["status"] == "done" and not client.jobs._queue.jobs
+    assert client.end(job["id"])["status"] == "done"
+    eventually(lambda: not client.jobs._queue.jobs)
 
 
 def test_silence_is_filled_with_comments(client, gate, monkeypatch):
@@ -328,8 +333,8 @@ def test_cancelling_a_running_and_a_queued_job_frees_their_places(client, gate):
     assert client.cancel(last["id"])["status"] == "done"
     assert client.get_job(running["id"])["pictures"] == []
     assert list(client.events(queued["id"]))[-1][1]["status"] == "cancelled"
-    assert client.jobs._queue.given == 0 and not client.jobs._queue.of_client
-    assert client.jobs.service._admission.pictures == 0
+    eventually(lambda: client.jobs._queue.given == 0 and not client.jobs._queue.of_client)
+    eventually(lambda: client.jobs.service._admission.pictures == 0)
 
 
 def test_a_job_past_its_deadline_fails_whether_it_waits_or_is_drawn(client, gate):
@@ -408,6 +413,7 @@ def test_a_deleted_picture_is_gone_from_gallery_and_job(client):
 
 def test_synchronous_pictures_are_in_the_gallery_too(client):
     client.ok("POST", "/v1/images/generations", json=ASKED)
+    client.keeper.wait()
     (found,) = client.ok("GET", "/v1/gallery")["data"]
     assert found["settings"]["prompt"] == ASKED["prompt"]
 
@@ -454,10 +460,11 @@ def test_after_a_crash_only_what_had_no_end_is_drawn_and_with_the_same_seed(
     here, there = tmp_path / "here", tmp_path / "there"
     with serving(pipeline, here) as client:
         client.jobs._most = lambda: 1
-        job = client.submit(n=3, seed=None)
-        while len(client.get_job(job["id"])["pictures"]) != 1:
-            pass
+        job = client.submit(n=3, seed=None, steps=20)
+        live = client.jobs._queue.jobs[job["id"]]
+        eventually(lambda: client.get_job(job["id"])["pictures"])
         gate.clear()
+        eventually(lambda: list(live.drawings) == [len(client.get_job(job["id"])["pictures"])])
         other, cancelled = client.submit(), client.submit()
         client.cancel(cancelled["id"])
         before = client.get_job(job["id"])

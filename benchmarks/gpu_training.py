@@ -38,7 +38,7 @@ from koala.formats import BUNDLED, load_scheduler_config, load_vae
 from koala.recipes.memory import Plan
 
 BASE = BUNDLED / "koala-mini"  # whose schedule is SDXL's; a rehearsal takes all its small parts
-BATCHES = (32, 16, 8, 4, 2, 1)  # samples at once: the first that the way of public scripts can
+BATCHES = (16, 8, 4, 2, 1)  # samples at once: the first that the way of public scripts can
 A_STEP = 128  # samples of a step: the paper's
 CUTS = ("koala-700m", "koala-1b")
 STEPS, PATIENCE = 6, 8.0  # steps that are timed at most, and seconds after which no other is begun
@@ -114,6 +114,7 @@ class Steps(Protocol):
     """Something that trains a step at a time."""
 
     batch: int  # samples of a step
+    loss: float  # of the last step
 
     def step(self) -> None: ...
 
@@ -169,7 +170,7 @@ class PublicWay:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.average.step(self.student.parameters())
-        loss.item()
+        self.loss = loss.item()
 
     @torch.no_grad()
     def _latents(self) -> Tensor:
@@ -234,7 +235,7 @@ class Ours:
         sums = gradients(self.task, self.layout, self.data, draws)
         module = self.task.trainable
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.training.clip)
-        torch.stack([*sums.values(), norm]).cpu()
+        *_, self.loss, _ = torch.stack([*sums.values(), norm]).tolist()
         # torchao compiles its step for every shape; for how long it takes that would matter.
         with torch.compiler.set_stance("force_eager"):
             self.optimizer.step()
@@ -287,24 +288,34 @@ def public(scene: Scene) -> Rows:
 
 
 def ours(scene: Scene, cut: str, size: int, run: Run, foretold: Foretold) -> Rows:
-    """Ours, eager and then compiled, at once and as the recipe has it."""
-    parts = 2 if scene.toy else max(1, A_STEP // size)
+    """Ours, eager and then compiled, at once and as the recipe has it; with fewer where it must."""
     # A processor's compiler would take minutes; "eager" finds the graphs and runs them as they are.
     compiler = "inductor" if scene.device.type == "cuda" else "eager"
-    rungs = [("+ channels_last, fused optimiser, taps as outputs", Hardware())]
-    for name, hardware in (
-        *(rungs if cut == CUTS[0] else ()), ("+ compiled blocks", Hardware(compile=compiler)),
-    ):  # fmt: skip
-        measure.release(scene.device)
-        work = Ours(scene, cut, hardware, size)
-        row = {"way": name, "student": cut, "at_once": size}
-        row |= timed(work, scene, cut)
-        yield row | {"planned_gb": foretold.bytes(work.plan) / GB}
+    rungs = [("+ compiled blocks", Hardware(compile=compiler))]
+    if cut == CUTS[0]:
+        rungs.insert(0, ("+ channels_last, fused optimiser, taps as outputs", Hardware()))
+    for name, hardware in rungs:
+        work, found = None, None
+        while found is None:
+            del work  # before the next is made
+            measure.release(scene.device)
+            try:
+                work = Ours(scene, cut, hardware, size)
+                found = timed(work, scene, cut)
+            except torch.OutOfMemoryError:
+                work, size = None, size // 2
+                if not size:
+                    yield {"way": name, "student": cut, "refused": "not even one fits"}
+                    return
+        planned = {"planned_gb": foretold.bytes(work.plan) / GB}
+        yield {"way": name, "student": cut, "at_once": size, **found, **planned}
     if run.left > 0:
+        parts = 2 if scene.toy else max(1, A_STEP // size)
         work.resize(size * parts, parts)
-        row = {"way": f"+ {size * parts} samples a step", "student": cut, "at_once": size}
-        row |= timed(work, scene, cut, warm=1, steps=2)
-        yield row | {"planned_gb": foretold.bytes(work.plan) / GB}
+        found = timed(work, scene, cut, warm=1, steps=2)
+        planned = {"planned_gb": foretold.bytes(work.plan) / GB}
+        name = f"+ {size * parts} samples a step"
+        yield {"way": name, "student": cut, "at_once": size, **found, **planned}
 
 
 def timed(work: Steps, scene: Scene, cut: str, warm: int = 2, steps: int = STEPS) -> Row:
@@ -325,5 +336,6 @@ def timed(work: Steps, scene: Scene, cut: str, warm: int = 2, steps: int = STEPS
         "samples_per_s": rate,
         "share_of_peak": rate * scene.flops(cut) / scene.peak,
         "first_step_s": seconds[0],
+        "loss": work.loss,  # random models', finite: a scaler leaves out steps that are not
         "peak_gb": None if peak is None else peak / GB,
     }

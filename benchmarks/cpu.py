@@ -5,7 +5,14 @@
 First the bundled model through `koala benchmark --backend auto`. Then KOALA-700M at full size with
 random weights, 512 x 512 pixels, 10 steps, guidance 3.5: each way in a process of its own, so that
 its peak memory is its own; the ways take turns, round after round, so that a machine that changes
-its speed changes it for all. What is approximate has its approximation in its name.
+its speed changes it for all. What is approximate has its approximation in its name, and its cost in
+likeness in the table of `python -m benchmarks.fidelity`.
+
+For a machine that does nothing else. Beside the seconds stand those of the processor, which other
+work changes less.
+
+The ways through OpenVINO are left out unless they are named: to convert this U-Net takes more than
+13 GB.
 """
 
 import argparse
@@ -29,26 +36,35 @@ from koala.generation.arrangement import load_within
 from koala.generation.backends import equip
 from koala.generation.decode import TINY
 from koala.generation.pipeline import load
-from koala.output import new_file
-from koala.processor import hardware
+from koala.output import check_new, new_file
+from koala.processor import hardware, has_bf16
 
 CASE = "koala-turbo-700m"
-VRAM = 5.0  # GiB that our plan may take: 6 GB with the interpreter and its libraries
+STOCK = "diffusers fp32"
+VRAM = 4.2  # GiB that our plan may take: 6 GB with the interpreter and its libraries
 CUT = {"guidance_until": 0.5}
+EXACT = {"plan": {"weights": "fp32"}}
+TINY_FP32 = {"plan": {"weights": "fp32", "decode": "tiny"}}
+ROUNDED = {"plan": {"weights": "bf16"}}
+TINY_BF16 = {"plan": {"weights": "bf16", "decode": "tiny"}}
 WAYS: dict[str, dict[str, Any]] = {  # what each asks of us beside prompt, steps, guidance and size
-    "diffusers fp32": {},
-    "koala fp32": {"plan": {"weights": "fp32"}},
-    "koala fp32, guided half way": {"plan": {"weights": "fp32"}, "ask": CUT},
-    "koala fp32, guided half way, tiny decode": {
-        "plan": {"weights": "fp32", "decode": "tiny"}, "ask": CUT,
-    },
-    "koala bf16": {"plan": {"weights": "bf16"}},
-    "koala bf16, guided half way, tiny decode": {
-        "plan": {"weights": "bf16", "decode": "tiny"}, "ask": CUT,
-    },
+    STOCK: {},
+    "koala fp32": EXACT,
+    "koala fp32, tiny decode": TINY_FP32,
+    "koala fp32, guided half way": EXACT | {"ask": CUT},
+    "koala fp32, guided half way, tiny decode": TINY_FP32 | {"ask": CUT},
+    "koala bf16": ROUNDED,
+    "koala bf16, tiny decode": TINY_BF16,
+    "koala bf16, guided half way, tiny decode": TINY_BF16 | {"ask": CUT},
     "koala openvino fp32": {"backend": "openvino"},
-    "koala openvino bf16": {"backend": "openvino", "dtype": torch.bfloat16},
-}  # fmt: skip
+    "koala openvino bf16": {"backend": "openvino-bf16"},
+}
+LARGE = tuple(way for way in WAYS if "openvino" in way)
+
+
+def default_ways() -> list[str]:
+    """All but those that are too large, and bf16 only where the processor has it."""
+    return [way for way in WAYS if way not in LARGE and (has_bf16() or "bf16" not in way)]
 
 
 def main() -> None:
@@ -58,60 +74,93 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--runs", type=int, default=20, help="pictures of the bundled model")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=default_ways())
     parser.add_argument("--skip-full-size", action="store_true")
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.way:
+    if options.write:
+        write_random(options.write)
+    elif options.way:
         print(json.dumps(draw(options.way, Path(options.model), options.pixels)))
-        return
-    report = benchmark(["koala-mini"], options.out, "cpu", runs=options.runs, backend="auto")
-    print(report.table())
-    if not options.skip_full_size:
-        full_size(options)
+    else:
+        check_new(options.out)
+        report = benchmark(["koala-mini"], options.out, "cpu", runs=options.runs, backend="auto")
+        print(report.table(), flush=True)
+        if not options.skip_full_size:
+            print(table(full_size(options)))
 
 
-def full_size(options: argparse.Namespace) -> None:
+def full_size(options: argparse.Namespace) -> dict[str, Any]:
     """Every way in every round; written after each round."""
+    figures: dict[str, Any] = {
+        "command": "python -m benchmarks.cpu",
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "model": options.model or f"{CASE}, random weights",
+        "pixels": options.pixels,
+    }
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.model or write_random(Path(temporary) / CASE))
+        folder = options.model
+        if folder is None:
+            folder = str(Path(temporary) / CASE)
+            in_a_process("--write", folder)  # so that its memory is given back
         measured: dict[str, list[dict[str, float]]] = {way: [] for way in options.ways}
         for _ in range(options.rounds):
             for way in options.ways:
-                measured[way].append(apart(way, folder, options.pixels))
+                asked = ("--way", way, "--model", folder, "--pixels", str(options.pixels))
+                measured[way].append(json.loads(in_a_process(*asked).splitlines()[-1]))
                 print(f"{way}: {measured[way][-1]}", flush=True)
-            table = {
-                way: {
-                    "picture_s": statistics.median(run["seconds"] for run in runs),
-                    "peak_gb": max(run["peak_gb"] for run in runs),
-                    "runs": runs,
-                }
-                for way, runs in measured.items()
-            }
-            figures = {
-                "command": "python -m benchmarks.cpu",
-                "hardware": hardware(),
-                "threads": torch.get_num_threads(),
-                "model": options.model or f"{CASE}, random weights",
-                "pixels": options.pixels,
-                "ways": table,
-            }
+            figures["ways"] = summary(measured)
             with new_file(options.out / "full_size.json") as part:
                 part.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
 
 
-def apart(way: str, folder: Path, pixels: int) -> dict[str, float]:
-    """`draw` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cpu", "--way", way]
-    command += ["--model", str(folder), "--pixels", str(pixels)]
+def summary(measured: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Medians of each way's rounds, and how many times faster than stock diffusers it is."""
+    ways: dict[str, dict[str, Any]] = {}
+    for way, runs in measured.items():
+        ways[way] = {
+            "picture_s": statistics.median(run["seconds"] for run in runs),
+            "processor_s": statistics.median(run["processor_seconds"] for run in runs),
+            "peak_gb": max(run["peak_gb"] for run in runs),
+            "runs": runs,
+        }
+    for found in ways.values() if STOCK in ways else ():
+        for seconds in ("picture_s", "processor_s"):
+            ratio = ways[STOCK][seconds] / found[seconds]
+            found[f"times_faster_{seconds.removesuffix('_s')}"] = round(ratio, 2)
+    return ways
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The ways as a Markdown table."""
+    lines = [
+        "| way | picture s | times faster | by processor s | peak GB |",
+        "|---|---|---|---|---|",
+    ]
+    for way, found in figures["ways"].items():
+        ratios = (found.get(f"times_faster_{of}", "") for of in ("picture", "processor"))
+        cells = (way, f"{found['picture_s']:.2f}", *map(str, ratios), f"{found['peak_gb']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def in_a_process(*arguments: str) -> str:
+    """What this script prints with these arguments, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.cpu", *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
 def draw(way: str, folder: Path, pixels: int) -> dict[str, float]:
-    """Seconds of one picture, after one of a single step that warms up; peak memory in GB."""
+    """Seconds of one picture, after one of a single step that warms up; peak memory in GB.
+
+    The peak is that of the whole process, with loading.
+    """
     asked = WAYS[way]
-    if way.startswith("diffusers"):
+    if way == STOCK:
         pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
         pipe.scheduler = EulerDiscreteScheduler.from_config(
             pipe.scheduler.config, timestep_spacing="trailing"
@@ -128,17 +177,22 @@ def draw(way: str, folder: Path, pixels: int) -> dict[str, float]:
                 folder, "cpu", VRAM, size=(pixels, pixels), **asked["plan"], say=print
             )
         else:
-            ours = load(folder, "cpu", asked.get("dtype"))
+            ours = load(folder, "cpu")
             equip(ours, asked["backend"])
 
         def picture(steps: int) -> None:
             ours("a fox", steps=steps, size=(pixels, pixels), seed=0, **asked.get("ask", {}))
 
     picture(1)
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     picture(10)
-    seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 3), "peak_gb": round(peak_bytes(torch.device("cpu")) / GB, 2)}
+    seconds, processor = time.perf_counter() - start, time.process_time() - worked
+    peak = peak_bytes(torch.device("cpu"))
+    return {
+        "seconds": round(seconds, 3),
+        "processor_seconds": round(processor, 3),
+        "peak_gb": round((peak or 0) / GB, 2),
+    }
 
 
 def write_random(folder: Path) -> Path:

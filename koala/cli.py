@@ -145,7 +145,8 @@ def _generate(commands) -> None:
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     p.add_argument(
         "--backend", help="torch, openvino, or auto: measure once which is faster and remember it "
-        "(default: what is remembered, else torch)",
+        "(default: what is remembered, else torch); or torch-bf16, openvino-bf16, openvino-int8, "
+        "which round, or fastest: measure these too",
     )  # fmt: skip
     p.add_argument("--compile", action="store_true", help="compile the model, kept in the cache")
     p.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
@@ -592,7 +593,7 @@ def _benchmark(commands) -> None:
     p.add_argument("--runs", type=int, default=5, help="pictures timed of each (default 5)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     p.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32 on a processor, else fp16)")
-    p.add_argument("--backend", help="of ours, on a processor: torch, openvino or auto")
+    p.add_argument("--backend", help="of ours, on a processor: as in koala generate")
     p.add_argument("--compile", action="store_true", help="ours compiled")
     p.add_argument("--graphs", action="store_true", help="ours replayed from CUDA graphs")
     p.add_argument("--seconds", type=float, help="begin no further model after so many")

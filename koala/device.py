@@ -1,9 +1,14 @@
 """Which device does the work: the best there is, unless another is asked for; and the way there."""
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from koala.errors import UserError
+
+FREE_SHARE = 0.9  # of the free memory that a model may take
 
 
 def pick_device(asked: torch.device | str | None = None) -> torch.device:
@@ -22,6 +27,30 @@ def pick_device(asked: torch.device | str | None = None) -> torch.device:
     if found is None or found.type not in there:
         raise UserError(f"device {str(asked)!r} is not there: this machine has {', '.join(there)}")
     return found
+
+
+def free_bytes(device: torch.device) -> int:
+    """What of the device's memory a model may take: measured now, a tenth left to others."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    elif (meminfo := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = min(int(lines["MemAvailable"].split()[0]) * 1024, _left_to_group())
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(FREE_SHARE * free)
+
+
+def _left_to_group() -> int:
+    """What a container may still take (Linux, control groups of version 2)."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        most, now = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        return max(0, int(most) - int(now))
+    except (OSError, ValueError):  # none, or "max": no limit
+        return 2**63
 
 
 def whereabouts(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -1,5 +1,6 @@
 """OpenVINO's numbers against PyTorch's, and the choice between the two by measurement."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,13 +13,13 @@ pytest.importorskip("openvino")
 
 from koala.cli import main
 from koala.errors import UserError
-from koala.generation import openvino
-from koala.generation.backends import Backend, choose, example
+from koala.generation import Engine, openvino
+from koala.generation.backends import Backend, choose, equip, example, warm_up
 from koala.generation.decode import full
 from koala.generation.denoise import predictor
 from koala.generation.pipeline import load
 from koala.processor import has_bf16
-from toy import toy_pipeline, toy_unet
+from toy import toy_pipeline, toy_unet, toy_vae
 
 LATENTS = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
 
@@ -109,9 +110,14 @@ def test_eight_bits_are_near(cache):
         openvino.recorded(predict, samples)(*example(unet, rows, 8, 5))
     assert [len(x) for x, _, _ in samples] == [1, 2, 3, 4]
     asked = example(unet, 2, 8, 5)
-    exact, quantised = predict(*asked), openvino.predictor(unet, "int8", samples)(*asked)
+    made = []
+    calibration = openvino.Calibration("four", lambda: made.append(1) or samples)
+    exact, quantised = predict(*asked), openvino.predictor(unet, "int8", calibration)(*asked)
     error = (quantised - exact).norm() / exact.norm()
     assert 1e-5 < error < 0.1  # quantised indeed, and not much worse
+    again = choose(unet, toy_vae(), "openvino-int8", calibration)  # found in the cache
+    assert made == [1] and again.name == "openvino-int8"
+    torch.testing.assert_close(again.predict(*asked), quantised, atol=1e-6, rtol=0)
 
 
 @pytest.mark.skipif(not has_bf16(), reason="this processor has no bfloat16")
@@ -135,7 +141,7 @@ def test_a_lora_beside_the_weights_is_refused(unet):
     handle.remove()
 
 
-def test_refusals(unet, vae):
+def test_refusals(unet, vae, monkeypatch):
     with pytest.raises(UserError, match="fp16"):
         openvino.predictor(unet, "fp16")
     with pytest.raises(UserError, match="for the U-Net"):
@@ -143,8 +149,18 @@ def test_refusals(unet, vae):
     with pytest.raises(UserError, match="abacus"):
         choose(unet, vae, "abacus")
     half = toy_unet("koala").half()
-    with pytest.raises(UserError, match="float16"):
-        choose(half, vae, "openvino")
+    for backend in ("openvino", "openvino-bf16", "torch-bf16"):
+        with pytest.raises(UserError, match=f"'{backend}': it takes a model in float32.* float16"):
+            choose(half, vae, backend)
+    with pytest.raises(UserError, match="samples"):
+        choose(unet, vae, "openvino-int8")
+    monkeypatch.setattr("koala.generation.backends.has_bf16", lambda: False)
+    with pytest.raises(UserError, match="no bfloat16; choose openvino or torch"):
+        choose(unet, vae, "openvino-bf16")
+    monkeypatch.setattr("koala.generation.backends.free_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match=r"converting takes about .* GiB, 0\.0 are free"):
+        choose(unet, vae, "openvino")
+    assert choose(unet, vae, "auto").why == "the only one that fits"
 
 
 def test_a_back_end_is_measured_when_asked_and_remembered(unet, vae, cache):
@@ -165,6 +181,42 @@ def test_a_back_end_is_measured_when_asked_and_remembered(unet, vae, cache):
     torch.testing.assert_close(
         choose(unet, vae, "openvino").predict(*asked), before.predict(*asked), atol=1e-4, rtol=0
     )
+
+
+def test_the_fastest_may_round_and_says_so(cache, monkeypatch, tmp_path):
+    """Of all that this processor has; the U-Net itself is left as it is."""
+    monkeypatch.setenv("KOALA_CACHE", str(tmp_path))
+    monkeypatch.setattr("koala.generation.backends.has_bf16", lambda: True)
+    torch.manual_seed(0)
+    unet, tiny_vae = smallest_unet().requires_grad_(False), toy_vae().requires_grad_(False)
+    monkeypatch.setattr("koala.generation.backends.openvino.predictor", lambda *_: predictor(unet))
+    choose(unet, tiny_vae, "fastest")
+    (file,) = (tmp_path / "backends").glob("*.json")
+    verdict = json.loads(file.read_text())
+    assert set(verdict["seconds"]) == {"torch", "openvino", "torch-bf16", "openvino-bf16"}
+    verdict["seconds"] = dict.fromkeys(verdict["seconds"], 1.0) | {"torch-bf16": 0.5}
+    file.write_text(json.dumps(verdict))
+    assert choose(unet, tiny_vae).name == "torch"  # never unasked
+    chosen = choose(unet, tiny_vae, "fastest")
+    assert chosen.name == "torch-bf16" and unet.dtype == torch.float32
+    asked = example(unet, 2, 8, 5)
+    exact = predictor(unet)(*asked)
+    assert 1e-5 < (chosen.predict(*asked) - exact).norm() / exact.norm() < 0.03
+
+
+def test_warming_up_leaves_nothing_to_compile(pipeline, cache):
+    """Whoever joins or leaves then, and with guidance or without."""
+    drawn = dataclasses.replace(pipeline)
+    equip(drawn, "openvino")
+    warm_up(drawn, [(64, 48)], pictures=3)
+    before = sorted((cache / "openvino").rglob("*.blob"))
+    engine = Engine(drawn)
+    for seed, guidance in enumerate((1, 3, 3)):
+        engine.submit(*drawn.requests("a", size=(64, 48), guidance=guidance, seed=seed, steps=2))
+        engine.turn()
+    while engine.turn():
+        pass
+    assert sorted((cache / "openvino").rglob("*.blob")) == before
 
 
 def test_the_cache_keeps_to_its_size(tmp_path):

@@ -26,7 +26,7 @@ from koala.generation.images import encode_picture
 from koala.generation.memory import GIB, Plan, Planner, budget_of
 from koala.generation.pipeline import Pipeline, load
 from koala.generation.quantise import quantise
-from koala.generation.streaming import Streaming, Turns, Visiting
+from koala.generation.streaming import Resident, Streaming, Turns, Visiting, Visitor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,12 +55,15 @@ class Arrangement:
             nn.Module.to(model, DTYPES[mode.vae_dtype if part == VAE else mode.dtype])
             if part != VAE and mode.packed:
                 quantise(model, mode.packed)
+        place = mode.place_of(part)
         if mode.place == "resident":
             for model in models:
                 model.to(device)
             return
-        streamed = mode.place == "streamed" and part != VAE
-        visitor = (Streaming if streamed else Visiting)(models, device)
+        kinds: dict[str, type[Visitor]] = {
+            "resident": Resident, "in turns": Visiting, "streamed": Streaming,
+        }  # fmt: skip
+        visitor = kinds[place](models, device)
         doors = models
         if part == VAE:  # is not called as a whole: both of its halves begin with a convolution
             doors = [half.conv_in for vae in models for half in (vae.encoder, vae.decoder)]

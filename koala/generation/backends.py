@@ -1,8 +1,9 @@
 """What runs a model on a processor: PyTorch, or OpenVINO where it was measured to be faster.
 
 Which one wins depends on the processor, the model and its size, so nobody should believe anything:
-`choose` times one step of each, once, and remembers the verdict for this machine, these versions
-and this architecture in the cache folder. Both give the same picture within 1e-4 in fp32.
+`choose` times one evaluation of each, once, and remembers the verdict for this machine, these
+versions and this architecture in the cache folder. "auto" chooses among those that give the same
+picture within 1e-4, "fastest" also among those that round to bfloat16 or to 8 bits.
 
 Apple's MPS takes PyTorch's path like any other device; nobody has tried it here.
 """
@@ -10,9 +11,11 @@ Apple's MPS takes PyTorch's path like any other device; nobody has tried it here
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +23,14 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
+import koala
 from koala.conditioning import time_ids
+from koala.device import free_bytes
 from koala.errors import UserError
 from koala.generation import openvino, speed
 from koala.generation.decode import Decode, full
 from koala.generation.denoise import Condition, Predict, predictor
+from koala.generation.openvino import Calibration, Sample
 from koala.output import new_file
 from koala.packages import cache_folder
 from koala.processor import has_bf16, name
@@ -32,77 +38,133 @@ from koala.processor import has_bf16, name
 if TYPE_CHECKING:
     from koala.generation.pipeline import Pipeline
 
-BACKENDS = ("torch", "openvino", "auto")
+EXACT = ("torch", "openvino")
+ROUNDED = ("torch-bf16", "openvino-bf16", "openvino-int8")
+BACKENDS = (*EXACT, *ROUNDED, "auto", "fastest")
+CALIBRATION = ("a fox, noto style", "two green apples on a light blue background")
 _RUNS = 5  # timed evaluations of each; the middle one counts
 _MARGIN = 1.1  # another back end must be this much faster, or PyTorch stays
+_CONVERTING = 4.5  # times a U-Net's bytes that OpenVINO takes to convert it
+_COST = "; it rounds: docs/speed.md has what that costs"
 
 
 @dataclass(frozen=True)
 class Backend:
     """What runs the two networks that cost time, and why it was chosen."""
 
-    name: str  # "torch" or "openvino"
+    name: str  # of EXACT or ROUNDED
     why: str  # for a person to read
     predict: Predict
     decode: Decode
 
 
-def choose(unet: UNet2DConditionModel, vae: AutoencoderKL, asked: str | None = None) -> Backend:
-    """The back end asked for; "auto" measures which is faster, unless that is known already.
+def choose(
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    asked: str | None = None,
+    samples: Calibration | None = None,
+) -> Backend:
+    """The back end asked for; "auto" and "fastest" measure which it is, unless that is known.
 
     None takes what an earlier "auto" found out and never measures: a request that did not ask
-    for it does not wait for a conversion. UserError for a back end that is unknown, not installed
-    or not for this device or dtype; "auto" takes PyTorch then.
+    for it does not wait for a conversion. Without `samples` nothing is quantised to 8 bits.
+    UserError for a back end that is unknown, not installed or not for this device or dtype, or
+    too large for this machine; "auto" and "fastest" leave it out then.
     """
     if asked is not None and asked not in BACKENDS:
         raise UserError(f"back end {asked!r}: allowed are {', '.join(BACKENDS)}")
-    fits = unet.device.type == "cpu" and unet.dtype in (torch.float32, torch.bfloat16)
-    if asked == "openvino" and not fits:
-        raise UserError(
-            f"back end 'openvino' runs on the processor in float32 or bfloat16; this model is on "
-            f"{unet.device} in {str(unet.dtype).removeprefix('torch.')}"
-        )
-    if asked in ("torch", "openvino"):
-        return _made(asked, "as asked", unet, vae)
-    if not (fits and openvino.installed()):
+    if asked in (*EXACT, *ROUNDED):
+        if reason := _lacking(asked, unet, samples):
+            raise UserError(f"back end {asked!r}: {reason}")
+        return _made(asked, "as asked", unet, vae, samples)
+    among = (*EXACT, *ROUNDED) if asked == "fastest" else EXACT
+    fitting = [one for one in among if one == "torch" or not _lacking(one, unet, samples)]
+    if fitting == ["torch"]:
         return _made("torch", "the only one that fits", unet, vae)
-    file = _verdict_file(unet)
+    file = _verdict_file(unet, fitting)
     if file.is_file():
         seconds = json.loads(file.read_text())["seconds"]
-    elif asked == "auto":
-        seconds = _measured(unet)
+    elif asked is not None:
+        seconds = _measured(unet, fitting, samples)
         with new_file(file) as part:
-            part.write_text(json.dumps({"seconds": seconds, "key": _key(unet)}, indent=1) + "\n")
+            key = _key(unet, fitting)
+            part.write_text(json.dumps({"seconds": seconds, "key": key}, indent=1) + "\n")
     else:
         return _made("torch", "none was measured: --backend auto measures", unet, vae)
-    faster = seconds["openvino"] * _MARGIN < seconds["torch"]
-    figures = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
-    return _made("openvino" if faster else "torch", f"one evaluation: {figures}", unet, vae)
+    best = min(seconds, key=lambda one: seconds[one] * (1 if one == "torch" else _MARGIN))
+    figures = ", ".join(f"{one} {1e3 * value:.1f} ms" for one, value in seconds.items())
+    return _made(best, f"one evaluation: {figures}", unet, vae, samples)
 
 
-def _made(backend: str, why: str, unet: UNet2DConditionModel, vae: AutoencoderKL) -> Backend:
+def _lacking(backend: str, unet: UNet2DConditionModel, samples: Calibration | None) -> str | None:
+    """Why a back end cannot run the U-Net here; None if it can."""
+    engine, _, precision = backend.partition("-")
+    dtype = str(unet.dtype).removeprefix("torch.")
     if backend == "torch":
-        return Backend(backend, why, predictor(unet), full(vae))
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-    return Backend(
-        backend,
-        why,
-        openvino.predictor(unet, precision[unet.dtype]),
-        openvino.decoder(vae, precision[vae.dtype]),
-    )
+        return None
+    if unet.device.type != "cpu":
+        return f"it is for the processor, this model is on {unet.device}"
+    if unet.dtype != torch.float32 and not (backend == "openvino" and dtype == "bfloat16"):
+        return f"it takes a model in float32 (openvino: or bfloat16), this one is in {dtype}"
+    if precision == "bf16" and not has_bf16():
+        return "this processor has no bfloat16; choose openvino or torch"
+    needed = {"torch": (), "openvino": ("openvino",)}[engine]
+    needed += ("nncf",) if precision == "int8" else ()
+    if missing := [one for one in needed if find_spec(one) is None]:
+        return f"{' and '.join(missing)} not installed: pip install 'koala-diffusion[openvino]'"
+    if precision == "int8" and samples is None:
+        return "it needs samples of the model's work"
+    size = sum(p.numel() * p.element_size() for p in unet.parameters())
+    free, wanted = free_bytes(unet.device), _CONVERTING * size
+    if engine == "openvino" and wanted > free:
+        return f"converting takes about {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+    return None
+
+
+def _made(
+    backend: str,
+    why: str,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    samples: Calibration | None = None,
+) -> Backend:
+    predict = _predictor(backend, unet, samples)
+    if not backend.startswith("openvino"):
+        return Backend(backend, why, predict, full(vae))
+    decode = openvino.decoder(vae, "bf16" if vae.dtype == torch.bfloat16 else "fp32")
+    # What is compiled is so for one shape: requests that join and leave shall meet no new one.
+    fixed = speed.in_fixed_batches(predict)
+    return Backend(backend, why, fixed, speed.one_by_one(decode))
+
+
+def _predictor(backend: str, unet: UNet2DConditionModel, samples: Calibration | None) -> Predict:
+    """What predicts; the U-Net stays as it is."""
+    engine, _, precision = backend.partition("-")
+    if engine == "openvino":
+        precision = precision or ("bf16" if unet.dtype == torch.bfloat16 else "fp32")
+        by = samples if samples is not None and precision == "int8" else ()
+        return openvino.predictor(unet, precision, by)
+    return predictor(_in_bfloat16(unet) if precision == "bf16" else unet)
+
+
+def _in_bfloat16(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy in bfloat16, made tensor by tensor. UserError for one with a LoRA beside it."""
+    openvino.refuse_hooks(unet)
+    with torch.device("meta"):
+        copy = UNet2DConditionModel.from_config(unet.config)
+    weights = {key: tensor.to(torch.bfloat16) for key, tensor in unet.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
+    return copy.eval().requires_grad_(False)
 
 
 # --- the measurement ------------------------------------------------------------------------
 
 
-def _measured(unet: UNet2DConditionModel) -> dict[str, float]:
+def _measured(
+    unet: UNet2DConditionModel, among: Iterable[str], samples: Calibration | None
+) -> dict[str, float]:
     """Seconds of one evaluation of two rows at the model's native size, by back end."""
-    precision = "bf16" if unet.dtype == torch.bfloat16 else "fp32"
-    made: dict[str, Callable[[], Predict]] = {
-        "torch": lambda: predictor(unet),
-        "openvino": lambda: openvino.predictor(unet, precision),
-    }
-    return {name: seconds_of(make(), unet) for name, make in made.items()}
+    return {one: seconds_of(_predictor(one, unet, samples), unet) for one in among}
 
 
 @torch.inference_mode()
@@ -119,25 +181,30 @@ def seconds_of(predict: Predict, unet: UNet2DConditionModel, runs: int = _RUNS) 
 
 
 def example(
-    unet: UNet2DConditionModel, rows: int = 2, side: int | None = None, tokens: int = 77
+    unet: UNet2DConditionModel,
+    rows: int = 2,
+    side: int | tuple[int, int] | None = None,
+    tokens: int = 77,
 ) -> tuple[Tensor, Tensor, Condition]:
-    """Random arguments of a `Predict`: latents of `side` (default: the native one)."""
+    """Random arguments of a `Predict`: latents of `side` or (height, width), or the native size."""
     config, draw = unet.config, torch.Generator().manual_seed(0)
     side = side or config.sample_size
+    h, w = side if isinstance(side, tuple) else (side, side)
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    pixels = [(8 * side, 8 * side)] * rows
+    pixels = [(8 * h, 8 * w)] * rows
     condition = Condition(
         torch.randn(rows, tokens, config.cross_attention_dim, generator=draw),
         torch.randn(rows, pooled, generator=draw),
         time_ids(pixels, [(0, 0)] * rows, pixels),
     )
-    x = torch.randn(rows, config.in_channels, side, side, generator=draw)
+    x = torch.randn(rows, config.in_channels, h, w, generator=draw)
     return x, torch.linspace(999, 1, rows), condition.to(unet.device, unet.dtype)
 
 
-def _key(unet: UNet2DConditionModel) -> dict[str, object]:
+def _key(unet: UNet2DConditionModel, among: Iterable[str]) -> dict[str, object]:
     """All that a verdict depends on. Weights are not among it."""
     return {
+        "among": list(among),
         "processor": name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -147,8 +214,8 @@ def _key(unet: UNet2DConditionModel) -> dict[str, object]:
     }
 
 
-def _verdict_file(unet: UNet2DConditionModel) -> Path:
-    return cache_folder().parent / "backends" / f"{openvino.digest([_key(unet)])}.json"
+def _verdict_file(unet: UNet2DConditionModel, among: Iterable[str]) -> Path:
+    return cache_folder().parent / "backends" / f"{openvino.digest([_key(unet, among)])}.json"
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -196,16 +263,48 @@ def equip(
         asked = "--compile" if compiled else "--graphs"
         raise UserError(f"{asked} is PyTorch's: it does not go with --backend {backend}")
     if not (compiled or graphs):
-        chosen = choose(pipeline.unet, pipeline.vae, backend)
+        samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
+        chosen = choose(pipeline.unet, pipeline.vae, backend, samples)
         if chosen.name != "torch":  # which a pipeline has from the beginning
             pipeline.predict, pipeline.decode = chosen.predict, chosen.decode
         if backend is not None or chosen.name != "torch":
-            say(f"back end {chosen.name} ({chosen.why})")
+            cost = _COST if chosen.name in ROUNDED else ""
+            say(f"back end {chosen.name} ({chosen.why}){cost}")
         return
     if compiled:
         speed.fuse_projections(pipeline.unet)
         blocks = speed.compile_blocks(pipeline.unet) + speed.compile_blocks(pipeline.vae.decoder)
+        pipeline.decode = speed.one_by_one(full(pipeline.vae))
         say(f"{blocks} blocks are compiled at each size's first picture, unless in the cache")
     pipeline.predict = predictor(pipeline.unet)
     if graphs:
         pipeline.predict = speed.graphed(pipeline.predict, pipeline.unet.device)
+    pipeline.predict = speed.in_fixed_batches(pipeline.predict)
+
+
+def _samples(pipeline: "Pipeline") -> list[Sample]:
+    """What the U-Net is asked while two pictures are drawn."""
+    samples: list[Sample] = []
+    before = pipeline.predict
+    pipeline.predict = openvino.recorded(predictor(pipeline.unet), samples)
+    try:
+        pipeline(list(CALIBRATION), seed=0)
+    finally:
+        pipeline.predict = before
+    return samples
+
+
+@torch.inference_mode()
+def warm_up(pipeline: "Pipeline", sizes: Iterable[tuple[int, int]], pictures: int = 1) -> None:
+    """Has everything compiled, captured or packed that pictures of these sizes will need.
+
+    sizes: (width, height) in pixels. pictures: at most so many at a time. For prompts of one
+    chunk, with guidance and without; longer ones have shapes of their own.
+    """
+    most = min(rows for rows in speed.ROWS if rows >= min(2 * pictures, max(speed.ROWS)))
+    for width, height in sizes:
+        side = (height // pipeline.factor, width // pipeline.factor)
+        for rows in (rows for rows in speed.ROWS if rows <= most):
+            asked = example(pipeline.unet, rows, side, pipeline.conditioner.tokens)
+            pipeline.predict(*asked)
+        pipeline.decode(asked[0][:1].to(pipeline.device))

@@ -6,7 +6,6 @@ then, and the work. A `Planner`
 goes down `LADDER` until the largest phase fits. `koala.generation.arrangement` obeys.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from koala.device import free_bytes
 from koala.errors import UserError
 from koala.generation import decode as decoding
 from koala.generation.backends import check_dtype
@@ -25,7 +25,6 @@ from koala.generation.streaming import packed_size, tensors_of, units_of
 GIB = 2**30
 MARGIN = 1.3  # on activations, for what the libraries' kernels take besides: up to 1.25 was seen
 CARRIED = 2 * 2**20  # bytes: latents, embeddings and the like of a request
-FREE_SHARE = 0.9  # of the free memory that a plan may take
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Mode:
     dtype: str  # that U-Net and text encoders compute in: a key of DTYPES
     vae_dtype: str
     packed: str | None = None  # int8 or fp8: how their weights are stored
-    place: str = "resident"  # or "in turns": a part at a time; or "streamed": a block at a time
+    place: str = "resident"  # or of PLACES: what is away while it is not needed
     decode: str = "full"  # or "tiled" or "tiny"
 
     @property
@@ -56,15 +55,31 @@ class Mode:
     def decoder_dtype(self) -> str:
         return self.dtype if self.decode == "tiny" else self.vae_dtype
 
+    def place_of(self, part: str) -> str:
+        """Where a part's weights are: "resident", "in turns" or "streamed"."""
+        if part == TINY or (self.place == "text streamed" and part != TEXT):
+            return "resident"
+        if self.place == "streamed" and part == VAE:
+            return "in turns"
+        return self.place.removeprefix("text ")
+
     def told(self) -> str:
         return f"weights {self.weights}, {self.place}, {self.decode} decode"
 
 
+PLACES = {
+    "resident": "all on the device",
+    "text streamed": "the text encoders a block at a time, only to read a new prompt",
+    "in turns": "a part at a time",
+    "streamed": "text encoders and U-Net a block at a time, the VAE as a whole",
+}
+
 # From the fastest to the smallest. Where nobody asked for certain weights, those in 8 bits come
-# before those that travel: a layer's weight is made from them in less time than it takes to copy.
+# before a U-Net that travels: a layer's weight is made from them sooner than it is copied.
 LADDER: tuple[tuple[str | None, str, str], ...] = (
     (None, "resident", "full"),
     (None, "resident", "tiled"),
+    (None, "text streamed", "tiled"),
     ("int8", "resident", "tiled"),
     ("int8", "in turns", "tiled"),
     ("int8", "streamed", "tiled"),
@@ -113,13 +128,12 @@ class Plan:
         unit, named = (GIB, "GiB") if self.peak >= GIB else (2**20, "MiB")
         within = "" if self.budget is None else f" of {self.budget / unit:,.2f}"
         many = "1 picture" if self.pictures == 1 else f"{self.pictures} pictures"
-        turns = "in turns" if mode.place == "streamed" else mode.place
         decodes = {"full": ", decodes whole", "tiled": ", decodes in strips", "tiny": ", idle"}
         kinds = {
-            TEXT: (mode.weights, mode.place),
-            UNET: (mode.weights, mode.place),
-            VAE: (mode.vae_dtype, turns + decodes[mode.decode]),
-            TINY: (mode.dtype, "resident, decodes"),
+            TEXT: (mode.weights, ""),
+            UNET: (mode.weights, ""),
+            VAE: (mode.vae_dtype, decodes[mode.decode]),
+            TINY: (mode.dtype, ", decodes"),
         }
         lines = [
             f"memory plan for {self.size[0]}x{self.size[1]}, {many} at a time, on {self.device}: "
@@ -127,8 +141,8 @@ class Plan:
             f"{'part':<14}{'weights':>8}{named:>8}  where",
         ]
         for part, size in self.parts.items():
-            kept, place = kinds[part]
-            lines.append(f"{part:<14}{kept:>8}{size / unit:8.2f}  {place}")
+            kept, does = kinds[part]
+            lines.append(f"{part:<14}{kept:>8}{size / unit:8.2f}  {mode.place_of(part)}{does}")
         lines.append(f"{'phase':<14}{'weights':>8}{'work':>8}{'sum':>8}")
         for phase in self.phases:
             figures = (phase.weights, phase.work, phase.total)
@@ -146,20 +160,6 @@ def budget_of(gib: float | str) -> int:
     if isinstance(gib, bool) or not 0 < size < 2**20:
         raise UserError(f"vram is {gib!r}: allowed are numbers of GiB above 0, such as 4, or free")
     return int(size * GIB)
-
-
-def free_bytes(device: torch.device) -> int:
-    """What of the device's memory a model may take: measured now, a tenth left to others."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    elif device.type == "mps":
-        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    elif (meminfo := Path("/proc/meminfo")).exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(FREE_SHARE * free)
 
 
 class Planner:
@@ -251,11 +251,9 @@ class Planner:
             UNET: models(UNET, mode.dtype, mode.packed),
             VAE: models(VAE, mode.vae_dtype),
         }
-        inside = {part: _inside(made, mode.place, part) for part, made in parts.items()}
         if mode.decode == "tiny":
             parts[TINY] = models(TINY, mode.dtype)
-            size = packed_size(tensors_of(parts[TINY]))
-            inside[TINY] = (size, size)
+        inside = {part: _inside(made, mode.place_of(part)) for part, made in parts.items()}
         every = [  # name, the part that works, bytes of its work
             ("encode", TEXT, work(TEXT, mode.dtype, mode.packed)),
             ("denoise", UNET, work(UNET, mode.dtype, mode.packed)),
@@ -272,11 +270,11 @@ class Planner:
         return Plan(mode, self.device, self.size, self.pictures, sizes, phases)
 
 
-def _inside(models: Sequence[nn.Module], place: str, part: str) -> tuple[int, int]:
+def _inside(models: Sequence[nn.Module], place: str) -> tuple[int, int]:
     """Bytes of a part's weights on the device while it works, and while others do."""
     whole = packed_size(tensors_of(models))
     if place == "resident":
         return whole, whole
     sizes = [packed_size(tensors_of([unit])) for model in models for unit in units_of(model)]
     rest = whole - sum(sizes)
-    return (whole if place == "in turns" or part == VAE else rest + 2 * max(sizes)), rest
+    return (whole if place == "in turns" else rest + 2 * max(sizes)), rest

@@ -14,9 +14,11 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,13 +44,23 @@ _EXAMPLE = 10  # latent side of the example: one that U-Nets round up, so that e
 Sample: TypeAlias = tuple[Tensor, Tensor, Condition]
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Samples of a U-Net's work, only made where what was quantised by them is not in the cache."""
+
+    name: str  # tells it from others: equal names must mean equal samples
+    made: Callable[[], Sequence[Sample]]
+
+
 def installed() -> bool:
     """Whether OpenVINO is there; whether it wins is for a measurement to say."""
     return find_spec("openvino") is not None
 
 
 def predictor(
-    unet: UNet2DConditionModel, precision: str = "fp32", samples: Sequence[Sample] = ()
+    unet: UNet2DConditionModel,
+    precision: str = "fp32",
+    samples: Sequence[Sample] | Calibration = (),
 ) -> Predict:
     """The predictions of a U-Net, float32 on the CPU, through OpenVINO.
 
@@ -57,9 +69,10 @@ def predictor(
     what is missing, or a U-Net with a LoRA beside its weights: such a LoRA must be merged.
     """
     _check(precision, samples)
-    _refuse_hooks(unet)
-    flat = [(x, t, c.text, c.pooled, c.time_ids) for x, t, c in samples]
-    engine = _Engine(_FlatUNet(unet), _unet_example(unet), precision, flat)
+    refuse_hooks(unet)
+    if not isinstance(samples, Calibration):
+        samples = Calibration(_hash(_flat(samples)), partial(list, samples))
+    engine = _Engine(_FlatUNet(unet), _unet_example(unet), precision, samples)
 
     def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         return engine(x, timesteps, condition.text, condition.pooled, condition.time_ids)
@@ -73,7 +86,7 @@ def decoder(vae: AutoencoderKL, precision: str = "fp32") -> Decode:
         raise UserError("precision 'int8' is for the U-Net: the VAE takes fp32 or bf16")
     _check(precision, ())
     example = torch.zeros(1, vae.config.latent_channels, _EXAMPLE, _EXAMPLE)
-    engine = _Engine(_FlatDecoder(vae), (example,), precision, [])
+    engine = _Engine(_FlatDecoder(vae), (example,), precision)
 
     def decode(latents: Tensor) -> Tensor:
         return finished(engine(unscaled(vae, latents)), latents, torch.float32)
@@ -124,7 +137,7 @@ class _Engine:
         module: nn.Module,
         example: tuple[Tensor, ...],
         precision: str,
-        samples: Sequence[tuple[Tensor, ...]],
+        samples: Calibration | None = None,
     ) -> None:
         import openvino
 
@@ -146,7 +159,8 @@ class _Engine:
         # would come back for fp32. So every set of them has a cache of its own.
         self.options["CACHE_DIR"] = str(_folder() / digest([self.options]))
         # Of the weights as they are now, so that a merged LoRA makes another model.
-        self.key = _fingerprint(module, ["int8", *samples] if precision == "int8" else ["float"])
+        kind = f"int8 {samples.name}" if precision == "int8" and samples else "float"
+        self.key = _fingerprint(module, kind)
         self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     @torch.inference_mode(False)
@@ -173,8 +187,8 @@ class _Engine:
         file = _folder() / f"{digest([self.key, self.ov.__version__])}.xml"
         if not (file.is_file() and file.with_suffix(".bin").is_file()):
             model = convert(self.module, self.example)
-            if self.precision == "int8":
-                model = _quantised(model, self.samples)
+            if self.precision == "int8" and self.samples is not None:
+                model = _quantised(model, _flat(self.samples.made()))
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_name(f"part-{os.getpid()}-{file.name}")
             self.ov.save_model(model, part, compress_to_fp16=False)
@@ -224,7 +238,7 @@ def _unet_example(unet: UNet2DConditionModel) -> tuple[Tensor, ...]:
 # --- checks, names, cache -------------------------------------------------------------------
 
 
-def _check(precision: str, samples: Sequence[Sample]) -> None:
+def _check(precision: str, samples: Sequence[Sample] | Calibration) -> None:
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r}: OpenVINO takes {', '.join(PRECISIONS)}")
     needed = ("openvino", "nncf") if precision == "int8" else ("openvino",)
@@ -235,7 +249,8 @@ def _check(precision: str, samples: Sequence[Sample]) -> None:
     assert bool(samples) == (precision == "int8"), "int8, and only int8, needs samples"
 
 
-def _refuse_hooks(unet: nn.Module) -> None:
+def refuse_hooks(unet: nn.Module) -> None:
+    """UserError for a LoRA beside the weights: what is made of the weights would not have it."""
     if any(module._forward_hooks for module in unet.modules()):
         raise UserError(
             "a LoRA lies beside the weights, where OpenVINO does not see it: merge it "
@@ -243,18 +258,22 @@ def _refuse_hooks(unet: nn.Module) -> None:
         )
 
 
-def _fingerprint(module: nn.Module, more: Sequence[Any]) -> str:
-    """A hash of a module's weights and settings, and of the tensors in `more`."""
+def _fingerprint(module: nn.Module, kind: str) -> str:
+    """A hash of a module's weights and settings, and of `kind`."""
+    settings = [settings_of(part) for part in module.children()]
+    weights = _hash([tuple(tensor for _, tensor in sorted(module.state_dict().items()))])
+    return digest([json.dumps(settings, sort_keys=True), weights, kind])
+
+
+def _hash(samples: Iterable[tuple[Tensor, ...]]) -> str:
     state = hashlib.sha256()
-    for part in module.children():
-        state.update(json.dumps(settings_of(part), sort_keys=True).encode())
-    tensors = [tensor for _, tensor in sorted(module.state_dict().items())]
-    for item in (*tensors, *more):
-        for piece in item if isinstance(item, tuple) else (item,):
-            if isinstance(piece, Tensor):
-                piece = piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            state.update(piece.encode() if isinstance(piece, str) else piece)
+    for tensor in chain.from_iterable(samples):
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return state.hexdigest()
+
+
+def _flat(samples: Iterable[Sample]) -> list[tuple[Tensor, ...]]:
+    return [(x, t, c.text, c.pooled, c.time_ids) for x, t, c in samples]
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:

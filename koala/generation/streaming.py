@@ -5,7 +5,8 @@ weights of a unit lie on the host in one piece: in pinned memory where the devic
 temporary file where it is the CPU, whose own memory is what is short. From there
 
 - `Visiting` brings a whole model to the device and lets it go again, in turns with others;
-- `Streaming` brings one unit after the other, each while the one before it works.
+- `Streaming` brings one unit after the other, each while the one before it works;
+- `Resident` stays, and others leave before it works.
 
 What belongs to no unit (the first and last layers, the time embedding) is small and stays.
 """
@@ -142,6 +143,21 @@ class Visitor:
             unit.use(buffer)
         for model in self.models:
             model.to("cpu")
+
+
+class Resident(Visitor):
+    """Models that stay on the device, and before whose work the others leave."""
+
+    def __init__(self, models: Sequence[nn.Module], device: torch.device) -> None:
+        self.models, self.device, self.units = models, device, []
+        for model in models:
+            model.to(device)
+
+    def enter(self) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
 
 
 class Visiting(Visitor):

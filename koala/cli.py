@@ -420,7 +420,11 @@ def _prepare(commands) -> None:
         help="fields that make a caption; may be given several times, to mix in training",
     )  # fmt: skip
     made.add_argument("--upscale", action="store_true", help="enlarge small pictures")
-    made.add_argument("--one-draw", action="store_true", help="store a draw: half the bytes")
+    stored = made.add_mutually_exclusive_group()
+    stored.add_argument("--one-draw", action="store_true", help="store a draw: half the bytes")
+    stored.add_argument(
+        "--pixels", action="store_true", help="store the pictures: a training encodes them itself"
+    )
     made.add_argument("--text", action="store_true", help="store the caption's embeddings too")
     made.add_argument("--long-captions", help="in embeddings: sentences (default) or chunks")
     made.add_argument("--held-out", type=float, help="share for validation (default 0.002)")
@@ -450,6 +454,7 @@ def _run_prepare(o: argparse.Namespace) -> None:
     settings |= {"filters": Filters(**filters)} if filters else {}
     settings |= {"captions": tuple(o.captions)} if o.captions else {}
     settings |= {"posterior": "draw"} if o.one_draw else {}
+    settings |= {"posterior": "pixels"} if o.pixels else {}
     preparation = Preparation(**settings) if settings else None
     report = prepare(o.source, o.out, o.model, o.workers, o.device, o.sheet, o.kind, preparation)
     if o.json:

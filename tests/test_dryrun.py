@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scaling
 from koala import recipes
 from koala.architectures import from_unet_config, parameters, student_of
+from koala.benchmark.models import new_vae
 from koala.cli import main
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, lay_out
@@ -136,6 +138,16 @@ def test_a_gpu_computes_in_bf16():
     assert 0.4 < gpu["activations"] / cpu["activations"] < 0.9  # norms stay in fp32
     matrices = sum(p.numel() for p in blank_unet(toy_plan().student).parameters() if p.ndim > 1)
     assert gpu["bf16 copies of weights"] >= 2 * matrices
+
+
+def test_pictures_that_a_training_encodes_are_reckoned():
+    """As the counter has it, of SDXL's VAE and of the family's own."""
+    big, small = (cost._plan(recipes.get(n), None, 1, True, None)
+                  for n in ("koala-lightning-700m", "koala-mini"))  # fmt: skip
+    with FlopCounterMode(display=False) as counter:
+        new_vae(META, torch.float32).encode(torch.empty(1, 3, 1024, 1024, device=META))
+    assert cost._encoding(None, big) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert 0 < cost._encoding(None, small) < 1e10
 
 
 def test_moments_in_8_bits():

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from koala import weights
 from koala.cli import main
-from koala.data.encoding import normalisation, to_pixels
+from koala.data.encoding import Moments, normalisation, to_pixels
 from koala.data.index import Index
+from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of, prepare
 from koala.data.run import prepare_latents
 from koala.data.samples import Filters, Preparation, upright
@@ -197,6 +198,29 @@ def test_a_draw_takes_half_the_bytes_and_embeddings_are_of_what_is_told(
     noise = torch.cat(errors).float()
     assert abs(noise.mean()) < 4 / len(noise) ** 0.5
     assert 0.9 < noise.std() < 1.1
+
+
+def test_pictures_are_stored_for_a_training_that_encodes_them(folder, prepared, toy_sdxl, tmp_path):
+    """Its own VAE makes of them what `koala prepare` would have stored."""
+    wanted = replace(PREPARATION, posterior="pixels")
+    prepare_latents(recognise(folder), tmp_path, toy_sdxl, wanted, workers=1)
+    pixels, latents = LatentSet(tmp_path, toy_sdxl), Index(prepared[0])
+    stored = {
+        latents.fact(shard, row, "id"): latents.tensors(shard, row)
+        for shard in range(len(latents)) for row in range(latents.rows[shard])
+    }  # fmt: skip
+    moments = Moments(toy_sdxl, "cpu")
+    for shard in range(len(pixels.index)):
+        picture = pixels.index.tensors(shard, 0)["pixels"]
+        assert picture.dtype == torch.uint8
+        assert picture.shape == (3, *pixels.index.bucket(shard))
+        own = stored[pixels.index.fact(shard, 0, "id")]
+        for found, name in zip(
+            moments(picture[None].float() / 127.5 - 1), ("mean", "deviation"), strict=True
+        ):
+            torch.testing.assert_close(found[0].bfloat16(), own[name], atol=1e-5, rtol=1e-2)
+    batch = pixels.batch(0, 4)
+    assert batch["pixels"].shape[:2] == (4, 3) and "latents" not in batch
 
 
 # --- killed and taken up --------------------------------------------------------------------

@@ -22,6 +22,7 @@ from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae, 
 from koala.recipes.family import assemble
 from koala.recipes.run import Mixture, Student, distill
 from test_data import TOY
+from toy_sources import pictures, write_folder
 
 TINY = Training(samples=8, batch=4, lr=1e-3, ema_half_life=8, log_every=4, preview_every=8)
 
@@ -120,6 +121,22 @@ def test_data_may_lie_elsewhere(base_parts, tmp_path, packages):
     assert all(torch.equal(far[name], value) for name, value in near.items())
     assert card.read(tmp_path / "far/model").trained.data["pictures"] > 0
     remote.rm("/family", recursive=True)
+
+
+def test_pictures_are_encoded_on_line(base_parts, tmp_path, packages):
+    """The same run from latents and from pictures, but for the draws and bf16."""
+    _, base = base_parts
+    source = str(write_folder(tmp_path / "pictures", pictures(8, [(70, 70)])))
+    recipe = replace(recipes.get("sdxl-mini-64"), training=TINY, mixture=Mixture())
+    losses = {}
+    for name, given in (("latents", []), ("pixels", ["--pixels"])):
+        data = tmp_path / name
+        command = ["prepare", source, "--model", str(base), "--out", str(data), *given]
+        assert main([*command, "--size", "64", "--held-out", "0", "--workers", "1"]) == 0
+        distill(recipe, data, tmp_path / f"{name}-run", str(base), "cpu")
+        line = (tmp_path / f"{name}-run" / "stats.jsonl").read_text().splitlines()[0]
+        losses[name] = json.loads(line)["task"]
+    assert losses["pixels"] == pytest.approx(losses["latents"], rel=0.05)
 
 
 def test_what_distill_refuses(base_parts, tmp_path, packages):

@@ -245,6 +245,29 @@ def test_prepared_embeddings_are_taken_as_they_are(
 # --- the frozen side -----------------------------------------------------------------------
 
 
+def test_pictures_are_encoded_as_they_come(base: Path, conditioner: TextConditioner) -> None:
+    """The same noise, timesteps and captions as with latents; the draw is each sample's own."""
+    given = batch()
+    mean, deviation = given["latents"], torch.full_like(given["latents"], 1e-3)
+    seen: list[torch.Tensor] = []
+
+    def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(pixels)
+        return mean, deviation
+
+    task = Denoising(unet("koala", 1), conditioner, SCHEDULE, base, encode=encode)
+    prepared = task.noised(given, seeded())
+    given["pixels"] = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    del given["latents"]
+    noised = task.noised(given, seeded())
+    assert torch.equal(noised.noise, prepared.noise)
+    assert torch.equal(noised.timesteps, prepared.timesteps)
+    assert torch.equal(noised.text, prepared.text)
+    assert 0 < (noised.noisy - prepared.noisy).abs().max() < 6e-3
+    assert torch.equal(noised.noisy, task.noised(given, seeded()).noisy)
+    assert seen[0].shape == (3, 3, 64, 64) and -1 <= seen[0].min() < seen[0].max() <= 1
+
+
 def test_the_teacher_is_frozen_and_no_part_of_the_task(distillation: Make) -> None:
     teacher = unet("sdxl", 2)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}

@@ -18,7 +18,7 @@ from koala import weights
 from koala.conditioning import TextConditioner
 from koala.data.buckets import Size
 from koala.data.captions import Telling
-from koala.data.samples import Dropped, Posterior, Sample
+from koala.data.samples import Dropped, Sample, Stored
 from koala.formats import load_vae, read_json, read_tensors
 
 BATCH_PIXELS = 4 << 20  # that the VAE encodes at once: four pictures at 1024 x 1024
@@ -67,20 +67,47 @@ class Encoded:
     @property
     def group(self) -> tuple[str, str, Size]:
         """What its shard has in common: split, kind, bucket."""
-        height, width = (8 * side for side in next(iter(self.tensors.values())).shape[-2:])
+        factor = 1 if "pixels" in self.tensors else 8
+        height, width = (factor * side for side in next(iter(self.tensors.values())).shape[-2:])
         return self.sample.split, self.sample.kind, (height, width)
 
 
-class Encoder:
+class Moments:
     """A model's VAE on a device, in fp32 on a CPU and under bf16 autocast on anything else."""
 
-    def __init__(
-        self, model: Path, device: str | torch.device, posterior: Posterior, text: bool, seed: int
-    ):
-        """text: whether the captions' embeddings are made too. seed: of the draws."""
+    def __init__(self, model: Path, device: str | torch.device):
         self.device = torch.device(device)
         self.vae = load_vae(model).to(self.device, memory_format=torch.channels_last)
         self.shift, self.scale = (t.to(self.device) for t in normalisation(self.vae.config))
+
+    @torch.inference_mode(False)  # a training learns from what comes of it
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the posterior, float32 [n, 4, h/8, w/8], in the U-Net's units.
+
+        pixels: of one size, as `to_pixels` gives them; a few pictures are encoded at once.
+        """
+        at_once = max(1, BATCH_PIXELS // (pixels.shape[-1] * pixels.shape[-2]))
+        parts = [self._encode(part) for part in pixels.split(at_once)]
+        means, deviations = zip(*parts, strict=True)
+        return torch.cat(means), torch.cat(deviations)
+
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = pixels.to(self.device, memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
+            posterior = self.vae.encode(pixels).latent_dist
+        mean = (posterior.mean.float() - self.shift) * self.scale
+        return mean, posterior.std.float() * self.scale
+
+
+class Encoder:
+    """What becomes of read pictures, with a model's VAE on a device."""
+
+    def __init__(
+        self, model: Path, device: str | torch.device, posterior: Stored, text: bool, seed: int
+    ):
+        """text: whether the captions' embeddings are made too. seed: of the draws."""
+        self.moments = None if posterior == "pixels" else Moments(model, device)
         self.posterior, self.seed = posterior, seed
         self.conditioner = TextConditioner.from_folder(model, device=device) if text else None
 
@@ -114,9 +141,9 @@ class Encoder:
     def _encode(
         self, batch: list[tuple[int, Sample]], telling: Telling
     ) -> Iterator[tuple[int, Encoded | Dropped]]:
-        tensors = self._latents([sample for _, sample in batch])
+        tensors = self._tensors([sample for _, sample in batch])
         for row, (number, sample) in enumerate(batch):
-            own = {name: value[row].bfloat16() for name, value in tensors.items()}
+            own = {name: value[row] for name, value in tensors.items()}
             if not all(value.isfinite().all() for value in own.values()):
                 yield number, Dropped(sample.id, "not finite", "latents of the VAE")
                 continue
@@ -127,21 +154,22 @@ class Encoder:
                 own |= {"text": text[0].bfloat16().cpu(), "pooled": pooled[0].bfloat16().cpu()}
             yield number, Encoded(replace(sample, pixels=_SEEN), own)
 
-    @torch.inference_mode()
-    def _latents(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """float32 [n, 4, h/8, w/8] on the CPU: "mean" and "deviation", or "draw"."""
-        pixels = to_pixels([sample.pixels for sample in samples])
-        pixels = pixels.to(self.device, memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
-            posterior = self.vae.encode(pixels).latent_dist
-        mean = ((posterior.mean.float() - self.shift) * self.scale).cpu()
-        deviation = (posterior.std.float() * self.scale).cpu()
+    def _tensors(self, samples: list[Sample]) -> dict[str, Tensor]:
+        """bfloat16 [n, 4, h/8, w/8] on the CPU: "mean" and "deviation", or "draw".
+
+        Or "pixels", uint8 [n, 3, h, w].
+        """
+        if self.moments is None:
+            pixels = np.stack([sample.pixels for sample in samples])
+            return {"pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
+        found = self.moments(to_pixels([sample.pixels for sample in samples]))
+        mean, deviation = (tensor.cpu() for tensor in found)
         if self.posterior == "moments":
-            return {"mean": mean, "deviation": deviation}
+            return {"mean": mean.bfloat16(), "deviation": deviation.bfloat16()}
         noise = [
             np.random.default_rng((self.seed, sample.digest)).standard_normal(
                 mean.shape[1:], dtype=np.float32
             )
             for sample in samples
         ]
-        return {"draw": mean + deviation * torch.from_numpy(np.stack(noise))}
+        return {"draw": (mean + deviation * torch.from_numpy(np.stack(noise))).bfloat16()}

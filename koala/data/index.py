@@ -185,7 +185,7 @@ class Index:
         return self.fact(shard, row, CAPTION + name)
 
     def tensors(self, shard: int, row: int) -> dict[str, Tensor]:
-        """A sample's tensors, bfloat16, without the shard's axis, read from the shard's file.
+        """A sample's tensors as they are stored, without the shard's axis, read from its file.
 
         `Failure` where the shard is gone or its latents are not finite.
         """

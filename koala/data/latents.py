@@ -89,6 +89,11 @@ class LatentSet:
         self._coming: OrderedDict[Wanted, Future[dict[str, Any]]] = OrderedDict()
 
     @property
+    def pictures(self) -> bool:
+        """Whether the folder holds pictures, to be encoded by the training, and no latents."""
+        return self.index.made_with["encoder"] is None
+
+    @property
     def epoch_length(self) -> int:
         """Samples of an epoch, copies counted."""
         return self.order.epoch_length
@@ -100,9 +105,9 @@ class LatentSet:
         shares of all ranks, side by side, are the batch of one.
 
         Returns:
-            "latents": float32 [n, 4, h/8, w/8], n = count / world; "captions": n strings;
-            "time_ids": float32 [n, 6]; and "text" [n, t, d] and "pooled" [n, p], float32, where
-            the folder holds embeddings.
+            "latents": float32 [n, 4, h/8, w/8], n = count / world, or where the folder holds
+            pictures "pixels": uint8 [n, 3, h, w]; "captions": n strings; "time_ids": float32
+            [n, 6]; and "text" [n, t, d] and "pooled" [n, p], float32, where it holds embeddings.
 
         Raises:
             Failure: a shard is gone, or a latent is not finite.
@@ -140,11 +145,14 @@ class LatentSet:
         share = count // world
         self._foretell(first // count, count, rank, world)
         places = self._places(first // count, count, rank, world)
-        latents, text, captions, sizes = [], [], [], []
+        pictures, latents, text, captions, sizes = [], [], [], [], []
         for number, (shard, row) in enumerate(places, first + rank * share):
             rng = np.random.default_rng((self.seed, 3, number))
             tensors = self.index.tensors(shard, row)
-            latents.append(self._latents(tensors, rng))
+            if "pixels" in tensors:
+                pictures.append(tensors["pixels"])
+            else:
+                latents.append(self._latents(tensors, rng))
             captions.append(self._caption(shard, row, rng))
             if "text" in tensors:
                 text.append((tensors["text"].float(), tensors["pooled"].float()))
@@ -152,7 +160,8 @@ class LatentSet:
             sizes.append(tuple(facts))
         target = self.index.bucket(places[0][0])
         batch = {
-            "latents": torch.stack(latents),
+            **({"pixels": torch.stack(pictures)} if pictures else {}),
+            **({"latents": torch.stack(latents)} if latents else {}),
             "captions": captions,
             "time_ids": time_ids(
                 [s[:2] for s in sizes], [s[2:] for s in sizes], [target] * len(sizes)
@@ -191,7 +200,7 @@ class LatentSet:
 
     def _check_made(self, model: Path, size: int | None) -> None:
         made, folder = self.index.made_with, self.index.files.folder
-        if (own := encoder_hash(model)) != made["encoder"]:
+        if not self.pictures and (own := encoder_hash(model)) != made["encoder"]:
             raise UserError(
                 f"{folder} holds latents of another VAE ({made['encoder']}, this model's is "
                 f"{own}); prepare into another folder with --model {model}"

@@ -48,7 +48,9 @@ def prepare_latents(
     workers = workers or own_cores()
     with pool_of(workers) as pool:
         plan = plan_of(source, out, preparation.unit, pool)
-        made_with = {"encoder": encoder_hash(model), "source": source.name, **asdict(preparation)}
+        own = preparation.posterior != "pixels"  # which any VAE may encode
+        encoder_name = encoder_hash(model) if own else None
+        made_with = {"encoder": encoder_name, "source": source.name, **asdict(preparation)}
         _claim(out, made_with)
         mine = range(rank, plan.units, world)
         todo = [unit for unit in mine if not unit_file(out, unit).exists()]

@@ -20,7 +20,7 @@ from koala.data.items import SCORES, Item, Source
 from koala.errors import UserError
 
 PAPER = (255, 255, 255)  # what lies under transparent pictures
-Posterior = Literal["moments", "draw"]
+Stored = Literal["moments", "draw", "pixels"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Preparation:
     captions: tuple[str, ...] = ()  # fields, or fields joined by "+"; one column each
     filters: Filters = Filters()
     upscale: bool = False  # whether pictures smaller than their bucket are enlarged
-    posterior: Posterior = "moments"  # mean and deviation, or one draw: half the bytes
+    # The posterior's mean and deviation; one draw from it, half the bytes; or the cropped pictures,
+    # twelve times the bytes, which a training encodes itself.
+    posterior: Stored = "moments"
     text: bool = False  # whether the captions' embeddings are stored
     long_captions: str | None = None  # how stored embeddings tell them; None: by sentences
     held_out: float = 0.002  # share of the pictures that becomes the split "test"

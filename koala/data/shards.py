@@ -9,7 +9,8 @@
 
 Tensors of a shard, bfloat16, n samples of h x w pixels: `mean` and `deviation` of the VAE's
 posterior, or one `draw`, each [n, 4, h/8, w/8] in the units that the U-Net sees; `text` [n, t, d]
-and `pooled` [n, p] where embeddings were asked for.
+and `pooled` [n, p] where embeddings were asked for. Or, in the place of latents, `pixels`: uint8
+[n, 3, h, w].
 """
 
 import json
@@ -161,7 +162,8 @@ def _write_shard(path: Path, rows: list["Encoded"]) -> None:
         return whole.view(torch.uint8).numpy().tobytes()
 
     shapes = {
-        name: ("BF16", (len(rows), *tensor.shape)) for name, tensor in rows[0].tensors.items()
+        name: ("U8" if name == "pixels" else "BF16", (len(rows), *tensor.shape))
+        for name, tensor in rows[0].tensors.items()
     }
     weights.write(path, shapes, stacked)
 

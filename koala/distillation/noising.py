@@ -4,7 +4,7 @@ Every draw belongs to one sample and comes from a generator that (seed, the samp
 give. So a sample meets the same noise, timestep and fate of its caption however its batch is
 divided over processes and parts, and each process draws only what it needs.
 
-Shapes: n samples, c latent channels, h x w latent pixels.
+Shapes: n samples, c latent channels, h x w latent pixels, L tokens, D text width, P pooled width.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from koala.errors import UserError
 
@@ -95,3 +95,27 @@ def draw_noise(shape: Sequence[int], steps: int, generators: Sequence[torch.Gene
         for generator in generators
     ]
     return Draws(*(torch.stack(column) for column in zip(*each, strict=True)))
+
+
+class Noised(NamedTuple):
+    """A batch as a U-Net takes it, with the noise that it has to find."""
+
+    noisy: Tensor  # z_t, fp32 [n, 4, h, w]
+    noise: Tensor  # eps, fp32 [n, 4, h, w]
+    timesteps: Tensor  # t, int64 [n]
+    text: Tensor  # [n, L, D]
+    pooled: Tensor  # [n, P]
+    time_ids: Tensor  # fp32 [n, 6]
+
+
+def predict(unet: nn.Module, batch: Noised, dtype: torch.dtype) -> Tensor:
+    """The U-Net's prediction of eps, fp32 [n,4,h,w]; its inputs are given in `dtype`."""
+    return unet(
+        batch.noisy.to(dtype),
+        batch.timesteps,
+        encoder_hidden_states=batch.text.to(dtype),
+        added_cond_kwargs={
+            "text_embeds": batch.pooled.to(dtype),
+            "time_ids": batch.time_ids.to(dtype),
+        },
+    ).sample.float()

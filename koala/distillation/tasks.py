@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -31,38 +31,17 @@ from torch import Tensor, nn
 from koala import card
 from koala.compression import DEPTH_RULES
 from koala.conditioning import TextConditioner
-from koala.distillation.noising import NoiseSchedule, draw_noise
+from koala.distillation.noising import Noised, NoiseSchedule, draw_noise, predict
 from koala.distillation.taps import PAPER_TAPS, Features, Tap, paired_points, tap_points
 from koala.errors import UserError
 
 # Draws one sheet: (U-Net, prompts, seed) -> picture, or None where nothing can be drawn.
 Draw = Callable[[nn.Module, Sequence[str], int], Image.Image | None]
+# The VAE: fp32 pictures [n, 3, 8h, 8w] in [-1, 1] to mean and deviation of the posterior, fp32
+# [n, 4, h, w] in the U-Net's units.
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 PREVIEW_SEED = 0  # the same noise in every preview, so that sheets of a run can be compared
-
-
-class Noised(NamedTuple):
-    """A batch as a U-Net takes it, with the noise that it has to find."""
-
-    noisy: Tensor  # z_t, fp32 [n, 4, h, w]
-    noise: Tensor  # eps, fp32 [n, 4, h, w]
-    timesteps: Tensor  # t, int64 [n]
-    text: Tensor  # [n, L, D]
-    pooled: Tensor  # [n, P]
-    time_ids: Tensor  # fp32 [n, 6]
-
-
-def predict(unet: nn.Module, batch: Noised, dtype: torch.dtype) -> Tensor:
-    """The U-Net's prediction of eps, fp32 [n,4,h,w]; its inputs are given in `dtype`."""
-    return unet(
-        batch.noisy.to(dtype),
-        batch.timesteps,
-        encoder_hidden_states=batch.text.to(dtype),
-        added_cond_kwargs={
-            "text_embeds": batch.pooled.to(dtype),
-            "time_ids": batch.time_ids.to(dtype),
-        },
-    ).sample.float()
 
 
 def squared_error(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -89,6 +68,7 @@ class Denoising(nn.Module):
       for an empty negative prompt, so that guidance works; 0 to 1, else UserError.
     min_snr: gamma of `NoiseSchedule.min_snr_weights`, or None: all timesteps count alike.
     draw, prompts: how and what `preview` draws; without `draw` there is no preview.
+    encode: the VAE, where batches bring pictures and no latents.
     """
 
     def __init__(
@@ -102,6 +82,7 @@ class Denoising(nn.Module):
         min_snr: float | None = None,
         draw: Draw | None = None,
         prompts: Sequence[str] = (),
+        encode: Encode | None = None,
     ) -> None:
         super().__init__()
         _check_dropout(caption_dropout)
@@ -117,6 +98,7 @@ class Denoising(nn.Module):
         self.min_snr = min_snr
         self.prompts = tuple(prompts)
         self._draw = draw
+        self._encode = encode
         # No submodules, these: they have no place in state dicts or in .train().
         self._apart: dict[str, Any] = {"conditioner": conditioner, "called": unet}
 
@@ -142,11 +124,15 @@ class Denoising(nn.Module):
         """Draws eps, t and the dropped captions of each sample from its own generator.
 
         batch: {"latents": float [n,4,h,w] scaled as the U-Net sees them, "captions": n strings,
-        "time_ids": float [n,6]}, and where they are prepared "text" [n,L,D] and "pooled" [n,P].
-        generators: n, on the CPU (`koala.distillation.noising`).
+        "time_ids": float [n,6]}, and where they are prepared "text" [n,L,D] and "pooled" [n,P];
+        instead of latents "pixels": uint8 [n,3,8h,8w], which are encoded here, a draw from the
+        posterior each. generators: n, on the CPU (`koala.distillation.noising`).
         """
-        latents = batch["latents"].to(self.device, torch.float32)
+        latents, deviation = self._moments(batch)
         drawn = draw_noise(latents.shape, self.schedule.steps, generators)
+        if deviation is not None:
+            own = [torch.randn(latents.shape[1:], generator=g) for g in generators]
+            latents = latents + deviation * torch.stack(own).to(self.device)
         noise, timesteps = drawn.noise.to(self.device), drawn.timesteps.to(self.device)
         text, pooled = self._condition(batch)
         kept = (drawn.share >= self.caption_dropout).to(self.device)  # the others get zeros
@@ -158,6 +144,14 @@ class Denoising(nn.Module):
             pooled=pooled * kept[:, None],
             time_ids=batch["time_ids"].to(self.device, torch.float32),
         )
+
+    @torch.no_grad()
+    def _moments(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The latents and None; or of pictures, mean and deviation of their posterior."""
+        if "pixels" not in batch:
+            return batch["latents"].to(self.device, torch.float32), None
+        assert self._encode is not None, "pictures need a VAE"
+        return self._encode(batch["pixels"].to(self.device).float() / 127.5 - 1)
 
     @torch.no_grad()
     def _condition(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -311,6 +305,7 @@ class Distillation(Denoising):
         *,
         draw: Draw | None = None,
         prompts: Sequence[str] = (),
+        encode: Encode | None = None,
     ) -> None:
         assert student is not teacher, "the teacher must be a model of its own"
         super().__init__(
@@ -322,6 +317,7 @@ class Distillation(Denoising):
             min_snr=settings.min_snr,
             draw=draw,
             prompts=prompts,
+            encode=encode,
         )
         self.settings = settings
         points = tap_points(student, settings.taps)

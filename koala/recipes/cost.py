@@ -1,7 +1,8 @@
 """What a run will cost, told before it is begun: `koala distill RECIPE --dry-run`.
 
 FLOP of a sample are counted from the architectures: the teacher's forward and three times the
-student's (a backward pass is two forwards' work), four times where activations are computed again.
+student's (a backward pass is two forwards' work), four times where activations are computed again;
+and the VAE's, where the data are pictures that the training encodes.
 Memory is `koala.recipes.memory`'s. Time follows from a rate of the device: that of a named card,
 at an assumed share of its peak, or one measured here (`koala.recipes.trial`).
 """
@@ -14,6 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+
 from koala import architectures
 from koala.architectures import FACTOR, UNetArchitecture, student_of
 from koala.data.index import Index
@@ -23,17 +28,19 @@ from koala.errors import UserError
 from koala.formats import (
     BUNDLED,
     bundled_names,
+    read_json,
     read_tensors,
     resolve_model,
     unet_architecture,
 )
-from koala.recipes.memory import Plan, blank_unet, device_memory, main_memory
+from koala.recipes.memory import META, Plan, blank_unet, device_memory, main_memory
 from koala.recipes.run import MEMO, Recipe, Student, Teacher
 from koala.recipes.trial import assumed, measured
 
 MINI = architectures.get("sdxl-mini")
 SDXL_TEXT = 123_060_480 + 694_659_840  # parameters of its two text encoders
 SDXL_VAE = 83_653_863
+ENCODE = 4.65e6  # FLOP that its encoder takes for a pixel, at 1024 x 1024; 8 % fewer at 512 x 512
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,8 @@ def estimate(
     frozen = _frozen(teacher, plan)
     memory = device_memory(plan) | _beside(frozen, on_gpu, made_with.get("text", False))
     speed = known or measured(plan, here, sum(memory.values()), again + flops)
+    if made_with.get("posterior") == "pixels":
+        flops += _encoding(teacher, plan)
     rate = processes * speed.flops / (again + flops)
     seconds = recipe.training.samples / rate
     return Estimate(
@@ -186,11 +195,26 @@ def _folder(teacher: str | None) -> Path | None:
     return resolve_model(teacher) if teacher is not None and here else None
 
 
+def _small_parts(teacher: str | None, plan: Plan) -> Path | None:
+    """A folder with the VAE and the text encoders of the run; None where they are SDXL's own."""
+    of_the_family = plan.student.context == MINI.context
+    return _folder(teacher) or (BUNDLED / "koala-mini" if of_the_family else None)
+
+
+def _encoding(teacher: str | None, plan: Plan) -> int:
+    """FLOP of a picture's way through the VAE, where pictures are prepared and no latents."""
+    folder = _small_parts(teacher, plan)
+    if folder is None:
+        return int(ENCODE * plan.pixels**2)
+    with META, FlopCounterMode(display=False) as counter:
+        vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
+        vae.encode(torch.empty(1, 3, plan.pixels, plan.pixels))
+    return counter.get_total_flops()
+
+
 def _frozen(teacher: str | None, plan: Plan) -> dict[str, int]:
     """Parameters of what is not trained, by part."""
-    folder = _folder(teacher)
-    if folder is None and plan.student.context == MINI.context:
-        folder = BUNDLED / "koala-mini"
+    folder = _small_parts(teacher, plan)
     parts = {"text encoders": SDXL_TEXT, "VAE": SDXL_VAE}
     if folder is not None:
         stored = {

@@ -14,14 +14,16 @@ from diffusers import UNet2DConditionModel
 from koala import architectures, card, recipes
 from koala.compression import compress
 from koala.conditioning import TextConditioner
+from koala.data.encoding import Moments
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of
 from koala.distillation import checkpoint
 from koala.distillation.loop import train
+from koala.distillation.noising import NoiseSchedule
 from koala.distillation.parallel import World, joined, lay_out
 from koala.distillation.settings import PLAIN, Hardware, Training
 from koala.distillation.speed import unet_flops
-from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, NoiseSchedule
+from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, Encode
 from koala.errors import UserError
 from koala.formats import (
     load_scheduler_config,
@@ -181,10 +183,11 @@ def _run(
         if isinstance(recipe, Student) and world.first and not start.exists():
             compress(teacher, recipe.cut, start, "fp32", recipe.settings.depth_rule)
     conditioner = _conditioner(source, world.device, latents)
+    encode = Moments(source, world.device) if latents.pictures else None
     task = (
-        _teaching(recipe, source, conditioner, world.device)
+        _teaching(recipe, source, conditioner, world.device, encode)
         if isinstance(recipe, Teacher)
-        else _distilling(recipe, source, start, conditioner, world.device)
+        else _distilling(recipe, source, start, conditioner, world.device, encode)
     )
     layout = lay_out(task, recipe.hardware, world)
     claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
@@ -266,7 +269,11 @@ def _conditioner(model: Path, device: torch.device, latents: LatentSet) -> TextC
 
 
 def _teaching(
-    recipe: Teacher, base: Path, conditioner: TextConditioner, device: torch.device
+    recipe: Teacher,
+    base: Path,
+    conditioner: TextConditioner,
+    device: torch.device,
+    encode: Encode | None,
 ) -> Denoising:
     torch.manual_seed(recipe.training.seed)
     arch = architectures.get(recipe.architecture)
@@ -288,11 +295,17 @@ def _teaching(
         min_snr=recipe.min_snr,
         draw=drawing(base, conditioner, device),
         prompts=MINI_PROMPTS,
+        encode=encode,
     )
 
 
 def _distilling(
-    recipe: Student, teacher: Path, start: Path, conditioner: TextConditioner, device: torch.device
+    recipe: Student,
+    teacher: Path,
+    start: Path,
+    conditioner: TextConditioner,
+    device: torch.device,
+    encode: Encode | None,
 ) -> Distillation:
     """The student is the teacher, cut: `start`, which stays as it was before distillation."""
     return Distillation(
@@ -304,4 +317,5 @@ def _distilling(
         start,
         draw=drawing(teacher, conditioner, device),
         prompts=recipe.prompts,
+        encode=encode,
     )

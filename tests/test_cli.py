@@ -112,12 +112,34 @@ def test_a_long_prompt_is_read_to_its_end(toy_sdxl, tmp_path):
         (["generate", "a fox", "--steps", "0"], "steps"),
         (["generate", "a fox", "--steps", "many"], "many"),
         (["generate", "a fox", "--out", "/proc/nowhere"], "cannot write"),
+        (["generate", "a\x1bfox"], "U+001B"),
+        (["generate", "a fox", "-n", "1000000"], "1 to 10,000"),
+        (["generate", "a fox", "--vram", "0.001"], "the smallest that works is"),
+        (["generate", "a fox", "--weights", "fp16", "--device", "cpu"], "float16"),
+        (["generate", "a fox", "--backend", "abacus"], "abacus"),
+        (["generate", "a fox", "--graphs", "--device", "cpu"], "CUDA graphs"),
         (["generate", "a fox", "--device", "abacus"], "abacus"),
     ],
 )
 def test_generate_refuses(given, said, toy_sdxl, tmp_path, capsys):
     where = [] if "--out" in given else ["--out", str(tmp_path / "out")]
     assert said in refused(capsys, *given, "--model", str(toy_sdxl), *where)
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_refuses_pictures(toy_sdxl, tmp_path, capsys):
+    """A mask of another size, a strength out of its range, and a bomb."""
+    out = ["--model", str(toy_sdxl), "--out", str(tmp_path / "out")]
+    picture, mask, bomb = (str(tmp_path / name) for name in ("a.png", "mask.png", "bomb.png"))
+    Image.new("RGB", (64, 64)).save(picture)
+    Image.new("L", (64, 48), "white").save(mask)
+    Image.new("1", (20_000, 20_000)).save(bomb)
+    for given, said in (
+        (["--image", picture, "--mask", mask], "the mask is 64x48, its picture 64x64"),
+        (["--image", picture, "--strength", "1.5"], "strength is 1.5"),
+        (["--image", bomb], "400000000 pixels) exceeds limit"),
+    ):
+        assert said in refused(capsys, "generate", "a fox", *given, *out)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,14 +1,18 @@
 """The pages' commands, run in order at toy size: what a reader is told to type works."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from torch.distributed.run import get_args_parser as torchrun
 
 from koala import architectures, recipes
 from koala.cli import main
@@ -16,14 +20,16 @@ from koala.conversion import convert
 from koala.formats import BUNDLED
 from koala.lora.names import base_named
 from toy_lora import toy_lora
+from toy_sources import pictures, write_yepop
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def commands_of(page: str) -> list[list[str]]:
-    """The arguments of every command on the page, in order."""
+def commands_of(page: str, program: bool = False) -> list[list[str]]:
+    """The arguments of every command on the page, in order; after the `program` they are given."""
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-    return [shlex.split(line)[1:] for line in "".join(blocks).replace("\\\n", " ").splitlines()]
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[0 if program else 1 :] for line in lines]
 
 
 @pytest.fixture
@@ -56,3 +62,48 @@ def test_your_own_sdxl(desk, capsys):
     (picture,) = (desk / "pictures").glob("*.png")
     with Image.open(picture) as image:
         assert "<lora:my-style:0.8>" in image.info["parameters"]
+
+
+def test_training(toy_sdxl, tmp_path, monkeypatch, capsys):
+    """Every command of docs/training.md, with a toy teacher and few samples in the paper's run."""
+    monkeypatch.chdir(tmp_path)
+    write_yepop(tmp_path / "ye-pop", pictures(24, [(70, 70)]))
+    small = [
+        "training.samples=8", "training.batch=4", "training.validate_every=8", "pixels=64",
+        "hardware.compile=", "hardware.accumulate=2", "prompts=a fox",
+    ]  # fmt: skip
+    seen = []
+    for command in commands_of("training.md", program=True):
+        if command[0] == "pip":
+            continue
+        program, *given = [part.replace("path/to/ye-pop", "ye-pop") for part in command]
+        seen.append(" ".join(command[:2]))
+        if "prepare" in given:
+            given[given.index("--model") + 1] = str(toy_sdxl)
+            given += ["--size", "64", "--held-out", "0.3", "--workers", "1"]
+        elif "--dry-run" not in given:
+            wanted = [part for part in small if not part.startswith(names_set(given))]
+            given += [] if "--set" in given else ["--set"]
+            given += [*wanted, "--teacher", str(toy_sdxl)]
+            given = [part.replace("training.batch=64", "training.batch=4") for part in given]
+            given[given.index("--out") + 1] += str(len(seen))  # a run of its own
+        if program == "koala":
+            assert main(given) == 0, (command, capsys.readouterr().err)
+        elif "--nnodes" in given:  # one machine cannot play eight
+            assert torchrun().parse_args(given).training_script == "koala"
+        else:
+            given[given.index("4")] = "2"
+            done = [sys.executable, "-m", "torch.distributed.run", "--standalone", *given]
+            subprocess.run(done, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert seen.count("koala distill") == 3 and len(seen) == 6
+    models = {path.parent.name for path in tmp_path.glob("runs/*/model")}
+    assert models == {"koala3", "koala4", "sa-normalised6"}
+    assert (tmp_path / "runs/koala4/validation.jsonl").is_file()
+
+
+def names_set(given: list[str]) -> tuple[str, ...]:
+    """The settings that a command replaces itself, "" where there are none."""
+    if "--set" not in given:
+        return ()
+    after = given[given.index("--set") + 1 :]
+    return tuple(f"{part.partition('=')[0]}=" for part in after)

@@ -30,7 +30,7 @@ from fsspec.spec import AbstractFileSystem
 from PIL import Image
 
 from koala import weights
-from koala.data import latents
+from koala.data import near
 from koala.data.buckets import buckets
 from koala.data.encoding import encoder_hash
 from koala.data.items import Item
@@ -209,8 +209,8 @@ def remote(batches: int = 800, faster: float = 5.0) -> dict[str, Any]:
     figures: dict[str, Any] = {"faster": faster, "batches": batches, "wanted_per_s": 192}
     with tempfile.TemporaryDirectory() as scratch:
         make(Path(scratch) / "data", 64 * UNIT, 1024, (4, 8, 8))
-        for way, ahead in (("ahead", latents.FAR_AHEAD), ("when wanted", 1)):
-            latents.FAR_AHEAD = ahead
+        for way, ahead in (("ahead", near.FAR_AHEAD), ("when wanted", 1)):
+            near.FAR_AHEAD = ahead
             data, before, waits = LatentSet(f"slow://{scratch}/data", MODEL, window=16), 0.0, []
             SlowFiles.fetched = 0
             for n in range(batches):

@@ -6,7 +6,10 @@ follows from the architectures, the size of a prepared sample and the assumption
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from koala import architectures, recipes
+from koala.data.order import WINDOW, Order
 from koala.recipes.cards import CARDS, SHARE
 
 CARD = "h100"
@@ -15,10 +18,10 @@ PER_NODE = 8  # GPUs
 # NVLink (an H100's 450 one way), between nodes eight cards of 400 Gbit/s, or one of 100.
 NVLINK, FAST, SLOW = 450.0, 8 * 400 / 8, 100 / 8
 SAMPLE = 2 * 2 * 4 * 128 * 128  # bytes: mean and deviation in bf16, 4 x 128 x 128
-SHARD_ROWS = 4096 / 41  # a unit of the preparation over SDXL's buckets
+SHARD_ROWS = 4096 // 41  # a unit of the preparation over SDXL's buckets
 HEAD = (
     "GPUs", "batch", "samples a GPU", "computing", "gradients sent a GPU", "by 8 x 400 Gbit/s",
-    "by 1 x 100 Gbit/s", "samples/s", "read", "shards opened",
+    "by 1 x 100 Gbit/s", "samples/s", "read", "processes a shard", "shards read whole",
 )  # fmt: skip
 
 
@@ -53,11 +56,23 @@ def step(gpus: int) -> Step:
     return Step(gpus, batch, computing, sent, sent / fast / 1e9, sent / slow / 1e9)
 
 
+def sharing(gpus: int, batch: int) -> float:
+    """How many of the processes meet a shard, on the average: a window of shards is shared out."""
+    order = Order(np.arange(WINDOW), np.full(WINDOW, SHARD_ROWS), np.zeros(WINDOW, int), seed=0)
+    met: list[set[int]] = [set() for _ in range(gpus)]
+    for number in range(WINDOW * SHARD_ROWS // batch):
+        places = order.batch(number, batch)
+        for rank in range(gpus):
+            own = places[rank * batch // gpus : (rank + 1) * batch // gpus]
+            met[rank].update(shard for shard, _ in own)
+    return sum(map(len, met)) / WINDOW
+
+
 def table() -> str:
     """The steps as a Markdown table."""
     lines = [HEAD, ("---:",) * len(HEAD)]
     for s in map(step, (8, 64, 512)):
-        rate = s.samples_per_second(s.fast)
+        rate, met = s.samples_per_second(s.fast), sharing(s.gpus, s.batch)
         lines.append(
             (
                 f"{s.gpus}",
@@ -70,7 +85,8 @@ def table() -> str:
                 f"{rate:,.0f}; {s.samples_per_second(s.slow):,.0f}" if s.gpus > PER_NODE
                 else f"{rate:,.0f}",
                 f"{rate * SAMPLE / 2**20:,.0f} MiB/s",
-                f"{rate / SHARD_ROWS:,.1f}/s",
+                f"{met:.1f}",
+                f"{rate / SHARD_ROWS * met:,.0f}/s",
             )
         )  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

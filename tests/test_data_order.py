@@ -72,6 +72,19 @@ def test_windows_mix_shards_and_epochs_differ():
     assert np.mean(mixed) > 7.5
 
 
+def test_a_bucket_leaves_a_window_for_good():
+    order = order_of([(7, b, 1) for b in (0, 1, 0, 1, 1, 0, 0)], window=2)
+    by_bucket: dict[int, list] = {}
+    for number in range(60):
+        windows = order.windows(number, 5)
+        shards = {shard for shard, _ in order.batch(number, 5)}
+        for bucket, epoch, window in windows:
+            assert shards & {*order._windows(bucket, epoch, window)[0].tolist()}
+        by_bucket.setdefault(windows[0][0], []).extend(windows)
+    for seen in by_bucket.values():
+        assert seen == sorted(seen) and len({*seen}) > 4
+
+
 def test_the_simple_order_shows_everything_once_an_epoch():
     order = shuffled(10, 0, 30, seed=1)
     assert [sorted(order[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3

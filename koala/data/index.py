@@ -3,13 +3,12 @@
 Nothing here grows with the number of samples: the index stays on disk (memory-mapped), and the
 shard table has a line for some hundred samples. A remote folder (any URL that fsspec knows, such
 as s3://bucket/data) has its tables copied at the start, and its shards, whole, in the background
-before they are wanted; the latest stay on disk.
+before they are wanted, and removed when they are told to be.
 """
 
 import json
 import os
 import tempfile
-from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -42,13 +41,12 @@ FETCHERS = 8  # shards of a remote folder that are fetched at once
 
 
 class Files:
-    """A folder's files under local names; those of a remote one are fetched, the latest kept."""
+    """A folder's files under local names; those of a remote one are fetched."""
 
     def __init__(self, folder: str | Path):
         self.folder = str(folder).rstrip("/")
         self._fs, self._root = fsspec.url_to_fs(self.folder)
-        self.keep = 1024  # fetched shards that stay on disk
-        self._fetched: OrderedDict[str, Future[Path]] = OrderedDict()
+        self._fetched: dict[str, Future[Path]] = {}
         self.remote = not isinstance(self._fs, LocalFileSystem)
         if self.remote:
             self._scratch = tempfile.TemporaryDirectory(prefix="koala-data-")
@@ -79,6 +77,12 @@ class Files:
         """Says which shards will be wanted, in what order: remote ones are fetched meanwhile."""
         for name in names if self.remote else ():
             self._coming(name)
+
+    def forget(self, name: str) -> None:
+        """Removes what was fetched of a shard."""
+        if (coming := self._fetched.pop(name, None)) is not None:
+            coming.cancel()
+            coming.add_done_callback(_remove)
 
     def names(self, folder: str) -> Iterable[str]:
         """Names of the files in one of its folders; none where it has no such folder."""
@@ -111,13 +115,10 @@ class Files:
         return there
 
     def _coming(self, name: str) -> Future[Path]:
-        """The fetching of a shard, begun if it is not there; the one wanted longest ago may go."""
-        coming = self._fetched.pop(name, None)
+        """The fetching of a shard, begun if it is not there."""
+        coming = self._fetched.get(name)
         if coming is None or (coming.done() and coming.exception()):
-            coming = self._fetchers.submit(self._fetch, name)
-        self._fetched[name] = coming
-        while len(self._fetched) > self.keep:
-            self._fetched.popitem(last=False)[1].add_done_callback(_remove)
+            coming = self._fetched[name] = self._fetchers.submit(self._fetch, name)
         return coming
 
 

@@ -17,13 +17,11 @@ from koala.conditioning import time_ids
 from koala.data.captions import Telling
 from koala.data.encoding import encoder_hash
 from koala.data.index import Index
+from koala.data.near import Near, Part
 from koala.data.order import WINDOW, Order
 from koala.errors import UserError
 
 AHEAD = 4  # batches that are read before they are asked for
-# Batches whose shards are fetched before that from a remote folder. Every bucket begins a window
-# of shards now and then, and wants nearly all of them at once.
-FAR_AHEAD = 64
 
 Wanted = tuple[int, int, int, int]  # first, count, rank, world
 
@@ -60,7 +58,7 @@ class LatentSet:
             size: pixels that the training wants (side of the square bucket); None takes any.
             long_captions: how a caption that is too long is told, see `koala.data.captions`.
             window: shards whose samples are shuffled together, see `koala.data.order`. Of a remote
-                folder so many of every bucket, and some that come next, are on this disk.
+                folder these are on this disk, for every bucket, and some that come next.
 
         Raises:
             UserError: the folder is not whole, of another VAE or size, or has no such samples.
@@ -81,9 +79,8 @@ class LatentSet:
         pairs = np.stack([self.index.height[shards], self.index.width[shards]])
         _, buckets = np.unique(pairs, axis=1, return_inverse=True)
         self.order = Order(shards, self.index.rows[shards], buckets.reshape(-1), seed, window)
-        self.index.files.keep = window * (len(self.order.sizes) + 4)
         self.seed = seed
-        self._foretold = range(0)  # batches whose shards are named already
+        self._near = Near(self.index, self.order)
         self._telling = Telling.of(model, long_captions)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="latents")
         self._coming: OrderedDict[Wanted, Future[dict[str, Any]]] = OrderedDict()
@@ -121,21 +118,6 @@ class LatentSet:
                 self._coming[key] = self._reader.submit(self._read, *key)
         return self._coming.pop(wanted[0]).result()
 
-    def _places(self, number: int, count: int, rank: int, world: int) -> list[tuple[int, int]]:
-        """Shard and row of each sample of a rank's share of a batch."""
-        share = count // world
-        return self.order.batch(number, count)[rank * share : (rank + 1) * share]
-
-    def _foretell(self, number: int, *share: int) -> None:
-        """Names the shards of the batches from `number` on, as far as they are not named yet."""
-        if not self.index.files.remote:
-            return
-        begin = self._foretold.stop if number in self._foretold else number
-        self._foretold = range(number, number + FAR_AHEAD)
-        for coming in range(begin, number + FAR_AHEAD):
-            shards = dict.fromkeys(shard for shard, _ in self._places(coming, *share))
-            self.index.files.foretell(map(self.index.name, shards))
-
     def close(self) -> None:
         """Ends the reading ahead, and removes what was fetched from a remote folder."""
         self._reader.shutdown(cancel_futures=True)
@@ -143,8 +125,9 @@ class LatentSet:
 
     def _read(self, first: int, count: int, rank: int, world: int) -> dict[str, Any]:
         share = count // world
-        self._foretell(first // count, count, rank, world)
-        places = self._places(first // count, count, rank, world)
+        part = Part(count, rank, world)
+        self._near.reach(first // count, part)
+        places = part.of(self.order.batch(first // count, count))
         pictures, latents, text, captions, sizes = [], [], [], [], []
         for number, (shard, row) in enumerate(places, first + rank * share):
             rng = np.random.default_rng((self.seed, 3, number))

@@ -61,11 +61,36 @@ class Order:
 
     def batch(self, number: int, size: int) -> list[tuple[int, int]]:
         """(shard, row) of each sample of a batch, all of one bucket."""
+        return self._stretch(*self._place_of(number, size), size)
+
+    def windows(self, number: int, size: int) -> list[tuple[int, int, int]]:
+        """(bucket, epoch, window) of each window that a batch takes samples from, in their order.
+
+        A bucket's windows come one after the other, and none comes again.
+        """
+        bucket, first = self._place_of(number, size)
+        found, at = [], first
+        while at < first + size:
+            epoch, place = divmod(at, int(self.sizes[bucket]))
+            window, end = self._window_at(bucket, epoch, place)
+            found.append((bucket, epoch, window))
+            at += end - place
+        return found
+
+    def _place_of(self, number: int, size: int) -> tuple[int, int]:
+        """A batch's bucket, and the sample of the bucket's stream that it begins with."""
         epoch, start = self._epoch_of(number, size)
         labels, ordinals = self._labels(epoch, size)
         bucket = int(labels[number - start])
         first = (self._given(epoch, size)[bucket] + int(ordinals[number - start])) * size
-        return self._stretch(bucket, int(first), size)
+        return bucket, int(first)
+
+    def _window_at(self, bucket: int, epoch: int, place: int) -> tuple[int, int]:
+        """The window of a sample of a bucket's epoch, and the sample that it ends before."""
+        starts = self._epochs(bucket, epoch)[2]
+        window = int(np.searchsorted(starts, place, "right")) - 1
+        last = window + 1 == len(starts)
+        return window, int(self.sizes[bucket] if last else starts[window + 1])
 
     def _given(self, epochs: int, size: int) -> np.ndarray:
         """int [buckets]: batches that each bucket has given after so many epochs."""
@@ -94,10 +119,9 @@ class Order:
         found: list[tuple[int, int]] = []
         while len(found) < count:
             epoch, place = divmod(first + len(found), int(self.sizes[bucket]))
-            starts = self._epochs(bucket, epoch)[2]
-            window = int(np.searchsorted(starts, place, "right")) - 1
+            window, end = self._window_at(bucket, epoch, place)
             shards, rows = self._windows(bucket, epoch, window)
-            low = place - int(starts[window])
+            low = place - (end - len(shards))
             high = low + count - len(found)
             found += sorted(zip(shards[low:high].tolist(), rows[low:high].tolist(), strict=True))
         return found

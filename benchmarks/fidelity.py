@@ -27,8 +27,8 @@ from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.judge import Judge
 from koala.evaluation.report import Yardstick, choose, hardware, yardstick_of
 from koala.formats import resolve_model
-from koala.generation import openvino
 from koala.generation.arrangement import load_within
+from koala.generation.backends import equip
 from koala.generation.decode import TINY
 from koala.generation.pipeline import Pipeline, load
 from koala.output import new_folder
@@ -38,7 +38,6 @@ from koala.sentence import SentenceEncoder
 EXACT = "fp32"
 MOST_LOST = 0.02  # of R@5
 CHUNK = 32  # prompts at a time
-CALIBRATION = "a fox, noto style", "two green apples on a light blue background"
 
 
 def _say(line: str) -> None:
@@ -49,15 +48,10 @@ def _planned(**asked: Any) -> Callable[[str, str], Pipeline]:
     return lambda model, device: load_within(model, device, say=_say, **asked)[0]
 
 
-def _openvino(precision: str) -> Callable[[str, str], Pipeline]:
+def _equipped(backend: str) -> Callable[[str, str], Pipeline]:
     def made(model: str, device: str) -> Pipeline:
         pipeline = load(model, device)
-        samples: list[openvino.Sample] = []
-        if precision == "int8":
-            plain = pipeline.predict
-            pipeline.predict = openvino.recorded(plain, samples)
-            pipeline(list(CALIBRATION), seed=0)
-        pipeline.predict = openvino.predictor(pipeline.unet, precision, samples)
+        equip(pipeline, backend, say=_say)
         return pipeline
 
     return made
@@ -71,12 +65,13 @@ WAYS: dict[str, Way] = {
     "weights int8": (_planned(weights="int8", decode="full"), {}),
     "weights fp8": (_planned(weights="fp8", decode="full"), {}),
     "weights int8, decode tiny": (_planned(weights="int8", decode="tiny"), {}),
-    "bf16": (_planned(weights="bf16", decode="full"), {}),
+    "weights bf16": (_planned(weights="bf16", decode="full"), {}),
     "guidance until 0.75": (_planned(weights="fp32", decode="full"), {"guidance_until": 0.75}),
     "guidance until 0.5": (_planned(weights="fp32", decode="full"), {"guidance_until": 0.5}),
-    "OpenVINO fp32": (_openvino("fp32"), {}),
-    "OpenVINO bf16": (_openvino("bf16"), {}),
-    "OpenVINO int8 (NNCF)": (_openvino("int8"), {}),
+    "back end openvino": (_equipped("openvino"), {}),
+    "back end torch-bf16": (_equipped("torch-bf16"), {}),
+    "back end openvino-bf16": (_equipped("openvino-bf16"), {}),
+    "back end openvino-int8": (_equipped("openvino-int8"), {}),
 }
 
 

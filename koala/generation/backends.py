@@ -29,7 +29,7 @@ from koala.device import free_bytes
 from koala.errors import UserError
 from koala.generation import openvino, speed
 from koala.generation.decode import Decode, full
-from koala.generation.denoise import Condition, Predict, predictor
+from koala.generation.denoise import Condition, Predict, evaluate, predictor
 from koala.generation.openvino import Calibration, Sample
 from koala.output import new_file
 from koala.packages import cache_folder
@@ -282,15 +282,15 @@ def equip(
     pipeline.predict = speed.in_fixed_batches(pipeline.predict)
 
 
+@torch.inference_mode()
 def _samples(pipeline: "Pipeline") -> list[Sample]:
-    """What the U-Net is asked while two pictures are drawn."""
+    """What the U-Net is asked while two pictures are drawn, which are not decoded."""
     samples: list[Sample] = []
-    before = pipeline.predict
-    pipeline.predict = openvino.recorded(predictor(pipeline.unet), samples)
-    try:
-        pipeline(list(CALIBRATION), seed=0)
-    finally:
-        pipeline.predict = before
+    predict = openvino.recorded(predictor(pipeline.unet), samples)
+    rows = [pipeline.begin(request) for request in pipeline.requests([*CALIBRATION], seed=0)]
+    while not rows[0].finished:
+        for row, epsilon in zip(rows, evaluate(predict, rows), strict=True):
+            row.advance(epsilon)
     return samples
 
 

@@ -96,12 +96,12 @@ def koala_mini_task_out() -> Student:
 
 
 def tiny_mini() -> Tiny:
-    """The tiny autoencoder, from the VAE of any model of the family."""
+    """The tiny autoencoder, from the VAE of any model of the family: small batches, many steps."""
     return Tiny(
         kinds=MIXTURE.kinds,
         training=Training(
-            samples=128_000, batch=32, lr=2e-3, warmup=3_200, decay=True, weight_decay=0.0,
-            ema_half_life=4_000, log_every=3_200, preview_every=32_000,
+            samples=8_000, batch=8, lr=2e-3, warmup=400, decay=True, weight_decay=0.0,
+            ema_half_life=400, log_every=400, preview_every=2_000,
         ),
     )  # fmt: skip
 

@@ -131,7 +131,8 @@ def _made(
     predict = _predictor(backend, unet, samples)
     if not backend.startswith("openvino"):
         return Backend(backend, why, predict, full(vae))
-    decode = openvino.decoder(vae, "bf16" if vae.dtype == torch.bfloat16 else "fp32")
+    half = vae.dtype == torch.bfloat16 or backend == "openvino-bf16"
+    decode = openvino.decoder(vae, "bf16" if half else "fp32")
     # What is compiled is so for one shape: requests that join and leave shall meet no new one.
     fixed = speed.in_fixed_batches(predict)
     return Backend(backend, why, fixed, speed.one_by_one(decode))

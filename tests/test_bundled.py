@@ -98,7 +98,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         names: dict = {}
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "fox.png").stat().st_size > 0
-    assert names["image"].size == (64, 64)
+    assert names["image"].size == (128, 128)
 
 
 def test_the_readmes_quick_commands_run(tmp_path):

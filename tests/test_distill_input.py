@@ -1,0 +1,107 @@
+"""`koala distill` on bad input: one line that says what it is, exit status 2 or 1, nothing lost."""
+
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from koala.cli import main
+from toy import toy_pipeline
+from toy_sources import pictures, write_folder
+
+SMALL = [
+    "training.samples=16", "training.batch=4", "training.validate_every=8", "pixels=64",
+    "hardware.compile=", "hardware.accumulate=1", "prompts=a fox",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(toy_sdxl, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    source = str(write_folder(folder / "there", pictures(24, [(70, 70)])))
+    command = ["prepare", source, "--model", str(toy_sdxl), "--out", str(folder / "d")]
+    assert main([*command, "--size", "64", "--held-out", "0.3", "--workers", "1"]) == 0
+    return folder / "d"
+
+
+@pytest.fixture(scope="module")
+def others(toy_sdxl, tmp_path_factory) -> dict[str, Path]:
+    """Teachers that do not do: of another VAE, and a student's shape."""
+    folder = tmp_path_factory.mktemp("others")
+    vae = toy_pipeline(folder / "vae", seed=1)
+    return {"vae": vae, "student": toy_pipeline(folder / "student", architecture="koala")}
+
+
+def distil(out: Path, data: Path, teacher: Path, *changes: str, recipe: str = "ablation-sa") -> int:
+    """Its exit status."""
+    names = {change.partition("=")[0] for change in changes}
+    settings = [text for text in SMALL if text.partition("=")[0] not in names]
+    return main(
+        ["distill", recipe, "--data", str(data), "--out", str(out), "--teacher", str(teacher),
+         "--device", "cpu", "--set", *settings, *changes]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"recipe": "ablation-sb"}, "ablation-sa-lf"),
+        ({"changes": ["training.batches=4"]}, "training.batch"),
+        ({"changes": ["settings.feature_weight=0"]}, "taps is given but feature_weight is 0"),
+        ({"changes": ["hardware.accumulate=3"]}, "does not divide into 3 equal parts"),
+        ({"changes": ["training.batch=5"]}, "16 samples are no multiple of the batch 5: take 20"),
+        ({"changes": ["pixels=128"]}, "latents for 64 pixels, this training is for 128"),
+        ({"teacher": "vae"}, "latents of another VAE"),
+        ({"teacher": "student"}, "koala"),
+        ({"data": "nowhere"}, "not prepared to its end"),
+    ],
+)
+def test_what_is_known_before_the_first_step(given, said, data, others, toy_sdxl, tmp_path, capsys):
+    teacher = others.get(given.get("teacher"), toy_sdxl)
+    place = tmp_path / given["data"] if "data" in given else data
+    status = distil(
+        tmp_path / "run", place, teacher, *given.get("changes", []),
+        recipe=given.get("recipe", "ablation-sa"),
+    )  # fmt: skip
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and said in shown[-1] and shown[-1].startswith("koala: ")
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_a_missing_shard_and_a_latent_that_is_no_number(data, toy_sdxl, tmp_path, capsys):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    shard = sorted(copy.glob("latents/*"))[0]
+    tensors = load_file(shard)
+    shard.unlink()
+    assert distil(tmp_path / "run", copy, toy_sdxl) == 2
+    assert f"1 shards are missing, first latents/{shard.name}" in capsys.readouterr().err
+    spoilt = {name: torch.full_like(value, torch.nan) for name, value in tensors.items()}
+    save_file(spoilt, shard)
+    assert distil(tmp_path / "run", copy, toy_sdxl) == 1
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"in latents/{shard.name} is not finite" in shown and "prepare again" in shown
+    save_file(tensors, shard)
+    assert distil(tmp_path / "run", copy, toy_sdxl) == 0  # the same command goes on
+
+
+def test_a_full_disk_loses_nothing(data, toy_sdxl, tmp_path, capsys):
+    """No file may be as large as a checkpoint; then there is room again."""
+    run, changes = tmp_path / "run", ("training.save_every=0", "training.preview_every=1000")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    distil(tmp_path / "whole", data, toy_sdxl, *changes)
+    size = max(p.stat().st_size for p in (tmp_path / "whole" / "checkpoints").rglob("*"))
+    shutil.copytree(tmp_path / "whole" / "start", run / "start")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
+    try:
+        assert distil(run, data, toy_sdxl, *changes) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot write the checkpoint" in shown and "run again" in shown
+    assert not list((run / "checkpoints").iterdir()) and not (run / "model").exists()
+    assert distil(run, data, toy_sdxl, *changes) == 0
+    file = "model/unet/diffusion_pytorch_model.safetensors"
+    assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -48,7 +48,7 @@ def test_no_path_of_another_machine_is_in_it():
 
 def test_plain_diffusers_draws_the_same_picture(pipeline):
     plain = StableDiffusionXLPipeline.from_pretrained(FOLDER)
-    noise = Noise(7, (1, 4, 8, 8), torch.device("cpu")).draw()
+    noise = Noise(7, (1, 4, 16, 16), torch.device("cpu")).draw()
     theirs = plain(
         prompt="a fox, noto style", guidance_scale=3.5, num_inference_steps=10,
         latents=noise, output_type="np",

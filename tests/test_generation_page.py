@@ -29,7 +29,7 @@ def test_the_page_works(tmp_path, monkeypatch, capsys):
     assert commands == 7
     assert len(list((tmp_path / "pictures").glob("a-fox-noto-style-*.png"))) == 6
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 10
-    assert names["doomed"].cancelled() and names["owl"].size == names["car"].size == (64, 64)
+    assert names["doomed"].cancelled() and names["owl"].size == names["car"].size == (128, 128)
     with Image.open(tmp_path / "preview.png") as preview:
         assert preview.size == (8, 8)
 

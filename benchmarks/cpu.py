@@ -3,9 +3,9 @@
 `python -m benchmarks.cpu [--out benchmarks/cpu] [--skip-full-size]`
 
 First the bundled model by `koala benchmark`: with the back end that is measured to be the faster of
-the exact ones, and in bfloat16 where the processor has it. Then KOALA-700M at full size, with
-random weights, 512 x 512 pixels, 10 steps, guidance 3.5: each way in a process of its own, so that
-its peak memory is its own; the ways take turns, round after round, so that a machine that changes its
+the exact ones, and in bfloat16 where the processor has it. Then KOALA-700M at full size, random
+weights, 512 x 512 pixels, 10 steps, guidance 3.5: each way in a process of its own, so that its
+peak memory is its own; the ways take turns, round after round, so that a machine that changes its
 speed changes it for all. What is approximate has its approximation in its name, and its cost in
 likeness in the table of `python -m benchmarks.fidelity`.
 

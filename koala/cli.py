@@ -239,6 +239,10 @@ def _serve(commands) -> None:
     p.add_argument("--compile", action="store_true", help="compile the model, kept in the cache")
     p.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
     p.add_argument("--vram", metavar="GIB", help="plan to stay within so many GiB, or 'free'")
+    p.add_argument(
+        "--replicas", metavar="N or N-M",
+        help="so many engines over Ray Serve, more while pictures queue; each has a GPU or a core",
+    )  # fmt: skip
     limits = p.add_argument_group("limits")
     limits.add_argument(
         "--max-batch", type=int, metavar="N", help="pictures in one pass (default: measured)"
@@ -276,7 +280,16 @@ def _run_serve(o: argparse.Namespace) -> None:
         data=o.data or data_folder(), gallery_bytes=int(o.gallery_gib * 2**30),
         gallery_days=o.gallery_days, limits=limits,
     )  # fmt: skip
-    serve(options, lambda line: print(f"koala: {line}", file=sys.stderr, flush=True))
+
+    def say(line: str) -> None:
+        print(f"koala: {line}", file=sys.stderr, flush=True)
+
+    if o.replicas is None:
+        serve(options, say)
+    else:
+        from koala.serving import scaleout
+
+        scaleout.serve(options, scaleout.Scale.parse(o.replicas), say)
 
 
 # --- architectures --------------------------------------------------------------------------

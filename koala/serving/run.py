@@ -47,7 +47,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             "give --api-key-file"
         )
     with _bound(options) as listening, contextlib.closing(Store(options.data)) as store:
-        pipeline, options = _loaded(options, say)
+        pipeline, options = loaded(options, say)
         sizes = speed.ROWS if options.compile or options.graphs else ()
         service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
         app = create_app(service, store, options)
@@ -87,7 +87,7 @@ def check(options: Options) -> None:
                 raise UserError(f"--{name} has no effect under a memory plan: leave out --vram")
 
 
-def _loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Options]":
+def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Options]":
     """The model as asked for, and the options with limits that it can hold."""
     from koala.generation import load, speed
     from koala.generation.arrangement import load_within

@@ -194,7 +194,7 @@ def test_a_picture_is_made(page):
     assert len(set(seen["bars"])) > 3 and seen["previews"] >= 1
     assert [one["settings"]["seed"] for one in job["pictures"]] == [7, 8]
     page.wait("[...document.querySelectorAll('.job .tile img')]"
-              ".filter(i => i.naturalWidth === 64).length === 2")  # fmt: skip
+              ".filter(i => i.naturalWidth === 128).length === 2")  # fmt: skip
     page.wait("document.querySelectorAll('#thumbnails button').length === 2")
     assert not page.find("#welcome").is_displayed()
     content = page.later(

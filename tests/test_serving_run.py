@@ -152,7 +152,7 @@ def test_the_page_works(data, tmp_path, capsys):
         assert serving(do, port, *shlex.split(line)[2:]) == 0
     assert len(parts) == 3 and curls == 5
     assert json.loads((tmp_path / "answer.json").read_text())["seed"] == 7
-    assert len(names["answer"].data) == 2 and names["edited"].size == "64x64"
+    assert len(names["answer"].data) == 2 and names["edited"].size == "128x128"
     assert names["event"].type == "image_generation.completed"
     assert "warning" not in capsys.readouterr().err
 

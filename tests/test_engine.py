@@ -291,7 +291,8 @@ def test_previews_come_nearer_to_the_picture():
     (request,) = pipeline.requests("a fox, noto style", seed=7)
     ticket = engine.submit(request, lambda progress: previews.append(progress.preview()))
     run(engine)
-    picture = np.asarray(ticket.result().resize((8, 8), Image.Resampling.BOX), np.float32)
+    small = ticket.result().resize(previews[0].size, Image.Resampling.BOX)
+    picture = np.asarray(small, np.float32)
     errors = [np.abs(np.asarray(preview, np.float32) - picture).mean() for preview in previews]
     assert errors[-1] < errors[0]
     assert errors[-1] < np.abs(picture - picture.mean((0, 1))).mean()  # of the mean colour

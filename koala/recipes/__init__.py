@@ -5,8 +5,9 @@
     sdxl-mini-64         its SDXL U-Net, from nothing, on 64 pixels   mini-base, latents
     sdxl-mini            the same, going on on 128 pixels             sdxl-mini-64, latents
     koala-mini           the student, by self-attention distillation  sdxl-mini, latents
-    koala-mini-task      the same student, L_task alone               (a control)
-    koala-mini-task-out  the same student, L_task + L_outKD           (a control)
+    koala-mini-sa        the same in a quarter of the samples         (for comparison with)
+    koala-mini-task      the same, L_task alone                       (a control)
+    koala-mini-task-out  the same, L_task + L_outKD                   (a control)
     tiny-mini            a tiny autoencoder beside the VAE            any of them, latents
 
 and the paper's runs at full size, which `koala.recipes.paper` lists, a row each.
@@ -28,6 +29,7 @@ MINI = (
     "sdxl-mini-64",
     "sdxl-mini",
     "koala-mini",
+    "koala-mini-sa",
     "koala-mini-task",
     "koala-mini-task-out",
     "tiny-mini",

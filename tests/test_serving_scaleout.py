@@ -219,8 +219,8 @@ def test_jobs_outlive_a_replica(model, tmp_path):
         try:
             assert server.stderr is not None
             assert any("is ready on" in line for line in server.stderr)
-            order = {"prompt": "a", "size": SIZE, "steps": 60, "guidance": 1.0}
-            jobs = [asked(f"{url}/v1/jobs", {**order, "seed": seed})["id"] for seed in range(24)]
+            order = {"prompt": "a", "size": SIZE, "steps": 40, "guidance": 1.0}
+            jobs = [asked(f"{url}/v1/jobs", {**order, "seed": seed})["id"] for seed in range(16)]
             while not asked(f"{url}/v1/gallery")["data"]:
                 time.sleep(0.05)
             both = replicas_of(server.pid)

@@ -39,15 +39,20 @@ class Replicas(Protocol):
 
 
 class Fleet:
-    """Takes requests as an `Engine` does; `order` and `on_pass` are as there."""
+    """Takes requests as an `Engine` does; `order` and `on_pass` are as there.
+
+    on_room: told how many pictures the replicas can have, whenever that was looked at.
+    """
 
     def __init__(
         self,
         replicas: Replicas,
         order: Callable[[Ticket], Any],
         on_pass: Callable[[Pass], None] = lambda done: None,
+        on_room: Callable[[int], None] = lambda room: None,
     ) -> None:
-        self.replicas, self._order, self._on_pass = replicas, order, on_pass
+        self.replicas, self._order = replicas, order
+        self._on_pass, self._on_room = on_pass, on_room
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards _waiting and _closed
         self._waiting: list[Ticket] = []
@@ -57,6 +62,11 @@ class Fleet:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._looking: Any = None
+
+    @property
+    def working(self) -> bool:
+        """Whether there is a thread that works."""
+        return self._thread.is_alive()
 
     def start(self) -> "Fleet":
         """Sets up the thread that sends and listens until `close`."""
@@ -115,6 +125,7 @@ class Fleet:
         while True:
             with contextlib.suppress(Exception):  # the cluster may be busy with itself
                 self._room = await asyncio.to_thread(self.replicas.room)
+                self._on_room(self._room)
             now = time.monotonic()
             for ticket in self.waiting():
                 if ticket.deadline is not None and ticket.deadline <= now:
@@ -183,9 +194,9 @@ class Fleet:
                     self._on_pass(done)
                 if news.error is not None:
                     raise news.error
+                way.on(news.done, news.preview)
                 if news.image is not None:
                     return news.image
-                way.on(news.done, news.preview)
         raise Failure("a replica gave no picture")
 
 

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -19,6 +19,7 @@ from koala.generation import Engine, Pass, Progress, Request
 from koala.serving.settings import Options
 
 BETWEEN_PREVIEWS = 0.25  # seconds, of one picture
+BETWEEN_NEWS = 0.05  # seconds, of one picture
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,17 @@ class Replica:
         deadline = None if seconds is None else time.monotonic() + seconds
         ticket = self._engine.submit(request, on_step, lambda: tell(News()), deadline)
         ticket.add_done_callback(lambda _: tell(None))
+        done, sent = 0, 0.0
         try:
             while (news := await coming.get()) is not None:
-                while not coming.empty() and (later := coming.get_nowait()) is not None:
-                    news = News(later.done, later.preview or news.preview)
-                yield News(news.done, news.preview, self._passed())
-                if ticket.done():
-                    break
+                done, now = news.done, time.monotonic()
+                if done and not news.preview and now - sent < BETWEEN_NEWS:
+                    continue  # the next says so, too
+                sent = now
+                yield replace(news, passes=self._passed())
             error = ticket.exception()
             image = None if error else ticket.result()
-            yield News(passes=self._passed(), image=image, error=error)
+            yield News(done, passes=self._passed(), image=image, error=error)
         finally:
             ticket.cancel()
 

@@ -31,7 +31,7 @@ except ImportError:
         "koala serve --replicas needs more packages: pip install 'koala-diffusion[ray]'"
     ) from None
 
-from koala.generation import Request
+from koala.generation import Pass, Request
 from koala.serving.app import create_app
 from koala.serving.fleet import Fleet
 from koala.serving.outline import outline
@@ -92,20 +92,29 @@ class ScaledService(Service):
 
     def __init__(self, options: Options, handle: Any) -> None:
         super().__init__(outline(options.model), options.limits, options.lora_dir)
-        self.handle = handle
+        assert options.limits.max_batch is not None
+        self.handle, self.batch, self.replicas = handle, options.limits.max_batch, 1
 
     def start(self) -> None:
         """Ready as soon as one replica is."""
         self.handle.ready.remote().result()
-        assert self.limits.max_batch is not None
-        self.max_batch = self.limits.max_batch
         with self._idle:
             if self._draining:
                 return
-            reached = Reached(self.handle, self.max_batch)
-            fleet = Fleet(reached, self._fairness.rank, self._note_pass).start()
+            reached = Reached(self.handle, self.batch)
+            fleet = Fleet(reached, self._fairness.rank, self._note_pass, self._note_room).start()
             self._engine = fleet  # type: ignore[assignment]
         self.ready = True
+
+    def _note_room(self, room: int) -> None:
+        """So that jobs fill all replicas."""
+        self.replicas = max(1, room // (AHEAD * self.batch))
+        self.max_batch = self.replicas * self.batch
+
+    def _note_pass(self, done: Pass) -> None:
+        """A pass of one replica, beside which the others have theirs."""
+        self._admission.pace.note(replace(done, seconds=done.seconds / self.replicas))
+        self.metrics.passed(done, self.batch)
 
 
 class Front:
@@ -114,16 +123,16 @@ class Front:
     def __init__(self, options: Options, handle: Any) -> None:
         self.store = Store(options.data)
         self.service = ScaledService(options, handle)
-        self.app = create_app(self.service, self.store, options)
+        self.answering = create_app(self.service, self.store, options)
         threading.Thread(target=self.service.start, daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.app
+        return self.answering
 
     async def drain(self, seconds: float) -> bool:
         """Takes no more and finishes what is under way; whether all was done in this time."""
         done = await asyncio.to_thread(self.service.drain, seconds)
-        await asyncio.to_thread(self.app.state.jobs.close)
+        await asyncio.to_thread(self.answering.state.jobs.close)
         return done
 
 
@@ -164,8 +173,6 @@ def serve(options: Options, scale: Scale, say: Callable[[str], None]) -> None:
     """
     check(options)
     told = threading.Event()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, lambda *_: told.set())
     started_here = "RAY_ADDRESS" not in os.environ
     if started_here:
         cpus = max(os.cpu_count() or 1, scale.most)
@@ -175,6 +182,8 @@ def serve(options: Options, scale: Scale, say: Callable[[str], None]) -> None:
         )  # fmt: skip
     else:
         ray.init(logging_level="warning", log_to_driver=False)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in their place
+        signal.signal(number, lambda *_: told.set())
     try:
         gpus = options.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         ray_serve.start(http_options={"host": options.host, "port": options.port})

@@ -170,7 +170,7 @@ def test_recipes_describe_themselves(name):
 
 def test_the_controls_differ_from_the_student_in_their_losses_alone():
     student, task, out = (
-        recipes.get(n) for n in ("koala-mini", "koala-mini-task", "koala-mini-task-out")
+        recipes.get(n) for n in ("koala-mini-sa", "koala-mini-task", "koala-mini-task-out")
     )
     for control in (task, out):
         assert replace(control, settings=student.settings) == student

@@ -4,8 +4,9 @@
 `OMP_NUM_THREADS=1 python -m benchmarks.serving --soak [--minutes 10]`
 
 Both ways of batching draw the same pictures at the same Poisson arrivals with the same engine, in
-turns, at 80% of what full batches of 8 gave just before: a machine that others use, too, changes
-its pace, and ratios of one round are what counts. With --soak: `benchmarks.soak`.
+turns, at 80% of what full batches of 8 gave just before: by the engine's own time
+(`benchmarks.batching`), and with --live as the server draws them, by the clock on the wall, which
+needs a machine that is at its disposal. With --soak: `benchmarks.soak`.
 """
 
 import argparse
@@ -29,7 +30,8 @@ import torch
 import uvicorn
 
 import koala
-from benchmarks import soak
+from benchmarks import batching, soak
+from benchmarks.batching import BATCH, LOAD, PROMPT, WINDOW
 from koala.evaluation.report import hardware
 from koala.generation import Pipeline
 from koala.serving.app import create_app
@@ -38,16 +40,13 @@ from koala.serving.service import Event, Service
 from koala.serving.settings import Limits, Options
 from koala.serving.store import Store
 
-BATCH = 8  # pictures of a static batch, and that the engine holds
-WINDOW = 2.0  # seconds that a static batch waits to be full
-LOAD = 0.8  # of capacity
 PAIRS = 30  # of requests, through HTTP and without
 LIMITS = Limits(max_batch=BATCH, rate=0, queue=10_000, client_queue=10_000, pixels=2**40)
 
 
 def order(i: int) -> Order:
     """The i-th picture of a load: all of one kind, as static batches need it."""
-    return Order("a fox, noto style", seed=i)
+    return Order(PROMPT, seed=i)
 
 
 # --- two ways of batching -------------------------------------------------------------------
@@ -259,15 +258,17 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def measure(pipeline: Pipeline, rounds: int, requests: int) -> dict[str, Any]:
+def measure(pipeline: Pipeline, rounds: int, requests: int, live: bool) -> dict[str, Any]:
     """All of it on one service."""
+    replayed = batching.compare(pipeline, rounds, requests)
     service = Service(pipeline, LIMITS)
     service.start()
     with tempfile.TemporaryDirectory() as folder, answering(service, Path(folder)) as connection:
         found = {
             "one request": alone(service, connection),
             "first preview": first_preview(service, connection),
-            "under load": poisson(service, rounds, requests),
+            "under load": _rounded(replayed),
+            **({"under load, live": poisson(service, rounds, requests)} if live else {}),
         }
         service.close()
     return found
@@ -279,6 +280,7 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=160)
+    parser.add_argument("--live", action="store_true", help="through the server, too")
     parser.add_argument("--soak", action="store_true", help="64 clients at once, for --minutes")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--note", default="", help="what else the record should say")
@@ -288,8 +290,8 @@ def main() -> None:
         found = soak.run(o.model, o.device, 60 * o.minutes)
         command = f"--soak --minutes {o.minutes:g}"
     else:
-        found = measure(koala.load(o.model, o.device), o.rounds, o.requests)
-        command = f"--rounds {o.rounds} --requests {o.requests}"
+        found = measure(koala.load(o.model, o.device), o.rounds, o.requests, o.live)
+        command = f"--rounds {o.rounds} --requests {o.requests}" + " --live" * o.live
     figures = {
         "command": f"OMP_NUM_THREADS=1 python -m benchmarks.serving {command}",
         "hardware": hardware(), "threads": torch.get_num_threads(), "model": o.model,

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -63,13 +64,19 @@ def kinds(native: int) -> list[dict[str, Any]]:
     return made
 
 
+def free_port() -> int:
+    """One of loopback's; Ray takes no 0 for any."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
 @contextlib.contextmanager
-def served(model: str, device: str | None, folder: Path) -> Iterator[tuple[str, int]]:
+def served(model: str, device: str | None, folder: Path, *more: str) -> Iterator[tuple[str, int]]:
     """`koala serve` in a process of its own: its address and process id."""
     command = [
-        sys.executable, "-m", "koala", "serve", "--model", model, "--port", "0", "--data",
-        str(folder), "--rate", "0", "--client-queue", "256", "--gallery-gib", "0.02",
-        *([] if device is None else ["--device", device]),
+        sys.executable, "-m", "koala", "serve", "--model", model, "--port", str(free_port()),
+        "--data", str(folder), "--rate", "0", "--client-queue", "256", "--gallery-gib", "0.02",
+        *([] if device is None else ["--device", device]), *more,
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

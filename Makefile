@@ -5,18 +5,16 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-scaleout lint format clean
+.PHONY: demo test lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m koala.generation.demo --out demo.png
 
 # OpenVINO by itself: trainings crash in a process that has used it (docs/log.md). Ray by itself,
-# too: its cluster is many processes (`make test-scaleout`).
+# too: its cluster is many processes.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --ignore tests/test_openvino.py --ignore tests/test_serving_scaleout.py
 	$(BIN)/python -m pytest tests/test_openvino.py
-
-test-scaleout: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/test_serving_scaleout.py
 
 lint: $(VENV)/.dev

@@ -171,7 +171,7 @@ async def run(
     """Fires, and says what was found."""
     range_ = Range(pipeline, folder)
     await asyncio.to_thread(range_.service.start)
-    probe = Order("a fox", seed=7, steps=3)
+    probe = Order("a fox", size="64x64", seed=7, steps=3)
     before = await asyncio.to_thread(lambda: range_.service.submit(probe).result())
     async with range_.app.router.lifespan_context(range_.app):
         start = time.monotonic()

@@ -31,7 +31,7 @@ def test_the_page_works(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 10
     assert names["doomed"].cancelled() and names["owl"].size == names["car"].size == (128, 128)
     with Image.open(tmp_path / "preview.png") as preview:
-        assert preview.size == (8, 8)
+        assert preview.size == (16, 16)
 
 
 def test_the_page_names_every_sampler():

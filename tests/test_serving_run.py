@@ -22,6 +22,7 @@ from koala.serving.run import check
 from koala.serving.settings import Limits, Options, data_folder, limits_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+ALONE = re.sub(r"## Many GPUs\n.*?(?=^## )", "", PAGE, flags=re.DOTALL | re.MULTILINE)
 
 
 def serving(do: Callable[[], object], port: int, *arguments: str) -> int:
@@ -128,11 +129,21 @@ def test_a_second_signal_ends_it_at_once(data, capsys):
 
 
 def test_the_page_works(data, tmp_path, capsys):
-    """Every command and every line of Python; each `koala serve` takes the last one's place."""
+    """Every command and every line of Python; each `koala serve` takes the last one's place.
+
+    But for several engines, which tests/test_serving_scaleout.py has.
+    """
     port, names = free_port(), {}
     parts: list[tuple[str, list[Callable[[], object]]]] = []  # a server, and what is asked of it
-    curls = 0
-    for language, block in re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL):
+    answers: list[str] = []
+
+    def of_last_job(line: str) -> str:
+        ids = [
+            found for answer in answers for found in re.findall(r'"id": ?"([0-9a-f]{32})"', answer)
+        ]
+        return line.replace("/ID/", f"/{ids[0]}/") if "/ID/" in line else line
+
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", ALONE, re.DOTALL):
         block = block.replace(":8000", f":{port}").replace("\\\n", " ")
         if language == "python":
             code = compile(block, "serving.md", "exec")
@@ -142,23 +153,24 @@ def test_the_page_works(data, tmp_path, capsys):
             if line.startswith("koala serve"):
                 parts.append((line, []))
             elif line.startswith("curl "):
-                curls += 1
                 line = line.replace("curl ", "curl --silent --show-error --fail-with-body ")
-                parts[-1][1].append(lambda line=line: shell(line))
+                parts[-1][1].append(lambda line=line: answers.append(shell(of_last_job(line))))
             elif not line.startswith("pip "):  # before the server that it is for
                 shell(line.replace("python ", f"{shlex.quote(sys.executable)} "))
     for line, todo in parts:
         do = lambda todo=todo: [each() for each in todo]  # noqa: E731
         assert serving(do, port, *shlex.split(line)[2:]) == 0
-    assert len(parts) == 3 and curls == 5
+    assert len(parts) == 3 and len(answers) == 9
     assert json.loads((tmp_path / "answer.json").read_text())["seed"] == 7
     assert len(names["answer"].data) == 2 and names["edited"].size == "128x128"
     assert names["event"].type == "image_generation.completed"
     assert "warning" not in capsys.readouterr().err
 
 
-def shell(line: str) -> None:
-    subprocess.run(["bash", "-c", line], check=True, capture_output=True, timeout=120)
+def shell(line: str) -> str:
+    """What a command prints."""
+    done = subprocess.run(["bash", "-c", line], check=True, capture_output=True, timeout=120)
+    return done.stdout.decode(errors="replace")
 
 
 def test_without_keys_for_all_the_world_there_is_a_warning(data, capsys):

@@ -7,6 +7,8 @@ import asyncio
 import contextlib
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,12 +18,14 @@ import time
 import urllib.request
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'koala-diffusion[ray]'")
 
+from koala.cli import _parser  # noqa: E402
 from koala.errors import Failure, UserError  # noqa: E402
 from koala.generation import Late, load  # noqa: E402
 from koala.serving.fleet import DEATHS, Fleet  # noqa: E402
@@ -43,6 +47,13 @@ def test_replicas_are_a_number_or_two():
     for text in ("0", "4-1", "", "1-", "two", "0-3"):
         with pytest.raises(UserError, match="--replicas"):
             Scale.parse(text)
+
+
+def test_the_pages_commands_are_commands():
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    commands = re.findall(r"koala (serve --replicas .*?) +#", page)
+    scales = [_parser().parse_args(shlex.split(command)).replicas for command in commands]
+    assert [Scale.parse(scale) for scale in scales] == [Scale(4, 4), Scale(1, 8), Scale(16, 16)]
 
 
 def test_an_outline_checks_orders_as_the_model_does(model):

@@ -68,7 +68,7 @@ def test_the_recipe_ends_in_the_model_with_its_tiny_autoencoder(base_parts, tmp_
     assert isinstance(AutoencoderTiny.from_pretrained(model / "vae_tiny"), AutoencoderTiny)
     pipeline, plan = load_within(model, "cpu", decode="tiny", say=print)
     assert plan.mode.decode == "tiny"
-    assert pipeline("a fox", steps=1, seed=0).images[0].size == (64, 64)
+    assert pipeline("a fox", steps=1, seed=0).images[0].size == (128, 128)
 
     assert distill(recipe, data, tmp_path / "run", str(base), "cpu") == model  # finished: no step
     bundle(model, tmp_path / "bundled")

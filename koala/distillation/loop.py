@@ -27,6 +27,7 @@ from koala.distillation.ema import EMA
 from koala.distillation.noising import generators_at
 from koala.distillation.optimizers import new_optimizer, set_rate
 from koala.distillation.parallel import Layout
+from koala.distillation.precision import computing
 from koala.distillation.records import Log, Record, claim
 from koala.distillation.settings import Training
 from koala.distillation.speed import Meter
@@ -162,7 +163,7 @@ def gradients(
     for part in range(parts):
         own = generators[part * micro : (part + 1) * micro]
         with layout.computing(last=part == parts - 1):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with computing(device, layout.hardware.cpu_bf16):
                 losses = task.losses(_cut(batch, part, micro), own)
             (losses["loss"] / parts).backward()
         for name, value in losses.items():

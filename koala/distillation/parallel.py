@@ -26,6 +26,8 @@ from koala.device import pick_device
 from koala.distillation.settings import PLAIN, Hardware
 from koala.distillation.taps import Region, regions
 from koala.errors import FailedElsewhere, Failure, UserError
+from koala.processor import has_bf16
+from koala.processor import name as processor_name
 
 
 @dataclass(frozen=True)
@@ -176,10 +178,26 @@ def _check(task: Laid, hardware: Hardware, world: World) -> None:
         raise UserError(f"teacher={hardware.teacher}: no teacher runs here; leave it out")
     if hardware.teacher == "offloaded" and world.device.type == "cpu":
         raise UserError("teacher=offloaded: on the CPU it is in main memory anyway; leave it out")
+    if hardware.cpu_bf16:
+        _check_cpu_bf16(hardware, world)
     if hardware.compile and hardware.compile not in torch._dynamo.list_backends(exclude_tags=()):
         raise UserError(
             f"compile={hardware.compile}: there are "
             f"{', '.join(torch._dynamo.list_backends(exclude_tags=()))}; inductor is usual"
+        )
+
+
+def _check_cpu_bf16(hardware: Hardware, world: World) -> None:
+    if world.device.type == "cuda":
+        raise UserError("cpu_bf16=true: on a GPU a training is in bf16 anyway; leave it out")
+    if not has_bf16():
+        raise UserError(
+            f"cpu_bf16=true: {processor_name()} does not multiply bf16 (avx512_bf16, amx_bf16 or "
+            "bf16 among its flags), so it would be slower; leave it out"
+        )
+    if hardware.checkpointing or hardware.compile:
+        raise UserError(
+            "cpu_bf16=true goes neither with checkpointing nor with compile: leave out one of them"
         )
 
 

@@ -88,6 +88,7 @@ class Hardware:
     compile: str = ""  # back end of torch.compile for each block, as "inductor"; "": no compiling
     channels_last: bool = True
     ema_on_cpu: bool = False  # averages in main memory, 4 bytes a parameter each
+    cpu_bf16: bool = False  # bf16 on a processor that has it, as always on a GPU
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:

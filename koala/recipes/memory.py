@@ -150,7 +150,8 @@ def _step(plan: Plan, student: UNet2DConditionModel, kept_gradients: bool) -> di
         nn.Module.to(teacher, torch.bfloat16)
     batch, ledger = batch_of(plan, META), _Ledger()
     autocast = _Autocast(ledger)
-    modes = [FusedAttention(), *([autocast] if plan.on_gpu else [])]
+    in_bf16 = plan.on_gpu or plan.hardware.cpu_bf16
+    modes = [FusedAttention(), *([autocast] if in_bf16 else [])]
     for region in regions(student):  # there too when it is computed again, in the backward pass
         region.compute = partial(_within, modes, region.compute)
     alone = replace(plan.hardware, compile="", sharding="ddp", teacher="whole")

@@ -57,19 +57,14 @@ def sdxl_mini_64() -> Teacher:
     )  # fmt: skip
 
 
+def sdxl_mini_128() -> Teacher:
+    """The teacher's second part, from `sdxl-mini-64` on, at its own size."""
+    return _further(samples=96_000, seed=0)
+
+
 def sdxl_mini() -> Teacher:
-    """The teacher, from `sdxl-mini-64` on, at its own size."""
-    return Teacher(
-        architecture="sdxl-mini",
-        training=Training(
-            samples=96_000, batch=32, lr=1e-3, warmup=3_200, decay=True,
-            ema_half_life=5_000, preview_every=16_000,
-        ),
-        caption_dropout=0.1,
-        mixture=MIXTURE,
-        min_snr=1.0,
-        further=True,
-    )  # fmt: skip
+    """The teacher, from `sdxl-mini-128` on: other noise, and more of it."""
+    return _further(samples=160_000, seed=1)
 
 
 def koala_mini() -> Student:
@@ -110,6 +105,20 @@ def tiny_mini() -> Tiny:
             samples=8_000, batch=8, lr=2e-3, warmup=400, decay=True, weight_decay=0.0,
             ema_half_life=400, log_every=400, preview_every=2_000,
         ),
+    )  # fmt: skip
+
+
+def _further(samples: int, seed: int) -> Teacher:
+    return Teacher(
+        architecture="sdxl-mini",
+        training=Training(
+            samples=samples, batch=32, lr=1e-3, warmup=3_200, decay=True, seed=seed,
+            ema_half_life=5_000, preview_every=16_000,
+        ),
+        caption_dropout=0.1,
+        mixture=MIXTURE,
+        min_snr=1.0,
+        further=True,
     )  # fmt: skip
 
 

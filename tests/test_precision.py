@@ -1,0 +1,101 @@
+"""A training in bf16 on a processor: what it rounds, what it does not, and where it is refused."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from koala.distillation.parallel import World, lay_out
+from koala.distillation.precision import computing
+from koala.distillation.settings import Hardware
+from koala.errors import UserError
+from toy import toy_pipeline
+from toy_training import STEP, distil, toy_task
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory):
+    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
+
+
+@pytest.fixture(autouse=True)
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with bf16: others give the same numbers, slower."""
+    monkeypatch.setattr("koala.distillation.parallel.has_bf16", lambda: True)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def test_products_are_in_bf16_attention_and_group_norm_in_float32() -> None:
+    x, w = drawn(4, 8).bfloat16(), drawn(8)
+    heads = drawn(2, 2, 6, 8).bfloat16()
+    with computing(CPU, cpu_bf16=True):
+        assert F.linear(drawn(3, 8), drawn(5, 8)).dtype == torch.bfloat16
+        normed = F.group_norm(x, 2, w)
+        mixed = F.scaled_dot_product_attention(heads, heads, heads)
+    assert torch.equal(normed, F.group_norm(x.float(), 2, w).bfloat16())
+    whole = heads.float()
+    assert torch.equal(mixed, F.scaled_dot_product_attention(whole, whole, whole).bfloat16())
+    with computing(CPU):
+        assert F.linear(drawn(3, 8), drawn(5, 8)).dtype == torch.float32
+
+
+def test_gradients_are_float32_and_near_those_of_float32() -> None:
+    layer = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.GroupNorm(2, 8))
+    other, x = copy.deepcopy(layer), drawn(2, 4, 8, 8)
+    for network, low in ((layer, False), (other, True)):
+        with computing(CPU, cpu_bf16=low):
+            loss = (network(x).float() * x[:, :, :6, :6].repeat(1, 2, 1, 1)).mean()
+        loss.backward()
+    for exact, rounded in zip(layer.parameters(), other.parameters(), strict=True):
+        assert rounded.grad.dtype == torch.float32
+        assert (rounded.grad - exact.grad).norm() < 0.02 * exact.grad.norm() + 1e-6
+
+
+def test_a_run_learns_in_it_and_goes_on_without_it(base, tmp_path) -> None:
+    step, run = tmp_path / "step", tmp_path / "run"
+    distil(base, step, settings=STEP)
+    distil(base, run, Hardware(cpu_bf16=True), settings=STEP)
+    exact, rounded = gradient(step), gradient(run)
+    difference = {name: rounded[name] - exact[name] for name in exact}
+    assert 0 < norm(difference) < 0.02 * norm(exact)
+    before = norm(rounded)
+    distil(base, run, settings=STEP)  # the same run, at its end: nothing is trained again
+    assert norm(gradient(run)) == before
+
+
+def gradient(run: Path) -> dict[str, Tensor]:
+    """The clipped gradient of a single step's run, times 1 - beta_1."""
+    (file,) = (run / "checkpoints").glob("*/state.safetensors")
+    return {name: v for name, v in load_file(file).items() if name.endswith(".exp_avg")}
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    return sum(value.square().sum().item() for value in tensors.values()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("hardware", "device", "message"),
+    [
+        (Hardware(cpu_bf16=True), "cuda", "on a GPU a training is in bf16 anyway"),
+        (Hardware(cpu_bf16=True, checkpointing=True), "cpu", "goes neither with checkpointing"),
+        (Hardware(cpu_bf16=True, compile="aot_eager"), "cpu", "nor with compile"),
+    ],
+)
+def test_where_it_cannot_be_it_is_refused(base, hardware, device, message) -> None:
+    with pytest.raises(UserError, match=message):
+        lay_out(toy_task(base), hardware, World(device=torch.device(device)))
+
+
+def test_a_processor_without_bf16_is_named(base, monkeypatch) -> None:
+    monkeypatch.setattr("koala.distillation.parallel.has_bf16", lambda: False)
+    with pytest.raises(UserError, match="does not multiply bf16"):
+        lay_out(toy_task(base), Hardware(cpu_bf16=True), World(device=CPU))

@@ -21,7 +21,8 @@ from koala.cli import main
 from koala.serving.run import check
 from koala.serving.settings import Limits, Options, data_folder, limits_of
 
-PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "serving.md").read_text()
 ALONE = re.sub(r"## Many GPUs\n.*?(?=^## )", "", PAGE, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -171,6 +172,29 @@ def shell(line: str) -> str:
     """What a command prints."""
     done = subprocess.run(["bash", "-c", line], check=True, capture_output=True, timeout=120)
     return done.stdout.decode(errors="replace")
+
+
+def test_the_pages_figures_are_those_of_the_records():
+    def record(name: str) -> dict:
+        return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+
+    serving, soak = record("serving"), record("serving_soak")
+    ratios = serving["under load"]["steps to static, median of rounds"]
+    kill = record("serving_kill")
+    figures = [
+        f"{ratios['median']:.2f} times",
+        f"{ratios['throughput']:.2f} times",
+        f"{serving['one request']['ratio, median of pairs']:.2f} times",
+        f"{serving['first preview']['made after steps']} steps",
+        str(soak["errors"]),
+        f"{soak['against solo runs']['largest difference']} of 255",
+        str(len(record("serving_fuzz")["faults"])),
+        str(sum(kill["faults"].values())),
+    ]
+    table = PAGE[PAGE.index("## How it holds up") :]
+    assert re.findall(r"^\| .* \| ([^|]+) \| [^|]*\|$", table, re.MULTILINE) == figures
+    assert kill["kills"] == 20 and record("serving_fuzz")["requests"] >= 20_000
+    assert soak["seconds"] >= 600 and soak["clients"] == 64
 
 
 def test_without_keys_for_all_the_world_there_is_a_warning(data, capsys):

@@ -33,7 +33,7 @@ def engines(pid: int) -> list[int]:
             name = " ".join(child.cmdline())
             if name.startswith("ray::") and "koala" in name and "replicas" in name:
                 found.append(child.pid)
-    return found
+    return sorted(found)
 
 
 def jobs(url: str, number: int, kill: int | None = None) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'koala-diffusion[ray]'")
 
+from benchmarks.scaleout import engines  # noqa: E402
 from koala.cli import _parser  # noqa: E402
 from koala.errors import Failure, UserError  # noqa: E402
 from koala.generation import Late, load  # noqa: E402
@@ -205,17 +205,6 @@ def asked(url: str, body: dict | None = None) -> dict:
         return json.load(answer)
 
 
-def replicas_of(pid: int) -> list[int]:
-    """The process ids of the replicas of a server; Ray names its workers by what they do."""
-    found = []
-    for child in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            name = " ".join(child.cmdline())
-            if name.startswith("ray::") and "koala" in name and "replicas" in name:
-                found.append(child.pid)
-    return sorted(found)
-
-
 def test_jobs_outlive_a_replica(model, tmp_path):
     port, url = (found := free_port()), f"http://127.0.0.1:{found}"
     command = [
@@ -234,7 +223,7 @@ def test_jobs_outlive_a_replica(model, tmp_path):
             jobs = [asked(f"{url}/v1/jobs", {**order, "seed": seed})["id"] for seed in range(16)]
             while not asked(f"{url}/v1/gallery")["data"]:
                 time.sleep(0.05)
-            both = replicas_of(server.pid)
+            both = engines(server.pid)
             assert len(both) == 2
             os.kill(both[0], signal.SIGKILL)
             end = time.monotonic() + 60

@@ -1,6 +1,6 @@
 """Whole pictures on a processor: stock diffusers in fp32 beside ours, the same weights, one run.
 
-`python -m benchmarks.cpu [--out benchmarks/cpu] [--skip-full-size]`
+`python -m benchmarks.cpu [--out benchmarks/cpu] [--only mini | --only full-size]`
 
 First the bundled model by `koala benchmark`: with the back end that is measured to be the faster of
 the exact ones, and in bfloat16 where the processor has it. Then KOALA-700M at full size, random
@@ -19,6 +19,7 @@ The ways through OpenVINO are left out unless they are named: to convert this U-
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--runs", type=int, default=20, help="pictures of the bundled model")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=default_ways())
-    parser.add_argument("--skip-full-size", action="store_true")
+    parser.add_argument("--only", choices=("mini", "full-size"), help="one half; default: both")
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -87,19 +88,25 @@ def main() -> None:
         print(json.dumps(draw(options.way, Path(options.model), options.pixels)))
     else:
         check_new(options.out)
-        for name, backend in MINI.items() if has_bf16() else [("exact", "auto")]:
-            report = benchmark(
-                ["koala-mini"], options.out / name, "cpu", runs=options.runs, backend=backend
-            )
-            print(f"{name} ({backend}):\n{report.table()}", flush=True)
-        if not options.skip_full_size:
+        if options.only != "full-size":
+            bundled(options)
+        if options.only != "mini":
             print(table(full_size(options)))
+
+
+def bundled(options: argparse.Namespace) -> None:
+    """The bundled model by `koala benchmark`, exactly and in bfloat16."""
+    for name, backend in MINI.items() if has_bf16() else [("exact", "auto")]:
+        report = benchmark(
+            ["koala-mini"], options.out / name, "cpu", runs=options.runs, backend=backend
+        )
+        print(f"{name} ({backend}):\n{report.table()}", flush=True)
 
 
 def full_size(options: argparse.Namespace) -> dict[str, Any]:
     """Every way in every round; written after each round."""
     figures: dict[str, Any] = {
-        "command": "python -m benchmarks.cpu",
+        "command": shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]]),
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
         "model": options.model or f"{CASE}, random weights",

@@ -198,6 +198,20 @@ def test_the_pages_figures_are_those_of_the_records():
     assert soak["seconds"] >= 600 and soak["clients"] == 64
 
 
+def test_what_replicas_bring_is_what_the_record_says():
+    record = json.loads((ROOT / "benchmarks" / "scaleout.json").read_text())
+    one, more, killed = (record[k] for k in ("one engine", "replicas", "one of them killed"))
+    table = PAGE[PAGE.index("| | ready after |") :].split("\n\n")[0]
+    cells = [[cell.strip() for cell in row.split("|")[2:4]] for row in table.splitlines()[2:]]
+    assert cells == [
+        [f"{one['ready after seconds']:.0f} s", f"{one['pictures a second']:.1f}"],
+        [f"{more['ready after seconds']:.0f} s", f"{more['pictures a second']:.1f}"],
+        ["", f"{killed['pictures a second']:.1f}"],
+    ]
+    assert f"{killed[next(k for k in killed if k.startswith('a new'))]} s later" in table
+    assert all(part["done"] == part["jobs"] == 64 for part in (one, more, killed))
+
+
 def test_without_keys_for_all_the_world_there_is_a_warning(data, capsys):
     assert serving(lambda: None, free_port(), "--host", "0.0.0.0") == 0
     assert "warning: whoever reaches 0.0.0.0 can draw" in capsys.readouterr().err

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,3 +248,22 @@ def test_koala_generate_takes_the_back_end_asked_for(folder, tmp_path, cache, ca
     assert set((cache / "openvino").glob("*.xml")) == converted  # of equal weights, elsewhere read
     assert main([*given, "--backend", "openvino", "--compile", "--out", str(tmp_path)]) == 2
     assert "--compile" in capsys.readouterr().err
+
+
+def test_the_page(cache, tmp_path, monkeypatch, capsys):
+    """What docs/speed.md has typed on a processor; `fastest` would take minutes."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "speed.md").read_text()
+    page = text[text.index("## On a processor") : text.index("## On a GPU")]
+    drawn = 0
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL):
+        if language == "python":
+            names: dict = {}
+            exec(compile(block, "speed.md", "exec"), names)
+            assert names["pipeline"]("a fox, noto style", seed=1).images[0].size == (128, 128)
+            continue
+        for program, *given in map(shlex.split, block.splitlines()):
+            if program == "koala" and "fastest" not in given:
+                assert main(given) == 0, capsys.readouterr().err
+                drawn += 1
+    assert drawn == len([*tmp_path.rglob("*.png")]) == 2

@@ -101,6 +101,25 @@ def test_training(toy_sdxl, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/koala4/validation.jsonl").is_file()
 
 
+def test_memory(tmp_path, monkeypatch, capsys):
+    """docs/memory.md, where models of the Hub give way to the bundled one; its table's recipe is
+    run in test_tiny."""
+    monkeypatch.chdir(tmp_path)
+    drawn = 0
+    for command in commands_of("memory.md"):
+        if command[0] == "distill" or "runs/tiny/model" in command:
+            continue
+        given = [part for part in command if part not in ("--model", "--tiny-vae")]
+        given = [part for part in given if not part.startswith(("etri-vilab/", "madebyollin/"))]
+        assert main(given) == 0, (command, capsys.readouterr().err)
+        drawn += 1
+    assert drawn == len([*tmp_path.rglob("*.png")]) == 5
+    (python,) = re.findall(r"```python\n(.*?)```", (DOCS / "memory.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(python, "memory.md", "exec"), names)
+    assert names["image"].size == (128, 128) and names["plan"].peak <= 4 * 2**30
+
+
 def names_set(given: list[str]) -> tuple[str, ...]:
     """The settings that a command replaces itself, "" where there are none."""
     if "--set" not in given:

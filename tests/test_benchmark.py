@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from koala.errors import UserError
 from koala.generation import load
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +219,27 @@ def test_a_section_that_fails_leaves_the_others(toy_sdxl, tmp_path, monkeypatch)
 def test_every_way_of_the_processors_benchmark_draws(way, toy_sdxl):
     found = cpu.draw(way, toy_sdxl, 64)
     assert found["seconds"] > 0 and found["peak_gb"] > 0.1  # the interpreter and its libraries
+
+
+def test_the_figures_of_docs_speed_are_those_of_the_records():
+    folder = ROOT / "benchmarks" / "cpu"
+    expected = []
+    for name, backend in cpu.MINI.items():
+        stock, ours = json.loads((folder / name / "benchmark.json").read_text())["rows"]
+        seconds = [row["picture"]["median"] for row in (stock, ours)]
+        figures = [f"{s:.2f}" for s in (*seconds, seconds[0] / seconds[1])]
+        expected.append([f"koala-mini, `--backend {backend}`", *figures, ""])
+    ways = json.loads((folder / "full_size.json").read_text())["ways"]
+    stock = ways.pop(cpu.STOCK)
+    for name, way in ways.items():
+        seconds = [f"{each['processor_s']:.0f}" for each in (stock, way)]
+        figures = [*seconds, f"{way['times_faster_processor']:.2f}", f"{way['peak_gb']:.2f}"]
+        expected.append([f"KOALA-700M, {name.removeprefix('koala ')}", *figures])
+    page = (ROOT / "docs" / "speed.md").read_text()
+    rows = [
+        line.split("|")[1:-1]
+        for line in page.splitlines()
+        if re.match(r"\| (koala-mini|KOALA-700M), ", line)
+    ]
+    assert [[cell.strip() for cell in row] for row in rows] == expected
+    assert f"took {stock['peak_gb']:.1f} GB" in page

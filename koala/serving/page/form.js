@@ -51,7 +51,7 @@ function fillSelects() {
     [half, eighths(side * 1.5)],
   ];
   $("size").replaceChildren(
-    new Option(`Usual, ${side} × ${side}`, ""),
+    new Option(`Usual, ${side} px`, ""),
     ...sizes.slice(1).map(([w, h]) => new Option(`${w} × ${h}`, `${w}x${h}`)),
     new Option("Another…", "own"),
   );
@@ -103,7 +103,7 @@ function refresh() {
 /** To be called when there is a picture to start from, or none any more. */
 export function startChanged() {
   const side = about.size;
-  $("size").options[0].text = given() ? "Like the picture" : `Usual, ${side} × ${side}`;
+  $("size").options[0].text = given() ? "Like the picture" : `Usual, ${side} px`;
 }
 
 // --- styles ---------------------------------------------------------------------------------

@@ -96,7 +96,9 @@ def test_bundled_model_and_its_credits(tmp_path):
     back = convert(report.out, "diffusers", tmp_path / "back").out
     mini = formats.BUNDLED / "koala-mini"
     assert_equal(weights(back), weights(mini))
-    assert {**small_files(mini), **small_files(back)} == small_files(back)
+    kept = small_files(mini)
+    del kept["vae_tiny/config.json"]  # a single file has no place for it
+    assert {**kept, **small_files(back)} == small_files(back)
     tokenizers = [formats.load_text(at)[:2] for at in (back, mini)]
     words = "a red fox, flat twemoji style"
     assert [t(words).input_ids for t in tokenizers[0]] == [

@@ -70,8 +70,8 @@ def test_weights_are_counted_from_the_configs_as_the_files_hold_them(planner):
 def test_every_row_of_the_ladder_and_what_it_saves(planner):
     plans = [planner.plan(mode) for mode in planner.modes]
     ways = [(p.mode.packed, p.mode.place, p.mode.decode) for p in plans]
-    assert ways == list(LADDER[:-1])  # the bundled model is asked without a tiny autoencoder
-    plain, strips, read, packed, turns, _ = plans
+    assert ways == list(LADDER)
+    plain, strips, read, packed, turns, _, _ = plans
     by_phase = [{phase.name: phase for phase in plan.phases} for plan in plans]
     assert by_phase[1]["decode"].activations < by_phase[0]["decode"].activations
     assert packed.parts[UNET] < 0.3 * plain.parts[UNET]
@@ -120,8 +120,9 @@ def test_pictures_to_start_from_are_planned(planner):
         assert [phase.name for phase in plan.phases] == ["encode", "picture", "denoise", "decode"]
         assert (plan.phases[0], *plan.phases[2:]) == without.phases
         decodes = plan.phases[-1]
-        assert plan.phases[1].weights == decodes.weights
-        assert plan.phases[1].activations <= 1.1 * decodes.activations
+        if mode.decode != "tiny":  # the VAE's encoder reads the picture all the same
+            assert plan.phases[1].weights == decodes.weights
+            assert plan.phases[1].activations <= 1.1 * decodes.activations
     assert "picture" in given.plan(given.modes[0]).table()
 
 

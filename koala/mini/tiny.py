@@ -7,6 +7,7 @@ that picture the latents again. So it needs no pictures, only what `koala prepar
 Shapes: n samples, latents [n, 4, h, w], pictures [n, 3, 8h, 8w].
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,7 @@ class TinyDistillation(nn.Module):
         """Writes the folder of the autoencoder in fp32."""
         assert isinstance(trainable, AutoencoderTiny)
         trainable.save_pretrained(folder)
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        del config["block_out_channels"]  # diffusers writes it and then warns that it is there
+        file.write_text(json.dumps(config, indent=2) + "\n")

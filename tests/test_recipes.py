@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from koala import card, recipes
 from koala.cli import main
+from koala.data.encoding import encoder_hash
 from koala.data.pictures import prepare_pictures
 from koala.data.prepare import encode_pictures
 from koala.distillation.settings import Training
@@ -106,6 +107,32 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
         distill(other, data, tmp_path / "student", str(master), "cpu")
     with pytest.raises(UserError, match=r"koala-mini, this recipe goes on from sdxl-mini"):
         distill(teacher, data, tmp_path / "further", str(small), "cpu")
+
+
+def test_a_decoder_goes_on_and_nothing_else_changes(base_parts, tmp_path, packages):
+    data, base = base_parts
+    made = distill(
+        replace(recipes.get("mini-decoder"), training=TINY), data, tmp_path, str(base), "cpu"
+    )
+    for file in base.rglob("*.safetensors"):
+        before, after = load_file(file), load_file(made / file.relative_to(base))
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        allowed = {n for n in before if n.startswith(("decoder.", "post_quant_conv."))}
+        assert bool(moved) == (file.parent.name == "vae") and moved <= allowed
+    assert encoder_hash(made) == encoder_hash(base)  # so prepared latents stay good
+    assert card.read(made).trained == card.read(base).trained
+
+
+def test_noise_on_a_decoders_latents_is_in_their_deviations(packages):
+    vae = new_vae(64)
+    vae.register_to_config(latents_mean=[9.0] * 4, latents_std=[1.0, 2.0, 4.0, 8.0])
+    task = Autoencoding(vae, torch.zeros(2, 3, 64, 64)).sharpening(drift=0.5)
+    generator = torch.Generator().manual_seed(0)
+    noise = task._drifts(torch.zeros(4_000, 4, 4, 4), generator)
+    # a uniform share of 0.5 has a root mean square of 0.5 / sqrt(3)
+    expected = torch.tensor([1.0, 2.0, 4.0, 8.0]) * 0.5 / 3**0.5
+    assert_close(noise.square().mean((0, 2, 3)).sqrt(), expected, rtol=0.02, atol=0)
+    assert Autoencoding(vae, torch.zeros(2, 3, 64, 64)).sharpening()._drifts(noise, generator) == 0
 
 
 def test_data_may_lie_elsewhere(base_parts, tmp_path, packages):

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from koala.data.encoding import normalisation
 from koala.data.order import shuffled
 from koala.data.pictures import PictureSet
 from koala.mini.perceptual import MobileNetV2
@@ -89,17 +90,21 @@ class Autoencoding(nn.Module):
 
     `sharpening` is the second half of the training: the encoder rests, so that latents keep their
     meaning (a U-Net can be trained on them meanwhile), the perceptual error weighs more, and
-    pictures are whole, since what a latent means is seen from all of them.
+    pictures are whole, since what a latent means is seen from all of them. With `drift`, noise of
+    up to so many of the latents' deviations lies on them, drawn anew for each picture: what a
+    U-Net draws is never quite a latent of a picture, and a decoder that has seen pictures' alone
+    blurs it (`docs/log.md`).
     """
 
     def __init__(
         self, vae: AutoencoderKL, shown: Tensor, perceptual: float = 0.25, kl: float = 1e-3,
-        colour: float = 0.1, cropped: float = CROPPED,
+        colour: float = 0.1, cropped: float = CROPPED, drift: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         self.trainable = vae
         self.perceptual, self.kl, self.colour = perceptual, kl, colour
         self.cropped = cropped  # share of steps on crops
+        self.drift = drift
         self._frozen = {"net": MobileNetV2.pretrained()}
         self.shown = shown  # fp32 [SHOWN, 3, h, w]
 
@@ -115,7 +120,8 @@ class Autoencoding(nn.Module):
         x = self._cropped(x, generator).contiguous(memory_format=torch.channels_last)
         posterior = self.trainable.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        y = self.trainable.decode(posterior.mean + posterior.std * noise).sample
+        z = posterior.mean + posterior.std * noise
+        y = self.trainable.decode(z + self._drifts(z, generator)).sample
         error = opponent(y - x)
         pixel = error.abs().mean() + error.square().mean()
         seen = self._frozen["net"].to(device).distance(y, x)
@@ -124,13 +130,22 @@ class Autoencoding(nn.Module):
         loss = pixel + self.perceptual * seen + self.kl * kl + self.colour * colour
         return {"pixel": pixel, "perceptual": seen, "kl": kl, "colour": colour, "loss": loss}
 
-    def sharpening(self) -> "Autoencoding":
+    def sharpening(self, perceptual: float = 0.5, drift: float = 0.0) -> "Autoencoding":
         """The same task for the decoder alone."""
         for part in (self.trainable.encoder, self.trainable.quant_conv):
             part.requires_grad_(False)
         return Autoencoding(
-            self.trainable, self.shown, 2 * self.perceptual, self.kl, self.colour, cropped=0.0
+            self.trainable, self.shown, perceptual, self.kl, self.colour, cropped=0.0, drift=drift
         )
+
+    def _drifts(self, z: Tensor, generator: torch.Generator) -> Tensor | float:
+        """Noise of 0 to `drift` deviations for each of [n, 4, h/8, w/8]."""
+        if not self.drift:
+            return 0.0
+        _, scale = normalisation(self.trainable.config)
+        share = torch.rand(len(z), 1, 1, 1, generator=generator)
+        noise = torch.randn(z.shape, generator=generator)
+        return (self.drift * share * noise / scale).to(z.device)
 
     def _cropped(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """All pictures, or the same half-sided window of all."""

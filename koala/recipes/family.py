@@ -1,10 +1,13 @@
-"""Runs of what the mini family makes itself and SDXL gets from others: VAE, text side, tiny VAE."""
+"""Runs of what the mini family makes itself and SDXL gets from others: VAE, text side, tiny VAE.
+
+The decoder goes on by itself at the family's own size, and what a tiny VAE learns from is whole.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +35,7 @@ from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae
 from koala.sentence import SentenceEncoder
 
 if TYPE_CHECKING:
-    from koala.recipes.run import Base, Tiny
+    from koala.recipes.run import Base, Decoder, Tiny
 
 
 def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[str]) -> Path:
@@ -63,6 +66,20 @@ def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[
     return assemble(out / "model", coding, telling, data)
 
 
+def run_decoder(
+    recipe: Decoder, data: str | Path, out: Path, teacher: str, device: str, boards: Sequence[str]
+) -> Path:
+    """The VAE's decoder, going on; then the teacher's folder with it. Latents are as before."""
+    source, pictures = resolve_model(teacher), PictureSet(data)
+    epoch = [i for kind, n in recipe.kinds.items() for i in pictures.select("train", kind) * n]
+    painted = PictureData(pictures, epoch, recipe.training.seed)
+    shown = [pictures.image(i) for i in pictures.select("test-pair")[:16]]
+    vae = load_vae(source).to(device, memory_format=torch.channels_last)
+    task = Autoencoding(vae, to_pixels(shown)).sharpening(recipe.perceptual, recipe.drift)
+    train(task, painted, recipe.training, out, {"recipe": asdict(recipe)}, boards=boards)
+    return _with_part(source, "vae", lambda folder: task.export(vae, folder), out / "model")
+
+
 def run_tiny(
     recipe: Tiny, data: str | Path, out: Path, teacher: str, device: str, boards: Sequence[str]
 ) -> Path:
@@ -77,11 +94,15 @@ def run_tiny(
     )
     note = {"recipe": asdict(recipe)}
     trained = train(task, latents, recipe.training, out, note, boards=boards)
-    model = out / "model"
+    return _with_part(source, TINY, lambda folder: task.export(trained, folder), out / "model")
+
+
+def _with_part(source: Path, name: str, export: Callable[[Path], None], model: Path) -> Path:
+    """The pipeline folder `model`: that of `source`, with its part of this name exported anew."""
     part = model.with_name(f".{model.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(source, part, ignore=shutil.ignore_patterns(TINY))
-    task.export(trained, part / TINY)
+    shutil.copytree(source, part, ignore=shutil.ignore_patterns(name))
+    export(part / name)
     shutil.rmtree(model, ignore_errors=True)
     part.rename(model)
     return model

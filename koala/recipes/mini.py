@@ -2,12 +2,13 @@
 
 Pictures are 128 x 128 pixels, so latents are 16 x 16; the set is `illustrations-small`. The VAE,
 the text side and the teacher's first part learn from the same set at 64 pixels, where a sample
-costs a quarter: what an 8 x 8 patch looks like and what words mean is much the same.
+costs a quarter: what an 8 x 8 patch looks like and what words mean is much the same. The decoder
+alone goes on at 128.
 """
 
 from koala.distillation.settings import Training
 from koala.distillation.tasks import DistillationSettings
-from koala.recipes.run import Base, Mixture, Student, Teacher, Tiny
+from koala.recipes.run import Base, Decoder, Mixture, Student, Teacher, Tiny
 
 # An epoch shows each emoji twelve times and each icon and scene once: of the samples 71 % are
 # emoji, 10 % icons, 20 % scenes. A bare subject and a long caption now and then keep the model
@@ -36,6 +37,19 @@ def mini_base() -> Base:
             samples=64_000, batch=128, lr=1e-3, warmup=2_560, decay=True, weight_decay=0.0,
             ema_half_life=4_000, log_every=2_560,
         ),
+    )  # fmt: skip
+
+
+def mini_decoder() -> Decoder:
+    """The VAE's decoder, going on at 128 pixels, on latents as rough as a U-Net draws them."""
+    return Decoder(
+        kinds={"emoji": 6, "icon": 1, "scene": 1},
+        training=Training(
+            samples=6_400, batch=8, lr=5e-4, warmup=200, decay=True, weight_decay=0.0,
+            ema_half_life=400, log_every=400, preview_every=1_600,
+        ),
+        perceptual=1.0,
+        drift=0.8,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from koala.formats import (
     resolve_model,
     unet_architecture,
 )
-from koala.recipes.family import run_base, run_tiny
+from koala.recipes.family import run_base, run_decoder, run_tiny
 from koala.recipes.overrides import overridden
 from koala.recipes.previews import MINI_PROMPTS, drawing
 
@@ -90,6 +90,16 @@ class Student:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """A VAE's decoder that goes on by itself, on latents with noise as `Autoencoding` says."""
+
+    kinds: dict[str, int]  # copies of each kind of picture in an epoch
+    training: Training
+    perceptual: float  # weight of the perceptual error
+    drift: float  # greatest deviation of the noise, in deviations of the latents
+
+
+@dataclass(frozen=True)
 class Tiny:
     """A tiny autoencoder that learns from a model's VAE; the model gets it as `vae_tiny`."""
 
@@ -97,8 +107,8 @@ class Tiny:
     training: Training
 
 
-Recipe = Base | Teacher | Student | Tiny
-ALONE = (Base, Tiny)  # train in one process, without settings of hardware
+Recipe = Base | Decoder | Teacher | Student | Tiny
+ALONE = (Base, Decoder, Tiny)  # train in one process, without settings of hardware
 UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run goes on
 
 
@@ -130,8 +140,10 @@ def distill(
             teacher = _teacher_of(recipe, teacher, world)
         if isinstance(recipe, Base):
             models = [run_base(recipe, Path(data), out, str(world.device), boards)]
-        elif isinstance(recipe, Tiny):
+        elif isinstance(recipe, Decoder | Tiny):
             assert teacher is not None
+            if isinstance(recipe, Decoder):
+                return run_decoder(recipe, Path(data), out, teacher, str(world.device), boards)
             return run_tiny(recipe, data, out, teacher, str(world.device), boards)
         else:
             assert teacher is not None

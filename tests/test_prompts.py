@@ -95,9 +95,12 @@ def test_whatever_stands_there_is_read_or_refused(text):
 @pytest.mark.parametrize("prompt", ["[a" * 5000, "[a" * 3333 + "]" * 3333, "a" + 9998 * " " + "b"])
 def test_no_prompt_takes_long_to_read(prompt):
     """The longest that is allowed, built to be slow: work must grow with length alone."""
-    start = time.process_time()
-    (part,) = parse(prompt)
-    assert time.process_time() - start < 0.5
+    took = []
+    for _ in range(3):  # a collection of garbage may fall into one
+        start = time.thread_time()
+        (part,) = parse(prompt)
+        took.append(time.thread_time() - start)
+    assert min(took) < 0.5
     letters = "".join(f.text for f in part)
     assert letters.replace(" ", "") == prompt.translate({ord(c): None for c in "[] "})
     if prompt[0] == "[":

@@ -184,6 +184,9 @@ def test_what_distill_refuses(base_parts, tmp_path, packages):
     )
     with pytest.raises(UserError, match="photograph"):
         distill(no_kinds, data, tmp_path / "run2", str(base), "cpu")
+    decoder = replace(recipes.get("mini-decoder"), kinds={"emoji": 0, "photograph": 3})
+    with pytest.raises(UserError, match=r"no training pictures for an epoch of .*'photograph': 3"):
+        distill(decoder, data, tmp_path / "run3", str(base), "cpu")
     assert not list(tmp_path.iterdir())
 
 

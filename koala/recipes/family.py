@@ -1,7 +1,4 @@
-"""Runs of what the mini family makes itself and SDXL gets from others: VAE, text side, tiny VAE.
-
-The decoder goes on by itself at the family's own size, and what a tiny VAE learns from is whole.
-"""
+"""Runs of what the mini family makes itself and SDXL gets from others: VAE, text side, tiny VAE."""
 
 from __future__ import annotations
 
@@ -14,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from torch import Tensor
 
 from koala import architectures
 from koala.data.encoding import to_pixels
 from koala.data.latents import LatentSet
 from koala.data.pictures import NOTICE, PictureSet
 from koala.distillation.loop import train
+from koala.errors import UserError
 from koala.formats import load_vae, resolve_model
 from koala.generation.decode import TINY
 from koala.mini.text import (
@@ -31,7 +30,7 @@ from koala.mini.text import (
     vocabulary_words,
 )
 from koala.mini.tiny import TinyDistillation, new_tiny
-from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae
+from koala.mini.vae import SHOWN, Autoencoding, PictureData, measure_latents, new_vae
 from koala.sentence import SentenceEncoder
 
 if TYPE_CHECKING:
@@ -44,13 +43,11 @@ def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[
     seen = pictures.select("train")
     torch.manual_seed(recipe.vae.seed)
     vae = new_vae(pictures.image(0).width).to(device, memory_format=torch.channels_last)
-    shown = [pictures.image(i) for i in pictures.select("test-pair")[:16]]
-    coding = Autoencoding(vae, to_pixels(shown))
-    epoch = [i for kind, n in recipe.kinds.items() for i in pictures.select("train", kind) * n]
-    painted = PictureData(pictures, epoch, recipe.vae.seed)
+    coding = Autoencoding(vae, _shown(pictures))
+    painted = _painted(pictures, recipe.kinds, recipe.vae.seed)
     note = {"recipe": asdict(recipe)}
     train(coding, painted, recipe.vae, out / "vae", note, boards=boards)
-    measure_latents(vae, painted.every(len(epoch) // 1000 + 1).to(device))
+    measure_latents(vae, painted.every(len(painted.pixels) // 1000 + 1).to(device))
     coding = coding.sharpening()
     train(coding, painted, recipe.decoder, out / "decoder", note, boards=boards)
 
@@ -69,15 +66,33 @@ def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[
 def run_decoder(
     recipe: Decoder, data: str | Path, out: Path, teacher: str, device: str, boards: Sequence[str]
 ) -> Path:
-    """The VAE's decoder, going on; then the teacher's folder with it. Latents are as before."""
+    """The VAE's decoder, going on, then the teacher's folder with it; its card stays the teacher's.
+
+    Latents are what they were: the encoder rests.
+    """
     source, pictures = resolve_model(teacher), PictureSet(data)
-    epoch = [i for kind, n in recipe.kinds.items() for i in pictures.select("train", kind) * n]
-    painted = PictureData(pictures, epoch, recipe.training.seed)
-    shown = [pictures.image(i) for i in pictures.select("test-pair")[:16]]
+    painted = _painted(pictures, recipe.kinds, recipe.training.seed)
     vae = load_vae(source).to(device, memory_format=torch.channels_last)
-    task = Autoencoding(vae, to_pixels(shown)).sharpening(recipe.perceptual, recipe.drift)
-    train(task, painted, recipe.training, out, {"recipe": asdict(recipe)}, boards=boards)
-    return _with_part(source, "vae", lambda folder: task.export(vae, folder), out / "model")
+    task = Autoencoding(vae, _shown(pictures)).sharpening(recipe.perceptual, recipe.drift)
+    note = {"recipe": asdict(recipe)}
+    trained = train(task, painted, recipe.training, out, note, boards=boards)
+    return _with_part(source, "vae", lambda folder: task.export(trained, folder), out / "model")
+
+
+def _painted(pictures: PictureSet, kinds: dict[str, int], seed: int) -> PictureData:
+    """The training pictures, so many copies of each kind in an epoch; UserError where none is."""
+    epoch = [i for kind, n in kinds.items() for i in pictures.select("train", kind) * n]
+    if not epoch:
+        raise UserError(
+            f"{pictures.folder} has no training pictures for an epoch of {kinds}: raise a number, "
+            "or prepare pictures of these kinds"
+        )
+    return PictureData(pictures, epoch, seed)
+
+
+def _shown(pictures: PictureSet) -> Tensor:
+    """Held-out pictures of the previews."""
+    return to_pixels([pictures.image(i) for i in pictures.select("test-pair")[:SHOWN]])
 
 
 def run_tiny(

@@ -18,13 +18,15 @@ MIXTURE = Mixture(
     captions={"short": 0.55, "subject": 0.2, "long": 0.25},
 )
 
+PAINTED = {"emoji": 6, "icon": 1, "scene": 1}  # the VAE's, whose captions do not matter
+
 SELF_ATTENTION = DistillationSettings(feature_weight=0.05, normalise=True, min_snr=1.0)
 
 
 def mini_base() -> Base:
     """The VAE and the text side."""
     return Base(
-        kinds={"emoji": 6, "icon": 1, "scene": 1},
+        kinds=PAINTED,
         vae=Training(
             samples=112_000, batch=8, lr=1.5e-3, warmup=1_600, decay=True,
             ema_half_life=1_000, log_every=800, preview_every=16_000,
@@ -43,7 +45,7 @@ def mini_base() -> Base:
 def mini_decoder() -> Decoder:
     """The VAE's decoder, going on at 128 pixels, on latents as rough as a U-Net draws them."""
     return Decoder(
-        kinds={"emoji": 6, "icon": 1, "scene": 1},
+        kinds=PAINTED,
         training=Training(
             samples=6_400, batch=8, lr=5e-4, warmup=200, decay=True, weight_decay=0.0,
             ema_half_life=400, log_every=400, preview_every=1_600,

@@ -140,10 +140,11 @@ def distill(
             teacher = _teacher_of(recipe, teacher, world)
         if isinstance(recipe, Base):
             models = [run_base(recipe, Path(data), out, str(world.device), boards)]
-        elif isinstance(recipe, Decoder | Tiny):
+        elif isinstance(recipe, Decoder):
             assert teacher is not None
-            if isinstance(recipe, Decoder):
-                return run_decoder(recipe, Path(data), out, teacher, str(world.device), boards)
+            return run_decoder(recipe, data, out, teacher, str(world.device), boards)
+        elif isinstance(recipe, Tiny):
+            assert teacher is not None
             return run_tiny(recipe, data, out, teacher, str(world.device), boards)
         else:
             assert teacher is not None

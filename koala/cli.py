@@ -494,13 +494,14 @@ def _distill(commands) -> None:
     p.add_argument("--out", type=Path, help="the run's folder; the finished model in OUT/model")
     p.add_argument("--device", help="cpu, cuda (default: the best there is)")
     p.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE",
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="settings in place of the recipe's, as training.batch=64 hardware.accumulate=4; "
         "those of hardware change the result by rounding alone, also when a run goes on",
     )  # fmt: skip
     p.add_argument(
-        "--log", nargs="+", default=[], metavar="BOARD", help="also log to tensorboard, wandb"
-    )
+        "--log", nargs="+", action="extend", default=[], metavar="BOARD",
+        help="also log to tensorboard, wandb",
+    )  # fmt: skip
     _add_push(p)
     p.add_argument(
         "--dry-run", action="store_true",

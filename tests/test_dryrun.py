@@ -212,9 +212,10 @@ def test_a_trial_measures_or_says_why_not():
 
 def test_the_command(capsys):
     given = ["distill", "koala-mini", "--dry-run", "--card", "4090", "--set", "training.batch=32"]
-    assert main([*given, "--json"]) == 0
+    assert main([*given, "--set", "training.lr=1e-4", "--json"]) == 0  # both are heard
     shown = json.loads(capsys.readouterr().out)
     assert shown["student"]["training"]["batch"] == shown["cost"]["batch"] == 32
+    assert shown["student"]["training"]["lr"] == 1e-4
     stored = read_tensors(BUNDLED / "koala-mini", "unet").values()
     assert shown["cost"]["trained"] == sum(math.prod(tensor.shape) for tensor in stored)
     assert main(given) == 0

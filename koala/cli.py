@@ -433,6 +433,11 @@ def _prepare(commands) -> None:
         help="fields that make a caption; may be given several times, to mix in training",
     )  # fmt: skip
     made.add_argument("--upscale", action="store_true", help="enlarge small pictures")
+    made.add_argument(
+        "--mirror", action="store_true",
+        help="store mirror images too: half of what a training shows, save where a caption says "
+        "left or right",
+    )  # fmt: skip
     stored = made.add_mutually_exclusive_group()
     stored.add_argument("--one-draw", action="store_true", help="store a draw: half the bytes")
     stored.add_argument(
@@ -463,7 +468,7 @@ def _run_prepare(o: argparse.Namespace) -> None:
         "min_side", "max_aspect", "min_words", "max_words", "max_nsfw", "min_similarity",
         "keep_duplicates",
     )  # fmt: skip
-    settings = given("size", "upscale", "text", "long_captions", "held_out")
+    settings = given("size", "upscale", "mirror", "text", "long_captions", "held_out")
     settings |= {"filters": Filters(**filters)} if filters else {}
     settings |= {"captions": tuple(o.captions)} if o.captions else {}
     settings |= {"posterior": "draw"} if o.one_draw else {}

@@ -1,12 +1,15 @@
 """Batches: true to what was prepared, the same for any number of processes, from anywhere."""
 
+import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from koala.data import near
@@ -107,6 +110,69 @@ def test_draws_of_one_sample_differ_and_are_normal(folder, toy_sdxl):
     noise = torch.cat(errors)
     assert abs(noise.mean()) < 4 / len(noise) ** 0.5
     assert abs(noise.std() - 1) < 4 / (2 * len(noise)) ** 0.5
+
+
+@pytest.mark.parametrize("posterior", ["moments", "draw", "pixels"])
+def test_half_are_mirror_images_where_asked_for(posterior, toy_sdxl, tmp_path):
+    """Of training pictures, and never under a caption that says left or right."""
+    files = pictures(24, [(80, 80)])
+    there = write_folder(tmp_path / "there", files)
+    for n in range(0, 24, 4):
+        (there / f"{n:04d}.txt").write_text(f"an owl Left of fox {n}")
+    turned = write_folder(tmp_path / "turned", [mirror_image(file) for file in files])
+    plain = Preparation(size=64, held_out=0.2, posterior=posterior)
+    for source, name, mirror in ((there, "data", True), (turned, "turned-data", False)):
+        preparation = replace(plain, mirror=mirror, held_out=0.2 if mirror else 0.0)
+        out = tmp_path / name
+        prepare_latents(recognise(source), out, toy_sdxl, preparation, workers=1)
+
+    index, turned = Index(tmp_path / "data"), stored_by_id(Index(tmp_path / "turned-data"))
+    own = stored_by_id(index)
+    if posterior == "moments":  # a stored draw's noise follows from the file
+        for id, tensors in own.items():
+            assert torch.equal(tensors["mirrored_mean"], turned[id]["mean"])
+            assert torch.equal(tensors["mirrored_deviation"], turned[id]["deviation"])
+    name = {"moments": "mean", "draw": "draw", "pixels": "pixels"}[posterior]
+    data, held = (LatentSet(tmp_path / "data", toy_sdxl, split=s) for s in ("train", "test"))
+    ids = {index.caption(s, r, "text"): index.fact(s, r, "id") for s, r in rows_of(index)}
+    mirrored, sided = [], 0
+    for stream, epochs in ((data, 12), (held, 12)):
+        for n in range(epochs * stream.epoch_length):
+            batch = stream.batch(n, 1)
+            (told,) = batch["captions"]
+            there = {key: tensor.float() for key, tensor in own[ids[told]].items()}
+            if posterior == "pixels":
+                there["mirrored_pixels"] = there["pixels"].flip(-1)
+            if posterior == "moments":
+                rng = np.random.default_rng((0, 3, n))
+                noise = rng.standard_normal(there["mean"].shape, dtype=np.float32)
+                for prefix in ("", "mirrored_"):
+                    there[prefix + "mean"] += there[prefix + "deviation"] * torch.from_numpy(noise)
+            shown = batch["pixels" if posterior == "pixels" else "latents"][0]
+            as_it_was = torch.equal(shown.float(), there[name])
+            assert as_it_was or torch.equal(shown.float(), there["mirrored_" + name])
+            if stream is held or "Left" in told:
+                assert as_it_was
+                sided += "Left" in told
+            else:
+                mirrored.append(not as_it_was)
+    assert sided > 12
+    assert abs(np.mean(mirrored) - 0.5) < 4 * 0.5 / len(mirrored) ** 0.5
+
+
+def mirror_image(file: bytes) -> bytes:
+    """Without loss, so that it is decoded to the mirrored pixels."""
+    buffer = io.BytesIO()
+    ImageOps.mirror(Image.open(io.BytesIO(file))).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows_of(index: Index) -> list[tuple[int, int]]:
+    return [(shard, row) for shard in range(len(index)) for row in range(index.rows[shard])]
+
+
+def stored_by_id(index: Index) -> dict[str, dict[str, torch.Tensor]]:
+    return {index.fact(*place, "id"): index.tensors(*place) for place in rows_of(index)}
 
 
 @pytest.fixture

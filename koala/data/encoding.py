@@ -18,12 +18,13 @@ from koala import weights
 from koala.conditioning import TextConditioner
 from koala.data.buckets import Size
 from koala.data.captions import Telling
-from koala.data.samples import Dropped, Sample, Stored
+from koala.data.samples import Dropped, Preparation, Sample
 from koala.formats import load_vae, read_json, read_tensors
 
 BATCH_PIXELS = 4 << 20  # that the VAE encodes at once: four pictures at 1024 x 1024
 SCALING_FACTOR = 0.18215  # diffusers' default, where a VAE's config does not say
 BATCH = 64  # pictures, at most
+MIRRORED = "mirrored_"  # before the names of a mirrored picture's tensors
 _SEEN = np.empty((0, 0, 3), dtype=np.uint8)
 
 
@@ -104,11 +105,12 @@ class Encoder:
     """What becomes of read pictures, with a model's VAE on a device."""
 
     def __init__(
-        self, model: Path, device: str | torch.device, posterior: Stored, text: bool, seed: int
+        self, model: Path, device: str | torch.device, preparation: Preparation, seed: int
     ):
-        """text: whether the captions' embeddings are made too. seed: of the draws."""
-        self.moments = None if posterior == "pixels" else Moments(model, device)
-        self.posterior, self.seed = posterior, seed
+        """seed: of the draws."""
+        self.posterior, self.mirror, self.seed = preparation.posterior, preparation.mirror, seed
+        self.moments = None if self.posterior == "pixels" else Moments(model, device)
+        text = preparation.text
         self.conditioner = TextConditioner.from_folder(model, device=device) if text else None
 
     def unit(
@@ -157,13 +159,23 @@ class Encoder:
     def _tensors(self, samples: list[Sample]) -> dict[str, Tensor]:
         """bfloat16 [n, 4, h/8, w/8] on the CPU: "mean" and "deviation", or "draw".
 
-        Or "pixels", uint8 [n, 3, h, w].
+        With `mirror` those of the mirrored pictures too, under `MIRRORED` and the name. Or
+        "pixels", uint8 [n, 3, h, w], which need no encoding to be mirrored.
         """
         if self.moments is None:
             pixels = np.stack([sample.pixels for sample in samples])
             return {"pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
-        found = self.moments(to_pixels([sample.pixels for sample in samples]))
-        mean, deviation = (tensor.cpu() for tensor in found)
+        pixels = to_pixels([sample.pixels for sample in samples])
+        tensors = self._latents(self.moments, pixels, samples)
+        if self.mirror:
+            mirrored = self._latents(self.moments, pixels.flip(-1), samples)
+            tensors |= {MIRRORED + name: value for name, value in mirrored.items()}
+        return tensors
+
+    def _latents(
+        self, moments: Moments, pixels: Tensor, samples: list[Sample]
+    ) -> dict[str, Tensor]:
+        mean, deviation = (tensor.cpu() for tensor in moments(pixels))
         if self.posterior == "moments":
             return {"mean": mean.bfloat16(), "deviation": deviation.bfloat16()}
         noise = [

@@ -4,6 +4,7 @@ Which samples a batch holds is `koala.data.order`'s business, where they lie `ko
 here are the batch itself, its captions and draws, and the thread that reads ahead.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,16 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from koala.conditioning import time_ids
 from koala.data.captions import Telling
-from koala.data.encoding import encoder_hash
+from koala.data.encoding import MIRRORED, encoder_hash
 from koala.data.index import Index
 from koala.data.near import Near, Part
 from koala.data.order import WINDOW, Order
 from koala.errors import UserError
 
 AHEAD = 4  # batches that are read before they are asked for
+SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)  # captions that a mirror would make untrue
 
 Wanted = tuple[int, int, int, int]  # first, count, rank, world
 
@@ -31,6 +34,10 @@ class LatentSet:
 
     A batch's samples, captions and draws from the posterior follow from the seed and from the
     samples' numbers in the stream, whatever came before and however many processes share it.
+
+    Where a folder was prepared with `mirror`, half of the samples of "train" are their pictures'
+    mirror images, except under a caption that says left or right. Crops are central, so their
+    coordinates stay.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class LatentSet:
         _, buckets = np.unique(pairs, axis=1, return_inverse=True)
         self.order = Order(shards, self.index.rows[shards], buckets.reshape(-1), seed, window)
         self.seed = seed
+        self.mirror = split == "train" and self.index.made_with.get("mirror", False)
         self._near = Near(self.index, self.order)
         self._telling = Telling.of(model, long_captions)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="latents")
@@ -132,11 +140,16 @@ class LatentSet:
         for number, (shard, row) in enumerate(places, first + rank * share):
             rng = np.random.default_rng((self.seed, 3, number))
             tensors = self.index.tensors(shard, row)
-            if "pixels" in tensors:
-                pictures.append(tensors["pixels"])
-            else:
-                latents.append(self._latents(tensors, rng))
+            noise = None  # of the draw from the posterior
+            if "mean" in tensors:
+                shape = tensors["mean"].shape
+                noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
             captions.append(self._caption(shard, row, rng))
+            mirrored = self.mirror and not SIDED.search(captions[-1]) and rng.random() < 0.5
+            if "pixels" in tensors:
+                pictures.append(tensors["pixels"].flip(-1) if mirrored else tensors["pixels"])
+            else:
+                latents.append(_latents(tensors, noise, MIRRORED if mirrored else ""))
             if "text" in tensors:
                 text.append((tensors["text"].float(), tensors["pooled"].float()))
             facts = (self.index.fact(shard, row, n) for n in ("height", "width", "top", "left"))
@@ -154,13 +167,6 @@ class LatentSet:
             batch["text"] = torch.stack([t for t, _ in text])
             batch["pooled"] = torch.stack([p for _, p in text])
         return batch
-
-    def _latents(self, tensors: dict[str, torch.Tensor], rng: np.random.Generator) -> torch.Tensor:
-        """The stored draw, or one from the stored moments."""
-        if "draw" in tensors:
-            return tensors["draw"].float()
-        noise = rng.standard_normal(tensors["mean"].shape, dtype=np.float32)
-        return tensors["mean"].float() + tensors["deviation"].float() * torch.from_numpy(noise)
 
     def _caption(self, shard: int, row: int, rng: np.random.Generator) -> str:
         weights = np.array([*self.captions.values()])
@@ -193,3 +199,10 @@ class LatentSet:
                 f"{folder} holds latents for {made['size']} pixels, this training is for {size}; "
                 f"prepare into another folder with --size {size}"
             )
+
+
+def _latents(tensors: dict[str, Tensor], noise: Tensor | None, which: str) -> Tensor:
+    """float32 [4, h/8, w/8]: the stored draw, or one from the stored moments. which: a prefix."""
+    if noise is None:
+        return tensors[which + "draw"].float()
+    return tensors[which + "mean"].float() + tensors[which + "deviation"].float() * noise

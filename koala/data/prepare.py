@@ -60,8 +60,8 @@ def prepare(
     source: a path (see `koala.data.sources`; `kind` says what lies there if that is not clear), or
     "illustrations" or "illustrations-small", which are rendered first, and only rendered where no
     model is given. preparation: size, captions, filters; None for the defaults; of the
-    illustrations the size alone can be chosen. workers: processes that read pictures (default:
-    every core). sheet: a PNG to write, some pictures of the set.
+    illustrations size and mirroring alone can be chosen. workers: processes that read pictures
+    (default: every core). sheet: a PNG to write, some pictures of the set.
 
     Run again, it goes on where it was. UserError for an unknown source, a data package that
     cannot be had, a folder made with other settings or another VAE, workers below 1; Failure
@@ -76,11 +76,15 @@ def prepare(
         settings = ILLUSTRATIONS[source]
         if preparation:
             settings = replace(settings, size=preparation.size)
-        if kind or preparation not in (None, Preparation(settings.size)):
+        mirror = preparation is not None and preparation.mirror
+        if kind or preparation not in (None, Preparation(settings.size, mirror=mirror)):
             raise UserError(
-                f"{source} is prepared as it is: give only --size, --model, --device, --sheet"
+                f"{source} is prepared as it is: give only --size, --mirror, --model, --device, "
+                "--sheet"
             )
-        return _prepare_illustrations(settings, out, model, workers, device, sheet)
+        if mirror and model is None:
+            raise UserError("--mirror is of latents: give --model too")
+        return _prepare_illustrations(settings, out, model, workers, device, sheet, mirror)
     found = recognise(source, kind)
     if model is None:
         raise UserError(f"source {source} has pictures already: give --model to encode them")
@@ -106,28 +110,29 @@ def facts_of(folder: str | Path) -> dict[str, Any]:
 
 def _prepare_illustrations(
     settings: Illustrations, out: Path, model: str | None, workers: int | None,
-    device: str | None, sheet: str | Path | None,
+    device: str | None, sheet: str | Path | None, mirror: bool,
 ) -> PrepareReport:  # fmt: skip
     prepare_pictures(settings, out, workers)
     latents = None
     if model is not None:
         from koala.formats import resolve_model
 
-        latents = encode_pictures(out, resolve_model(model), _device(device), workers)
+        latents = encode_pictures(out, resolve_model(model), _device(device), workers, mirror)
     pictures = PictureSet(out)
     counts = Counter(f"{row['split']} {row['kind']}" for row in pictures.rows)
     return PrepareReport(out, dict(counts), latents, _draw_sheet(pictures, sheet))
 
 
 def encode_pictures(
-    folder: Path, model: Path, device: str = "cpu", workers: int | None = 1
+    folder: Path, model: Path, device: str = "cpu", workers: int | None = 1, mirror: bool = False
 ) -> Summary:
     """Encodes the illustrations that were rendered into `folder`, beside them: every one."""
     from koala.data.run import prepare_latents
 
     source = Parquet(folder, CAPTIONS, "pictures-*.parquet")
     filters = Filters(max_aspect=None, keep_duplicates=True)
-    preparation = Preparation(settings_of(folder)["size"], filters=filters, held_out=0.0)
+    size = settings_of(folder)["size"]
+    preparation = Preparation(size, filters=filters, held_out=0.0, mirror=mirror)
     return prepare_latents(source, folder, model, preparation, workers, device)
 
 

@@ -56,7 +56,7 @@ def prepare_latents(
         todo = [unit for unit in mine if not unit_file(out, unit).exists()]
         if todo:
             remove_parts(out, {*todo})
-            encoder = Encoder(model, device, preparation.posterior, preparation.text, SEED)
+            encoder = Encoder(model, device, preparation, SEED)
             telling = Telling.of(model, preparation.long_captions or "sentences")
             total = sum(map(plan.size, mine))
             done = total - sum(map(plan.size, todo))

@@ -58,6 +58,7 @@ class Preparation:
     captions: tuple[str, ...] = ()  # fields, or fields joined by "+"; one column each
     filters: Filters = Filters()
     upscale: bool = False  # whether pictures smaller than their bucket are enlarged
+    mirror: bool = False  # whether a training shows half of the pictures left to right
     # The posterior's mean and deviation; one draw from it, half the bytes; or the cropped pictures,
     # twelve times the bytes, which a training encodes itself.
     posterior: Stored = "moments"

@@ -8,9 +8,9 @@
     report.jsonl                   a line an item that was left out, with the reason
 
 Tensors of a shard, bfloat16, n samples of h x w pixels: `mean` and `deviation` of the VAE's
-posterior, or one `draw`, each [n, 4, h/8, w/8] in the units that the U-Net sees; `text` [n, t, d]
-and `pooled` [n, p] where embeddings were asked for. Or, in the place of latents, `pixels`: uint8
-[n, 3, h, w].
+posterior, or one `draw`, each [n, 4, h/8, w/8] in the units that the U-Net sees, and the same of
+the mirror images as `mirrored_mean` and so on where they were asked for; `text` [n, t, d] and
+`pooled` [n, p] where embeddings were. Or, in the place of latents, `pixels`: uint8 [n, 3, h, w].
 """
 
 import json

@@ -457,7 +457,7 @@ def _prepare(commands) -> None:
 
 
 def _run_prepare(o: argparse.Namespace) -> None:
-    from koala.data.prepare import prepare
+    from koala.data.prepare import ILLUSTRATIONS, prepare
     from koala.data.samples import Filters, Preparation
 
     def given(*names: str) -> dict:
@@ -473,6 +473,8 @@ def _run_prepare(o: argparse.Namespace) -> None:
     settings |= {"captions": tuple(o.captions)} if o.captions else {}
     settings |= {"posterior": "draw"} if o.one_draw else {}
     settings |= {"posterior": "pixels"} if o.pixels else {}
+    if settings and o.source in ILLUSTRATIONS:
+        settings.setdefault("size", ILLUSTRATIONS[o.source].size)
     preparation = Preparation(**settings) if settings else None
     report = prepare(o.source, o.out, o.model, o.workers, o.device, o.sheet, o.kind, preparation)
     if o.json:

@@ -6,12 +6,14 @@ import resource
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from koala.cli import _parser, main
+from koala.data.illustrations import SMALL
 from koala.generation import read_settings
 
 ROOT = Path(__file__).parent.parent
@@ -167,7 +169,12 @@ def test_distill_and_prepare_and_evaluate_refuse(tmp_path, capsys):
     report = ["--pictures", str(tmp_path), "--out", str(tmp_path / "report")]
     assert "two models" in refused(capsys, "evaluate", "a=x", "a=y", *report)
     assert "no prepared pictures" in refused(capsys, "evaluate", "koala-mini", *report)
+    mirrored = ["prepare", "illustrations-small", "--mirror", "--out", str(tmp_path)]
+    assert "give --model" in refused(capsys, *mirrored)
     assert not list(tmp_path.iterdir())
+    made = {"source": "illustrations", **asdict(SMALL), "test_pairs": 0.1}  # of the same size
+    (tmp_path / "set.json").write_text(json.dumps(made))
+    assert "test_pairs=0.1" in refused(capsys, *mirrored, "--model", "koala-mini")
 
 
 def test_a_dry_run_shows_the_recipe(capsys):

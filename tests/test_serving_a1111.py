@@ -16,7 +16,7 @@ from koala.generation.pictures import parameters
 from koala.serving.a1111_fields import with_loras
 from koala.serving.answers import Refusal
 from toy import toy_pipeline
-from toy_server import running
+from toy_server import gated, running
 
 # What a common client library sends when nothing is asked for but a prompt.
 LIBRARY = {
@@ -48,17 +48,8 @@ def pipeline(tmp_path_factory):
 @pytest.fixture
 def gate(pipeline):
     """While it is closed (cleared), no step is taken."""
-    plain, gate = pipeline.predict, threading.Event()
-
-    def predict(x, timesteps, condition):
-        assert gate.wait(60)
-        return plain(x, timesteps, condition)
-
-    gate.set()
-    pipeline.predict = predict
-    yield gate
-    gate.set()
-    pipeline.predict = plain
+    with gated(pipeline) as gate:
+        yield gate
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from koala.serving.settings import Limits
 from koala.serving.store import Store
 from koala.serving.table import Bounds, Table
 from toy import toy_pipeline
-from toy_server import running
+from toy_server import gated, running
 
 SIDE = 16
 ASKED = {"prompt": "a red fox", "size": "16x16", "steps": 3, "seed": 5}
@@ -43,17 +43,8 @@ def pipeline(folder):
 @pytest.fixture
 def gate(pipeline):
     """While it is closed (cleared), no step is taken."""
-    plain, gate = pipeline.predict, threading.Event()
-
-    def predict(x, timesteps, condition):
-        assert gate.wait(60)
-        return plain(x, timesteps, condition)
-
-    gate.set()
-    pipeline.predict = predict
-    yield gate
-    gate.set()
-    pipeline.predict = plain
+    with gated(pipeline) as gate:
+        yield gate
 
 
 class Client(httpx2.Client):

@@ -48,3 +48,21 @@ def running(
             server.should_exit = True
             thread.join(30)
             store.close()
+
+
+@contextmanager
+def gated(pipeline: Pipeline) -> Iterator[threading.Event]:
+    """A gate before each step of the pipeline until the block ends; it begins open (set)."""
+    plain, gate = pipeline.predict, threading.Event()
+
+    def predict(x, timesteps, condition):
+        assert gate.wait(60)
+        return plain(x, timesteps, condition)
+
+    gate.set()
+    pipeline.predict = predict
+    try:
+        yield gate
+    finally:
+        gate.set()
+        pipeline.predict = plain

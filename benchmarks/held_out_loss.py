@@ -63,7 +63,8 @@ def main() -> None:
         "hardware": hardware(),
         "command": shlex.join(["python", "-m", "benchmarks.held_out_loss", *sys.argv[1:]]),
     }
-    kept = json.loads(FILE.read_text()) if FILE.exists() else []
+    known = json.loads(FILE.read_text()) if FILE.exists() else []
+    kept = [one for one in known if one["model"] != found["model"]]
     FILE.write_text(json.dumps([*kept, found], indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

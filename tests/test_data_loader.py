@@ -1,6 +1,7 @@
 """Batches: true to what was prepared, the same for any number of processes, from anywhere."""
 
 import io
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,20 @@ def test_half_are_mirror_images_where_asked_for(posterior, toy_sdxl, tmp_path):
                 mirrored.append(not as_it_was)
     assert sided > 12
     assert abs(np.mean(mirrored) - 0.5) < 4 * 0.5 / len(mirrored) ** 0.5
+
+
+def test_a_folder_from_before_mirrors_goes_on(toy_sdxl, tmp_path):
+    source = recognise(write_folder(tmp_path / "there", pictures(4)))
+    preparation = Preparation(size=64, step=8)
+    done = prepare_latents(source, tmp_path / "data", toy_sdxl, preparation, workers=1)
+    file = tmp_path / "data" / "latents.json"
+    made = json.loads(file.read_text())
+    del made["mirror"]
+    file.write_text(json.dumps(made))
+    assert prepare_latents(source, tmp_path / "data", toy_sdxl, preparation, workers=1) == done
+    mirrored = replace(preparation, mirror=True)
+    with pytest.raises(UserError, match="mirror=False, now it is True"):
+        prepare_latents(source, tmp_path / "data", toy_sdxl, mirrored, workers=1)
 
 
 def mirror_image(file: bytes) -> bytes:

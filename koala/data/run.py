@@ -115,13 +115,16 @@ def _with_captions(source: Source, preparation: Preparation) -> Preparation:
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Writes what the folder's latents are made with, or refuses a folder made with another."""
+    """Writes what the folder's latents are made with, or refuses a folder made with another.
+
+    A setting that an older folder does not name was what is the default now.
+    """
     path, wanted = out / "latents.json", json.loads(json.dumps(settings))
     if not path.exists():
         with new_file(path) as part:
             part.write_text(json.dumps(wanted, indent=1) + "\n")
         return
-    found = json.loads(path.read_text())
+    found = json.loads(json.dumps(asdict(Preparation()))) | json.loads(path.read_text())
     if found.get("encoder") != wanted["encoder"]:
         raise UserError(
             f"{out} holds latents of another VAE ({found.get('encoder')}, this model's is "

@@ -125,8 +125,11 @@ def test_articles(name, said):
 
 @pytest.mark.parametrize(
     ("one", "more"),
-    [("fox", "foxes"), ("mouse", "mice"), ("cup of coffee", "cups of coffee"), ("sheep", "sheep")],
-)
+    [
+        ("fox", "foxes"), ("mouse", "mice"), ("cup of coffee", "cups of coffee"),
+        ("sheep", "sheep"), ("grapes", "grapes"), ("paw prints", "paw prints"),
+    ],
+)  # fmt: skip
 def test_plurals(one, more):
     assert plural(one) == more
 

@@ -82,10 +82,15 @@ def _inflect():
 
 def with_article(name: str) -> str:
     """ "fox" -> "a fox"; plurals and mass nouns stand alone."""
-    head = re.split(r" (?:of|with|on|behind|in|and) ", name)[0].split()[-1]
+    head = _head(name)
     if head.lower() in MASS or is_plural(head):
         return name
     return _inflect().a(name)
+
+
+def _head(name: str) -> str:
+    """ "cup of coffee" -> "cup", "green apple" -> "apple"."""
+    return re.split(r" (?:of|with|on|behind|in|and) ", name)[0].split()[-1]
 
 
 def is_plural(word: str) -> bool:
@@ -98,8 +103,8 @@ def is_plural(word: str) -> bool:
 
 
 def plural(name: str) -> str:
-    """ "green apple" -> "green apples", "cup of coffee" -> "cups of coffee"."""
-    return _inflect().plural_noun(name)
+    """ "green apple" -> "green apples", "cup of coffee" -> "cups of coffee", "grapes" as it is."""
+    return name if is_plural(_head(name)) else _inflect().plural_noun(name)
 
 
 def hashed(*words: object) -> float:

@@ -177,7 +177,9 @@ def shares(grader: Grader, rows: Sequence[Row], drawn: Sequence[Image.Image]) ->
     """Of all pictures of which something was asked, the share that shows it."""
     grades = [grader.grade(row, picture) for row, picture in zip(rows, drawn, strict=True)]
     asked = dict.fromkeys(what for grade in grades for what in grade)
-    return {what: float(np.mean([g[what] for g in grades if what in g])) for what in asked}
+    return {
+        what: round(float(np.mean([g[what] for g in grades if what in g])), 3) for what in asked
+    }
 
 
 def grader_of(pictures: PictureSet, settings: Illustrations) -> Grader:
@@ -213,7 +215,7 @@ def main() -> None:
         pipeline = load(model)
         drawn = [pipeline(texts, seed=seed * len(rows)).images for seed in SEEDS]
         of_seeds = [shares(grader, rows, pictures) for pictures in drawn]
-        found[model] = {what: [round(s[what], 3) for s in of_seeds] for what in of_seeds[0]}
+        found[model] = {what: [s[what] for s in of_seeds] for what in of_seeds[0]}
         if options.sheet:
             contact_sheet(drawn[0], texts, columns=10).save(options.sheet, optimize=True)
     record = {

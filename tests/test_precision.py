@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from koala.distillation.parallel import World, lay_out
+from koala.distillation.parallel import World, alone, lay_out
 from koala.distillation.precision import computing
 from koala.distillation.settings import Hardware
 from koala.errors import UserError
@@ -95,7 +95,15 @@ def test_where_it_cannot_be_it_is_refused(base, hardware, device, message) -> No
         lay_out(toy_task(base), hardware, World(device=torch.device(device)))
 
 
+def test_a_training_of_its_own_is_asked_the_same() -> None:
+    with pytest.raises(UserError, match="on a GPU a training is in bf16 anyway"):
+        alone("cuda", cpu_bf16=True)
+    assert not alone("cuda", cpu_bf16=False).hardware.cpu_bf16
+
+
 def test_a_processor_without_bf16_is_named(base, monkeypatch) -> None:
     monkeypatch.setattr("koala.distillation.parallel.has_bf16", lambda: False)
     with pytest.raises(UserError, match="does not multiply bf16"):
         lay_out(toy_task(base), Hardware(cpu_bf16=True), World(device=CPU))
+    with pytest.raises(UserError, match="does not multiply bf16"):
+        alone("cpu", cpu_bf16=True)

@@ -166,6 +166,17 @@ def lay_out(task: Laid, hardware: Hardware, world: World) -> Layout:
     return Layout(world, hardware)
 
 
+def alone(device: str, cpu_bf16: bool) -> Layout:
+    """The layout of a training in one process whose only setting is `Hardware.cpu_bf16`.
+
+    UserError where that is no use.
+    """
+    world, hardware = World(device=torch.device(device)), Hardware(cpu_bf16=cpu_bf16)
+    if cpu_bf16:
+        _check_cpu_bf16(hardware, world)
+    return Layout(world, hardware)
+
+
 def _check(task: Laid, hardware: Hardware, world: World) -> None:
     if world.size == 1:
         for name, value in (("sharding", "fsdp"), ("teacher", "sharded")):

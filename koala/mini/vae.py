@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from koala.data.encoding import normalisation
 from koala.data.order import shuffled
 from koala.data.pictures import PictureSet
 from koala.mini.perceptual import MobileNetV2
@@ -89,11 +88,14 @@ class Autoencoding(nn.Module):
     Most steps are on crops: steps count, and small ones do.
 
     `sharpening` is the second half of the training: the encoder rests, so that latents keep their
-    meaning (a U-Net can be trained on them meanwhile), the perceptual error weighs more, and
-    pictures are whole, since what a latent means is seen from all of them. With `drift`, noise of
-    up to so many of the latents' deviations lies on them, drawn anew for each picture: what a
-    U-Net draws is never quite a latent of a picture, and a decoder that has seen pictures' alone
-    blurs it (`docs/log.md`).
+    meaning, the perceptual error weighs more, and pictures are whole, since what a latent means is
+    seen from all of them.
+
+    With `drift`, noise of up to so many of the latents' deviations lies on them, drawn anew for
+    each picture: what a U-Net draws is never quite a latent of a picture. The encoder learns to
+    say what matters, eyes say, where noise does not drown it, and the decoder to read it there.
+    Source: Yang et al. 2025, "Latent Denoising Makes Good Visual Tokenizers", with noise added
+    where they interpolate.
     """
 
     def __init__(
@@ -130,22 +132,21 @@ class Autoencoding(nn.Module):
         loss = pixel + self.perceptual * seen + self.kl * kl + self.colour * colour
         return {"pixel": pixel, "perceptual": seen, "kl": kl, "colour": colour, "loss": loss}
 
-    def sharpening(self, perceptual: float = 0.5, drift: float = 0.0) -> "Autoencoding":
+    def sharpening(self, perceptual: float = 0.5) -> "Autoencoding":
         """The same task for the decoder alone."""
         for part in (self.trainable.encoder, self.trainable.quant_conv):
             part.requires_grad_(False)
         return Autoencoding(
-            self.trainable, self.shown, perceptual, self.kl, self.colour, cropped=0.0, drift=drift
+            self.trainable, self.shown, perceptual, self.kl, self.colour, cropped=0.0
         )
 
     def _drifts(self, z: Tensor, generator: torch.Generator) -> Tensor | float:
-        """Noise of 0 to `drift` deviations for each of [n, 4, h/8, w/8]."""
+        """Noise of 0 to `drift` of the batch's own deviations for each of z [n, 4, h/8, w/8]."""
         if not self.drift:
             return 0.0
-        _, scale = normalisation(self.trainable.config)
         share = torch.rand(len(z), 1, 1, 1, generator=generator)
         noise = torch.randn(z.shape, generator=generator)
-        return (self.drift * share * noise / scale).to(z.device)
+        return self.drift * z.std((0, 2, 3), keepdim=True) * (share * noise).to(z.device)
 
     def _cropped(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """All pictures, or the same half-sided window of all."""

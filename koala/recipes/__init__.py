@@ -2,8 +2,8 @@
 
     name                 makes                                        of
     mini-base            VAE and text side of the mini family         prepared pictures
-    mini-decoder         the VAE's decoder, going on on 128 pixels    mini-base, pictures
-    sdxl-mini-64         its SDXL U-Net, from nothing, on 64 pixels   mini-decoder, latents
+    mini-vae             the VAE, going on on 128 pixels              mini-base, pictures
+    sdxl-mini-64         its SDXL U-Net, from nothing, on 64 pixels   mini-vae, latents
     sdxl-mini-128        the same, going on on 128 pixels             sdxl-mini-64, latents
     sdxl-mini            the same, to its end                         sdxl-mini-128, latents
     koala-mini           the student, by self-attention distillation  sdxl-mini, latents
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MINI = (
     "mini-base",
-    "mini-decoder",
+    "mini-vae",
     "sdxl-mini-64",
     "sdxl-mini-128",
     "sdxl-mini",

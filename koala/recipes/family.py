@@ -18,6 +18,7 @@ from koala.data.encoding import to_pixels
 from koala.data.latents import LatentSet
 from koala.data.pictures import NOTICE, PictureSet
 from koala.distillation.loop import train
+from koala.distillation.parallel import alone
 from koala.errors import UserError
 from koala.formats import load_vae, resolve_model
 from koala.generation.decode import TINY
@@ -34,7 +35,7 @@ from koala.mini.vae import SHOWN, Autoencoding, PictureData, measure_latents, ne
 from koala.sentence import SentenceEncoder
 
 if TYPE_CHECKING:
-    from koala.recipes.run import Base, Decoder, Tiny
+    from koala.recipes.run import Autoencoder, Base, Tiny
 
 
 def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[str]) -> Path:
@@ -47,7 +48,7 @@ def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[
     painted = _painted(pictures, recipe.kinds, recipe.vae.seed)
     note = {"recipe": asdict(recipe)}
     train(coding, painted, recipe.vae, out / "vae", note, boards=boards)
-    measure_latents(vae, painted.every(len(painted.pixels) // 1000 + 1).to(device))
+    measure_latents(vae, _sample(painted).to(device))
     coding = coding.sharpening()
     train(coding, painted, recipe.decoder, out / "decoder", note, boards=boards)
 
@@ -63,19 +64,33 @@ def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[
     return assemble(out / "model", coding, telling, data)
 
 
-def run_decoder(
-    recipe: Decoder, data: str | Path, out: Path, teacher: str, device: str, boards: Sequence[str]
+def run_autoencoder(
+    recipe: Autoencoder,
+    data: str | Path,
+    out: Path,
+    teacher: str,
+    device: str,
+    boards: Sequence[str],
 ) -> Path:
-    """The VAE's decoder, going on, then the teacher's folder with it; its card stays the teacher's.
+    """The VAE, going on, then the teacher's folder with it; its card stays the teacher's.
 
-    Latents are what they were: the encoder rests.
+    Latents are others from then on: prepared ones have to be prepared again.
     """
+    layout = alone(device, recipe.cpu_bf16)
     source, pictures = resolve_model(teacher), PictureSet(data)
     painted = _painted(pictures, recipe.kinds, recipe.training.seed)
     vae = load_vae(source).to(device, memory_format=torch.channels_last)
-    task = Autoencoding(vae, _shown(pictures)).sharpening(recipe.perceptual, recipe.drift)
+    task = Autoencoding(
+        vae,
+        _shown(pictures),
+        recipe.perceptual,
+        colour=recipe.colour,
+        cropped=0.0,
+        drift=recipe.drift,
+    )
     note = {"recipe": asdict(recipe)}
-    trained = train(task, painted, recipe.training, out, note, boards=boards)
+    trained = train(task, painted, recipe.training, out, note, layout=layout, boards=boards)
+    measure_latents(trained, _sample(painted).to(device))
     return _with_part(source, "vae", lambda folder: task.export(trained, folder), out / "model")
 
 
@@ -90,6 +105,11 @@ def _painted(pictures: PictureSet, kinds: dict[str, int], seed: int) -> PictureD
     return PictureData(pictures, epoch, seed)
 
 
+def _sample(painted: PictureData) -> Tensor:
+    """At most a thousand of the pictures."""
+    return painted.every(len(painted.pixels) // 1000 + 1)
+
+
 def _shown(pictures: PictureSet) -> Tensor:
     """Held-out pictures of the previews."""
     return to_pixels([pictures.image(i) for i in pictures.select("test-pair")[:SHOWN]])
@@ -99,6 +119,7 @@ def run_tiny(
     recipe: Tiny, data: str | Path, out: Path, teacher: str, device: str, boards: Sequence[str]
 ) -> Path:
     """The tiny autoencoder, then the teacher's folder with it; its card stays the teacher's."""
+    layout = alone(device, recipe.cpu_bf16)
     source, seed = resolve_model(teacher), recipe.training.seed
     latents = LatentSet(data, source, recipe.kinds, {"short": 1.0}, seed)
     torch.manual_seed(seed)
@@ -108,7 +129,7 @@ def run_tiny(
         shown=latents.batch(0, 16)["latents"],
     )
     note = {"recipe": asdict(recipe)}
-    trained = train(task, latents, recipe.training, out, note, boards=boards)
+    trained = train(task, latents, recipe.training, out, note, layout=layout, boards=boards)
     return _with_part(source, TINY, lambda folder: task.export(trained, folder), out / "model")
 
 

@@ -31,7 +31,7 @@ from koala.formats import (
     resolve_model,
     unet_architecture,
 )
-from koala.recipes.family import run_base, run_decoder, run_tiny
+from koala.recipes.family import run_autoencoder, run_base, run_tiny
 from koala.recipes.overrides import overridden
 from koala.recipes.previews import MINI_PROMPTS, drawing
 
@@ -90,13 +90,15 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """A VAE's decoder that goes on by itself, on latents with noise as `Autoencoding` says."""
+class Autoencoder:
+    """A VAE that goes on by itself, with noise on its latents as `Autoencoding` says."""
 
     kinds: dict[str, int]  # copies of each kind of picture in an epoch
     training: Training
     perceptual: float  # weight of the perceptual error
     drift: float  # greatest deviation of the noise, in deviations of the latents
+    colour: float  # pull of three latent channels towards the mean colour below them
+    cpu_bf16: bool = False  # as in `Hardware`
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,11 @@ class Tiny:
 
     kinds: dict[str, int] | None  # copies of each kind of picture in an epoch; None: all once
     training: Training
+    cpu_bf16: bool = False  # as in `Hardware`
 
 
-Recipe = Base | Decoder | Teacher | Student | Tiny
-ALONE = (Base, Decoder, Tiny)  # train in one process, without settings of hardware
+Recipe = Base | Autoencoder | Teacher | Student | Tiny
+ALONE = (Base, Autoencoder, Tiny)  # train in one process, without settings of hardware
 UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run goes on
 
 
@@ -140,9 +143,9 @@ def distill(
             teacher = _teacher_of(recipe, teacher, world)
         if isinstance(recipe, Base):
             models = [run_base(recipe, Path(data), out, str(world.device), boards)]
-        elif isinstance(recipe, Decoder):
+        elif isinstance(recipe, Autoencoder):
             assert teacher is not None
-            return run_decoder(recipe, data, out, teacher, str(world.device), boards)
+            return run_autoencoder(recipe, data, out, teacher, str(world.device), boards)
         elif isinstance(recipe, Tiny):
             assert teacher is not None
             return run_tiny(recipe, data, out, teacher, str(world.device), boards)

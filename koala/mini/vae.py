@@ -132,12 +132,12 @@ class Autoencoding(nn.Module):
         loss = pixel + self.perceptual * seen + self.kl * kl + self.colour * colour
         return {"pixel": pixel, "perceptual": seen, "kl": kl, "colour": colour, "loss": loss}
 
-    def sharpening(self, perceptual: float = 0.5) -> "Autoencoding":
+    def sharpening(self) -> "Autoencoding":
         """The same task for the decoder alone."""
         for part in (self.trainable.encoder, self.trainable.quant_conv):
             part.requires_grad_(False)
         return Autoencoding(
-            self.trainable, self.shown, perceptual, self.kl, self.colour, cropped=0.0
+            self.trainable, self.shown, perceptual=0.5, kl=self.kl, colour=self.colour, cropped=0.0
         )
 
     def _drifts(self, z: Tensor, generator: torch.Generator) -> Tensor | float:

@@ -68,6 +68,8 @@ class Trained:
     data: dict[str, Any]  # "pictures" to train on, and what the prepared folder says of itself
     teacher: str | None  # whose VAE and text encoders it has; None where it started from nothing
     distilled: bool  # some loss compares with that teacher
+    student: str | None = None  # whose U-Net it went on from; None: the teacher's, cut
+    before: int = 0  # samples that one had seen, as far as its own card says
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Card:
             part.write_text(self.text(), encoding="utf-8")
 
 
+_PAPER = "[KOALA](https://arxiv.org/abs/2312.04005)"
 _FACTS = {"cut": Cut, "trained": Trained, "evaluated": Evaluated}
 
 
@@ -204,6 +207,21 @@ def student_of(teacher: Card, name: str, title: str, cut: Cut) -> Card:
     return Card(title, teacher.licence, base, cut)
 
 
+def adopted_of(student: Card, teacher: Card, title: str) -> Card:
+    """The card of a student's U-Net beside a teacher's VAE and text encoders: both licences."""
+    licence = _both(student.licence, teacher.licence)
+    return replace(student, title=title, licence=licence, evaluated=None, ours=True)
+
+
+def _both(unet: Licence, rest: Licence) -> Licence:
+    if unet == rest:
+        return unet
+    stated = [
+        (of.name or of.identifier) + (f", {of.link}" if of.link else "") for of in (unet, rest)
+    ]
+    return Licence("other", f"U-Net: {stated[0]}; VAE and text encoders: {stated[1]}")
+
+
 def trained_of(start: Card, title: str, trained: Trained) -> Card:
     """The card of a trained model: that of the model it started from, and the training."""
     return replace(start, title=title, trained=trained, evaluated=None, ours=True)
@@ -220,9 +238,13 @@ def _about(card: Card) -> str:
         if card.trained:
             since = "then distilled" if card.trained.distilled else "then trained without a teacher"
         return (
-            f"{kind}, made small with [KOALA](https://arxiv.org/abs/2312.04005)'s method: the "
+            f"{kind}, made small with {_PAPER}'s method: the "
             f"U-Net of **{c.teacher}** ({c.teacher_architecture}, {c.teacher_parameters:,} "
             f"parameters) cut to **{c.architecture}** ({c.parameters:,}, {share:.0%}), {since}."
+        )
+    if card.trained and card.trained.student:
+        return (
+            f"{kind}, made small with {_PAPER}'s method, that went on from {card.trained.student}."
         )
     return f"{kind}, {'trained from nothing' if card.trained else 'of unrecorded origin'}."
 
@@ -265,8 +287,13 @@ def _making(card: Card) -> str:
         data = {key: value for key, value in t.data.items() if key != "pictures"}
         role = "teacher" if t.distilled else "VAE and text encoders of"
         recipe = f"`{t.recipe}`" + (f", {role} {t.teacher}" if t.teacher else "")
+        earlier = ""
+        if t.student:
+            seen = f"{t.before:,} samples" if t.before else "a number of samples not recorded"
+            earlier = f"- went on from: {t.student}, after {seen}\n"
         parts += [
             f"- recipe: {recipe}\n"
+            f"{earlier}"
             f"- samples seen: {samples}\n"
             f"- data: {t.data['pictures']:,} captioned pictures to train on, prepared with",
             _json(data),
@@ -305,7 +332,7 @@ def _limits(card: Card) -> str:
         limits.append(
             "It draws what its training pictures (above) hold, and little else can be expected."
         )
-    if card.cut:
+    if card.cut or (card.trained and card.trained.student):
         limits.append(
             "KOALA's authors name as limits of such students: long legible text, hands, and "
             "prompts with several attributes or relations."

@@ -497,6 +497,11 @@ def _distill(commands) -> None:
         "--teacher",
         help="name, folder, file or Hub id of the model to learn from (default: the recipe's)",
     )
+    p.add_argument(
+        "--student",
+        help="name, folder, file or Hub id of a distilled model to go on from (default: the "
+        "teacher, cut)",
+    )
     p.add_argument("--data", help="a folder that `koala prepare` made, or a URL of one")
     p.add_argument("--out", type=Path, help="the run's folder; the finished model in OUT/model")
     p.add_argument("--device", help="cpu, cuda (default: the best there is)")
@@ -535,7 +540,7 @@ def _run_distill(o: argparse.Namespace) -> None:
         if getattr(o, name) is None:
             raise UserError(f"koala distill needs --{name} (only --dry-run goes without)")
     _check_push(o)
-    model = distill(o.recipe, o.data, o.out, o.teacher, o.device, o.set, o.log)
+    model = distill(o.recipe, o.data, o.out, o.teacher, o.device, o.set, o.log, o.student)
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
         print(f"finished model: {model}")
         _push(o, model)

@@ -32,6 +32,7 @@ DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
     "interleave": lambda k, s, t: k * t // s,  # evenly spaced from the first: 0, 2, 4, ... of 2s
     "up": lambda k, s, t: t - s + k,  # the last s
 }
+_SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _SCHEDULE = (  # what the student keeps of its teacher's scheduler: the noise it was trained on
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr",
@@ -166,14 +167,14 @@ def _pipeline_files(contents: Contents, student: UNetArchitecture) -> dict[str, 
         if isinstance(value, list) and name not in formats.CONFIGS:
             index[name] = [None, None]  # an optional part, such as an image encoder
     index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
-    schedule = contents.config("scheduler/scheduler_config.json")
+    schedule = contents.config(_SCHEDULER_FILE)
     kept = {key: schedule[key] for key in _SCHEDULE if key in schedule}
     scheduler = {"_class_name": "EulerDiscreteScheduler", **kept, "timestep_spacing": "trailing"}
     return {
         **contents.files,
         "model_index.json": as_file(index),
         "unet/config.json": as_file(config),
-        "scheduler/scheduler_config.json": as_file(scheduler),
+        _SCHEDULER_FILE: as_file(scheduler),
     }
 
 
@@ -218,14 +219,56 @@ def compress(
             bytes=sizes["unet"],
             out=out,
         )
-        _card(teacher, contents, part, report, depth_rule).write(part)
+        _card(teacher, contents, report, depth_rule).write(part)
     return report
 
 
+def adopt(
+    student: str | Path, teacher: str | Path, to: str, out: str | Path, depth_rule: str = "bottom"
+) -> None:
+    """Writes the pipeline folder `out` in fp32: `teacher`, with the U-Net of `student` in it.
+
+    So a student that has been distilled before goes on, from any teacher that it is a cut of:
+    KOALA-700M, say, from somebody's own SDXL. student: name, folder, Hub id or single file; VAE
+    and text encoders of its own are left out. teacher, to, depth_rule: as of `compress`. Raises
+    `UserError` if `student` is not `teacher` cut so, or what it predicts is not what `teacher`
+    does, and as `compress` does.
+    """
+    out = Path(out).expanduser()
+    check_new(out)
+    contents, other = read_model(teacher), read_model(student)
+    cut = student_of(contents.architecture, to)
+    if other.architecture != cut:
+        raise UserError(
+            f"{other.source} has a U-Net {other.architecture.name}, the student is to be "
+            f"{cut.name}: take another model to go on from, or none"
+        )
+    mine, theirs = (_predicts(of) for of in (other, contents))
+    if mine != theirs:
+        raise UserError(
+            f"{other.source} predicts {mine}, the teacher {contents.source} {theirs}: take a pair "
+            "that predicts the same"
+        )
+    known = _known(other)
+    if known.cut and known.cut.depth_rule != depth_rule:
+        raise UserError(
+            f"{other.source} was cut by depth rule {known.cut.depth_rule!r}, this recipe pairs its "
+            f"blocks by {depth_rule!r}: add --set settings.depth_rule={known.cut.depth_rule}"
+        )
+    tensors = {**contents.tensors, "unet": other.tensors["unet"]}
+    with new_folder(out) as part:
+        write_folder(part, tensors, _pipeline_files(contents, cut), float_dtype("fp32"))
+        card.adopted_of(known, _known(contents), card.name_of(out)).write(part)
+
+
+def _predicts(contents: Contents) -> str:
+    return contents.config(_SCHEDULER_FILE).get("prediction_type", "epsilon")
+
+
 def _card(
-    teacher: str | Path, contents: Contents, part: Path, report: CompressReport, depth_rule: str
+    teacher: str | Path, contents: Contents, report: CompressReport, depth_rule: str
 ) -> card.Card:
-    """The student's model card; `part`: its folder, with the teacher's card where there is one."""
+    """The student's model card."""
     name = card.name_of(teacher)
     cut = card.Cut(
         teacher=name,
@@ -237,7 +280,11 @@ def _card(
         dropped=report.dropped,
         depth_rule=depth_rule,
     )
-    known = card.read_metadata(contents.source, contents.metadata)
-    if card.FILE in contents.files:
-        known = card.read(part)
-    return card.student_of(known, name, card.name_of(report.out), cut)
+    return card.student_of(_known(contents), name, card.name_of(report.out), cut)
+
+
+def _known(contents: Contents) -> card.Card:
+    """What a folder's card or a single file's metadata say."""
+    if contents.source.is_dir():
+        return card.read(contents.source)
+    return card.read_metadata(contents.source, contents.metadata)

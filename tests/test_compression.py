@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from koala import architectures
-from koala.compression import DEPTH_RULES, block_map, compress, tensor_map
+from koala import architectures, card
+from koala.compression import DEPTH_RULES, adopt, block_map, compress, tensor_map
 from koala.errors import UserError
 from koala.formats import WEIGHTS, load_unet, unet_architecture
 from toy import toy_pipeline
@@ -287,3 +287,57 @@ def test_credits_come_along(teacher, tmp_path):
     (teacher / "NOTICE.txt").write_text("drawn by many\n")
     compress(teacher, "koala-700m", tmp_path / "student")
     assert (tmp_path / "student" / "NOTICE.txt").read_text() == "drawn by many\n"
+
+
+# --- a student that goes on -----------------------------------------------------------------
+
+
+def test_a_student_goes_on_beside_another_teachers_encoders(teacher, tmp_path):
+    student = toy_pipeline(tmp_path / "student", seed=2, architecture="koala")
+    adopt(student, teacher, "koala-700m", tmp_path / "start")
+    assert (tmp_path / "start" / UNET).read_bytes() == (student / UNET).read_bytes()
+    for component in ("vae", "text_encoder", "text_encoder_2"):
+        file = f"{component}/{WEIGHTS[component]}.safetensors"
+        assert (tmp_path / "start" / file).read_bytes() == (teacher / file).read_bytes()
+    scheduler = json.loads((tmp_path / "start/scheduler/scheduler_config.json").read_text())
+    assert scheduler["timestep_spacing"] == "trailing"
+    assert load_unet(tmp_path / "start").config.layers_per_block == 1
+
+
+def test_both_licences_go_with_it(teacher, tmp_path):
+    """The student's own, for its U-Net, and the teacher's; once where they are one."""
+    ours = compress(teacher, "koala-700m", tmp_path / "student").out
+    theirs = shutil.copytree(teacher, tmp_path / "teacher")
+    (theirs / card.FILE).write_text("---\nlicense: openrail++\n---\n")
+    mine = card.read(ours)
+    for licence, expected in (
+        (card.Licence("openrail++"), card.Licence("openrail++")),
+        (
+            card.Licence("other", "terms of Ann", "https://example.org"),
+            card.Licence(
+                "other",
+                "U-Net: terms of Ann, https://example.org; VAE and text encoders: openrail++",
+            ),
+        ),
+    ):
+        replace(mine, licence=licence).write(ours)
+        adopt(ours, theirs, "koala-700m", tmp_path / "begun")
+        told = card.read(tmp_path / "begun")
+        assert (told.title, told.cut, told.licence) == ("begun", mine.cut, expected)
+        shutil.rmtree(tmp_path / "begun")
+
+
+def test_what_is_no_such_student_is_refused(teacher, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="has a U-Net custom, the student is to be koala-700m of"):
+        adopt(teacher, teacher, "koala-700m", out)
+    other = toy_pipeline(tmp_path / "other", architecture="koala")
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
+    with pytest.raises(UserError, match=r"predicts v_prediction, the teacher \S+ epsilon"):
+        adopt(other, teacher, "koala-700m", out)
+    upper = compress(teacher, "koala-700m", tmp_path / "upper", depth_rule="up").out
+    with pytest.raises(UserError, match=r"cut by depth rule 'up'.*--set settings\.depth_rule=up"):
+        adopt(upper, teacher, "koala-700m", out)
+    assert not out.exists()

@@ -29,19 +29,23 @@ def data(toy_sdxl, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def others(toy_sdxl, tmp_path_factory) -> dict[str, Path]:
-    """Teachers that do not do: of another VAE, and a student's shape."""
+    """Models that do not do: a teacher of another VAE, and one of a student's shape."""
     folder = tmp_path_factory.mktemp("others")
     vae = toy_pipeline(folder / "vae", seed=1)
     return {"vae": vae, "student": toy_pipeline(folder / "student", architecture="koala")}
 
 
-def distil(out: Path, data: Path, teacher: Path, *changes: str, recipe: str = "ablation-sa") -> int:
+def distil(
+    out: Path, data: Path, teacher: Path, *changes: str, recipe: str = "ablation-sa",
+    student: str | Path | None = None,
+) -> int:  # fmt: skip
     """Its exit status."""
     names = {change.partition("=")[0] for change in changes}
     settings = [text for text in SMALL if text.partition("=")[0] not in names]
     return main(
         ["distill", recipe, "--data", str(data), "--out", str(out), "--teacher", str(teacher),
-         "--device", "cpu", "--set", *settings, *changes]
+         "--device", "cpu", *(["--student", str(student)] if student else []),
+         "--set", *settings, *changes]
     )  # fmt: skip
 
 
@@ -56,6 +60,8 @@ def distil(out: Path, data: Path, teacher: Path, *changes: str, recipe: str = "a
         ({"changes": ["pixels=128"]}, "latents for 64 pixels, this training is for 128"),
         ({"teacher": "vae"}, "latents of another VAE"),
         ({"teacher": "student"}, "koala"),
+        ({"student": "vae"}, "has a U-Net custom, the student is to be koala-1b of custom"),
+        ({"student": "nowhere"}, "nowhere"),
         ({"data": "nowhere"}, "not prepared to its end"),
     ],
 )
@@ -65,6 +71,7 @@ def test_what_is_known_before_the_first_step(given, said, data, others, toy_sdxl
     status = distil(
         tmp_path / "run", place, teacher, *given.get("changes", []),
         recipe=given.get("recipe", "ablation-sa"),
+        student=others.get(given.get("student"), given.get("student")),
     )  # fmt: skip
     shown = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and said in shown[-1] and shown[-1].startswith("koala: ")

@@ -103,6 +103,16 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
         for k, v in after.items()
     )
     assert (tmp_path / "student" / "stats.jsonl").read_text().splitlines() == lines
+    master_too = (str(master), "cpu")
+    more = distill(student, data, tmp_path / "more", *master_too, student=str(small))
+    begun_as = load_file(tmp_path / "more" / "start" / unet)
+    assert all(torch.equal(begun_as[k], after[k]) for k in after)
+    trained = card.read(more).trained
+    assert (trained.student, trained.before, trained.samples) == ("student", 8, {"U-Net": 8})
+    with pytest.raises(UserError, match="student='student', now it is None"):
+        distill(student, data, tmp_path / "more", *master_too)
+    with pytest.raises(UserError, match="--student x: this recipe trains none"):
+        distill(teacher, data, tmp_path / "none", *master_too, student="x")
     other = replace(student, training=replace(TINY, lr=2e-3))
     with pytest.raises(UserError, match="lr"):
         distill(other, data, tmp_path / "student", str(master), "cpu")

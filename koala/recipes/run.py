@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from koala import architectures, card, recipes
-from koala.compression import compress
+from koala.compression import adopt, compress
 from koala.conditioning import TextConditioner
 from koala.data.encoding import Moments
 from koala.data.latents import LatentSet
@@ -123,6 +123,7 @@ def distill(
     device: str | None = None,
     settings: Sequence[str] = (),
     boards: Sequence[str] = (),
+    student: str | None = None,
 ) -> Path:
     """Runs a recipe to its end and returns the folder of the finished pipeline, `out`/model.
 
@@ -132,7 +133,8 @@ def distill(
     recipes of the paper name their own.
     device: the GPU where there is one, else the CPU; of the processes that torchrun starts, each
     takes a GPU of its own. settings: "name=value", replacing the recipe's (`overrides`).
-    boards: "tensorboard", "wandb". Run again, it goes on where it was, also on other hardware.
+    boards: "tensorboard", "wandb". student: a model of the recipe's cut to go on from, for
+    `Student`; None: the teacher, cut. Run again, it goes on where it was, also on other hardware.
     UserError where something is unknown, missing or of no use; Failure where the training fails.
     """
     name = recipe if isinstance(recipe, str) else "of one's own"
@@ -141,6 +143,8 @@ def distill(
         with world.together():
             recipe = configured(recipe, settings)
             teacher = _teacher_of(recipe, teacher, world)
+            if student is not None and not isinstance(recipe, Student):
+                raise UserError(f"--student {student}: this recipe trains none; leave it out")
         if isinstance(recipe, Base):
             models = [run_base(recipe, Path(data), out, str(world.device), boards)]
         elif isinstance(recipe, Autoencoder):
@@ -151,10 +155,10 @@ def distill(
             return run_tiny(recipe, data, out, teacher, str(world.device), boards)
         else:
             assert teacher is not None
-            models = _run(recipe, data, out, teacher, world, boards)
+            models = _run(recipe, data, out, teacher, student, world, boards)
         with world.together():
             for model in models if world.first else ():
-                _card(name, recipe, data, out, teacher).write(model)
+                _card(name, recipe, data, out, teacher, student).write(model)
     return models[0]
 
 
@@ -183,6 +187,7 @@ def _run(
     data: str | Path,
     out: Path,
     teacher: str,
+    student: str | None,
     world: World,
     boards: Sequence[str],
 ) -> list[Path]:
@@ -197,7 +202,11 @@ def _run(
         held_out = _held_out(latents, recipe, source) if training.validate_every else None
         start = out / "start"
         if isinstance(recipe, Student) and world.first and not start.exists():
-            compress(teacher, recipe.cut, start, "fp32", recipe.settings.depth_rule)
+            rule = recipe.settings.depth_rule
+            if student is None:
+                compress(teacher, recipe.cut, start, "fp32", rule)
+            else:
+                adopt(student, teacher, recipe.cut, start, rule)
     conditioner = _conditioner(source, world.device, latents)
     encode = Moments(source, world.device) if latents.pictures else None
     task = (
@@ -207,9 +216,10 @@ def _run(
     )
     layout = lay_out(task, recipe.hardware, world)
     claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
+    note = {"recipe": claimed} | ({"student": card.name_of(student)} if student else {})
     try:
         train(
-            task, latents, training, out, {"recipe": claimed}, layout=layout, held_out=held_out,
+            task, latents, training, out, note, layout=layout, held_out=held_out,
             boards=boards, flops=_flops(task, latents) if world.device.type == "cuda" else None,
         )  # fmt: skip
     finally:
@@ -250,7 +260,14 @@ def _flops(task: Denoising, latents: LatentSet) -> float:
     return sum(times * unet_flops(config, side, side, task.tokens) for times, config in networks)
 
 
-def _card(name: str, recipe: Recipe, data: str | Path, out: Path, teacher: str | None) -> card.Card:
+def _card(
+    name: str,
+    recipe: Recipe,
+    data: str | Path,
+    out: Path,
+    teacher: str | None,
+    student: str | None,
+) -> card.Card:
     """The finished model's card: that of what it started from, and this training."""
     start = card.Card("")
     if isinstance(recipe, Base):
@@ -259,6 +276,7 @@ def _card(name: str, recipe: Recipe, data: str | Path, out: Path, teacher: str |
         assert teacher is not None
         trained = {"U-Net": recipe.training}
         start = card.read(out / "start" if isinstance(recipe, Student) else resolve_model(teacher))
+    before = start.trained if student else None
     facts = card.Trained(
         recipe=name,
         settings=asdict(recipe),
@@ -266,6 +284,8 @@ def _card(name: str, recipe: Recipe, data: str | Path, out: Path, teacher: str |
         data=facts_of(data),
         teacher=teacher and card.name_of(teacher),
         distilled=isinstance(recipe, Student) and recipe.settings.learns_from_teacher,
+        student=student and card.name_of(student),
+        before=before.samples.get("U-Net", 0) + before.before if before else 0,
     )
     return card.trained_of(start, card.name_of(out / "model"), facts)
 
@@ -323,7 +343,7 @@ def _distilling(
     device: torch.device,
     encode: Encode | None,
 ) -> Distillation:
-    """The student is the teacher, cut: `start`, which stays as it was before distillation."""
+    """The student begins as `start`, which stays as it was before distillation."""
     return Distillation(
         load_unet(start).to(device),
         load_unet(teacher),  # the task casts it before it takes it along

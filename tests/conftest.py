@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from koala.data import art, concepts
-from koala.packages import cache_folder
+from koala.data.illustrations import art, concepts
+from koala.utils.asset_packages import cache_folder
 from toy import toy_pipeline
 from toy_packages import toy_packages
 

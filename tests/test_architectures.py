@@ -10,7 +10,20 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from koala import architectures
+from koala.architectures.table import (
+    ARCHITECTURES,
+    UNetArchitecture,
+    flops,
+    format_table,
+    from_unet_config,
+    get,
+    identify,
+    parameters,
+    student_of,
+    table,
+    tensor_shapes,
+    unet_config,
+)
 from koala.errors import UserError
 
 TOTALS = {
@@ -24,52 +37,43 @@ TOTALS = {
 }
 TFLOP = {"sdxl": (6.76, 1.59), "koala-1b": (3.43, 0.80), "koala-700m": (2.70, 0.62)}
 TINY = replace(
-    architectures.get("sdxl"), widths=(8, 16, 32), heads=(1, 2, 4), depths=(0, 1, 3), mid=3,
+    get("sdxl"), widths=(8, 16, 32), heads=(1, 2, 4), depths=(0, 1, 3), mid=3,
     context=20, up=((3, 3, 3), (1, 1, 1), (0, 0, 0)), pooled=12, time_ids=4, groups=4, sample=8,
 )  # fmt: skip
 
 
-def on_meta(arch: architectures.UNetArchitecture) -> UNet2DConditionModel:
+def on_meta(arch: UNetArchitecture) -> UNet2DConditionModel:
     with torch.device("meta"):
-        return UNet2DConditionModel(**architectures.unet_config(arch))
+        return UNet2DConditionModel(**unet_config(arch))
 
 
-@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tensors_and_config_are_those_of_the_real_class(name):
-    arch = architectures.get(name)
+    arch = get(name)
     unet = on_meta(arch)
     real = {key: tuple(tensor.shape) for key, tensor in unet.state_dict().items()}
-    assert architectures.tensor_shapes(arch) == real
-    assert architectures.parameters(arch) == unet.num_parameters()
-    assert architectures.from_unet_config(unet.config) == arch
-    assert (
-        architectures.identify(unet.config)
-        == architectures.identify(architectures.unet_config(arch))
-        == name
-    )
+    assert tensor_shapes(arch) == real
+    assert parameters(arch) == unet.num_parameters()
+    assert from_unet_config(unet.config) == arch
+    assert identify(unet.config) == identify(unet_config(arch)) == name
 
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_published_totals_to_the_unit(name):
-    assert architectures.parameters(architectures.get(name)) == TOTALS[name]
+    assert parameters(get(name)) == TOTALS[name]
 
 
 @pytest.mark.parametrize("name", TFLOP)
 def test_published_cost(name):
-    tflop = [
-        round(architectures.flops(architectures.get(name), side, side, 77) / 1e12, 2)
-        for side in (1024, 512)
-    ]
+    tflop = [round(flops(get(name), side, side, 77) / 1e12, 2) for side in (1024, 512)]
     assert tuple(tflop) == TFLOP[name]
 
 
-@pytest.mark.parametrize(
-    "arch", [TINY, architectures.student_of(TINY, "koala-700m"), architectures.get("sdxl-mini")]
-)
+@pytest.mark.parametrize("arch", [TINY, student_of(TINY, "koala-700m"), get("sdxl-mini")])
 @pytest.mark.parametrize("size", [(64, 64), (72, 40)])
 def test_cost_is_what_torch_counts(arch, size):
     """Exactly, on the plain attention kernel, whose two products torch counts as such."""
-    unet = UNet2DConditionModel(**architectures.unet_config(arch)).eval()
+    unet = UNet2DConditionModel(**unet_config(arch)).eval()
     height, width = size
     text, added = torch.zeros(1, 7, arch.context), torch.zeros(1, arch.pooled)
     conditions = {"text_embeds": added, "time_ids": torch.zeros(1, 6)}
@@ -77,7 +81,7 @@ def test_cost_is_what_torch_counts(arch, size):
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         unet(latents, 1, text, added_cond_kwargs=conditions)
-    assert counter.get_total_flops() == architectures.flops(arch, height, width, 7)
+    assert counter.get_total_flops() == flops(arch, height, width, 7)
 
 
 def test_one_rule_cuts_every_size():
@@ -85,26 +89,21 @@ def test_one_rule_cuts_every_size():
         ("koala-700m", "koala-700m", "koala-mini"),
         ("koala-1b", "koala-1b", "koala-mini-1b"),
     ]:
-        assert architectures.student_of(architectures.get("sdxl"), cut).name == big
-        assert architectures.student_of(architectures.get("sdxl-mini"), cut).name == small
-    assert architectures.get("koala-700m").depths == (0, 2, 5)
-    assert architectures.get("koala-700m").mid is None
-    assert architectures.get("koala-1b").depths == (0, 2, 6)
-    assert architectures.get("koala-1b").mid == 6
-    assert architectures.get("koala-mini").depths == (0, 1, 1)
-    assert architectures.get("koala-mini").mid is None
-    assert architectures.student_of(TINY, "koala-700m").name == "koala-700m of sdxl"
+        assert student_of(get("sdxl"), cut).name == big
+        assert student_of(get("sdxl-mini"), cut).name == small
+    assert get("koala-700m").depths == (0, 2, 5)
+    assert get("koala-700m").mid is None
+    assert get("koala-1b").depths == (0, 2, 6)
+    assert get("koala-1b").mid == 6
+    assert get("koala-mini").depths == (0, 1, 1)
+    assert get("koala-mini").mid is None
+    assert student_of(TINY, "koala-700m").name == "koala-700m of sdxl"
 
 
 def test_labels_do_not_change_identity():
-    assert (
-        architectures.identify(
-            {**architectures.unet_config(architectures.get("sdxl")), "sample_size": 64}
-        )
-        == "sdxl"
-    )
-    assert architectures.identify(architectures.unet_config(TINY)) == "custom"
-    mini = architectures.from_unet_config(architectures.unet_config(architectures.get("sdxl-mini")))
+    assert identify({**unet_config(get("sdxl")), "sample_size": 64}) == "sdxl"
+    assert identify(unet_config(TINY)) == "custom"
+    mini = from_unet_config(unet_config(get("sdxl-mini")))
     assert (mini.name, mini.tokens, mini.sample) == ("sdxl-mini", 32, 16)
 
 
@@ -123,38 +122,34 @@ def test_labels_do_not_change_identity():
     ],
 )
 def test_strange_configurations_are_refused(change, message):
-    config = {
-        k: v
-        for k, v in {**architectures.unet_config(architectures.get("sdxl")), **change}.items()
-        if v is not None
-    }
+    config = {k: v for k, v in {**unet_config(get("sdxl")), **change}.items() if v is not None}
     with pytest.raises(UserError, match=message):
-        architectures.from_unet_config(config)
+        from_unet_config(config)
 
 
 def test_wrong_names_and_teachers_are_refused():
     with pytest.raises(UserError, match=r"'sdxxl'.*koala-700m"):
-        architectures.get("sdxxl")
+        get("sdxxl")
     with pytest.raises(UserError, match=r"'koala-2b'.*koala-1b"):
-        architectures.student_of(architectures.get("sdxl"), "koala-2b")
+        student_of(get("sdxl"), "koala-2b")
     for name, fault in [
         ("koala-700m", "has layers_per_block 1, an SDXL U-Net has 2; has no mid block"),
         ("ssd-1b", "mid block without attention"),
         ("sdm-v2.0", "no addition embedding"),
     ]:
         with pytest.raises(UserError, match=f"{name} cannot be the teacher: .*{fault}"):
-            architectures.student_of(architectures.get(name), "koala-700m")
+            student_of(get(name), "koala-700m")
 
 
 def test_table_and_its_text():
-    rows = architectures.table()
-    assert [row["name"] for row in rows] == list(architectures.ARCHITECTURES)
+    rows = table()
+    assert [row["name"] for row in rows] == list(ARCHITECTURES)
     koala = next(row for row in rows if row["name"] == "koala-700m")
     assert koala["parameters"] == TOTALS["koala-700m"]
     assert koala["depths"] == [0, 2, 5]
     assert round(koala["fp32_checkpoint_gb"], 2) == 3.13
     assert round(koala["tflop"], 2) == 2.70
-    text = architectures.format_table(rows).splitlines()
+    text = format_table(rows).splitlines()
     assert len(text) == len(rows) + 1
     assert max(map(len, text)) <= 100
     line = next(line for line in text if line.startswith("koala-700m"))
@@ -163,7 +158,7 @@ def test_table_and_its_text():
 
 def test_needs_no_torch():
     code = (
-        "import sys; from koala.architectures import *; format_table(table()); "
+        "import sys; from koala.architectures.table import *; format_table(table()); "
         "assert not {'torch', 'diffusers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

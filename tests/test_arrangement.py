@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
+from koala.checkpoints.load import BUNDLED
 from koala.cli import main
 from koala.errors import Failure, UserError
-from koala.formats import BUNDLED
-from koala.generation.arrangement import Arrangement, load_within, ran_out
-from koala.generation.memory import PLACES, Planner
+from koala.generation.memory.placement import Arrangement, load_within, ran_out
+from koala.generation.memory.plan import PLACES, Planner
 from koala.generation.pipeline import load
 from test_decode import toy_tiny
 from toy import toy_pipeline

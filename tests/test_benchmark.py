@@ -11,7 +11,8 @@ from PIL import Image
 
 from benchmarks import cpu, gpu, gpu_drawing
 from benchmarks.gpu_run import Section
-from koala import architectures
+from koala.architectures import table as architectures
+from koala.architectures.table import ARCHITECTURES, flops, from_unet_config
 from koala.benchmark import measure
 from koala.benchmark.cases import CARDS, CASES, get
 from koala.benchmark.models import Subject, build, subject
@@ -72,7 +73,7 @@ def test_the_published_table_is_whole():
         "sdxl-lightning",
         "ssd-1b",
     ]
-    assert {case.architecture for case in CASES.values()} <= set(architectures.ARCHITECTURES)
+    assert {case.architecture for case in CASES.values()} <= set(ARCHITECTURES)
     assert subject("ssd-1b") == Subject(CASES["ssd-1b"], random=True)
     with pytest.raises(UserError, match="koala-turbo-1b"):
         get("koala-turbo-2b")
@@ -80,9 +81,7 @@ def test_the_published_table_is_whole():
 
 def test_a_pictures_operations_are_all_its_evaluations_and_the_decoder(toy_sdxl):
     pipeline, chosen = load(toy_sdxl, "cpu"), subject(str(toy_sdxl))
-    one = architectures.flops(
-        architectures.from_unet_config(pipeline.unet.config), 64, 64, pipeline.conditioner.tokens
-    )
+    one = flops(from_unet_config(pipeline.unet.config), 64, 64, pipeline.conditioner.tokens)
     decoder = picture_flops(pipeline, chosen) - 20 * one  # 10 steps, with guidance
     assert 0 < decoder < 20 * one
 

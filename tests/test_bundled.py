@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 import koala
-from koala import architectures
-from koala.formats import BUNDLED, WEIGHTS, load_unet, weights_files
+from koala.architectures.table import identify
+from koala.checkpoints.load import BUNDLED, WEIGHTS, load_unet, weights_files
 from koala.generation.samplers import Noise
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ def pipeline():
 
 def test_it_is_koala_by_its_shapes_and_finite():
     unet = load_unet(FOLDER)
-    assert architectures.identify(dict(unet.config)) == "koala-mini"
+    assert identify(dict(unet.config)) == "koala-mini"
     assert all(torch.isfinite(p).all() for p in unet.parameters())
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from koala import card
-from koala.card import Card, Cut, Evaluated, Licence, Trained
+from koala.checkpoints import model_card
+from koala.checkpoints.compress import compress
+from koala.checkpoints.model_card import Card, Cut, Evaluated, Licence, Trained
 from koala.cli import main
-from koala.compression import compress
 from koala.errors import UserError
 from koala.evaluation.cards import check_cards, enter
 from koala.evaluation.table import Report, Row
@@ -61,7 +61,7 @@ def test_a_compressed_model_has_a_card_that_the_hub_reads(toy_sdxl, tmp_path):
     }
     assert {key: data[key] for key in expected} == expected
     assert "text-to-image" in data["tags"] and "distillation" not in data["tags"]
-    report = card.read(tmp_path / "student")
+    report = model_card.read(tmp_path / "student")
     assert report.cut.teacher == "fine-tune"
     assert f"{report.cut.parameters:,}" in text
     assert "not been distilled" in text and "Not evaluated." in text
@@ -109,7 +109,7 @@ def test_a_card_that_cannot_be_read_is_refused(front, toy_sdxl, tmp_path):
     ],
 )
 def test_a_single_files_licence(metadata, licence):
-    found = card.read_metadata(Path("ann.safetensors"), metadata)
+    found = model_card.read_metadata(Path("ann.safetensors"), metadata)
     assert found == Card("ann", licence)
 
 
@@ -133,7 +133,7 @@ def test_a_card_is_read_as_it_was_written(tmp_path):
     evaluated = Evaluated("| a |\n|---|\n| 1 |", {"prompts": 200, "seeds": [0, 1]}, "a laptop")
     for written in (Card("bare"), FULL, replace(FULL, evaluated=evaluated)):
         written.write(tmp_path)
-        assert card.read(tmp_path) == written
+        assert model_card.read(tmp_path) == written
         assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
@@ -143,12 +143,12 @@ def test_any_licences_name_survives(tmp_path_factory, name):
     folder = tmp_path_factory.mktemp("card")
     written = replace(FULL, licence=Licence("other", name, None))
     written.write(folder)
-    assert card.read(folder) == written
+    assert model_card.read(folder) == written
     assert metadata_load(folder / "README.md")["license_name"] == name
 
 
 def test_training_goes_on_from_the_students_card(tmp_path):
-    trained = card.trained_of(Card("start", Licence("openrail++"), None, CUT), "run", TRAINED)
+    trained = model_card.trained_of(Card("start", Licence("openrail++"), None, CUT), "run", TRAINED)
     assert trained == Card("run", Licence("openrail++"), None, CUT, TRAINED)
     text = trained.text()
     for said in ("40,000", "12,345", "`koala-mini`, teacher sdxl-mini", "then distilled"):
@@ -191,7 +191,7 @@ def test_a_reports_row_is_entered(tmp_path):
     text = (tmp_path / "mine" / "README.md").read_text()
     assert "| mine | 0.25 |" in text and "| real pictures | 0.50 |" in text
     assert "yours" not in text
-    assert card.read(tmp_path / "mine") == replace(
+    assert model_card.read(tmp_path / "mine") == replace(
         FULL,
         evaluated=Evaluated(replace(report, rows=rows[:2]).table(), {"prompts": 2}, "a laptop"),
     )
@@ -209,8 +209,8 @@ def test_names_are_no_paths(tmp_path):
     (tmp_path / "runs" / "mine" / "model").mkdir(parents=True)
     file = tmp_path / "ann.v2.safetensors"
     file.touch()
-    assert card.name_of(tmp_path / "runs" / "mine" / "model") == "mine"
-    assert card.name_of(str(tmp_path / "runs" / "mine")) == "mine"
-    assert card.name_of(file) == "ann.v2"
-    assert card.name_of("org/model") == "org/model"
-    assert card.name_of(tmp_path / "to-be") == "to-be"
+    assert model_card.name_of(tmp_path / "runs" / "mine" / "model") == "mine"
+    assert model_card.name_of(str(tmp_path / "runs" / "mine")) == "mine"
+    assert model_card.name_of(file) == "ann.v2"
+    assert model_card.name_of("org/model") == "org/model"
+    assert model_card.name_of(tmp_path / "to-be") == "to-be"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from koala.cli import _parser, main
-from koala.data.illustrations import SMALL
+from koala.data.illustrations.scenes import SMALL
 from koala.generation import read_settings
 
 ROOT = Path(__file__).parent.parent

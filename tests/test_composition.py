@@ -20,8 +20,8 @@ from benchmarks.composition import (
     prompts,
     shares,
 )
-from koala.data.illustrations import BESIDE, INKS, PLACES, STACKED, Illustrations, Row, plan
-from koala.data.pictures import render
+from koala.data.illustrations.pictures import render
+from koala.data.illustrations.scenes import BESIDE, INKS, PLACES, STACKED, Illustrations, Row, plan
 from koala.evaluation.features import extract
 from koala.evaluation.judge import Judge
 

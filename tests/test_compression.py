@@ -13,10 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from koala import architectures, card
-from koala.compression import DEPTH_RULES, adopt, block_map, compress, tensor_map
+from koala.architectures.table import (
+    CUTS,
+    UNetArchitecture,
+    get,
+    student_of,
+    tensor_shapes,
+    unet_config,
+)
+from koala.checkpoints import model_card
+from koala.checkpoints.compress import DEPTH_RULES, adopt, block_map, compress, tensor_map
+from koala.checkpoints.load import WEIGHTS, load_unet, unet_architecture
 from koala.errors import UserError
-from koala.formats import WEIGHTS, load_unet, unet_architecture
 from toy import toy_pipeline
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -32,9 +40,9 @@ def teacher(tmp_path_factory) -> Path:
 
 
 @cache
-def shapes(arch: architectures.UNetArchitecture) -> dict[str, tuple[int, ...]]:
+def shapes(arch: UNetArchitecture) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        state = UNet2DConditionModel(**architectures.unet_config(arch)).state_dict()
+        state = UNet2DConditionModel(**unet_config(arch)).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
@@ -44,7 +52,7 @@ def shapes(arch: architectures.UNetArchitecture) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("rule", DEPTH_RULES)
 @pytest.mark.parametrize(("teacher_name", "student_name"), FULL)
 def test_map_covers_the_real_student_with_equal_shapes(teacher_name, student_name, rule):
-    arch, student = architectures.get(teacher_name), architectures.get(student_name)
+    arch, student = get(teacher_name), get(student_name)
     names = tensor_map(arch, student, rule)
     of_teacher, of_student = shapes(arch), shapes(student)
     assert names.keys() == of_student.keys()  # nothing is left as initialised
@@ -53,7 +61,7 @@ def test_map_covers_the_real_student_with_equal_shapes(teacher_name, student_nam
 
 
 def test_map_says_what_the_facts_say():
-    blocks = block_map(architectures.get("sdxl"), architectures.get("koala-700m"))
+    blocks = block_map(get("sdxl"), get("koala-700m"))
     assert blocks["down_blocks.2.attentions.0"] == "down_blocks.2.attentions.0"
     assert blocks["up_blocks.0.resnets.0"] == "up_blocks.0.resnets.0"
     assert blocks["up_blocks.0.resnets.1"] == "up_blocks.0.resnets.2"
@@ -63,7 +71,7 @@ def test_map_says_what_the_facts_say():
     assert blocks[block.format(1, 3)] == block.format(2, 3)
     assert not any(name.startswith("mid_block") for name in blocks)
     assert sum("transformer_blocks" in name for name in blocks) == 21
-    blocks = block_map(architectures.get("sdxl"), architectures.get("koala-1b"))
+    blocks = block_map(get("sdxl"), get("koala-1b"))
     assert sum("transformer_blocks" in name for name in blocks) == 2 + 6 + 6 + 12 + 4
     assert blocks["mid_block.resnets.1"] == "mid_block.resnets.1"
 
@@ -73,7 +81,7 @@ def test_map_says_what_the_facts_say():
                    ("up", [5, 6, 7, 8, 9])],
 )  # fmt: skip
 def test_depth_rules(rule, kept):
-    blocks = block_map(architectures.get("sdxl"), architectures.get("koala-700m"), rule)
+    blocks = block_map(get("sdxl"), get("koala-700m"), rule)
     stem = "down_blocks.2.attentions.0.transformer_blocks."
     assert [int(blocks[f"{stem}{k}"].removeprefix(stem)) for k in range(5)] == kept
 
@@ -81,41 +89,41 @@ def test_depth_rules(rule, kept):
 @settings(deadline=None, max_examples=60)
 @given(
     depths=st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(1, 12)),
-    cut=st.sampled_from(sorted(architectures.CUTS)),
+    cut=st.sampled_from(sorted(CUTS)),
     rule=st.sampled_from(sorted(DEPTH_RULES)),
 )
 def test_map_of_any_depths(depths, cut, rule):
     up = tuple((depth,) * 3 for depth in reversed(depths))
-    arch = replace(architectures.get("sdxl-mini"), depths=depths, up=up, mid=depths[-1])
-    student = architectures.student_of(arch, cut)
+    arch = replace(get("sdxl-mini"), depths=depths, up=up, mid=depths[-1])
+    student = student_of(arch, cut)
     names = tensor_map(arch, student, rule)
-    of_teacher, of_student = architectures.tensor_shapes(arch), architectures.tensor_shapes(student)
+    of_teacher, of_student = tensor_shapes(arch), tensor_shapes(student)
     assert names.keys() == of_student.keys()
     assert all(of_teacher[names[name]] == shape for name, shape in of_student.items())
     assert len(set(names.values())) == len(names)
 
 
 def test_map_of_a_unet_to_itself_is_the_identity():
-    names = tensor_map(architectures.get("sdxl"), architectures.get("sdxl"), "interleave")
+    names = tensor_map(get("sdxl"), get("sdxl"), "interleave")
     assert all(mine == theirs for mine, theirs in names.items())
 
 
 def test_pairs_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"'middle'.*bottom, interleave, up"):
-        block_map(architectures.get("sdxl"), architectures.get("koala-1b"), "middle")
+        block_map(get("sdxl"), get("koala-1b"), "middle")
     with pytest.raises(UserError, match="koala-mini cannot inherit from sdxl"):
-        block_map(architectures.get("sdxl"), architectures.get("koala-mini"))
+        block_map(get("sdxl"), get("koala-mini"))
     with pytest.raises(UserError, match="sdxl cannot inherit from koala-1b"):
-        block_map(architectures.get("koala-1b"), architectures.get("sdxl"))
+        block_map(get("koala-1b"), get("sdxl"))
     with pytest.raises(UserError, match="different numbers of stages"):
-        block_map(architectures.get("sdm-v2.0"), architectures.get("koala-1b"))
+        block_map(get("sdm-v2.0"), get("koala-1b"))
 
 
 # --- the folder -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", DEPTH_RULES)
-@pytest.mark.parametrize("cut", architectures.CUTS)
+@pytest.mark.parametrize("cut", CUTS)
 def test_every_student_tensor_is_the_named_teacher_tensor(teacher, tmp_path, cut, rule):
     report = compress(teacher, cut, tmp_path / "student", depth_rule=rule)
     names = tensor_map(unet_architecture(teacher), unet_architecture(report.out), rule)
@@ -239,10 +247,10 @@ def test_depths_of_ones_own(teacher, tmp_path, to):
 
 
 def test_depths_of_ones_own_may_be_a_known_student():
-    sdxl = architectures.get("sdxl")
-    assert architectures.student_of(sdxl, "0,2,5,no-mid").name == "koala-700m"
-    assert architectures.student_of(sdxl, "0,2,10").name == "bk-sdxl"
-    assert architectures.student_of(sdxl, "0,2,4,no-mid").name == "custom"
+    sdxl = get("sdxl")
+    assert student_of(sdxl, "0,2,5,no-mid").name == "koala-700m"
+    assert student_of(sdxl, "0,2,10").name == "bk-sdxl"
+    assert student_of(sdxl, "0,2,4,no-mid").name == "custom"
 
 
 @pytest.mark.parametrize(
@@ -308,13 +316,13 @@ def test_both_licences_go_with_it(teacher, tmp_path):
     """The student's own, for its U-Net, and the teacher's; once where they are one."""
     ours = compress(teacher, "koala-700m", tmp_path / "student").out
     theirs = shutil.copytree(teacher, tmp_path / "teacher")
-    (theirs / card.FILE).write_text("---\nlicense: openrail++\n---\n")
-    mine = card.read(ours)
+    (theirs / model_card.FILE).write_text("---\nlicense: openrail++\n---\n")
+    mine = model_card.read(ours)
     for licence, expected in (
-        (card.Licence("openrail++"), card.Licence("openrail++")),
+        (model_card.Licence("openrail++"), model_card.Licence("openrail++")),
         (
-            card.Licence("other", "terms of Ann", "https://example.org"),
-            card.Licence(
+            model_card.Licence("other", "terms of Ann", "https://example.org"),
+            model_card.Licence(
                 "other",
                 "U-Net: terms of Ann, https://example.org; VAE and text encoders: openrail++",
             ),
@@ -322,7 +330,7 @@ def test_both_licences_go_with_it(teacher, tmp_path):
     ):
         replace(mine, licence=licence).write(ours)
         adopt(ours, theirs, "koala-700m", tmp_path / "begun")
-        told = card.read(tmp_path / "begun")
+        told = model_card.read(tmp_path / "begun")
         assert (told.title, told.cut, told.licence) == ("begun", mine.cut, expected)
         shutil.rmtree(tmp_path / "begun")
 

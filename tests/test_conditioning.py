@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from koala.conditioning import TextConditioner, time_ids
+from koala.checkpoints.load import load_text
 from koala.errors import UserError
-from koala.formats import load_text
+from koala.text_conditioning import TextConditioner, time_ids
 from toy import TEXT_WIDTHS, TOKENS, toy_pipeline
 
 PROMPTS = ["a red fox", "zwei grüne Äpfel", "word " * 40, ""]

@@ -12,21 +12,24 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from koala import architectures, formats, ldm, single_file
-from koala.compression import compress
-from koala.conversion import convert
+from koala.architectures.table import UNetArchitecture, get, tensor_shapes, unet_config
+from koala.checkpoints import ldm_keys, single_file
+from koala.checkpoints import load as formats
+from koala.checkpoints.compress import compress
+from koala.checkpoints.convert import convert
+from koala.checkpoints.load import BUNDLED, load_text, resolve_model
+from koala.checkpoints.tensors import read_metadata, size_of
 from koala.errors import UserError
-from koala.weights import read_metadata, size_of
 from toy import TEXT_WIDTHS, TIME_EMBED
 
 NAMES = ("sdxl", "bk-sdxl", "koala-1b", "koala-700m", "ssd-1b", "segmind-vega")
 WEIGHTS = {component: f"{stem}.safetensors" for component, stem in formats.WEIGHTS.items()}
 
 
-def small(name: str) -> architectures.UNetArchitecture:
+def small(name: str) -> UNetArchitecture:
     """A known U-Net with the toy pipeline's widths."""
     return replace(
-        architectures.get(name), widths=(16, 32, 32), heads=(1, 2, 2), groups=8,
+        get(name), widths=(16, 32, 32), heads=(1, 2, 2), groups=8,
         context=sum(TEXT_WIDTHS), pooled=TEXT_WIDTHS[1], time_ids=TIME_EMBED,
     )  # fmt: skip
 
@@ -36,9 +39,7 @@ def folder(request, toy_sdxl, tmp_path) -> Path:
     """The toy pipeline with a U-Net of every known kind."""
     folder = shutil.copytree(toy_sdxl, tmp_path / "folder")
     torch.manual_seed(0)
-    UNet2DConditionModel(**architectures.unet_config(small(request.param))).save_pretrained(
-        folder / "unet"
-    )
+    UNet2DConditionModel(**unet_config(small(request.param))).save_pretrained(folder / "unet")
     return folder
 
 
@@ -94,12 +95,12 @@ def test_bundled_model_and_its_credits(tmp_path):
     assert report.architecture == "koala-mini"
     assert report.out.stat().st_size < 40e6  # CLIP's vocabulary stays at home
     back = convert(report.out, "diffusers", tmp_path / "back").out
-    mini = formats.BUNDLED / "koala-mini"
+    mini = BUNDLED / "koala-mini"
     assert_equal(weights(back), weights(mini))
     kept = small_files(mini)
     del kept["vae_tiny/config.json"]  # a single file has no place for it
     assert {**kept, **small_files(back)} == small_files(back)
-    tokenizers = [formats.load_text(at)[:2] for at in (back, mini)]
+    tokenizers = [load_text(at)[:2] for at in (back, mini)]
     words = "a red fox, flat twemoji style"
     assert [t(words).input_ids for t in tokenizers[0]] == [
         t(words).input_ids for t in tokenizers[1]
@@ -135,13 +136,13 @@ def test_a_single_file_is_a_model_to_generate_with(
     monkeypatch.setenv("KOALA_CACHE", str(tmp_path / "cache"))
     drawn = load(str(toy_file), "cpu")("a fox", steps=2, seed=3).images[0]
     assert capsys.readouterr().err.count("unpacking") == 1
-    folder = formats.resolve_model(toy_file)
+    folder = resolve_model(toy_file)
     assert "unpacking" not in capsys.readouterr().err
     assert folder.is_relative_to(tmp_path / "cache")
     expected = load(toy_sdxl, "cpu")("a fox", steps=2, seed=3).images[0]
     assert drawn.tobytes() == expected.tobytes()
     os.utime(toy_file, ns=(0, 0))  # a changed file is another model
-    assert formats.resolve_model(toy_file) != folder
+    assert resolve_model(toy_file) != folder
 
 
 # --- readers that are not ours --------------------------------------------------------------
@@ -174,9 +175,11 @@ def test_diffusers_reads_the_whole_pipeline(toy_sdxl, toy_file):
 
 def published(name: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a full-size single file, as Stability's and its fine-tunes' are."""
-    arch = architectures.get(name)
-    shapes = architectures.tensor_shapes(arch)
-    tensors = {ldm.PREFIXES["unet"] + p.single: shapes[p.parts[0]] for p in ldm.unet_pairs(arch)}
+    arch = get(name)
+    shapes = tensor_shapes(arch)
+    tensors = {
+        ldm_keys.PREFIXES["unet"] + p.single: shapes[p.parts[0]] for p in ldm_keys.unet_pairs(arch)
+    }
     with torch.device("meta"):
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
@@ -190,15 +193,15 @@ def published(name: str) -> dict[str, tuple[int, ...]]:
             for width, layers in ((768, 12), (1280, 32))
         ]  # fmt: skip
     for component, pairs, model in (
-        ("vae", ldm.vae_pairs((128, 256, 512, 512), 2), vae),
-        ("text_encoder", ldm.clip_pairs(12), texts[0]),
-        ("text_encoder_2", ldm.open_clip_pairs(32), texts[1]),
+        ("vae", ldm_keys.vae_pairs((128, 256, 512, 512), 2), vae),
+        ("text_encoder", ldm_keys.clip_pairs(12), texts[0]),
+        ("text_encoder_2", ldm_keys.open_clip_pairs(32), texts[1]),
     ):
         state = model.state_dict()
         for pair in pairs:
             first = tuple(state[pair.parts[0]].shape)
             shape = (len(pair.parts) * first[0], *first[1:], *((1, 1) if pair.pointwise else ()))
-            tensors[ldm.PREFIXES[component] + pair.single] = shape
+            tensors[ldm_keys.PREFIXES[component] + pair.single] = shape
     return tensors
 
 
@@ -227,7 +230,7 @@ def test_a_published_file_at_full_size(tmp_path, name):
     """Its configurations are SDXL's: the real classes built from them have exactly its tensors."""
     file = sparse(tmp_path / "x.safetensors", {**published(name), **MORE})
     contents = single_file.read(file)
-    assert contents.architecture == architectures.get(name)
+    assert contents.architecture == get(name)
     assert sorted(contents.left_out) == sorted(MORE)
     text_2 = contents.config("text_encoder_2/config.json")
     assert (text_2["num_attention_heads"], text_2["hidden_act"]) == (20, "gelu")
@@ -252,7 +255,7 @@ def test_a_published_file_at_full_size(tmp_path, name):
     }
     assert [c["model_max_length"] for c in lengths.values()] == [77, 77]
     assert lengths["tokenizer_2"]["pad_token"] == "!"
-    mini = formats.BUNDLED / "koala-mini"
+    mini = BUNDLED / "koala-mini"
     for path in ("tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json"):
         assert contents.files[path] == (mini / path).read_bytes()
 
@@ -312,7 +315,7 @@ def test_tensors_that_are_missing_extra_or_misshapen(toy_file, tmp_path):
         changed(toy_file, tmp_path / "a.safetensors", lose),
         r"its vae lacks (\S+, ){9}\S+ and 2 more$",
     )
-    prefix = ldm.PREFIXES["text_encoder_2"]
+    prefix = ldm_keys.PREFIXES["text_encoder_2"]
 
     def add(tensors):
         tensors[f"{prefix}stranger"] = torch.zeros(1)

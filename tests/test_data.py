@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from koala.data import art
-from koala.data.concepts import Concept, plural, with_article
+from koala.checkpoints.load import load_vae
 from koala.data.encoding import normalisation, to_pixels
-from koala.data.illustrations import BACKGROUNDS, INKS, SMALL, Illustrations, plan
+from koala.data.illustrations import art
+from koala.data.illustrations.concepts import Concept, plural, with_article
+from koala.data.illustrations.pictures import PictureSet, prepare_pictures, render, shards_of
+from koala.data.illustrations.scenes import BACKGROUNDS, INKS, SMALL, Illustrations, plan
 from koala.data.index import Index
 from koala.data.latents import LatentSet
-from koala.data.pictures import PictureSet, prepare_pictures, render, shards_of
 from koala.data.prepare import encode_pictures, prepare
-from koala.data.samples import Preparation
+from koala.data.preprocess import Preparation
 from koala.errors import UserError
-from koala.formats import load_vae
-from koala.packages import package
+from koala.utils.asset_packages import package
 
 TOY = Illustrations(
     styles=("noto", "twemoji", "fluent-flat", "fluent-3d"),
@@ -165,8 +165,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(packages, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     prepare_pictures(TOY, whole, workers=1)
     code = (
-        "from pathlib import Path; from koala.data.illustrations import Illustrations as I; "
-        "from koala.data.pictures import prepare_pictures; "
+        "from pathlib import Path; from koala.data.illustrations.scenes import Illustrations as I; "
+        "from koala.data.illustrations.pictures import prepare_pictures; "
         f"prepare_pictures(I(**{asdict(TOY)!r}), Path({str(broken)!r}), workers=1)"
     )
     job = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)

@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from koala.data import near
+from koala.data import shard_cache
 from koala.data.index import Index
 from koala.data.latents import AHEAD, LatentSet
-from koala.data.order import Order
+from koala.data.preprocess import Preparation
 from koala.data.run import prepare_latents
-from koala.data.samples import Preparation
+from koala.data.sampler import Order
 from koala.data.sources import recognise
 from koala.errors import Failure, UserError
 from toy_sources import caption, pictures, write_folder
@@ -200,7 +200,7 @@ def bucket(folder):
 
 
 def test_a_remote_folder_gives_the_same_and_keeps_few_shards(folder, bucket, toy_sdxl, monkeypatch):
-    monkeypatch.setattr(near, "FAR_AHEAD", 2)
+    monkeypatch.setattr(shard_cache, "FAR_AHEAD", 2)
     far = LatentSet("memory://bucket/data", toy_sdxl, window=1)
     close = LatentSet(folder, toy_sdxl, window=1)
     for n in (*range(12), 3, 4, 20):

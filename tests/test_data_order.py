@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from koala.data.order import Order, shuffled
+from koala.data.sampler import Order, shuffled
 
 SHARDS = st.lists(
     st.tuples(st.integers(1, 9), st.integers(0, 2), st.integers(1, 3)), min_size=1, max_size=12

@@ -12,7 +12,7 @@ from PIL import Image
 from koala.data.buckets import buckets, fit
 from koala.data.captions import Telling, check_expressions, compose
 from koala.data.items import Item
-from koala.data.samples import Dropped, Filters, Preparation, Sample, sample_of, upright
+from koala.data.preprocess import Dropped, Filters, Preparation, Sample, sample_of, upright
 from koala.errors import UserError
 from toy_sources import picture
 

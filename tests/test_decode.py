@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from koala.checkpoints.load import BUNDLED, load_vae
 from koala.errors import Failure, UserError
-from koala.formats import BUNDLED, load_vae
 from koala.generation.decode import full, load_tiny, tiled, tiny, to_pictures
-from koala.generation.images import encode_picture
-from koala.generation.strips import encode_in_strips
+from koala.generation.image_inputs import encode_picture
+from koala.generation.row_tiling import encode_in_strips
 from toy import toy_vae
 
 

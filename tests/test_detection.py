@@ -8,17 +8,18 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from koala import architectures, ldm
-from koala.detection import detect, foreign, unet_shapes
+from koala.architectures.table import ARCHITECTURES, get, unet_config
+from koala.checkpoints import ldm_keys
+from koala.checkpoints.detect import detect, foreign, unet_shapes
 from koala.errors import UserError
 from toy import toy_unet
 
-SDXL = [name for name, arch in architectures.ARCHITECTURES.items() if arch.pooled]
+SDXL = [name for name, arch in ARCHITECTURES.items() if arch.pooled]
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model.", "unet.", "module."]
 
 
 def shapes(name: str, layout: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    arch = architectures.get(name)
+    arch = get(name)
     return {prefix + n: shape for n, shape in unet_shapes(arch, layout).items()}
 
 
@@ -28,7 +29,7 @@ def test_every_known_unet_in_both_layouts(name, layout):
     for prefix in PREFIXES[:2]:
         found = detect(shapes(name, layout, prefix))
         assert found.architecture.name == name
-        assert found.architecture == architectures.get(name)
+        assert found.architecture == get(name)
         assert (found.layout, found.prefix, found.components) == (layout, prefix, ("unet",))
 
 
@@ -42,15 +43,15 @@ def test_prefixes(prefix):
 def whole_checkpoint(name: str) -> dict[str, tuple[int, ...]]:
     """SDXL's single file: names as published, shapes where detection looks."""
     vae, first, second = (
-        {ldm.PREFIXES[component] + pair.single: (1,) for pair in pairs}
+        {ldm_keys.PREFIXES[component] + pair.single: (1,) for pair in pairs}
         for component, pairs in (
-            ("vae", ldm.vae_pairs((128, 256, 512, 512), 2)),
-            ("text_encoder", ldm.clip_pairs(12)),
-            ("text_encoder_2", ldm.open_clip_pairs(32)),
+            ("vae", ldm_keys.vae_pairs((128, 256, 512, 512), 2)),
+            ("text_encoder", ldm_keys.clip_pairs(12)),
+            ("text_encoder_2", ldm_keys.open_clip_pairs(32)),
         )
     )
     more = {"conditioner.embedders.1.model.logit_scale": (), "denoiser.sigmas": (1000,)}
-    return {**shapes(name, "ldm", ldm.PREFIXES["unet"]), **vae, **first, **second, **more}
+    return {**shapes(name, "ldm", ldm_keys.PREFIXES["unet"]), **vae, **first, **second, **more}
 
 
 def test_what_a_whole_checkpoint_holds():
@@ -70,7 +71,7 @@ def test_what_a_whole_checkpoint_holds():
 )
 def test_custom_students(layers, depths, mid, layout, data):
     arch = replace(
-        architectures.get("sdxl"),
+        get("sdxl"),
         layers=layers,
         depths=depths,
         up=data.draw(st.tuples(*(
@@ -83,13 +84,13 @@ def test_custom_students(layers, depths, mid, layout, data):
 
 
 def test_a_custom_student_of_the_mini_family_has_its_heads():
-    arch = replace(architectures.get("koala-mini"), depths=(0, 1, 2), up=((2, 2), (1, 1), (0, 0)))
+    arch = replace(get("koala-mini"), depths=(0, 1, 2), up=((2, 2), (1, 1), (0, 0)))
     found = detect(unet_shapes(arch, "ldm")).architecture
     assert (found, found.name, found.heads) == (arch, "custom", arch.heads)
 
 
 def test_diffusers_own_state_dict():
-    config = architectures.unet_config(architectures.get("ssd-1b"))
+    config = unet_config(get("ssd-1b"))
     with torch.device("meta"):
         state = UNet2DConditionModel(**config).state_dict()
     assert detect({n: tuple(t.shape) for n, t in state.items()}).architecture.name == "ssd-1b"
@@ -148,7 +149,7 @@ def test_no_model_of_ours_is_taken_for_another():
 
 
 def relative(context: int, linear: bool, **changes) -> dict[str, tuple[int, ...]]:
-    arch = replace(architectures.get("sdm-v2.0"), context=context, linear=linear, **changes)
+    arch = replace(get("sdm-v2.0"), context=context, linear=linear, **changes)
     return {f"model.diffusion_model.{n}": s for n, s in unet_shapes(arch, "ldm").items()}
 
 
@@ -164,7 +165,7 @@ def test_relatives_are_refused_by_name():
     refused(inpainting, "^this is an inpainting U-Net: it reads 9 channels")
     toy = {n: tuple(t.shape) for n, t in toy_unet("koala").state_dict().items()}
     refused(toy, r"no known kind: widths \[16, 32, 32\] .*config.json tells")
-    blind = replace(architectures.get("sdxl"), depths=(0, 0, 0), up=((0,) * 3,) * 3, mid=0)
+    blind = replace(get("sdxl"), depths=(0, 0, 0), up=((0,) * 3,) * 3, mid=0)
     refused(unet_shapes(blind, "ldm"), "it has no attention")
     refused({"input_blocks.1.0.emb_layers.1.weight": (1, 1)}, "its blocks are not those of SDXL")
 

@@ -14,16 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scaling
 from koala import recipes
-from koala.architectures import from_unet_config, parameters, student_of
+from koala.architectures.table import from_unet_config, parameters, student_of
 from koala.benchmark.models import new_vae
+from koala.checkpoints.load import BUNDLED, read_tensors
 from koala.cli import main
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, lay_out
 from koala.distillation.settings import Hardware, Training
 from koala.distillation.tasks import DistillationSettings
 from koala.errors import UserError
-from koala.formats import BUNDLED, read_tensors
-from koala.recipes import cards, cost
+from koala.recipes import cost, gpus
+from koala.recipes.calibrate import measured
 from koala.recipes.cost import estimate
 from koala.recipes.memory import (
     META,
@@ -35,7 +36,6 @@ from koala.recipes.memory import (
     optimiser_bytes,
     task_of,
 )
-from koala.recipes.trial import measured
 from toy import toy_unet
 
 GIB = 2**30
@@ -199,7 +199,7 @@ def test_the_recipes_of_small_cards_fit(name, card):
     # The page asks for prepared embeddings on the smaller one.
     beside = cost._beside(cost._frozen(None, plan), on_gpu=True, text_stored=card == "3060")
     needed = sum(memory_of(plan).values()) + sum(beside.values())
-    assert 0.75 * cards.get(card).gib < needed / GIB < cards.get(card).gib
+    assert 0.75 * gpus.get(card).gib < needed / GIB < gpus.get(card).gib
 
 
 def test_a_trial_measures_or_says_why_not():

@@ -9,7 +9,7 @@ from koala.errors import UserError
 from koala.evaluation.distances import frechet, kernel_distance
 from koala.evaluation.features import EffLite0, as_tensor, at_size, extract
 from koala.evaluation.judge import Judge
-from koala.sentence import SentenceEncoder
+from koala.mini.sentence_encoder import SentenceEncoder
 
 
 def rng(seed: int = 0) -> torch.Generator:

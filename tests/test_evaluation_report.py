@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from koala.data.pictures import PictureSet
+from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
 from koala.evaluation import Report, evaluate
 from koala.evaluation.grid import picture_grid

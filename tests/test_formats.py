@@ -8,7 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from koala import formats
+from koala.checkpoints.load import (
+    BUNDLED,
+    CONFIGS,
+    bundled_names,
+    load_scheduler_config,
+    load_text,
+    load_unet,
+    load_vae,
+    resolve_model,
+    single_file_path,
+)
 from koala.errors import UserError
 from toy import toy_pipeline
 
@@ -33,12 +43,12 @@ def edit(file: Path, **changes) -> None:
 
 
 def test_a_whole_folder_is_its_own_model(whole):
-    assert formats.resolve_model(whole) == formats.resolve_model(str(whole)) == whole
+    assert resolve_model(whole) == resolve_model(str(whole)) == whole
 
 
 def test_bundled_models_are_whole():
-    for name in formats.bundled_names():
-        assert formats.resolve_model(name) == formats.BUNDLED / name
+    for name in bundled_names():
+        assert resolve_model(name) == BUNDLED / name
 
 
 def test_loads_as_float32_whatever_is_stored(whole, folder):
@@ -47,9 +57,9 @@ def test_loads_as_float32_whatever_is_stored(whole, folder):
                    for k, t in load_file(folder / file).items()}  # fmt: skip
         save_file(tensors, folder / file, metadata={"format": "pt"})
     parts = {
-        UNET: formats.load_unet(folder),
-        VAE: formats.load_vae(folder),
-        TEXT: formats.load_text(folder)[3],
+        UNET: load_unet(folder),
+        VAE: load_vae(folder),
+        TEXT: load_text(folder)[3],
     }
     for file, module in parts.items():
         expected = load_file(whole / file)
@@ -58,18 +68,18 @@ def test_loads_as_float32_whatever_is_stored(whole, folder):
         state = module.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[k], expected[k].half().float()) for k in state)
-    assert formats.load_unet(folder, torch.bfloat16).dtype is torch.bfloat16
-    assert formats.load_vae(folder, torch.bfloat16).dtype is torch.bfloat16
-    tokenizer, tokenizer_2, encoder, encoder_2 = formats.load_text(folder, torch.float16)
+    assert load_unet(folder, torch.bfloat16).dtype is torch.bfloat16
+    assert load_vae(folder, torch.bfloat16).dtype is torch.bfloat16
+    tokenizer, tokenizer_2, encoder, encoder_2 = load_text(folder, torch.float16)
     assert encoder.dtype is encoder_2.dtype is torch.float16
     assert tokenizer.model_max_length == tokenizer_2.model_max_length == 32
-    assert formats.load_scheduler_config(folder)["timestep_spacing"] == "trailing"
+    assert load_scheduler_config(folder)["timestep_spacing"] == "trailing"
 
 
 @pytest.mark.parametrize("name", ["koala-maxi", "", "a/b/c", "./nowhere", "/nowhere/at/all", "-/x"])
 def test_unknown_names_list_what_is_allowed(name):
     with pytest.raises(UserError, match=r"unknown model .*bundled name.*folder.*Hub id"):
-        formats.resolve_model(name)
+        resolve_model(name)
 
 
 def test_hub_id_that_cannot_be_had(monkeypatch, tmp_path):
@@ -78,7 +88,7 @@ def test_hub_id_that_cannot_be_had(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="'nobody/nothing' is no local folder") as error:
-        formats.resolve_model("nobody/nothing")
+        resolve_model("nobody/nothing")
     assert "\n" not in str(error.value)
 
 
@@ -92,7 +102,7 @@ def test_hub_id_in_the_cache(monkeypatch, tmp_path, whole):
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert formats.resolve_model("some/koala") == repo / "snapshots" / commit
+    assert resolve_model("some/koala") == repo / "snapshots" / commit
 
 
 def test_a_single_file_of_the_hub(monkeypatch, tmp_path):
@@ -106,15 +116,15 @@ def test_a_single_file_of_the_hub(monkeypatch, tmp_path):
     (tmp_path / "models--some--teacher" / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    found = formats.single_file_path("some/teacher/four_steps.safetensors")
+    found = single_file_path("some/teacher/four_steps.safetensors")
     assert found == snapshot / "four_steps.safetensors"
     with pytest.raises(UserError, match=r"'some/teacher/one.safetensors' is no local file"):
-        formats.resolve_model("some/teacher/one.safetensors")
+        resolve_model("some/teacher/one.safetensors")
 
 
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        formats.resolve_model(folder)
+        resolve_model(folder)
     assert "\n" not in str(error.value)
 
 
@@ -130,7 +140,7 @@ def test_folders_that_are_no_model(folder, tmp_path):
     refused(folder, "model_index.json cannot be read")
 
 
-@pytest.mark.parametrize("component", formats.CONFIGS)
+@pytest.mark.parametrize("component", CONFIGS)
 def test_missing_component(folder, component):
     shutil.rmtree(folder / component)
     refused(folder, f"lacks {component}/")
@@ -169,8 +179,8 @@ def test_shards(folder):
     weight_map = {name: file for file, of in shards.items() for name in of}
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    formats.resolve_model(folder)
-    state = formats.load_unet(folder).state_dict()
+    resolve_model(folder)
+    state = load_unet(folder).state_dict()
     assert all(torch.equal(state[name], tensors[name]) for name in names)
     (folder / "unet" / "b.safetensors").unlink()
     refused(folder, r"b.safetensors cannot be read: No such file")
@@ -189,10 +199,10 @@ def test_foreign_unet_is_refused_before_loading(folder):
     change_names(folder, UNET)
     refused(folder, r"it lacks .* and \d+ more; has foreign x\..* and \d+ more$")
     with pytest.raises(UserError, match="has foreign"):
-        formats.load_unet(folder)
+        load_unet(folder)
 
 
-@pytest.mark.parametrize(("file", "load"), [(VAE, formats.load_vae), (TEXT, formats.load_text)])
+@pytest.mark.parametrize(("file", "load"), [(VAE, load_vae), (TEXT, load_text)])
 def test_foreign_weights_are_refused_on_loading(folder, file, load):
     tensors = load_file(folder / file)
     first, second = sorted(tensors)[:2]

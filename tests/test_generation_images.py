@@ -11,8 +11,14 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
 from koala.generation.denoise import evaluate
-from koala.generation.images import encode_picture, fingerprint, open_picture, to_mask, to_pixels
-from koala.generation.pictures import parameters
+from koala.generation.image_inputs import (
+    encode_picture,
+    fingerprint,
+    open_picture,
+    to_mask,
+    to_pixels,
+)
+from koala.generation.png import parameters
 from toy import toy_pipeline
 
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageFont, PngImagePlugin
 from koala.errors import UserError
 from koala.generation import Result, Settings, check_writable, load, read_settings, save
 from koala.generation.demo import EIGHT_PROMPTS, demo, main
-from koala.generation.pictures import parameters
-from koala.sheet import contact_sheet, wrap
+from koala.generation.png import parameters
+from koala.utils.contact_sheet import contact_sheet, wrap
 from toy import toy_pipeline
 
 EXAMPLE = Settings("a red fox", "", 10, 3.5, 7, 64, 64, "koala-mini", "0.1.0")

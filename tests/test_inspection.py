@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from koala.checkpoints.convert import convert
+from koala.checkpoints.inspect import inspect
 from koala.cli import main
-from koala.conversion import convert
 from koala.errors import UserError
-from koala.inspection import inspect
 
 
 def test_the_bundled_model_and_its_single_file(tmp_path):
@@ -34,7 +34,7 @@ def test_the_bundled_model_and_its_single_file(tmp_path):
 
 def test_licence_and_metadata(tmp_path, toy_sdxl):
     file = convert(toy_sdxl, "single-file", tmp_path / "a.safetensors").out
-    from koala.weights import read_metadata
+    from koala.checkpoints.tensors import read_metadata
 
     said = {"modelspec.license": "MIT", "modelspec.title": "A\x1b[31mred" + "x" * 400}
     save_file(load_file(file), tmp_path / "b.safetensors", {**read_metadata(file), **said})
@@ -85,7 +85,8 @@ def test_the_command(tmp_path, capsys):
 
 def test_torch_is_not_needed():
     script = (
-        "import sys; from koala.inspection import inspect; print(inspect('koala-mini').kind);"
+        "import sys; from koala.checkpoints.inspect import inspect;"
+        "print(inspect('koala-mini').kind);"
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from koala import architectures, ldm
-from koala.ldm import PREFIXES, Pair
-from koala.weights import Stored, View
+from koala.architectures.table import ARCHITECTURES, get, tensor_shapes, unet_config
+from koala.checkpoints import ldm_keys
+from koala.checkpoints.ldm_keys import PREFIXES, Pair
+from koala.checkpoints.tensors import Stored, View
 
-NAMES = [name for name in architectures.ARCHITECTURES if name != "sdm-v2.0"]
+NAMES = [name for name in ARCHITECTURES if name != "sdm-v2.0"]
 SDXL_VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
@@ -38,7 +39,7 @@ def marked(pairs: list[Pair], shapes: Shapes, prefix: str) -> dict[str, torch.Te
     stored = {n: View((Stored(Path(n), "F16", shape, 0, 0),)) for n, shape in shapes.items()}
     tensors = {}
     for pair in pairs:
-        shape = ldm.join(pair, stored).shape
+        shape = ldm_keys.join(pair, stored).shape
         rows = (shape[0] // len(pair.parts), *shape[1:])
         values = [torch.tensor(numbers[name]).expand(rows) for name in pair.parts]
         tensors[prefix + pair.single] = torch.cat(values) if len(values) > 1 else values[0]
@@ -58,11 +59,11 @@ def shapes_of(state: dict[str, torch.Tensor]) -> Shapes:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_unet_names_are_those_that_diffusers_reads(name):
-    arch = architectures.get(name)
-    config = architectures.unet_config(arch)
+    arch = get(name)
+    config = unet_config(arch)
     with torch.device("meta"):
         expected = shapes_of(UNet2DConditionModel(**config).state_dict())
-    pairs = ldm.unet_pairs(arch)
+    pairs = ldm_keys.unet_pairs(arch)
     written = marked(pairs, expected, PREFIXES["unet"])
     assert len(written) == len(pairs) == len(expected)
     assert_each_is_in_its_place(convert_ldm_unet_checkpoint(written, config), expected)
@@ -72,7 +73,7 @@ def test_vae_names_are_those_that_diffusers_reads():
     with torch.device("meta"):
         vae = AutoencoderKL(**SDXL_VAE)
     expected = shapes_of(vae.state_dict())
-    written = marked(ldm.vae_pairs((128, 256, 512, 512), 2), expected, PREFIXES["vae"])
+    written = marked(ldm_keys.vae_pairs((128, 256, 512, 512), 2), expected, PREFIXES["vae"])
     assert written["first_stage_model.decoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
     assert len(written) == len(expected)
     assert_each_is_in_its_place(convert_ldm_vae_checkpoint(written, vae.config), expected)
@@ -87,11 +88,11 @@ def test_text_encoder_names_are_those_that_diffusers_reads(width, layers):
     expected = shapes_of(model.state_dict())
     if width == 768:
         del expected["text_projection.weight"]
-        written = marked(ldm.clip_pairs(layers), expected, PREFIXES["text_encoder"])
+        written = marked(ldm_keys.clip_pairs(layers), expected, PREFIXES["text_encoder"])
         read = convert_ldm_clip_checkpoint(written)
     else:
         prefix = PREFIXES["text_encoder_2"]
-        written = marked(ldm.open_clip_pairs(layers), expected, prefix)
+        written = marked(ldm_keys.open_clip_pairs(layers), expected, prefix)
         assert written[f"{prefix}transformer.resblocks.0.attn.in_proj_weight"].shape == (3840, 1280)
         read = convert_open_clip_checkpoint(model, written, prefix=prefix)
     assert_each_is_in_its_place(read, expected)
@@ -99,7 +100,7 @@ def test_text_encoder_names_are_those_that_diffusers_reads(width, layers):
 
 def test_sdxl_names_as_published():
     """Spot checks by hand: SDXL's file has 1,680 U-Net tensors, with these among them."""
-    names = {pair.single for pair in ldm.unet_pairs(architectures.get("sdxl"))}
+    names = {pair.single for pair in ldm_keys.unet_pairs(get("sdxl"))}
     assert len(names) == 1680
     assert names >= {
         "label_emb.0.2.bias",
@@ -119,9 +120,9 @@ def seen_by_others(name: str) -> dict[str, object]:
 
     ComfyUI tells KOALA from SDXL by these numbers, and SD.Next and others have it from there.
     """
-    arch = architectures.get(name)
-    shapes = architectures.tensor_shapes(arch)
-    found = {pair.single: shapes[pair.parts[0]] for pair in ldm.unet_pairs(arch)}
+    arch = get(name)
+    shapes = tensor_shapes(arch)
+    found = {pair.single: shapes[pair.parts[0]] for pair in ldm_keys.unet_pairs(arch)}
 
     def depth(block: str) -> int:
         return len(
@@ -168,12 +169,12 @@ def test_koala_is_what_others_take_for_koala(name, depth, middle):
 
 def test_an_upsampler_comes_after_the_attention_if_there_is_one():
     upsampler = "up_blocks.0.upsamplers.0.conv"
-    assert ldm.unet_module(upsampler, 1, attends=True) == "output_blocks.1.2.conv"
-    assert ldm.unet_module(upsampler, 1, attends=False) == "output_blocks.1.1.conv"
-    vega = ldm.unet_modules(architectures.get("segmind-vega"))
+    assert ldm_keys.unet_module(upsampler, 1, attends=True) == "output_blocks.1.2.conv"
+    assert ldm_keys.unet_module(upsampler, 1, attends=False) == "output_blocks.1.1.conv"
+    vega = ldm_keys.unet_modules(get("segmind-vega"))
     assert vega["mid_block.resnets.0.conv1"] == "middle_block.0.in_layers.2"
     assert not any(name.startswith("middle_block.1") for name in vega.values())
-    koala = ldm.unet_modules(architectures.get("koala-700m"))
+    koala = ldm_keys.unet_modules(get("koala-700m"))
     assert not any(name.startswith("middle_block") for name in koala.values())
 
 
@@ -188,11 +189,11 @@ def test_split_undoes_join(height, width, parts, kind):
                            2 * height * width),))
         for k, name in enumerate(names)
     }  # fmt: skip
-    joined = ldm.join(pair, own)
+    joined = ldm_keys.join(pair, own)
     whole = joined.parts[0]._replace(
         shape=(parts * height, *joined.parts[0].shape[1:]), size=2 * parts * height * width
     )
-    assert {n: v.parts[0] for n, v in ldm.split(pair, whole).items()} == {
+    assert {n: v.parts[0] for n, v in ldm_keys.split(pair, whole).items()} == {
         name: view.parts[0] for name, view in own.items()
     }
     expected = (width, height) if pair.transposed else (parts * height, width)

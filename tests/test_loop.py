@@ -17,8 +17,8 @@ from torch import nn
 
 from koala.distillation import checkpoint
 from koala.distillation.ema import EMA
+from koala.distillation.forward_process import generators_at
 from koala.distillation.loop import train
-from koala.distillation.noising import generators_at
 from koala.distillation.settings import Training
 from koala.errors import Failure, UserError
 from toy import toy_pipeline

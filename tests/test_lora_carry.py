@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from benchmarks import lora_carry
-from koala.architectures import get, unet_config
+from koala.architectures.table import get, unet_config
+from koala.checkpoints.load import BUNDLED
 from koala.errors import UserError
-from koala.formats import BUNDLED
 
 pytestmark = pytest.mark.usefixtures("packages")
 

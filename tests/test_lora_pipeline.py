@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 import koala
-from koala.architectures import get
+from koala.architectures.table import get
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
-from koala.generation.checks import lora as parsed
+from koala.generation.validation import lora as parsed
 from koala.lora.names import base_named
 from koala.lora.reading import read
 from toy import toy_unet

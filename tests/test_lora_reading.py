@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from koala.architectures import ARCHITECTURES, from_unet_config, unet_config
+from koala.architectures.table import ARCHITECTURES, from_unet_config, unet_config
+from koala.checkpoints.tensors import read_metadata
 from koala.errors import UserError
 from koala.lora.conversion import convert_lora
 from koala.lora.names import Target, base_named, shapes, spellings, targets
 from koala.lora.reading import read, teacher_of
-from koala.weights import read_metadata
 from toy import toy_unet
 from toy_lora import FORMS, toy_base, toy_lora
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from koala.architectures import parameters
+from koala.architectures.table import parameters
+from koala.checkpoints.load import BUNDLED, read_tensors, unet_architecture
 from koala.errors import UserError
-from koala.formats import BUNDLED, read_tensors, unet_architecture
-from koala.generation.activations import peak_bytes
-from koala.generation.blueprint import TEXT, TINY, UNET, VAE
-from koala.generation.memory import GIB, LADDER, Planner, budget_of, free_bytes
+from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE
+from koala.generation.memory.peak import peak_bytes
+from koala.generation.memory.plan import GIB, LADDER, Planner, budget_of, free_bytes
 from test_decode import toy_tiny
 from toy import toy_pipeline
 
@@ -144,11 +144,11 @@ def test_what_is_asked_for_stays_on_every_row(with_tiny):
 def test_dtypes_by_device(with_tiny, monkeypatch):
     metal = Planner(with_tiny, torch.device("mps"), (64, 64))
     assert {(m.dtype, m.vae_dtype) for m in metal.modes} == {("fp16", "fp16")}
-    monkeypatch.setattr("koala.generation.backends.has_bf16", lambda: True)
+    monkeypatch.setattr("koala.generation.runtime.backends.has_bf16", lambda: True)
     assert {m.vae_dtype for m in Planner(with_tiny, CPU, (64, 64), weights="bf16").modes} == {
         "fp32"
     }
-    monkeypatch.setattr("koala.generation.backends.has_bf16", lambda: False)
+    monkeypatch.setattr("koala.generation.runtime.backends.has_bf16", lambda: False)
     with pytest.raises(UserError, match="bfloat16: this processor has none"):
         Planner(with_tiny, CPU, (64, 64), weights="bf16")
     with pytest.raises(UserError, match="float16: no processor computes in it"):

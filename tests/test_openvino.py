@@ -16,11 +16,12 @@ pytest.importorskip("openvino")
 
 from koala.cli import main
 from koala.errors import UserError
-from koala.generation import Engine, openvino
-from koala.generation.backends import Backend, choose, equip, example, warm_up
+from koala.generation import Engine
 from koala.generation.decode import full
 from koala.generation.denoise import predictor
 from koala.generation.pipeline import load
+from koala.generation.runtime import openvino
+from koala.generation.runtime.backends import Backend, choose, equip, example, warm_up
 from koala.processor import has_bf16
 from toy import toy_pipeline, toy_unet, toy_vae
 
@@ -157,10 +158,10 @@ def test_refusals(unet, vae, monkeypatch):
             choose(half, vae, backend)
     with pytest.raises(UserError, match="samples"):
         choose(unet, vae, "openvino-int8")
-    monkeypatch.setattr("koala.generation.backends.has_bf16", lambda: False)
+    monkeypatch.setattr("koala.generation.runtime.backends.has_bf16", lambda: False)
     with pytest.raises(UserError, match="no bfloat16; choose openvino or torch"):
         choose(unet, vae, "openvino-bf16")
-    monkeypatch.setattr("koala.generation.backends.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("koala.generation.runtime.backends.free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match=r"converting takes about .* GiB, 0\.0 are free"):
         choose(unet, vae, "openvino")
     assert choose(unet, vae, "auto").why == "the only one that fits"
@@ -189,10 +190,12 @@ def test_a_back_end_is_measured_when_asked_and_remembered(unet, vae, cache):
 def test_the_fastest_may_round_and_says_so(cache, monkeypatch, tmp_path):
     """Of all that this processor has; the U-Net itself is left as it is."""
     monkeypatch.setenv("KOALA_CACHE", str(tmp_path))
-    monkeypatch.setattr("koala.generation.backends.has_bf16", lambda: True)
+    monkeypatch.setattr("koala.generation.runtime.backends.has_bf16", lambda: True)
     torch.manual_seed(0)
     unet, tiny_vae = smallest_unet().requires_grad_(False), toy_vae().requires_grad_(False)
-    monkeypatch.setattr("koala.generation.backends.openvino.predictor", lambda *_: predictor(unet))
+    monkeypatch.setattr(
+        "koala.generation.runtime.backends.openvino.predictor", lambda *_: predictor(unet)
+    )
     choose(unet, tiny_vae, "fastest")
     (file,) = (tmp_path / "backends").glob("*.json")
     verdict = json.loads(file.read_text())

@@ -14,10 +14,11 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch.distributed.run import get_args_parser as torchrun
 
-from koala import architectures, recipes
+from koala import recipes
+from koala.architectures.table import get, unet_config
+from koala.checkpoints.convert import convert
+from koala.checkpoints.load import BUNDLED
 from koala.cli import main
-from koala.conversion import convert
-from koala.formats import BUNDLED
 from koala.lora.names import base_named
 from toy_lora import toy_lora
 from toy_sources import pictures, write_yepop
@@ -38,7 +39,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     model = shutil.copytree(BUNDLED / "koala-mini", tmp_path / "model")
     shutil.rmtree(model / "unet")
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**architectures.unet_config(architectures.get("sdxl-mini")))
+    unet = UNet2DConditionModel(**unet_config(get("sdxl-mini")))
     unet.save_pretrained(model / "unet")
     convert(model, "single-file", tmp_path / "my-sdxl.safetensors")
     toy_lora(tmp_path / "my-style.safetensors", base_named(str(model)))

@@ -19,18 +19,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from koala import weights
+from koala.checkpoints.load import load_vae
+from koala.checkpoints.tensors import read_header
 from koala.cli import main
 from koala.data.encoding import Moments, normalisation, to_pixels
 from koala.data.index import Index
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of, prepare
+from koala.data.preprocess import Filters, Preparation, upright
 from koala.data.run import prepare_latents
-from koala.data.samples import Filters, Preparation, upright
 from koala.data.shards import shard_name
 from koala.data.sources import recognise
 from koala.errors import Failure, UserError
-from koala.formats import load_vae
 from toy_sources import LAYOUTS, caption, picture, pictures, write_folder, write_tars, write_yepop
 
 PREPARATION = Preparation(size=64, step=8, unit=8, held_out=0.0, captions=("text",))
@@ -102,7 +102,7 @@ def test_shards_hold_their_samples_and_nothing_else(prepared):
     for shard in range(len(index)):
         path = out / shard_name(int(index.unit[shard]), int(index.group[shard]))
         height, width = index.bucket(shard)
-        rows, header = int(index.rows[shard]), weights.read_header(path)
+        rows, header = int(index.rows[shard]), read_header(path)
         shape = (rows, 4, height // 8, width // 8)
         assert {name: s.shape for name, s in header.items()} == {"mean": shape, "deviation": shape}
         assert path.stat().st_size < 2 * rows * 4 * (height // 8) * (width // 8) * 2 + 400
@@ -181,7 +181,7 @@ def test_captions_are_appended_mixed_and_counted(files, toy_sdxl, tmp_path):
 def test_a_draw_takes_half_the_bytes_and_embeddings_are_of_what_is_told(
     folder, prepared, toy_sdxl, tmp_path
 ):
-    from koala.conditioning import TextConditioner
+    from koala.text_conditioning import TextConditioner
 
     wanted = replace(PREPARATION, posterior="draw", text=True)
     prepare_latents(recognise(folder), tmp_path, toy_sdxl, wanted, workers=1)

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from koala.conditioning import TextConditioner
+from koala.checkpoints.load import load_text
 from koala.errors import UserError
-from koala.formats import load_text
 from koala.generation import load
 from koala.generation.prompts import Fragment, encode, padded, parse
+from koala.text_conditioning import TextConditioner
 from toy import TEXT_WIDTHS, TOKENS, toy_pipeline
 
 LONG = "a red fox, two green apples and an owl on a table under three very old trees, noto style"

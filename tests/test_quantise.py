@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from koala.errors import UserError
-from koala.generation.quantise import LARGEST, PackedConv2d, PackedLinear, quantise
+from koala.generation.memory.quantise import LARGEST, PackedConv2d, PackedLinear, quantise
 from koala.lora.adapters import Attached, merge, modules_of
 from koala.lora.reading import read
 from toy import toy_text_encoders, toy_unet

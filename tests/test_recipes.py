@@ -10,18 +10,19 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from koala import card, recipes
+from koala import recipes
+from koala.checkpoints import model_card
+from koala.checkpoints.load import load_vae
 from koala.cli import main
 from koala.data.encoding import encoder_hash, to_pixels
-from koala.data.pictures import PictureSet, prepare_pictures
+from koala.data.illustrations.pictures import PictureSet, prepare_pictures
 from koala.data.prepare import encode_pictures
 from koala.distillation.settings import Training
 from koala.errors import UserError
-from koala.formats import load_vae
 from koala.generation import load
+from koala.mini.runs import assemble
 from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders, start_from_words
 from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae, to_images
-from koala.recipes.family import assemble
 from koala.recipes.run import Mixture, Student, distill
 from test_data import TOY
 from toy_sources import pictures, write_folder
@@ -92,10 +93,10 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     assert any(not torch.equal(before[k], after[k]) for k in before)
     image = load(small)("a fox", steps=2, seed=1).images[0]
     assert image.size == (128, 128)
-    told = card.read(small)
+    told = model_card.read(small)
     assert (told.title, told.cut.teacher, told.trained.teacher) == ("student", "teacher", "teacher")
     assert told.trained.samples == {"U-Net": 8} and told.trained.distilled
-    assert not card.read(master).trained.distilled
+    assert not model_card.read(master).trained.distilled
 
     again = distill(student, data, tmp_path / "student", str(master), "cpu")  # finished: no step
     assert all(
@@ -107,7 +108,7 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     more = distill(student, data, tmp_path / "more", *master_too, student=str(small))
     begun_as = load_file(tmp_path / "more" / "start" / unet)
     assert all(torch.equal(begun_as[k], after[k]) for k in after)
-    trained = card.read(more).trained
+    trained = model_card.read(more).trained
     assert (trained.student, trained.before, trained.samples) == ("student", 8, {"U-Net": 8})
     with pytest.raises(UserError, match="student='student', now it is None"):
         distill(student, data, tmp_path / "more", *master_too)
@@ -130,7 +131,7 @@ def test_a_vae_goes_on_and_nothing_else_changes(base_parts, tmp_path, packages):
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert moved == (set(before) if file.parent.name == "vae" else set())
     assert encoder_hash(made) != encoder_hash(base)  # so latents of before are refused
-    assert card.read(made).trained == card.read(base).trained
+    assert model_card.read(made).trained == model_card.read(base).trained
     vae, real = load_vae(made), PictureSet(data)
     pixels = to_pixels([real.image(i) for i in real.select("train")])
     with torch.no_grad():
@@ -163,7 +164,7 @@ def test_data_may_lie_elsewhere(base_parts, tmp_path, packages):
     file = "model/unet/diffusion_pytorch_model.safetensors"
     far, near = (load_file(tmp_path / name / file) for name in ("far", "near"))
     assert all(torch.equal(far[name], value) for name, value in near.items())
-    assert card.read(tmp_path / "far/model").trained.data["pictures"] > 0
+    assert model_card.read(tmp_path / "far/model").trained.data["pictures"] > 0
     remote.rm("/family", recursive=True)
 
 
@@ -227,8 +228,8 @@ def test_the_controls_differ_from_the_student_in_their_losses_alone():
 
 
 def test_vae_learns_and_its_latents_are_normal(base_parts, packages):
-    from koala.data.pictures import PictureSet
-    from koala.distillation.noising import generators_at
+    from koala.data.illustrations.pictures import PictureSet
+    from koala.distillation.forward_process import generators_at
 
     data, _ = base_parts
     pictures = PictureSet(data)

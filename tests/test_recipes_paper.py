@@ -5,8 +5,9 @@ from functools import cache
 
 import pytest
 
-from koala import architectures, recipes
-from koala.architectures import student_of
+from koala import recipes
+from koala.architectures import table
+from koala.architectures.table import get, student_of
 from koala.distillation.taps import paired_points, tap_points
 from koala.recipes import paper
 from koala.recipes.cost import _flops, _plan
@@ -47,13 +48,13 @@ TAPS = {
 @cache
 def unet(name: str):
     """A U-Net on the meta device."""
-    return blank_unet(architectures.get(name))
+    return blank_unet(get(name))
 
 
 @pytest.mark.parametrize("name", paper.PRESETS)
 def test_every_recipe_builds_with_its_counts(name):
     recipe = recipes.get(name)
-    arch = student_of(architectures.get(recipe.of), recipe.cut)
+    arch = student_of(get(recipe.of), recipe.cut)
     student = unet(arch.name)
     assert sum(p.numel() for p in student.parameters()) == PARAMETERS[recipe.cut]
     found = {tap.location: len(tap_points(student, [tap])) for tap in recipe.settings.taps}
@@ -108,10 +109,10 @@ def test_flop_of_a_sample(name, tflop):
 
 def test_one_small_card_computes_activations_again_and_the_control_asks_no_teacher():
     again, flops = _flops(_plan(recipes.get("koala-lightning-700m-24gb"), None, 1, True, None))
-    forward = architectures.flops(architectures.get("koala-700m"), 1024, 1024, 77)
+    forward = table.flops(get("koala-700m"), 1024, 1024, 77)
     assert again == forward
     _, alone = _flops(_plan(recipes.get("ablation-task"), None, 1, True, None))
-    assert alone == 3 * architectures.flops(architectures.get("koala-1b"), 1024, 1024, 77)
+    assert alone == 3 * table.flops(get("koala-1b"), 1024, 1024, 77)
     assert flops > 3 * forward
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from koala.distillation.forward_process import generators_at
 from koala.distillation.loop import HELD_OUT_SEED, train
-from koala.distillation.noising import generators_at
 from koala.errors import Failure, UserError
 from toy import toy_pipeline
 from toy_training import SETTINGS, SignalledStream, Stream, toy_task

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from koala.generation import load, read_settings
-from koala.generation.pictures import parameters
-from koala.serving.a1111_fields import with_loras
-from koala.serving.answers import Refusal
+from koala.generation.png import parameters
+from koala.serving.api.a1111_fields import with_loras
+from koala.serving.errors import Refusal
 from toy import toy_pipeline
 from toy_server import gated, running
 

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 
 from koala.generation import load, read_settings
-from koala.serving.listeners import Listener
+from koala.serving.jobs.database import Store
+from koala.serving.jobs.listeners import Listener
+from koala.serving.jobs.table import Bounds, Table
 from koala.serving.settings import Limits
-from koala.serving.store import Store
-from koala.serving.table import Bounds, Table
 from toy import toy_pipeline
 from toy_server import gated, running
 
@@ -264,7 +264,7 @@ def test_two_can_follow_and_one_can_leave(client, gate):
 
 
 def test_silence_is_filled_with_comments(client, gate, monkeypatch):
-    monkeypatch.setattr("koala.serving.streams.KEEP_ALIVE", 0.1)
+    monkeypatch.setattr("koala.serving.api.streams.KEEP_ALIVE", 0.1)
     gate.clear()
     job = client.submit()
     with client.stream("GET", f"/v1/jobs/{job['id']}/events") as answer:
@@ -472,7 +472,7 @@ def test_after_a_crash_only_what_had_no_end_is_drawn_and_with_the_same_seed(
 
 
 def test_a_disk_that_is_full_for_a_while_loses_no_job(client, monkeypatch):
-    monkeypatch.setattr("koala.serving.jobs.DISK", 0.1)
+    monkeypatch.setattr("koala.serving.jobs.jobs.DISK", 0.1)
     plain, full = os.fsync, iter([True, True, True])
 
     def fsync(handle):

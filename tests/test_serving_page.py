@@ -16,11 +16,11 @@ from PIL import Image, PngImagePlugin
 from selenium.webdriver import ActionChains, Keys
 
 import koala
-from koala.data import art, illustrations
+from koala.data.illustrations import art, scenes
 from koala.generation import Settings, read_settings
-from koala.generation.pictures import parameters, write_png
+from koala.generation.png import parameters, write_png
 from koala.generation.samplers import SAMPLERS
-from koala.serving import page as served
+from koala.serving.api import page as served
 from toy_browser import CHROMIUM, DRIVER, PHONE, Page, serving
 from toy_server import running
 
@@ -132,8 +132,8 @@ def cancel(page: Page, job: str) -> None:
 
 def test_styles_are_those_that_the_bundled_model_has_seen():
     presets = json.loads(served.files()["presets.json"].content)["koala-mini"]
-    emoji = [art.ART_SETS[name].style for name in illustrations.SMALL.styles]
-    icons = {style for variant in illustrations.VARIANTS.values() for style in variant.values()}
+    emoji = [art.ART_SETS[name].style for name in scenes.SMALL.styles]
+    icons = {style for variant in scenes.VARIANTS.values() for style in variant.values()}
     assert presets["styles"][: len(emoji)] == emoji
     assert set(presets["styles"][len(emoji) :]) == icons
 

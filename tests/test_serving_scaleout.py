@@ -28,10 +28,10 @@ from benchmarks.scaleout import engines  # noqa: E402
 from koala.cli import _parser  # noqa: E402
 from koala.errors import Failure, UserError  # noqa: E402
 from koala.generation import Late, load  # noqa: E402
-from koala.serving.fleet import DEATHS, Fleet  # noqa: E402
-from koala.serving.outline import outline  # noqa: E402
-from koala.serving.replicas import News, ranked  # noqa: E402
-from koala.serving.scaleout import Scale  # noqa: E402
+from koala.serving.meta_pipeline import outline  # noqa: E402
+from koala.serving.ray.fleet import DEATHS, Fleet  # noqa: E402
+from koala.serving.ray.replicas import News, ranked  # noqa: E402
+from koala.serving.ray.scaleout import Scale  # noqa: E402
 from toy import toy_pipeline  # noqa: E402
 
 SIZE = "16x16"

@@ -15,7 +15,7 @@ from koala.errors import UserError
 from koala.generation import Late, Pass, load
 from koala.serving.admission import Admission, Busy, Pace
 from koala.serving.fairness import Fairness, Place
-from koala.serving.orders import Order
+from koala.serving.image_request import Order
 from koala.serving.service import Service
 from koala.serving.settings import Limits
 from toy import toy_pipeline

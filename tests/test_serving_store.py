@@ -22,9 +22,9 @@ from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import Settings, read_settings
-from koala.serving.gallery import THUMBNAIL, Gallery
-from koala.serving.store import FILE, Store
-from koala.serving.table import Bounds, Ended, Full, Table
+from koala.serving.jobs.database import FILE, Store
+from koala.serving.jobs.gallery import THUMBNAIL, Gallery
+from koala.serving.jobs.table import Bounds, Ended, Full, Table
 
 SETTINGS = Settings("a red fox, ünd", "", 10, 3.5, 7, 64, 64, "koala-mini", "0.1.0")
 CLIENTS = ("ann", "bob")
@@ -101,7 +101,7 @@ def test_opening_removes_what_a_crash_left_and_nothing_else(tmp_path):
 
 
 def test_a_folder_has_one_server(tmp_path, monkeypatch):
-    monkeypatch.setattr("koala.serving.store.WAIT", 0.1)
+    monkeypatch.setattr("koala.serving.jobs.database.WAIT", 0.1)
     store = Store(tmp_path)
     with pytest.raises(UserError, match="in use by another server"):
         Store(tmp_path)
@@ -166,7 +166,7 @@ def test_waiting_jobs_are_bounded_in_number_for_each_and_all_and_in_bytes(tmp_pa
 
 
 def test_ended_jobs_are_forgotten_by_age_and_number(tmp_path, monkeypatch):
-    monkeypatch.setattr("koala.serving.table.MOST_ENDED", 2)
+    monkeypatch.setattr("koala.serving.jobs.table.MOST_ENDED", 2)
     now = [0.0]
     table = Table(Store(tmp_path), most_seconds=10, clock=lambda: now[0])
     jobs = []

@@ -7,12 +7,12 @@ import pytest
 from starlette.requests import Request
 
 from koala.generation import load
-from koala.serving.a1111 import Work, _drawn
-from koala.serving.answers import Refusal
-from koala.serving.orders import Order
+from koala.serving.api.a1111 import Work, _drawn
+from koala.serving.api.streams import drawn
+from koala.serving.errors import Refusal
+from koala.serving.image_request import Order
 from koala.serving.service import Service
 from koala.serving.settings import Limits
-from koala.serving.streams import drawn
 from toy import toy_pipeline
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from koala.generation import load
-from koala.generation.speed import ROWS, in_fixed_batches
-from koala.serving.orders import Order
+from koala.generation.runtime.compile import ROWS, in_fixed_batches
+from koala.serving.image_request import Order
 from koala.serving.run import loaded
 from koala.serving.service import Service
 from koala.serving.settings import Limits, Options
-from koala.serving.warmth import warm_up
+from koala.serving.warmup import warm_up
 from toy import toy_pipeline
 
 
@@ -65,5 +65,5 @@ def test_a_batch_that_memory_does_not_hold_is_left_at_half(folder, monkeypatch):
         return plain(x, timesteps, condition)
 
     pipeline.predict = predict
-    monkeypatch.setattr("koala.serving.warmth.GAIN", 0.0)  # whatever is gained
+    monkeypatch.setattr("koala.serving.warmup.GAIN", 0.0)  # whatever is gained
     assert warm_up(pipeline) == 2

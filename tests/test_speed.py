@@ -7,14 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from koala.device import whereabouts
 from koala.errors import UserError
-from koala.generation.backends import check_dtype, example
 from koala.generation.denoise import evaluate, predictor
-from koala.generation.fp8 import Float8Linear, to_float8
 from koala.generation.pipeline import load
-from koala.generation.samplers import SAMPLERS
-from koala.generation.speed import (
+from koala.generation.runtime.backends import check_dtype, example
+from koala.generation.runtime.compile import (
     ROWS,
     compile_blocks,
     fuse_projections,
@@ -22,6 +19,9 @@ from koala.generation.speed import (
     in_fixed_batches,
     one_by_one,
 )
+from koala.generation.runtime.fp8 import Float8Linear, to_float8
+from koala.generation.samplers import SAMPLERS
+from koala.utils.device import whereabouts
 from toy import toy_pipeline, toy_unet
 
 
@@ -162,6 +162,6 @@ def test_dtypes_that_a_processor_lacks_are_refused(monkeypatch):
     check_dtype(torch.float32, cpu)
     with pytest.raises(UserError, match="float16"):
         check_dtype(torch.float16, cpu)
-    monkeypatch.setattr("koala.generation.backends.has_bf16", lambda: False)
+    monkeypatch.setattr("koala.generation.runtime.backends.has_bf16", lambda: False)
     with pytest.raises(UserError, match="bfloat16"):
         check_dtype(torch.bfloat16, cpu)

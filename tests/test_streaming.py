@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from koala.generation.quantise import quantise
-from koala.generation.streaming import (
+from koala.generation.memory.offload import (
     UNITS,
     Streaming,
     Turns,
@@ -14,6 +13,7 @@ from koala.generation.streaming import (
     tensors_of,
     units_of,
 )
+from koala.generation.memory.quantise import quantise
 from test_quantise import inputs, seeded_unet
 from toy import toy_text_encoders, toy_vae
 

@@ -10,8 +10,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
-from koala.conditioning import TextConditioner
-from koala.distillation.noising import NoiseSchedule, generators_at
+from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.taps import PAPER_TAPS, Tap
 from koala.distillation.tasks import (
     Denoising,
@@ -20,6 +19,7 @@ from koala.distillation.tasks import (
     teacher_dtype,
 )
 from koala.errors import UserError
+from koala.text_conditioning import TextConditioner
 from toy import toy_pipeline, toy_scheduler, toy_unet
 
 CAPTIONS = ["a red fox", "two green apples", "a drum"]

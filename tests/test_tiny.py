@@ -8,8 +8,8 @@ from diffusers import AutoencoderTiny
 
 from koala import recipes
 from koala.errors import UserError
-from koala.generation.arrangement import load_within
 from koala.generation.decode import full, load_tiny, tiny
+from koala.generation.memory.placement import load_within
 from koala.mini.bundle import bundle
 from koala.mini.tiny import TinyDistillation, new_tiny
 from koala.recipes.run import distill

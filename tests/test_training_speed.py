@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from koala.architectures import get, unet_config
+from koala.architectures.table import get, unet_config
 from koala.distillation.parallel import World
 from koala.distillation.speed import Meter, matmul_peak, unet_flops
 

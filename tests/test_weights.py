@@ -19,9 +19,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from koala import weights
+from koala.checkpoints import tensors
+from koala.checkpoints.tensors import (
+    Stored,
+    View,
+    load_tensor,
+    read,
+    read_header,
+    read_metadata,
+    rows,
+    write,
+)
 from koala.errors import Failure, UserError
-from koala.weights import Stored, View, load_tensor, read, read_header, read_metadata, rows, write
 
 KINDS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -101,7 +110,7 @@ def test_views_and_conversion_in_pieces(tmp_path_factory, height, width, cut, pi
     x, cut = read_header(file)["x"], min(cut, height)
     upper, lower = rows(x, 0, cut), rows(x, cut, height)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "_PIECE", 8 * piece)  # whole elements, as the real one
+        patch.setattr(tensors, "_PIECE", 8 * piece)  # whole elements, as the real one
         for view, expected in (
             (View((lower, upper)), torch.cat([tensor[cut:], tensor[:cut]])),
             (View((x,), transposed=True), tensor.T),
@@ -149,7 +158,7 @@ def test_a_full_disk_is_a_failure_with_one_line(tmp_path):
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
         "from koala.errors import Failure\n"
-        "from koala.weights import write\n"
+        "from koala.checkpoints.tensors import write\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "try:\n"
@@ -167,7 +176,7 @@ def test_a_full_disk_is_a_failure_with_one_line(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_no_space_left_names_the_output(tmp_path):
-    from koala.output import new_file
+    from koala.utils.atomic import new_file
 
     with (
         pytest.raises(Failure, match=r"cannot write .*x: No space left.*another disk"),
@@ -180,7 +189,7 @@ def test_no_space_left_names_the_output(tmp_path):
 
 
 def test_a_folder_that_cannot_be_finished_is_named_and_not_its_parts(tmp_path):
-    from koala.output import new_file, new_folder
+    from koala.utils.atomic import new_file, new_folder
 
     def full() -> None:
         with new_folder(tmp_path / "x") as part, new_file(part / "weights"):
@@ -192,7 +201,7 @@ def test_a_folder_that_cannot_be_finished_is_named_and_not_its_parts(tmp_path):
 
 
 def test_an_interrupted_folder_leaves_nothing(tmp_path):
-    from koala.output import new_folder
+    from koala.utils.atomic import new_folder
 
     def interrupted() -> None:
         with new_folder(tmp_path / "x") as part:

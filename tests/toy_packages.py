@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from koala.data.art import ART_SETS
+from koala.data.illustrations.art import ART_SETS
 from koala.mini.perceptual import WEIGHTS, MobileNetV2
-from koala.packages import NPM, PYPI
+from koala.utils.asset_packages import NPM, PYPI
 
 SHAPES = {  # name -> drawing in a box of 16
     "disc": '<circle cx="8" cy="8" r="6" fill="{}"/>',

@@ -18,11 +18,11 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from koala import architectures
+from koala.architectures.table import FACTOR, UNetArchitecture, get, unet_config
 from koala.benchmark.cases import CASES, Case
-from koala.conditioning import TextConditioner
-from koala.formats import BUNDLED, resolve_model, unet_architecture
+from koala.checkpoints.load import BUNDLED, resolve_model, unet_architecture
 from koala.generation.pipeline import Pipeline, load
+from koala.text_conditioning import TextConditioner
 
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
 _CLIP_L = {
@@ -65,7 +65,7 @@ def subject(name: str) -> Subject:
         return Subject(CASES[name], random=True)
     folder = resolve_model(name)
     arch = unet_architecture(folder)
-    pixels = arch.sample * architectures.FACTOR
+    pixels = arch.sample * FACTOR
     label = folder.name if Path(name).exists() else name
     return Subject(Case(label, arch.name, pixels, 10, 3.5), random=False, folder=folder)
 
@@ -74,7 +74,7 @@ def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline
     """Our pipeline of it, ready to draw on the device."""
     if chosen.folder is not None:
         return load(chosen.folder, device, dtype)
-    arch = architectures.get(chosen.case.architecture)
+    arch = get(chosen.case.architecture)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         unet = new_unet(arch, device, dtype)
@@ -104,7 +104,7 @@ def new_conditioner(device: torch.device, dtype: torch.dtype, memo: int = 1024) 
 
 
 def new_unet(
-    arch: architectures.UNetArchitecture, device: torch.device, dtype: torch.dtype
+    arch: UNetArchitecture, device: torch.device, dtype: torch.dtype
 ) -> UNet2DConditionModel:
     """A U-Net with random weights."""
     return _random(lambda: _unet(arch), device, dtype)
@@ -131,8 +131,8 @@ def stock(pipeline: Pipeline) -> StableDiffusionXLPipeline:
     return pipe
 
 
-def _unet(arch: architectures.UNetArchitecture) -> UNet2DConditionModel:
-    model = UNet2DConditionModel.from_config(architectures.unet_config(arch))
+def _unet(arch: UNetArchitecture) -> UNet2DConditionModel:
+    model = UNet2DConditionModel.from_config(unet_config(arch))
     assert isinstance(model, UNet2DConditionModel)
     return model
 

@@ -11,7 +11,7 @@ from typing import Any
 from koala.benchmark.cases import CARDS, CASES
 from koala.benchmark.measure import Ceilings, Timing
 from koala.benchmark.models import Subject
-from koala.output import new_file
+from koala.utils.atomic import new_file
 
 
 @dataclass(frozen=True)

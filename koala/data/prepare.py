@@ -1,7 +1,7 @@
 """`koala prepare`: from a source to latents with an index, and a sheet to look at.
 
 What lies at a path is recognised in `koala.data.sources` and encoded in `koala.data.run`; the
-illustration set is rendered first (`koala.data.pictures`).
+illustration set is rendered first (`koala.data.illustrations.pictures`).
 """
 
 import os
@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from koala.data.illustrations import SMALL, Illustrations
-from koala.data.pictures import PictureSet, prepare_pictures, settings_of
-from koala.data.samples import Filters, Preparation
+from koala.data.illustrations.pictures import PictureSet, prepare_pictures, settings_of
+from koala.data.illustrations.scenes import SMALL, Illustrations
+from koala.data.preprocess import Filters, Preparation
 from koala.data.shards import Summary
 from koala.data.sources import recognise
 from koala.data.sources.parquet import Parquet
 from koala.errors import UserError
-from koala.sheet import contact_sheet
+from koala.utils.contact_sheet import contact_sheet
 
 ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
 CAPTIONS = ("short", "subject", "long")  # of the illustration set
@@ -90,8 +90,8 @@ def prepare(
         raise UserError(f"source {source} has pictures already: give --model to encode them")
     if sheet is not None:
         raise UserError(f"--sheet {sheet}: is drawn of the illustration set only; leave it out")
+    from koala.checkpoints.load import resolve_model
     from koala.data.run import prepare_latents
-    from koala.formats import resolve_model
 
     folder, place = resolve_model(model), _device(device)
     summary = prepare_latents(found, out, folder, preparation or Preparation(), workers, place)
@@ -115,7 +115,7 @@ def _prepare_illustrations(
     prepare_pictures(settings, out, workers)
     latents = None
     if model is not None:
-        from koala.formats import resolve_model
+        from koala.checkpoints.load import resolve_model
 
         latents = encode_pictures(out, resolve_model(model), _device(device), workers, mirror)
     pictures = PictureSet(out)
@@ -150,7 +150,7 @@ def _device(asked: str | None) -> str:
     """The device asked for or the best; under torchrun every process has a GPU of its own."""
     import torch
 
-    from koala.device import pick_device
+    from koala.utils.device import pick_device
 
     if asked is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         asked = f"cuda:{os.environ['LOCAL_RANK']}"

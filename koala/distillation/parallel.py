@@ -22,12 +22,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from koala.device import pick_device
 from koala.distillation.settings import PLAIN, Hardware
 from koala.distillation.taps import Region, regions
 from koala.errors import FailedElsewhere, Failure, UserError
 from koala.processor import has_bf16
 from koala.processor import name as processor_name
+from koala.utils.device import pick_device
 
 
 @dataclass(frozen=True)

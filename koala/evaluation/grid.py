@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from koala.sheet import INK, PAPER, wrap
+from koala.utils.contact_sheet import INK, PAPER, wrap
 
 CELL = 128  # pixels of a picture's side on the sheet; small pictures are enlarged to it
 MARGIN, GAP = 24, 8

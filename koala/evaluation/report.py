@@ -18,18 +18,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.data.pictures import PictureSet
+from koala.checkpoints.load import resolve_model
+from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
 from koala.evaluation.distances import frechet, kernel_distance
 from koala.evaluation.features import EffLite0, at_size, extract
 from koala.evaluation.grid import picture_grid
 from koala.evaluation.judge import Judge
 from koala.evaluation.table import Report, Row
-from koala.formats import resolve_model
 from koala.generation import Pipeline, load
+from koala.mini.sentence_encoder import SentenceEncoder
 from koala.processor import hardware
-from koala.progress import progress
-from koala.sentence import SentenceEncoder
+from koala.utils.progress import progress
 
 REAL = "real pictures"
 KIND = "emoji"

@@ -1,8 +1,8 @@
 """Prompts to pictures: encode, denoise and decode as plain functions, and a pipeline of them."""
 
 from koala.generation.engine import Engine, Late, Pass, Progress, Ticket
-from koala.generation.pictures import check_writable, read_settings, save
 from koala.generation.pipeline import Pipeline, Result, load
+from koala.generation.png import check_writable, read_settings, save
 from koala.generation.requests import Request, Settings
 
 __all__ = [

@@ -17,17 +17,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 import koala
-from koala.conditioning import TextConditioner, time_ids
-from koala.device import pick_device
-from koala.errors import UserError
-from koala.formats import (
+from koala.checkpoints.load import (
     load_scheduler_config,
     load_unet,
     load_vae,
     read_json,
     resolve_model,
 )
-from koala.generation import checks, images, samplers
+from koala.errors import UserError
+from koala.generation import image_inputs, samplers, validation
 from koala.generation.decode import Decode, full, to_pictures
 from koala.generation.denoise import Condition, Kept, Predict, Row, predictor
 from koala.generation.engine import Engine, Progress
@@ -37,7 +35,9 @@ from koala.generation.schedule import SPACINGS, Schedule
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import Base
 from koala.lora.reading import Lora, Report, read
-from koala.lora.wardrobe import Wardrobe
+from koala.lora.switching import Wardrobe
+from koala.text_conditioning import TextConditioner, time_ids
+from koala.utils.device import pick_device
 
 MEMO = 64  # chunks of prompts whose embeddings are remembered
 
@@ -70,14 +70,14 @@ class Pipeline:
     encode: Callable[[Tensor], Tensor] = field(init=False)  # pictures to latents
     decode: Decode = field(init=False)
     device: torch.device = field(init=False)  # where latents are between steps
-    _previewer: images.Previewer | None = field(default=None, init=False)
+    _previewer: image_inputs.Previewer | None = field(default=None, init=False)
     _wardrobe: Wardrobe = field(init=False, repr=False)
     _plain: Predict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._plain = self.predict = predictor(self.unet)
         self._wardrobe = Wardrobe(self._modules, self._read_lora)
-        self.encode = partial(images.encode_picture, self.vae)
+        self.encode = partial(image_inputs.encode_picture, self.vae)
         self.decode = full(self.vae)
         self.device = self.unet.device
 
@@ -156,23 +156,25 @@ class Pipeline:
         `lora` names files and scales for these pictures alone, besides those on the model.
         UserError for a value that is not allowed.
         """
-        prompts = checks.prompts(prompt)
-        checks.numbers(steps=steps, guidance=guidance, number=number)
-        checks.negative_prompt(negative_prompt, guidance)
+        prompts = validation.prompts(prompt)
+        validation.numbers(steps=steps, guidance=guidance, number=number)
+        validation.negative_prompt(negative_prompt, guidance)
         for text in (*prompts, negative_prompt):
             parse(text)  # refuses weights out of their range
         sampler = samplers.get(scheduler)
-        given, masked = (None if it is None else images.open_picture(it) for it in (image, mask))
+        given, masked = (
+            None if it is None else image_inputs.open_picture(it) for it in (image, mask)
+        )
         native = self.unet.config.sample_size * self.factor
         asked_size = given.size if given is not None and size is None else size
-        width, height = checks.size(asked_size, native, self.factor)
+        width, height = validation.size(asked_size, native, self.factor)
         own = self._own_loras(lora or {})
         first = Settings(
             prompt=prompts[0],
             negative_prompt=negative_prompt,
             steps=steps,
             guidance=float(guidance),
-            seed=checks.seed(seed, len(prompts) * number),
+            seed=validation.seed(seed, len(prompts) * number),
             width=width,
             height=height,
             model=self.name,
@@ -183,17 +185,17 @@ class Pipeline:
                 *((name, standing.scale) for name, standing in self.loras.items()),
                 *((path.stem, scale) for path, scale in own),
             ),
-            guidance_until=checks.guidance_until(guidance_until, guidance),
-            strength=checks.strength(strength, given is not None, masked is not None),
-            image="" if given is None else images.fingerprint(given),
-            mask="" if masked is None else images.fingerprint(masked),
+            guidance_until=validation.guidance_until(guidance_until, guidance),
+            strength=validation.strength(strength, given is not None, masked is not None),
+            image="" if given is None else image_inputs.fingerprint(given),
+            mask="" if masked is None else image_inputs.fingerprint(masked),
         )
         self._schedule(first)  # refuses a number of steps that the model or the strength rules out
         pixels = places = None
         if given is not None:
-            pixels = images.to_pixels(given, (width, height))
+            pixels = image_inputs.to_pixels(given, (width, height))
             if masked is not None:
-                places = images.to_mask(masked, given.size, (width, height), self.factor)
+                places = image_inputs.to_mask(masked, given.size, (width, height), self.factor)
         every = (
             replace(first, prompt=prompts[i // number], seed=first.seed + i)
             for i in range(len(prompts) * number)
@@ -237,7 +239,7 @@ class Pipeline:
     def preview(self, row: Row) -> Image.Image:
         """What a row's last step saw, roughly: RGB, a pixel for each place of its latent."""
         if self._previewer is None:
-            self._previewer = images.Previewer(self.decode, self.unet.config.in_channels)
+            self._previewer = image_inputs.Previewer(self.decode, self.unet.config.in_channels)
         return self._previewer(row.x if row.denoised is None else row.denoised)
 
     def _schedule(self, asked: Settings) -> Schedule:
@@ -274,7 +276,7 @@ class Pipeline:
         path = Path(file).expanduser()
         if path.stem in self.loras:
             raise UserError(f"a LoRA called {path.stem!r} is on the model already; rename one")
-        scale = checks.lora_scale(scale)
+        scale = validation.lora_scale(scale)
         lora = self._read_lora(path)
         put_on = merge if merged else Attached
         self.loras[path.stem] = put_on(self._modules(), lora, scale)
@@ -283,7 +285,7 @@ class Pipeline:
 
     def scale_lora(self, name: str, scale: float) -> None:
         """Sets the scale of a LoRA that is not merged."""
-        self._attached(name).scale = checks.lora_scale(scale)
+        self._attached(name).scale = validation.lora_scale(scale)
         self.conditioner.forget()
 
     def remove_lora(self, name: str) -> None:
@@ -299,7 +301,7 @@ class Pipeline:
                 "a LoRA for single requests needs PyTorch's plain way of running the model: leave "
                 "it out, or load the model without compiling, graphs, a plan or another back end"
             )
-        found = tuple((Path(file), checks.lora_scale(scale)) for file, scale in asked.items())
+        found = tuple((Path(file), validation.lora_scale(scale)) for file, scale in asked.items())
         stems = [*self.loras, *(path.stem for path, _ in found)]
         for path, _ in found:
             if stems.count(path.stem) > 1:
@@ -337,7 +339,7 @@ def load(
     The VAE is float32 on the CPU and wherever its config asks for it (`force_upcast`).
     `lora`: files of LoRAs and their scales; `Pipeline.add_lora` says what each becomes.
     `settle`: given each part's models as soon as they are read, onto the CPU, to put them where
-    they belong (`koala.generation.arrangement`); by default all go to the device.
+    they belong (`koala.generation.memory.placement`); by default all go to the device.
     UserError for a model that cannot be had or read, or a device that is not there.
     """
     folder = resolve_model(model)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from koala.conditioning import TextConditioner
 from koala.errors import UserError
+from koala.text_conditioning import TextConditioner
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 MOST_WEIGHT = 10.0

@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from koala.device import sent
 from koala.errors import UserError
 from koala.generation.schedule import Schedule
+from koala.utils.device import sent
 
 
 class Noise:

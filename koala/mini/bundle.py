@@ -12,8 +12,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from koala.checkpoints.load import CONFIGS, WEIGHTS, resolve_model, weights_files
 from koala.errors import UserError
-from koala.formats import CONFIGS, WEIGHTS, resolve_model, weights_files
 from koala.generation.decode import TINY, TINY_FILE
 
 TEXTS = ("NOTICE.txt", "model_index.json")

@@ -11,29 +11,31 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from koala import architectures, card, recipes
-from koala.compression import adopt, compress
-from koala.conditioning import TextConditioner
-from koala.data.encoding import Moments
-from koala.data.latents import LatentSet
-from koala.data.prepare import facts_of
-from koala.distillation import checkpoint
-from koala.distillation.loop import train
-from koala.distillation.noising import NoiseSchedule
-from koala.distillation.parallel import World, joined, lay_out
-from koala.distillation.settings import PLAIN, Hardware, Training
-from koala.distillation.speed import unet_flops
-from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, Encode
-from koala.errors import UserError
-from koala.formats import (
+from koala import recipes
+from koala.architectures.table import get, unet_config
+from koala.checkpoints import model_card
+from koala.checkpoints.compress import adopt, compress
+from koala.checkpoints.load import (
     load_scheduler_config,
     load_unet,
     resolve_model,
     unet_architecture,
 )
-from koala.recipes.family import run_autoencoder, run_base, run_tiny
+from koala.data.encoding import Moments
+from koala.data.latents import LatentSet
+from koala.data.prepare import facts_of
+from koala.distillation import checkpoint
+from koala.distillation.forward_process import NoiseSchedule
+from koala.distillation.loop import train
+from koala.distillation.parallel import World, joined, lay_out
+from koala.distillation.settings import PLAIN, Hardware, Training
+from koala.distillation.speed import unet_flops
+from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, Encode
+from koala.errors import UserError
+from koala.mini.runs import run_autoencoder, run_base, run_tiny
 from koala.recipes.overrides import overridden
 from koala.recipes.previews import MINI_PROMPTS, drawing
+from koala.text_conditioning import TextConditioner
 
 MEMO = 2**31  # bytes of embeddings that a training on the CPU remembers: all of the mini set's
 HELD_OUT = 64  # samples of the validation
@@ -216,7 +218,7 @@ def _run(
     )
     layout = lay_out(task, recipe.hardware, world)
     claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
-    note = {"recipe": claimed} | ({"student": card.name_of(student)} if student else {})
+    note = {"recipe": claimed} | ({"student": model_card.name_of(student)} if student else {})
     try:
         train(
             task, latents, training, out, note, layout=layout, held_out=held_out,
@@ -267,27 +269,29 @@ def _card(
     out: Path,
     teacher: str | None,
     student: str | None,
-) -> card.Card:
+) -> model_card.Card:
     """The finished model's card: that of what it started from, and this training."""
-    start = card.Card("")
+    start = model_card.Card("")
     if isinstance(recipe, Base):
         trained = {"VAE": recipe.vae, "decoder": recipe.decoder, "text encoders": recipe.text}
     else:
         assert teacher is not None
         trained = {"U-Net": recipe.training}
-        start = card.read(out / "start" if isinstance(recipe, Student) else resolve_model(teacher))
+        start = model_card.read(
+            out / "start" if isinstance(recipe, Student) else resolve_model(teacher)
+        )
     before = start.trained if student else None
-    facts = card.Trained(
+    facts = model_card.Trained(
         recipe=name,
         settings=asdict(recipe),
         samples={what: training.samples for what, training in trained.items()},
         data=facts_of(data),
-        teacher=teacher and card.name_of(teacher),
+        teacher=teacher and model_card.name_of(teacher),
         distilled=isinstance(recipe, Student) and recipe.settings.learns_from_teacher,
-        student=student and card.name_of(student),
+        student=student and model_card.name_of(student),
         before=before.samples.get("U-Net", 0) + before.before if before else 0,
     )
-    return card.trained_of(start, card.name_of(out / "model"), facts)
+    return model_card.trained_of(start, model_card.name_of(out / "model"), facts)
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
@@ -312,7 +316,7 @@ def _teaching(
     encode: Encode | None,
 ) -> Denoising:
     torch.manual_seed(recipe.training.seed)
-    arch = architectures.get(recipe.architecture)
+    arch = get(recipe.architecture)
     if recipe.further:
         if (found := unet_architecture(base)) != arch:
             raise UserError(
@@ -321,7 +325,7 @@ def _teaching(
             )
         unet = load_unet(base)
     else:
-        unet = UNet2DConditionModel(**architectures.unet_config(arch))
+        unet = UNet2DConditionModel(**unet_config(arch))
     return Denoising(
         unet.to(device),
         conditioner,

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from koala.errors import UserError
 from koala.serving.admission import Busy
-from koala.serving.answers import Refusal, refusal
+from koala.serving.errors import Refusal, refusal
 from koala.serving.settings import LOOPBACK, Limits, Options
 
 OPEN = ("/", "/health", "/ready", "/favicon.ico")

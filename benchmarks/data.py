@@ -30,7 +30,7 @@ from fsspec.spec import AbstractFileSystem
 from PIL import Image
 
 from koala.checkpoints import tensors
-from koala.checkpoints.load import BUNDLED
+from koala.checkpoints.bundled import BUNDLED
 from koala.data import shard_cache
 from koala.data.buckets import buckets
 from koala.data.encoding import encoder_hash

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from koala.architectures.table import get, parameters, student_of
+from koala.architectures.layout import parameters
+from koala.architectures.table import get, student_of
 from koala.distillation.ema import EMA
 from koala.distillation.forward_process import generators_at
 from koala.distillation.optimizers import new_optimizer

@@ -25,7 +25,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from koala.architectures.table import from_unet_config, get, unet_config
+from koala.architectures.config import from_unet_config, unet_config
+from koala.architectures.table import get
 from koala.checkpoints import ldm_keys
 from koala.checkpoints.convert import convert
 from test_conversion import published

@@ -25,9 +25,9 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.random_sdxl import write_random_sdxl
+from koala.architectures.block_map import tensor_map
 from koala.architectures.table import student_of
-from koala.checkpoints.compress import tensor_map
-from koala.checkpoints.load import unet_architecture
+from koala.checkpoints.validate import unet_architecture
 from koala.evaluation.report import hardware
 
 MEMORY_BOUND = 1536  # MiB above an interpreter that has imported torch

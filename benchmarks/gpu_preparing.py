@@ -17,7 +17,8 @@ from benchmarks import data
 from benchmarks.gpu_run import Rows, Run
 from koala.benchmark import measure
 from koala.benchmark.models import new_vae
-from koala.checkpoints.load import BUNDLED, load_vae
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.load import load_vae
 from koala.data.encoding import BATCH_PIXELS
 from koala.data.preprocess import Preparation
 from koala.data.run import prepare_latents

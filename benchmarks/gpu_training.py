@@ -20,12 +20,13 @@ from torch.nn import functional as F
 
 from benchmarks.gpu_foretold import Foretold
 from benchmarks.gpu_run import Row, Rows, Run
-from koala.architectures import table
+from koala.architectures.flops import flops as forward_flops
 from koala.architectures.table import FACTOR, UNetArchitecture, get, student_of
 from koala.benchmark import measure
 from koala.benchmark.measure import GB
 from koala.benchmark.models import new_conditioner, new_unet, new_vae
-from koala.checkpoints.load import BUNDLED, load_scheduler_config, load_vae
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.load import load_scheduler_config, load_vae
 from koala.distillation.ema import EMA
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.loop import gradients
@@ -74,7 +75,8 @@ class Scene:
         """Of a sample's step: the teacher's forward and three times the student's."""
         side = self.pixels
         own, theirs = (
-            table.flops(arch, side, side, arch.tokens) for arch in (self.student(cut), self.teacher)
+            forward_flops(arch, side, side, arch.tokens)
+            for arch in (self.student(cut), self.teacher)
         )
         return 3 * own + theirs
 

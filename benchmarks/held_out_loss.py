@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from koala.checkpoints.load import load_scheduler_config, load_unet, resolve_model
+from koala.checkpoints.load import load_scheduler_config, load_unet
+from koala.checkpoints.resolve import resolve_model
 from koala.data.latents import LatentSet
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.loop import HELD_OUT_SEED

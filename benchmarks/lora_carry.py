@@ -26,7 +26,8 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.checkpoints.load import load_scheduler_config, load_unet, resolve_model
+from koala.checkpoints.load import load_scheduler_config, load_unet
+from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.art import ART_SETS
 from koala.data.illustrations.pictures import PictureSet, prepare_pictures
 from koala.data.illustrations.scenes import SMALL

@@ -18,9 +18,10 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from koala.architectures import table
-from koala.architectures.table import get, tensor_shapes
-from koala.checkpoints.load import BUNDLED
+from koala.architectures.config import unet_config as config_of
+from koala.architectures.layout import tensor_shapes
+from koala.architectures.table import get
+from koala.checkpoints.bundled import BUNDLED
 
 BUFFER = 32 << 20  # random values; every tensor is cut out of them at a place of its own
 CLIP_L = {
@@ -84,7 +85,7 @@ def write_random_sdxl(folder: Path) -> None:
         text = CLIPTextModel(CLIPTextConfig(**CLIP, **CLIP_L))
         text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP, **BIG_G))
     sdxl = get("sdxl")
-    unet_config = {"_class_name": "UNet2DConditionModel", **table.unet_config(sdxl)}
+    unet_config = {"_class_name": "UNet2DConditionModel", **config_of(sdxl)}
     vae_config = {"_class_name": "AutoencoderKL", **VAE}
     values = np.random.default_rng(0).standard_normal(BUFFER, dtype=np.float32)
     buffer = (values * 0.02).astype(np.float16)

@@ -19,7 +19,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from koala.checkpoints.load import load_vae, resolve_model
+from koala.checkpoints.load import load_vae
+from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
 from koala.data.illustrations.pictures import PictureSet
 from koala.evaluation.features import EffLite0, extract

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from koala import recipes
-from koala.architectures import table as architectures
-from koala.architectures.table import get, parameters
+from koala.architectures.flops import flops as forward_flops
+from koala.architectures.layout import parameters
+from koala.architectures.table import get
 from koala.data.sampler import WINDOW, Order
 from koala.recipes.gpus import CARDS, SHARE
 
@@ -48,8 +49,8 @@ def step(gpus: int) -> Step:
     recipe = recipes.get("koala-lightning-700m")
     student, teacher = (get(name) for name in (recipe.cut, recipe.of))
     side = recipe.pixels
-    flops = 3 * architectures.flops(student, side, side, student.tokens)
-    flops += architectures.flops(teacher, side, side, teacher.tokens)
+    flops = 3 * forward_flops(student, side, side, student.tokens)
+    flops += forward_flops(teacher, side, side, teacher.tokens)
     batch = max(recipe.training.batch, gpus)
     # A ring all-reduce sends and receives every byte twice, but for a GPU's own part.
     sent = 2 * (gpus - 1) / gpus * 4 * parameters(student)

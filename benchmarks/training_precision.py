@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from koala.architectures.table import get, unet_config
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
 from koala.distillation.precision import computing
 from koala.processor import hardware
 

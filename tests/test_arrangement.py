@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from koala.checkpoints.load import BUNDLED
+from koala.checkpoints.bundled import BUNDLED
 from koala.cli import main
 from koala.errors import Failure, UserError
 from koala.generation.memory.placement import Arrangement, load_within, ran_out

@@ -11,8 +11,10 @@ from PIL import Image
 
 from benchmarks import cpu, gpu, gpu_drawing
 from benchmarks.gpu_run import Section
-from koala.architectures import table as architectures
-from koala.architectures.table import ARCHITECTURES, flops, from_unet_config
+from koala.architectures.config import from_unet_config
+from koala.architectures.flops import flops
+from koala.architectures.layout import parameters as count
+from koala.architectures.table import ARCHITECTURES
 from koala.benchmark import measure
 from koala.benchmark.cases import CARDS, CASES, get
 from koala.benchmark.models import Subject, build, subject
@@ -90,7 +92,7 @@ def test_random_weights_make_a_whole_model_of_the_right_size():
     # On the meta device, which has shapes and no memory: nothing of 3 GB is made here.
     pipeline = build(subject("koala-turbo-700m"), torch.device("meta"), torch.float16)
     parameters = sum(p.numel() for p in pipeline.unet.parameters())
-    assert parameters == architectures.parameters(architectures.get("koala-700m"))
+    assert parameters == count(ARCHITECTURES["koala-700m"])
     encoders = sum(p.numel() for e in pipeline.conditioner.encoders for p in e.parameters())
     assert round(encoders / 1e6, 1) == 817.7  # 123.1 + 694.7
     assert round(sum(p.numel() for p in pipeline.vae.parameters()) / 1e6, 1) == 83.7

@@ -13,8 +13,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 import koala
-from koala.architectures.table import identify
-from koala.checkpoints.load import BUNDLED, WEIGHTS, load_unet, weights_files
+from koala.architectures.config import identify
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.load import load_unet
+from koala.checkpoints.validate import WEIGHTS, weights_files
 from koala.generation.samplers import Noise
 
 ROOT = Path(__file__).parent.parent

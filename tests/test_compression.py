@@ -13,17 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from koala.architectures.table import (
-    CUTS,
-    UNetArchitecture,
-    get,
-    student_of,
-    tensor_shapes,
-    unet_config,
-)
+from koala.architectures.block_map import DEPTH_RULES, block_map, tensor_map
+from koala.architectures.config import unet_config
+from koala.architectures.layout import tensor_shapes
+from koala.architectures.table import CUTS, UNetArchitecture, get, student_of
 from koala.checkpoints import model_card
-from koala.checkpoints.compress import DEPTH_RULES, adopt, block_map, compress, tensor_map
-from koala.checkpoints.load import WEIGHTS, load_unet, unet_architecture
+from koala.checkpoints.compress import adopt, compress
+from koala.checkpoints.load import load_unet
+from koala.checkpoints.validate import WEIGHTS, unet_architecture
 from koala.errors import UserError
 from toy import toy_pipeline
 

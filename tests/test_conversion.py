@@ -12,18 +12,21 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from koala.architectures.table import UNetArchitecture, get, tensor_shapes, unet_config
-from koala.checkpoints import ldm_keys, single_file
-from koala.checkpoints import load as formats
+from koala.architectures.config import unet_config
+from koala.architectures.layout import tensor_shapes
+from koala.architectures.table import UNetArchitecture, get
+from koala.checkpoints import ldm_keys, single_file, validate
+from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.compress import compress
 from koala.checkpoints.convert import convert
-from koala.checkpoints.load import BUNDLED, load_text, resolve_model
+from koala.checkpoints.load import load_text
+from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.tensors import read_metadata, size_of
 from koala.errors import UserError
 from toy import TEXT_WIDTHS, TIME_EMBED
 
 NAMES = ("sdxl", "bk-sdxl", "koala-1b", "koala-700m", "ssd-1b", "segmind-vega")
-WEIGHTS = {component: f"{stem}.safetensors" for component, stem in formats.WEIGHTS.items()}
+WEIGHTS = {component: f"{stem}.safetensors" for component, stem in validate.WEIGHTS.items()}
 
 
 def small(name: str) -> UNetArchitecture:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from koala.checkpoints.load import BUNDLED, load_vae
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.load import load_vae
 from koala.errors import Failure, UserError
 from koala.generation.decode import full, load_tiny, tiled, tiny, to_pictures
 from koala.generation.image_inputs import encode_picture

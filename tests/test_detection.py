@@ -8,7 +8,8 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from koala.architectures.table import ARCHITECTURES, get, unet_config
+from koala.architectures.config import unet_config
+from koala.architectures.table import ARCHITECTURES, get
 from koala.checkpoints import ldm_keys
 from koala.checkpoints.detect import detect, foreign, unet_shapes
 from koala.errors import UserError

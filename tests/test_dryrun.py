@@ -14,9 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scaling
 from koala import recipes
-from koala.architectures.table import from_unet_config, parameters, student_of
+from koala.architectures.config import from_unet_config
+from koala.architectures.layout import parameters
+from koala.architectures.table import student_of
 from koala.benchmark.models import new_vae
-from koala.checkpoints.load import BUNDLED, read_tensors
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.validate import read_tensors
 from koala.cli import main
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, lay_out

@@ -8,17 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from koala.checkpoints.load import (
-    BUNDLED,
-    CONFIGS,
-    bundled_names,
-    load_scheduler_config,
-    load_text,
-    load_unet,
-    load_vae,
-    resolve_model,
-    single_file_path,
-)
+from koala.checkpoints.bundled import BUNDLED, bundled_names
+from koala.checkpoints.load import load_scheduler_config, load_text, load_unet, load_vae
+from koala.checkpoints.resolve import resolve_model, single_file_path
+from koala.checkpoints.validate import CONFIGS
 from koala.errors import UserError
 from toy import toy_pipeline
 

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from koala.architectures.table import ARCHITECTURES, get, tensor_shapes, unet_config
+from koala.architectures.config import unet_config
+from koala.architectures.layout import tensor_shapes
+from koala.architectures.table import ARCHITECTURES, get
 from koala.checkpoints import ldm_keys
 from koala.checkpoints.ldm_keys import PREFIXES, Pair
 from koala.checkpoints.tensors import Stored, View

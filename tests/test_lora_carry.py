@@ -11,8 +11,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from benchmarks import lora_carry
-from koala.architectures.table import get, unet_config
-from koala.checkpoints.load import BUNDLED
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
+from koala.checkpoints.bundled import BUNDLED
 from koala.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("packages")

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from koala.architectures.table import ARCHITECTURES, from_unet_config, unet_config
+from koala.architectures.config import from_unet_config, unet_config
+from koala.architectures.table import ARCHITECTURES
 from koala.checkpoints.tensors import read_metadata
 from koala.errors import UserError
 from koala.lora.conversion import convert_lora

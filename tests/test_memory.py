@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from koala.architectures.table import parameters
-from koala.checkpoints.load import BUNDLED, read_tensors, unet_architecture
+from koala.architectures.layout import parameters
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.validate import read_tensors, unet_architecture
 from koala.errors import UserError
 from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE
 from koala.generation.memory.peak import peak_bytes

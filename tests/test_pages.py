@@ -15,9 +15,10 @@ from PIL import Image
 from torch.distributed.run import get_args_parser as torchrun
 
 from koala import recipes
-from koala.architectures.table import get, unet_config
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
+from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.convert import convert
-from koala.checkpoints.load import BUNDLED
 from koala.cli import main
 from koala.lora.names import base_named
 from toy_lora import toy_lora

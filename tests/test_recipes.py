@@ -23,7 +23,8 @@ from koala.generation import load
 from koala.mini.runs import assemble
 from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders, start_from_words
 from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae, to_images
-from koala.recipes.run import Mixture, Student, distill
+from koala.recipes.recipe import Mixture, Student
+from koala.recipes.run import distill
 from test_data import TOY
 from toy_sources import pictures, write_folder
 

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from koala import recipes
-from koala.architectures import table
+from koala.architectures.flops import flops as forward_flops
 from koala.architectures.table import get, student_of
 from koala.distillation.taps import paired_points, tap_points
 from koala.recipes import paper
@@ -109,10 +109,10 @@ def test_flop_of_a_sample(name, tflop):
 
 def test_one_small_card_computes_activations_again_and_the_control_asks_no_teacher():
     again, flops = _flops(_plan(recipes.get("koala-lightning-700m-24gb"), None, 1, True, None))
-    forward = table.flops(get("koala-700m"), 1024, 1024, 77)
+    forward = forward_flops(get("koala-700m"), 1024, 1024, 77)
     assert again == forward
     _, alone = _flops(_plan(recipes.get("ablation-task"), None, 1, True, None))
-    assert alone == 3 * table.flops(get("koala-1b"), 1024, 1024, 77)
+    assert alone == 3 * forward_flops(get("koala-1b"), 1024, 1024, 77)
     assert flops > 3 * forward
 
 

@@ -9,7 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
 
-from koala.architectures.table import get, unet_config
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
 from koala.distillation.taps import (
     PAPER_TAPS,
     STAGES,

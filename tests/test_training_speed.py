@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from koala.architectures.table import get, unet_config
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
 from koala.distillation.parallel import World
 from koala.distillation.speed import Meter, matmul_peak, unet_flops
 

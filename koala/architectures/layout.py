@@ -1,20 +1,17 @@
 """Every tensor of a U-Net, from its description alone.
 
-`koala.architectures` says what a U-Net is; this walks through it from input to output and yields
-the modules that diffusers' `UNet2DConditionModel` would build. Names, shapes, parameter counts and
-costs all come from this one walk, without torch.
+`koala.architectures.table` says what a U-Net is; this walks through it from input to output and
+yields the modules that diffusers' `UNet2DConditionModel` would build. Names, shapes, parameter
+counts and costs all come from this one walk, without torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from koala.architectures.table import UNetArchitecture
-
-LATENT_CHANNELS = 4
-TIME_IDS = 6  # SDXL's size and crop conditioning: original, crop and target, two numbers each
+from koala.architectures.table import LATENT_CHANNELS, TIME_IDS, UNetArchitecture
 
 
 class Module(NamedTuple):
@@ -113,3 +110,8 @@ def tensor_shapes(arch: UNetArchitecture) -> dict[str, tuple[int, ...]]:
             if module.bias:
                 shapes[f"{module.path}.bias"] = (module.bias,)
     return shapes
+
+
+def parameters(arch: UNetArchitecture) -> int:
+    """Number of parameters."""
+    return sum(math.prod(shape) for shape in tensor_shapes(arch).values())

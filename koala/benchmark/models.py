@@ -18,9 +18,12 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from koala.architectures.table import FACTOR, UNetArchitecture, get, unet_config
+from koala.architectures.config import unet_config
+from koala.architectures.table import FACTOR, UNetArchitecture, get
 from koala.benchmark.cases import CASES, Case
-from koala.checkpoints.load import BUNDLED, resolve_model, unet_architecture
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import unet_architecture
 from koala.generation.pipeline import Pipeline, load
 from koala.text_conditioning import TextConditioner
 

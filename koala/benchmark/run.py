@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from koala.architectures.table import flops, from_unet_config
+from koala.architectures.config import from_unet_config
+from koala.architectures.flops import flops
 from koala.benchmark import measure
 from koala.benchmark.cases import BUDGETS, CASES
 from koala.benchmark.measure import GB, Ceilings, Timing

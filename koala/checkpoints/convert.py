@@ -6,20 +6,17 @@ the file. Weights are copied bit for bit unless another dtype is asked for.
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from koala.architectures.table import parameters
+from koala.architectures.layout import parameters
 from koala.checkpoints import model_card, single_file
-from koala.checkpoints.load import resolve_model, single_file_path
-from koala.checkpoints.pipeline_files import Contents, from_folder, write_folder
+from koala.checkpoints.pipeline_files import Contents, write_pipeline
+from koala.checkpoints.resolve import read_model
 from koala.checkpoints.tensors import float_dtype
 from koala.errors import UserError
-from koala.utils.asset_packages import cache_folder
-from koala.utils.atomic import check_new, new_folder
+from koala.utils.atomic import check_new
 
 TARGETS = ("diffusers", "single-file")
 
@@ -45,16 +42,6 @@ class ConvertReport:
         )
 
 
-def read_model(model: str | Path) -> Contents:
-    """The contents of a model: a bundled name, a folder, a Hub id or a single file.
-
-    Reads no weights. Raises `UserError` as `formats.resolve_model` and `single_file.read` do.
-    """
-    if file := single_file_path(model):
-        return single_file.read(file)
-    return from_folder(resolve_model(model))
-
-
 def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = None) -> ConvertReport:
     """Writes `model` in another format.
 
@@ -76,10 +63,7 @@ def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = Non
     if to == "single-file":
         written = single_file.write(contents, out, kind, _licence(contents))
     else:
-        with new_folder(out) as part:
-            written = sum(write_folder(part, contents.tensors, contents.files, kind).values())
-            if model_card.FILE not in contents.files:
-                model_card.read_metadata(contents.source, contents.metadata).write(part)
+        written = write_pipeline(contents, out, kind)
     views = [view for of in contents.tensors.values() for view in of.values()]
     return ConvertReport(
         architecture=contents.architecture.name,
@@ -90,22 +74,6 @@ def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = Non
         left_out=contents.left_out,
         out=out,
     )
-
-
-def unpacked(file: Path) -> Path:
-    """The model folder of a single file, in the cache; written when it is not there yet.
-
-    Raises as `convert` does.
-    """
-    state = file.stat()
-    told = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
-    name = f"{file.stem}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
-    folder = cache_folder().parent / "models" / name
-    if not folder.is_dir():
-        single_file.read(file)  # refuses what it must before anything is said
-        print(f"koala: unpacking {file} into {folder}, once", file=sys.stderr)
-        convert(file, "diffusers", folder)
-    return folder
 
 
 def _licence(contents: Contents) -> Mapping[str, str]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from koala.architectures.layout import LATENT_CHANNELS, TIME_IDS
-from koala.architectures.table import ARCHITECTURES, UNetArchitecture, tensor_shapes
+from koala.architectures.layout import tensor_shapes
+from koala.architectures.table import ARCHITECTURES, LATENT_CHANNELS, TIME_IDS, UNetArchitecture
 from koala.checkpoints import ldm_keys
-from koala.checkpoints.load import Shapes, tensor_faults
+from koala.checkpoints.validate import Shapes, tensor_faults
 from koala.errors import UserError
 
 HEAD, GROUPS, TIME_WIDTH = 64, 32, 256  # SDXL's, where shapes cannot tell

@@ -11,18 +11,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from koala.architectures.table import UNetArchitecture, parameters
+from koala.architectures.layout import parameters
+from koala.architectures.table import UNetArchitecture
 from koala.checkpoints import model_card
 from koala.checkpoints.detect import foreign
-from koala.checkpoints.load import (
-    WEIGHTS,
-    read_tensors,
-    resolve_model,
-    single_file_path,
-    unet_architecture,
-)
+from koala.checkpoints.resolve import resolve_model, single_file_path
 from koala.checkpoints.single_file import FILES, open_file
 from koala.checkpoints.tensors import Stored, read_header, read_metadata
+from koala.checkpoints.validate import WEIGHTS, read_tensors, unet_architecture
 
 _SHOWN = 300  # letters of one piece of metadata
 

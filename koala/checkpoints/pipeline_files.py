@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from koala.architectures.table import UNetArchitecture
-from koala.checkpoints.load import (
+from koala.checkpoints import model_card
+from koala.checkpoints.tensors import FLOATS, View, size_of, write
+from koala.checkpoints.validate import (
     CONFIGS,
     WEIGHTS,
     parse_object,
@@ -23,8 +25,8 @@ from koala.checkpoints.load import (
     some,
     unet_architecture,
 )
-from koala.checkpoints.tensors import FLOATS, View, size_of, write
 from koala.errors import UserError
+from koala.utils.atomic import new_folder
 
 _CREDITS = ("README.md", "NOTICE", "LICENSE")  # beginnings of file names
 _VISIBLE = 100_000_000  # bytes that take long enough for a progress bar
@@ -38,7 +40,7 @@ class Contents:
 
     source: Path  # the folder or the file
     architecture: UNetArchitecture
-    tensors: Mapping[str, Tensors]  # by component with weights, `formats.WEIGHTS`
+    tensors: Mapping[str, Tensors]  # by component with weights, `validate.WEIGHTS`
     files: Mapping[str, bytes]  # by path in a model folder: configurations, tokenizers, credits
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a single file, for a single file
     left_out: tuple[str, ...] = ()  # tensors of a single file that no pipeline has a use for
@@ -54,7 +56,7 @@ def as_file(value: Mapping[str, Any]) -> bytes:
 
 
 def from_folder(folder: Path) -> Contents:
-    """The contents of a model folder that `formats.check_folder` has found whole."""
+    """The contents of a model folder that `validate.check_folder` has found whole."""
     tensors = {
         component: {
             name: View((stored,)) for name, stored in read_tensors(folder, component).items()
@@ -143,6 +145,18 @@ def write_folder(
             )
             for component, of in tensors.items()
         }
+
+
+def write_pipeline(contents: Contents, out: Path, dtype: str | None = None) -> int:
+    """Writes the model folder `out` and returns the bytes of all weights; `dtype`: see above.
+
+    It gets a model card if it has none. Raises as `write_folder` and `atomic.new_folder` do.
+    """
+    with new_folder(out) as part:
+        written = sum(write_folder(part, contents.tensors, contents.files, dtype).values())
+        if model_card.FILE not in contents.files:
+            model_card.read_metadata(contents.source, contents.metadata).write(part)
+    return written
 
 
 def bytes_of(tensors: Tensors, dtype: str | None) -> int:

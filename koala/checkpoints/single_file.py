@@ -13,19 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koala.architectures.table import UNetArchitecture, from_unet_config, unet_config
+from koala.architectures.config import from_unet_config, unet_config
+from koala.architectures.table import UNetArchitecture
 from koala.checkpoints import ldm_keys
+from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.detect import GROUPS, Detected, detect
-from koala.checkpoints.load import (
-    BUNDLED,
-    CONFIGS,
-    PIPELINE,
-    WEIGHTS,
-    parse_object,
-    read_json,
-    some,
-    tensor_faults,
-)
 from koala.checkpoints.pipeline_files import (
     Contents,
     Tensors,
@@ -38,6 +30,15 @@ from koala.checkpoints.pipeline_files import (
     write_tensors,
 )
 from koala.checkpoints.tensors import Stored, View, read_header, read_metadata
+from koala.checkpoints.validate import (
+    CONFIGS,
+    PIPELINE,
+    WEIGHTS,
+    parse_object,
+    read_json,
+    some,
+    tensor_faults,
+)
 from koala.errors import UserError
 
 FILES = "koala.files"  # key of the metadata: JSON, path in a model folder -> content

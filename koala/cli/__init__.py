@@ -304,7 +304,7 @@ def _architectures(commands) -> None:
 
 
 def _run_architectures(o: argparse.Namespace) -> None:
-    from koala.architectures.table import format_table, table
+    from koala.architectures.flops import format_table, table
 
     rows = table()
     print(json.dumps(rows, indent=1) if o.json else format_table(rows))
@@ -548,7 +548,8 @@ def _run_distill(o: argparse.Namespace) -> None:
 
 def _dry_run(o: argparse.Namespace) -> None:
     from koala.recipes.cost import estimate
-    from koala.recipes.run import ALONE, configured, described
+    from koala.recipes.recipe import ALONE
+    from koala.recipes.run import configured, described
 
     recipe = configured(o.recipe, o.set)
     gpus = 1 if o.gpus is None else o.gpus

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from koala.checkpoints.load import read_json
+from koala.checkpoints.validate import read_json
 from koala.errors import UserError
 
 CLIP_TOKENS = 77  # what CLIP reads, where a tokenizer does not say

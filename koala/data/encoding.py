@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from koala.checkpoints.load import load_vae, read_json, read_tensors
+from koala.checkpoints.load import load_vae
 from koala.checkpoints.tensors import pieces
+from koala.checkpoints.validate import read_json, read_tensors
 from koala.data.buckets import Size
 from koala.data.captions import Telling
 from koala.data.preprocess import Dropped, Preparation, Sample

@@ -90,7 +90,7 @@ def prepare(
         raise UserError(f"source {source} has pictures already: give --model to encode them")
     if sheet is not None:
         raise UserError(f"--sheet {sheet}: is drawn of the illustration set only; leave it out")
-    from koala.checkpoints.load import resolve_model
+    from koala.checkpoints.resolve import resolve_model
     from koala.data.run import prepare_latents
 
     folder, place = resolve_model(model), _device(device)
@@ -115,7 +115,7 @@ def _prepare_illustrations(
     prepare_pictures(settings, out, workers)
     latents = None
     if model is not None:
-        from koala.checkpoints.load import resolve_model
+        from koala.checkpoints.resolve import resolve_model
 
         latents = encode_pictures(out, resolve_model(model), _device(device), workers, mirror)
     pictures = PictureSet(out)

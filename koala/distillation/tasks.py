@@ -28,8 +28,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
+from koala.architectures.block_map import DEPTH_RULES
 from koala.checkpoints import model_card
-from koala.checkpoints.compress import DEPTH_RULES
 from koala.distillation.forward_process import Noised, NoiseSchedule, draw_noise, predict
 from koala.distillation.taps import PAPER_TAPS, Features, Tap, paired_points, tap_points
 from koala.errors import UserError

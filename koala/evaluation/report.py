@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.checkpoints.load import resolve_model
+from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
 from koala.evaluation.distances import frechet, kernel_distance

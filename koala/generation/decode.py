@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
-from koala.checkpoints.load import read_json
 from koala.checkpoints.tensors import load_tensor, read_header
+from koala.checkpoints.validate import read_json
 from koala.errors import Failure, UserError
 from koala.generation.row_tiling import POSITIONS, decode_in_strips
 from koala.utils.device import whereabouts

@@ -17,13 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import koala
-from koala.checkpoints.load import (
-    load_scheduler_config,
-    load_unet,
-    load_vae,
-    read_json,
-    resolve_model,
-)
+from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import read_json
 from koala.errors import UserError
 from koala.generation import image_inputs, samplers, validation
 from koala.generation.decode import Decode, full, to_pictures

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from koala.architectures.config import from_unet_config
 from koala.architectures.layout import modules
-from koala.architectures.table import ARCHITECTURES, UNetArchitecture, from_unet_config
+from koala.architectures.table import ARCHITECTURES, UNetArchitecture
 from koala.checkpoints import ldm_keys
+from koala.checkpoints.bundled import bundled_names
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import read_json
 from koala.errors import UserError
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -176,8 +180,6 @@ def base_named(name: str) -> Base:
 
     A model is a bundled name, a folder or a Hub id. Raises `UserError` if it is none of them.
     """
-    from koala.checkpoints.load import bundled_names, read_json, resolve_model
-
     row = ARCHITECTURES.get(name)
     if row and row.context == sum(encoder.width for encoder in SDXL_TEXT):
         return Base(row, SDXL_TEXT)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koala.checkpoints.load import read_json, some
 from koala.checkpoints.tensors import read_metadata
+from koala.checkpoints.validate import read_json, some
 from koala.errors import UserError
 from koala.lora.names import PARTS, Target
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from koala.architectures.block_map import block_map, tensor_map
 from koala.architectures.table import (
     ARCHITECTURES,
     CUTS,
@@ -22,9 +23,8 @@ from koala.architectures.table import (
     student_of,
     teacher_faults,
 )
-from koala.checkpoints.compress import block_map, tensor_map
-from koala.checkpoints.load import some
 from koala.checkpoints.tensors import FLOATS, Stored, load_tensor, read_header
+from koala.checkpoints.validate import some
 from koala.errors import UserError
 from koala.lora import peft
 from koala.lora.names import PARTS, ROLES, Base, Target, shapes, split, targets

@@ -12,7 +12,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from koala.checkpoints.load import CONFIGS, WEIGHTS, resolve_model, weights_files
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import CONFIGS, WEIGHTS, weights_files
 from koala.errors import UserError
 from koala.generation.decode import TINY, TINY_FILE
 

@@ -7,14 +7,15 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from koala.architectures.table import get, unet_config
-from koala.checkpoints.load import load_vae, resolve_model
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
+from koala.checkpoints.load import load_vae
+from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
 from koala.data.illustrations.pictures import NOTICE, PictureSet
 from koala.data.latents import LatentSet
@@ -23,6 +24,7 @@ from koala.distillation.parallel import alone
 from koala.errors import UserError
 from koala.generation.decode import TINY
 from koala.mini.sentence_encoder import SentenceEncoder
+from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.mini.text import (
     TextData,
     TextDistillation,
@@ -33,9 +35,6 @@ from koala.mini.text import (
 )
 from koala.mini.tiny import TinyDistillation, new_tiny
 from koala.mini.vae import SHOWN, Autoencoding, PictureData, measure_latents, new_vae
-
-if TYPE_CHECKING:
-    from koala.recipes.run import Autoencoder, Base, Tiny
 
 
 def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[str]) -> Path:

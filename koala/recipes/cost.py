@@ -19,22 +19,19 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from koala.architectures import table
-from koala.architectures.table import FACTOR, UNetArchitecture, get, parameters, student_of
-from koala.checkpoints.load import (
-    BUNDLED,
-    bundled_names,
-    read_json,
-    read_tensors,
-    resolve_model,
-    unet_architecture,
-)
+from koala.architectures.flops import flops as forward_flops
+from koala.architectures.layout import parameters
+from koala.architectures.table import FACTOR, UNetArchitecture, get, student_of
+from koala.checkpoints.bundled import BUNDLED, bundled_names
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import read_json, read_tensors, unet_architecture
 from koala.data.index import Index
 from koala.distillation.taps import tap_points
 from koala.errors import UserError
 from koala.recipes.calibrate import assumed, measured
 from koala.recipes.memory import META, Plan, blank_unet, device_memory, main_memory
-from koala.recipes.run import MEMO, Recipe, Student, Teacher
+from koala.recipes.recipe import Recipe, Student, Teacher
+from koala.recipes.run import MEMO
 from koala.utils.device import pick_device
 
 MINI = get("sdxl-mini")
@@ -243,10 +240,10 @@ def _beside(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> dict[str
 def _flops(plan: Plan) -> tuple[int, int]:
     """FLOP of a sample's step: computed again by checkpointing, and all the rest."""
     side = plan.pixels
-    own = table.flops(plan.student, side, side, plan.student.tokens)
+    own = forward_flops(plan.student, side, side, plan.student.tokens)
     rest = 3 * own
     if plan.teacher is not None and plan.settings and plan.settings.learns_from_teacher:
-        rest += table.flops(plan.teacher, side, side, plan.teacher.tokens)
+        rest += forward_flops(plan.teacher, side, side, plan.teacher.tokens)
     return (own if plan.hardware.checkpointing else 0), rest
 
 

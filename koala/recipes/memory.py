@@ -27,14 +27,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from koala.architectures.table import (
-    FACTOR,
-    LATENT_CHANNELS,
-    UNetArchitecture,
-    parameters,
-    unet_config,
-)
-from koala.checkpoints.load import BUNDLED, load_scheduler_config
+from koala.architectures.config import unet_config
+from koala.architectures.layout import parameters
+from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.load import load_scheduler_config
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.parallel import World, lay_out
 from koala.distillation.settings import Hardware, Training

@@ -4,7 +4,7 @@ Every run leaves its finished pipeline folder in `<out>/model`; run again, it go
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from koala import recipes
-from koala.architectures.table import get, unet_config
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
 from koala.checkpoints import model_card
 from koala.checkpoints.compress import adopt, compress
-from koala.checkpoints.load import (
-    load_scheduler_config,
-    load_unet,
-    resolve_model,
-    unet_architecture,
-)
+from koala.checkpoints.load import load_scheduler_config, load_unet
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import unet_architecture
 from koala.data.encoding import Moments
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of
@@ -28,13 +26,14 @@ from koala.distillation import checkpoint
 from koala.distillation.forward_process import NoiseSchedule
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, joined, lay_out
-from koala.distillation.settings import PLAIN, Hardware, Training
 from koala.distillation.speed import unet_flops
-from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, Encode
+from koala.distillation.tasks import Denoising, Distillation, Encode
 from koala.errors import UserError
 from koala.mini.runs import run_autoencoder, run_base, run_tiny
+from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes.overrides import overridden
 from koala.recipes.previews import MINI_PROMPTS, drawing
+from koala.recipes.recipe import ALONE, Recipe, Student, Teacher
 from koala.text_conditioning import TextConditioner
 
 MEMO = 2**31  # bytes of embeddings that a training on the CPU remembers: all of the mini set's
@@ -42,78 +41,6 @@ HELD_OUT = 64  # samples of the validation
 HELD_OUT_SPLITS = ("test", "test-pair")  # the first that a folder has
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """What a U-Net is shown: copies of each kind in an epoch, weights of the caption columns.
-
-    None: everything once; the only column there is.
-    """
-
-    kinds: dict[str, int] | None = None
-    captions: dict[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Base:
-    """VAE and text side from nothing, with a U-Net as initialised: what a teacher starts from."""
-
-    kinds: dict[str, int]  # copies of each kind of picture in an epoch of the VAE's
-    vae: Training
-    decoder: Training  # goes on from `vae` with the encoder at rest
-    text: Training
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A U-Net by L_task: from nothing, or `further` from the U-Net of the model given."""
-
-    architecture: str
-    training: Training
-    caption_dropout: float
-    mixture: Mixture
-    min_snr: float | None = None  # as in `koala.distillation.tasks.Denoising`
-    further: bool = False
-    hardware: Hardware = PLAIN
-
-
-@dataclass(frozen=True)
-class Student:
-    """A U-Net cut from the teacher's, then distilled."""
-
-    cut: str
-    training: Training
-    settings: DistillationSettings
-    mixture: Mixture
-    hardware: Hardware = PLAIN
-    teacher: str | None = None  # the model to learn from where --teacher names none
-    of: str = "sdxl-mini"  # architecture of a teacher that is not here, for a dry run
-    pixels: int | None = None  # side of the square bucket; data of another size are refused
-    prompts: tuple[str, ...] = MINI_PROMPTS  # of previews
-
-
-@dataclass(frozen=True)
-class Autoencoder:
-    """A VAE that goes on by itself, with noise on its latents as `Autoencoding` says."""
-
-    kinds: dict[str, int]  # copies of each kind of picture in an epoch
-    training: Training
-    perceptual: float  # weight of the perceptual error
-    drift: float  # greatest deviation of the noise, in deviations of the latents
-    colour: float  # pull of three latent channels towards the mean colour below them
-    cpu_bf16: bool = False  # as in `Hardware`
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A tiny autoencoder that learns from a model's VAE; the model gets it as `vae_tiny`."""
-
-    kinds: dict[str, int] | None  # copies of each kind of picture in an epoch; None: all once
-    training: Training
-    cpu_bf16: bool = False  # as in `Hardware`
-
-
-Recipe = Base | Autoencoder | Teacher | Student | Tiny
-ALONE = (Base, Autoencoder, Tiny)  # train in one process, without settings of hardware
 UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run goes on
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from koala.checkpoints.load import load_scheduler_config, resolve_model
+from koala.checkpoints.load import load_scheduler_config
+from koala.checkpoints.resolve import resolve_model
 from koala.generation import Pipeline
 from koala.generation.memory.meta_models import TEXT, UNET, VAE, Blueprint
 from koala.text_conditioning import TextConditioner

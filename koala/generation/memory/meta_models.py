@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
-from koala.checkpoints.load import read_json
+from koala.checkpoints.validate import read_json
 from koala.generation.decode import tiny_folder
 from koala.generation.memory.peak import peak_bytes
 from koala.generation.memory.quantise import quantise

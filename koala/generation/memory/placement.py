@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from koala.architectures.table import FACTOR
-from koala.checkpoints.load import resolve_model, unet_architecture
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import unet_architecture
 from koala.errors import Failure
 from koala.generation import validation
 from koala.generation.decode import Decode, full, load_tiny, tiled, tiny

@@ -49,8 +49,8 @@ from koala.evaluation.judge import Judge
 from koala.evaluation.report import Sentences, choose, yardstick_of
 from koala.generation import load
 from koala.mini.sentence_encoder import SentenceEncoder
-from koala.processor import hardware
 from koala.utils.contact_sheet import contact_sheet
+from koala.utils.device import hardware
 
 OTHER_SEED = 1  # of the plan; the training's is 0
 PROMPTS = {"ink": 30, "number": 30, "place": 40}

@@ -38,8 +38,8 @@ from koala.generation.decode import TINY
 from koala.generation.memory.placement import load_within
 from koala.generation.pipeline import load
 from koala.generation.runtime.backends import equip
-from koala.processor import hardware, has_bf16
 from koala.utils.atomic import check_new, new_file
+from koala.utils.device import hardware, has_bf16
 
 CASE = "koala-turbo-700m"
 STOCK = "diffusers fp32"

@@ -261,7 +261,7 @@ def encoding(side: int = 512) -> dict[str, float]:
 
 
 def main() -> None:
-    from koala.processor import hardware
+    from koala.utils.device import hardware
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("index", "loader", "remote", "reading", "encoding"))

@@ -30,7 +30,6 @@ from koala.distillation.parallel import World, lay_out
 from koala.distillation.settings import Hardware, Training
 from koala.distillation.taps import regions
 from koala.distillation.tasks import DistillationSettings
-from koala.processor import hardware
 from koala.recipes.memory import (
     OVERHEAD,
     Plan,
@@ -42,6 +41,7 @@ from koala.recipes.memory import (
     device_memory,
     task_of,
 )
+from koala.utils.device import hardware
 
 SDXL = get("sdxl")
 QUARTER = replace(SDXL, name="a quarter of SDXL's width", widths=(80, 160, 320), heads=(2, 4, 8),

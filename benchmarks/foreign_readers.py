@@ -7,8 +7,9 @@
 sgm is the code that SDXL was published with, and has no package; its U-Net and VAE load our file,
 strictly, and must draw what diffusers draws from our folder (it cannot build a U-Net without a
 middle block, as KOALA-700M's). sd-mecha, a merger of models, brings its own list of the tensors of
-SDXL's file, which must be ours. diffusers' reader is part of the tests (`tests/test_conversion.py`,
-`tests/test_ldm.py`). The result goes to `foreign_readers.json` beside this file.
+SDXL's file, which must be ours. diffusers' reader is part of the tests
+(`tests/checkpoints/test_convert.py`, `tests/checkpoints/test_ldm_keys.py`). The result goes to
+`foreign_readers.json` beside this file.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.table import get
 from koala.checkpoints import ldm_keys
 from koala.checkpoints.convert import convert
-from test_conversion import published
+from published import published
 from toy import TEXT_WIDTHS, TIME_EMBED, TOKENS, toy_pipeline
 
 BOUND = 1e-5  # of the largest value, float32

@@ -23,8 +23,8 @@ from koala.data.latents import LatentSet
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.loop import HELD_OUT_SEED
 from koala.distillation.tasks import Denoising
-from koala.processor import hardware
 from koala.text_conditioning import TextConditioner
+from koala.utils.device import hardware
 
 FILE = Path(__file__).with_suffix(".json")
 SPLITS = ("train", "test-pair", "test-concept")

@@ -27,7 +27,7 @@ from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.report import choose, yardstick_of
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.mini.vae import to_images
-from koala.processor import hardware
+from koala.utils.device import hardware
 
 PROMPTS = 200
 BATCH = 32

@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.distillation.precision import computing
-from koala.processor import hardware
+from koala.utils.device import hardware
 
 BATCH, ROUNDS = 32, 6
 CPU = torch.device("cpu")

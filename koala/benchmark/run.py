@@ -26,9 +26,8 @@ from koala.errors import UserError
 from koala.generation.denoise import predictor
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.backends import check_dtype, equip, example, torch_dtype
-from koala.processor import hardware
 from koala.utils.atomic import check_new
-from koala.utils.device import pick_device
+from koala.utils.device import hardware, pick_device
 
 UNET_STEPS = 25  # of the U-Net alone, as published
 Draw = Callable[[], object]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-BUNDLED = Path(__file__).parents[1] / "models"
+BUNDLED = Path(__file__).parents[1] / "bundled"
 
 
 def bundled_names() -> list[str]:

@@ -23,12 +23,12 @@ from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
 from koala.evaluation.distances import frechet, kernel_distance
 from koala.evaluation.features import EffLite0, at_size, extract
-from koala.evaluation.grid import picture_grid
 from koala.evaluation.judge import Judge
 from koala.evaluation.table import Report, Row
 from koala.generation import Pipeline, load
 from koala.mini.sentence_encoder import SentenceEncoder
-from koala.processor import hardware
+from koala.utils.contact_sheet import picture_grid
+from koala.utils.device import hardware
 from koala.utils.progress import progress
 
 REAL = "real pictures"

@@ -1,6 +1,6 @@
 """A finished model as it is shipped: weights in fp16, configs without traces of where they lay.
 
-`python -m koala.mini.bundle MODEL --out koala/models/NAME` is how the bundled model came there.
+`python -m koala.mini.bundle MODEL --out koala/bundled/NAME` is how the bundled model came there.
 """
 
 import argparse

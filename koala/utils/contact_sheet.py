@@ -1,7 +1,10 @@
 """Contact sheets: many pictures with their captions on one page, for people to look at.
 
-The demo, the previews of a training and the evaluation's report all show pictures in this way.
+The demo and the previews of a training show `contact_sheet`s; the evaluation's report shows a
+`picture_grid`, one row of pictures a model, one column a prompt.
 """
+
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -9,6 +12,10 @@ MARGIN = 24  # pixels around the sheet
 GAP = 20  # between columns, and between rows
 CAPTION_GAP = 8  # between a picture and its caption
 NARROWEST = 96  # pixels of a cell: a caption needs some room, however small its picture
+CELL = 128  # pixels of a picture's side in a grid; small pictures are enlarged to it
+CELL_GAP = 8
+CELL_FONT, CELL_LINE = 15, 18
+LABEL = 170  # pixels for the rows' names on the left of a grid
 INK = (40, 40, 40)
 PAPER = (255, 255, 255)
 
@@ -57,6 +64,38 @@ def contact_sheet(
             sheet.paste(picture, (left + (width - picture.width) // 2, offset))
             _write(draw, texts[start + column], font, left, text_top, centre_in=width)
         top += height + GAP
+    return sheet
+
+
+def picture_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
+    """A white RGB sheet: names of `rows` on the left, `captions` above, pictures in the cells.
+
+    Each row has one picture for each caption. Pictures are fitted into square cells.
+    """
+    assert rows
+    assert captions
+    assert all(len(row) == len(captions) for row in rows.values())
+    font = ImageFont.load_default(CELL_FONT)
+    headings = [wrap(caption, font, CELL) for caption in captions]
+    top = MARGIN + CELL_LINE * max(len(lines) for lines in headings) + CELL_GAP
+    left = MARGIN + LABEL
+    step = CELL + CELL_GAP
+    width = left + step * len(captions) - CELL_GAP + MARGIN
+    sheet = Image.new("RGB", (width, top + step * len(rows) - CELL_GAP + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(headings):
+        start = top - CELL_GAP - CELL_LINE * len(lines)  # captions stand on their pictures
+        for i, line in enumerate(lines):
+            draw.text((left + step * column, start + CELL_LINE * i), line, fill=INK, font=font)
+    for r, (name, pictures) in enumerate(rows.items()):
+        lines = wrap(name, font, LABEL - 2 * CELL_GAP)
+        start = top + step * r + (CELL - CELL_LINE * len(lines)) // 2
+        for i, line in enumerate(lines):
+            draw.text((MARGIN, start + CELL_LINE * i), line, fill=INK, font=font)
+        for column, picture in enumerate(pictures):
+            cell = _fitted(picture)
+            x = left + step * column + (CELL - cell.width) // 2
+            sheet.paste(cell, (x, top + step * r + (CELL - cell.height) // 2))
     return sheet
 
 
@@ -123,3 +162,9 @@ def _write(
     for i, line in enumerate(lines):
         slack = 0 if centre_in is None else (centre_in - font.getlength(line)) / 2
         draw.text((left + slack, top + i * _line_height(font)), line, fill=INK, font=font)
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    factor = CELL / max(picture.size)
+    size = (round(picture.width * factor), round(picture.height * factor))
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -37,11 +37,10 @@ from koala.generation.runtime.compile import (
     one_by_one,
 )
 from koala.generation.runtime.openvino import Calibration, Sample
-from koala.processor import has_bf16, name
 from koala.text_conditioning import time_ids
 from koala.utils.asset_packages import cache_folder
 from koala.utils.atomic import new_file
-from koala.utils.device import free_bytes
+from koala.utils.device import cpu_name, free_bytes, has_bf16
 
 if TYPE_CHECKING:
     from koala.generation.pipeline import Pipeline
@@ -214,7 +213,7 @@ def _key(unet: UNet2DConditionModel, among: Iterable[str]) -> dict[str, object]:
     """All that a verdict depends on. Weights are not among it."""
     return {
         "among": list(among),
-        "processor": name(),
+        "processor": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "openvino": version("openvino"),

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
 from koala.evaluation import Report, evaluate
-from koala.evaluation.grid import picture_grid
 from koala.evaluation.report import REAL, choose
 from koala.evaluation.table import Row
+from koala.utils.contact_sheet import picture_grid
 from toy import toy_pipeline
 
 STYLES = ("round", "square", "flat")

@@ -13,8 +13,7 @@ from koala.errors import UserError
 from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE
 from koala.generation.memory.peak import peak_bytes
 from koala.generation.memory.plan import GIB, LADDER, Planner, budget_of, free_bytes
-from test_decode import toy_tiny
-from toy import toy_pipeline
+from toy import toy_pipeline, toy_tiny
 
 CPU = torch.device("cpu")
 MINI = BUNDLED / "koala-mini"

@@ -16,7 +16,7 @@ from koala.cli import _parser, main
 from koala.data.illustrations.scenes import SMALL
 from koala.generation import read_settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -120,7 +120,7 @@ def test_killed_at_any_moment_and_run_again_ends_in_the_same_weights(
     run = tmp_path / "run"
     command = [
         sys.executable,
-        str(Path(__file__).with_name("toy_training.py")),
+        str(Path(__file__).parents[1] / "toy_training.py"),
         str(base),
         str(run),
     ]

@@ -18,19 +18,7 @@ from koala.errors import Failure, UserError
 from koala.generation.decode import full, load_tiny, tiled, tiny, to_pictures
 from koala.generation.image_inputs import encode_picture
 from koala.generation.row_tiling import encode_in_strips
-from toy import toy_vae
-
-
-def toy_tiny(**changes) -> AutoencoderTiny:
-    config = {
-        "encoder_block_out_channels": (8,) * 4,
-        "decoder_block_out_channels": (8,) * 4,
-        "num_encoder_blocks": (1,) * 4,
-        "num_decoder_blocks": (1,) * 4,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoencoderTiny(**{**config, **changes}).eval().requires_grad_(False)
+from toy import toy_tiny, toy_vae
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def test_replicas_are_a_number_or_two():
 
 
 def test_the_pages_commands_are_commands():
-    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     commands = re.findall(r"koala (serve --replicas .*?) +#", page)
     scales = [_parser().parse_args(shlex.split(command)).replicas for command in commands]
     assert [Scale.parse(scale) for scale in scales] == [Scale(4, 4), Scale(1, 8), Scale(16, 16)]

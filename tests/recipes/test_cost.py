@@ -243,5 +243,5 @@ def test_only_u_nets_are_reckoned():
 
 
 def test_the_pages_table_is_the_scripts():
-    page = Path(__file__).parent.parent / "docs" / "training.md"
+    page = Path(__file__).parents[2] / "docs" / "training.md"
     assert scaling.table() in page.read_text()

@@ -10,30 +10,10 @@ from koala.errors import UserError
 from koala.generation.memory.quantise import LARGEST, PackedConv2d, PackedLinear, quantise
 from koala.lora.adapters import Attached, merge, modules_of
 from koala.lora.reading import read
-from toy import toy_text_encoders, toy_unet
+from toy import seeded_unet, toy_inputs, toy_text_encoders
 from toy_lora import toy_base, toy_lora
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def inputs(dtype=torch.float32):
-    """What the toy U-Net takes, for two pictures."""
-    draw = torch.Generator().manual_seed(1)
-    return {
-        "sample": torch.randn(2, 4, 8, 8, generator=draw).to(dtype),
-        "timestep": torch.tensor([999.0, 500.0]),
-        "encoder_hidden_states": torch.randn(2, 32, 40, generator=draw).to(dtype),
-        "added_cond_kwargs": {
-            "text_embeds": torch.randn(2, 24, generator=draw).to(dtype),
-            "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2).to(dtype),
-        },
-    }
-
-
-def seeded_unet() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return toy_unet("koala").requires_grad_(False)
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,7 +47,7 @@ def test_a_u_net_in_8_bits_predicts_nearly_the_same(kind, bound):
     assert {PackedLinear, PackedConv2d} <= kinds
     assert not {nn.Linear, nn.Conv2d} & kinds
     with torch.inference_mode():
-        one, other = unet(**inputs()).sample, packed(**inputs()).sample
+        one, other = unet(**toy_inputs()).sample, packed(**toy_inputs()).sample
     assert 0 < (one - other).norm() / one.norm() < bound
 
 
@@ -102,7 +82,7 @@ def test_dtype_layout_and_hooks_stay(kind):
     unet.float()  # another dtype to compute in, the same 8 bits
     assert torch.equal(unet.conv_in.weight.half(), half)
     with torch.inference_mode():
-        unet(**inputs())
+        unet(**toy_inputs())
     assert seen == [1]
 
 
@@ -115,8 +95,8 @@ def test_a_lora_works_beside_8_bits_and_is_not_lost_in_them(tmp_path):
     with pytest.raises(UserError, match=r"style\.safetensors cannot be merged"):
         merge(modules, lora)
     with torch.inference_mode():
-        plain = unet(**inputs()).sample
+        plain = unet(**toy_inputs()).sample
         attached = Attached(modules, lora)
-        assert not torch.equal(unet(**inputs()).sample, plain)
+        assert not torch.equal(unet(**toy_inputs()).sample, plain)
         attached.remove()
-        assert torch.equal(unet(**inputs()).sample, plain)
+        assert torch.equal(unet(**toy_inputs()).sample, plain)

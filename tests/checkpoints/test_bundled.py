@@ -19,7 +19,7 @@ from koala.checkpoints.load import load_unet
 from koala.checkpoints.validate import WEIGHTS, weights_files
 from koala.generation.samplers import Noise
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = BUNDLED / "koala-mini"
 MEGABYTE = 1e6
 

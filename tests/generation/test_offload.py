@@ -14,8 +14,7 @@ from koala.generation.memory.offload import (
     units_of,
 )
 from koala.generation.memory.quantise import quantise
-from test_quantise import inputs, seeded_unet
-from toy import toy_text_encoders, toy_vae
+from toy import seeded_unet, toy_inputs, toy_text_encoders, toy_vae
 
 CPU = torch.device("cpu")
 
@@ -39,20 +38,20 @@ def unet(request):
 @pytest.mark.parametrize("kind", [Visiting, Streaming])
 def test_a_visiting_u_net_predicts_the_same_bits_again_and_again(unet, kind):
     with torch.inference_mode():
-        expected = unet(**inputs()).sample
+        expected = unet(**toy_inputs()).sample
     before = {name: t.clone() for name, t in unet.state_dict().items()}
     turns, visitor = Turns(), kind([unet], CPU)
     turns.admit(visitor, [unet])
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         for _ in range(2):
             with mode():
-                assert torch.equal(unet(**inputs()).sample, expected)
+                assert torch.equal(unet(**toy_inputs()).sample, expected)
         turns.clear()
     turns.release()
     for name, tensor in unet.state_dict().items():
         assert torch.equal(tensor, before[name]) and tensor.stride() == before[name].stride()
     with torch.inference_mode():
-        assert torch.equal(unet(**inputs()).sample, expected)  # an ordinary model again
+        assert torch.equal(unet(**toy_inputs()).sample, expected)  # an ordinary model again
 
 
 def test_weights_are_away_between_the_turns(unet):
@@ -79,7 +78,7 @@ def test_streaming_holds_two_units_at_most(unet):
     turns.admit(streaming, [unet])
     with torch.inference_mode():
         for _ in range(2):
-            unet(**inputs())
+            unet(**toy_inputs())
     scalars = 8 * len(tensors_of([unet]))
     assert len(seen) == 2 * len(streaming.units)
     assert max(seen) <= rest + 2 * sizes[-1] + scalars

@@ -23,16 +23,7 @@ from koala.data.prepare import encode_pictures, prepare
 from koala.data.preprocess import Preparation
 from koala.errors import UserError
 from koala.utils.asset_packages import package
-
-TOY = Illustrations(
-    styles=("noto", "twemoji", "fluent-flat", "fluent-3d"),
-    colour_icons=("flat-color-icons",),
-    icons=40,
-    scenes=300,
-    size=32,
-    test_concepts=0.35,
-    test_pairs=0.9,
-)
+from toy_packages import TOY
 
 
 @pytest.fixture

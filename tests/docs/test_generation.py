@@ -10,7 +10,7 @@ from PIL import Image
 from koala.cli import main
 from koala.generation.samplers import SAMPLERS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "generation.md").read_text()
 
 

@@ -21,7 +21,7 @@ from koala.cli import main
 from koala.serving.run import check
 from koala.serving.settings import Limits, Options, data_folder, limits_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "serving.md").read_text()
 ALONE = re.sub(r"## Many GPUs\n.*?(?=^## )", "", PAGE, flags=re.DOTALL | re.MULTILINE)
 
@@ -132,7 +132,7 @@ def test_a_second_signal_ends_it_at_once(data, capsys):
 def test_the_page_works(data, tmp_path, capsys):
     """Every command and every line of Python; each `koala serve` takes the last one's place.
 
-    But for several engines, which tests/test_serving_scaleout.py has.
+    But for several engines, which tests/serving/test_scaleout.py has.
     """
     port, names = free_port(), {}
     parts: list[tuple[str, list[Callable[[], object]]]] = []  # a server, and what is asked of it

@@ -13,8 +13,8 @@ from koala.generation.memory.placement import load_within
 from koala.mini.bundle import bundle
 from koala.mini.tiny import TinyDistillation, new_tiny
 from koala.recipes.run import distill
-from test_recipes import TINY, base_parts  # noqa: F401 (a fixture)
 from toy import toy_vae
+from toy_family import TINY
 
 
 def latents(count: int, seed: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_it_learns_both_ways_and_leaves_the_vae_alone(packages):
     assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
 
 
-def test_the_recipe_ends_in_the_model_with_its_tiny_autoencoder(base_parts, tmp_path, packages):  # noqa: F811
+def test_the_recipe_ends_in_the_model_with_its_tiny_autoencoder(base_parts, tmp_path, packages):
     data, base = base_parts
     recipe = replace(recipes.get("tiny-mini"), training=TINY)
     model = distill(recipe, data, tmp_path / "run", str(base), "cpu")

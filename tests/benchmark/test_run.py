@@ -25,7 +25,7 @@ from koala.errors import UserError
 from koala.generation import load
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

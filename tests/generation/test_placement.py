@@ -15,8 +15,7 @@ from koala.errors import Failure, UserError
 from koala.generation.memory.placement import Arrangement, load_within, ran_out
 from koala.generation.memory.plan import PLACES, Planner
 from koala.generation.pipeline import load
-from test_decode import toy_tiny
-from toy import toy_pipeline
+from toy import toy_pipeline, toy_tiny
 from toy_lora import toy_base, toy_lora
 
 CPU = torch.device("cpu")

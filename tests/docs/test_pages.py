@@ -24,7 +24,7 @@ from koala.lora.names import base_named
 from toy_lora import toy_lora
 from toy_sources import pictures, write_yepop
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def commands_of(page: str, program: bool = False) -> list[list[str]]:

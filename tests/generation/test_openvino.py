@@ -22,7 +22,7 @@ from koala.generation.denoise import predictor
 from koala.generation.pipeline import load
 from koala.generation.runtime import openvino
 from koala.generation.runtime.backends import Backend, choose, equip, example, warm_up
-from koala.processor import has_bf16
+from koala.utils.device import has_bf16
 from toy import toy_pipeline, toy_unet, toy_vae
 
 LATENTS = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
@@ -256,7 +256,7 @@ def test_koala_generate_takes_the_back_end_asked_for(folder, tmp_path, cache, ca
 def test_the_page(cache, tmp_path, monkeypatch, capsys):
     """What docs/speed.md has typed on a processor; `fastest` would take minutes."""
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parent.parent / "docs" / "speed.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "speed.md").read_text()
     page = text[text.index("## On a processor") : text.index("## On a GPU")]
     drawn = 0
     for language, block in re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL):

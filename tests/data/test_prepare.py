@@ -234,7 +234,7 @@ def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
     prepare_latents(recognise(there), whole, toy_sdxl, preparation, workers=1)
     rng = random.Random(0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).with_name("toy_prepare.py")
+    script = Path(__file__).parents[1] / "toy_prepare.py"
     with subprocess.Popen(
         [sys.executable, str(script)], env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -363,7 +363,7 @@ def test_the_command_prepares_and_reports(folder, toy_sdxl, tmp_path, capsys):
 
 def test_the_pages_commands_do_what_they_say(files, toy_sdxl, tmp_path, monkeypatch, capsys):
     """docs/data.md at toy size: every command, and the lines of Python after them."""
-    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     monkeypatch.chdir(tmp_path)
     there = {
         "path/to/pictures": write_folder(tmp_path / "pictures", files[:9]),

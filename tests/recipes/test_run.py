@@ -15,62 +15,15 @@ from koala.checkpoints import model_card
 from koala.checkpoints.load import load_vae
 from koala.cli import main
 from koala.data.encoding import encoder_hash, to_pixels
-from koala.data.illustrations.pictures import PictureSet, prepare_pictures
-from koala.data.prepare import encode_pictures
-from koala.distillation.settings import Training
+from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
 from koala.generation import load
-from koala.mini.runs import assemble
-from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders, start_from_words
+from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders
 from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae, to_images
 from koala.recipes.recipe import Mixture, Student
 from koala.recipes.run import distill
-from test_data import TOY
+from toy_family import TINY, Letters
 from toy_sources import pictures, write_folder
-
-TINY = Training(samples=8, batch=4, lr=1e-3, ema_half_life=8, log_every=4, preview_every=8)
-
-
-class Letters:
-    """A sentence encoder at toy size: counts of letters, for texts and for their tokens."""
-
-    def __call__(self, texts):
-        rows = [[float(t.count(chr(97 + i % 26))) + i % 3 for i in range(384)] for t in texts]
-        return torch.nn.functional.normalize(torch.tensor(rows), dim=-1)
-
-    def token_states(self, texts):
-        words = [t.split() for t in texts]
-        longest = max(map(len, words))
-        states = torch.zeros(len(texts), longest, 384)
-        mask = torch.zeros(len(texts), longest, dtype=torch.bool)
-        spans = torch.zeros(len(texts), longest, 2, dtype=torch.long)
-        for n, row in enumerate(words):
-            end = 0
-            for i, word in enumerate(row):
-                start = texts[n].index(word, end)
-                end = start + len(word)
-                states[n, i], mask[n, i] = self([word])[0], True
-                spans[n, i] = torch.tensor([start, end])
-        return states, mask, spans
-
-
-@pytest.fixture(scope="module")
-def base_parts(toy_cache, tmp_path_factory):
-    """A prepared folder and an untrained base pipeline of the mini family's own sizes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KOALA_CACHE", str(toy_cache))
-        folder = tmp_path_factory.mktemp("family")
-        data = folder / "data"
-        prepare_pictures(replace(TOY, scenes=20, icons=10, size=64), data, workers=1)
-        torch.manual_seed(0)
-        tokenizer = clip_tokenizer()
-        encoders = new_text_encoders(tokenizer)
-        start_from_words(encoders, tokenizer, Letters())
-        telling = TextDistillation(encoders, tokenizer, Letters())
-        coding = Autoencoding(new_vae(64), torch.zeros(2, 3, 64, 64))
-        base = assemble(folder / "base", coding, telling, data)
-        encode_pictures(data, base)
-    return data, base
 
 
 def test_the_whole_chain(base_parts, tmp_path, packages):

@@ -1,12 +1,13 @@
-"""How often composed prompts come out right: ink, ground, number, layout and place.
+"""How often composed prompts come out right: ink, colour, ground, number, layout and place.
 
-100 captions that no training picture has: one-colour icons, one to four of a thing, and two things
-beside or above each other, most on a ground that is named. They are planned as the training's are,
-with another seed, so the same pictures can be rendered too: what the grader says of those is what
-can be reached.
+240 captions that no training picture has: one-colour icons, emoji in a named colour, one to four of
+a thing, and two things beside or above each other, most of these on a ground that is named. They
+are planned as the training's are, with another seed, so the same pictures can be rendered too: what
+the grader says of those is what can be reached.
 
-    ground  of 8: the named colour nearest to the median of the picture's edge
-    ink     of 11: the named colour nearest to the median of what stands out from the ground
+    ground  of 16: the named colour nearest to the median of the picture's edge
+    ink     of 12: the named colour nearest to the median of what stands out from the ground
+    colour  of 12: the named colour that most of what stands out is nearest to
     number  of 4: how many places are taken, told by a ridge regression from where something stands
             out (16 x 16 cells) to the five ways in which places can be taken, learnt from the
             training's scenes
@@ -32,12 +33,11 @@ import torch
 from PIL import Image, ImageColor
 from torch import Tensor, nn
 
+from koala.data.illustrations.colours import BACKGROUNDS, INKS, named, oklab
 from koala.data.illustrations.concepts import with_article
 from koala.data.illustrations.pictures import PictureSet, render, settings_of
 from koala.data.illustrations.scenes import (
-    BACKGROUNDS,
     BESIDE,
-    INKS,
     PLACES,
     STACKED,
     Illustrations,
@@ -53,7 +53,7 @@ from koala.utils.contact_sheet import contact_sheet
 from koala.utils.device import hardware
 
 OTHER_SEED = 1  # of the plan; the training's is 0
-PROMPTS = {"ink": 30, "number": 30, "place": 40}
+PROMPTS = {"ink": 60, "colour": 60, "number": 60, "place": 60}
 JUDGED_BY = 200  # prompts of the report, which leaves the judge its training pictures
 SEEDS = (0, 1, 2)
 CELLS = 16  # a side
@@ -78,8 +78,10 @@ class Grader:
         if row.background in row.short:
             right["ground"] = _nearest(_ground(picture), BACKGROUNDS) == row.background
         what = aspect(row)
+        if what == "colour":
+            return right | {"colour": _main_colour(picture) == row.layers[0].ink}
         if what == "ink":
-            right["ink"] = INKS[_nearest(_ink(picture), INKS)] == row.layers[0].colour
+            right["ink"] = _nearest(_ink(picture), INKS) == row.layers[0].ink
             return right
         layout = LAYOUTS[int((_taken(picture) @ self.layout).argmax())]
         boxes = [layer.box for layer in row.layers]
@@ -105,9 +107,9 @@ class Grader:
 
 
 def aspect(row: Row) -> str:
-    """What a composed row's caption says beside the ground: ink, number or place."""
-    if row.kind == "icon":
-        return "ink"
+    """What a composed row's caption says beside the ground: ink, colour, number or place."""
+    if row.kind in ("icon", "painted"):
+        return "ink" if row.kind == "icon" else "colour"
     return "number" if len({layer.name for layer in row.layers}) == 1 else "place"
 
 
@@ -126,15 +128,21 @@ def prompts(settings: Illustrations) -> list[Row]:
     )
     told: dict[str, dict[str, Row]] = {what: {} for what in PROMPTS}  # aspect -> caption -> row
     for row in others:
-        if row.kind in ("icon", "scene") and row.short not in known and _says_where(row):
+        if row.kind in ("icon", "painted", "scene") and row.short not in known and _says_where(row):
             told[aspect(row)].setdefault(row.short, row)
     return [row for what, n in PROMPTS.items() for row in [*told[what].values()][:n]]
 
 
 def _says_where(row: Row) -> bool:
-    """False for "a fox and an owl" and "a fox next to an owl": either may stand on the left."""
+    """False for "a fox and an owl" and "a fox next to an owl": either may stand on the left.
+
+    Nor are things in named colours asked for, which the judge knows less well than their own.
+    """
+    if aspect(row) != "place":
+        return True
     sides = (" left ", " right ", " above ", " below ")
-    return aspect(row) != "place" or any(side in row.subject for side in sides)
+    own = all(layer.ink is None for layer in row.layers)
+    return own and any(side in row.subject for side in sides)
 
 
 def fit_layout(rows: Iterable[Row], pictures: Iterable[Image.Image]) -> Tensor:
@@ -162,6 +170,14 @@ def _ink(picture: Image.Image) -> np.ndarray:
     return np.median(shown, axis=0) if len(shown) else _ground(picture)
 
 
+def _main_colour(picture: Image.Image) -> str | None:
+    """The ink that most of what stands out is nearest to, in Oklab; None where nothing does."""
+    shown = oklab(np.asarray(picture)[_stands_out(picture)] / 255)  # [pixels, 3]
+    inks = np.stack([named(ink) for ink in INKS])
+    nearest = np.linalg.norm(shown[:, None] - inks, axis=-1).argmin(1)
+    return [*INKS][np.bincount(nearest).argmax()] if len(shown) else None
+
+
 def _taken(picture: Image.Image) -> Tensor:
     """[cells + 1]: the share of each cell that stands out, and a one."""
     mask = Image.fromarray(np.uint8(255) * _stands_out(picture).astype(np.uint8))
@@ -169,8 +185,8 @@ def _taken(picture: Image.Image) -> Tensor:
     return torch.cat([torch.from_numpy(cells.flatten()), torch.ones(1)])
 
 
-def _nearest(colour: np.ndarray, named: dict[str, str]) -> str:
-    return min(named, key=lambda name: np.abs(colour - ImageColor.getrgb(named[name])).sum())
+def _nearest(colour: np.ndarray, names: dict[str, str]) -> str:
+    return min(names, key=lambda name: np.abs(colour - ImageColor.getrgb(names[name])).sum())
 
 
 def shares(grader: Grader, rows: Sequence[Row], drawn: Sequence[Image.Image]) -> dict[str, float]:

@@ -31,6 +31,7 @@ CODES = [f"1f9{i:02x}" for i in range(len(LABELS))]
 TOY = Illustrations(
     styles=("noto", "twemoji", "fluent-flat", "fluent-3d"),
     colour_icons=("flat-color-icons",),
+    painted=60,
     icons=40,
     scenes=300,
     size=32,

@@ -21,7 +21,7 @@ from koala.errors import UserError
 from koala.utils.contact_sheet import contact_sheet
 
 ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
-CAPTIONS = ("short", "subject", "long")  # of the illustration set
+CAPTIONS = ("short", "subject", "long", "everyday")  # of the illustration set
 SHEET = 60  # pictures on the contact sheet
 
 

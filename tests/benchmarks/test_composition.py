@@ -20,16 +20,18 @@ from benchmarks.composition import (
     prompts,
     shares,
 )
+from koala.data.illustrations.colours import INKS
 from koala.data.illustrations.pictures import render
-from koala.data.illustrations.scenes import BESIDE, INKS, PLACES, STACKED, Illustrations, Row, plan
+from koala.data.illustrations.scenes import BESIDE, PLACES, STACKED, Illustrations, Row, plan
 from koala.evaluation.features import extract
 from koala.evaluation.judge import Judge
 
 pytestmark = pytest.mark.usefixtures("packages")
 
 TOY = Illustrations(
-    styles=("noto", "twemoji"), colour_icons=(), icons=300, scenes=600, size=48, test_concepts=0.0
-)
+    styles=("noto", "twemoji", "fluent-flat"), colour_icons=(), painted=150, icons=600,
+    scenes=1200, size=48, test_concepts=0.0,
+)  # fmt: skip
 
 
 class Middle(nn.Module):
@@ -84,16 +86,16 @@ def test_prompts_are_new_and_say_what_is_graded(packages):
 def test_what_is_rendered_is_right(grader):
     rows = prompts(TOY)
     found = shares(grader, rows, drawn(rows))
-    assert found.pop("place") >= 0.9  # of 40; a judge of 20 thumbnails errs now and then
-    assert found == {"ink": 1, "ground": 1, "number": 1, "layout": 1}
+    assert found.pop("place") >= 0.9  # of 60; a judge of 20 thumbnails errs now and then
+    assert found == {"ink": 1, "colour": 1, "ground": 1, "number": 1, "layout": 1}
 
 
 def wrong(row: Row) -> Row:
     """The same caption, another picture: another ground and ink, one thing more, places swapped."""
     layers = row.layers
-    if aspect(row) == "ink":
-        other = next(ink for ink in INKS.values() if ink != layers[0].colour)
-        layers = (replace(layers[0], colour=other),)
+    if aspect(row) in ("ink", "colour"):
+        other = next(ink for ink in INKS if ink != layers[0].ink)
+        layers = (replace(layers[0], ink=other),)
     elif aspect(row) == "number":
         places = PLACES[len(layers) % 4 + 1]
         layers = tuple(replace(layers[0], box=box) for box in places)
@@ -110,7 +112,9 @@ def test_what_is_wrong_is_told(grader):
     pictures = drawn([wrong(row) for row in rows])
     grades = [(row, grader.grade(row, p)) for row, p in zip(rows, pictures, strict=True)]
     assert not any(grade["ground"] for _, grade in grades)
-    assert not any(grade.get("ink") or grade.get("number") for _, grade in grades)
+    assert not any(
+        grade.get("ink") or grade.get("colour") or grade.get("number") for _, grade in grades
+    )
     places = [grade["place"] for _, grade in grades if "place" in grade]
     assert sum(places) <= 0.2 * len(places)  # by that judge
 

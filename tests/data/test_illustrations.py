@@ -10,13 +10,24 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from koala.checkpoints.load import load_vae
 from koala.data.encoding import normalisation, to_pixels
 from koala.data.illustrations import art
-from koala.data.illustrations.concepts import Concept, plural, with_article
+from koala.data.illustrations.colours import BACKGROUNDS, INKS, named, oklab, repainted, srgb
+from koala.data.illustrations.concepts import (
+    OTHER_NAMES,
+    Concept,
+    base_concept,
+    plural,
+    with_article,
+)
+from koala.data.illustrations.everyday import NAMES, UNSEEN
 from koala.data.illustrations.pictures import PictureSet, prepare_pictures, render, shards_of
-from koala.data.illustrations.scenes import BACKGROUNDS, INKS, SMALL, Illustrations, plan
+from koala.data.illustrations.scenes import SMALL, Illustrations, known_words, plan
 from koala.data.index import Index
 from koala.data.latents import LatentSet
 from koala.data.prepare import encode_pictures, prepare
@@ -66,14 +77,15 @@ def test_scenes_show_what_they_say(rows):
     scenes = [r for r in rows if r.kind == "scene"]
     assert len(scenes) == TOY.scenes
     for row in scenes:
-        assert row.short.endswith(f"on a {row.background} background, {row.style}")
+        on = f" on {with_article(row.background)} background, {row.style}"
+        assert row.short.endswith(on) or row.background == "white"
         first = row.subject.split()[0]
         if first in numbers:
             assert len(row.layers) == numbers[first]
             assert len({la.name for la in row.layers}) == 1
         if " to the left of " in row.subject or " on the left and " in row.subject:
             assert row.layers[0].box[0] < row.layers[1].box[0]
-        if " to the right of " in row.subject:
+        if " to the right of " in row.subject or " on the right and " in row.subject:
             assert row.layers[0].box[0] > row.layers[1].box[0]
         if " above " in row.subject:
             assert row.layers[0].box[1] < row.layers[1].box[1]
@@ -91,11 +103,52 @@ def test_boxes_of_a_scene_do_not_overlap(rows):
                 assert ax >= bx + t or bx >= ax + s or ay >= by + t or by >= ay + s, row
 
 
+def test_painted_things_have_the_colour_that_they_say(rows):
+    painted = [r for r in rows if r.kind == "painted"]
+    assert len(painted) == TOY.painted
+    for row in painted:
+        ink = row.layers[0].ink
+        assert ink in row.short.split(), row
+        pixels = oklab(np.asarray(render(row, 32)).reshape(-1, 3) / 255)
+        drawn = pixels[np.linalg.norm(pixels - oklab(np.ones(3)), axis=1) > 0.1]
+        near = np.linalg.norm((drawn - named(ink))[:, 1:], axis=1) < 0.08  # hue and chroma
+        assert near.mean() > 0.3, row
+
+
+def test_a_repainted_drawing_keeps_its_shape_and_its_other_colours():
+    drawing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    drawing.paste((230, 120, 20, 255), (0, 0, 8, 6))  # the main colour
+    drawing.paste((30, 90, 200, 255), (0, 6, 8, 7))
+    turned = np.asarray(repainted(drawing, "green"))
+    before = np.asarray(drawing)
+    assert (turned[..., 3] == before[..., 3]).all()
+    assert np.abs(turned[6, :, :3].astype(int) - before[6, :, :3]).max() <= 1
+    goal = tuple(bytes.fromhex(INKS["green"][1:]))
+    assert np.abs(turned[:6, :, :3].astype(int) - goal).max() <= 1
+
+
+@given(st.lists(st.integers(0, 255), min_size=3, max_size=3))
+def test_oklab_is_undone(rgb):
+    assert np.abs(srgb(oklab(np.array(rgb) / 255)) * 255 - rgb).max() < 0.01
+
+
+def test_the_small_set_names_each_thing_once_and_says_what_it_has_seen(packages):
+    assert len(set(NAMES)) == len(NAMES)
+    assert set(UNSEEN) <= {base_concept(name) for name in NAMES}
+    others = [other for names in OTHER_NAMES.values() for other in names]
+    assert not set(others) & set(NAMES), "another thing's name"
+    drawn = {r.concept for r in plan(SMALL) if r.split == "train" and r.kind == "emoji"}
+    assert drawn
+    assert drawn <= set(known_words(SMALL)["things"])
+    assert not {base_concept(name) for name in known_words(SMALL)["things"]} & set(UNSEEN)
+
+
 def test_icons_have_the_ink_and_the_ground_that_they_say(rows):
     for row in [r for r in rows if r.kind == "icon"]:
         pixels = np.asarray(render(row, 32)).reshape(-1, 3)
         found = {tuple(p) for p in pixels.tolist()}
-        ink = INKS[next(word for word in row.subject.split() if word in INKS)]
+        ink = INKS[row.layers[0].ink]
+        assert row.layers[0].ink in row.subject.split()
         ground = BACKGROUNDS[row.background]
         for colour in (ink, ground):
             assert tuple(bytes.fromhex(colour[1:])) in found, row

@@ -4,7 +4,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -81,11 +81,13 @@ def drawing_of(art: str, hexcode: str, label: str) -> str | None:
     return slug if slug in _iconify(art)["icons"] else None
 
 
+@cache
 def names(art: str) -> list[str]:
     """All drawings of an iconify set, in order."""
     return sorted(_iconify(art)["icons"])
 
 
+@lru_cache(maxsize=4096)
 def picture(art: str, name: str, side: int, colour: str | None = None) -> Image.Image:
     """A drawing as RGBA, side x side pixels; `colour` (css) for sets of one colour."""
     import resvg_py

@@ -18,12 +18,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from koala.data.illustrations import art
-from koala.data.illustrations.scenes import BACKGROUNDS, Illustrations, Row, plan
+from koala.data.illustrations.colours import BACKGROUNDS, INKS, repainted
+from koala.data.illustrations.scenes import Illustrations, Layer, Row, plan
 from koala.errors import UserError
 from koala.utils.progress import progress
 
 SHARD = 256  # pictures: some five seconds of one core
-TEXT_COLUMNS = ("id", "kind", "concept", "style", "split", "subject", "short", "long")
+TEXT_COLUMNS = (
+    "id", "kind", "concept", "style", "split", "subject", "short", "long", "everyday",
+)  # fmt: skip
 NOTICE = "NOTICE.txt"
 
 
@@ -32,9 +35,17 @@ def render(row: Row, size: int) -> Image.Image:
     canvas = Image.new("RGBA", (size, size), BACKGROUNDS[row.background])
     for layer in row.layers:
         left, top, side = (round(size * share) for share in layer.box)
-        drawing = art.picture(layer.art, layer.name, side, layer.colour)
-        canvas.alpha_composite(drawing, (left, top))
+        canvas.alpha_composite(_drawn(layer, side), (left, top))
     return canvas.convert("RGB")
+
+
+def _drawn(layer: Layer, side: int) -> Image.Image:
+    """A layer's drawing as RGBA, in its ink where it has one."""
+    if layer.ink is None:
+        return art.picture(layer.art, layer.name, side)
+    if art.ART_SETS[layer.art].kind == "icon":
+        return art.picture(layer.art, layer.name, side, INKS[layer.ink])
+    return repainted(art.picture(layer.art, layer.name, side), layer.ink)
 
 
 def prepare_pictures(settings: Illustrations, out: Path, workers: int | None = None) -> int:

@@ -1,9 +1,10 @@
 """The illustration set, planned: every picture as a row that says what is drawn and how it is told.
 
-Four kinds. An *emoji* is one drawing on white; a *colour-icon* likewise; an *icon* is a drawing of
-one colour, which we choose; a *scene* is one to four emoji whose number, place and background we
-choose, so that its caption is true by construction. Planning draws nothing and depends on the
-settings alone; `koala.data.illustrations.pictures` renders.
+Five kinds. An *emoji* is one drawing on white; a *colour-icon* likewise; a *painted* emoji has its
+main colour turned to a named one; an *icon* is a drawing of one colour, which we choose; a *scene*
+is one to four emoji whose number, place, background and, in some, colour we choose. So the captions
+of the last three are true by construction. Planning draws nothing and depends on the settings
+alone; `koala.data.illustrations.pictures` renders.
 
 Splits: `test-concept` holds base concepts that no training picture shows; `test-pair` holds
 (concept, style) pairs whose concept and whose style are both seen in training, never together.
@@ -13,7 +14,9 @@ import random
 from dataclasses import dataclass, field
 
 from koala.data.illustrations import art
+from koala.data.illustrations.colours import BACKGROUNDS, INKS, OTHER_WORDS, apart
 from koala.data.illustrations.concepts import (
+    OTHER_NAMES,
     Concept,
     base_concept,
     concepts,
@@ -21,16 +24,8 @@ from koala.data.illustrations.concepts import (
     plural,
     with_article,
 )
+from koala.data.illustrations.everyday import NAMES, UNSEEN
 
-INKS = {  # colours of one-colour icons
-    "red": "#d92b2b", "orange": "#f08419", "yellow": "#f2c21a", "green": "#2f9e44",
-    "blue": "#2563d9", "purple": "#8338c9", "pink": "#ec5fa4", "brown": "#8a5a32",
-    "black": "#1c1c1c", "grey": "#868e96", "teal": "#11999e",
-}  # fmt: skip
-BACKGROUNDS = {
-    "white": "#ffffff", "pale yellow": "#fff4c2", "light blue": "#d5e8ff", "mint green": "#d8f5e3",
-    "light grey": "#e6e6e6", "pale pink": "#ffdfe8", "black": "#1a1a1a", "dark blue": "#22356f",
-}  # fmt: skip
 VARIANTS = {  # one-colour art: suffix of the icon's name -> the look in words
     "mdi": {"": "solid icon"},
     "tabler": {"": "outline icon", "-filled": "solid icon"},
@@ -38,11 +33,7 @@ VARIANTS = {  # one-colour art: suffix of the icon's name -> the look in words
     "game-icons": {"": "engraved icon"},
 }
 TRADEMARKS = {"apple", "windows"}  # icon names that are somebody's logo
-THINGS = (  # subgroups whose members make sense in a scene
-    "animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine",
-    "animal-bug", "food-fruit", "food-vegetable", "food-sweet", "plant-flower",
-    "transport-ground", "transport-air", "transport-water", "musical-instrument", "sport",
-)  # fmt: skip
+SCENERY = ("place-geographic", "place-building", "place-religious", "sky-weather", "place-map")
 OBJECTS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
@@ -56,30 +47,30 @@ class Illustrations:
     )
     groups: tuple[str, ...] = (*OBJECTS, "smileys-emotion", "people-body")
     leave_out: tuple[str, ...] = ("time", "hotel", "transport-sign")  # subgroups
+    names: tuple[str, ...] | None = None  # of concepts; None: all of these groups
     colour_icons: tuple[str, ...] = ("flat-color-icons", "icon-park", "streamline-color")
+    painted: int = 20_000
     icons: int = 12_000
-    scenes: int = 20_000
+    scenes: int = 40_000
     size: int = 128  # pixels a side
     test_concepts: float = 0.05  # share of base concepts held out
+    unseen: tuple[str, ...] = ()  # base concepts held out besides
     test_pairs: float = 0.5  # share of seen concepts of which one style is held out
     seed: int = 0
 
 
 SMALL = Illustrations(
     styles=("noto", "twemoji", "fluent-flat", "fluent-3d"),
-    groups=OBJECTS,
-    leave_out=(
-        "time", "hotel", "transport-sign", "award-medal", "place-map", "place-other", "game",
-        "arts-crafts", "sound", "music", "phone", "computer", "light-video", "book-paper", "money",
-        "mail", "writing", "office", "lock", "science", "medical", "household", "other-object",
-        "event", "dishware", "food-asian", "place-religious", "drink", "food-prepared", "sport",
-        "sky-weather", "clothing", "place-building", "place-geographic", "tool",
-    ),
+    groups=(*OBJECTS, "smileys-emotion"),
+    leave_out=(),
+    names=NAMES,
     colour_icons=(),
-    icons=1_500,
-    scenes=3_000,
-    test_pairs=0.8,
-)  # fmt: skip
+    painted=8_000,
+    icons=3_000,
+    scenes=16_000,
+    test_concepts=0.0,
+    unseen=UNSEEN,
+)
 
 
 @dataclass(frozen=True)
@@ -89,12 +80,12 @@ class Layer:
     art: str
     name: str
     box: tuple[float, float, float]
-    colour: str | None = None
+    ink: str | None = None  # that an icon has, and that an emoji's main colour is turned to
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture to be. `short` and `long` are its captions, `subject` the bare thing."""
+    """One picture to be. `subject` is the bare thing; `everyday` says it as people type it."""
 
     id: str
     kind: str
@@ -104,6 +95,7 @@ class Row:
     subject: str
     short: str
     long: str
+    everyday: str
     background: str
     layers: tuple[Layer, ...] = field(repr=False)
 
@@ -123,18 +115,68 @@ STACKED = [(0.27, 0.04, 0.45), (0.27, 0.51, 0.45)]
 def plan(settings: Illustrations) -> list[Row]:
     """All rows of the set, in an order and with ids that depend on the settings alone."""
     chosen = [
-        c for c in concepts() if c.group in settings.groups and c.subgroup not in settings.leave_out
+        c
+        for c in concepts()
+        if c.group in settings.groups
+        and c.subgroup not in settings.leave_out
+        and (settings.names is None or c.name in settings.names)
     ]
     emoji = _emoji(settings, chosen)
     seen = {(r.concept, r.layers[0].art) for r in emoji if r.split == "train"}
     rows = emoji + _colour_icons(settings)
+    rows += _painted(settings, chosen, seen)
     rows += _icons(settings, chosen)
-    rows += _scenes(settings, [c for c in chosen if c.subgroup in THINGS], seen)
+    rows += _scenes(settings, [c for c in chosen if c.subgroup not in SCENERY], seen)
     return rows
 
 
+def known_words(settings: Illustrations) -> dict[str, list[str]]:
+    """What a model of the set has been shown, as a person would say it: by kind, in order."""
+    shown = {c.name for c in concepts() if c.key not in settings.unseen}
+    return {
+        "things": [name for name in settings.names or () if name in shown],
+        "styles": [
+            *(art.ART_SETS[s].style for s in settings.styles),
+            *dict.fromkeys(style for v in VARIANTS.values() for style in v.values()),
+        ],
+        "colours": [*INKS],
+        "backgrounds": [*BACKGROUNDS],
+        "numbers": ["one", *NUMBERS.values()],
+        "places": ["to the left of", "to the right of", "above", "below", "next to", "and"],
+    }
+
+
 def _split_of_concept(settings: Illustrations, key: str) -> str:
-    return "test-concept" if hashed("concept", key) < settings.test_concepts else "train"
+    held = key in settings.unseen or hashed("concept", key) < settings.test_concepts
+    return "test-concept" if held else "train"
+
+
+def _everyday(word: str, style: str, *seed: object) -> str:
+    """A thing under one of its names, in one of the ways in which people ask for it."""
+    look = style.replace(" fluent", "") if hashed("look", *seed) < 0.5 else style
+    name = _one_of([word, *OTHER_NAMES.get(word, ())], "name", *seed)
+    subject = with_article(name)
+    return _one_of(
+        [
+            name,
+            f"{name}, {look}",
+            f"{name} emoji",
+            f"emoji of {subject}",
+            f"{subject}, emoji",
+            f"cute {name}",
+            f"{subject} in {look}",
+            f"a picture of {subject}",
+            f"{look} {name}" if look.endswith("style") else f"{name} {look}",
+            subject,
+            f"{subject}, {look}",
+            f"{subject} on a white background",
+        ],
+        "form", *seed,
+    )  # fmt: skip
+
+
+def _one_of(choices: list[str], *seed: object) -> str:
+    return choices[int(hashed(*seed) * len(choices))]
 
 
 def _emoji(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
@@ -158,6 +200,7 @@ def _emoji(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
                     subject=c.subject,
                     short=f"{c.subject}, {style}",
                     long=f"{words}, {style}, white background",
+                    everyday=_everyday(c.name, style, s, c.hexcode),
                     background="white",
                     layers=(Layer(s, name, FULL),),
                 )
@@ -182,6 +225,7 @@ def _colour_icons(settings: Illustrations) -> list[Row]:
                     subject=subject,
                     short=f"{subject}, {style}",
                     long=f"{_an(style)} of {subject}, white background",
+                    everyday=f"{words} icon",
                     background="white",
                     layers=(Layer(s, name, FULL),),
                 )
@@ -193,28 +237,64 @@ def _an(style: str) -> str:
     return with_article(style)
 
 
+def _painted(
+    settings: Illustrations, chosen: list[Concept], seen: set[tuple[str, str]]
+) -> list[Row]:
+    """Emoji on white with their main colour turned to a named one, drawn from all there can be."""
+    drawings = [(c, s) for c in chosen for s in settings.styles if (c.name, s) in seen]
+    rng = random.Random(settings.seed + 2)
+    colours = [ink for ink in INKS if apart(ink, "white")]
+    pairs = [(c, s, ink) for c, s in drawings for ink in colours if _other(c, ink)]
+    rows = []
+    for n, (c, s, ink) in enumerate(rng.sample(pairs, min(settings.painted, len(pairs)))):
+        style = art.ART_SETS[s].style
+        word = _one_of([ink, ink, *OTHER_WORDS.get(ink, ())], "ink", c.name, s, ink)
+        subject = with_article(f"{ink} {c.thing}")
+        rows.append(
+            Row(
+                id=f"painted-{n:06d}",
+                kind="painted",
+                concept=c.name,
+                style=style,
+                split="train",
+                subject=subject,
+                short=f"{subject}, {style}",
+                long=f"{subject}, {style}, white background",
+                everyday=_everyday(f"{word} {c.thing}", style, s, c.name, ink),
+                background="white",
+                layers=(Layer(s, art.drawing_of(s, c.hexcode, c.label) or "", FULL, ink),),
+            )
+        )
+    return rows
+
+
+def _other(c: Concept, ink: str) -> bool:
+    """Whether the drawing of a concept is not of this colour by name ("green apple")."""
+    return not c.name.startswith(f"{ink} ")
+
+
 def _icons(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
     """One-colour drawings of the same concepts, in inks and on backgrounds drawn at random."""
     drawings = []
+    present = {s: frozenset(art.names(s)) for s in VARIANTS}
     for c in chosen:
         if _split_of_concept(settings, c.key) != "train" or c.name.split()[0] in INKS:
             continue
         wanted = c.key.replace(" ", "-").lower()
         for s, variants in VARIANTS.items():
-            present = set(art.names(s))
             drawings += [
                 (c, s, wanted + suffix, style)
                 for suffix, style in variants.items()
-                if wanted + suffix in present and not (s == "mdi" and wanted in TRADEMARKS)
+                if wanted + suffix in present[s] and not (s == "mdi" and wanted in TRADEMARKS)
             ]
     rng = random.Random(settings.seed)
     rows = []
     for n in range(settings.icons if drawings else 0):
         c, s, name, style = drawings[n % len(drawings)]
         ink = rng.choice([*INKS])
-        background = rng.choice([b for b in BACKGROUNDS if _apart(ink, b)])
+        background = rng.choice([b for b in BACKGROUNDS if apart(ink, b)])
         if rng.random() < 0.4:
-            background = "white" if _apart(ink, "white") else background
+            background = "white" if apart(ink, "white") else background
         subject = with_article(f"{ink} {c.key}")
         on = "" if background == "white" else f" on a {background} background"
         long = f"{_an(style)} of {subject}, one colour, on a {background} background"
@@ -228,19 +308,12 @@ def _icons(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
                 subject=subject + on,
                 short=f"{subject}{on}, {style}",
                 long=long,
+                everyday=f"{ink} {c.key} icon{on}",
                 background=background,
-                layers=(Layer(s, name, (0.12, 0.12, 0.76), INKS[ink]),),
+                layers=(Layer(s, name, (0.12, 0.12, 0.76), ink),),
             )
         )
     return rows
-
-
-def _apart(ink: str, background: str) -> bool:
-    """Whether one can see this ink on this background."""
-    dark_ground = background in {"black", "dark blue"}
-    if dark_ground:
-        return ink in {"red", "orange", "yellow", "green", "pink", "teal"}
-    return not (ink == "yellow" and background in {"white", "pale yellow"})
 
 
 def _scenes(
@@ -248,35 +321,41 @@ def _scenes(
 ) -> list[Row]:
     rng = random.Random(settings.seed + 1)
     by_style = {s: [c for c in things if (c.name, s) in seen] for s in settings.styles}
+    styles = [s for s in settings.styles if len(by_style[s]) > 1]
     rows = []
-    for n in range(settings.scenes if things else 0):
-        s = rng.choice([s for s in settings.styles if len(by_style[s]) > 1])
-        one, other = rng.sample(by_style[s], 2)
-        background = rng.choice([*BACKGROUNDS])
+    for n in range(settings.scenes if styles else 0):
+        s = rng.choice(styles)
+        background = "white" if rng.random() < 0.15 else rng.choice([*BACKGROUNDS])
+        one, other = (_Thing.drawn(c, background, rng) for c in rng.sample(by_style[s], 2))
         form = rng.random()
         if form < 0.25:
-            subject, drawn, boxes = one.subject, [one], PLACES[1]
-        elif form < 0.6:
+            subject = f"one {one.name}" if rng.random() < 0.2 else one.subject
+            drawn, boxes = [one], PLACES[1]
+        elif form < 0.55:
             count = rng.choice([*NUMBERS])
             subject, drawn = f"{NUMBERS[count]} {plural(one.name)}", [one] * count
             boxes = PLACES[count] if count > 2 or rng.random() < 0.7 else STACKED
         else:
             subject, drawn, boxes = _pair(rng, one, other)
-        on = f" on a {background} background"
+        bare = background == "white" and rng.random() < 0.5
+        on = "" if bare else f" on {with_article(background)} background"
         style = art.ART_SETS[s].style
-        names = [art.drawing_of(s, c.hexcode, c.label) for c in drawn]
-        layers = tuple(Layer(s, name or "", box) for name, box in zip(names, boxes, strict=True))
+        layers = tuple(
+            Layer(s, art.drawing_of(s, t.concept.hexcode, t.concept.label) or "", box, t.ink)
+            for t, box in zip(drawn, boxes, strict=True)
+        )
         rows.append(
             Row(
                 id=f"scene-{n:06d}",
                 kind="scene",
-                concept=" + ".join(dict.fromkeys(c.name for c in drawn)),
+                concept=" + ".join(dict.fromkeys(t.concept.name for t in drawn)),
                 style=style,
                 split="train",
                 subject=subject + on,
                 short=f"{subject}{on}, {style}",
                 long=f"a simple picture of {subject}, {style}, with a plain {background} "
                 "background",
+                everyday=f"{subject}, {background} background",
                 background=background,
                 layers=layers,
             )
@@ -284,13 +363,35 @@ def _scenes(
     return rows
 
 
-def _pair(rng: random.Random, one: Concept, other: Concept):
+@dataclass(frozen=True)
+class _Thing:
+    """What stands in a scene: a concept, in its own colours or in one that is named."""
+
+    concept: Concept
+    ink: str | None
+
+    @classmethod
+    def drawn(cls, concept: Concept, background: str, rng: random.Random) -> "_Thing":
+        inks = [ink for ink in INKS if apart(ink, background) and _other(concept, ink)]
+        return cls(concept, rng.choice(inks) if rng.random() < 0.35 else None)
+
+    @property
+    def name(self) -> str:
+        return f"{self.ink} {self.concept.thing}" if self.ink else self.concept.name
+
+    @property
+    def subject(self) -> str:
+        return with_article(self.name)
+
+
+def _pair(rng: random.Random, one: _Thing, other: _Thing):
     """Two different things: how it is said, what is drawn, and where."""
     a, b = one.subject, other.subject
     said, boxes = rng.choice(
         [
             (f"{a} to the left of {b}", BESIDE),
             (f"{a} on the left and {b} on the right", BESIDE),
+            (f"{a} on the right and {b} on the left", BESIDE[::-1]),
             (f"{a} next to {b}", BESIDE),
             (f"{a} and {b}", BESIDE),
             (f"{a} to the right of {b}", BESIDE[::-1]),

@@ -37,7 +37,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         ) from None
     from koala.generation.runtime.compile import ROWS
     from koala.serving.app import create_app
-    from koala.serving.jobs.database import Store
+    from koala.serving.jobs.database import Database
     from koala.serving.service import Service
 
     check(options)
@@ -46,11 +46,11 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             f"warning: whoever reaches {options.host} can draw with this server: "
             "give --api-key-file"
         )
-    with _bound(options) as listening, contextlib.closing(Store(options.data)) as store:
+    with _bound(options) as listening, contextlib.closing(Database(options.data)) as database:
         pipeline, options = loaded(options, say)
         sizes = ROWS if options.compile or options.graphs else ()
         service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
-        app = create_app(service, store, options)
+        app = create_app(service, database, options)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False,
             timeout_graceful_shutdown=CONNECTIONS_END,
@@ -65,10 +65,10 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
 
 def check(options: Options) -> None:
     """UserError for options that do not go together or name what is not there."""
-    from koala.serving.security import Keys
+    from koala.serving.security import ApiKeys
 
     if options.api_key_file is not None:
-        Keys.read(options.api_key_file)
+        ApiKeys.read(options.api_key_file)
     if options.lora_dir is not None:
         if not options.lora_dir.is_dir():
             raise UserError(f"--lora-dir {options.lora_dir} is no folder: name the LoRAs' one")

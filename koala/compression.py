@@ -22,7 +22,7 @@ from koala.architectures import (
 )
 from koala.contents import Contents, as_file, write_folder
 from koala.conversion import read_model
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 from koala.output import check_new, new_folder
 from koala.weights import float_dtype
 
@@ -101,7 +101,7 @@ def block_map(
     `student` is no cut of `teacher`.
     """
     if depth_rule not in DEPTH_RULES:
-        raise UserError(f"unknown depth rule {depth_rule!r}; choose {', '.join(DEPTH_RULES)}")
+        raise unknown("depth rule", depth_rule, DEPTH_RULES)
     if len(student.depths) != len(teacher.depths):
         raise UserError(f"{student.name} and {teacher.name} have different numbers of stages")
     _check_pair(teacher, student)

@@ -15,7 +15,7 @@ from pathlib import Path
 from koala import card, formats, single_file
 from koala.architectures import parameters
 from koala.contents import Contents, from_folder, write_folder
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 from koala.output import check_new, new_folder
 from koala.packages import cache_folder
 from koala.weights import float_dtype
@@ -64,7 +64,7 @@ def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = Non
     cannot be written; `Failure` if the disk is full.
     """
     if to not in TARGETS:
-        raise UserError(f"unknown format {to!r}; choose one of {', '.join(TARGETS)}")
+        raise unknown("format", to, TARGETS)
     out, kind = Path(out).expanduser(), float_dtype(dtype)
     if to == "single-file" and out.suffix != ".safetensors":
         raise UserError(f"a single file must be called something.safetensors, not {out.name}")

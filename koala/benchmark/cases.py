@@ -9,7 +9,7 @@ PixArt is another kind of model and left out.
 
 from dataclasses import dataclass
 
-from koala.errors import UserError
+from koala.errors import unknown
 
 CARDS = ("3060Ti 8 GB", "2080Ti 11 GB", "4090 24 GB")
 BUDGETS = (8, 11, 24)  # GB of the three
@@ -53,5 +53,5 @@ CASES = {row[0]: Case(*row[:5], published=row[5:]) for row in _ROWS}
 def get(name: str) -> Case:
     """The case of that name; `UserError` lists the names."""
     if name not in CASES:
-        raise UserError(f"unknown case {name!r}; known are {', '.join(CASES)}")
+        raise unknown("case", name, CASES)
     return CASES[name]

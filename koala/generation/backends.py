@@ -26,7 +26,7 @@ from torch import Tensor
 import koala
 from koala.conditioning import time_ids
 from koala.device import free_bytes
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 from koala.generation import openvino, speed
 from koala.generation.decode import Decode, full
 from koala.generation.denoise import Condition, Predict, evaluate, predictor
@@ -72,7 +72,7 @@ def choose(
     too large for this machine; "auto" and "fastest" leave it out then.
     """
     if asked is not None and asked not in BACKENDS:
-        raise UserError(f"back end {asked!r}: allowed are {', '.join(BACKENDS)}")
+        raise unknown("back end", asked, BACKENDS)
     if asked in (*EXACT, *ROUNDED):
         if reason := _lacking(asked, unet, samples):
             raise UserError(f"back end {asked!r}: {reason}")
@@ -223,7 +223,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """fp32, fp16 or bf16 as PyTorch's; UserError for any other name."""
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if name not in dtypes:
-        raise UserError(f"dtype {name!r}: allowed are {', '.join(dtypes)}")
+        raise unknown("dtype", name, dtypes)
     return dtypes[name]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from koala.device import sent
-from koala.errors import UserError
+from koala.errors import unknown
 from koala.generation.schedule import Schedule
 
 
@@ -164,5 +164,5 @@ BY_NAME = {sampler.name: sampler for sampler in SAMPLERS.values()}
 def get(name: str) -> type[Sampler]:
     """The sampler of a name. UserError with the list for one that is not there."""
     if name not in SAMPLERS:
-        raise UserError(f"scheduler {name!r} is not there: allowed are {', '.join(SAMPLERS)}")
+        raise unknown("scheduler", name, SAMPLERS)
     return SAMPLERS[name]

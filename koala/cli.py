@@ -168,13 +168,13 @@ def _run_generate(o: argparse.Namespace) -> None:
     def say(line: str) -> None:
         print(f"koala: {line}", file=sys.stderr)
 
-    check_writable(o.out)
+    check_writable(o.out, len(o.prompt) * o.number)
     planned = any((o.vram, o.weights, o.decode, o.tiny_vae))
     if planned:
         pipeline = _planned(o, say)
     else:
         pipeline = load(o.model, o.device)
-        for file, scale in map(checks.lora, o.lora):
+        for file, scale in checks.loras(o.lora).items():
             say(pipeline.add_lora(file, scale, merged=True).line())
     requests = pipeline.requests(
         o.prompt, negative_prompt=o.negative, steps=o.steps, guidance=o.guidance,
@@ -198,7 +198,7 @@ def _planned(o: argparse.Namespace, say: Callable[[str], None]) -> "Pipeline":
     """A pipeline that draws by a memory plan, which is printed."""
     from koala.generation import checks
     from koala.generation.arrangement import load_within
-    from koala.generation.images import open_picture
+    from koala.generation.image_files import open_picture
 
     for option in ("backend", "compile", "graphs"):
         if getattr(o, option):
@@ -209,7 +209,7 @@ def _planned(o: argparse.Namespace, say: Callable[[str], None]) -> "Pipeline":
     size = open_picture(o.image).size if o.image and not o.size else o.size
     pipeline, plan = load_within(
         o.model, o.device, o.vram or "free", size=size, pictures=len(o.prompt) * o.number,
-        weights=o.weights, decode=o.decode, tiny=o.tiny_vae, lora=dict(map(checks.lora, o.lora)),
+        weights=o.weights, decode=o.decode, tiny=o.tiny_vae, lora=checks.loras(o.lora),
         given=o.image is not None, say=say,
     )  # fmt: skip
     print(plan.table(), file=sys.stderr)

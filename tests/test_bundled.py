@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 import koala
 from koala import architectures
 from koala.formats import BUNDLED, WEIGHTS, load_unet, weights_files
-from koala.generation.samplers import Noise
+from koala.generation.noise import Noise
 
 ROOT = Path(__file__).parent.parent
 FOLDER = BUNDLED / "koala-mini"

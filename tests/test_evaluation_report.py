@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from koala.data.pictures import PictureSet
 from koala.errors import UserError
-from koala.evaluation import Report, evaluate
 from koala.evaluation.grid import picture_grid
-from koala.evaluation.report import REAL, choose
-from koala.evaluation.table import Row
+from koala.evaluation.report import REAL, choose, evaluate
+from koala.evaluation.table import Report, Row
 from toy import toy_pipeline
 
 STYLES = ("round", "square", "flat")

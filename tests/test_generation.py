@@ -12,7 +12,7 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load
 from koala.generation.denoise import evaluate
-from koala.generation.samplers import Noise
+from koala.generation.noise import Noise
 from koala.generation.schedule import trailing
 from toy import toy_pipeline, toy_scheduler
 

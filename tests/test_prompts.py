@@ -14,7 +14,8 @@ from koala.conditioning import TextConditioner
 from koala.errors import UserError
 from koala.formats import load_text
 from koala.generation import load
-from koala.generation.prompts import Fragment, encode, padded, parse
+from koala.generation.prompt_syntax import Fragment, parse
+from koala.generation.prompts import encode, padded
 from toy import TEXT_WIDTHS, TOKENS, toy_pipeline
 
 LONG = "a red fox, two green apples and an owl on a table under three very old trees, noto style"

@@ -23,7 +23,7 @@ from koala.generation.decode import Decode, full, load_tiny, tiled, tiny
 from koala.generation.denoise import predictor
 from koala.generation.engine import PIXELS_AT_ONCE
 from koala.generation.images import encode_picture
-from koala.generation.memory import GIB, Plan, Planner, budget_of
+from koala.generation.memory import GIB, Plan, Planner
 from koala.generation.pipeline import Pipeline, load
 from koala.generation.quantise import quantise
 from koala.generation.streaming import Resident, Streaming, Turns, Visiting, Visitor
@@ -149,10 +149,10 @@ def load_within(
     LoRAs, and of a plan that had to be left. UserError where nothing fits, and as in
     `koala.generation.pipeline.load`.
     """
-    budget = None if vram == "free" else budget_of(vram)
+    budget = checks.budget(vram)
     folder, place = resolve_model(model), pick_device(device)
     native = unet_architecture(folder).sample * FACTOR
-    width, height = checks.size(size, native, FACTOR)
+    width, height = (native, native) if size is None else checks.size(size)
     at_once = max(1, min(pictures, PIXELS_AT_ONCE // (width * height)))
     planner = Planner(folder, place, (width, height), at_once, weights, decode, tiny, given)
     plan = planner.choose(budget)

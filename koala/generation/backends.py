@@ -27,7 +27,8 @@ import koala
 from koala.conditioning import time_ids
 from koala.device import free_bytes
 from koala.errors import UserError, unknown
-from koala.generation import openvino, speed
+from koala.generation import checks, openvino, speed
+from koala.generation.checks import EXACT, ROUNDED
 from koala.generation.decode import Decode, full
 from koala.generation.denoise import Condition, Predict, evaluate, predictor
 from koala.generation.openvino import Calibration, Sample
@@ -38,9 +39,6 @@ from koala.processor import has_bf16, name
 if TYPE_CHECKING:
     from koala.generation.pipeline import Pipeline
 
-EXACT = ("torch", "openvino")
-ROUNDED = ("torch-bf16", "openvino-bf16", "openvino-int8")
-BACKENDS = (*EXACT, *ROUNDED, "auto", "fastest")
 CALIBRATION = ("a fox, noto style", "two green apples on a light blue background")
 _RUNS = 5  # timed evaluations of each; the middle one counts
 _MARGIN = 1.1  # another back end must be this much faster, or PyTorch stays
@@ -71,8 +69,7 @@ def choose(
     UserError for a back end that is unknown, not installed or not for this device or dtype, or
     too large for this machine; "auto" and "fastest" leave it out then.
     """
-    if asked is not None and asked not in BACKENDS:
-        raise unknown("back end", asked, BACKENDS)
+    checks.runtime(asked, False, False)
     if asked in (*EXACT, *ROUNDED):
         if reason := _lacking(asked, unet, samples):
             raise UserError(f"back end {asked!r}: {reason}")
@@ -260,9 +257,7 @@ def equip(
     replays evaluations from CUDA graphs; both are PyTorch's. `say` is told what was chosen and
     why. To be called when every LoRA has been merged. UserError for what does not go together.
     """
-    if (compiled or graphs) and backend not in (None, "torch"):
-        asked = "--compile" if compiled else "--graphs"
-        raise UserError(f"{asked} is PyTorch's: it does not go with --backend {backend}")
+    checks.runtime(backend, compiled, graphs)
     if not (compiled or graphs):
         samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
         chosen = choose(pipeline.unet, pipeline.vae, backend, samples)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from koala import architectures, ldm, unet_layout
@@ -185,6 +186,12 @@ def base_named(name: str) -> Base:
             f"{name} is known as an architecture only, and its text encoders vary; "
             "name the folder of a model"
         )
-    folder = formats.resolve_model(name)
+    return base_of(formats.resolve_model(name))
+
+
+def base_of(folder: Path) -> Base:
+    """What a LoRA for the model of a checked folder is for."""
+    from koala import formats
+
     unet, text, text_2 = (formats.read_json(folder / part / "config.json") for part in PARTS)
     return Base.from_configs(unet, text, text_2)

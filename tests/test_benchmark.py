@@ -13,8 +13,8 @@ from benchmarks import cpu, gpu, gpu_drawing
 from benchmarks.gpu_run import Section
 from koala import architectures
 from koala.benchmark import measure
-from koala.benchmark.cases import CARDS, CASES, get
-from koala.benchmark.models import Subject, build, subject
+from koala.benchmark.cases import CARDS, CASES, Subject, get, subject
+from koala.benchmark.models import build
 from koala.benchmark.report import Report, Row
 from koala.benchmark.run import benchmark, picture_flops
 from koala.cli import main

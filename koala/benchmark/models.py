@@ -5,9 +5,6 @@ output says which rows had random ones. Random pipelines are built on the device
 precision asked for, with the published text encoders' and VAE's configurations.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -19,9 +16,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from koala import architectures
-from koala.benchmark.cases import CASES, Case
+from koala.benchmark.cases import Subject
 from koala.conditioning import TextConditioner
-from koala.formats import BUNDLED, resolve_model, unet_architecture
+from koala.formats import BUNDLED
 from koala.generation.pipeline import Pipeline, load
 
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
@@ -44,30 +41,6 @@ _VAE = {
     "force_upcast": False,  # as in the VAE that was made for fp16, which KOALA ships
 }
 _SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model, how it is asked to draw, and whether its weights are random."""
-
-    case: Case
-    random: bool
-    folder: Path | None = None
-
-
-def subject(name: str) -> Subject:
-    """A case of the published table, or a model: bundled name, folder, Hub id.
-
-    Of one's own model the native size is drawn, in 10 steps with guidance 3.5. UserError for
-    what is neither.
-    """
-    if name in CASES:
-        return Subject(CASES[name], random=True)
-    folder = resolve_model(name)
-    arch = unet_architecture(folder)
-    pixels = arch.sample * architectures.FACTOR
-    label = folder.name if Path(name).exists() else name
-    return Subject(Case(label, arch.name, pixels, 10, 3.5), random=False, folder=folder)
 
 
 def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline:

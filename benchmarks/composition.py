@@ -32,8 +32,9 @@ import torch
 from PIL import Image, ImageColor
 from torch import Tensor, nn
 
-from koala.data.concepts import with_article
-from koala.data.illustrations import (
+from koala.data.illustrations.concepts import with_article
+from koala.data.illustrations.pictures import PictureSet, render, settings_of
+from koala.data.illustrations.scenes import (
     BACKGROUNDS,
     BESIDE,
     INKS,
@@ -43,14 +44,13 @@ from koala.data.illustrations import (
     Row,
     plan,
 )
-from koala.data.pictures import PictureSet, render, settings_of
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.judge import Judge
 from koala.evaluation.report import Sentences, choose, yardstick_of
 from koala.generation import load
-from koala.processor import hardware
-from koala.sentence import SentenceEncoder
-from koala.sheet import contact_sheet
+from koala.mini.sentence_encoder import SentenceEncoder
+from koala.utils.contact_sheet import contact_sheet
+from koala.utils.device import hardware
 
 OTHER_SEED = 1  # of the plan; the training's is 0
 PROMPTS = {"ink": 30, "number": 30, "place": 40}

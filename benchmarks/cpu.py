@@ -35,12 +35,12 @@ from koala.benchmark.cases import subject
 from koala.benchmark.measure import GB, peak_bytes
 from koala.benchmark.models import build, stock
 from koala.benchmark.run import benchmark
-from koala.generation.arrangement import load_within
-from koala.generation.backends import equip
 from koala.generation.decode import TINY
+from koala.generation.memory.placement import load_within
 from koala.generation.pipeline import load
-from koala.output import check_new, new_file
-from koala.processor import hardware, has_bf16
+from koala.generation.runtime.backends import equip
+from koala.utils.atomic import check_new, new_file
+from koala.utils.device import hardware, has_bf16
 
 CASE = "koala-turbo-700m"
 STOCK = "diffusers fp32"

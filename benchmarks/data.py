@@ -29,15 +29,15 @@ import torch
 from fsspec.spec import AbstractFileSystem
 from PIL import Image
 
-from koala import weights
-from koala.data import near
+from koala.checkpoints import tensors
+from koala.checkpoints.bundled import BUNDLED
+from koala.data import shard_cache
 from koala.data.buckets import buckets
 from koala.data.encoding import encoder_hash
 from koala.data.items import Item
 from koala.data.latents import LatentSet
-from koala.data.samples import Preparation, Sample, sample_of
+from koala.data.preprocess import Preparation, Sample, sample_of
 from koala.data.shards import INDEX, Summary, index_schema, shard_name, write_table
-from koala.formats import BUNDLED
 
 MODEL = BUNDLED / "koala-mini"  # whose VAE the folders name
 UNIT = 4096
@@ -86,7 +86,7 @@ def make(folder: Path, rows: int, size: int, latent: tuple[int, int, int] | None
 def _shard(path: Path, rows: int, shape: tuple[int, int, int]) -> None:
     noise = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     content = noise.view(torch.uint8).numpy().tobytes()
-    weights.write(
+    tensors.write(
         path, dict.fromkeys(("mean", "deviation"), ("BF16", noise.shape)), lambda _: content
     )
 
@@ -209,8 +209,8 @@ def remote(batches: int = 1200, faster: float = 2.0) -> dict[str, Any]:
     figures: dict[str, Any] = {"faster": faster, "batches": batches, "wanted_per_s": 800}
     with tempfile.TemporaryDirectory() as scratch:
         make(Path(scratch) / "data", 64 * UNIT, 512, (4, 8, 8))
-        for way, ahead in (("64 batches ahead", near.FAR_AHEAD), ("when they are read", 1)):
-            near.FAR_AHEAD = ahead
+        for way, ahead in (("64 batches ahead", shard_cache.FAR_AHEAD), ("when they are read", 1)):
+            shard_cache.FAR_AHEAD = ahead
             data, waits = LatentSet(f"slow://{scratch}/data", MODEL, window=16), []
             SlowFiles.fetched = 0
             for n in range(batches):
@@ -261,7 +261,7 @@ def encoding(side: int = 512) -> dict[str, float]:
 
 
 def main() -> None:
-    from koala.processor import hardware
+    from koala.utils.device import hardware
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("index", "loader", "remote", "reading", "encoding"))

@@ -21,16 +21,15 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from koala import architectures
-from koala.architectures import student_of
+from koala.architectures.layout import parameters
+from koala.architectures.table import get, student_of
 from koala.distillation.ema import EMA
-from koala.distillation.noising import generators_at
+from koala.distillation.forward_process import generators_at
 from koala.distillation.optimizers import new_optimizer
 from koala.distillation.parallel import World, lay_out
 from koala.distillation.settings import Hardware, Training
 from koala.distillation.taps import regions
 from koala.distillation.tasks import DistillationSettings
-from koala.processor import hardware
 from koala.recipes.memory import (
     OVERHEAD,
     Plan,
@@ -42,16 +41,17 @@ from koala.recipes.memory import (
     device_memory,
     task_of,
 )
+from koala.utils.device import hardware
 
-SDXL = architectures.get("sdxl")
+SDXL = get("sdxl")
 QUARTER = replace(SDXL, name="a quarter of SDXL's width", widths=(80, 160, 320), heads=(2, 4, 8),
                   context=512, pooled=320, groups=16)  # fmt: skip
 HALF = replace(SDXL, name="half of SDXL's width", widths=(160, 320, 640), heads=(5, 10, 20),
                context=1024, pooled=640)  # fmt: skip
 PARTS, AGAIN = Hardware(accumulate=2), Hardware(checkpointing=True)
 CASES = {  # teacher, student's cut, pixels, samples a step, hardware
-    "mini": (architectures.get("sdxl-mini"), "koala-700m", 128, 8, Hardware()),
-    "mini-1b": (architectures.get("sdxl-mini"), "koala-1b", 128, 8, PARTS),
+    "mini": (get("sdxl-mini"), "koala-700m", 128, 8, Hardware()),
+    "mini-1b": (get("sdxl-mini"), "koala-1b", 128, 8, PARTS),
     "quarter": (QUARTER, "koala-700m", 512, 4, Hardware()),
     "quarter-1b": (QUARTER, "koala-1b", 512, 2, PARTS),
     "quarter-again": (QUARTER, "koala-700m", 512, 4, AGAIN),
@@ -157,8 +157,8 @@ def main() -> None:
     figures = {
         "command": f"python -m benchmarks.dry_run {name}",
         "hardware": hardware(),
-        "teacher": f"{teacher.name}, {architectures.parameters(teacher):,} parameters",
-        "student": f"{cut}, {architectures.parameters(student_of(teacher, cut)):,} parameters",
+        "teacher": f"{teacher.name}, {parameters(teacher):,} parameters",
+        "student": f"{cut}, {parameters(student_of(teacher, cut)):,} parameters",
         "pixels": pixels,
         "samples": f"{batch} in {machine.accumulate}",
         "checkpointing": machine.checkpointing,

@@ -21,19 +21,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.data.pictures import PictureSet
+from koala.checkpoints.resolve import resolve_model
+from koala.data.illustrations.pictures import PictureSet
 from koala.errors import Failure, UserError
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.judge import Judge
 from koala.evaluation.report import Yardstick, choose, hardware, yardstick_of
-from koala.formats import resolve_model
-from koala.generation.arrangement import load_within
-from koala.generation.backends import equip
 from koala.generation.decode import TINY
+from koala.generation.memory.placement import load_within
 from koala.generation.pipeline import Pipeline, load
-from koala.output import new_folder
-from koala.progress import progress
-from koala.sentence import SentenceEncoder
+from koala.generation.runtime.backends import equip
+from koala.mini.sentence_encoder import SentenceEncoder
+from koala.utils.atomic import new_folder
+from koala.utils.progress import progress
 
 EXACT = "fp32"
 MOST_LOST = 0.02  # of R@5

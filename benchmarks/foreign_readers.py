@@ -7,8 +7,9 @@
 sgm is the code that SDXL was published with, and has no package; its U-Net and VAE load our file,
 strictly, and must draw what diffusers draws from our folder (it cannot build a U-Net without a
 middle block, as KOALA-700M's). sd-mecha, a merger of models, brings its own list of the tensors of
-SDXL's file, which must be ours. diffusers' reader is part of the tests (`tests/test_conversion.py`,
-`tests/test_ldm.py`). The result goes to `foreign_readers.json` beside this file.
+SDXL's file, which must be ours. diffusers' reader is part of the tests
+(`tests/checkpoints/test_convert.py`, `tests/checkpoints/test_ldm_keys.py`). The result goes to
+`foreign_readers.json` beside this file.
 """
 
 import argparse
@@ -25,9 +26,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from koala import architectures, ldm
-from koala.conversion import convert
-from test_conversion import published
+from koala.architectures.config import from_unet_config, unet_config
+from koala.architectures.table import get
+from koala.checkpoints import ldm_keys
+from koala.checkpoints.convert import convert
+from published import published
 from toy import TEXT_WIDTHS, TIME_EMBED, TOKENS, toy_pipeline
 
 BOUND = 1e-5  # of the largest value, float32
@@ -63,11 +66,11 @@ def pipeline_of(name: str, folder: Path) -> Path:
     """A random pipeline with a known U-Net, as narrow as sgm's norms of 32 groups allow."""
     torch.manual_seed(0)
     arch = replace(
-        architectures.get(name), widths=(32, 64, 128), heads=(1, 2, 4), groups=32,
+        get(name), widths=(32, 64, 128), heads=(1, 2, 4), groups=32,
         context=sum(TEXT_WIDTHS), pooled=TEXT_WIDTHS[1], time_ids=TIME_EMBED,
     )  # fmt: skip
     toy_pipeline(folder)
-    UNet2DConditionModel(**architectures.unet_config(arch)).save_pretrained(folder / "unet")
+    UNet2DConditionModel(**unet_config(arch)).save_pretrained(folder / "unet")
     AutoencoderKL(
         block_out_channels=(32, 32, 64, 64), layers_per_block=2, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -82,11 +85,11 @@ def sgm(checkout: Path, name: str, work: Path) -> dict[str, float]:
     tensors = load_file(convert(folder, "single-file", work / f"{name}.safetensors").out)
     parts = {
         component: {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)}
-        for component, p in ldm.PREFIXES.items()
+        for component, p in ldm_keys.PREFIXES.items()
     }
     g = torch.Generator().manual_seed(1)
     ours = UNet2DConditionModel.from_pretrained(folder / "unet")
-    arch = architectures.from_unet_config(ours.config)
+    arch = from_unet_config(ours.config)
     theirs = sgm_module(checkout, "diffusionmodules.openaimodel").UNetModel(
         in_channels=4, out_channels=4, model_channels=32, num_res_blocks=arch.layers,
         attention_resolutions=[4, 2], channel_mult=[1, 2, 4], num_head_channels=32,

@@ -25,9 +25,9 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.random_sdxl import write_random_sdxl
-from koala import formats
-from koala.architectures import student_of
-from koala.compression import tensor_map
+from koala.architectures.block_map import tensor_map
+from koala.architectures.table import student_of
+from koala.checkpoints.validate import unet_architecture
 from koala.evaluation.report import hardware
 
 MEMORY_BOUND = 1536  # MiB above an interpreter that has imported torch
@@ -130,7 +130,7 @@ def check_round_trip(before: Digests, after: Digests) -> int:
 
 def check_student(teacher: Path, of_teacher: Digests, student: Path, cut: str) -> int:
     """The number of tensors, each of them the teacher's that the block map names, bit for bit."""
-    arch = formats.unet_architecture(teacher)
+    arch = unet_architecture(teacher)
     names = tensor_map(arch, student_of(arch, cut))
     expected = {f"unet/{own}": of_teacher[f"unet/{theirs}"] for own, theirs in names.items()}
     expected |= {n: d for n, d in of_teacher.items() if not n.startswith("unet/")}

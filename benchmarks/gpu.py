@@ -25,8 +25,7 @@ from benchmarks import gpu_drawing, gpu_fitting, gpu_preparing, gpu_training
 from benchmarks.gpu_run import Row, Run, Section, rounded
 from koala.benchmark import measure
 from koala.benchmark.cases import subject
-from koala.device import pick_device
-from koala.processor import hardware
+from koala.utils.device import hardware, pick_device
 
 SECTIONS = {
     "training": Section(180, gpu_training.training),

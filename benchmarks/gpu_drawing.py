@@ -18,14 +18,14 @@ from koala.benchmark.measure import GB
 from koala.benchmark.models import build, stock
 from koala.benchmark.run import benchmark, picture_flops
 from koala.errors import UserError
-from koala.generation import speed
-from koala.generation.arrangement import load_within
-from koala.generation.backends import example
 from koala.generation.decode import tiny
 from koala.generation.denoise import predictor
 from koala.generation.engine import Engine
-from koala.generation.fp8 import to_float8
+from koala.generation.memory.placement import load_within
 from koala.generation.pipeline import Pipeline
+from koala.generation.runtime.backends import example
+from koala.generation.runtime.compile import compile_blocks, fuse_projections, graphed
+from koala.generation.runtime.fp8 import to_float8
 
 
 def ladder(run: Run) -> Rows:
@@ -58,14 +58,14 @@ def graphs(run: Run, pipeline: Pipeline) -> None:
     """Evaluations from CUDA graphs, captured anew: the U-Net has changed."""
     pipeline.predict = predictor(pipeline.unet)
     if run.device.type == "cuda":
-        pipeline.predict = speed.graphed(pipeline.predict, run.device)
+        pipeline.predict = graphed(pipeline.predict, run.device)
 
 
 def compiled(run: Run, pipeline: Pipeline) -> None:
     """Compiled blocks, where it is worth it: a processor takes minutes and gains nothing."""
     if run.device.type == "cuda":
-        speed.compile_blocks(pipeline.unet)
-        speed.compile_blocks(pipeline.vae.decoder)
+        compile_blocks(pipeline.unet)
+        compile_blocks(pipeline.vae.decoder)
     graphs(run, pipeline)
 
 
@@ -77,7 +77,7 @@ def eight_bits(run: Run, pipeline: Pipeline) -> None:
 
 RUNGS: tuple[tuple[str, Callable[[Run, Pipeline], object]], ...] = (
     ("bf16", lambda run, pipeline: None),
-    ("+ fused projections", lambda run, pipeline: speed.fuse_projections(pipeline.unet)),
+    ("+ fused projections", lambda run, pipeline: fuse_projections(pipeline.unet)),
     ("+ CUDA graphs", graphs),
     ("+ VAE in channels_last", lambda run, p: p.vae.to(memory_format=torch.channels_last)),
     ("+ compiled blocks", compiled),
@@ -96,8 +96,8 @@ def few_steps(run: Run) -> Rows:
     pipeline.decode = tiny(small)
     yield {"decode": "tiny", **drawn(run, pipeline, None, 4, 0.0)}
     if run.device.type == "cuda":
-        speed.compile_blocks(pipeline.unet)
-        pipeline.predict = speed.graphed(predictor(pipeline.unet), run.device)
+        compile_blocks(pipeline.unet)
+        pipeline.predict = graphed(predictor(pipeline.unet), run.device)
         yield {"decode": "tiny, compiled, graphs", **drawn(run, pipeline, None, 4, 0.0)}
 
 
@@ -200,7 +200,7 @@ def fast(run: Run) -> Pipeline:
         return pipeline_in(run, run.chosen, torch.float32)
     pipeline = pipeline_in(run, run.chosen, torch.bfloat16)
     pipeline.vae.to(memory_format=torch.channels_last)
-    speed.fuse_projections(pipeline.unet)
+    fuse_projections(pipeline.unet)
     compiled(run, pipeline)
     return pipeline
 

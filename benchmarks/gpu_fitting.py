@@ -18,7 +18,7 @@ from koala.benchmark.measure import GB
 from koala.distillation.settings import Hardware
 from koala.errors import UserError
 from koala.recipes import paper
-from koala.recipes.trial import measured
+from koala.recipes.calibrate import measured
 
 RECIPES = {  # by budget in GB
     12: "koala-lightning-700m-12gb",

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from koala.output import new_file
+from koala.utils.atomic import new_file
 
 RED, GREY = "#d0493e", "#b9b9c6"
 

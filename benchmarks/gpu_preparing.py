@@ -17,12 +17,13 @@ from benchmarks import data
 from benchmarks.gpu_run import Rows, Run
 from koala.benchmark import measure
 from koala.benchmark.models import new_vae
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.load import load_vae
 from koala.data.encoding import BATCH_PIXELS
+from koala.data.preprocess import Preparation
 from koala.data.run import prepare_latents
-from koala.data.samples import Preparation
 from koala.data.sources import recognise
 from koala.data.workers import own_cores
-from koala.formats import BUNDLED, load_vae
 
 MODEL = BUNDLED / "koala-mini"
 PICTURES, SIZE = 512, (1274, 1457)  # LAION-POP's mean size

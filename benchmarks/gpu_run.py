@@ -17,7 +17,7 @@ import torch
 
 from koala.benchmark.cases import Subject
 from koala.benchmark.measure import Ceilings
-from koala.output import new_file
+from koala.utils.atomic import new_file
 
 Row = dict[str, Any]
 Rows = Iterator[Row]

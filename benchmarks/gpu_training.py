@@ -20,22 +20,23 @@ from torch.nn import functional as F
 
 from benchmarks.gpu_foretold import Foretold
 from benchmarks.gpu_run import Row, Rows, Run
-from koala import architectures
-from koala.architectures import FACTOR, UNetArchitecture, student_of
+from koala.architectures.flops import flops as forward_flops
+from koala.architectures.table import FACTOR, UNetArchitecture, get, student_of
 from koala.benchmark import measure
 from koala.benchmark.measure import GB
 from koala.benchmark.models import new_conditioner, new_unet, new_vae
-from koala.conditioning import TextConditioner
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.load import load_scheduler_config, load_vae
 from koala.distillation.ema import EMA
+from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.loop import gradients
-from koala.distillation.noising import NoiseSchedule, generators_at
 from koala.distillation.optimizers import new_optimizer
 from koala.distillation.parallel import World, lay_out
 from koala.distillation.settings import Hardware, Training
 from koala.distillation.taps import PAPER_TAPS, paired_points, tap_points
 from koala.distillation.tasks import Distillation, DistillationSettings
-from koala.formats import BUNDLED, load_scheduler_config, load_vae
 from koala.recipes.memory import Plan
+from koala.text_conditioning import TextConditioner
 
 BASE = BUNDLED / "koala-mini"  # whose schedule is SDXL's; a rehearsal takes all its small parts
 BATCHES = (16, 8, 4, 2, 1)  # samples at once: the first that the way of public scripts can
@@ -56,7 +57,7 @@ class Scene:
 
     @classmethod
     def of(cls, run: Run) -> "Scene":
-        teacher = architectures.get("sdxl-mini" if run.toy else "sdxl")
+        teacher = get("sdxl-mini" if run.toy else "sdxl")
         if run.toy:  # of one width, so that there is less to compile
             teacher = replace(teacher, sample=8, widths=(32,) * 3, heads=(1,) * 3)
         pixels = teacher.sample * FACTOR
@@ -74,7 +75,7 @@ class Scene:
         """Of a sample's step: the teacher's forward and three times the student's."""
         side = self.pixels
         own, theirs = (
-            architectures.flops(arch, side, side, arch.tokens)
+            forward_flops(arch, side, side, arch.tokens)
             for arch in (self.student(cut), self.teacher)
         )
         return 3 * own + theirs

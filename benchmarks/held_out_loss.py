@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from koala.conditioning import TextConditioner
+from koala.checkpoints.load import load_scheduler_config, load_unet
+from koala.checkpoints.resolve import resolve_model
 from koala.data.latents import LatentSet
+from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.loop import HELD_OUT_SEED
-from koala.distillation.noising import NoiseSchedule, generators_at
 from koala.distillation.tasks import Denoising
-from koala.formats import load_scheduler_config, load_unet, resolve_model
-from koala.processor import hardware
+from koala.text_conditioning import TextConditioner
+from koala.utils.device import hardware
 
 FILE = Path(__file__).with_suffix(".json")
 SPLITS = ("train", "test-pair", "test-concept")

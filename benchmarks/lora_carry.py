@@ -26,21 +26,22 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.conditioning import TextConditioner
-from koala.data.art import ART_SETS
-from koala.data.illustrations import SMALL
+from koala.checkpoints.load import load_scheduler_config, load_unet
+from koala.checkpoints.resolve import resolve_model
+from koala.data.illustrations.art import ART_SETS
+from koala.data.illustrations.pictures import PictureSet, prepare_pictures
+from koala.data.illustrations.scenes import SMALL
 from koala.data.latents import LatentSet
-from koala.data.pictures import PictureSet, prepare_pictures
 from koala.data.prepare import encode_pictures
-from koala.distillation.noising import NoiseSchedule, generators_at
+from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.tasks import Denoising
 from koala.errors import UserError
 from koala.evaluation.features import EffLite0, at_size, extract
 from koala.evaluation.report import hardware
-from koala.formats import load_scheduler_config, load_unet, resolve_model
 from koala.generation import Pipeline, load
-from koala.progress import progress
-from koala.sheet import contact_sheet
+from koala.text_conditioning import TextConditioner
+from koala.utils.contact_sheet import contact_sheet
+from koala.utils.progress import progress
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name of the file
 TARGETS = (  # every linear layer of the transformers, and the convolutions of the resnets

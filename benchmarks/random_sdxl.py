@@ -18,8 +18,10 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from koala import architectures
-from koala.formats import BUNDLED
+from koala.architectures.config import unet_config as config_of
+from koala.architectures.layout import tensor_shapes
+from koala.architectures.table import get
+from koala.checkpoints.bundled import BUNDLED
 
 BUFFER = 32 << 20  # random values; every tensor is cut out of them at a place of its own
 CLIP_L = {
@@ -82,13 +84,13 @@ def write_random_sdxl(folder: Path) -> None:
         vae = AutoencoderKL(**VAE)
         text = CLIPTextModel(CLIPTextConfig(**CLIP, **CLIP_L))
         text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP, **BIG_G))
-    sdxl = architectures.get("sdxl")
-    unet_config = {"_class_name": "UNet2DConditionModel", **architectures.unet_config(sdxl)}
+    sdxl = get("sdxl")
+    unet_config = {"_class_name": "UNet2DConditionModel", **config_of(sdxl)}
     vae_config = {"_class_name": "AutoencoderKL", **VAE}
     values = np.random.default_rng(0).standard_normal(BUFFER, dtype=np.float32)
     buffer = (values * 0.02).astype(np.float16)
     parts: dict[str, tuple[str, dict[str, Any], Shapes]] = {
-        "unet": ("diffusion_pytorch_model", unet_config, architectures.tensor_shapes(sdxl)),
+        "unet": ("diffusion_pytorch_model", unet_config, tensor_shapes(sdxl)),
         "vae": ("diffusion_pytorch_model", vae_config, _shapes(vae)),
         "text_encoder": ("model", text.config.to_dict(), _published(_shapes(text))),
         "text_encoder_2": ("model", text_2.config.to_dict(), _published(_shapes(text_2))),

@@ -19,14 +19,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from koala.checkpoints.load import load_vae
+from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
-from koala.data.pictures import PictureSet
+from koala.data.illustrations.pictures import PictureSet
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.report import choose, yardstick_of
-from koala.formats import load_vae, resolve_model
+from koala.mini.sentence_encoder import SentenceEncoder
 from koala.mini.vae import to_images
-from koala.processor import hardware
-from koala.sentence import SentenceEncoder
+from koala.utils.device import hardware
 
 PROMPTS = 200
 BATCH = 32

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from koala import architectures, recipes
-from koala.data.order import WINDOW, Order
-from koala.recipes.cards import CARDS, SHARE
+from koala import recipes
+from koala.architectures.flops import flops as forward_flops
+from koala.architectures.layout import parameters
+from koala.architectures.table import get
+from koala.data.sampler import WINDOW, Order
+from koala.recipes.gpus import CARDS, SHARE
 
 CARD = "h100"
 PER_NODE = 8  # GPUs
@@ -44,13 +47,13 @@ class Step:
 def step(gpus: int) -> Step:
     """A step of the recipe's batch, or of one sample a GPU where that is more."""
     recipe = recipes.get("koala-lightning-700m")
-    student, teacher = (architectures.get(name) for name in (recipe.cut, recipe.of))
+    student, teacher = (get(name) for name in (recipe.cut, recipe.of))
     side = recipe.pixels
-    flops = 3 * architectures.flops(student, side, side, student.tokens)
-    flops += architectures.flops(teacher, side, side, teacher.tokens)
+    flops = 3 * forward_flops(student, side, side, student.tokens)
+    flops += forward_flops(teacher, side, side, teacher.tokens)
     batch = max(recipe.training.batch, gpus)
     # A ring all-reduce sends and receives every byte twice, but for a GPU's own part.
-    sent = 2 * (gpus - 1) / gpus * 4 * architectures.parameters(student)
+    sent = 2 * (gpus - 1) / gpus * 4 * parameters(student)
     fast, slow = (FAST, SLOW) if gpus > PER_NODE else (NVLINK, NVLINK)
     computing = batch / gpus * flops / (SHARE * CARDS[CARD].tflops * 1e12)
     return Step(gpus, batch, computing, sent, sent / fast / 1e9, sent / slow / 1e9)

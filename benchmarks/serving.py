@@ -35,10 +35,10 @@ from benchmarks.batching import BATCH, LOAD, PROMPT, WINDOW
 from koala.evaluation.report import hardware
 from koala.generation import Pipeline
 from koala.serving.app import create_app
-from koala.serving.orders import Order
+from koala.serving.image_request import Order
+from koala.serving.jobs.database import Store
 from koala.serving.service import Event, Service
 from koala.serving.settings import Limits, Options
-from koala.serving.store import Store
 
 PAIRS = 30  # of requests, through HTTP and without
 LIMITS = Limits(max_batch=BATCH, rate=0, queue=10_000, client_queue=10_000, pixels=2**40)

@@ -28,10 +28,10 @@ from benchmarks.memory_use import release, resident
 from koala.evaluation.report import hardware
 from koala.generation import Pipeline
 from koala.serving.app import create_app
-from koala.serving.orders import Order
+from koala.serving.image_request import Order
+from koala.serving.jobs.database import Store
 from koala.serving.service import Service
 from koala.serving.settings import Limits, Options
-from koala.serving.store import Store
 
 AT_ONCE = 16
 LONGEST = 600.0  # seconds that one request may take, on a machine that others use, too

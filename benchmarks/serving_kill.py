@@ -34,11 +34,11 @@ from typing import Any
 from PIL import Image
 
 from koala.evaluation.report import hardware
-from koala.serving.gallery import Gallery
+from koala.serving.jobs.database import FILE, Store
+from koala.serving.jobs.gallery import Gallery
+from koala.serving.jobs.table import Job, Table
 from koala.serving.run import serve
 from koala.serving.settings import Limits, Options
-from koala.serving.store import FILE, Store
-from koala.serving.table import Job, Table
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["koala.serving.app"])

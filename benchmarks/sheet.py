@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from koala.generation import load
-from koala.sheet import contact_sheet
+from koala.utils.contact_sheet import contact_sheet
 
 SEED = 7  # of the first picture; each next one is one more
 PROMPTS = (

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from koala import architectures
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
 from koala.distillation.precision import computing
-from koala.processor import hardware
+from koala.utils.device import hardware
 
 BATCH, ROUNDS = 32, 6
 CPU = torch.device("cpu")
@@ -30,8 +31,8 @@ WAYS: dict[str, Callable[[], AbstractContextManager]] = {
 
 
 def main() -> None:
-    architecture = architectures.get("sdxl-mini")
-    unet = UNet2DConditionModel(**architectures.unet_config(architecture))
+    architecture = get("sdxl-mini")
+    unet = UNet2DConditionModel(**unet_config(architecture))
     unet.to(memory_format=torch.channels_last)
     side, words = architecture.sample, 32
     noisy = torch.randn(BATCH, 4, side, side).to(memory_format=torch.channels_last)

@@ -14,9 +14,9 @@ __version__ = "0.1.0"
 
 _HOME = {  # function -> where it lives
     "load": "koala.generation",
-    "inspect": "koala.inspection",
-    "compress": "koala.compression",
-    "convert": "koala.conversion",
+    "inspect": "koala.checkpoints.inspect",
+    "compress": "koala.checkpoints.compress",
+    "convert": "koala.checkpoints.convert",
     "prepare": "koala.data.prepare",
     "distill": "koala.recipes.run",
     "evaluate": "koala.evaluation.report",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from koala.data import art, concepts
-from koala.packages import cache_folder
+from koala.data.illustrations import art, concepts
+from koala.utils.asset_packages import cache_folder
 from toy import toy_pipeline
+from toy_family import toy_mini_base
 from toy_packages import toy_packages
 
 # A cache of the tests' own but for the data packages: which back end this machine's user has had
@@ -42,3 +43,11 @@ def packages(toy_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def toy_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_pipeline(tmp_path_factory.mktemp("toy") / "sdxl", architecture="sdxl")
+
+
+@pytest.fixture(scope="session")
+def base_parts(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A prepared folder of the mini family's, and its base pipeline."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KOALA_CACHE", str(toy_cache))
+        return toy_mini_base(tmp_path_factory.mktemp("family"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -144,3 +145,35 @@ def toy_scheduler() -> EulerDiscreteScheduler:
         beta_schedule="scaled_linear",
         timestep_spacing="trailing",
     )
+
+
+def toy_tiny(**changes) -> AutoencoderTiny:
+    config = {
+        "encoder_block_out_channels": (8,) * 4,
+        "decoder_block_out_channels": (8,) * 4,
+        "num_encoder_blocks": (1,) * 4,
+        "num_decoder_blocks": (1,) * 4,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoencoderTiny(**{**config, **changes}).eval().requires_grad_(False)
+
+
+def seeded_unet() -> UNet2DConditionModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return toy_unet("koala").requires_grad_(False)
+
+
+def toy_inputs(dtype=torch.float32):
+    """What the toy U-Net takes, for two pictures."""
+    draw = torch.Generator().manual_seed(1)
+    return {
+        "sample": torch.randn(2, 4, 8, 8, generator=draw).to(dtype),
+        "timestep": torch.tensor([999.0, 500.0]),
+        "encoder_hidden_states": torch.randn(2, 32, 40, generator=draw).to(dtype),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(2, 24, generator=draw).to(dtype),
+            "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2).to(dtype),
+        },
+    }

@@ -1,4 +1,4 @@
-"""A real Chromium on the page of a real server, for the tests of `koala.serving.page`."""
+"""A real Chromium on the page of a real server, for the tests of `koala.serving.api.page`."""
 
 import os
 import re

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from koala.architectures import from_unet_config
+from koala.architectures.config import from_unet_config
 from koala.lora.names import Base, Target, TextEncoder, shapes, spellings
 from toy import TEXT_WIDTHS
 

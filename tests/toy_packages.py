@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from koala.data.art import ART_SETS
+from koala.data.illustrations.art import ART_SETS
+from koala.data.illustrations.scenes import Illustrations
 from koala.mini.perceptual import WEIGHTS, MobileNetV2
-from koala.packages import NPM, PYPI
+from koala.utils.asset_packages import NPM, PYPI
 
 SHAPES = {  # name -> drawing in a box of 16
     "disc": '<circle cx="8" cy="8" r="6" fill="{}"/>',
@@ -26,6 +27,16 @@ LABELS = ("fox", "red apple", "car", "owl", "dog face", "grapes", "drum", "rose"
 GROUPS = {"3": "animals-nature", "4": "food-drink", "5": "travel-places"}
 SUBGROUPS = {"34": "animal-mammal", "42": "food-fruit", "54": "transport-ground"}
 CODES = [f"1f9{i:02x}" for i in range(len(LABELS))]
+
+TOY = Illustrations(
+    styles=("noto", "twemoji", "fluent-flat", "fluent-3d"),
+    colour_icons=("flat-color-icons",),
+    icons=40,
+    scenes=300,
+    size=32,
+    test_concepts=0.35,
+    test_pairs=0.9,
+)
 
 
 def toy_packages(cache: Path) -> Path:

@@ -11,9 +11,9 @@ import uvicorn
 
 from koala.generation import Pipeline
 from koala.serving.app import create_app
+from koala.serving.jobs.database import Store
 from koala.serving.service import Service
 from koala.serving.settings import Limits, Options
-from koala.serving.store import Store
 
 
 @dataclass

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import multiprocessing
 
-from koala.conditioning import TextConditioner
+from koala.checkpoints.load import load_scheduler_config
+from koala.distillation.forward_process import NoiseSchedule
 from koala.distillation.loop import train
-from koala.distillation.noising import NoiseSchedule
 from koala.distillation.parallel import World, lay_out
 from koala.distillation.settings import PLAIN, Hardware, Training
 from koala.distillation.tasks import Denoising, Distillation, DistillationSettings
-from koala.formats import load_scheduler_config
+from koala.text_conditioning import TextConditioner
 from toy import toy_unet
 
 CAPTIONS = ("a red fox", "two green apples", "a drum")

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from koala.architectures import FACTOR
-from koala.device import check_device
+from koala.architectures.table import FACTOR
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.tensors import float_dtype
+from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError, did_you_mean, unknown
-from koala.formats import resolve_model, unet_architecture
-from koala.generation import checks
-from koala.output import check_new
-from koala.weights import float_dtype
+from koala.generation import validation
+from koala.utils.atomic import check_new
+from koala.utils.device import check_device
 
 CARDS = ("3060Ti 8 GB", "2080Ti 11 GB", "4090 24 GB")
 BUDGETS = (8, 11, 24)  # GB of the three
@@ -113,5 +114,5 @@ def check(
         raise UserError(f"runs is {runs}: allowed are whole numbers from 1, 5 is usual")
     check_device(device)
     float_dtype(dtype)
-    checks.runtime(backend, compiled, graphs)
+    validation.runtime(backend, compiled, graphs)
     return [subject(name) for name in names or CASES]

@@ -15,11 +15,12 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from koala import architectures
+from koala.architectures.config import unet_config
+from koala.architectures.table import UNetArchitecture, get
 from koala.benchmark.cases import Subject
-from koala.conditioning import TextConditioner
-from koala.formats import BUNDLED
+from koala.checkpoints.bundled import BUNDLED
 from koala.generation.pipeline import Pipeline, load
+from koala.text_conditioning import TextConditioner
 
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
 _CLIP_L = {
@@ -47,7 +48,7 @@ def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline
     """Our pipeline of it, ready to draw on the device."""
     if chosen.folder is not None:
         return load(chosen.folder, device, dtype)
-    arch = architectures.get(chosen.case.architecture)
+    arch = get(chosen.case.architecture)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         unet = new_unet(arch, device, dtype)
@@ -77,7 +78,7 @@ def new_conditioner(device: torch.device, dtype: torch.dtype, memo: int = 1024) 
 
 
 def new_unet(
-    arch: architectures.UNetArchitecture, device: torch.device, dtype: torch.dtype
+    arch: UNetArchitecture, device: torch.device, dtype: torch.dtype
 ) -> UNet2DConditionModel:
     """A U-Net with random weights."""
     return _random(lambda: _unet(arch), device, dtype)
@@ -104,8 +105,8 @@ def stock(pipeline: Pipeline) -> StableDiffusionXLPipeline:
     return pipe
 
 
-def _unet(arch: architectures.UNetArchitecture) -> UNet2DConditionModel:
-    model = UNet2DConditionModel.from_config(architectures.unet_config(arch))
+def _unet(arch: UNetArchitecture) -> UNet2DConditionModel:
+    model = UNet2DConditionModel.from_config(unet_config(arch))
     assert isinstance(model, UNet2DConditionModel)
     return model
 

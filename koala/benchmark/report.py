@@ -10,7 +10,7 @@ from typing import Any
 
 from koala.benchmark.cases import CARDS, CASES, Subject
 from koala.benchmark.measure import Ceilings, Timing
-from koala.output import new_file
+from koala.utils.atomic import new_file
 
 
 @dataclass(frozen=True)

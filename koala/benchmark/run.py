@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from koala import architectures
+from koala.architectures.config import from_unet_config
+from koala.architectures.flops import flops
 from koala.benchmark import measure
 from koala.benchmark.cases import BUDGETS, Subject, check
 from koala.benchmark.measure import GB, Ceilings, Timing
 from koala.benchmark.models import build, stock
 from koala.benchmark.report import Report, Row, write
-from koala.device import pick_device
-from koala.generation.backends import check_dtype, equip, example, torch_dtype
 from koala.generation.denoise import predictor
 from koala.generation.pipeline import Pipeline
-from koala.processor import hardware
+from koala.generation.runtime.backends import check_dtype, equip, example, torch_dtype
+from koala.utils.device import hardware, pick_device
 
 UNET_STEPS = 25  # of the U-Net alone, as published
 Draw = Callable[[], object]
@@ -198,8 +198,8 @@ def _under(budget: int, draw: Draw, device: torch.device) -> float | None:
 def picture_flops(pipeline: Pipeline, chosen: Subject) -> int:
     """Operations of one picture: every evaluation of the U-Net, and the decoder."""
     case = chosen.case
-    arch = architectures.from_unet_config(pipeline.unet.config)
-    one = architectures.flops(arch, case.pixels, case.pixels, pipeline.conditioner.tokens)
+    arch = from_unet_config(pipeline.unet.config)
+    one = flops(arch, case.pixels, case.pixels, pipeline.conditioner.tokens)
     with torch.device("meta"):
         vae = type(pipeline.vae).from_config(pipeline.vae.config)
         side = case.pixels // pipeline.factor

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from koala.checkpoints.validate import read_json
 from koala.errors import UserError, unknown
-from koala.formats import read_json
 
 CLIP_TOKENS = 77  # what CLIP reads, where a tokenizer does not say
 POLICIES = ("sentences", "chunks")

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from koala import weights
-from koala.conditioning import TextConditioner
+from koala.checkpoints.load import load_vae
+from koala.checkpoints.tensors import pieces
+from koala.checkpoints.validate import read_json, read_tensors
 from koala.data.buckets import Size
 from koala.data.captions import Telling
-from koala.data.samples import Dropped, Preparation, Sample
-from koala.formats import load_vae, read_json, read_tensors
+from koala.data.preprocess import Dropped, Preparation, Sample
+from koala.text_conditioning import TextConditioner
 
 BATCH_PIXELS = 4 << 20  # that the VAE encodes at once: four pictures at 1024 x 1024
 SCALING_FACTOR = 0.18215  # diffusers' default, where a VAE's config does not say
@@ -51,7 +52,7 @@ def encoder_hash(model: Path) -> str:
     digest = hashlib.sha256()
     for name, stored in sorted(read_tensors(model, "vae").items()):
         if name.startswith(("encoder.", "quant_conv.")):
-            for piece in weights.pieces(stored, "F16"):
+            for piece in pieces(stored, "F16"):
                 digest.update(piece)
     for tensor in normalisation(read_json(model / "vae" / "config.json")):
         digest.update(tensor.half().numpy().tobytes())

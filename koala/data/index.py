@@ -24,7 +24,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from koala import weights
+from koala.checkpoints.tensors import Stored, load_tensor, read_header, rows
 from koala.data.buckets import Size
 from koala.data.shards import (
     CAPTION,
@@ -194,7 +194,7 @@ class Index:
         try:
             file = self.files.shard(name)
             found = {
-                key: weights.load_tensor(weights.rows(stored._replace(file=file), at, at + 1))[0]
+                key: load_tensor(rows(stored._replace(file=file), at, at + 1))[0]
                 for key, stored in self._headers(name).items()
             }
         except FileNotFoundError:
@@ -207,8 +207,8 @@ class Index:
             )
         return found
 
-    def _header(self, name: str) -> dict[str, weights.Stored]:
-        return weights.read_header(self.files.shard(name))
+    def _header(self, name: str) -> dict[str, Stored]:
+        return read_header(self.files.shard(name))
 
     def _check_shards(self) -> None:
         """By one number a shard: there may be a million of them."""

@@ -1,6 +1,6 @@
 """Prepared latents as an endless, ordered stream of batches: what every U-Net learns from.
 
-Which samples a batch holds is `koala.data.order`'s business, where they lie `koala.data.index`'s;
+Which samples a batch holds is `koala.data.sampler`'s business, where they lie `koala.data.index`'s;
 here are the batch itself, its captions and draws, and the thread that reads ahead.
 """
 
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from koala.conditioning import time_ids
 from koala.data.captions import Telling
 from koala.data.encoding import MIRRORED, encoder_hash
 from koala.data.index import Index
-from koala.data.near import Near, Part
-from koala.data.order import WINDOW, Order
+from koala.data.sampler import WINDOW, Order
+from koala.data.shard_cache import Near, Part
 from koala.errors import UserError
+from koala.text_conditioning import time_ids
 
 AHEAD = 4  # batches that are read before they are asked for
 SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)  # captions that a mirror would make untrue
@@ -64,8 +64,8 @@ class LatentSet:
             split: "train", or one that is held out.
             size: pixels that the training wants (side of the square bucket); None takes any.
             long_captions: how a caption that is too long is told, see `koala.data.captions`.
-            window: shards whose samples are shuffled together, see `koala.data.order`. Of a remote
-                folder these are on this disk, for every bucket, and some that come next.
+            window: shards whose samples are shuffled together, see `koala.data.sampler`. Of a
+                remote folder these are on this disk, for every bucket, and some that come next.
 
         Raises:
             UserError: the folder is not whole, of another VAE or size, or has no such samples.

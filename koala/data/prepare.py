@@ -1,7 +1,7 @@
 """`koala prepare`: from a source to latents with an index, and a sheet to look at.
 
 What lies at a path is recognised in `koala.data.sources` and encoded in `koala.data.run`; the
-illustration set is rendered first (`koala.data.pictures`).
+illustration set is rendered first (`koala.data.illustrations.pictures`).
 """
 
 import os
@@ -12,16 +12,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from koala.data.illustrations import SMALL, Illustrations
-from koala.data.pictures import PictureSet, prepare_pictures, settings_of
-from koala.data.samples import Filters, Preparation
+from koala.checkpoints.resolve import resolve_model
+from koala.data.illustrations.pictures import PictureSet, prepare_pictures, settings_of
+from koala.data.illustrations.scenes import SMALL, Illustrations
+from koala.data.preprocess import Filters, Preparation
 from koala.data.shards import Summary
 from koala.data.sources import recognise
 from koala.data.sources.parquet import Parquet
-from koala.device import check_device, pick_device
 from koala.errors import UserError, did_you_mean
-from koala.formats import resolve_model
-from koala.sheet import contact_sheet
+from koala.utils.contact_sheet import contact_sheet
+from koala.utils.device import check_device, pick_device
 
 ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
 CAPTIONS = ("short", "subject", "long")  # of the illustration set

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from koala.data.captions import Telling, check_expressions
 from koala.data.encoding import Encoded, Encoder, encoder_hash
 from koala.data.items import Source
-from koala.data.samples import Preparation
+from koala.data.preprocess import Preparation
 from koala.data.shards import (
     Summary,
     merge,
@@ -29,8 +29,8 @@ from koala.data.shards import (
 from koala.data.units import Plan, plan_of
 from koala.data.workers import own_cores, pool_of, read_ahead
 from koala.errors import UserError
-from koala.output import new_file
-from koala.progress import progress
+from koala.utils.atomic import new_file
+from koala.utils.progress import progress
 
 PEEK = 64  # items that are asked which captions and scores there are
 SEED = 0  # of the draws from the posterior, where those are stored

@@ -24,10 +24,10 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from koala import weights
+from koala.checkpoints import tensors
 from koala.data.buckets import Size
-from koala.data.samples import Dropped
-from koala.output import new_file
+from koala.data.preprocess import Dropped
+from koala.utils.atomic import new_file
 
 if TYPE_CHECKING:
     from koala.data.encoding import Encoded
@@ -165,7 +165,7 @@ def _write_shard(path: Path, rows: list["Encoded"]) -> None:
         name: ("U8" if name == "pixels" else "BF16", (len(rows), *tensor.shape))
         for name, tensor in rows[0].tensors.items()
     }
-    weights.write(path, shapes, stacked)
+    tensors.write(path, shapes, stacked)
 
 
 def _write_batches(stream: IO[bytes], schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:

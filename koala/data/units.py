@@ -13,7 +13,7 @@ from pathlib import Path
 
 from koala.data.items import Source
 from koala.errors import UserError
-from koala.output import new_file
+from koala.utils.atomic import new_file
 
 CHUNK = 8  # items that a process reads at once: 24 MiB of pixels at 1024 x 1024
 

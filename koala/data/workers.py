@@ -12,7 +12,7 @@ from itertools import islice
 from multiprocessing.connection import wait
 
 from koala.data.items import Source
-from koala.data.samples import Dropped, Preparation, Sample, read_samples
+from koala.data.preprocess import Dropped, Preparation, Sample, read_samples
 from koala.data.units import Plan
 from koala.errors import Failure
 

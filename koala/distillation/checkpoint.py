@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from koala.distillation.dtensor import local, part_of, whole
 from koala.distillation.ema import EMA
 from koala.distillation.optimizers import make_moments, plain_parts
 from koala.distillation.settings import Training
-from koala.distillation.shards import local, part_of, whole
 from koala.errors import Failure
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from koala.distillation.shards import local
+from koala.distillation.dtensor import local
 from koala.errors import UserError
 
 # Early in a run the half-life is at most this share of the samples seen, so that the average

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from koala.distillation import checkpoint
 from koala.distillation.ema import EMA
-from koala.distillation.noising import generators_at
+from koala.distillation.forward_process import generators_at
 from koala.distillation.optimizers import new_optimizer, set_rate
 from koala.distillation.parallel import Layout
 from koala.distillation.precision import computing
@@ -32,7 +32,7 @@ from koala.distillation.records import Log, Record, claim
 from koala.distillation.settings import Training
 from koala.distillation.speed import Meter
 from koala.errors import UserError
-from koala.progress import progress
+from koala.utils.progress import progress
 
 HELD_OUT_SEED = 2**40  # noise and timesteps of the validation: no run's own, the same in all
 

@@ -22,12 +22,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from koala.device import pick_device
 from koala.distillation.settings import PLAIN, Hardware
 from koala.distillation.taps import Region, regions
 from koala.errors import FailedElsewhere, Failure, UserError
-from koala.processor import has_bf16
-from koala.processor import name as processor_name
+from koala.utils.device import cpu_name, has_bf16, pick_device
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def _check_cpu_bf16(hardware: Hardware, world: World) -> None:
         raise UserError("cpu_bf16=true: on a GPU a training is in bf16 anyway; leave it out")
     if not has_bf16():
         raise UserError(
-            f"cpu_bf16=true: {processor_name()} does not multiply bf16 (avx512_bf16, amx_bf16 or "
+            f"cpu_bf16=true: {cpu_name()} does not multiply bf16 (avx512_bf16, amx_bf16 or "
             "bf16 among its flags), so it would be slower; leave it out"
         )
     if hardware.checkpointing or hardware.compile:

@@ -19,8 +19,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from koala.architectures import from_unet_config
-from koala.compression import block_map
+from koala.architectures.block_map import block_map
+from koala.architectures.config import from_unet_config
 from koala.errors import UserError, unknown
 
 # Location -> the module inside a transformer block, whose output is the feature.

@@ -28,12 +28,12 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from koala import card
-from koala.compression import DEPTH_RULES
-from koala.conditioning import TextConditioner
-from koala.distillation.noising import Noised, NoiseSchedule, draw_noise, predict
+from koala.architectures.block_map import DEPTH_RULES
+from koala.checkpoints import model_card
+from koala.distillation.forward_process import Noised, NoiseSchedule, draw_noise, predict
 from koala.distillation.taps import PAPER_TAPS, Features, Tap, paired_points, tap_points
 from koala.errors import UserError, unknown
+from koala.text_conditioning import TextConditioner
 
 # Draws one sheet: (U-Net, prompts, seed) -> picture, or None where nothing can be drawn.
 Draw = Callable[[nn.Module, Sequence[str], int], Image.Image | None]
@@ -126,7 +126,7 @@ class Denoising(nn.Module):
         batch: {"latents": float [n,4,h,w] scaled as the U-Net sees them, "captions": n strings,
         "time_ids": float [n,6]}, and where they are prepared "text" [n,L,D] and "pooled" [n,P];
         instead of latents "pixels": uint8 [n,3,8h,8w], which are encoded here, a draw from the
-        posterior each. generators: n, on the CPU (`koala.distillation.noising`).
+        posterior each. generators: n, on the CPU (`koala.distillation.forward_process`).
         """
         latents, deviation = self._moments(batch)
         drawn = draw_noise(latents.shape, self.schedule.steps, generators)
@@ -187,7 +187,7 @@ class Denoising(nn.Module):
         """Writes a pipeline folder: `base` with the weights and config of `trainable` as U-Net.
 
         The folder appears under its name only when it is whole; an earlier one is replaced. The
-        base's model card stays behind: the run writes another (`koala.card`).
+        base's model card stays behind: the run writes another (`koala.checkpoints.model_card`).
         """
         assert isinstance(trainable, UNet2DConditionModel)
         folder = Path(folder)
@@ -197,7 +197,7 @@ class Denoising(nn.Module):
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
         part.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(self.base, part, ignore=shutil.ignore_patterns("unet", card.FILE))
+        shutil.copytree(self.base, part, ignore=shutil.ignore_patterns("unet", model_card.FILE))
         trainable.save_pretrained(part / "unet", safe_serialization=True)
         config_file = part / "unet" / "config.json"
         config = json.loads(config_file.read_text())

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from koala import card
+from koala.checkpoints import model_card
 from koala.errors import UserError
 from koala.evaluation.table import Report
 
@@ -13,7 +13,7 @@ def check_cards(models: Mapping[str, str | Path]) -> None:
     """Raises UserError unless every model is a folder with a card that koala wrote."""
     for model in models.values():
         folder = Path(model)
-        if not (folder / card.FILE).is_file() or not card.read(folder).ours:
+        if not (folder / model_card.FILE).is_file() or not model_card.read(folder).ours:
             raise UserError(
                 f"--card: {model} is no folder with a model card of koala's; leave --card out, or "
                 "evaluate what `koala compress` or `koala distill` wrote"
@@ -29,5 +29,5 @@ def enter(report: Report, models: Mapping[str, str | Path]) -> None:
     for row in rows:
         folder = Path(models[row.name])
         table = replace(report, rows=[real, row]).table()
-        evaluated = card.Evaluated(table, report.settings, report.hardware)
-        replace(card.read(folder), evaluated=evaluated).write(folder)
+        evaluated = model_card.Evaluated(table, report.settings, report.hardware)
+        replace(model_card.read(folder), evaluated=evaluated).write(folder)

@@ -6,10 +6,11 @@ Importing this loads no torch, so that a mistake is told at once.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from koala.architectures import FACTOR
+from koala.architectures.table import FACTOR
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
-from koala.formats import resolve_model, unet_architecture
-from koala.generation import checks
+from koala.generation import validation
 
 REAL = "real pictures"  # the report's first row
 
@@ -39,7 +40,7 @@ def check(
     UserError for arguments that `evaluate` cannot work with: a model that is none, models that draw
     different sizes, a folder without prepared pictures, and so on.
     """
-    from koala.data.pictures import shards_at
+    from koala.data.illustrations.pictures import shards_at
 
     if not models or REAL in models:
         raise UserError(f"models {list(models)}: name at least one, and none {REAL!r}")
@@ -47,7 +48,7 @@ def check(
         raise UserError(f"prompts {prompts}: a distance needs at least 2")
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds {list(seeds)}: give different whole numbers from 0, such as 0 1 2")
-    checks.numbers(steps, guidance, 1)
+    validation.numbers(steps, guidance, 1)
     if judge is not None and not Path(judge).is_file():
         raise UserError(f"the judge {judge} is not there: leave it out, and one is trained")
     shards_at(pictures)

@@ -18,18 +18,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.data.pictures import PictureSet
+from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
 from koala.evaluation.distances import frechet, kernel_distance
 from koala.evaluation.features import EffLite0, at_size, extract
-from koala.evaluation.grid import picture_grid
 from koala.evaluation.judge import Judge
 from koala.evaluation.models import REAL, check, named
 from koala.evaluation.table import Report, Row
 from koala.generation import Pipeline, load
-from koala.processor import hardware
-from koala.progress import progress
-from koala.sentence import SentenceEncoder
+from koala.mini.sentence_encoder import SentenceEncoder
+from koala.utils.contact_sheet import picture_grid
+from koala.utils.device import hardware
+from koala.utils.progress import progress
 
 KIND = "emoji"
 JUDGE_PICTURES = 4000  # at most; about three minutes of features on two cores

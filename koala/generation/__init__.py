@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from koala.generation.engine import Engine, Late, Pass, Progress, Ticket
-    from koala.generation.pictures import check_writable, read_settings, save
     from koala.generation.pipeline import Pipeline, Result, load
+    from koala.generation.png import check_writable, read_settings, save
     from koala.generation.requests import Request, Settings
 
 _HOME = {
     "engine": ("Engine", "Late", "Pass", "Progress", "Ticket"),
-    "pictures": ("check_writable", "read_settings", "save"),
+    "png": ("check_writable", "read_settings", "save"),
     "pipeline": ("Pipeline", "Result", "load"),
     "requests": ("Request", "Settings"),
 }

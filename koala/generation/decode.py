@@ -14,12 +14,12 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.architectures import FACTOR, LATENT_CHANNELS
-from koala.device import whereabouts
+from koala.architectures.table import FACTOR, LATENT_CHANNELS
+from koala.checkpoints.tensors import load_tensor, read_header
+from koala.checkpoints.validate import read_json
 from koala.errors import Failure, UserError
-from koala.formats import read_json
-from koala.generation.strips import POSITIONS, decode_in_strips
-from koala.weights import load_tensor, read_header
+from koala.generation.row_tiling import POSITIONS, decode_in_strips
+from koala.utils.device import whereabouts
 
 # Latents [n, 4, h, w] as the U-Net sees them -> pictures float32 [n, 3, 8h, 8w] in 0..1.
 Decode = Callable[[Tensor], Tensor]
@@ -38,7 +38,7 @@ def tiled(vae: AutoencoderKL, positions: int = POSITIONS) -> Decode:
     """The VAE's decoder in strips of rows, one picture at a time.
 
     Less than half the memory of `full`, and the same picture within 1e-4 in float32:
-    `koala.generation.strips` says how.
+    `koala.generation.row_tiling` says how.
     """
 
     def run(z: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 from koala.errors import UserError
-from koala.generation.pictures import check_writable
 from koala.generation.pipeline import load
-from koala.sheet import contact_sheet
+from koala.generation.png import check_writable
+from koala.utils.contact_sheet import contact_sheet
 
 EIGHT_PROMPTS = (
     "a fox, noto style",

@@ -17,8 +17,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from koala.device import sent, whereabouts
 from koala.generation.samplers import Sampler
+from koala.utils.device import sent, whereabouts
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from koala.device import sent
+from koala.utils.device import sent
 
 
 class Noise:

@@ -16,17 +16,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.conditioning import TextConditioner, time_ids
-from koala.device import pick_device
+from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import read_json
 from koala.errors import UserError
-from koala.formats import (
-    load_scheduler_config,
-    load_unet,
-    load_vae,
-    read_json,
-    resolve_model,
-)
-from koala.generation import checks, images, samplers
+from koala.generation import image_inputs, samplers, validation
 from koala.generation.decode import Decode, full, to_pictures
 from koala.generation.denoise import Condition, Kept, Predict, Row, predictor
 from koala.generation.engine import Engine, Progress
@@ -37,7 +31,9 @@ from koala.generation.schedule import SPACINGS, Schedule
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import Base
 from koala.lora.reading import Lora, Report, read
-from koala.lora.wardrobe import Wardrobe
+from koala.lora.switching import Wardrobe
+from koala.text_conditioning import TextConditioner, time_ids
+from koala.utils.device import pick_device
 
 MEMO = 64  # chunks of prompts whose embeddings are remembered
 
@@ -70,14 +66,14 @@ class Pipeline:
     encode: Callable[[Tensor], Tensor] = field(init=False)  # pictures to latents
     decode: Decode = field(init=False)
     device: torch.device = field(init=False)  # where latents are between steps
-    _previewer: images.Previewer | None = field(default=None, init=False)
+    _previewer: image_inputs.Previewer | None = field(default=None, init=False)
     _wardrobe: Wardrobe = field(init=False, repr=False)
     _plain: Predict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._plain = self.predict = predictor(self.unet)
         self._wardrobe = Wardrobe(self._modules, self._read_lora)
-        self.encode = partial(images.encode_picture, self.vae)
+        self.encode = partial(image_inputs.encode_picture, self.vae)
         self.decode = full(self.vae)
         self.device = self.unet.device
 
@@ -170,7 +166,7 @@ class Pipeline:
         first = asked.settings[0]
         pixels = places = None
         if asked.image is not None:
-            pixels = images.to_pixels(asked.image, (first.width, first.height))
+            pixels = image_inputs.to_pixels(asked.image, (first.width, first.height))
         if asked.mask is not None:
             places = torch.from_numpy(asked.mask).float()[None, None]
         return [Request(settings, pixels, places, asked.loras) for settings in asked.settings]
@@ -223,7 +219,7 @@ class Pipeline:
     def preview(self, row: Row) -> Image.Image:
         """What a row's last step saw, roughly: RGB, a pixel for each place of its latent."""
         if self._previewer is None:
-            self._previewer = images.Previewer(self.decode, self.unet.config.in_channels)
+            self._previewer = image_inputs.Previewer(self.decode, self.unet.config.in_channels)
         return self._previewer(row.x if row.denoised is None else row.denoised)
 
     def _schedule(self, asked: Settings) -> Schedule:
@@ -260,7 +256,7 @@ class Pipeline:
         path = Path(file).expanduser()
         if path.stem in self.loras:
             raise UserError(f"a LoRA called {path.stem!r} is on the model already; rename one")
-        scale = checks.lora_scale(scale)
+        scale = validation.lora_scale(scale)
         lora = self._read_lora(path)
         put_on = merge if merged else Attached
         self.loras[path.stem] = put_on(self._modules(), lora, scale)
@@ -269,7 +265,7 @@ class Pipeline:
 
     def scale_lora(self, name: str, scale: float) -> None:
         """Sets the scale of a LoRA that is not merged."""
-        self._attached(name).scale = checks.lora_scale(scale)
+        self._attached(name).scale = validation.lora_scale(scale)
         self.conditioner.forget()
 
     def remove_lora(self, name: str) -> None:
@@ -312,7 +308,7 @@ def load(
     The VAE is float32 on the CPU and wherever its config asks for it (`force_upcast`).
     `lora`: files of LoRAs and their scales; `Pipeline.add_lora` says what each becomes.
     `settle`: given each part's models as soon as they are read, onto the CPU, to put them where
-    they belong (`koala.generation.arrangement`); by default all go to the device.
+    they belong (`koala.generation.memory.placement`); by default all go to the device.
     UserError for a model that cannot be had or read, or a device that is not there.
     """
     folder = resolve_model(model)

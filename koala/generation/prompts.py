@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from koala.conditioning import TextConditioner
 from koala.generation.prompt_syntax import Fragment, parse
+from koala.text_conditioning import TextConditioner
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from PIL import Image
 
 import koala
-from koala.architectures import FACTOR
+from koala.architectures.table import FACTOR
+from koala.checkpoints.load import load_scheduler_config
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.tensors import read_header
+from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
-from koala.formats import load_scheduler_config, resolve_model, unet_architecture
-from koala.generation import checks, samplers
+from koala.generation import samplers, validation
 from koala.generation.image_files import fingerprint, mask_places, open_picture
 from koala.generation.prompt_syntax import parse
 from koala.lora.names import Base, base_of
 from koala.lora.reading import read
-from koala.weights import read_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,25 +120,25 @@ def checked(
 
     model: what is known of it, or its name, which is looked for when all else has been checked.
     """
-    prompts = checks.prompts(prompt)
-    checks.numbers(steps=steps, guidance=guidance, number=number)
-    checks.negative_prompt(negative_prompt, guidance)
+    prompts = validation.prompts(prompt)
+    validation.numbers(steps=steps, guidance=guidance, number=number)
+    validation.negative_prompt(negative_prompt, guidance)
     for text in (*prompts, negative_prompt):
         parse(text)  # refuses weights out of their range
     sampler = samplers.get(scheduler)
-    until = checks.guidance_until(guidance_until, guidance)
-    share = checks.strength(strength, image is not None, mask is not None)
-    checks.steps_done(steps, share)
-    first_seed = checks.seed(seed, len(prompts) * number)
+    until = validation.guidance_until(guidance_until, guidance)
+    share = validation.strength(strength, image is not None, mask is not None)
+    validation.steps_done(steps, share)
+    first_seed = validation.seed(seed, len(prompts) * number)
     given, masked = (None if it is None else open_picture(it) for it in (image, mask))
     asked_size = given.size if given is not None and size is None else size
-    drawn_size = None if asked_size is None else checks.size(asked_size)
-    own = tuple((Path(f).expanduser(), checks.lora_scale(s)) for f, s in (lora or {}).items())
+    drawn_size = None if asked_size is None else validation.size(asked_size)
+    own = tuple((Path(f).expanduser(), validation.lora_scale(s)) for f, s in (lora or {}).items())
     for path, _ in own:
         read_header(path)  # refuses a file that is missing or damaged before a model is fetched
 
     known = model if isinstance(model, Known) else Known.of(model)
-    checks.schedule(known.scheduler_config, sampler.spacing, steps)
+    validation.schedule(known.scheduler_config, sampler.spacing, steps)
     loras = (*known.loras, *((path.stem, scale) for path, scale in own))
     for name, count in Counter(name for name, _ in loras).items():
         if count > 1:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from koala.generation import checks
-from koala.generation.checks import LCM_LEVELS
+from koala.generation import validation
+from koala.generation.validation import LCM_LEVELS
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Schedule:
 
         UserError where that leaves no step.
         """
-        skipped = len(self) - checks.steps_done(len(self), share)
+        skipped = len(self) - validation.steps_done(len(self), share)
         return Schedule(self.timesteps[skipped:], self.sigmas[skipped:])
 
 
@@ -43,7 +43,7 @@ def trailing(config: dict[str, Any], steps: int) -> Schedule:
     and spacing the config itself names. UserError for a config that is not SDXL's discrete,
     epsilon-predicting kind, or for more steps than it has noise levels.
     """
-    levels = checks.schedule(config, "trailing", steps)
+    levels = validation.schedule(config, "trailing", steps)
     # The n-th part of the levels at a time, down from the last; a half rounds to even, and the
     # slice drops the zero that rounding errors add at a few numbers of steps.
     ends = np.arange(levels, 0, -levels / steps)[:steps].round()
@@ -55,7 +55,7 @@ def lcm(config: dict[str, Any], steps: int) -> Schedule:
 
     Equal to diffusers' `LCMScheduler`. UserError as for `trailing`, or for more than 50 steps.
     """
-    levels = checks.schedule(config, "lcm", steps)
+    levels = validation.schedule(config, "lcm", steps)
     trained = levels // LCM_LEVELS * np.arange(LCM_LEVELS, 0, -1) - 1
     chosen = np.floor(np.linspace(0, LCM_LEVELS, steps, endpoint=False)).astype(int)
     return _schedule(config, trained[chosen])

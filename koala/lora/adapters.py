@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from koala.checkpoints.tensors import load_tensor
 from koala.errors import UserError
 from koala.lora.names import PARTS, Target
 from koala.lora.reading import Adapter, Lora
-from koala.weights import load_tensor
 
 Modules = Mapping[Target, nn.Module]
 

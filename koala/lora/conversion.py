@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from koala.checkpoints.tensors import Stored, read_metadata, write
 from koala.errors import UserError
 from koala.lora import peft
 from koala.lora.names import base_named, spellings, targets
 from koala.lora.reading import Lora, Report, read
-from koala.output import check_new, new_file
-from koala.weights import Stored, read_metadata, write
+from koala.utils.atomic import check_new, new_file
 
 
 def convert_lora(file: str | Path, model: str, out: str | Path) -> Report:

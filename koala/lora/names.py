@@ -13,8 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from koala import architectures, ldm, unet_layout
-from koala.architectures import UNetArchitecture
+from koala.architectures.config import from_unet_config
+from koala.architectures.layout import modules
+from koala.architectures.table import ARCHITECTURES, UNetArchitecture
+from koala.checkpoints import ldm_keys
+from koala.checkpoints.bundled import bundled_names
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import read_json
 from koala.errors import UserError
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -87,7 +92,7 @@ class Base:
             TextEncoder(c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], p)
             for c, p in ((text, 0), (text_2, text_2["projection_dim"]))
         )
-        return cls(architectures.from_unet_config(unet), (first, second))
+        return cls(from_unet_config(unet), (first, second))
 
 
 @lru_cache(maxsize=8)
@@ -95,7 +100,7 @@ def shapes(base: Base) -> dict[Target, tuple[int, ...]]:
     """Weight shape of every linear and convolutional module of the base."""
     found = {
         Target("unet", module.path): module.weight
-        for module in unet_layout.modules(base.unet)
+        for module in modules(base.unet)
         if len(module.weight) > 1
     }
     for part, encoder in zip(PARTS[1:], base.text_encoders, strict=True):
@@ -109,7 +114,7 @@ def spellings(base: Base) -> dict[str, dict[Target, str]]:
 
     Spellings of the U-Net and of the text encoders are apart: files combine them.
     """
-    original = ldm.unet_modules(base.unet)
+    original = ldm_keys.unet_modules(base.unet)
     unet = [target for target in shapes(base) if target.part == "unet"]
     text = [target for target in shapes(base) if target.part != "unet"]
     kohya = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
@@ -176,22 +181,18 @@ def base_named(name: str) -> Base:
 
     A model is a bundled name, a folder or a Hub id. Raises `UserError` if it is none of them.
     """
-    from koala import formats
-
-    row = architectures.ARCHITECTURES.get(name)
+    row = ARCHITECTURES.get(name)
     if row and row.context == sum(encoder.width for encoder in SDXL_TEXT):
         return Base(row, SDXL_TEXT)
-    if row and name not in formats.bundled_names():
+    if row and name not in bundled_names():
         raise UserError(
             f"{name} is known as an architecture only, and its text encoders vary; "
             "name the folder of a model"
         )
-    return base_of(formats.resolve_model(name))
+    return base_of(resolve_model(name))
 
 
 def base_of(folder: Path) -> Base:
     """What a LoRA for the model of a checked folder is for."""
-    from koala import formats
-
-    unet, text, text_2 = (formats.read_json(folder / part / "config.json") for part in PARTS)
+    unet, text, text_2 = (read_json(folder / part / "config.json") for part in PARTS)
     return Base.from_configs(unet, text, text_2)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from koala.checkpoints.tensors import read_metadata
+from koala.checkpoints.validate import read_json, some
 from koala.errors import UserError
-from koala.formats import read_json, some
 from koala.lora.names import PARTS, Target
-from koala.weights import read_metadata
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names

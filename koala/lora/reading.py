@@ -15,13 +15,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from koala.architectures import ARCHITECTURES, CUTS, UNetArchitecture, student_of, teacher_faults
-from koala.compression import block_map, tensor_map
+from koala.architectures.block_map import block_map, tensor_map
+from koala.architectures.table import (
+    ARCHITECTURES,
+    CUTS,
+    UNetArchitecture,
+    student_of,
+    teacher_faults,
+)
+from koala.checkpoints.tensors import FLOATS, Stored, load_tensor, read_header
+from koala.checkpoints.validate import some
 from koala.errors import UserError
-from koala.formats import some
 from koala.lora import peft
 from koala.lora.names import PARTS, ROLES, Base, Target, shapes, split, targets
-from koala.weights import FLOATS, Stored, load_tensor, read_header
 
 _OTHER_ADAPTERS = {  # what follows the module in the names of kinds that are not LoRA
     ".hada_": "LoHa", ".lokr_": "LoKr", ".dora_scale": "DoRA", ".lora_magnitude_vector": "DoRA",

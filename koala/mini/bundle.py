@@ -1,6 +1,6 @@
 """A finished model as it is shipped: weights in fp16, configs without traces of where they lay.
 
-`python -m koala.mini.bundle MODEL --out koala/models/NAME` is how the bundled model came there.
+`python -m koala.mini.bundle MODEL --out koala/bundled/NAME` is how the bundled model came there.
 """
 
 import argparse
@@ -12,8 +12,9 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import CONFIGS, WEIGHTS, weights_files
 from koala.errors import UserError
-from koala.formats import CONFIGS, WEIGHTS, resolve_model, weights_files
 from koala.generation.decode import TINY, TINY_FILE
 
 TEXTS = ("NOTICE.txt", "model_index.json")

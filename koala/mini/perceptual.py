@@ -7,7 +7,7 @@ no training loss has seen.
 import torch
 from torch import Tensor, nn
 
-from koala.packages import package
+from koala.utils.asset_packages import package
 
 # (expansion, channels, repeats, stride), Sandler et al. 2018, table 2
 BLOCKS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2))

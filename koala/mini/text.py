@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from koala.packages import package
-from koala.sentence import WIDTH, SentenceEncoder
+from koala.mini.sentence_encoder import WIDTH, SentenceEncoder
+from koala.utils.asset_packages import package
 
 TOKENS = 32  # read by the encoders, start and end included; SDXL reads 77
 WIDTHS = (64, 96)

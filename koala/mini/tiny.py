@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from koala.data.encoding import normalisation
 from koala.mini.perceptual import MobileNetV2
 from koala.mini.vae import opponent, to_images
-from koala.sheet import contact_sheet
+from koala.utils.contact_sheet import contact_sheet
 
 
 def new_tiny() -> AutoencoderTiny:

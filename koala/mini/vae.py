@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from koala.data.order import shuffled
-from koala.data.pictures import PictureSet
+from koala.data.illustrations.pictures import PictureSet
+from koala.data.sampler import shuffled
 from koala.mini.perceptual import MobileNetV2
-from koala.sheet import contact_sheet
+from koala.utils.contact_sheet import contact_sheet
 
 SHOWN = 16  # pictures of a preview
 HUE = 3.0  # weight of hue beside lightness: illustrations vary so much less in it

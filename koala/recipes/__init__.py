@@ -25,7 +25,7 @@ from koala.errors import unknown
 from koala.recipes import paper
 
 if TYPE_CHECKING:
-    from koala.recipes.run import Recipe
+    from koala.recipes.recipe import Recipe
 
 MINI = (
     "mini-base",

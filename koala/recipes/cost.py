@@ -4,7 +4,7 @@ FLOP of a sample are counted from the architectures: the teacher's forward and t
 student's (a backward pass is two forwards' work), four times where activations are computed again;
 and the VAE's, where the data are pictures that the training encodes.
 Memory is `koala.recipes.memory`'s. Time follows from a rate of the device: that of a named card,
-at an assumed share of its peak, or one measured here (`koala.recipes.trial`).
+at an assumed share of its peak, or one measured here (`koala.recipes.calibrate`).
 """
 
 from __future__ import annotations
@@ -19,25 +19,22 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from koala import architectures
-from koala.architectures import FACTOR, UNetArchitecture, student_of
+from koala.architectures.flops import flops as forward_flops
+from koala.architectures.layout import parameters
+from koala.architectures.table import FACTOR, UNetArchitecture, get, student_of
+from koala.checkpoints.bundled import BUNDLED, bundled_names
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import read_json, read_tensors, unet_architecture
 from koala.data.index import Index
-from koala.device import pick_device
 from koala.distillation.taps import tap_points
 from koala.errors import UserError
-from koala.formats import (
-    BUNDLED,
-    bundled_names,
-    read_json,
-    read_tensors,
-    resolve_model,
-    unet_architecture,
-)
+from koala.recipes.calibrate import assumed, measured
 from koala.recipes.memory import META, Plan, blank_unet, device_memory, main_memory
-from koala.recipes.run import MEMO, Recipe, Student, Teacher
-from koala.recipes.trial import assumed, measured
+from koala.recipes.recipe import Recipe, Student, Teacher
+from koala.recipes.run import MEMO
+from koala.utils.device import pick_device
 
-MINI = architectures.get("sdxl-mini")
+MINI = get("sdxl-mini")
 SDXL_TEXT = 123_060_480 + 694_659_840  # parameters of its two text encoders
 SDXL_VAE = 83_653_863
 ENCODE = 4.65e6  # FLOP that its encoder takes for a pixel, at 1024 x 1024; 8 % fewer at 512 x 512
@@ -113,7 +110,7 @@ def estimate(
     teacher: where it is a folder or a file here, it is looked at; else the recipe says what it is.
     data: a prepared folder, which says how large the pictures are where the recipe does not, and
     whether the text side runs; without it, it does.
-    card: a name of `koala.recipes.cards`; None measures `device` for half a minute at most.
+    card: a name of `koala.recipes.gpus`; None measures `device` for half a minute at most.
     UserError for a recipe without a U-Net, an unknown card, or a batch that does not divide.
     """
     if not isinstance(recipe, Student | Teacher):
@@ -135,7 +132,7 @@ def estimate(
     return Estimate(
         student=plan.student.name,
         teacher=plan.teacher.name if plan.teacher else None,
-        trained=architectures.parameters(plan.student),
+        trained=parameters(plan.student),
         frozen=sum(frozen.values()),
         taps=_taps(recipe, plan.student),
         samples=recipe.training.samples,
@@ -180,10 +177,10 @@ def _plan(
         "on_gpu": on_gpu,
     }
     if isinstance(recipe, Teacher):
-        arch = architectures.get(recipe.architecture)
+        arch = get(recipe.architecture)
         return Plan(arch, None, None, pixels=size or arch.sample * FACTOR, **common)
     folder = _folder(teacher)
-    master = unet_architecture(folder) if folder else architectures.get(recipe.of)
+    master = unet_architecture(folder) if folder else get(recipe.of)
     student = student_of(master, recipe.cut)
     pixels = recipe.pixels or size or master.sample * FACTOR
     return Plan(student, master, recipe.settings, pixels=pixels, **common)
@@ -226,7 +223,7 @@ def _frozen(teacher: str | None, plan: Plan) -> dict[str, int]:
             "VAE": stored["vae"],
         }
     if plan.teacher is not None:
-        parts["teacher"] = architectures.parameters(plan.teacher)
+        parts["teacher"] = parameters(plan.teacher)
     return parts
 
 
@@ -243,10 +240,10 @@ def _beside(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> dict[str
 def _flops(plan: Plan) -> tuple[int, int]:
     """FLOP of a sample's step: computed again by checkpointing, and all the rest."""
     side = plan.pixels
-    own = architectures.flops(plan.student, side, side, plan.student.tokens)
+    own = forward_flops(plan.student, side, side, plan.student.tokens)
     rest = 3 * own
     if plan.teacher is not None and plan.settings and plan.settings.learns_from_teacher:
-        rest += architectures.flops(plan.teacher, side, side, plan.teacher.tokens)
+        rest += forward_flops(plan.teacher, side, side, plan.teacher.tokens)
     return (own if plan.hardware.checkpointing else 0), rest
 
 

@@ -2,7 +2,7 @@
 
 What stays (weights, optimiser, averages, teacher) is counted. What a step makes is found by making
 one: the real task runs forward and backward on the meta device, where tensors have shapes and no
-numbers (`koala.generation.activations`), and what is alive at its fullest moment is added up. So
+numbers (`koala.generation.memory.peak`), and what is alive at its fullest moment is added up. So
 taps, checkpointing and the division of the batch are as they are, at any size.
 
 Not seen: the libraries' own workspaces and the device's context (`OVERHEAD` stands for them), the
@@ -27,15 +27,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from koala import architectures
-from koala.architectures import FACTOR, LATENT_CHANNELS, UNetArchitecture
-from koala.distillation.noising import NoiseSchedule, generators_at
+from koala.architectures.config import unet_config
+from koala.architectures.layout import parameters
+from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.load import load_scheduler_config
+from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.parallel import World, lay_out
 from koala.distillation.settings import Hardware, Training
 from koala.distillation.taps import regions
 from koala.distillation.tasks import Denoising, Distillation, DistillationSettings
-from koala.formats import BUNDLED, load_scheduler_config
-from koala.generation.activations import Alive, FusedAttention
+from koala.generation.memory.peak import Alive, FusedAttention
 
 OVERHEAD = 2**30  # bytes of a GPU: context, cuDNN's and cuBLAS's workspaces; assumed
 STATES_8BIT = (4096, 256)  # torchao: least size of a tensor kept in 8 bits, numbers with one scale
@@ -91,13 +93,13 @@ def device_memory(plan: Plan) -> dict[str, int]:
 
 def main_memory(plan: Plan) -> dict[str, int]:
     """Bytes of main memory that the first process takes, by part; the others write nothing."""
-    weights, lengths = 4 * architectures.parameters(plan.student), len(plan.training.half_lives)
+    weights, lengths = 4 * parameters(plan.student), len(plan.training.half_lives)
     parts = {
         "averages": lengths * weights if plan.hardware.ema_on_cpu else 0,
         "a checkpoint while it is written": (1 + 2 + lengths) * weights,  # moments and averages too
     }
     if plan.teacher is not None and plan.hardware.teacher == "offloaded":
-        parts["teacher"] = 2 * architectures.parameters(plan.teacher)
+        parts["teacher"] = 2 * parameters(plan.teacher)
     return {part: size for part, size in parts.items() if size}
 
 
@@ -114,7 +116,7 @@ def optimiser_bytes(sizes: Iterable[int], optimizer: str) -> int:
 def blank_unet(arch: UNetArchitecture) -> UNet2DConditionModel:
     """The U-Net on the meta device, fp32."""
     with META:
-        return UNet2DConditionModel(**architectures.unet_config(arch))
+        return UNet2DConditionModel(**unet_config(arch))
 
 
 def _gathered(unet: nn.Module, regions_at_once: int) -> int:
@@ -128,7 +130,7 @@ def _teacher_bytes(plan: Plan) -> int:
     if plan.teacher is None:
         return 0
     width = 2 if plan.on_gpu else 4
-    whole = width * architectures.parameters(plan.teacher)
+    whole = width * parameters(plan.teacher)
     if plan.hardware.teacher == "whole":
         return whole
     sharded = plan.hardware.teacher == "sharded"

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from koala.distillation.settings import Training
 from koala.distillation.tasks import DistillationSettings
-from koala.recipes.run import Autoencoder, Base, Mixture, Student, Teacher, Tiny
+from koala.mini.settings import Autoencoder, Base, Tiny
+from koala.recipes.recipe import Mixture, Student, Teacher
 
 # An epoch shows each emoji twelve times and each icon and scene once: of the samples 71 % are
 # emoji, 10 % icons, 20 % scenes. A bare subject and a long caption now and then keep the model

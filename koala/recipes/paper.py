@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from koala.distillation.settings import Hardware, Training
 
 if TYPE_CHECKING:
-    from koala.recipes.run import Student
+    from koala.recipes.recipe import Student
 
 
 class Preset(NamedTuple):
@@ -120,7 +120,7 @@ def student(name: str) -> Student:
     """The run of that row of the table."""
     from koala.distillation.tasks import DistillationSettings
     from koala.recipes.overrides import taps_of
-    from koala.recipes.run import Mixture, Student
+    from koala.recipes.recipe import Mixture, Student
 
     row = PRESETS[name]
     samples = 1000 * row.steps * row.batch

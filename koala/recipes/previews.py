@@ -8,11 +8,11 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import nn
 
-from koala.conditioning import TextConditioner
+from koala.checkpoints.load import load_scheduler_config, load_vae
 from koala.distillation.tasks import Draw
-from koala.formats import load_scheduler_config, load_vae
 from koala.generation.pipeline import Pipeline
-from koala.sheet import contact_sheet
+from koala.text_conditioning import TextConditioner
+from koala.utils.contact_sheet import contact_sheet
 
 SMALL = 128  # pixels: pictures up to here are shown twice as large, larger ones
 LARGEST = 512  # at most so large

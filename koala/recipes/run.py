@@ -4,114 +4,43 @@ Every run leaves its finished pipeline folder in `<out>/model`; run again, it go
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from koala import architectures, card, recipes
-from koala.compression import adopt, compress
-from koala.conditioning import TextConditioner
+from koala import recipes
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
+from koala.checkpoints import model_card
+from koala.checkpoints.compress import adopt, compress
+from koala.checkpoints.load import load_scheduler_config, load_unet
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import unet_architecture
 from koala.data.encoding import Moments
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of
 from koala.distillation import checkpoint
+from koala.distillation.forward_process import NoiseSchedule
 from koala.distillation.loop import train
-from koala.distillation.noising import NoiseSchedule
 from koala.distillation.parallel import World, joined, lay_out
-from koala.distillation.settings import PLAIN, Hardware, Training
 from koala.distillation.speed import unet_flops
-from koala.distillation.tasks import Denoising, Distillation, DistillationSettings, Encode
+from koala.distillation.tasks import Denoising, Distillation, Encode
 from koala.errors import UserError
-from koala.formats import (
-    load_scheduler_config,
-    load_unet,
-    resolve_model,
-    unet_architecture,
-)
-from koala.recipes.family import run_autoencoder, run_base, run_tiny
+from koala.mini.runs import run_autoencoder, run_base, run_tiny
+from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes.overrides import overridden
 from koala.recipes.previews import MINI_PROMPTS, drawing
+from koala.recipes.recipe import ALONE, Recipe, Student, Teacher
+from koala.text_conditioning import TextConditioner
 
 MEMO = 2**31  # bytes of embeddings that a training on the CPU remembers: all of the mini set's
 HELD_OUT = 64  # samples of the validation
 HELD_OUT_SPLITS = ("test", "test-pair")  # the first that a folder has
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """What a U-Net is shown: copies of each kind in an epoch, weights of the caption columns.
-
-    None: everything once; the only column there is.
-    """
-
-    kinds: dict[str, int] | None = None
-    captions: dict[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Base:
-    """VAE and text side from nothing, with a U-Net as initialised: what a teacher starts from."""
-
-    kinds: dict[str, int]  # copies of each kind of picture in an epoch of the VAE's
-    vae: Training
-    decoder: Training  # goes on from `vae` with the encoder at rest
-    text: Training
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A U-Net by L_task: from nothing, or `further` from the U-Net of the model given."""
-
-    architecture: str
-    training: Training
-    caption_dropout: float
-    mixture: Mixture
-    min_snr: float | None = None  # as in `koala.distillation.tasks.Denoising`
-    further: bool = False
-    hardware: Hardware = PLAIN
-
-
-@dataclass(frozen=True)
-class Student:
-    """A U-Net cut from the teacher's, then distilled."""
-
-    cut: str
-    training: Training
-    settings: DistillationSettings
-    mixture: Mixture
-    hardware: Hardware = PLAIN
-    teacher: str | None = None  # the model to learn from where --teacher names none
-    of: str = "sdxl-mini"  # architecture of a teacher that is not here, for a dry run
-    pixels: int | None = None  # side of the square bucket; data of another size are refused
-    prompts: tuple[str, ...] = MINI_PROMPTS  # of previews
-
-
-@dataclass(frozen=True)
-class Autoencoder:
-    """A VAE that goes on by itself, with noise on its latents as `Autoencoding` says."""
-
-    kinds: dict[str, int]  # copies of each kind of picture in an epoch
-    training: Training
-    perceptual: float  # weight of the perceptual error
-    drift: float  # greatest deviation of the noise, in deviations of the latents
-    colour: float  # pull of three latent channels towards the mean colour below them
-    cpu_bf16: bool = False  # as in `Hardware`
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A tiny autoencoder that learns from a model's VAE; the model gets it as `vae_tiny`."""
-
-    kinds: dict[str, int] | None  # copies of each kind of picture in an epoch; None: all once
-    training: Training
-    cpu_bf16: bool = False  # as in `Hardware`
-
-
-Recipe = Base | Autoencoder | Teacher | Student | Tiny
-ALONE = (Base, Autoencoder, Tiny)  # train in one process, without settings of hardware
 UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run goes on
 
 
@@ -216,7 +145,7 @@ def _run(
     )
     layout = lay_out(task, recipe.hardware, world)
     claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
-    note = {"recipe": claimed} | ({"student": card.name_of(student)} if student else {})
+    note = {"recipe": claimed} | ({"student": model_card.name_of(student)} if student else {})
     try:
         train(
             task, latents, training, out, note, layout=layout, held_out=held_out,
@@ -267,27 +196,29 @@ def _card(
     out: Path,
     teacher: str | None,
     student: str | None,
-) -> card.Card:
+) -> model_card.Card:
     """The finished model's card: that of what it started from, and this training."""
-    start = card.Card("")
+    start = model_card.Card("")
     if isinstance(recipe, Base):
         trained = {"VAE": recipe.vae, "decoder": recipe.decoder, "text encoders": recipe.text}
     else:
         assert teacher is not None
         trained = {"U-Net": recipe.training}
-        start = card.read(out / "start" if isinstance(recipe, Student) else resolve_model(teacher))
+        start = model_card.read(
+            out / "start" if isinstance(recipe, Student) else resolve_model(teacher)
+        )
     before = start.trained if student else None
-    facts = card.Trained(
+    facts = model_card.Trained(
         recipe=name,
         settings=asdict(recipe),
         samples={what: training.samples for what, training in trained.items()},
         data=facts_of(data),
-        teacher=teacher and card.name_of(teacher),
+        teacher=teacher and model_card.name_of(teacher),
         distilled=isinstance(recipe, Student) and recipe.settings.learns_from_teacher,
-        student=student and card.name_of(student),
+        student=student and model_card.name_of(student),
         before=before.samples.get("U-Net", 0) + before.before if before else 0,
     )
-    return card.trained_of(start, card.name_of(out / "model"), facts)
+    return model_card.trained_of(start, model_card.name_of(out / "model"), facts)
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
@@ -312,7 +243,7 @@ def _teaching(
     encode: Encode | None,
 ) -> Denoising:
     torch.manual_seed(recipe.training.seed)
-    arch = architectures.get(recipe.architecture)
+    arch = get(recipe.architecture)
     if recipe.further:
         if (found := unet_architecture(base)) != arch:
             raise UserError(
@@ -321,7 +252,7 @@ def _teaching(
             )
         unet = load_unet(base)
     else:
-        unet = UNet2DConditionModel(**architectures.unet_config(arch))
+        unet = UNet2DConditionModel(**unet_config(arch))
     return Denoising(
         unet.to(device),
         conditioner,

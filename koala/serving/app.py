@@ -8,16 +8,18 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from koala import __version__
-from koala.serving import a1111, answers, jobs_api, openai, page
-from koala.serving.delivery import Keeper
-from koala.serving.gallery import Gallery
-from koala.serving.jobs import Jobs
+from koala.serving import errors
+from koala.serving.api import a1111, openai, page
+from koala.serving.api import jobs as jobs_api
+from koala.serving.jobs.database import Store
+from koala.serving.jobs.delivery import Keeper
+from koala.serving.jobs.gallery import Gallery
+from koala.serving.jobs.jobs import Jobs
+from koala.serving.jobs.table import Table
 from koala.serving.keys import Keys
 from koala.serving.security import Guard
 from koala.serving.service import Service
 from koala.serving.settings import Options
-from koala.serving.store import Store
-from koala.serving.table import Table
 
 DAY = 24 * 3600.0  # seconds
 
@@ -41,7 +43,7 @@ def create_app(service: Service, store: Store, options: Options) -> FastAPI:
     files = page.router(service.pipeline.name, service.native)
     for routes in (router, openai.router, jobs_api.router, a1111.router, files):
         app.include_router(routes)
-    answers.install(app, service.metrics.failed)
+    errors.install(app, service.metrics.failed)
     keys = Keys.read(options.api_key_file) if options.api_key_file else None
     app.add_middleware(Guard, options=options, keys=keys, note=service.metrics.failed)
     return app

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from koala.errors import Failure, UserError
+from koala.serving.jobs.database import Store
 from koala.serving.settings import Options, check
-from koala.serving.store import Store
 
 if TYPE_CHECKING:
     import uvicorn
@@ -43,12 +43,13 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             "give --api-key-file"
         )
     with _bound(options) as listening, contextlib.closing(Store(options.data)) as store:
-        from koala.generation import speed  # not before all is known to be right: loads torch
+        # Not before all is known to be right: these load torch.
+        from koala.generation.runtime.compile import ROWS
         from koala.serving.app import create_app
         from koala.serving.service import Service
 
         pipeline, options = loaded(options, say)
-        sizes = speed.ROWS if options.compile or options.graphs else ()
+        sizes = ROWS if options.compile or options.graphs else ()
         service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
         app = create_app(service, store, options)
         config = uvicorn.Config(
@@ -65,10 +66,11 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
 
 def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Options]":
     """The model as asked for, and the options with limits that it can hold."""
-    from koala.generation import load, speed
-    from koala.generation.arrangement import load_within
-    from koala.generation.backends import equip
+    from koala.generation import load
     from koala.generation.engine import PIXELS_AT_ONCE
+    from koala.generation.memory.placement import load_within
+    from koala.generation.runtime.backends import equip
+    from koala.generation.runtime.compile import in_fixed_batches, one_by_one
 
     limits = options.limits
     if options.vram is not None:
@@ -87,9 +89,9 @@ def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Opt
         backend = "torch" if options.lora_dir is not None else options.backend
         equip(pipeline, backend, options.compile, options.graphs, say)
         if options.compile or options.graphs:
-            pipeline.predict = speed.in_fixed_batches(pipeline.predict)
+            pipeline.predict = in_fixed_batches(pipeline.predict)
     # Decoding several at once takes their memory several times, and is hardly faster.
-    pipeline.decode = speed.one_by_one(pipeline.decode)
+    pipeline.decode = one_by_one(pipeline.decode)
     return pipeline, replace(options, limits=limits)
 
 

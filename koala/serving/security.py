@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from koala.serving.admission import Busy
-from koala.serving.answers import Refusal, refusal
+from koala.serving.errors import Refusal, refusal
 from koala.serving.keys import Keys
 from koala.serving.settings import LOOPBACK, Limits, Options
 

@@ -22,11 +22,11 @@ from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ti
 from koala.generation.pipeline import Result
 from koala.serving.admission import Admission, Busy
 from koala.serving.fairness import Fairness, Place
+from koala.serving.image_request import Order
 from koala.serving.metrics import Metrics
-from koala.serving.orders import Order
 from koala.serving.settings import Limits
 from koala.serving.uploads import open_upload
-from koala.serving.warmth import warm_up
+from koala.serving.warmup import warm_up
 
 _LORA_NAME = re.compile(r"\w[\w .+-]{0,127}")
 LARGEST = 4  # times the native size: what a picture may have where the limits do not say

@@ -9,11 +9,11 @@ import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from koala.device import check_device
+from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
-from koala.formats import resolve_model
-from koala.generation import checks
+from koala.generation import validation
 from koala.serving.keys import Keys
+from koala.utils.device import check_device
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -123,5 +123,5 @@ def check(options: Options) -> None:
                 "runs it; leave one out"
             )
     check_device(options.device)
-    checks.runtime(options.backend, options.compile, options.graphs, options.vram)
+    validation.runtime(options.backend, options.compile, options.graphs, options.vram)
     resolve_model(options.model)

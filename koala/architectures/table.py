@@ -1,0 +1,189 @@
+"""What a U-Net of each kind is, as data: one row each, visible on one screen.
+
+Everything else about a U-Net follows from its row and is computed in plain Python, so that
+`koala architectures` answers at once: the diffusers configuration (`config`), the name and shape of
+every tensor and the parameter count (`layout`), the cost of one forward (`flops`). A student is
+not written down twice: it is its teacher's row and a `Cut`.
+
+Depths are transformer blocks per resnet of a stage; 0 means the stage has no attention.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+from koala.errors import UserError, unknown
+
+LATENT_CHANNELS = 4
+TIME_IDS = 6  # SDXL's size and crop conditioning: original, crop and target, two numbers each
+FACTOR = 8  # pixels along one side of a latent position: every VAE of the family is f8
+
+
+@dataclass(frozen=True)
+class UNetArchitecture:
+    """One U-Net, in diffusers' `UNet2DConditionModel` terms.
+
+    Two rows are equal when every tensor of theirs has the same name, shape and use: `name`,
+    `sample` and `tokens` are labels, and SDXL-Turbo (64) is the same U-Net as SDXL (128).
+    """
+
+    name: str = field(compare=False)
+    sample: int = field(compare=False)  # native side of the latents
+    tokens: int = field(compare=False)  # text tokens at the native prompt length
+    widths: tuple[int, ...]  # channels of each stage
+    heads: tuple[int, ...]  # attention heads of each stage
+    layers: int  # resnets of a down block; an up block has one more
+    depths: tuple[int, ...]  # transformer blocks per resnet, DW-1 first
+    up: tuple[tuple[int, ...], ...]  # the same for every resnet of every up block, UP-1 first
+    mid: int | None  # transformer blocks of the mid block; 0: one resnet; None: no mid block
+    context: int  # width of the text embeddings
+    pooled: int  # width of the pooled text embedding; 0: no added conditioning (before SDXL)
+    time_ids: int  # width of the embedding of one of the six size and crop numbers
+    groups: int  # of every group norm
+    linear: bool  # transformer projections are linear (else 1x1 convolutions)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a student is cut out of its teacher (KOALA, section 3.1)."""
+
+    layers: int
+    depth: tuple[Fraction, ...]  # share of the teacher's depth that stays, per stage, rounded up
+    mid: bool
+
+
+HALF, THREE_FIFTHS, ALL = Fraction(1, 2), Fraction(3, 5), Fraction(1)
+CUTS = {
+    "bk-sdxl": Cut(1, (ALL, ALL, ALL), mid=True),
+    "koala-1b": Cut(1, (ALL, ALL, THREE_FIFTHS), mid=True),
+    "koala-700m": Cut(1, (ALL, ALL, HALF), mid=False),
+}
+
+
+def mirrored(depths: tuple[int, ...], layers: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((depth,) * (layers + 1) for depth in reversed(depths))
+
+
+_SSD_UP = ((4, 4, 10), (2, 1, 1), (0, 0, 0))
+
+# One head's width gives the heads of every stage; up None mirrors the down depths.
+# fmt: off
+_ROWS: tuple[tuple[Any, ...], ...] = (
+    # name       sample text widths  head layers depths   up   mid context pooled time_ids groups
+    ("sdm-v2.0",     96, 77, (320, 640, 1280, 1280), 64, 2, (1, 1, 1, 0), None, 1, 1024, 0, 0, 32),
+    ("sdxl",        128, 77, (320, 640, 1280), 64, 2, (0, 2, 10), None,    10, 2048, 1280, 256, 32),
+    ("ssd-1b",      128, 77, (320, 640, 1280), 64, 2, (0, 2, 4),  _SSD_UP,  0, 2048, 1280, 256, 32),
+    ("segmind-vega", 128, 77, (320, 640, 1280), 64, 2, (0, 1, 2), None,     0, 2048, 1280, 256, 32),
+    ("sdxl-mini",    16, 32, (64, 96, 128),    32, 2, (0, 1, 2),  None,     2,  160,   96,  32, 16),
+)
+# fmt: on
+_STUDENTS = (  # name, teacher, cut
+    ("bk-sdxl", "sdxl", "bk-sdxl"),
+    ("koala-1b", "sdxl", "koala-1b"),
+    ("koala-700m", "sdxl", "koala-700m"),
+    ("koala-mini-1b", "sdxl-mini", "koala-1b"),
+    ("koala-mini", "sdxl-mini", "koala-700m"),
+)
+_ORDER = (
+    "sdm-v2.0", "sdxl", "bk-sdxl", "koala-1b", "koala-700m", "ssd-1b", "segmind-vega",
+    "sdxl-mini", "koala-mini-1b", "koala-mini",
+)  # fmt: skip
+
+
+def teacher_faults(teacher: UNetArchitecture) -> list[str]:
+    """What keeps `teacher` from being an SDXL U-Net, one phrase a fault; empty if nothing does."""
+    faults = []
+    if not teacher.pooled:
+        faults.append("has no addition embedding (pooled text and size), an SDXL U-Net has one")
+    if len(teacher.depths) != 3:
+        faults.append(f"has {len(teacher.depths)} stages, an SDXL U-Net has 3")
+    if teacher.layers != 2:
+        faults.append(f"has layers_per_block {teacher.layers}, an SDXL U-Net has 2")
+    if not teacher.mid:
+        mid = "no mid block" if teacher.mid is None else "a mid block without attention"
+        faults.append(f"has {mid}, an SDXL U-Net has one with attention")
+    if teacher.up != mirrored(teacher.depths, teacher.layers):
+        faults.append("has up blocks whose depths do not mirror the down blocks'")
+    if not faults and teacher.mid != teacher.depths[-1]:
+        faults.append(f"has mid depth {teacher.mid}, not that of its last stage")
+    return faults
+
+
+def student_of(teacher: UNetArchitecture, to: str) -> UNetArchitecture:
+    """The student that `to` makes of `teacher`: the same rule at every size.
+
+    to: a name in `CUTS`, or depths of one's own, "0,2,4": transformer blocks per resnet of each
+    stage, one layer a block; ",no-mid" at the end leaves the mid block out, which else is as deep
+    as the last stage. Raises `UserError` if `to` is neither, the teacher is not an SDXL U-Net, or
+    has not that many blocks.
+    """
+    if faults := teacher_faults(teacher):
+        raise UserError(f"{teacher.name} cannot be the teacher: {'; '.join(faults)}")
+    if cut := CUTS.get(to):
+        layers, mid = cut.layers, cut.mid
+        depths = tuple(math.ceil(d * s) for d, s in zip(teacher.depths, cut.depth, strict=True))
+    else:
+        layers, mid = 1, not to.endswith(_NO_MID)
+        depths = _own_depths(to, teacher)
+    student = replace(
+        teacher,
+        name=f"{to} of {teacher.name}" if cut else "custom",
+        layers=layers,
+        depths=depths,
+        up=mirrored(depths, layers),
+        mid=depths[-1] if mid else None,
+    )
+    for name, of, by in _STUDENTS:
+        if to == by and teacher == ARCHITECTURES.get(of):
+            return replace(student, name=name)
+    return next((row for row in ARCHITECTURES.values() if row == student), student)
+
+
+_NO_MID = ",no-mid"
+
+
+def _own_depths(to: str, teacher: UNetArchitecture) -> tuple[int, ...]:
+    """The depths in "0,2,4" or "0,2,4,no-mid"; `UserError` if they are none for `teacher`."""
+    numbers = to.removesuffix(_NO_MID).split(",")
+    if not all(number.isascii() and number.isdigit() and len(number) < 4 for number in numbers):
+        raise unknown("student", to, CUTS, f", or depths such as 0,2,4 or 0,2,4{_NO_MID}")
+    depths = tuple(map(int, numbers))
+    pairs = zip(depths, teacher.depths, strict=False)
+    if len(depths) != len(teacher.depths) or not any(depths) or any(s > t for s, t in pairs):
+        most = ",".join(map(str, teacher.depths))
+        raise UserError(
+            f"depths {','.join(map(str, depths))} cannot be cut out of {most}: needed are "
+            f"{len(teacher.depths)} numbers, none above the teacher's, not all 0"
+        )
+    return depths
+
+
+def _row(
+    name: str, sample: int, tokens: int, widths: tuple[int, ...], head: int, layers: int,
+    depths: tuple[int, ...], up: tuple[tuple[int, ...], ...] | None, mid: int | None,
+    context: int, pooled: int, time_ids: int, groups: int,
+) -> UNetArchitecture:  # fmt: skip
+    heads = tuple(width // head for width in widths)
+    up = up or mirrored(depths, layers)
+    return UNetArchitecture(
+        name, sample, tokens, widths, heads, layers, depths, up, mid,
+        context, pooled, time_ids, groups, linear=True,
+    )  # fmt: skip
+
+
+ARCHITECTURES: dict[str, UNetArchitecture] = {}
+for _values in _ROWS:
+    ARCHITECTURES[_values[0]] = _row(*_values)
+for _name, _teacher, _cut in _STUDENTS:
+    ARCHITECTURES[_name] = student_of(ARCHITECTURES[_teacher], _cut)
+ARCHITECTURES = {name: ARCHITECTURES[name] for name in _ORDER}
+
+
+def get(name: str) -> UNetArchitecture:
+    """The architecture of that name; `UserError` lists the names."""
+    if name not in ARCHITECTURES:
+        raise unknown("architecture", name, ARCHITECTURES)
+    return ARCHITECTURES[name]

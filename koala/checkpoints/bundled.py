@@ -1,0 +1,10 @@
+"""The models that are installed with the package."""
+
+from pathlib import Path
+
+BUNDLED = Path(__file__).parents[1] / "bundled"
+
+
+def bundled_names() -> list[str]:
+    """Names of the models that are installed with the package."""
+    return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))

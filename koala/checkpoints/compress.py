@@ -1,0 +1,174 @@
+"""A student's U-Net out of its teacher's weights, by `koala.architectures.block_map`.
+
+Weights go from file to file one tensor at a time: neither model is ever in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from koala.architectures.block_map import tensor_map
+from koala.architectures.config import unet_config
+from koala.architectures.layout import parameters
+from koala.architectures.table import UNetArchitecture, student_of
+from koala.checkpoints import model_card
+from koala.checkpoints.pipeline_files import Contents, as_file, write_folder
+from koala.checkpoints.resolve import read_model
+from koala.checkpoints.tensors import float_dtype
+from koala.checkpoints.validate import CONFIGS
+from koala.errors import UserError
+from koala.utils.atomic import check_new, new_folder
+
+_SCHEDULER_FILE = "scheduler/scheduler_config.json"
+_SCHEDULE = (  # what the student keeps of its teacher's scheduler: the noise it was trained on
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "prediction_type", "rescale_betas_zero_snr",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What `compress` did."""
+
+    teacher: str  # architecture's name, or "custom"
+    student: str
+    teacher_parameters: int  # of the U-Nets
+    student_parameters: int
+    inherited: int  # teacher tensors that the student starts from
+    dropped: int  # teacher tensors that it does not
+    bytes: int  # of the student's U-Net weights
+    out: Path
+
+
+def _pipeline_files(contents: Contents, student: UNetArchitecture) -> dict[str, bytes]:
+    """The teacher's small files, with the student's U-Net and the scheduler of KOALA's recipe."""
+    config = {**contents.config("unet/config.json"), **unet_config(student)}
+    index = contents.config("model_index.json")
+    for of in (config, index):
+        of.pop("_name_or_path", None)
+    for name, value in index.items():
+        if isinstance(value, list) and name not in CONFIGS:
+            index[name] = [None, None]  # an optional part, such as an image encoder
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    schedule = contents.config(_SCHEDULER_FILE)
+    kept = {key: schedule[key] for key in _SCHEDULE if key in schedule}
+    scheduler = {"_class_name": "EulerDiscreteScheduler", **kept, "timestep_spacing": "trailing"}
+    return {
+        **contents.files,
+        "model_index.json": as_file(index),
+        "unet/config.json": as_file(config),
+        _SCHEDULER_FILE: as_file(scheduler),
+    }
+
+
+def compress(
+    teacher: str | Path,
+    to: str,
+    out: str | Path,
+    dtype: str | None = None,
+    depth_rule: str = "bottom",
+) -> CompressReport:
+    """Writes the pipeline folder `out`: `teacher`, its U-Net cut down and otherwise as it is.
+
+    teacher: name, folder, Hub id or single file of an SDXL pipeline. to: a cut ("koala-700m",
+    "koala-1b", "bk-sdxl") or depths of one's own, see `student_of`. dtype: of all weights, "fp32",
+    "fp16" or "bf16"; None keeps each as it is. depth_rule: which of the teacher's transformer
+    blocks stay, see `DEPTH_RULES`. Every tensor of the student is one of the teacher's. Raises
+    `UserError` if the teacher is no SDXL pipeline, a setting is unknown, a weight does not fit
+    the dtype, or `out` exists and is not empty or cannot be written; `Failure` if the disk is
+    full.
+    """
+    kind, out = float_dtype(dtype), Path(out).expanduser()
+    check_new(out)
+    contents = read_model(teacher)
+    arch = contents.architecture
+    try:
+        student = student_of(arch, to)
+        names = tensor_map(arch, student, depth_rule)
+    except UserError as error:
+        raise UserError(f"{contents.source}: {error}") from None
+    unet = contents.tensors["unet"]
+    tensors = {**contents.tensors, "unet": {mine: unet[names[mine]] for mine in names}}
+    with new_folder(out) as part:
+        sizes = write_folder(part, tensors, _pipeline_files(contents, student), kind)
+        inherited = len(set(names.values()))
+        report = CompressReport(
+            teacher=arch.name,
+            student=student.name,
+            teacher_parameters=parameters(arch),
+            student_parameters=parameters(student),
+            inherited=inherited,
+            dropped=len(unet) - inherited,
+            bytes=sizes["unet"],
+            out=out,
+        )
+        _card(teacher, contents, report, depth_rule).write(part)
+    return report
+
+
+def adopt(
+    student: str | Path, teacher: str | Path, to: str, out: str | Path, depth_rule: str = "bottom"
+) -> None:
+    """Writes the pipeline folder `out` in fp32: `teacher`, with the U-Net of `student` in it.
+
+    So a student that has been distilled before goes on, from any teacher that it is a cut of:
+    KOALA-700M, say, from somebody's own SDXL. student: name, folder, Hub id or single file; VAE
+    and text encoders of its own are left out. teacher, to, depth_rule: as of `compress`. Raises
+    `UserError` if `student` is not `teacher` cut so, or what it predicts is not what `teacher`
+    does, and as `compress` does.
+    """
+    out = Path(out).expanduser()
+    check_new(out)
+    contents, other = read_model(teacher), read_model(student)
+    cut = student_of(contents.architecture, to)
+    if other.architecture != cut:
+        raise UserError(
+            f"{other.source} has a U-Net {other.architecture.name}, the student is to be "
+            f"{cut.name}: take another model to go on from, or none"
+        )
+    mine, theirs = (_predicts(of) for of in (other, contents))
+    if mine != theirs:
+        raise UserError(
+            f"{other.source} predicts {mine}, the teacher {contents.source} {theirs}: take a pair "
+            "that predicts the same"
+        )
+    known = _known(other)
+    if known.cut and known.cut.depth_rule != depth_rule:
+        raise UserError(
+            f"{other.source} was cut by depth rule {known.cut.depth_rule!r}, this recipe pairs its "
+            f"blocks by {depth_rule!r}: add --set settings.depth_rule={known.cut.depth_rule}"
+        )
+    tensors = {**contents.tensors, "unet": other.tensors["unet"]}
+    with new_folder(out) as part:
+        write_folder(part, tensors, _pipeline_files(contents, cut), float_dtype("fp32"))
+        model_card.adopted_of(known, _known(contents), model_card.name_of(out)).write(part)
+
+
+def _predicts(contents: Contents) -> str:
+    return contents.config(_SCHEDULER_FILE).get("prediction_type", "epsilon")
+
+
+def _card(
+    teacher: str | Path, contents: Contents, report: CompressReport, depth_rule: str
+) -> model_card.Card:
+    """The student's model card."""
+    name = model_card.name_of(teacher)
+    cut = model_card.Cut(
+        teacher=name,
+        teacher_architecture=report.teacher,
+        teacher_parameters=report.teacher_parameters,
+        architecture=report.student,
+        parameters=report.student_parameters,
+        inherited=report.inherited,
+        dropped=report.dropped,
+        depth_rule=depth_rule,
+    )
+    return model_card.student_of(_known(contents), name, model_card.name_of(report.out), cut)
+
+
+def _known(contents: Contents) -> model_card.Card:
+    """What a folder's card or a single file's metadata say."""
+    if contents.source.is_dir():
+        return model_card.read(contents.source)
+    return model_card.read_metadata(contents.source, contents.metadata)

@@ -1,0 +1,247 @@
+"""What a weights file is, from the names and shapes of its tensors alone.
+
+No configuration is asked. The U-Net's row is read off the shapes and then held against the whole
+list of tensors that such a row has, so nothing is taken for an SDXL U-Net that is not one, and
+what is missing or too much is named. Everything else that people have on their disks is refused
+by its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from koala.architectures.layout import tensor_shapes
+from koala.architectures.table import ARCHITECTURES, LATENT_CHANNELS, TIME_IDS, UNetArchitecture
+from koala.checkpoints import ldm_keys
+from koala.checkpoints.validate import Shapes, tensor_faults
+from koala.errors import UserError
+
+HEAD, GROUPS, TIME_WIDTH = 64, 32, 256  # SDXL's, where shapes cannot tell
+_UNET_ENDS = {  # layout -> the one tensor that every U-Net has, first stage, first resnet
+    "diffusers": "down_blocks.0.resnets.0.time_emb_proj.weight",
+    "ldm": "input_blocks.1.0.emb_layers.1.weight",
+}
+_VAE_ENDS = {
+    "diffusers": "encoder.down_blocks.0.resnets.0.conv1.weight",
+    "ldm": "encoder.down.0.block.0.conv1.weight",
+}
+_PART_ENDS = {  # the same for the other components of a single file
+    "vae": _VAE_ENDS["ldm"],
+    "text_encoder": "embedders.0.transformer.text_model.final_layer_norm.weight",
+    "text_encoder_2": "embedders.1.model.ln_final.weight",
+}
+# What a file is that has a tensor whose name contains the mark. The first that fits counts.
+_FOREIGN = (
+    ("a LoRA, which is applied to a model with `koala generate --lora`", (
+        ".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.",
+        "lora_linear_layer.", "_lora.down.", ".lora_mid.",
+    )),
+    ("a LyCORIS adapter (LoHa, LoKr, IA3 or the like)", (
+        ".hada_w1", ".lokr_w1", ".lokr_w2", ".on_input", ".dora_scale", ".oft_",
+    )),
+    ("a ControlNet", ("controlnet_cond_embedding.", "input_hint_block.", "control_add_embedding.")),
+    ("an IP-Adapter", ("ip_adapter.", "to_k_ip.")),
+    ("a motion module (AnimateDiff)", ("motion_modules.",)),
+    ("a Stable Video Diffusion model", ("time_stack.", "temporal_transformer_blocks.")),
+    ("a textual inversion embedding", ("emb_params", "string_to_param")),
+    ("a Flux transformer", (
+        "double_blocks.0.img_attn.", "single_transformer_blocks.0.proj_mlp.",
+    )),
+    ("an SD 3 transformer", ("joint_blocks.0.", "transformer_blocks.0.attn.add_q_proj.")),
+    ("a PixArt transformer", ("caption_projection.linear_1.", "y_embedder.y_proj.")),
+    ("an AuraFlow transformer", ("double_layers.0.attn.", "joint_transformer_blocks.0.attn.")),
+    ("a Stable Cascade model", ("clip_txt_mapper.", "clip_txt_pooled_mapper.")),
+    ("a Hunyuan-DiT transformer", ("mlp_t5.0.",)),
+    ("a Lumina or Z-Image transformer", ("cap_embedder.",)),
+    ("Playground v2.5, whose noise schedule is another", ("edm_mean",)),
+    ("a video transformer", ("head.modulation", "patchify_proj.", "txt_in.individual_token")),
+    ("a tiny autoencoder (TAESD)", ("decoder.layers.1.", "taesd_decoder.")),
+    ("an upscaler (ESRGAN)", ("RRDB_trunk", "body.0.rdb1.")),
+)  # fmt: skip
+_FAMILIES = {768: "SD 1.5", 1024: "SD 2"}  # U-Nets without addition embedding, by text width
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a file with an SDXL-class U-Net holds."""
+
+    architecture: UNetArchitecture
+    layout: str  # "diffusers" or "ldm", SDXL's original one
+    prefix: str  # of the U-Net's tensors
+    components: tuple[str, ...]  # of a pipeline: "unet" and any of the other three with weights
+
+
+def foreign(shapes: Shapes) -> str:
+    """What a file is that koala does not work with, as "a Flux transformer"; "" if it may do."""
+    for kind, marks in _FOREIGN:
+        if any(mark in name for name in shapes for mark in marks):
+            return kind
+    if _find(shapes, _UNET_ENDS.values()):
+        return ""
+    for layout, end in _VAE_ENDS.items():
+        if _find(shapes, [end]):
+            return f"a VAE alone, in the {layout} layout"
+    text = ("text_model.encoder.layers.0.", "transformer.resblocks.0.", "encoder.block.0.layer.0.",
+            "encoder.layers.0.self_attn.q_proj.")  # fmt: skip
+    if any(mark in name for name in shapes for mark in text):
+        return "a text encoder alone"
+    return "no model of a kind that is known here"
+
+
+def detect(shapes: Shapes, said: UNetArchitecture | None = None) -> Detected:
+    """What a file holds whose tensors have these names and shapes.
+
+    `said`: what the file's own metadata say that its U-Net is; believed if it has exactly the
+    tensors of that. Raises `UserError` naming the file's kind if it is not an SDXL-class U-Net,
+    alone or with the rest of a pipeline, or what its U-Net lacks or has too much.
+    """
+    if kind := foreign(shapes):
+        raise UserError(f"this is {kind}; needed is a Stable Diffusion XL model")
+    layout, end = next((k, e) for k, e in _UNET_ENDS.items() if _find(shapes, [e]))
+    prefix = _find(shapes, [end]).removesuffix(end)
+    unet = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+    if not prefix:  # of a whole pipeline, if need be: what belongs to others is no U-Net's
+        unet = {
+            n: s for n, s in unet.items() if not n.startswith(tuple(ldm_keys.PREFIXES.values()))
+        }
+    arch = said or _described(unet, layout)
+    _compare(unet, arch, layout)
+    found = [component for component, end in _PART_ENDS.items() if _find(shapes, [end])]
+    return Detected(arch, layout, prefix, ("unet", *found))
+
+
+def _find(shapes: Shapes, ends: Iterable[str]) -> str:
+    """The shortest name that is or ends with one of `ends` after a dot; "" if there is none."""
+    found = (n for n in shapes for end in ends if n == end or n.endswith("." + end))
+    return min(found, key=len, default="")
+
+
+# --- the U-Net's row ------------------------------------------------------------------------
+
+
+class _Reader:
+    """A U-Net's tensors by their paths in diffusers, whichever layout they are stored in."""
+
+    def __init__(self, shapes: Shapes, layout: str):
+        self.shapes, self.layout = shapes, layout
+        self.paths: set[str] = set()  # of every module that has tensors or whose children have
+        for name in shapes:
+            while (name := name.rpartition(".")[0]) and name not in self.paths:
+                self.paths.add(name)
+        if layout == "ldm":  # the first downsampler comes after the first stage's resnets
+            ends = [i for i in range(2, 10) if f"input_blocks.{i}.0.op" in self.paths]
+            self.layers = ends[0] - 1 if ends else 0
+        else:
+            self.layers = self._count("down_blocks.0.resnets")
+
+    def _count(self, path: str) -> int:
+        """How many children of a module are there, numbered from 0."""
+        n = 0
+        while f"{path}.{n}" in self.paths:
+            n += 1
+        return n
+
+    def _path(self, path: str) -> str:
+        return path if self.layout == "diffusers" else ldm_keys.unet_module(path, self.layers)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Of the module's weight; () if there is none."""
+        return self.shapes.get(f"{self._path(path)}.weight", ())
+
+    def depth(self, attentions: str) -> int:
+        """Transformer blocks of a transformer."""
+        return self._count(self._path(f"{attentions}.transformer_blocks"))
+
+
+def _described(unet: Shapes, layout: str) -> UNetArchitecture:
+    """The row that the shapes tell; `UserError` if they are of no U-Net of SDXL's kind."""
+    reader = _Reader(unet, layout)
+    conv_in = reader.shape("conv_in")
+    stages = 0
+    while reader.layers and len(reader.shape(f"down_blocks.{stages}.resnets.0.conv1")) == 4:
+        stages += 1
+    if not stages or len(conv_in) != 4:
+        raise UserError("this is a U-Net of no known kind: its blocks are not those of SDXL")
+    _refuse_other_inputs(conv_in[1])
+    widths = tuple(reader.shape(f"down_blocks.{i}.resnets.0.conv1")[0] for i in range(stages))
+    depths = tuple(reader.depth(f"down_blocks.{i}.attentions.0") for i in range(stages))
+    up = tuple(
+        tuple(reader.depth(f"up_blocks.{i}.attentions.{j}") for j in range(reader.layers + 1))
+        for i in range(stages)
+    )
+    mid = (
+        reader.depth("mid_block.attentions.0")
+        if reader.shape("mid_block.resnets.0.conv1")
+        else None
+    )
+    first = next((i for i, depth in enumerate(depths) if depth), 0)
+    transformer = f"down_blocks.{first}.attentions.0"
+    context = (0, *reader.shape(f"{transformer}.transformer_blocks.0.attn2.to_k"))[-1]
+    added = (0, *reader.shape("add_embedding.linear_1"))[-1]
+    _refuse_relatives(widths, context, added)
+    pooled, time_ids, heads, groups, sample, tokens = _unseen(widths, context, added)
+    arch = UNetArchitecture(
+        "custom", sample, tokens, widths, heads, reader.layers, depths, up, mid,
+        context, pooled, time_ids, groups, linear=len(reader.shape(f"{transformer}.proj_in")) == 2,
+    )  # fmt: skip
+    return next((row for row in ARCHITECTURES.values() if row == arch), arch)
+
+
+def _refuse_other_inputs(channels: int) -> None:
+    kind = {9: "an inpainting U-Net", 8: "an instruct-pix2pix U-Net"}.get(channels)
+    if channels != LATENT_CHANNELS:
+        raise UserError(
+            f"this is {kind or 'a U-Net of no known kind'}: it reads {channels} channels, SDXL's "
+            f"reads {LATENT_CHANNELS}"
+        )
+
+
+def _refuse_relatives(widths: tuple[int, ...], context: int, added: int) -> None:
+    if widths[0] == 384 and context == 1280:
+        raise UserError("this is the SDXL refiner; needed is a Stable Diffusion XL base model")
+    if not added:
+        kind = _FAMILIES.get(context, "a U-Net of no known kind")
+        raise UserError(
+            f"this is {kind}: its U-Net has no addition embedding (pooled text and size), SDXL's "
+            "has one"
+        )
+    if not context:
+        raise UserError("this is a U-Net of no known kind: it has no attention")
+
+
+def _unseen(widths: tuple[int, ...], context: int, added: int) -> tuple:
+    """What shapes do not show: a known row's of the same widths, else SDXL's proportions.
+
+    (pooled, time_ids, heads, groups, sample, tokens), see `UNetArchitecture`.
+    """
+    for row in ARCHITECTURES.values():
+        inputs = (row.widths, row.context, row.pooled + TIME_IDS * row.time_ids)
+        if row.pooled and inputs == (widths, context, added):
+            return row.pooled, row.time_ids, row.heads, row.groups, row.sample, row.tokens
+    pooled = added - TIME_IDS * TIME_WIDTH
+    if pooled <= 0 or any(width % HEAD or not width for width in widths):
+        raise UserError(
+            f"this is a U-Net of no known kind: widths {list(widths)} and an addition embedding "
+            f"of {added} are no known model's, nor heads of {HEAD} channels and size embeddings "
+            f"of {TIME_WIDTH}; use its folder, where config.json tells"
+        )
+    return pooled, TIME_WIDTH, tuple(width // HEAD for width in widths), GROUPS, 128, 77
+
+
+def unet_shapes(arch: UNetArchitecture, layout: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a U-Net in that layout, without prefix."""
+    shapes = tensor_shapes(arch)
+    if layout == "diffusers":
+        return shapes
+    return {pair.single: shapes[pair.parts[0]] for pair in ldm_keys.unet_pairs(arch)}
+
+
+def _compare(unet: Shapes, arch: UNetArchitecture, layout: str) -> None:
+    """Raises `UserError` unless `unet` has every tensor of its row and no other."""
+    if not tensor_faults(unet_shapes(arch, layout), unet):
+        return
+    rows = [arch, *ARCHITECTURES.values()]
+    nearest = min(rows, key=lambda row: len(unet_shapes(row, layout).items() ^ unet.items()))
+    faults = tensor_faults(unet_shapes(nearest, layout), unet)
+    raise UserError(f"this is nearest to the U-Net {nearest.name}, but it {faults}")

@@ -1,0 +1,129 @@
+"""What a weights file or a model is, said without loading it.
+
+Headers and small files are read, nothing else, and no torch: so it answers at once for any size.
+A file that koala cannot work with is described all the same; only what is damaged is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from koala.architectures.layout import parameters
+from koala.architectures.table import UNetArchitecture
+from koala.checkpoints import model_card
+from koala.checkpoints.detect import foreign
+from koala.checkpoints.resolve import resolve_model, single_file_path
+from koala.checkpoints.single_file import FILES, open_file
+from koala.checkpoints.tensors import Stored, read_header, read_metadata
+from koala.checkpoints.validate import WEIGHTS, read_tensors, unet_architecture
+
+_SHOWN = 300  # letters of one piece of metadata
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a model, or all of a file whose networks are not known."""
+
+    tensors: int
+    parameters: int
+    dtypes: tuple[str, ...]  # as safetensors names them
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found."""
+
+    model: str
+    kind: str  # a U-Net's architecture, or what else it is
+    layout: str | None  # "diffusers" or "ldm"; None where that is not known
+    depths: tuple[int, ...] | None  # of the U-Net, see `UNetArchitecture`
+    up: tuple[tuple[int, ...], ...] | None
+    mid: int | None
+    unet_parameters: int | None
+    parts: dict[str, Part]
+    licence: str | None
+    metadata: dict[str, str]  # what the file says of itself
+
+    def text(self) -> str:
+        """For a terminal."""
+        lines = [f"{self.model}: {self.kind}"]
+        if self.unet_parameters is not None:
+            mid = {None: "no mid block", 0: "mid of one resnet"}.get(
+                self.mid, f"mid depth {self.mid}"
+            )
+            lines.append(f"  U-Net     {self.unet_parameters:,} parameters, depths "
+                         f"{list(self.depths or ())}, {mid}")  # fmt: skip
+            lines.append(f"  layout    {self.layout}")
+        for name, part in self.parts.items():
+            lines.append(
+                f"  {name:<14} {part.tensors:>5,} tensors {part.parameters:>14,} numbers "
+                f"{part.bytes / 1e6:>10,.1f} MB  {' '.join(part.dtypes)}"
+            )
+        lines.append(f"  licence   {self.licence or 'not stated'}")
+        for key, value in self.metadata.items():
+            cut = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}... ({len(value):,} letters)"
+            lines.append(f"  {key}: {cut!r}")
+        return "\n".join(lines)
+
+
+def inspect(model: str | Path) -> Inspection:
+    """What a single file or a model is.
+
+    model: a .safetensors file of any kind, a bundled name, folder or Hub id. Raises `UserError` if
+    a file is damaged or no safetensors file, a folder is no whole model, or a U-Net is nearly a
+    known one but lacks tensors or has others.
+    """
+    if file := single_file_path(model):
+        return _of_file(file)
+    folder = resolve_model(model)
+    parts = {c: _part(read_tensors(folder, c).values()) for c in WEIGHTS}
+    licence, arch = model_card.read(folder).licence, unet_architecture(folder)
+    return _described(str(model), arch, "diffusers", parts, _named(licence), {})
+
+
+def _of_file(file: Path) -> Inspection:
+    header, metadata = read_header(file), read_metadata(file)
+    licence = model_card.read_metadata(file, metadata).licence
+    said = {key: value for key, value in metadata.items() if key != FILES}
+    if kind := foreign({name: stored.shape for name, stored in header.items()}):
+        whole = {"all": _part(header.values())}
+        return Inspection(
+            str(file), kind, None, None, None, None, None, whole, _named(licence), said
+        )
+    opened = open_file(file)
+    parts = {component: _part(of.values()) for component, of in opened.parts.items()}
+    if opened.rest:
+        parts["other"] = _part(opened.rest.values())
+    arch, layout = opened.found.architecture, opened.found.layout
+    return _described(str(file), arch, layout, parts, _named(licence), said)
+
+
+def _described(
+    model: str,
+    arch: UNetArchitecture,
+    layout: str,
+    parts: dict[str, Part],
+    licence: str | None,
+    metadata: dict[str, str],
+) -> Inspection:
+    return Inspection(
+        model, arch.name, layout, arch.depths, arch.up, arch.mid, parameters(arch), parts,
+        licence, metadata,
+    )  # fmt: skip
+
+
+def _part(tensors: Collection[Stored]) -> Part:
+    return Part(
+        tensors=len(tensors),
+        parameters=sum(math.prod(stored.shape) for stored in tensors),
+        dtypes=tuple(sorted({stored.dtype for stored in tensors})),
+        bytes=sum(stored.size for stored in tensors),
+    )
+
+
+def _named(licence: model_card.Licence) -> str | None:
+    return None if licence.identifier == "unknown" else licence.name or licence.identifier

@@ -1,0 +1,120 @@
+"""The parts of a checked model folder, loaded: U-Net, VAE, text side, noise schedule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from koala.checkpoints.tensors import load_tensor
+from koala.checkpoints.validate import (
+    check_unet,
+    read_json,
+    read_tensors,
+    some,
+    unet_architecture,
+)
+from koala.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+def _load(model_class: Any, folder: Path, component: str, **options: Any) -> Any:
+    """A component in evaluation mode through its library's class, every tensor accounted for."""
+    read_tensors(folder, component)
+    model, info = model_class.from_pretrained(
+        folder / component,
+        **options,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    wrong = {
+        "lacks": info["missing_keys"],
+        "has foreign": info["unexpected_keys"],
+        "has misshapen": [entry[0] for entry in info["mismatched_keys"]],
+    }
+    faults = "; ".join(f"{what} {some(sorted(keys))}" for what, keys in wrong.items() if keys)
+    if faults:
+        raise UserError(f"{folder}/{component}: the weights do not fit config.json: it {faults}")
+    return model.eval()
+
+
+def _load_diffusers(
+    model_class: Any, folder: Path, component: str, dtype: torch.dtype | None
+) -> Any:
+    import torch
+
+    # Without accelerate, which is no dependency, diffusers can only load in the plain way.
+    dtype = dtype or torch.float32
+    return _load(model_class, folder, component, torch_dtype=dtype, low_cpu_mem_usage=False)
+
+
+def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
+    """The U-Net of a checked model folder, on the CPU; `dtype` None means float32.
+
+    Tensor by tensor: diffusers' own way, without accelerate, holds every weight twice.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    stored = read_tensors(folder, "unet")
+    check_unet(unet_architecture(folder), stored, folder)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
+    kind = dtype or torch.float32
+    # A copy, so that the memory is torch's own and aligned as it likes it.
+    weights = {name: load_tensor(one).to(kind, copy=True) for name, one in stored.items()}
+    unet.load_state_dict(weights, assign=True)
+    return unet.eval()
+
+
+def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:
+    """The VAE of a checked model folder, on the CPU; `dtype` None means float32."""
+    from diffusers import AutoencoderKL
+
+    return _load_diffusers(AutoencoderKL, folder, "vae", dtype)
+
+
+def load_text(
+    folder: Path, dtype: torch.dtype | None = None
+) -> tuple[CLIPTokenizer, CLIPTokenizer, CLIPTextModel, CLIPTextModelWithProjection]:
+    """(tokenizer, tokenizer_2, text_encoder, text_encoder_2) of a checked model folder.
+
+    On the CPU; `dtype` None means float32.
+    """
+    import torch
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    dtype = dtype or torch.float32
+    with _no_bars():
+        return (
+            CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+            CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
+            _load(CLIPTextModel, folder, "text_encoder", dtype=dtype),
+            _load(CLIPTextModelWithProjection, folder, "text_encoder_2", dtype=dtype),
+        )
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keeps transformers' bar for every small file off the terminal, and leaves it as it was."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def load_scheduler_config(folder: Path) -> dict[str, Any]:
+    """The noise schedule's settings, as diffusers writes them."""
+    return read_json(folder / "scheduler" / "scheduler_config.json")

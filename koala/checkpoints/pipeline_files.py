@@ -1,0 +1,177 @@
+"""What a pipeline is made of, wherever it lies: tensors to copy from, and small files.
+
+A folder and a single file are read into the same `Contents`, by diffusers' names, without reading
+a weight; what is written (a student, another format, another dtype) is written from that. So
+there is one way from disk to disk, and it streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from koala.architectures.table import UNetArchitecture
+from koala.checkpoints import model_card
+from koala.checkpoints.tensors import FLOATS, View, size_of, write
+from koala.checkpoints.validate import (
+    CONFIGS,
+    WEIGHTS,
+    parse_object,
+    read_tensors,
+    some,
+    unet_architecture,
+)
+from koala.errors import UserError
+from koala.utils.atomic import new_folder
+
+_CREDITS = ("README.md", "NOTICE", "LICENSE")  # beginnings of file names
+_VISIBLE = 100_000_000  # bytes that take long enough for a progress bar
+
+Tensors = Mapping[str, View]  # by diffusers' name
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A whole SDXL pipeline."""
+
+    source: Path  # the folder or the file
+    architecture: UNetArchitecture
+    tensors: Mapping[str, Tensors]  # by component with weights, `validate.WEIGHTS`
+    files: Mapping[str, bytes]  # by path in a model folder: configurations, tokenizers, credits
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a single file, for a single file
+    left_out: tuple[str, ...] = ()  # tensors of a single file that no pipeline has a use for
+
+    def config(self, path: str) -> dict[str, Any]:
+        """One of the files that hold a JSON object. Raises `UserError` if it holds none."""
+        return parse_object(self.files[path], f"{self.source}: {path}")
+
+
+def as_file(value: Mapping[str, Any]) -> bytes:
+    """A JSON object as a file's content."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def from_folder(folder: Path) -> Contents:
+    """The contents of a model folder that `validate.check_folder` has found whole."""
+    tensors = {
+        component: {
+            name: View((stored,)) for name, stored in read_tensors(folder, component).items()
+        }
+        for component in WEIGHTS
+    }
+    check_dtypes(folder, tensors)
+    paths = [folder / "model_index.json", *(p for p in folder.glob("*") if is_credit(p.name))]
+    for component in CONFIGS:
+        paths += [*(folder / component).glob("*.json"), *(folder / component).glob("*.txt")]
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in paths
+        if not path.name.endswith(".index.json")
+    }
+    return Contents(folder, unet_architecture(folder), tensors, files)
+
+
+def is_credit(name: str) -> bool:
+    """Whether a file of that name says whose the model is and what it may be used for."""
+    return name.startswith(_CREDITS)
+
+
+def check_dtypes(source: Path, tensors: Mapping[str, Tensors]) -> None:
+    """Raises `UserError` if weights are of a dtype that is no float of 16 bits or more."""
+    for component, of in tensors.items():
+        parts = (part for name, v in of.items() if not is_ballast(name) for part in v.parts)
+        if strange := {part.dtype for part in parts} - {*FLOATS}:
+            raise UserError(
+                f"{source}: {component} holds {some(sorted(strange))} weights; must be "
+                "fp32, fp16 or bf16"
+            )
+
+
+def is_ballast(name: str) -> bool:
+    """Whether a tensor of that name is a constant that older programs saved along."""
+    return name.endswith(("position_ids", "logit_scale"))
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def write_tensors(
+    file: Path,
+    tensors: Tensors,
+    dtype: str | None,
+    metadata: Mapping[str, str] | None = None,
+    advance: Callable[[int], object] = lambda size: None,
+) -> int:
+    """Writes a weights file and returns its size in bytes; `dtype` as in `kinds_of`."""
+    kinds = kinds_of(tensors, dtype)
+    shapes = {name: (kinds[name], view.shape) for name, view in tensors.items()}
+    return write(file, shapes, tensors.__getitem__, metadata, advance)
+
+
+def kinds_of(tensors: Tensors, dtype: str | None) -> dict[str, str]:
+    """The dtype of every tensor to be: floats become `dtype` (safetensors' name) if it is given."""
+    return {
+        name: dtype if dtype and view.parts[0].dtype in FLOATS else view.dtype
+        for name, view in tensors.items()
+    }
+
+
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, Tensors],
+    files: Mapping[str, bytes],
+    dtype: str | None = None,
+) -> dict[str, int]:
+    """Fills a new model folder and returns the size of every component's weights in bytes.
+
+    `dtype`: safetensors' name, of all weights; None leaves each as it is. Raises as
+    `tensors.write` does.
+    """
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    total = sum(bytes_of(of, dtype) for of in tensors.values())
+    with visible_progress(total) as advance:
+        return {
+            component: write_tensors(
+                folder / component / f"{WEIGHTS[component]}.safetensors",
+                of,
+                dtype,
+                advance=advance,
+            )
+            for component, of in tensors.items()
+        }
+
+
+def write_pipeline(contents: Contents, out: Path, dtype: str | None = None) -> int:
+    """Writes the model folder `out` and returns the bytes of all weights; `dtype`: see above.
+
+    It gets a model card if it has none. Raises as `write_folder` and `atomic.new_folder` do.
+    """
+    with new_folder(out) as part:
+        written = sum(write_folder(part, contents.tensors, contents.files, dtype).values())
+        if model_card.FILE not in contents.files:
+            model_card.read_metadata(contents.source, contents.metadata).write(part)
+    return written
+
+
+def bytes_of(tensors: Tensors, dtype: str | None) -> int:
+    """Bytes of all tensors, once they are of `dtype`."""
+    kinds = kinds_of(tensors, dtype)
+    return sum(size_of(kinds[name], view.shape) for name, view in tensors.items())
+
+
+@contextlib.contextmanager
+def visible_progress(total: int) -> Iterator[Callable[[int], object]]:
+    """Yields advance(bytes); a bar on standard error if there is much to write."""
+    if total < _VISIBLE:
+        yield lambda size: None
+        return
+    from koala.utils.progress import progress
+
+    with progress("writing", total // 1_000_000, "MB") as advance:
+        yield lambda size: advance(size / 1e6)

@@ -1,0 +1,135 @@
+"""Where a model comes from: a bundled name, a folder, a single file, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+from koala.checkpoints import single_file
+from koala.checkpoints.bundled import BUNDLED, bundled_names
+from koala.checkpoints.pipeline_files import Contents, from_folder, write_pipeline
+from koala.checkpoints.validate import CONFIGS, WEIGHTS, check_folder, some
+from koala.errors import UserError
+from koala.utils.asset_packages import cache_folder
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/([\w.-][\w./-]*\.safetensors)")  # org/name/FILE
+_HUB_FILES = [
+    "model_index.json",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    *(f"{component}/*.{ending}" for component in CONFIGS for ending in ("json", "txt")),
+    *(f"{component}/*.safetensors" for component in WEIGHTS),
+]
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """The checked folder of a model.
+
+    `name_or_path`: a bundled name ("koala-mini"), the path of a folder, a Hub id ("org/name"),
+    which is fetched unless the local Hugging Face cache has it, or a single file in SDXL's
+    original layout, here or on the Hub ("org/name/FILE.safetensors"), which is unpacked into
+    koala's cache once. A bundled name wins over a folder of the same name in the working directory
+    (write ./koala-mini for that). Raises `UserError` if it is none of these or the model is no
+    whole SDXL pipeline.
+    """
+    name = str(name_or_path)
+    if file := single_file_path(name_or_path):
+        folder = unpacked(file)
+    elif name in bundled_names():
+        folder = BUNDLED / name
+    elif name and Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+    elif isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
+        folder = _hub_folder(name)
+    else:
+        raise UserError(
+            f"unknown model {name!r}; allowed are a bundled name ({some(bundled_names()) or 'none'}"
+            "), a folder in diffusers' SDXL layout, a single .safetensors file, or a Hub id like "
+            "org/name"
+        )
+    check_folder(folder)
+    return folder
+
+
+def single_file_path(model: str | Path) -> Path | None:
+    """The path of the single file that a model's name means; None if it means something else.
+
+    One of the Hub is fetched unless the local Hugging Face cache has it; UserError if it cannot be.
+    """
+    path = Path(model).expanduser()
+    if str(model) in bundled_names() or path.is_dir():
+        return None
+    if not path.exists() and isinstance(model, str) and (found := _HUB_FILE.fullmatch(model)):
+        return _hub_file(*found.groups())
+    return path if path.is_file() else None
+
+
+def _hub_folder(hub_id: str) -> Path:
+    """Where the local cache has a model of the Hub; fetched only if it is not whole there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*.fp16*"]}
+    with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not here, or not all of it
+        folder = Path(snapshot_download(hub_id, **files, local_files_only=True))
+        check_folder(folder)
+        return folder
+    try:
+        return Path(snapshot_download(hub_id, **files))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"model {hub_id!r} is no local folder and cannot be had from the Hub "
+            f"({_first_line(error)}); "
+            f"bundled are: {some(bundled_names()) or 'none'}"
+        ) from None
+
+
+def _hub_file(hub_id: str, file: str) -> Path:
+    """Where the local cache has a file of the Hub; fetched only if it is not there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not here
+        return Path(hf_hub_download(hub_id, file, local_files_only=True))
+    try:
+        return Path(hf_hub_download(hub_id, file))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"model {f'{hub_id}/{file}'!r} is no local file and cannot be had from the Hub "
+            f"({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_model(model: str | Path) -> Contents:
+    """The contents of a model: a bundled name, a folder, a Hub id or a single file.
+
+    Reads no weights. Raises `UserError` as `resolve_model` and `single_file.read` do.
+    """
+    if file := single_file_path(model):
+        return single_file.read(file)
+    return from_folder(resolve_model(model))
+
+
+def unpacked(file: Path) -> Path:
+    """The model folder of a single file, in the cache; written when it is not there yet.
+
+    Raises as `single_file.read` and `write_pipeline` do.
+    """
+    state = file.stat()
+    told = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
+    name = f"{file.stem}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    folder = cache_folder().parent / "models" / name
+    if not folder.is_dir():
+        contents = single_file.read(file)  # refuses what it must before anything is said
+        print(f"koala: unpacking {file} into {folder}, once", file=sys.stderr)
+        write_pipeline(contents, folder)
+    return folder

@@ -1,0 +1,327 @@
+"""Safetensors files: what is in one, reading a tensor, writing a file tensor by tensor.
+
+Everything that touches weights goes through here, and nothing is held in memory beyond a few
+MiB: a tensor is a place in a file (`Stored`) or a few of them joined (`View`), and is copied in
+pieces, its dtype converted on the way. Headers come from strangers: whatever is wrong with one is
+a `UserError` that names the file, and no claim of a header is believed before it is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from koala.errors import UserError, unknown
+from koala.utils.atomic import new_file
+
+if TYPE_CHECKING:
+    import torch
+
+# Bytes an element, of the types that safetensors names.
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights come in and can be converted between
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # our names, and safetensors' own
+_HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
+_AXES_LIMIT, _SIDE_LIMIT = 32, 2**48
+_PIECE = 4 << 20  # bytes read at a time
+_PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_PICKLE_MAGIC = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
+
+
+class Stored(NamedTuple):
+    """One tensor of a safetensors file: where its bytes lie and what they are."""
+
+    file: Path
+    dtype: str  # safetensors' name, a key of DTYPE_BYTES
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor made of stored ones: joined along axis 0, then transposed if two-dimensional."""
+
+    parts: tuple[Stored, ...]
+    transposed: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name. Raises `UserError` if the parts have more than one."""
+        dtypes = {part.dtype for part in self.parts}
+        if len(dtypes) > 1:
+            raise UserError(
+                f"{self.parts[0].file}: tensors that belong in one have the dtypes "
+                f"{', '.join(sorted(dtypes))}; name the one they shall have"
+            )
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        first = self.parts[0].shape
+        if len(self.parts) > 1:
+            first = (sum(part.shape[0] for part in self.parts), *first[1:])
+        return first[::-1] if self.transposed else first
+
+
+Source: TypeAlias = Stored | View | bytes  # what a tensor can be written from
+
+
+def rows(stored: Stored, begin: int, end: int) -> Stored:
+    """Rows `begin` to `end` of a tensor along axis 0, as a tensor of the same file."""
+    assert 0 <= begin <= end <= stored.shape[0], (stored, begin, end)
+    row = stored.size // stored.shape[0] if stored.shape[0] else 0
+    return stored._replace(
+        shape=(end - begin, *stored.shape[1:]),
+        offset=stored.offset + begin * row,
+        size=(end - begin) * row,
+    )
+
+
+def float_dtype(name: str | None) -> str | None:
+    """safetensors' name of the dtype that users call fp32, fp16 or bf16; None stays None.
+
+    Raises `UserError` for any other name.
+    """
+    if name is not None and name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return DTYPES[name] if name else None
+
+
+def size_of(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor."""
+    return DTYPE_BYTES[dtype] * math.prod(shape)
+
+
+# --- headers --------------------------------------------------------------------------------
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, without reading them, in the header's order.
+
+    Raises `UserError` if the file is no safetensors file, is a pickle, or is not exactly what
+    its header says: tensors side by side from the header to the end of the file.
+    """
+    header, start, length = _header(file)
+    header.pop("__metadata__", None)
+    try:
+        tensors = {name: _stored(file, name, entry, start) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _bad(file, str(error)) from None
+    end = start
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if stored.offset != end:
+            raise _bad(file, f"{name!r} overlaps its neighbour or leaves a gap")
+        end += stored.size
+    if length != end:
+        state = "truncated" if length < end else "damaged"
+        raise UserError(
+            f"{file} is {state}: {length:,} bytes, its header says {end:,}; fetch it again"
+        )
+    return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file: text by name. Raises `UserError`."""
+    metadata = _header(file)[0].get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _bad(file, "__metadata__ must map names to text")
+    return metadata
+
+
+def _bad(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} is no safetensors file: bad header ({reason[:200]})")
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """(the header's JSON object, offset of the first tensor, length of the file)."""
+    try:
+        length = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(9)
+            size = int.from_bytes(start[:8], "little")
+            fits = length > 8 and size <= length - 8
+            if start[8:] != b"{" or not fits:
+                _refuse_pickle(file, start)
+            if not fits:
+                raise UserError(
+                    f"{file} has {length:,} bytes: truncated, or no safetensors file; "
+                    "fetch it again"
+                )
+            if start[8:] != b"{":
+                raise _bad(file, "it does not begin with a JSON object")
+            if size > _HEADER_LIMIT:
+                raise _bad(file, f"{size:,} bytes long, at most {_HEADER_LIMIT:,} are read")
+            text = b"{" + stream.read(size - 1)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_checked)
+    except (ValueError, RecursionError) as error:
+        raise _bad(file, str(error)) from None
+    return header, 8 + size, length
+
+
+def _refuse_pickle(file: Path, start: bytes) -> None:
+    if file.suffix.lower() in _PICKLE_ENDINGS or start.startswith(_PICKLE_MAGIC):
+        raise UserError(
+            f"{file} is a pickle, which can run code when it is opened, and is never opened "
+            "here; fetch the .safetensors of the same model, or convert it in a sandbox with a "
+            "tool that you trust"
+        )
+
+
+def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        text.encode()  # half a surrogate pair could not be printed
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
+    """One entry of a header, believed only where it is possible. Raises `ValueError` and such."""
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [*shape, begin, end]
+    if (
+        not all(type(n) is int and 0 <= n < _SIDE_LIMIT for n in numbers)
+        or len(shape) > _AXES_LIMIT
+    ):
+        raise ValueError(f"shape or offsets of {name!r}")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype {str(dtype)[:20]!r} of {name!r}")
+    if end - begin != size_of(dtype, shape):
+        raise ValueError(f"size of {name!r}")
+    return Stored(file, dtype, tuple(shape), start + begin, end - begin)
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def pieces(tensor: Stored | View, dtype: str | None = None) -> Iterator[bytearray | memoryview]:
+    """A tensor's bytes, row-major and little-endian, in pieces of a few MiB.
+
+    `dtype`: safetensors' name of the float type to convert to; None leaves it as it is. Raises
+    `UserError` if a finite value is too large for it or the tensor holds no floats.
+    """
+    view = tensor if isinstance(tensor, View) else View((tensor,))
+    dtype = dtype or view.dtype
+    for part in (_transposed(view),) if view.transposed else map(_plain, view.parts):
+        for stored, piece in part:
+            yield piece if stored.dtype == dtype else _converted(piece, stored, dtype)
+
+
+def _plain(stored: Stored) -> Iterator[tuple[Stored, bytearray]]:
+    with stored.file.open("rb") as stream:
+        stream.seek(stored.offset)
+        for begin in range(0, stored.size, _PIECE):
+            piece = bytearray(min(_PIECE, stored.size - begin))
+            if stream.readinto(piece) != len(piece):
+                raise UserError(f"{stored.file} became shorter while it was read; run again")
+            yield stored, piece
+
+
+def _transposed(view: View) -> Iterator[tuple[Stored, bytearray]]:
+    """A transposed tensor by groups of its rows, which are columns of what is stored."""
+    import numpy as np
+
+    (stored,) = view.parts
+    height, width = stored.shape
+    element = f"V{DTYPE_BYTES[stored.dtype]}"
+    if not stored.size:
+        return
+    matrix = np.memmap(stored.file, element, "r", stored.offset, stored.shape)
+    step = max(1, _PIECE // (height * DTYPE_BYTES[stored.dtype]))
+    for column in range(0, width, step):
+        yield stored, bytearray(matrix[:, column : column + step].T.tobytes())
+
+
+def _converted(piece: bytearray, stored: Stored, dtype: str) -> memoryview:
+    if stored.dtype not in FLOATS or dtype not in FLOATS:
+        raise UserError(f"{stored.file} holds {stored.dtype} weights; cannot be made {dtype}")
+    import torch
+
+    source = torch.frombuffer(piece, dtype=_torch_dtype(stored.dtype))
+    tensor = source.to(_torch_dtype(dtype))
+    all_finite = tensor.abs().max().isfinite()  # ten times quicker than asking every element
+    if not all_finite and not torch.equal(tensor.isfinite(), source.isfinite()):
+        raise UserError(f"{stored.file} holds values too large for {dtype}; use fp32 or bf16")
+    return tensor.view(torch.uint8).numpy().data
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    import torch
+
+    names = {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool",
+        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+        "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    }  # fmt: skip
+    return getattr(torch, names[dtype])
+
+
+def read(tensor: Stored | View, dtype: str | None = None) -> bytes:
+    """A whole tensor's bytes; `dtype` and errors as in `pieces`."""
+    return b"".join(pieces(tensor, dtype))
+
+
+def load_tensor(tensor: Stored | View, dtype: str | None = None) -> torch.Tensor:
+    """A whole tensor on the CPU, in memory of its own; `dtype` and errors as in `pieces`."""
+    import torch
+
+    kind = _torch_dtype(dtype or tensor.dtype)
+    content = bytearray(read(tensor, dtype))
+    flat = torch.frombuffer(content, dtype=kind) if content else torch.empty(0, dtype=kind)
+    return flat.reshape(tensor.shape)
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def write(
+    file: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    source: Callable[[str], Source],
+    metadata: Mapping[str, str] | None = None,
+    advance: Callable[[int], object] = lambda size: None,
+) -> int:
+    """Writes a safetensors file piece by piece and returns its size in bytes.
+
+    `tensors`: name -> (dtype as safetensors names it, shape); `source(name)`: where the tensor
+    comes from, converted to that dtype on the way, or its bytes; `metadata`: text by name;
+    `advance(n)`: told of every n bytes written. The format: eight bytes with the header's length,
+    the header as JSON, then the bytes of all tensors without a gap. Raises `UserError` if the
+    file cannot be written, a value does not fit its dtype or a source is damaged; `Failure` if
+    the disk is full. Nothing is left under the name of `file` then.
+    """
+    # Wide elements first, so that every tensor is aligned to the size of its elements.
+    order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        begin, end = end, end + size_of(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with new_file(file) as part, part.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            dtype, shape = tensors[name]
+            given, written = source(name), 0
+            for piece in [given] if isinstance(given, bytes) else pieces(given, dtype):
+                stream.write(piece)
+                written += len(piece)
+                advance(len(piece))
+            assert written == size_of(dtype, shape), name
+    return 8 + len(text) + end

@@ -1,0 +1,91 @@
+"""`--push-to-hub`: a finished model on the Hugging Face Hub, by huggingface_hub.
+
+Whether that can work is asked before the long work starts (`check_target`), for a token that is
+missed after hours of training helps nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from koala.checkpoints import model_card
+from koala.errors import Failure, UserError
+
+_TARGET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def check_target(target: str) -> None:
+    """Asks the Hub whether it knows our token. Creates and uploads nothing.
+
+    target: "ORG/NAME". UserError if it has another form, or the token is missing or refused;
+    Failure if the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not _TARGET.fullmatch(target):
+        raise UserError(f"--push-to-hub {target!r}: must be ORG/NAME, such as my-name/my-model")
+    try:
+        validate_repo_id(target)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub {target!r}: {error}") from None
+    if not get_token():
+        raise UserError(
+            f"--push-to-hub {target}: no token; run `hf auth login` or set HF_TOKEN to one "
+            "that may write"
+        )
+    with _explained(target):
+        HfApi().whoami()
+
+
+def push(model: str | Path, target: str) -> str:
+    """Uploads a model folder, or a single file, in one commit and returns its address.
+
+    The repository is made if it is not there. A card of ours is uploaded with snippets that load
+    `target`; the one in the folder stays as it is. UserError if the Hub refuses, Failure if it
+    cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    model = Path(model)
+    contents: dict[str, Path | bytes] = {model.name: model}
+    if model.is_dir():
+        files = sorted(path for path in model.rglob("*") if path.is_file())
+        contents = {path.relative_to(model).as_posix(): path for path in files}
+    if model_card.FILE in contents and (written := model_card.read(model)).ours:
+        contents[model_card.FILE] = written.text(target).encode()
+    with _explained(target):
+        api = HfApi()
+        address = api.create_repo(target, exist_ok=True)
+        api.create_commit(
+            target,
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
+            commit_message="Upload by koala",
+        )
+    return str(address)
+
+
+@contextlib.contextmanager
+def _explained(target: str) -> Iterator[None]:
+    """Says in one line what the Hub or the way to it would not do."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = f"the Hub answers {status}: {error.server_message or error}"
+        if 400 <= status < 500 and status != 429:
+            raise UserError(
+                f"--push-to-hub {target}: {reason}; check the token (`hf auth whoami`) and that it "
+                "may write there"
+            ) from error
+        raise Failure(f"--push-to-hub {target}: {reason}; try again later") from error
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of the upload's own client
+        raise Failure(
+            f"--push-to-hub {target}: the Hub cannot be reached ({error}); check the network"
+        ) from error

@@ -1,0 +1,172 @@
+"""Whether a model is whole: its folder, its configurations, its weights files.
+
+A model is a folder in the layout of diffusers' `StableDiffusionXLPipeline`. Everything that can be
+wrong with one is found here, from its JSON files and the headers of its safetensors files, before
+a single weight is read. Pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from koala.architectures.config import from_unet_config
+from koala.architectures.layout import tensor_shapes
+from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
+from koala.checkpoints.tensors import Stored, read_header
+from koala.errors import UserError
+
+PIPELINE = "StableDiffusionXLPipeline"
+_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
+WEIGHTS = {  # components with weights: stem of the file's name
+    "unet": _DIFFUSERS,
+    "vae": _DIFFUSERS,
+    "text_encoder": _TRANSFORMERS,
+    "text_encoder_2": _TRANSFORMERS,
+}
+CONFIGS = {  # the file without which a component is not there
+    **dict.fromkeys(WEIGHTS, "config.json"),
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
+
+
+def some(names: Iterable[str], limit: int = 10) -> str:
+    """At most `limit` of the names, then how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `UserError` if it is missing or is none."""
+    try:
+        return parse_object(file.read_bytes(), str(file))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; is this a whole model folder?") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}; fetch it again") from None
+
+
+def parse_object(content: bytes | str, where: str) -> dict[str, Any]:
+    """The JSON object in a file's content. Raises `UserError` if there is none."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} cannot be read: {error}; fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def weights_files(folder: Path, component: str) -> list[Path]:
+    """The safetensors files of a component, one or the shards that its index names.
+
+    Raises `UserError` if there are none.
+    """
+    stem, place = WEIGHTS[component], folder / component
+    if (single := place / f"{stem}.safetensors").is_file():
+        return [single]
+    if (index := place / f"{stem}.safetensors.index.json").is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map; fetch it again")
+        shards = sorted({str(shard) for shard in weight_map.values()})
+        if outside := [shard for shard in shards if Path(shard).name != shard]:
+            raise UserError(f"{index} names {outside[0]!r}, which lies outside its folder")
+        return [place / shard for shard in shards]
+    others = sorted(p.name for p in place.glob(f"*{stem}*"))
+    found = f"; found only {some(others)}" if others else ""
+    raise UserError(f"{place} lacks {stem}.safetensors{found}")
+
+
+def read_tensors(folder: Path, component: str) -> dict[str, Stored]:
+    """Every tensor of a component by name, from the headers alone. Raises `UserError`."""
+    tensors: dict[str, Stored] = {}
+    for file in weights_files(folder, component):
+        tensors |= read_header(file)
+    return tensors
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `UserError` naming what keeps `folder` from being a whole SDXL pipeline."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is no model: it has no model_index.json of a {PIPELINE}")
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind != PIPELINE:
+        why = ""
+        if kind == "StableDiffusionPipeline":
+            why = " (SD 1 or 2, whose U-Net has no addition embedding)"
+        raise UserError(f"{folder} is a {kind}{why}; must be a {PIPELINE}")
+    for component, file in CONFIGS.items():
+        if not (folder / component / file).is_file():
+            raise UserError(f"{folder} lacks {component}/{file}, a part of every {PIPELINE}")
+    stored = {component: read_tensors(folder, component) for component in WEIGHTS}
+    arch = unet_architecture(folder)
+    if not arch.pooled:
+        raise UserError(f"{folder}/unet has no addition embedding, an SDXL U-Net has one")
+    check_unet(arch, stored["unet"], folder)
+    _check_widths(folder, arch)
+
+
+def unet_architecture(folder: Path) -> UNetArchitecture:
+    """What the U-Net of a model folder is, by its configuration. Raises `UserError`."""
+    file = folder / "unet" / "config.json"
+    try:
+        return from_unet_config(read_json(file))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def check_unet(arch: UNetArchitecture, stored: dict[str, Stored], folder: Path) -> None:
+    """Raises `UserError` unless `stored` has exactly the tensors of `arch`, in its shapes."""
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    if faults := tensor_faults(tensor_shapes(arch), shapes):
+        raise UserError(f"{folder}/unet: the weights do not fit config.json: it {faults}")
+
+
+def tensor_faults(expected: Shapes, found: Shapes) -> str:
+    """What keeps `found` from having exactly the tensors `expected`; "" if nothing does."""
+    wrong = {
+        "lacks": [name for name in expected if name not in found],
+        "has foreign": [name for name in found if name not in expected],
+        "has misshapen": [
+            f"{name} {list(found[name])} for {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ],
+    }
+    return "; ".join(f"{what} {some(names)}" for what, names in wrong.items() if names)
+
+
+def _check_widths(folder: Path, arch: UNetArchitecture) -> None:
+    """The widths on which the parts of a pipeline must agree."""
+    text, text_2, vae = (
+        read_json(folder / part / "config.json")
+        for part in ("text_encoder", "text_encoder_2", "vae")
+    )
+    try:
+        context = text["hidden_size"] + text_2["hidden_size"]
+        agreements = {
+            "cross_attention_dim": (arch.context, context, "the text encoders' hidden sizes"),
+            "pooled width": (arch.pooled, text_2["projection_dim"], "text_encoder_2's projection"),
+            "latent channels": (
+                LATENT_CHANNELS,
+                vae["latent_channels"],
+                "the VAE's latent_channels",
+            ),
+            "latent factor": (
+                FACTOR,
+                2 ** (len(vae["block_out_channels"]) - 1),
+                "the VAE's",
+            ),
+        }
+    except KeyError as error:
+        raise UserError(f"{folder}: a config.json lacks {error}") from None
+    for what, (own, other, whose) in agreements.items():
+        if own != other:
+            raise UserError(f"{folder}: the U-Net's {what} is {own}, {whose} give {other}")

@@ -1,0 +1,1 @@
+"""The illustration set: emoji and icons, alone and in scenes, with captions."""

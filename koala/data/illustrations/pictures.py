@@ -1,0 +1,148 @@
+"""Pictures with captions in parquet shards: rendered once, on all cores, and read by everybody.
+
+A folder holds `set.json` (what it was made with) and `pictures-NNNNN.parquet`, one row a picture:
+PNG bytes in the column `image` and the text columns of `koala.data.illustrations.scenes.Row`. A
+shard appears under its name when it is whole, so a killed run is taken up by the same command.
+"""
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from koala.data.illustrations import art
+from koala.data.illustrations.scenes import BACKGROUNDS, Illustrations, Row, plan
+from koala.errors import UserError
+from koala.utils.progress import progress
+
+SHARD = 256  # pictures: some five seconds of one core
+TEXT_COLUMNS = ("id", "kind", "concept", "style", "split", "subject", "short", "long")
+NOTICE = "NOTICE.txt"
+
+
+def render(row: Row, size: int) -> Image.Image:
+    """A planned picture as RGB, size x size pixels."""
+    canvas = Image.new("RGBA", (size, size), BACKGROUNDS[row.background])
+    for layer in row.layers:
+        left, top, side = (round(size * share) for share in layer.box)
+        drawing = art.picture(layer.art, layer.name, side, layer.colour)
+        canvas.alpha_composite(drawing, (left, top))
+    return canvas.convert("RGB")
+
+
+def prepare_pictures(settings: Illustrations, out: Path, workers: int | None = None) -> int:
+    """Renders the set that `settings` describe into `out`; returns the number of pictures.
+
+    Run again, it goes on where it was; with other settings it refuses (UserError).
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, {"source": "illustrations", **asdict(settings)})
+    rows = plan(settings)
+    shards = [rows[i : i + SHARD] for i in range(0, len(rows), SHARD)]
+    paths = [out / f"pictures-{i:05d}.parquet" for i in range(len(shards))]
+    todo = [(s, p) for s, p in zip(shards, paths, strict=True) if not p.exists()]
+    done = len(rows) - sum(len(s) for s, _ in todo)
+    drawn = sorted({layer.art for row in rows for layer in row.layers})
+    for name in drawn:
+        art.package(art.ART_SETS[name].package)  # fetched before the workers want it
+    with (
+        progress("rendering", len(rows), "pictures", done) as advance,
+        ProcessPoolExecutor(workers or os.cpu_count()) as pool,
+    ):
+        jobs = {pool.submit(_write_shard, s, p, settings.size): len(s) for s, p in todo}
+        for job in as_completed(jobs):
+            job.result()
+            advance(jobs[job])
+    (out / NOTICE).write_text(art.notice(drawn))
+    return len(rows)
+
+
+def _claim(out: Path, settings: dict) -> None:
+    """Writes what the folder is made with, or refuses a folder made with something else."""
+    path, wanted = out / "set.json", json.loads(json.dumps(settings))
+    if path.exists():
+        found = json.loads(path.read_text())
+        changed = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
+        if changed:
+            k = changed[0]
+            raise UserError(
+                f"{out} was prepared with {k}={found.get(k)!r}, now it is {wanted.get(k)!r}; "
+                "take another folder or remove this one"
+            )
+    else:
+        path.write_text(json.dumps(wanted, indent=1) + "\n")
+
+
+def _write_shard(rows: list[Row], path: Path, size: int) -> None:
+    images = []
+    for row in rows:
+        buffer = io.BytesIO()
+        render(row, size).save(buffer, "PNG", optimize=True)
+        images.append({"bytes": buffer.getvalue(), "path": f"{row.id}.png"})
+    columns: dict[str, list] = {name: [getattr(r, name) for r in rows] for name in TEXT_COLUMNS}
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.table({"image": images, **columns}), partial)
+    os.replace(partial, path)
+
+
+def settings_of(folder: Path) -> dict:
+    """What a prepared folder was made with: its source and the settings of that."""
+    return json.loads((folder / "set.json").read_text())
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The picture shards of a prepared folder, in order."""
+    return sorted(folder.glob("pictures-*.parquet"))
+
+
+def shards_at(place: str | Path) -> list[Path]:
+    """The shards of a folder, or the shard itself. UserError where there are none."""
+    shards = [Path(place)] if Path(place).is_file() else shards_of(Path(place))
+    if not shards:
+        raise UserError(
+            f"{place}: no prepared pictures there (pictures-*.parquet); "
+            "make them with `koala prepare illustrations --out DIR`"
+        )
+    return shards
+
+
+class PictureSet:
+    """Reads a folder of picture shards, or one shard; pictures stay PNG bytes until asked for."""
+
+    def __init__(self, folder: str | Path):
+        """Raises UserError where there are no prepared pictures."""
+        self.folder = Path(folder)
+        table = pa.concat_tables(pq.read_table(s) for s in shards_at(self.folder))
+        self._images = table.column("image")
+        self.rows: list[dict] = table.select(list(TEXT_COLUMNS)).to_pylist()
+
+    @staticmethod
+    def rows_in(shard: Path) -> int:
+        """The number of pictures in a shard, from its footer."""
+        return pq.read_metadata(shard).num_rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, i: int) -> Image.Image:
+        """Picture i, RGB."""
+        return Image.open(io.BytesIO(self._images[i].as_py()["bytes"])).convert("RGB")
+
+    def select(
+        self, split: str | Sequence[str] | None = None, kind: str | Sequence[str] | None = None
+    ) -> list[int]:
+        """Indices of the rows of these splits and kinds."""
+
+        def fits(value: str, wanted: str | Sequence[str] | None) -> bool:
+            return wanted is None or value in ([wanted] if isinstance(wanted, str) else wanted)
+
+        return [
+            i for i, r in enumerate(self.rows) if fits(r["split"], split) and fits(r["kind"], kind)
+        ]

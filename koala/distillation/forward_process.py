@@ -1,0 +1,121 @@
+"""The forward process: what noise a sample gets, and how much.
+
+Every draw belongs to one sample and comes from a generator that (seed, the sample's number) alone
+give. So a sample meets the same noise, timestep and fate of its caption however its batch is
+divided over processes and parts, and each process draws only what it needs.
+
+Shapes: n samples, c latent channels, h x w latent pixels, L tokens, D text width, P pooled width.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from koala.errors import UserError
+
+
+class NoiseSchedule:
+    """SDXL's discrete forward process: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps.
+
+    config: a diffusers scheduler config as a dict (`koala.checkpoints.load.load_scheduler_config`).
+    UserError where it describes another process than scaled-linear betas with epsilon prediction.
+    Source: Ho et al. 2020, eq. 4; betas as in Rombach et al. 2022 (scaled linear).
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        expected = {
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "epsilon",
+            "trained_betas": None,
+            "rescale_betas_zero_snr": False,
+        }
+        for key, value in expected.items():
+            if config.get(key, value) != value:
+                raise UserError(
+                    f"scheduler config: {key} is {config[key]!r}, training knows only {value!r}; "
+                    "take a model with SDXL's schedule"
+                )
+        self.steps: int = config["num_train_timesteps"]
+        root_betas = torch.linspace(
+            config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, self.steps
+        )
+        self.alphas_cumprod = torch.cumprod(1.0 - root_betas**2, dim=0)  # [steps], fp32
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """z_t for fp32 latents and noise [n,c,h,w] and timesteps int64 [n] in [0, steps)."""
+        abar = self.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
+        return abar.sqrt() * latents + (1.0 - abar).sqrt() * noise
+
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """w_t = min(SNR_t, gamma) / SNR_t for epsilon prediction, fp32 [n], in (0, 1].
+
+        SNR_t = abar_t / (1 - abar_t): nearly clean samples, easy and many, count less.
+        Source: Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy".
+        """
+        abar = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        return (gamma * (1.0 - abar) / abar).clamp(max=1.0)
+
+
+def generators_at(seed: int, first: int, count: int) -> list[torch.Generator]:
+    """CPU generators of the samples number first..first+count-1, one each.
+
+    torch's CPU generator reads only the lower 32 bits of its seed, so both numbers are hashed into
+    that many.
+    """
+    return [
+        torch.Generator().manual_seed(
+            int.from_bytes(
+                hashlib.blake2b(f"{seed} {number}".encode(), digest_size=4).digest(), "little"
+            )
+        )
+        for number in range(first, first + count)
+    ]
+
+
+class Draws(NamedTuple):
+    """What chance gives each sample of a batch, on the CPU."""
+
+    noise: Tensor  # eps, fp32 [n, c, h, w]
+    timesteps: Tensor  # int64 [n] in [0, steps)
+    share: Tensor  # fp32 [n] in [0, 1): captions with one below the dropout are dropped
+
+
+def draw_noise(shape: Sequence[int], steps: int, generators: Sequence[torch.Generator]) -> Draws:
+    """Draws for latents of `shape` [n,c,h,w], those of sample i from generators[i] alone."""
+    assert shape[0] == len(generators), (shape, len(generators))
+    each = [
+        (
+            torch.randn(tuple(shape[1:]), generator=generator),
+            torch.randint(steps, (), generator=generator),
+            torch.rand((), generator=generator),
+        )
+        for generator in generators
+    ]
+    return Draws(*(torch.stack(column) for column in zip(*each, strict=True)))
+
+
+class Noised(NamedTuple):
+    """A batch as a U-Net takes it, with the noise that it has to find."""
+
+    noisy: Tensor  # z_t, fp32 [n, 4, h, w]
+    noise: Tensor  # eps, fp32 [n, 4, h, w]
+    timesteps: Tensor  # t, int64 [n]
+    text: Tensor  # [n, L, D]
+    pooled: Tensor  # [n, P]
+    time_ids: Tensor  # fp32 [n, 6]
+
+
+def predict(unet: nn.Module, batch: Noised, dtype: torch.dtype) -> Tensor:
+    """The U-Net's prediction of eps, fp32 [n,4,h,w]; its inputs are given in `dtype`."""
+    return unet(
+        batch.noisy.to(dtype),
+        batch.timesteps,
+        encoder_hidden_states=batch.text.to(dtype),
+        added_cond_kwargs={
+            "text_embeds": batch.pooled.to(dtype),
+            "time_ids": batch.time_ids.to(dtype),
+        },
+    ).sample.float()

@@ -1,0 +1,67 @@
+"""Pictures that are given, as pixels and as latents; and previews.
+
+`koala.generation.image_files` opens them.
+"""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from koala.generation.decode import Decode, computed
+from koala.generation.row_tiling import encode_in_strips
+
+
+def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Float32 [1, 3, height, width] in -1..1, of `size` (width, height), on white."""
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    rgb = image.convert("RGB")
+    if rgb.size != size:
+        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None]
+    return pixels.float() / 127.5 - 1
+
+
+def encode_picture(vae: AutoencoderKL, pixels: Tensor, strips: bool = False) -> Tensor:
+    """Latents float32 [n, c, h, w] as the U-Net sees them, of pixels [n, 3, 8h, 8w] in -1..1.
+
+    The most likely ones, not a draw; scaled with the VAE config's statistics, as diffusers'
+    picture-to-picture pipeline does. `strips` takes less memory (`koala.generation.row_tiling`).
+    """
+
+    def mode(x: Tensor) -> Tensor:
+        return encode_in_strips(vae, x) if strips else vae.encode(x).latent_dist.mode()
+
+    z = computed(vae, mode, pixels)
+    if vae.config.latents_mean is not None and vae.config.latents_std is not None:
+        mean, std = (
+            torch.tensor(values, device=z.device).view(1, -1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        z = (z - mean) / std
+    return z * vae.config.scaling_factor
+
+
+class Previewer:
+    """Latents to colours by a linear map, a pixel for each place: rough, and almost for nothing.
+
+    The map is fitted to the decoder itself: to the mean colours of 64 small latents, each the
+    same everywhere, that are drawn as the U-Net's are, of deviation one.
+    """
+
+    def __init__(self, decode: Decode, channels: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        samples = torch.randn(64, channels, generator=generator)
+        colours = decode(samples[:, :, None, None].expand(-1, -1, 4, 4).contiguous())
+        means = colours.mean((2, 3)).double().cpu()
+        known = torch.cat([samples, torch.ones(len(samples), 1)], dim=1).double()
+        self.map = torch.linalg.lstsq(known, means).solution.float()  # [c + 1, 3]
+
+    def __call__(self, latents: Tensor) -> Image.Image:
+        """An RGB picture of w x h pixels from latents [1, c, h, w] as the U-Net sees them."""
+        places = latents[0].float().cpu().permute(1, 2, 0)
+        colours = (places @ self.map[:-1] + self.map[-1]).clamp(0, 1)
+        return Image.fromarray((colours * 255).round().to(torch.uint8).numpy())

@@ -1,0 +1,128 @@
+"""A model's parts without numbers: what their weights and their work take, before any is loaded.
+
+Built on torch's meta device from the folder's configs, in any dtype, quantised or not. Weights are
+counted to the byte; the memory that work takes is found by running it
+(`koala.generation.memory.peak`).
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from koala.architectures.table import FACTOR, LATENT_CHANNELS
+from koala.checkpoints.validate import read_json
+from koala.generation.decode import tiny_folder
+from koala.generation.memory.peak import peak_bytes
+from koala.generation.memory.quantise import quantise
+from koala.generation.row_tiling import decode_in_strips, encode_in_strips
+
+TEXT, UNET, VAE, TINY = "text encoders", "U-Net", "VAE", "tiny VAE"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_DECODERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "full": lambda vae, z: vae.decode(z).sample,
+    "tiled": lambda vae, z: torch.cat([decode_in_strips(vae, one[None]).float() for one in z]),
+    "tiny": lambda vae, z: torch.cat([vae.decode(one[None]).sample.float() for one in z]),
+}
+_ENCODERS: dict[str, Callable[[Any, Tensor], Tensor]] = {  # one picture at a time
+    "full": lambda vae, x: vae.encode(x).latent_dist.mode(),
+    "tiled": encode_in_strips,
+}
+
+
+class Blueprint:
+    """The parts of a model folder, and of the tiny autoencoder `tiny`, if any.
+
+    size: of pictures, (width, height) in pixels. pictures: at a time.
+    """
+
+    def __init__(
+        self, folder: Path, tiny: str | Path | None, size: tuple[int, int], pictures: int
+    ) -> None:
+        self.folder, self.tiny, self.pictures = folder, tiny, pictures
+        self.latents = (LATENT_CHANNELS, size[1] // FACTOR, size[0] // FACTOR)
+        self.models = cache(self._models)
+        self.work = cache(self._work)
+        self.look = cache(self._look)
+
+    def config(self, component: str) -> dict[str, Any]:
+        return read_json(self.folder / component / "config.json")
+
+    def _models(self, part: str, dtype: str, packed: str | None = None) -> list[Any]:
+        """The part's models, computing in `dtype` (a key of DTYPES), stored as `packed` says."""
+        with torch.device("meta"):
+            models = self._built(part)
+        for model in models:
+            # diffusers' own `to` warns of an empty list of modules.
+            nn.Module.to(model.eval().requires_grad_(False), DTYPES[dtype])
+            if packed:
+                quantise(model, packed)
+        return models
+
+    def _built(self, part: str) -> list[Any]:
+        if part == UNET:
+            return [UNet2DConditionModel.from_config(self.config("unet"))]
+        if part == VAE:
+            return [AutoencoderKL.from_config(self.config("vae"))]
+        if part == TINY:
+            assert self.tiny is not None
+            return [AutoencoderTiny.from_config(read_json(tiny_folder(self.tiny) / "config.json"))]
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        return [kind(CLIPTextConfig(**self.config(name))) for name, kind in kinds.items()]
+
+    def _work(
+        self, part: str, dtype: str, packed: str | None = None, decoder: str | None = None
+    ) -> int:
+        """Bytes alive at most while the part works, inputs and results included.
+
+        The text encoders read one chunk of a prompt, the U-Net two rows for every picture (with
+        and without the prompt), the VAE decodes all as `decoder` says.
+        """
+        models, n = self.models(part, dtype, packed), self.pictures
+        (first, *_) = self.models(TEXT, "fp32")
+        tokens = first.config.max_position_embeddings
+        if part == TEXT:
+            return max(peak_bytes(partial(_read, model, tokens)) for model in models)
+        if part == UNET:
+            return peak_bytes(partial(_predict, models[0], 2 * n, self.latents, tokens))
+        assert decoder is not None
+        return peak_bytes(partial(_decode, models[0], _DECODERS[decoder], (n, *self.latents)))
+
+    def _look(self, dtype: str, encoder: str) -> int:
+        """Bytes alive at most while the VAE encodes one picture, the picture included."""
+        (vae,), (_, h, w) = self.models(VAE, dtype), self.latents
+        shape = (1, 3, FACTOR * h, FACTOR * w)
+        return peak_bytes(lambda: _ENCODERS[encoder](vae, _blank(*shape, dtype=vae.dtype)))
+
+
+def _read(encoder: Any, tokens: int) -> Any:
+    return encoder(_blank(1, tokens, dtype=torch.int64), output_hidden_states=True)
+
+
+def _predict(unet: Any, rows: int, latents: tuple[int, ...], tokens: int) -> Tensor:
+    config, dtype = unet.config, unet.dtype
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return unet(
+        _blank(rows, *latents, dtype=dtype),
+        _blank(rows, dtype=torch.float32),
+        encoder_hidden_states=_blank(rows, tokens, config.cross_attention_dim, dtype=dtype),
+        added_cond_kwargs={
+            "text_embeds": _blank(rows, pooled, dtype=dtype),
+            "time_ids": _blank(rows, 6, dtype=dtype),
+        },
+    ).sample.float()
+
+
+def _decode(model: Any, run: Callable[[Any, Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
+    pixels = run(model, _blank(*shape, dtype=model.dtype)).float()
+    return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def _blank(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,205 @@
+"""The same U-Net and VAE, faster: fused projections, compiled blocks, CUDA graphs, fixed batches.
+
+In this order, from outside the model, and after every LoRA was merged and before any
+quantisation: what is fused has no projections of its own any more, what is compiled or captured
+must not change. SDPA and channels_last need nothing here: `load` brings both, and the loop
+(`denoise`) never waits for the device.
+
+Compiling takes a minute or two the first time. So it is asked for, never done by itself, and what
+it made stays in the cache folder. What is compiled or captured is so for one shape: batches have
+one of a few fixed sizes, which `koala.generation.runtime.backends.warm_up` goes through beforehand.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from koala.errors import UserError
+from koala.generation.decode import Decode
+from koala.generation.denoise import Condition, Predict
+from koala.utils.asset_packages import cache_folder
+
+_MOST_GRAPHS = 256  # compiled variants of one kind of block: its shapes times the batch's
+_WARM_UP = 3  # runs before a capture, in which libraries choose and allocate
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of fixed batches: at most a third more than needed
+
+
+# --- fused projections ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fuse_projections(unet: nn.Module) -> None:
+    """Makes queries, keys and values of every self-attention one product, keys and values of every
+    cross attention another; in place.
+
+    Equal up to rounding, with as many weights as before. UserError if a LoRA lies beside the
+    projections, or they are quantised: what is fused can take neither.
+    """
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    for block in blocks:
+        for attention in (block.attn1, block.attn2):
+            _check_plain(attention)
+    for block in blocks:
+        _fuse(block.attn1, ("to_q", "to_k", "to_v"))
+        _fuse(block.attn2, ("to_k", "to_v"))
+        block.attn1.set_processor(_SelfAttention())
+        block.attn2.set_processor(_CrossAttention())
+
+
+def _check_plain(attention: Attention) -> None:
+    for name in ("to_q", "to_k", "to_v"):
+        projection = getattr(attention, name, nn.Identity())
+        if type(projection) is not nn.Linear or projection._forward_hooks:
+            raise UserError(
+                "projections cannot be fused twice, quantised, or under a LoRA that lies beside "
+                "the weights: merge the LoRA, fuse, then quantise"
+            )
+
+
+def _fuse(attention: Attention, names: Sequence[str]) -> None:
+    parts = [getattr(attention, name) for name in names]
+    weight = torch.cat([part.weight for part in parts])
+    fused = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    fused.weight = nn.Parameter(weight, requires_grad=False)
+    attention.to_fused = fused
+    for name in names:
+        delattr(attention, name)
+
+
+class _SelfAttention:
+    """diffusers' processor of an attention with `to_fused` = queries, keys, values."""
+
+    def __call__(self, attention: Attention, hidden_states: Tensor, *_, **__) -> Tensor:
+        query, key, value = attention.to_fused(hidden_states).chunk(3, dim=-1)
+        return _attended(attention, query, key, value)
+
+
+class _CrossAttention:
+    """The same with `to_fused` = keys, values, and queries apart."""
+
+    def __call__(
+        self, attention: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, *_, **__
+    ) -> Tensor:
+        key, value = attention.to_fused(encoder_hidden_states).chunk(2, dim=-1)
+        return _attended(attention, attention.to_q(hidden_states), key, value)
+
+
+def _attended(attention: Attention, *projected: Tensor) -> Tensor:
+    query, key, value = (
+        tensor.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for tensor in projected
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value)
+    return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+# --- compiled blocks ------------------------------------------------------------------------
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
+    """Has `torch.compile` make every transformer block and resnet faster; in place, returns how
+    many.
+
+    Blocks rather than the whole: equal blocks share what is compiled, so that it takes as long
+    as its kinds, not as its depth. It happens at the first forward of each shape. What is made is
+    kept under $KOALA_CACHE, unless $TORCHINDUCTOR_CACHE_DIR says otherwise.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder().parent / "inductor"))
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit = 4 * _MOST_GRAPHS
+    kinds = (BasicTransformerBlock, ResnetBlock2D)
+    blocks = [module for module in model.modules() if isinstance(module, kinds)]
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False, backend=backend)
+    return len(blocks)
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------
+
+
+def graphed(predict: Predict, device: torch.device) -> Predict:
+    """`predict` replayed from a CUDA graph: one for every shape of its inputs, captured at its
+    first call.
+
+    At batch 1 a U-Net is over before Python has launched its next kernels; a replay launches all
+    at once. UserError on anything but CUDA.
+    """
+    if device.type != "cuda":
+        raise UserError(f"CUDA graphs: the device is {device}, allowed is cuda")
+    graphs: dict[tuple[torch.Size, ...], _Graph] = {}
+    pool = torch.cuda.graph_pool_handle()  # shared: they run one after the other
+
+    def replay(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        inputs = (x, timesteps, condition.text, condition.pooled, condition.time_ids)
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if shapes not in graphs:
+            graphs[shapes] = _Graph(predict, inputs, device, pool)
+        return graphs[shapes](inputs)
+
+    return replay
+
+
+class _Graph:
+    """One captured evaluation: inputs are copied into its own, the output out of it."""
+
+    def __init__(
+        self, predict: Predict, inputs: Sequence[Tensor], device: torch.device, pool: object
+    ) -> None:
+        self.inputs = [tensor.to(device, copy=True) for tensor in inputs]
+        x, timesteps, *told = self.inputs
+        condition = Condition(*told)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                predict(x, timesteps, condition)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.output = predict(x, timesteps, condition)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()
+
+
+# --- fixed batches --------------------------------------------------------------------------
+
+
+def in_fixed_batches(predict: Predict, sizes: Sequence[int] = ROWS) -> Predict:
+    """`predict` of any number of rows, which itself is only ever asked about `sizes` of them.
+
+    The smallest that holds the rows, filled up with copies of the last one; more rows than the
+    largest holds go in turns. Requests that join and leave then meet no new shape.
+    """
+    largest = max(sizes)
+
+    def predict_all(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        told = (condition.text, condition.pooled, condition.time_ids)
+        turns = zip(*(tensor.split(largest) for tensor in (x, timesteps, *told)), strict=True)
+        return torch.cat([one_turn(*turn) for turn in turns])
+
+    def one_turn(*given: Tensor) -> Tensor:
+        rows = len(given[0])
+        more = min(size for size in sizes if size >= rows) - rows
+        x, timesteps, *told = (_filled_up(tensor, more) for tensor in given)
+        return predict(x, timesteps, Condition(*told))[:rows]
+
+    return predict_all
+
+
+def _filled_up(tensor: Tensor, more: int) -> Tensor:
+    """The tensor with so many copies of its last row behind it."""
+    return torch.cat([tensor, tensor[-1:].expand(more, *tensor.shape[1:])]) if more else tensor
+
+
+def one_by_one(decode: Decode) -> Decode:
+    """`decode`, asked about a single picture at a time."""
+    return lambda latents: torch.cat([decode(latent) for latent in latents.split(1)])

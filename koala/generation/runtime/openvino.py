@@ -1,0 +1,300 @@
+"""U-Net and VAE on a processor through OpenVINO, straight from the PyTorch modules.
+
+OpenVINO packs the weights once for the processor it runs on, which PyTorch does anew at every
+step; the smaller the model, the more that is worth. Conversion takes seconds to minutes, so its
+results are kept in the cache folder: the converted model once, and what was compiled of it for
+each shape. Shapes are fixed when compiled: that is a third faster than open ones.
+
+Needs the extra `openvino`. Numbers agree with PyTorch's within 1e-4 in fp32; bf16 and int8 are
+approximations, and their cost in fidelity is told by `python -m benchmarks.fidelity`.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from koala.errors import UserError
+from koala.generation.decode import Decode, finished, unscaled
+from koala.generation.denoise import Condition, Predict
+from koala.utils.asset_packages import cache_folder
+
+# With this package beside them OpenVINO and NNCF report their use to a statistics service. They do
+# without where it cannot be imported; what runs here calls nobody.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+PRECISIONS = ("fp32", "bf16", "int8")
+CACHE_BYTES = 16 << 30  # what all models together may take in the cache folder
+_EXAMPLE = 10  # latent side of the example: one that U-Nets round up, so that every size works
+
+# What a U-Net was asked: (x, timesteps, condition), as `Predict` takes them.
+Sample: TypeAlias = tuple[Tensor, Tensor, Condition]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Samples of a U-Net's work, only made where what was quantised by them is not in the cache."""
+
+    name: str  # tells it from others: equal names must mean equal samples
+    made: Callable[[], Sequence[Sample]]
+
+
+def installed() -> bool:
+    """Whether OpenVINO is there; whether it wins is for a measurement to say."""
+    return find_spec("openvino") is not None
+
+
+def predictor(
+    unet: UNet2DConditionModel,
+    precision: str = "fp32",
+    samples: Sequence[Sample] | Calibration = (),
+) -> Predict:
+    """The predictions of a U-Net, float32 on the CPU, through OpenVINO.
+
+    `precision` "bf16" needs a processor that has it; "int8" quantises weights and activations
+    with NNCF and needs `samples` of the U-Net's work (`recorded` collects them). UserError for
+    what is missing, or a U-Net with a LoRA beside its weights: such a LoRA must be merged.
+    """
+    _check(precision, samples)
+    refuse_hooks(unet)
+    if not isinstance(samples, Calibration):
+        samples = Calibration(_hash(_flat(samples)), partial(list, samples))
+    engine = _Engine(_FlatUNet(unet), _unet_example(unet), precision, samples)
+
+    def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        return engine(x, timesteps, condition.text, condition.pooled, condition.time_ids)
+
+    return predict
+
+
+def decoder(vae: AutoencoderKL, precision: str = "fp32") -> Decode:
+    """The VAE's decoder through OpenVINO, all pictures at once; "int8" is not for it."""
+    if precision == "int8":
+        raise UserError("precision 'int8' is for the U-Net: the VAE takes fp32 or bf16")
+    _check(precision, ())
+    example = torch.zeros(1, vae.config.latent_channels, _EXAMPLE, _EXAMPLE)
+    engine = _Engine(_FlatDecoder(vae), (example,), precision)
+
+    def decode(latents: Tensor) -> Tensor:
+        return finished(engine(unscaled(vae, latents)), latents, torch.float32)
+
+    return decode
+
+
+def recorded(predict: Predict, into: list[Sample]) -> Predict:
+    """`predict`, which also keeps what it was asked: samples to quantise by."""
+
+    def keep(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        into.append((x.cpu(), timesteps.cpu(), condition.to(torch.device("cpu"), torch.float32)))
+        return predict(x, timesteps, condition)
+
+    return keep
+
+
+# --- from PyTorch to a compiled model -------------------------------------------------------
+
+
+class _FlatUNet(nn.Module):
+    """A U-Net whose inputs are float32 tensors side by side, as a traced graph wants them."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
+        x, text, pooled, ids = (tensor.to(self.unet.dtype) for tensor in (x, text, pooled, ids))
+        added = {"text_embeds": pooled, "time_ids": ids}
+        return self.unet(x, t, text, added_cond_kwargs=added, return_dict=False)[0].float()
+
+
+class _FlatDecoder(nn.Module):
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
+
+
+class _Engine:
+    """One module in one precision, compiled for every shape of its inputs that comes along."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        example: tuple[Tensor, ...],
+        precision: str,
+        samples: Calibration | None = None,
+    ) -> None:
+        import openvino
+
+        self.ov, self.core = openvino, openvino.Core()
+        self.module, self.example = module, example
+        self.precision, self.samples = precision, samples
+        if precision == "bf16" and "BF16" not in self.core.get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            raise UserError("precision 'bf16': this processor has no bfloat16; choose fp32 or int8")
+        self.options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            # A thread that is bound to a core waits for whatever else runs there.
+            "ENABLE_CPU_PINNING": False,
+        }
+        # OpenVINO finds what it has compiled by the model, not by these: a model compiled for bf16
+        # would come back for fp32. So every set of them has a cache of its own.
+        self.options["CACHE_DIR"] = str(_folder() / digest([self.options]))
+        # Of the weights as they are now, so that a merged LoRA makes another model.
+        kind = f"int8 {samples.name}" if precision == "int8" and samples else "float"
+        self.key = _fingerprint(module, kind)
+        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        arrays = [tensor.detach().float().cpu().contiguous().numpy() for tensor in inputs]
+        shapes = tuple(array.shape for array in arrays)
+        if shapes not in self._requests:
+            self._requests[shapes] = self._compiled(shapes).create_infer_request()
+        answer = self._requests[shapes].infer(arrays, share_inputs=True)
+        return torch.from_numpy(answer[0])
+
+    def _compiled(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        """For these shapes; OpenVINO itself keeps the result in the cache folder."""
+        model = self._converted.clone()
+        model.reshape(dict(enumerate(shapes)))
+        compiled = self.core.compile_model(model, "CPU", self.options)
+        trim(_folder(), CACHE_BYTES)
+        return compiled
+
+    @cached_property
+    def _converted(self) -> Any:
+        """The module as OpenVINO's own model, quantised if it shall be; kept on disk."""
+        file = _folder() / f"{digest([self.key, self.ov.__version__])}.xml"
+        if not (file.is_file() and file.with_suffix(".bin").is_file()):
+            model = convert(self.module, self.example)
+            if self.precision == "int8" and self.samples is not None:
+                model = _quantised(model, _flat(self.samples.made()))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f"part-{os.getpid()}-{file.name}")
+            self.ov.save_model(model, part, compress_to_fp16=False)
+            os.replace(part.with_suffix(".bin"), file.with_suffix(".bin"))
+            os.replace(part, file)  # last: who finds it finds both
+        return self.core.read_model(file)
+
+
+def convert(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """The module as an `openvino.Model` of open shapes."""
+    import openvino
+
+    with warnings.catch_warnings():
+        # Of branches that follow the example's shape: its odd side takes those that fit all sizes.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return openvino.convert_model(module, example_input=example)
+
+
+def _quantised(model: Any, samples: Sequence[tuple[Tensor, ...]]) -> Any:
+    """8-bit weights and activations, their ranges from `samples` (NNCF's post-training method)."""
+    import nncf
+
+    def arrays(sample: tuple[Tensor, ...]) -> dict[int, np.ndarray]:
+        return {i: tensor.float().numpy() for i, tensor in enumerate(sample)}
+
+    return nncf.quantize(
+        model,
+        nncf.Dataset(samples, arrays),
+        preset=nncf.QuantizationPreset.MIXED,
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(samples),
+    )
+
+
+def _unet_example(unet: UNet2DConditionModel) -> tuple[Tensor, ...]:
+    config = unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return (
+        torch.zeros(2, config.in_channels, _EXAMPLE, _EXAMPLE),
+        torch.zeros(2),
+        torch.zeros(2, 8, config.cross_attention_dim),
+        torch.zeros(2, pooled),
+        torch.zeros(2, 6),
+    )
+
+
+# --- checks, names, cache -------------------------------------------------------------------
+
+
+def _check(precision: str, samples: Sequence[Sample] | Calibration) -> None:
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: OpenVINO takes {', '.join(PRECISIONS)}")
+    needed = ("openvino", "nncf") if precision == "int8" else ("openvino",)
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise UserError(
+            f"{' and '.join(missing)} not installed: pip install 'koala-diffusion[openvino]'"
+        )
+    assert bool(samples) == (precision == "int8"), "int8, and only int8, needs samples"
+
+
+def refuse_hooks(unet: nn.Module) -> None:
+    """UserError for a LoRA beside the weights: what is made of the weights would not have it."""
+    if any(module._forward_hooks for module in unet.modules()):
+        raise UserError(
+            "a LoRA lies beside the weights, where OpenVINO does not see it: merge it "
+            "(koala generate does)"
+        )
+
+
+def _fingerprint(module: nn.Module, kind: str) -> str:
+    """A hash of a module's weights and settings, and of `kind`."""
+    settings = [settings_of(part) for part in module.children()]
+    weights = _hash([tuple(tensor for _, tensor in sorted(module.state_dict().items()))])
+    return digest([json.dumps(settings, sort_keys=True), weights, kind])
+
+
+def _hash(samples: Iterable[tuple[Tensor, ...]]) -> str:
+    state = hashlib.sha256()
+    for tensor in chain.from_iterable(samples):
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def _flat(samples: Iterable[Sample]) -> list[tuple[Tensor, ...]]:
+    return [(x, t, c.text, c.pooled, c.time_ids) for x, t, c in samples]
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """A model's configuration without its notes, such as the folder that it was read from."""
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
+def digest(values: Sequence[Any]) -> str:
+    """A file name for these values, which JSON must hold or a str tell apart."""
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:32]
+
+
+def _folder() -> Path:
+    return cache_folder().parent / "openvino"
+
+
+def trim(folder: Path, limit: int) -> None:
+    """Deletes the oldest files, in folders too, until `limit` bytes hold the rest."""
+    files = [file for file in folder.rglob("[0-9a-f]*") if file.is_file()]
+    total = 0
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        total += file.stat().st_size
+        if total > limit:
+            file.unlink()

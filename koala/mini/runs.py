@@ -1,0 +1,178 @@
+"""Runs of what the mini family makes itself and SDXL gets from others: VAE, text side, tiny VAE."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
+from koala.checkpoints.load import load_vae
+from koala.checkpoints.resolve import resolve_model
+from koala.data.encoding import to_pixels
+from koala.data.illustrations.pictures import NOTICE, PictureSet
+from koala.data.latents import LatentSet
+from koala.distillation.loop import train
+from koala.distillation.parallel import alone
+from koala.errors import UserError
+from koala.generation.decode import TINY
+from koala.mini.sentence_encoder import SentenceEncoder
+from koala.mini.settings import Autoencoder, Base, Tiny
+from koala.mini.text import (
+    TextData,
+    TextDistillation,
+    clip_tokenizer,
+    new_text_encoders,
+    start_from_words,
+    vocabulary_words,
+)
+from koala.mini.tiny import TinyDistillation, new_tiny
+from koala.mini.vae import SHOWN, Autoencoding, PictureData, measure_latents, new_vae
+
+
+def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[str]) -> Path:
+    """VAE, then text side, then a pipeline folder with the two and an untrained U-Net."""
+    pictures = PictureSet(data)
+    seen = pictures.select("train")
+    torch.manual_seed(recipe.vae.seed)
+    vae = new_vae(pictures.image(0).width).to(device, memory_format=torch.channels_last)
+    coding = Autoencoding(vae, _shown(pictures))
+    painted = _painted(pictures, recipe.kinds, recipe.vae.seed)
+    note = {"recipe": asdict(recipe)}
+    train(coding, painted, recipe.vae, out / "vae", note, boards=boards)
+    measure_latents(vae, _sample(painted).to(device))
+    coding = coding.sharpening()
+    train(coding, painted, recipe.decoder, out / "decoder", note, boards=boards)
+
+    torch.manual_seed(recipe.text.seed)
+    tokenizer = clip_tokenizer()
+    encoders = new_text_encoders(tokenizer).to(device)
+    sentences = SentenceEncoder(device)
+    start_from_words(encoders, tokenizer, sentences)
+    telling = TextDistillation(encoders, tokenizer, sentences).to(device)
+    captions = sorted({pictures.rows[i][c] for i in seen for c in ("short", "long", "subject")})
+    texts = TextData(captions, vocabulary_words(tokenizer), recipe.text.seed)
+    train(telling, texts, recipe.text, out / "text", note, boards=boards)
+    return assemble(out / "model", coding, telling, data)
+
+
+def run_autoencoder(
+    recipe: Autoencoder,
+    data: str | Path,
+    out: Path,
+    teacher: str,
+    device: str,
+    boards: Sequence[str],
+) -> Path:
+    """The VAE, going on, then the teacher's folder with it; its card stays the teacher's.
+
+    Latents are others from then on: prepared ones have to be prepared again.
+    """
+    layout = alone(device, recipe.cpu_bf16)
+    source, pictures = resolve_model(teacher), PictureSet(data)
+    painted = _painted(pictures, recipe.kinds, recipe.training.seed)
+    vae = load_vae(source).to(device, memory_format=torch.channels_last)
+    task = Autoencoding(
+        vae,
+        _shown(pictures),
+        recipe.perceptual,
+        colour=recipe.colour,
+        cropped=0.0,
+        drift=recipe.drift,
+    )
+    note = {"recipe": asdict(recipe)}
+    trained = train(task, painted, recipe.training, out, note, layout=layout, boards=boards)
+    measure_latents(trained, _sample(painted).to(device))
+    return _with_part(source, "vae", lambda folder: task.export(trained, folder), out / "model")
+
+
+def _painted(pictures: PictureSet, kinds: dict[str, int], seed: int) -> PictureData:
+    """The training pictures, so many copies of each kind in an epoch; UserError where none is."""
+    epoch = [i for kind, n in kinds.items() for i in pictures.select("train", kind) * n]
+    if not epoch:
+        raise UserError(
+            f"{pictures.folder} has no training pictures for an epoch of {kinds}: raise a number, "
+            "or prepare pictures of these kinds"
+        )
+    return PictureData(pictures, epoch, seed)
+
+
+def _sample(painted: PictureData) -> Tensor:
+    """At most a thousand of the pictures."""
+    return painted.every(len(painted.pixels) // 1000 + 1)
+
+
+def _shown(pictures: PictureSet) -> Tensor:
+    """Held-out pictures of the previews."""
+    return to_pixels([pictures.image(i) for i in pictures.select("test-pair")[:SHOWN]])
+
+
+def run_tiny(
+    recipe: Tiny, data: str | Path, out: Path, teacher: str, device: str, boards: Sequence[str]
+) -> Path:
+    """The tiny autoencoder, then the teacher's folder with it; its card stays the teacher's."""
+    layout = alone(device, recipe.cpu_bf16)
+    source, seed = resolve_model(teacher), recipe.training.seed
+    latents = LatentSet(data, source, recipe.kinds, {"short": 1.0}, seed)
+    torch.manual_seed(seed)
+    task = TinyDistillation(
+        new_tiny().to(device),
+        load_vae(source).to(device),
+        shown=latents.batch(0, 16)["latents"],
+    )
+    note = {"recipe": asdict(recipe)}
+    trained = train(task, latents, recipe.training, out, note, layout=layout, boards=boards)
+    return _with_part(source, TINY, lambda folder: task.export(trained, folder), out / "model")
+
+
+def _with_part(source: Path, name: str, export: Callable[[Path], None], model: Path) -> Path:
+    """The pipeline folder `model`: that of `source`, with its part of this name exported anew."""
+    part = model.with_name(f".{model.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part, ignore=shutil.ignore_patterns(name))
+    export(part / name)
+    shutil.rmtree(model, ignore_errors=True)
+    part.rename(model)
+    return model
+
+
+def assemble(model: Path, coding: Autoencoding, telling: TextDistillation, data: Path) -> Path:
+    """Writes the pipeline folder with `sdxl-mini`'s U-Net as initialised; replaces an older one."""
+    part = model.with_name(f".{model.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    coding.export(coding.trainable, part / "vae")
+    telling.export(telling.trainable, part)
+    config = unet_config(get("sdxl-mini"))
+    UNet2DConditionModel(**config).save_pretrained(part / "unet")
+    EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+    ).save_pretrained(part / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "image_encoder": [None, None],
+        "feature_extractor": [None, None],
+    }
+    (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.copy(data / NOTICE, part)
+    shutil.rmtree(model, ignore_errors=True)
+    part.rename(model)
+    return model

@@ -1,0 +1,110 @@
+"""How fast a device does a training's work: from a card's data sheet, or by a short trial.
+
+The trial takes a few real steps, forward and backward with teacher and taps, of random models.
+Where these do not fit or would take too long, a matrix product is timed instead and the training
+assumed to reach `cards.SHARE` of its rate.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from koala.architectures.table import UNetArchitecture
+from koala.distillation.forward_process import generators_at
+from koala.distillation.loop import gradients
+from koala.distillation.parallel import World, lay_out
+from koala.distillation.speed import matmul_peak
+from koala.recipes import gpus
+from koala.recipes.memory import Plan, batch_of, blank_unet, task_of
+
+PATIENCE = 30.0  # seconds that a trial may take
+STEPS = 5  # at most, after one that warms up
+SIDE = 2048  # of the matrices that are multiplied on a CPU
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does."""
+
+    flops: float  # FLOP/s of one device on this kind of work
+    basis: str  # how that is known
+    device: str
+    room: float  # GiB
+
+
+def assumed(card: str) -> Speed:
+    """A named card's, by its data sheet. UserError for an unknown one."""
+    gib, tflops = gpus.get(card)
+    basis = f"{gpus.SHARE:.0%} of {card}'s {tflops:,.0f} TFLOP/s assumed"
+    return Speed(gpus.SHARE * tflops * 1e12, basis, card, gib)
+
+
+def measured(plan: Plan, device: torch.device, memory: int, flops: int) -> Speed:
+    """That of `device`, measured now, in half a minute at most.
+
+    memory: bytes that a step is expected to take. flops: of a sample.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    free, room = _room(device)
+    rate = matmul_peak(device) or _matmul_rate(device)
+    expected = flops * plan.micro_batch / (gpus.SHARE * rate)
+    if memory > free or expected * 2 > PATIENCE:
+        why = "a step does not fit" if memory > free else "a step takes too long to try"
+        basis = f"{gpus.SHARE:.0%} of a matrix product's {rate / 1e12:.3g} TFLOP/s assumed, {why}"
+        return Speed(gpus.SHARE * rate, basis, name, room)
+    seconds, steps = _time_steps(plan, device)
+    achieved = flops * plan.micro_batch / seconds
+    share = f"{achieved / rate:.0%} of a matrix product's rate"
+    basis = f"{steps} steps of {plan.micro_batch} measured, {share}"
+    return Speed(achieved, basis, name, room)
+
+
+def _room(device: torch.device) -> tuple[float, float]:
+    """(free bytes, GiB in all) of the device's memory."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free, total / 2**30
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages / 2, pages / 2**30  # others want some of it
+
+
+def _matmul_rate(device: torch.device) -> float:
+    """FLOP/s on an fp32 matrix product."""
+    a, b = (torch.randn(SIDE, SIDE, device=device) for _ in range(2))
+    times = []
+    for _ in range(3):  # the first warms up
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / min(times)
+
+
+def _time_steps(plan: Plan, device: torch.device) -> tuple[float, int]:
+    """(seconds of a step, steps that were timed) on random models, uncompiled, in one process."""
+    student = _random_unet(plan.student, device)
+    teacher = None if plan.teacher is None else _random_unet(plan.teacher, device)
+    task = task_of(plan, student, teacher)
+    place = "whole" if device.type != "cuda" else plan.hardware.teacher.replace("sharded", "whole")
+    alone = replace(plan.hardware, compile="", sharding="ddp", teacher=place, accumulate=1)
+    layout = lay_out(task, alone, World(device=device))
+    batch = batch_of(plan, device)
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) <= STEPS and (len(times) < 2 or time.perf_counter() - begun < PATIENCE / 2):
+        start = time.perf_counter()
+        losses = gradients(task, layout, batch, generators_at(0, 0, plan.micro_batch))
+        losses["loss"].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times[1:]), len(times) - 1
+
+
+def _random_unet(arch: UNetArchitecture, device: torch.device) -> UNet2DConditionModel:
+    unet = blank_unet(arch).to_empty(device=device)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return unet

@@ -1,0 +1,1 @@
+"""Images drawn in the background: the queue, its database, the gallery."""

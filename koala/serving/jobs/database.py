@@ -1,0 +1,197 @@
+"""The folder that a server remembers in: one SQLite file, which opens clean after any crash.
+
+What is promised to a client is committed before it is told so: SQLite writes a log ahead and
+waits for the disk at each commit. One process owns the file; within it one connection, one
+transaction at a time. Pictures lie beside it as files (`koala.serving.jobs.gallery`).
+"""
+
+import contextlib
+import itertools
+import re
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from koala.errors import Failure, UserError
+
+FILE = "koala.sqlite3"
+APPLICATION = 0x6B6F616C  # marks the file as ours: "koal"
+VERSION = 1  # of the tables below
+WAIT = 5.0  # seconds for a server that is just ending
+ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
+# Ids sort in the order of their making. `pictures` are what the gallery keeps; of a job, `parts`
+# remembers which of its pictures have come to an end, whatever the gallery keeps of them.
+TABLES = """
+CREATE TABLE pictures (
+    id TEXT PRIMARY KEY,
+    client TEXT NOT NULL,
+    created REAL NOT NULL,
+    bytes INTEGER NOT NULL,
+    settings TEXT NOT NULL,
+    thumbnail BLOB NOT NULL
+);
+CREATE INDEX pictures_of_client ON pictures (client, id);
+CREATE TABLE total (bytes INTEGER NOT NULL);
+INSERT INTO total VALUES (0);
+CREATE TRIGGER picture_added AFTER INSERT ON pictures
+    BEGIN UPDATE total SET bytes = bytes + new.bytes; END;
+CREATE TRIGGER picture_removed AFTER DELETE ON pictures
+    BEGIN UPDATE total SET bytes = bytes - old.bytes; END;
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY,
+    client TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('open', 'done', 'failed', 'cancelled')),
+    request TEXT NOT NULL,
+    uploads BLOB NOT NULL,
+    number INTEGER NOT NULL,
+    steps INTEGER NOT NULL,
+    created REAL NOT NULL,
+    started REAL,
+    finished REAL,
+    message TEXT,
+    code TEXT
+);
+CREATE INDEX jobs_of_client ON jobs (client, id);
+CREATE INDEX jobs_open ON jobs (id) WHERE status = 'open';
+CREATE INDEX jobs_ended ON jobs (finished) WHERE status != 'open';
+CREATE TABLE parts (
+    job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    place INTEGER NOT NULL,
+    picture TEXT,
+    PRIMARY KEY (job, place)
+) WITHOUT ROWID;
+"""
+
+
+class Store:
+    """An open folder. Every method may be called from any thread."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Opens a folder, or makes it.
+
+        UserError for one that cannot be written, is in use by another server, or holds a file
+        that is not ours or of another version.
+        """
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._db = _connect(self.folder / FILE)
+        except OSError as error:
+            raise UserError(
+                f"cannot keep pictures in {folder} ({error.strerror or error}): name a folder "
+                "you may write to"
+            ) from None
+        self._lock = threading.RLock()
+        last = max(
+            self.rows(f"SELECT ifnull(max(id), '0') AS id FROM {table}")[0]["id"]
+            for table in ("pictures", "jobs")
+        )
+        self._numbers = itertools.count(int(last[:12], 16) + 1)
+
+    def new_id(self) -> str:
+        """32 hexadecimal digits that sort after all before; the last 20 cannot be guessed."""
+        return f"{next(self._numbers):012x}{secrets.token_hex(10)}"
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """A block whose changes are on disk when it ends, or not made at all if it raises.
+
+        Failure if the disk does not take them.
+        """
+        with self._lock, _explained():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+        """All rows of a query that changes nothing."""
+        with self._lock, _explained():
+            return self._db.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        """Closes the file; another server may have the folder."""
+        with self._lock:
+            self._db.close()
+
+
+def is_id(text: str) -> bool:
+    """Whether a text has the form of an id."""
+    return ID.fullmatch(text) is not None
+
+
+def _connect(file: Path) -> sqlite3.Connection:
+    db = None
+    try:
+        db = sqlite3.connect(file, timeout=WAIT, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # before the first access: no other process
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("BEGIN EXCLUSIVE")
+        _check_or_make(db, file)
+        db.execute("COMMIT")
+    except BaseException as error:
+        if db is not None:
+            db.close()
+        if not isinstance(error, sqlite3.Error):
+            raise
+        if "locked" in str(error):
+            raise UserError(
+                f"{file} is in use by another server: stop that one or name another folder"
+            ) from None
+        if isinstance(error, sqlite3.OperationalError):
+            raise UserError(f"cannot open {file}: {error}") from None
+        raise UserError(f"{file} is no gallery ({error}): name another folder") from None
+    return db
+
+
+def _check_or_make(db: sqlite3.Connection, file: Path) -> None:
+    """The tables of a new file; UserError for a file with others than ours."""
+    application, version, tables = (
+        db.execute(query).fetchone()[0]
+        for query in (
+            "PRAGMA application_id",
+            "PRAGMA user_version",
+            "SELECT count(*) FROM sqlite_master",
+        )
+    )
+    if tables == 0:
+        for statement in _statements(TABLES):
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION}")
+        db.execute(f"PRAGMA user_version = {VERSION}")
+    elif application != APPLICATION:
+        raise UserError(f"{file} is not a gallery of koala's: name another folder")
+    elif version != VERSION:
+        raise UserError(
+            f"{file} is of version {version}, this koala writes version {VERSION}: name another "
+            "folder, or use the koala that made it"
+        )
+
+
+def _statements(script: str) -> Iterator[str]:
+    """One statement after the other; sqlite3's own `executescript` would commit first."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says in one line, which names no path, what kept the disk from answering."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise Failure(f"cannot keep records of jobs and pictures: {error}") from error

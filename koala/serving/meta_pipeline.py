@@ -1,0 +1,32 @@
+"""A model without its weights: what it takes to check orders where others do the drawing."""
+
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+from koala.checkpoints.load import load_scheduler_config
+from koala.checkpoints.resolve import resolve_model
+from koala.generation import Pipeline
+from koala.generation.memory.meta_models import TEXT, UNET, VAE, Blueprint
+from koala.text_conditioning import TextConditioner
+
+
+def outline(model: str) -> Pipeline:
+    """The pipeline of `load(model)` on torch's meta device: `requests` works, drawing does not.
+
+    UserError for a model that cannot be had.
+    """
+    folder = resolve_model(model)
+    parts = Blueprint(folder, None, (64, 64), 1)
+    ((unet,), (vae,)) = (parts.models(part, "fp32") for part in (UNET, VAE))
+    tokenizers = (
+        CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
+        for name in ("tokenizer", "tokenizer_2")
+    )
+    return Pipeline(
+        name=Path(model).resolve().name if Path(model).exists() else model,
+        unet=unet,
+        vae=vae,
+        conditioner=TextConditioner(*tokenizers, *parts.models(TEXT, "fp32")),
+        scheduler_config=load_scheduler_config(folder),
+    )

@@ -1,0 +1,1 @@
+"""One server over many GPUs or processes, by Ray."""

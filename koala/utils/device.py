@@ -1,0 +1,126 @@
+"""Which device does the work: the best there is, unless another is asked for; what a CPU can do.
+
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from koala.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+DEVICES = ("cpu", "cuda", "mps")
+_INFO = Path("/proc/cpuinfo")
+FREE_SHARE = 0.9  # of the free memory that a model may take
+
+
+def check_device(asked: str | None) -> None:
+    """UserError unless it is the name of a device, there or not: "cpu", "cuda", "cuda:1", "mps"."""
+    if asked is not None and not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d{{1,3}})?", asked):
+        raise unknown("device", asked, DEVICES, " or one of several, such as cuda:1")
+
+
+def pick_device(asked: torch.device | str | None = None) -> torch.device:
+    """The device asked for, if it is there (else UserError); None means the best one."""
+    import torch
+
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    if asked is None:
+        return torch.device(there[0])
+    try:
+        found = torch.device(asked)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in there:
+        raise UserError(f"device {str(asked)!r} is not there: this machine has {', '.join(there)}")
+    return found
+
+
+def free_bytes(device: torch.device) -> int:
+    """What of the device's memory a model may take: measured now, a tenth left to others."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    elif (meminfo := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = min(int(lines["MemAvailable"].split()[0]) * 1024, _left_to_group())
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(FREE_SHARE * free)
+
+
+def _left_to_group() -> int:
+    """What a container may still take (Linux, control groups of version 2)."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        most, now = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        return max(0, int(most) - int(now))
+    except (OSError, ValueError):  # none, or "max": no limit
+        return 2**63
+
+
+def whereabouts(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model, by its first parameter.
+
+    diffusers' own properties look through every module each time, which costs more at each step
+    than to launch some layers.
+    """
+    first = next(model.parameters())
+    return first.device, first.dtype
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. To CUDA the host does not wait until it is there.
+
+    For that it goes from pinned memory: from any other the copy waits for all work before it.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@lru_cache(maxsize=1)
+def _facts() -> dict[str, str]:
+    """The first processor's lines of /proc/cpuinfo; nothing where there is no such file."""
+    if not _INFO.is_file():
+        return {}
+    first = _INFO.read_text().split("\n\n")[0].splitlines()
+    pairs = (line.partition(":") for line in first)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_name() -> str:
+    """As the operating system calls it, such as "AMD EPYC"."""
+    return _facts().get("model name") or platform.processor() or platform.machine()
+
+
+def has_bf16() -> bool:
+    """Whether it multiplies bfloat16 itself; others emulate it, slower than float32."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & {*_facts().get("flags", "").split()})
+
+
+def hardware() -> str:
+    """Processor, cores, accelerator and versions, in one line."""
+    import diffusers
+
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (
+        f"{cpu_name()}, {os.cpu_count()} cores{device}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    )

@@ -1,0 +1,247 @@
+"""`koala benchmark` at toy size: what it measures, writes and refuses."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import cpu, gpu, gpu_drawing
+from benchmarks.gpu_run import Section
+from koala.architectures.config import from_unet_config
+from koala.architectures.flops import flops
+from koala.architectures.layout import parameters as count
+from koala.architectures.table import ARCHITECTURES
+from koala.benchmark import measure
+from koala.benchmark.cases import CARDS, CASES, Subject, get, subject
+from koala.benchmark.models import build
+from koala.benchmark.report import Report, Row
+from koala.benchmark.run import benchmark, picture_flops
+from koala.cli import main
+from koala.errors import UserError
+from koala.generation import load
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def made(toy_sdxl, tmp_path_factory):
+    out = tmp_path_factory.mktemp("benchmark") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KOALA_CACHE", str(out.parent / "cache"))
+        seen = []
+        report = benchmark([str(toy_sdxl)], out, "cpu", runs=2, on_row=seen.append)
+    assert seen == report.rows
+    return report, out
+
+
+def test_both_engines_are_measured_with_the_same_weights(made, toy_sdxl):
+    report, _ = made
+    assert [row.engine for row in report.rows] == ["diffusers", "koala"]
+    for row in report.rows:
+        assert (row.name, row.weights, row.pixels, row.steps) == ("sdxl", "real", 64, 10)
+        assert row.picture.runs == 2
+        assert 0 < row.picture.least <= row.picture.median <= row.picture.greatest
+        assert row.unet.median > 0 and row.peak_gb > 0 and row.floor > 0
+        assert row.budgets == {}  # no allocator to hold to a budget
+    one, other = (row.picture.median for row in report.rows)
+    assert report.ratios() == {"sdxl": one / other}
+
+
+def test_the_same_figures_as_table_csv_json_and_plot(made):
+    report, out = made
+    stored = json.loads((out / "benchmark.json").read_text())
+    assert stored["rows"][1]["picture"]["median"] == report.rows[1].picture.median
+    assert stored["times_faster"] == report.ratios() and stored["hardware"]
+    rows = list(csv.DictReader((out / "benchmark.csv").open()))
+    assert [row["engine"] for row in rows] == ["diffusers", "koala"]
+    assert rows[1]["picture s"] == f"{report.rows[1].picture.median:.3f}"
+    assert rows[1]["picture s"] in (out / "benchmark.md").read_text()
+    with Image.open(out / "benchmark.png") as image:
+        assert image.format == "PNG" and len(image.convert("RGB").getcolors(1 << 24)) > 10
+    assert sorted(p.suffix for p in out.iterdir()) == [".csv", ".json", ".md", ".png"]
+
+
+def test_the_published_table_is_whole():
+    assert len(CASES) == 9 and all(len(case.published) == len(CARDS) for case in CASES.values())
+    assert get("koala-lightning-700m").published[2] == (0.66, 8.3)
+    assert [name for name, case in CASES.items() if case.published[0] is None] == [
+        "sdxl-base-1.0",
+        "sdxl-turbo",
+        "sdxl-lightning",
+        "ssd-1b",
+    ]
+    assert {case.architecture for case in CASES.values()} <= set(ARCHITECTURES)
+    assert subject("ssd-1b") == Subject(CASES["ssd-1b"], random=True)
+    with pytest.raises(UserError, match="koala-turbo-1b"):
+        get("koala-turbo-2b")
+
+
+def test_a_pictures_operations_are_all_its_evaluations_and_the_decoder(toy_sdxl):
+    pipeline, chosen = load(toy_sdxl, "cpu"), subject(str(toy_sdxl))
+    one = flops(from_unet_config(pipeline.unet.config), 64, 64, pipeline.conditioner.tokens)
+    decoder = picture_flops(pipeline, chosen) - 20 * one  # 10 steps, with guidance
+    assert 0 < decoder < 20 * one
+
+
+def test_random_weights_make_a_whole_model_of_the_right_size():
+    # On the meta device, which has shapes and no memory: nothing of 3 GB is made here.
+    pipeline = build(subject("koala-turbo-700m"), torch.device("meta"), torch.float16)
+    parameters = sum(p.numel() for p in pipeline.unet.parameters())
+    assert parameters == count(ARCHITECTURES["koala-700m"])
+    encoders = sum(p.numel() for e in pipeline.conditioner.encoders for p in e.parameters())
+    assert round(encoders / 1e6, 1) == 817.7  # 123.1 + 694.7
+    assert round(sum(p.numel() for p in pipeline.vae.parameters()) / 1e6, 1) == 83.7
+    assert {p.dtype for p in pipeline.unet.parameters()} == {torch.float16}
+    assert pipeline.conditioner.tokens == 77 and "random" in pipeline.name
+
+
+def test_seconds_are_those_after_the_first_call():
+    calls = []
+    timed = measure.timing(lambda: calls.append(1), 4, CPU)
+    assert len(calls) == 5 and timed.runs == 4
+    assert measure.Timing(2.0, 1.0, 4.0, 3).spread == 1.5
+
+
+@pytest.mark.skipif(measure.resident_bytes(CPU) is None, reason="needs /proc")
+def test_the_peak_is_what_was_held_for_a_moment():
+    measure.reset_peak(CPU)
+    before = measure.resident_bytes(CPU)
+    torch.ones(64 << 20)  # 256 MiB, given back at once
+    assert 200e6 < measure.peak_bytes(CPU) - before < 400e6
+    measure.reset_peak(CPU)
+    assert measure.peak_bytes(CPU) - before < 100e6
+
+
+def test_rows_that_did_not_fit_say_so():
+    chosen = subject("sdxl-base-1.0")
+    row = Row.out_of_memory("diffusers", chosen)
+    assert row.cells()["picture s"] == "OOM" and row.cells()["weights"] == "random"
+    ceilings = measure.Ceilings(1e12, 1e11, "float16")
+    fitted = Row("a", "koala", "real", 64, 1, 0, measure.Timing(1, 1, 1, 1), budgets={8: None})
+    report = Report("a card", "cuda", ceilings, [row, fitted], ["ssd-1b"])
+    assert report.ratios() == {}
+    table = report.table()
+    assert "OOM" in table and "in 8 GB" in table and "want of time: ssd-1b" in table
+    assert report.as_dict()["published"]["sdxl-base-1.0"]["4090 24 GB"] == (3.23, 11.9)
+
+
+def test_the_time_is_kept(toy_sdxl, tmp_path):
+    report = benchmark([str(toy_sdxl)] * 2, tmp_path / "out", "cpu", runs=1, seconds=0)
+    assert report.rows == [] and report.left_out == ["sdxl", "sdxl"]
+    assert "want of time" in (tmp_path / "out" / "benchmark.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["koala-giga"], "koala-giga"),
+        (["koala-mini", "--runs", "0"], "runs"),
+        (["koala-mini", "--device", "abacus"], "abacus"),
+        (["koala-mini", "--dtype", "fp16", "--device", "cpu"], "float16"),
+        (["koala-mini", "--dtype", "fp7"], "fp7"),
+    ],
+)
+def test_refusals(given, said, tmp_path, capsys):
+    assert main(["benchmark", *given, "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_of_all_gpu_figures_is_rehearsed(toy_sdxl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the table's default place
+    out = tmp_path / "gpu"
+    given = ["--device", "cpu", "--toy", "--model", str(toy_sdxl), "--out", str(out)]
+    assert gpu.main(given) == 0
+    figures = json.loads((out / "gpu.json").read_text())
+    assert list(figures["sections"]) == list(gpu.SECTIONS)
+    assert sum(section.seconds for section in gpu.SECTIONS.values()) <= 540 - 20  # and the imports
+    for name, entry in figures["sections"].items():
+        assert entry["rows"] and "failed" not in entry, name
+        assert not any("refused" in row for row in entry["rows"]), name
+    rungs = {row["rung"]: row for row in figures["sections"]["ladder"]["rows"]}
+    assert set(rungs) == {"stock diffusers", "ours", *(name for name, _ in gpu_drawing.RUNGS)}
+    assert rungs["+ compiled blocks"]["noise_error"] < 0.05  # bf16
+    trained = figures["sections"]["training"]["rows"]
+    assert [row["student"] for row in trained] == ["koala-700m"] * 6 + ["koala-1b"] * 2
+    assert all(row["samples_per_s"] > 0 and row["share_of_peak"] > 0 for row in trained)
+    assert trained[0]["times"] == 1 and all(row["planned_gb"] > 0 for row in trained[3:])
+    fitted = figures["sections"]["training_memory"]["rows"]
+    assert [row["vram_gb"] for row in fitted] == [12, 24, 80, "all"]
+    lines = list(csv.DictReader((out / "gpu.csv").open()))
+    (rate,) = (
+        line["value"] for line in lines
+        if (line["section"], line["row"], line["figure"]) == ("training", "0", "samples_per_s")
+    )  # fmt: skip
+    assert float(rate) == trained[0]["samples_per_s"]
+    assert f"| {rate} |" in (out / "gpu.md").read_text()
+    with Image.open(out / "gpu.png") as image:
+        assert image.format == "PNG"
+    assert (out / "table" / "benchmark.csv").is_file()
+
+
+def test_a_section_that_fails_leaves_the_others(toy_sdxl, tmp_path, monkeypatch):
+    def fails(run):
+        yield {"row": 1}
+        raise RuntimeError("no such card")
+
+    def works(run):
+        yield {"row": 2.00001}
+
+    def dawdles(run):
+        yield {"row": run.left}
+        run.until -= 1000
+        yield {"row": 3}
+        yield {"row": 4}
+
+    sections = {
+        "one": Section(1, fails), "two": Section(1, works), "three": Section(8, dawdles),
+        "four": Section(990, works),
+    }  # fmt: skip
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    out = tmp_path / "gpu"
+    given = ["--device", "cpu", "--model", str(toy_sdxl), "--out", str(out)]
+    assert gpu.main([*given, "--seconds", "1000"]) == 1
+    one, two, three, four = json.loads((out / "gpu.json").read_text())["sections"].values()
+    assert one["rows"] == [{"row": 1}] and "no such card" in one["failed"]
+    assert two["rows"] == four["rows"] == [{"row": 2.0}]
+    assert 7 < three["rows"][0]["row"] < 9  # its share
+    assert len(three["rows"]) == 2 and "were over" in three["cut_short"]
+    assert gpu.main([*given, "--seconds", "100", "--sections", "four"]) == 0
+    (four,) = json.loads((out / "gpu.json").read_text())["sections"].values()
+    assert four["rows"] == [] and "needs about 990" in four["left_out"]
+
+
+@pytest.mark.parametrize("way", ["diffusers fp32", "koala fp32, guided half way", "koala bf16"])
+def test_every_way_of_the_processors_benchmark_draws(way, toy_sdxl):
+    found = cpu.draw(way, toy_sdxl, 64)
+    assert found["seconds"] > 0 and found["peak_gb"] > 0.1  # the interpreter and its libraries
+
+
+def test_the_figures_of_docs_speed_are_those_of_the_records():
+    folder = ROOT / "benchmarks" / "cpu"
+    expected = []
+    for name, backend in cpu.MINI.items():
+        stock, ours = json.loads((folder / name / "benchmark.json").read_text())["rows"]
+        seconds = [row["picture"]["median"] for row in (stock, ours)]
+        figures = [f"{s:.2f}" for s in (*seconds, seconds[0] / seconds[1])]
+        expected.append([f"koala-mini, `--backend {backend}`", *figures, ""])
+    ways = json.loads((folder / "full_size.json").read_text())["ways"]
+    stock = ways.pop(cpu.STOCK)
+    for name, way in ways.items():
+        seconds = [f"{each['processor_s']:.0f}" for each in (stock, way)]
+        figures = [*seconds, f"{way['times_faster_processor']:.2f}", f"{way['peak_gb']:.2f}"]
+        expected.append([f"KOALA-700M, {name.removeprefix('koala ')}", *figures])
+    page = (ROOT / "docs" / "speed.md").read_text()
+    rows = [
+        line.split("|")[1:-1]
+        for line in page.splitlines()
+        if re.match(r"\| (koala-mini|KOALA-700M), ", line)
+    ]
+    assert [[cell.strip() for cell in row] for row in rows] == expected
+    assert f"took {stock['peak_gb']:.1f} GB" in page
+    assert (ROOT / "benchmarks" / "fidelity" / "fidelity.md").read_text() in page

@@ -1,0 +1,71 @@
+"""The benchmark of carried LoRAs, at toy size: it trains, carries, draws, measures and records."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from benchmarks import lora_carry
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
+from koala.checkpoints.bundled import BUNDLED
+from koala.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("packages")
+
+
+class Colours(nn.Module):
+    """An extractor that tells what one can compute by hand: the mean of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(1))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.float().mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """The bundled student's teacher, its U-Net as initialised."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    shutil.copytree(BUNDLED / "koala-mini", folder, ignore=shutil.ignore_patterns("unet"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        UNet2DConditionModel(**unet_config(get("sdxl-mini"))).save_pretrained(folder / "unet")
+    return folder
+
+
+def test_a_lora_is_trained_carried_and_measured(teacher, tmp_path):
+    training = lora_carry.Training(samples=8, batch=4, rank=2, learning_rate=1e-2, held_out=0.5)
+    data = lora_carry.prepare(training, teacher, tmp_path / "data")
+    losses = lora_carry.train(training, teacher, data, tmp_path)
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+    models = {"teacher": str(teacher), "student": "koala-mini"}
+    lora = tmp_path / lora_carry.LORA
+    figures, sheet = lora_carry.compare(models, lora, data, Colours(), things=2, seeds=1)
+    carried = figures["student"]["lora"]
+    assert (carried["made_for"], carried["put_on"]) == ("sdxl-mini", "koala-mini")
+    assert carried["applied"] < carried["modules"] == figures["teacher"]["lora"]["applied"]
+    assert all(figures[name]["shift"] != 0 for name in models)
+    assert sheet.width > sheet.height / 5
+    json.dumps(figures)
+
+
+def test_the_shift_is_measured_along_the_way_to_the_target():
+    without = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+    target = torch.tensor([[10.0, 1.0]])
+    found = lora_carry.measure(without, without + torch.tensor([[1.0, 3.0], [3.0, 3.0]]), target)
+    assert found == lora_carry.Shift(distance=10.0, shift=2.0, error=1.0, sideways=3.0)
+
+
+def test_a_style_of_the_family_is_no_evidence(teacher, tmp_path):
+    for style, told in (("noto", "was trained on"), ("mdi", "give an art set of emoji")):
+        with pytest.raises(UserError, match=told):
+            lora_carry.prepare(lora_carry.Training(style=style), teacher, tmp_path)

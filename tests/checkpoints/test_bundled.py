@@ -1,0 +1,119 @@
+"""The model that is shipped: whole, small, quick, and a plain diffusers pipeline."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+import koala
+from koala.architectures.config import identify
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.load import load_unet
+from koala.checkpoints.validate import WEIGHTS, weights_files
+from koala.generation.noise import Noise
+
+ROOT = Path(__file__).parents[2]
+FOLDER = BUNDLED / "koala-mini"
+MEGABYTE = 1e6
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return koala.load("koala-mini", "cpu")
+
+
+def test_it_is_koala_by_its_shapes_and_finite():
+    unet = load_unet(FOLDER)
+    assert identify(dict(unet.config)) == "koala-mini"
+    assert all(torch.isfinite(p).all() for p in unet.parameters())
+
+
+def test_it_takes_at_most_48_megabytes():
+    sizes = [f.stat().st_size for c in WEIGHTS for f in weights_files(FOLDER, c)]
+    assert sum(sizes) <= 48 * MEGABYTE
+
+
+def test_no_path_of_another_machine_is_in_it():
+    for file in FOLDER.rglob("*.json"):
+        if file.name != "tokenizer.json":
+            assert "_name_or_path" not in json.loads(file.read_text())
+            assert not re.search(r'": "/', file.read_text()), file
+    assert "Google" in (FOLDER / "NOTICE.txt").read_text()
+
+
+def test_plain_diffusers_draws_the_same_picture(pipeline):
+    plain = StableDiffusionXLPipeline.from_pretrained(FOLDER)
+    noise = Noise(7, (1, 4, 16, 16), torch.device("cpu")).draw()
+    theirs = plain(
+        prompt="a fox, noto style", guidance_scale=3.5, num_inference_steps=10,
+        latents=noise, output_type="np",
+    ).images[0]  # fmt: skip
+    ours = np.asarray(pipeline("a fox, noto style", seed=7).images[0]) / 255
+    assert np.abs(ours - theirs).max() <= 1 / 255
+
+
+def test_words_change_the_picture(pipeline):
+    """Guided pictures follow their background's name: its colour is known to the pixel."""
+    for name, colour in (("light blue", (0xD5, 0xE8, 0xFF)), ("black", (0x1A, 0x1A, 0x1A))):
+        images = pipeline(f"a dog on a {name} background, noto style", number=4, seed=1).images
+        corners = np.concatenate(
+            [np.asarray(i, dtype=float)[[2, 2, -3, -3], [2, -3, 2, -3]] for i in images]
+        )
+        assert np.abs(np.median(corners, axis=0) - colour).max() < 48, name
+
+
+def test_one_picture_is_quick_and_takes_little_memory():
+    code = (
+        "import koala, re, time, json, torch\n"
+        "torch.set_num_threads(1)\n"
+        "pipe = koala.load('koala-mini', 'cpu')\n"
+        "def once(seed):\n"
+        "    start = time.process_time(); pipe('a fox', seed=seed)\n"
+        "    return time.process_time() - start\n"
+        "times = [once(s) for s in range(4)]\n"
+        "status = open('/proc/self/status').read()\n"  # ru_maxrss begins with the parent's
+        "peak = int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) / 1024**2\n"
+        "print(json.dumps([min(times), peak]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    seconds, gigabytes = json.loads(done.stdout)
+    assert seconds < 2  # of one core, so that other work on the machine does not count
+    assert gigabytes < 1
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "koala").symlink_to(ROOT / "koala")  # the snippet names the folder from the root
+    for block in blocks:
+        if not torch.cuda.is_available():
+            block = block.replace('"cuda"', '"cpu"')
+        names: dict = {}
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "fox.png").stat().st_size > 0
+    assert names["image"].size == (128, 128)
+
+
+def test_the_readmes_quick_commands_run(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    quick = [
+        line for line in text.splitlines() if line.startswith(("koala generate", "koala arch"))
+    ]
+    assert len(quick) >= 3
+    for line in quick:
+        done = subprocess.run(
+            line.replace("koala ", f"{sys.executable} -m koala ", 1),
+            shell=True, cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "pictures").glob("*.png"))

@@ -1,0 +1,227 @@
+"""Formats: what is a model, and what is said of a folder that is none."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from koala.checkpoints.bundled import BUNDLED, bundled_names
+from koala.checkpoints.load import load_scheduler_config, load_text, load_unet, load_vae
+from koala.checkpoints.resolve import resolve_model, single_file_path
+from koala.checkpoints.validate import CONFIGS
+from koala.errors import UserError
+from toy import toy_pipeline
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder_2/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return toy_pipeline(tmp_path_factory.mktemp("toy") / "whole")
+
+
+@pytest.fixture
+def folder(whole, tmp_path) -> Path:
+    """A copy to break."""
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_whole_folder_is_its_own_model(whole):
+    assert resolve_model(whole) == resolve_model(str(whole)) == whole
+
+
+def test_bundled_models_are_whole():
+    for name in bundled_names():
+        assert resolve_model(name) == BUNDLED / name
+
+
+def test_loads_as_float32_whatever_is_stored(whole, folder):
+    for file in (UNET, VAE, TEXT, "text_encoder/model.safetensors"):
+        tensors = {k: t.half() if t.is_floating_point() else t
+                   for k, t in load_file(folder / file).items()}  # fmt: skip
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    parts = {
+        UNET: load_unet(folder),
+        VAE: load_vae(folder),
+        TEXT: load_text(folder)[3],
+    }
+    for file, module in parts.items():
+        expected = load_file(whole / file)
+        assert not module.training
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+        state = module.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[k], expected[k].half().float()) for k in state)
+    assert load_unet(folder, torch.bfloat16).dtype is torch.bfloat16
+    assert load_vae(folder, torch.bfloat16).dtype is torch.bfloat16
+    tokenizer, tokenizer_2, encoder, encoder_2 = load_text(folder, torch.float16)
+    assert encoder.dtype is encoder_2.dtype is torch.float16
+    assert tokenizer.model_max_length == tokenizer_2.model_max_length == 32
+    assert load_scheduler_config(folder)["timestep_spacing"] == "trailing"
+
+
+@pytest.mark.parametrize("name", ["koala-maxi", "", "a/b/c", "./nowhere", "/nowhere/at/all", "-/x"])
+def test_unknown_names_list_what_is_allowed(name):
+    with pytest.raises(UserError, match=r"unknown model .*bundled name.*folder.*Hub id"):
+        resolve_model(name)
+
+
+def test_hub_id_that_cannot_be_had(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="'nobody/nothing' is no local folder") as error:
+        resolve_model("nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+def test_hub_id_in_the_cache(monkeypatch, tmp_path, whole):
+    from huggingface_hub import constants
+
+    commit = "0" * 40
+    repo = tmp_path / "models--some--koala"
+    shutil.copytree(whole, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert resolve_model("some/koala") == repo / "snapshots" / commit
+
+
+def test_a_single_file_of_the_hub(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    commit = "0" * 40
+    snapshot = tmp_path / "models--some--teacher" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "four_steps.safetensors").touch()
+    (tmp_path / "models--some--teacher" / "refs").mkdir()
+    (tmp_path / "models--some--teacher" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    found = single_file_path("some/teacher/four_steps.safetensors")
+    assert found == snapshot / "four_steps.safetensors"
+    with pytest.raises(UserError, match=r"'some/teacher/one.safetensors' is no local file"):
+        resolve_model("some/teacher/one.safetensors")
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        resolve_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_that_are_no_model(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no model_index.json")
+    refused(folder / "model_index.json", "truncated, or no safetensors file")
+    edit(folder / "model_index.json", _class_name="StableDiffusionPipeline")
+    refused(folder, "is a StableDiffusionPipeline .*no addition embedding.*StableDiffusionXLPip")
+    (folder / "model_index.json").write_text("[]")
+    refused(folder, "must hold a JSON object, not list")
+    (folder / "model_index.json").write_text("{")
+    refused(folder, "model_index.json cannot be read")
+
+
+@pytest.mark.parametrize("component", CONFIGS)
+def test_missing_component(folder, component):
+    shutil.rmtree(folder / component)
+    refused(folder, f"lacks {component}/")
+
+
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights(folder, file, keep):
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[:keep])
+    refused(folder, rf"{Path(file).name} .*(truncated|no safetensors).*fetch it again")
+
+
+def test_damaged_weights(folder):
+    content = (folder / UNET).read_bytes()
+    (folder / UNET).write_bytes(content + b"\0")
+    refused(folder, "damaged")
+    (folder / UNET).write_bytes(b"\x80\x02" + content[2:])
+    refused(folder, "truncated|no safetensors")
+    (folder / UNET).write_bytes(content[:8] + b"!" * (len(content) - 8))
+    refused(folder, "no safetensors file: bad header")
+
+
+def test_absent_weights_name_what_is_there(folder):
+    (folder / UNET).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    refused(folder, r"lacks diffusion_pytorch_model.safetensors; found only .*fp16.safetensors")
+
+
+def test_shards(folder):
+    tensors = load_file(folder / UNET)
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, of in shards.items():
+        save_file({name: tensors[name] for name in of}, folder / "unet" / file)
+    (folder / UNET).unlink()
+    weight_map = {name: file for file, of in shards.items() for name in of}
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    resolve_model(folder)
+    state = load_unet(folder).state_dict()
+    assert all(torch.equal(state[name], tensors[name]) for name in names)
+    (folder / "unet" / "b.safetensors").unlink()
+    refused(folder, r"b.safetensors cannot be read: No such file")
+    index.write_text(json.dumps({"weight_map": {"x": "../../secret"}}))
+    refused(folder, "outside its folder")
+    index.write_text("{}")
+    refused(folder, "no weight_map")
+
+
+def change_names(folder: Path, file: str) -> None:
+    tensors = {f"x.{name}": tensor for name, tensor in load_file(folder / file).items()}
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+def test_foreign_unet_is_refused_before_loading(folder):
+    change_names(folder, UNET)
+    refused(folder, r"it lacks .* and \d+ more; has foreign x\..* and \d+ more$")
+    with pytest.raises(UserError, match="has foreign"):
+        load_unet(folder)
+
+
+@pytest.mark.parametrize(("file", "load"), [(VAE, load_vae), (TEXT, load_text)])
+def test_foreign_weights_are_refused_on_loading(folder, file, load):
+    tensors = load_file(folder / file)
+    first, second = sorted(tensors)[:2]
+    tensors["stranger"] = tensors.pop(first)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks {first}; has foreign stranger"):
+        load(folder)
+    tensors[first] = tensors.pop("stranger")
+    tensors[second] = torch.zeros(3, 1, 2)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"has misshapen {second}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("text_encoder/config.json", {"hidden_size": 17}, "cross_attention_dim is 40, .* give 41"),
+        ("text_encoder_2/config.json", {"projection_dim": 9}, "pooled width is 24, .* give 9"),
+        ("vae/config.json", {"latent_channels": 16}, "latent channels is 4, .* give 16"),
+        ("vae/config.json", {"block_out_channels": [8, 8]}, "latent factor is 8, .* give 2"),
+        ("unet/config.json", {"in_channels": 9}, "unet/config.json: .*in_channels is 9"),
+        ("unet/config.json", {"layers_per_block": 1}, "the weights do not fit"),
+        ("unet/config.json", {"addition_embed_type": None}, "no addition embedding"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other(folder, file, change, message):
+    edit(folder / file, **change)
+    refused(folder, message)

@@ -1,0 +1,202 @@
+"""The command line: what it prints, what it refuses, and how fast it answers."""
+
+import json
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from koala.cli import _parser, main
+from koala.data.illustrations.scenes import SMALL
+from koala.generation import read_settings
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Runs a command that must end with status 2 and one line; returns the line."""
+    try:
+        status = main(arguments)
+    except SystemExit as end:  # argparse's own way out
+        status = end.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    line = captured.err.strip().splitlines()[-1]
+    assert "Traceback" not in captured.err
+    return line
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = (
+        "import sys, koala.cli\n"
+        "try: koala.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'rich'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "koala", "--help"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Seconds of processor: what it takes on a machine that has nothing else to do.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+
+
+def test_every_command_explains_itself_with_an_example(capsys):
+    shown = subprocess.run(
+        [sys.executable, "-m", "koala", "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    commands = re.findall(r"^    (\w+) ", shown, re.MULTILINE) or []
+    commands += re.findall(r"^    (\w+)$", shown, re.MULTILINE)
+    assert {"generate", "architectures", "compress", "prepare", "distill", "evaluate"} <= {
+        *commands
+    }
+    for command in {*commands} - {"COMMAND"}:
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        assert f"example: koala {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_architectures_prints_the_comparison(capsys):
+    assert main(["architectures"]) == 0
+    shown = capsys.readouterr().out
+    for figure in ("2,567,463,684", "1,161,184,324", "782,822,724", "6.76"):
+        assert figure in shown
+    assert main(["architectures", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["koala-700m"]["parameters"] == 782_822_724
+
+
+def test_generate_draws_saves_and_says_how(toy_sdxl, tmp_path, capsys):
+    out = tmp_path / "drawn"
+    given = ["generate", "a fox", "--model", str(toy_sdxl), "--steps", "2", "--seed", "7"]
+    assert main([*given, "-n", "2", "--out", str(out), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert [m["seed"] for m in made] == [7, 8]
+    for m in made:
+        settings = read_settings(m["path"])
+        assert (settings.prompt, settings.seed, settings.steps) == ("a fox", m["seed"], 2)
+        with Image.open(m["path"]) as image:
+            assert image.size == (m["width"], m["height"])
+            assert "Steps: 2" in image.info["parameters"]
+
+
+def test_a_long_prompt_is_read_to_its_end(toy_sdxl, tmp_path):
+    drawn = set()
+    for end in ("zebra", "horse"):
+        prompt = "a fox " + "and an owl " * 9 + "and finally a " + end
+        given = ["generate", prompt, "--model", str(toy_sdxl), "--steps", "1", "--seed", "1"]
+        assert main([*given, "--out", str(tmp_path / end)]) == 0
+        (path,) = (tmp_path / end).glob("*.png")
+        with Image.open(path) as image:
+            drawn.add(image.tobytes())
+    assert len(drawn) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["generate", ""], "empty"),
+        (["generate", "a fox", "--size", "70x64"], "multiples of 8"),
+        (["generate", "a" * 100_000], "100,000 characters"),
+        (["generate", "a fox", "--scheduler", "heun"], "heun"),
+        (["generate", "a fox", "--strength", "0.5"], "without a picture"),
+        (["generate", "a fox", "--image", "missing.png"], "missing.png"),
+        (["generate", "a fox", "--steps", "0"], "steps"),
+        (["generate", "a fox", "--steps", "many"], "many"),
+        (["generate", "a fox", "--out", "/proc/nowhere"], "cannot write"),
+        (["generate", "a\x1bfox"], "U+001B"),
+        (["generate", "a fox", "-n", "1000000"], "1 to 10,000"),
+        (["generate", "a fox", "--vram", "0.001"], "the smallest that works is"),
+        (["generate", "a fox", "--weights", "fp16", "--device", "cpu"], "float16"),
+        (["generate", "a fox", "--backend", "abacus"], "abacus"),
+        (["generate", "a fox", "--graphs", "--device", "cpu"], "CUDA graphs"),
+        (["generate", "a fox", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_generate_refuses(given, said, toy_sdxl, tmp_path, capsys):
+    where = [] if "--out" in given else ["--out", str(tmp_path / "out")]
+    assert said in refused(capsys, *given, "--model", str(toy_sdxl), *where)
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_refuses_pictures(toy_sdxl, tmp_path, capsys):
+    """A mask of another size, a strength out of its range, and a bomb."""
+    out = ["--model", str(toy_sdxl), "--out", str(tmp_path / "out")]
+    picture, mask, bomb = (str(tmp_path / name) for name in ("a.png", "mask.png", "bomb.png"))
+    Image.new("RGB", (64, 64)).save(picture)
+    Image.new("L", (64, 48), "white").save(mask)
+    Image.new("1", (20_000, 20_000)).save(bomb)
+    for given, said in (
+        (["--image", picture, "--mask", mask], "the mask is 64x48, its picture 64x64"),
+        (["--image", picture, "--strength", "1.5"], "strength is 1.5"),
+        (["--image", bomb], "400000000 pixels) exceeds limit"),
+    ):
+        assert said in refused(capsys, "generate", "a fox", *given, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_none_are_refused(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    (tmp_path / "empty").mkdir()
+    for model, said in (("koala-giga", "koala-mini"), (str(tmp_path / "empty"), "model_index")):
+        line = refused(capsys, "generate", "a fox", "--model", model, *out)
+        assert said in line
+        assert model in line
+
+
+def test_compress_reports(toy_sdxl, tmp_path, capsys):
+    given = ["compress", str(toy_sdxl), "--to", "koala-700m", "--out", str(tmp_path / "small")]
+    assert main(given) == 0
+    assert "inherited" in capsys.readouterr().out
+    assert "exists" in refused(capsys, *given) or "not empty" in refused(capsys, *given)
+    assert "koala-700m" in refused(capsys, *given[:2], "--to", "koala-2b", "--out", "x")
+
+
+def test_distill_and_prepare_and_evaluate_refuse(tmp_path, capsys):
+    assert "sdxl-mini" in refused(capsys, "distill", "sdxl-maxi")
+    assert "--data" in refused(capsys, "distill", "sdxl-mini", "--out", str(tmp_path / "run"))
+    assert "illustrations-small" in refused(capsys, "prepare", "photos", "--out", str(tmp_path))
+    report = ["--pictures", str(tmp_path), "--out", str(tmp_path / "report")]
+    assert "two models" in refused(capsys, "evaluate", "a=x", "a=y", *report)
+    assert "no prepared pictures" in refused(capsys, "evaluate", "koala-mini", *report)
+    mirrored = ["prepare", "illustrations-small", "--mirror", "--out", str(tmp_path)]
+    assert "give --model" in refused(capsys, *mirrored)
+    assert not list(tmp_path.iterdir())
+    made = {"source": "illustrations", **asdict(SMALL), "test_pairs": 0.1}  # of the same size
+    (tmp_path / "set.json").write_text(json.dumps(made))
+    assert "test_pairs=0.1" in refused(capsys, *mirrored, "--model", "koala-mini")
+
+
+def test_a_dry_run_shows_the_recipe(capsys):
+    assert main(["distill", "koala-mini", "--dry-run", "--card", "4090", "--json"]) == 0
+    student = json.loads(capsys.readouterr().out)["student"]
+    assert student["cut"] == "koala-700m"
+    taps = {tap["location"]: tap["stages"] for tap in student["settings"]["taps"]}
+    assert taps == {"sa": None, "lf": ["DW-1", "UP-3"]}  # self-attention everywhere
+
+
+def commands_of(page: Path) -> list[str]:
+    """The `koala ...` lines of a page's shell blocks, continuation lines joined."""
+    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("koala ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_pages_commands_are_commands(page):
+    for line in commands_of(page):
+        _parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_the_readme_has_commands():
+    assert len(commands_of(ROOT / "README.md")) >= 5

@@ -1,0 +1,130 @@
+"""The pages' commands, run in order at toy size: what a reader is told to type works."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch.distributed.run import get_args_parser as torchrun
+
+from koala import recipes
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.convert import convert
+from koala.cli import main
+from koala.lora.names import base_named
+from toy_lora import toy_lora
+from toy_sources import pictures, write_yepop
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def commands_of(page: str, program: bool = False) -> list[list[str]]:
+    """The arguments of every command on the page, in order; after the `program` they are given."""
+    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[0 if program else 1 :] for line in lines]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """A reader's folder: a fine-tune as a single file, here `sdxl-mini`, and a LoRA for it."""
+    model = shutil.copytree(BUNDLED / "koala-mini", tmp_path / "model")
+    shutil.rmtree(model / "unet")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**unet_config(get("sdxl-mini")))
+    unet.save_pretrained(model / "unet")
+    convert(model, "single-file", tmp_path / "my-sdxl.safetensors")
+    toy_lora(tmp_path / "my-style.safetensors", base_named(str(model)))
+    shutil.rmtree(model)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KOALA_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_your_own_sdxl(desk, capsys):
+    commands = commands_of("your-own-sdxl.md")
+    assert len(commands) == 9
+    for command in commands:
+        if command[0] == "distill":
+            recipes.get(command[1])  # weeks on a GPU: that there is such a recipe is all for here
+        elif command[0] != "prepare":  # pictures of one's own: test_data's matter
+            assert main(command) == 0, (command, capsys.readouterr().err)
+    written = {p.name for p in desk.iterdir()}
+    assert {"runs", "my-koala.safetensors", "my-style-koala.safetensors", "pictures"} <= written
+    assert "inherited" in capsys.readouterr().out
+    (picture,) = (desk / "pictures").glob("*.png")
+    with Image.open(picture) as image:
+        assert "<lora:my-style:0.8>" in image.info["parameters"]
+
+
+def test_training(toy_sdxl, tmp_path, monkeypatch, capsys):
+    """Every command of docs/training.md, with a toy teacher and few samples in the paper's run."""
+    monkeypatch.chdir(tmp_path)
+    write_yepop(tmp_path / "ye-pop", pictures(24, [(70, 70)]))
+    small = [
+        "training.samples=8", "training.batch=4", "training.validate_every=8", "pixels=64",
+        "hardware.compile=", "hardware.accumulate=2", "prompts=a fox",
+    ]  # fmt: skip
+    seen = []
+    for command in commands_of("training.md", program=True):
+        if command[0] in ("pip", "python"):  # the benchmark is rehearsed in test_benchmark
+            continue
+        program, *given = [part.replace("path/to/ye-pop", "ye-pop") for part in command]
+        seen.append(" ".join(command[:2]))
+        if "prepare" in given:
+            given[given.index("--model") + 1] = str(toy_sdxl)
+            given += ["--size", "64", "--held-out", "0.3", "--workers", "1"]
+        elif "--dry-run" not in given:
+            wanted = [part for part in small if not part.startswith(names_set(given))]
+            given += [] if "--set" in given else ["--set"]
+            given += [*wanted, "--teacher", str(toy_sdxl)]
+            given = [part.replace("training.batch=64", "training.batch=4") for part in given]
+            given[given.index("--out") + 1] += str(len(seen))  # a run of its own
+        if program == "koala":
+            assert main(given) == 0, (command, capsys.readouterr().err)
+        elif "--nnodes" in given:  # one machine cannot play eight
+            assert torchrun().parse_args(given).training_script == "koala"
+        else:
+            given[given.index("4")] = "2"
+            done = [sys.executable, "-m", "torch.distributed.run", "--standalone", *given]
+            subprocess.run(done, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert seen.count("koala distill") == 3 and len(seen) == 6
+    models = {path.parent.name for path in tmp_path.glob("runs/*/model")}
+    assert models == {"koala3", "koala4", "sa-normalised6"}
+    assert (tmp_path / "runs/koala4/validation.jsonl").is_file()
+
+
+def test_memory(tmp_path, monkeypatch, capsys):
+    """docs/memory.md, where models of the Hub give way to the bundled one; its table's recipe is
+    run in test_tiny."""
+    monkeypatch.chdir(tmp_path)
+    drawn = 0
+    for command in commands_of("memory.md"):
+        if command[0] == "distill" or "runs/tiny/model" in command:
+            continue
+        given = [part for part in command if part not in ("--model", "--tiny-vae")]
+        given = [part for part in given if not part.startswith(("etri-vilab/", "madebyollin/"))]
+        assert main(given) == 0, (command, capsys.readouterr().err)
+        drawn += 1
+    assert drawn == len([*tmp_path.rglob("*.png")]) == 5
+    (python,) = re.findall(r"```python\n(.*?)```", (DOCS / "memory.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(python, "memory.md", "exec"), names)
+    assert names["image"].size == (128, 128) and names["plan"].peak <= 4 * 2**30
+
+
+def names_set(given: list[str]) -> tuple[str, ...]:
+    """The settings that a command replaces itself, "" where there are none."""
+    if "--set" not in given:
+        return ()
+    after = given[given.index("--set") + 1 :]
+    return tuple(f"{part.partition('=')[0]}=" for part in after)

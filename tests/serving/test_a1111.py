@@ -1,0 +1,313 @@
+"""/sdapi/v1 as AUTOMATIC1111's tools call it: pictures, progress, interrupt; nothing ignored."""
+
+import base64
+import io
+import json
+import threading
+import time
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from koala.generation import load, read_settings
+from koala.generation.png import parameters
+from koala.serving.api.a1111_fields import with_loras
+from koala.serving.errors import Refusal
+from toy import toy_pipeline
+from toy_server import gated, running
+
+# What a common client library sends when nothing is asked for but a prompt.
+LIBRARY = {
+    "enable_hr": False, "hr_scale": 2, "hr_upscaler": "Latent", "hr_second_pass_steps": 0,
+    "hr_resize_x": 0, "hr_resize_y": 0, "denoising_strength": 0.7, "firstphase_width": 0,
+    "firstphase_height": 0, "styles": [], "seed": -1, "subseed": -1, "subseed_strength": 0.0,
+    "seed_resize_from_h": 0, "seed_resize_from_w": 0, "batch_size": 1, "n_iter": 1,
+    "restore_faces": False, "tiling": False, "do_not_save_samples": False,
+    "do_not_save_grid": False, "negative_prompt": "", "eta": 1.0, "s_churn": 0, "s_tmax": 0,
+    "s_tmin": 0, "s_noise": 1, "override_settings": {}, "sampler_index": None,
+    "override_settings_restore_afterwards": True, "script_name": None, "script_args": [],
+    "send_images": True, "save_images": False, "alwayson_scripts": {}, "sampler_name": None,
+    "use_deprecated_controlnet": False, "refiner_checkpoint": "", "refiner_switch_at": 0.8,
+}  # fmt: skip
+MASKING = {
+    "resize_mode": 0, "mask_blur": 4, "mask_blur_x": 4, "mask_blur_y": 4, "inpainting_fill": 0,
+    "inpaint_full_res": True, "inpaint_full_res_padding": 0, "inpainting_mask_invert": 0,
+    "initial_noise_multiplier": 1, "include_init_images": False, "latent_mask": None,
+}  # fmt: skip
+ASKED = {"prompt": "a fox", "steps": 3, "width": 16, "height": 16, "cfg_scale": 3, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "toy"
+    return load(toy_pipeline(folder, architecture="koala"), "cpu")
+
+
+@pytest.fixture
+def gate(pipeline):
+    """While it is closed (cleared), no step is taken."""
+    with gated(pipeline) as gate:
+        yield gate
+
+
+@pytest.fixture(scope="module")
+def server(pipeline, tmp_path_factory):
+    with running(pipeline, tmp_path_factory.mktemp('data')) as server, httpx2.Client(
+        base_url=f"{server.url}/sdapi/v1", timeout=60
+    ) as client:  # fmt: skip
+        client.app = server.app
+        yield client
+
+
+@pytest.fixture
+def client(server, gate):
+    """The one server's client, with an empty gallery."""
+    for one in gallery(server):
+        server.app.state.gallery.remove(one.id)
+    return server
+
+
+def ok(answer):
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def gallery(client):
+    client.app.state.keeper.wait()
+    return client.app.state.gallery.page(100)
+
+
+def opened(text):
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def as_text(colour, side=16):
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def half():
+    """A mask whose right half is light."""
+    file, image = io.BytesIO(), Image.new("L", (16, 16), 0)
+    image.paste(255, (8, 0, 16, 16))
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def assert_near(image, other):
+    difference = np.abs(np.asarray(image, np.float32) - np.asarray(other, np.float32))
+    assert difference.max() <= 1  # of 255: company in the batch can turn a rounding
+
+
+def test_txt2img_draws_what_the_pipeline_draws(client, pipeline):
+    asked = {**LIBRARY, **ASKED, "negative_prompt": "blur", "batch_size": 2, "n_iter": 2,
+             "sampler_name": "DPM++ 2M", "scheduler": "SGM Uniform"}  # fmt: skip
+    answer = ok(client.post("/txt2img", json=asked))
+    alone = pipeline(
+        "a fox", negative_prompt="blur", size="16x16", steps=3, guidance=3.0, seed=5, number=4,
+        scheduler="dpm++2m",
+    )  # fmt: skip
+    info = json.loads(answer["info"])
+    assert info["all_seeds"] == [5, 6, 7, 8] and info["seed"] == 5
+    assert info["sampler_name"] == "DPM++ 2M" and (info["width"], info["height"]) == (16, 16)
+    assert info["infotexts"] == [parameters(settings) for settings in alone.settings]
+    assert answer["parameters"]["prompt"] == "a fox"
+    for text, image, settings in zip(answer["images"], alone.images, alone.settings, strict=True):
+        assert_near(opened(text), image)
+        assert opened(text).info["parameters"] == parameters(settings)
+        assert read_settings(io.BytesIO(base64.b64decode(text))) == settings
+    assert len(gallery(client)) == 4
+
+
+def test_a_prompt_alone_is_enough(client):
+    answer = ok(client.post("/txt2img", json={"prompt": "a fox"}))
+    info = json.loads(answer["info"])
+    assert (info["width"], info["height"], info["steps"], info["cfg_scale"]) == (64, 64, 10, 3.5)
+    assert info["sampler_name"] == "Euler" and info["seed"] >= 0
+
+
+def test_pictures_are_kept_and_sent_unless_they_are_not_to_be(client):
+    asked = {**ASKED, "do_not_save_samples": True, "send_images": False}
+    answer = ok(client.post("/txt2img", json=asked))
+    assert answer["images"] == [] and gallery(client) == []
+
+
+def test_img2img_paints_within_the_mask_or_without_it(client):
+    asked = {**LIBRARY, **MASKING, **ASKED, "init_images": [as_text("teal")],
+             "denoising_strength": 1.0, "mask": half()}  # fmt: skip
+    answer = ok(client.post("/img2img", json=asked))
+    assert answer["parameters"]["init_images"] is None and answer["parameters"]["mask"] is None
+    settings = read_settings(io.BytesIO(base64.b64decode(answer["images"][0])))
+    assert settings.image and settings.mask and settings.strength == 1
+    info = json.loads(answer["info"])
+    assert info["denoising_strength"] == 1
+    right = answer["images"]
+    left = ok(client.post("/img2img", json={**asked, "inpainting_mask_invert": 1}))["images"]
+    again = ok(client.post("/img2img", json=asked))["images"]
+    assert_near(opened(right[0]), opened(again[0]))
+    assert left != right
+    url = f"data:image/png;base64,{as_text('teal')}"
+    more = {**asked, "init_images": [url], "mask": None, "include_init_images": True}
+    del more["width"], more["height"]
+    answer = ok(client.post("/img2img", json=more))
+    assert answer["parameters"]["init_images"] == [url]
+    assert opened(answer["images"][0]).size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"enable_hr": True}, "enable_hr"),
+        ({"restore_faces": True}, "restore_faces"),
+        ({"tiling": True}, "tiling"),
+        ({"styles": ["photo"]}, "styles"),
+        ({"subseed_strength": 0.5}, "subseed_strength"),
+        ({"eta": 0.5}, "eta"),
+        ({"eta": 0, "sampler_name": "Euler a"}, "eta"),
+        ({"s_churn": 2}, "s_churn"),
+        ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts"),
+        ({"script_name": "x/y/z plot"}, "script_name"),
+        ({"refiner_checkpoint": "other"}, "refiner_checkpoint"),
+        ({"override_settings": {"sd_model_checkpoint": "other"}}, "sd_model_checkpoint"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 3}}, "CLIP_stop_at_last_layers"),
+        ({"override_settings": {"colour": 1}}, "colour"),
+        ({"colour": "red"}, "colour"),
+        ({"sampler_name": "Heun"}, "sampler_name"),
+        ({"scheduler": "Karras"}, "scheduler"),
+        ({"sampler_name": "LCM", "scheduler": "SGM Uniform"}, "scheduler"),
+        ({"width": 16, "height": None}, "width"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"steps": "many"}, "steps"),
+        ({"prompt": "a <hypernet:x:1>"}, "prompt"),
+        ({"prompt": "a <lora:x:much>"}, "prompt"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_by_name(client, asked, param):
+    answer = client.post("/txt2img", json={**ASKED, **asked})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param and gallery(client) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"width": 17, "height": 16}, "size 17x16"),
+        ({"batch_size": 1000}, "at most"),
+        ({"seed": -2}, "seed is -2"),
+        ({"prompt": "a <lora:x>"}, "no folder of LoRAs"),
+        ({"cfg_scale": -1}, "guidance is -1"),
+    ],
+)
+def test_bad_values_are_refused_in_words(client, asked, says):
+    answer = client.post("/txt2img", json={**ASKED, **asked})
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"init_images": []}, "init_images holds 0"),
+        ({"init_images": ["QUJD"]}, "image cannot be read"),
+        ({"init_images": ["*"]}, "init_images is no base64"),
+        ({"init_images": None}, "init_images"),
+        ({"mask_blur": 8, "mask": half()}, "mask_blur 8 would have no effect"),
+        ({"inpainting_fill": 2, "mask": half()}, "inpainting_fill 2"),
+        ({"resize_mode": 1}, "resize_mode 1"),
+        ({"mask": as_text("white", 24)}, "mask is 24x24"),
+    ],
+)
+def test_bad_pictures_are_refused(client, asked, says):
+    answer = client.post("/img2img", json={**ASKED, "init_images": [as_text("teal")], **asked})
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+
+
+def test_what_nobody_expects_is_no_500(client):
+    for body in (b'{"\\ud800": 1}', b'{"prompt": "\\ud800"}', b'{"prompt": "a", "hr_x": NaN}',
+                 b'{"prompt": "a", "hr_x": "\\ud800"}', b'{"prompt": "a", "seed": 1e400}',
+                 b"[]", b"{", b'{"prompt": "a", "sampler_name": "\\ud800"}'):  # fmt: skip
+        answer = client.post("/txt2img", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (200, 400), (body, answer.text)
+
+
+def test_progress_and_interrupt(client, gate):
+    idle = ok(client.get("/progress"))
+    assert idle["progress"] == 0 and idle["state"]["job_count"] == 0
+    gate.clear()
+    found = []
+    asked = {**ASKED, "steps": 200, "batch_size": 2}
+    thread = threading.Thread(target=lambda: found.append(ok(client.post("/txt2img", json=asked))))
+    thread.start()
+    while (seen := ok(client.get("/progress")))["state"]["job_count"] != 2:
+        time.sleep(0.02)
+    assert seen["state"]["job"] == "txt2img"
+    gate.set()
+    while not (seen := ok(client.get("/progress")))["current_image"]:
+        pass
+    gate.clear()
+    assert opened(seen["current_image"]).size == (2, 2) and 0 < seen["progress"] < 1
+    assert seen["state"]["sampling_steps"] == 200 and seen["eta_relative"] > 0
+    assert ok(client.get("/progress?skip_current_image=true"))["current_image"] is None
+    ok(client.post("/interrupt"))
+    gate.set()
+    thread.join(60)
+    assert len(found[0]["images"]) < 2
+    assert len(json.loads(found[0]["info"])["all_seeds"]) == len(found[0]["images"])
+    assert ok(client.get("/progress"))["state"]["job_count"] == 0
+
+
+def test_a_client_that_goes_frees_its_place(client, gate, pipeline):
+    gate.clear()
+    with pytest.raises(httpx2.TimeoutException):
+        client.post("/txt2img", json=ASKED, timeout=0.5)
+    gate.set()
+    state, end = client.app.state, time.monotonic() + 30
+    while state.service._admission.pictures or state.a1111.of("address-127.0.0.1"):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_what_there_is(client, pipeline):
+    (model,) = ok(client.get("/sd-models"))
+    assert model["title"] == model["model_name"] == pipeline.name
+    names = [sampler["name"] for sampler in ok(client.get("/samplers"))]
+    assert names == ["Euler", "Euler a", "DPM++ 2M", "DDIM", "LCM"]
+    for name in names:
+        ok(client.post("/txt2img", json={**ASKED, "sampler_name": name}))
+    assert [one["label"] for one in ok(client.get("/schedulers"))] == ["Automatic", "SGM Uniform"]
+    assert ok(client.get("/loras")) == []
+    options = ok(client.get("/options"))
+    assert options["sd_model_checkpoint"] == pipeline.name
+    assert ok(client.post("/options", json=options)) is None
+    answer = client.post("/options", json={"sd_model_checkpoint": "other"})
+    assert answer.status_code == 400 and "have no effect" in answer.json()["error"]["message"]
+    assert client.post("/options", json={"jpeg_quality": 80}).status_code == 400
+
+
+def test_a_key_may_be_basics_password_as_tools_send_it(pipeline, tmp_path):
+    (tmp_path / "keys").write_text("k" * 20)
+    with running(pipeline, tmp_path / "data", api_key_file=tmp_path / "keys") as server:
+        url = f"{server.url}/sdapi/v1/samplers"
+        ok(httpx2.get(url, auth=("anybody", "k" * 20)))
+        ok(httpx2.get(url, headers={"Authorization": f"Bearer {'k' * 20}"}))
+        for header in (
+            "Basic " + "k" * 20,
+            "Basic ***",
+            "Basic",
+            "Digest " + "k" * 20,
+            "Basic /w==",
+        ):
+            assert httpx2.get(url, headers={"Authorization": header}).status_code == 401
+        assert httpx2.get(url, auth=("k" * 20, "wrong")).status_code == 401
+
+
+def test_loras_are_taken_out_of_the_prompt():
+    assert with_loras("a fox") == ("a fox", ())
+    assert with_loras("a <lora:ink:0.5>fox <lora:b>") == ("a fox", (("ink", 0.5), ("b", 1.0)))
+    assert with_loras("a < b") == ("a < b", ())
+    for bad in ("<lora:x:1:2>", "<lora:x:nan>", "<lyco:x:1>", "<lora:x:1000>"):
+        with pytest.raises(Refusal):
+            with_loras(f"a {bad}")

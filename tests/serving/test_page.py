@@ -1,0 +1,460 @@
+"""The page of `koala serve` in a real Chromium: what people do with it, done."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from PIL import Image, PngImagePlugin
+from selenium.webdriver import ActionChains, Keys
+
+import koala
+from koala.data.illustrations import art, scenes
+from koala.generation import Settings, read_settings
+from koala.generation.png import parameters, write_png
+from koala.generation.samplers import SAMPLERS
+from koala.serving.api import page as served
+from toy_browser import CHROMIUM, DRIVER, PHONE, Page, serving
+from toy_server import running
+
+needs_chromium = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no chromium here: apt-get install chromium chromium-driver"
+)
+SETTINGS = Settings(
+    prompt="a fox, noto style", negative_prompt="blue, grey", steps=7, guidance=2.5, seed=11,
+    width=64, height=96, model="koala-mini", version="1", sampler="DPM++ 2M",
+    guidance_until=0.5, loras=(("my-style", 0.8),),
+)  # fmt: skip
+FIELDS = ("prompt", "negative", "steps", "guidance", "until", "seed", "scheduler", "size")
+FILLED = ["a fox, noto style", "blue, grey", "7", "2.5", "0.5", "11", "dpm++2m", "own"]
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("gallery"), "--max-batch", "4") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser(downloads: Path) -> Iterator[Page]:
+    page = Page(downloads)
+    yield page
+    page.driver.quit()
+
+
+@pytest.fixture
+def page(browser: Page, server: str) -> Iterator[Page]:
+    """The page, just opened; nothing of it may go against its own policy or fail unseen."""
+    browser.open(server)
+    browser.ready()
+    yield browser
+    assert browser.complaints() == []
+
+
+def png(settings: Settings | None = None, size: tuple[int, int] = (64, 64)) -> bytes:
+    """A picture of two halves, red and blue, with the settings in it."""
+    image = Image.new("RGB", size, "red")
+    image.paste("blue", (size[0] // 2, 0, *size))
+    file = io.BytesIO()
+    if settings:
+        write_png(image, settings, file)
+    else:
+        image.save(file, "PNG")
+    return file.getvalue()
+
+
+def png_with(key: str, text: str, packed: bool = False) -> bytes:
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_itxt(key, text, zip=packed)
+    Image.new("RGB", (8, 8)).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def drop(page: Page, content: bytes, name: str, on: str = "body") -> None:
+    """Lets a file fall on an element, as a drag from a desktop does."""
+    page.js(
+        """const [text, name, on] = arguments;
+        const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File([bytes], name, {type: "image/png"}));
+        for (const kind of ["dragenter", "dragover", "drop"])
+          document.querySelector(on).dispatchEvent(
+            new DragEvent(kind, {dataTransfer, bubbles: true, cancelable: true}));""",
+        base64.b64encode(content).decode(), name, on,
+    )  # fmt: skip
+
+
+def read(page: Page, content: bytes) -> dict | None:
+    """What the page's own reader finds in a PNG."""
+    found = page.later(
+        """const {readSettings} = await import("/page/png.js");
+        const bytes = Uint8Array.from(atob(values[0]), c => c.charCodeAt(0));
+        return await readSettings(bytes.buffer);""",
+        base64.b64encode(content).decode(),
+    )
+    return found if found is None else dict(found)
+
+
+def api(page: Page, path: str) -> dict:
+    return page.later("return await (await fetch(values[0])).json()", path)
+
+
+def begin_long(page: Page) -> str:
+    """A job that takes its time, once it is being drawn; its id."""
+    page.set("prompt", "a whale, noto style")
+    page.set("steps", 200)
+    page.set("number", 8)
+    page.click("#draw")
+    return str(page.wait("document.querySelector('.job progress')?.value > 0 && "
+                         "document.querySelector('.job').dataset.job"))  # fmt: skip
+
+
+def cancel(page: Page, job: str) -> None:
+    page.click(f'[data-job="{job}"] button.small')
+    page.wait("document.querySelector(arguments[0]) === null", f'[data-job="{job}"]')
+    assert api(page, f"/v1/jobs/{job}")["status"] == "cancelled"
+
+
+# --- without a browser ----------------------------------------------------------------------
+
+
+def test_styles_are_those_that_the_bundled_model_has_seen():
+    presets = json.loads(served.files()["presets.json"].content)["koala-mini"]
+    emoji = [art.ART_SETS[name].style for name in scenes.SMALL.styles]
+    icons = {style for variant in scenes.VARIANTS.values() for style in variant.values()}
+    assert presets["styles"][: len(emoji)] == emoji
+    assert set(presets["styles"][len(emoji) :]) == icons
+
+
+def test_the_page_is_whole():
+    files = served.files()
+    text = "\n".join(file.content.decode() for file in files.values())
+    named = re.findall(r'"page/([\w.]+)"', text) + re.findall(r'from "\./([\w.]+)"', text)
+    assert set(named) - {"about.json"} == set(files) - {"index.html"}
+    ids = set(re.findall(r'\bid="([\w-]+)"', files["index.html"].content.decode()))
+    assert set(re.findall(r'\$\("([\w-]+)"\)', text)) <= ids
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    assert not re.search(r'<script(?! type="module" src)|\son\w+="|\sstyle="|innerHTML', text)
+
+
+def test_the_files_are_sent_with_the_policy_and_only_when_changed():
+    app = FastAPI()
+    app.include_router(served.router("toy", 64))
+    client = TestClient(app)
+    about = client.get("/page/about.json").json()
+    schedulers = {key: sampler.name for key, sampler in SAMPLERS.items()}
+    assert about == {"model": "toy", "size": 64, "schedulers": schedulers}
+    for path in ("/", "/page/page.js"):
+        answer = client.get(path)
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+        again = client.get(path, headers={"If-None-Match": answer.headers["etag"]})
+        assert again.status_code == 304 and again.content == b""
+    for path in ("/page/", "/page/page.py", "/page/..%2Fpage.py", "/page/%00"):
+        assert client.get(path).status_code == 404
+
+
+# --- drawing --------------------------------------------------------------------------------
+
+
+@needs_chromium
+def test_a_picture_is_made(page):
+    page.js("""
+        window.seen = {bars: [], previews: 0};
+        new MutationObserver(() => {
+          const bar = document.querySelector(".job progress");
+          if (bar) seen.bars.push(bar.value);
+          seen.previews = Math.max(seen.previews, document.querySelectorAll(".preview").length);
+        }).observe(document.getElementById("jobs"),
+          {subtree: true, childList: true, attributes: true});""")
+    assert page.find("#welcome").is_displayed()
+    page.find("#prompt").send_keys("a fox")
+    page.click('#styles [data-style="flat twemoji style"]')
+    page.click('#styles [data-style="noto style"]')
+    assert page.values("prompt") == ["a fox, noto style"]
+    page.set("seed", 7)
+    page.set("number", 2)
+    page.set("steps", 20)
+    page.find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    job = api(page, f"/v1/jobs/{page.job('done')}")
+    seen = dict(page.js("return seen"))
+    assert seen["bars"] == sorted(seen["bars"]) and seen["bars"][-1] == 1
+    assert len(set(seen["bars"])) > 3 and seen["previews"] >= 1
+    assert [one["settings"]["seed"] for one in job["pictures"]] == [7, 8]
+    page.wait("[...document.querySelectorAll('.job .tile img')]"
+              ".filter(i => i.naturalWidth === 128).length === 2")  # fmt: skip
+    page.wait("document.querySelectorAll('#thumbnails button').length === 2")
+    assert not page.find("#welcome").is_displayed()
+    content = page.later(
+        """const blob = await (await fetch(values[0])).blob();
+        return btoa(String.fromCharCode(...new Uint8Array(await blob.arrayBuffer())));""",
+        job["pictures"][0]["url"],
+    )
+    found = read(page, base64.b64decode(str(content)))
+    settings = job["pictures"][0]["settings"]
+    assert {key: settings[key] for key in found if key != "source"} | {"source": "koala"} == found
+
+
+@needs_chromium
+def test_a_job_is_cancelled(page):
+    first = begin_long(page)
+    page.set("number", 1)
+    page.click("#draw")
+    said = "document.querySelector('.job .said').textContent"
+    second = page.wait(f"{said}.match(/^Waiting, \\d+ pictures? ahead$/) && "
+                       "document.querySelector('.job').dataset.job")  # fmt: skip
+    assert second != first
+    cancel(page, str(second))
+    cancel(page, first)
+    assert page.find("#draw").is_enabled()
+
+
+@needs_chromium
+def test_a_running_job_is_found_again_after_a_reload(page):
+    job = begin_long(page)
+    before = api(page, f"/v1/jobs/{job}")["progress"]["done"]
+    page.driver.refresh()
+    page.ready()
+    assert page.values("prompt", "steps") == ["a whale, noto style", "200"]
+    steps = "Number(document.querySelector(arguments[0])?.textContent.match(/^\\d+/))"
+    page.wait(f"{steps} > arguments[1]", f'[data-job="{job}"] .said', before)
+    page.wait("document.querySelector('.job .preview')")
+    cancel(page, job)
+
+
+@needs_chromium
+def test_what_the_server_has_against_an_order_is_said(page):
+    page.click("#draw")
+    assert page.find("#error").text == "Say what to draw first."
+    page.set("prompt", "a fox")
+    page.set("steps", 0)
+    page.click("#draw")
+    page.wait("document.getElementById('error').textContent.startsWith('steps is 0')")
+    page.complaints()  # the browser notes the answer 400, too
+
+
+# --- the gallery ----------------------------------------------------------------------------
+
+
+@needs_chromium
+def test_settings_go_from_the_gallery_to_the_form_and_make_the_picture_again(page, downloads):
+    page.set("prompt", "an owl, flat fluent style")
+    page.set("negative", "blue")
+    for id, value in (("steps", 6), ("guidance", 2.5), ("seed", 42), ("size", "160x96")):
+        page.set(id, value)
+    page.set("scheduler", "dpm++2m")
+    asked = page.values(*FIELDS)
+    page.click("#draw")
+    first = api(page, f"/v1/jobs/{page.job('done')}")["pictures"][0]["id"]
+    page.click("#usual")
+    page.set("prompt", "")
+    page.click(f'#thumbnails [data-picture="{first}"]')
+    assert page.find("#viewed-prompt").text == "an owl, flat fluent style"
+    page.click("#download")
+    page.click("#use")
+    assert page.values(*FIELDS) == asked and not page.find("#viewer").is_displayed()
+    page.click("#draw")
+    page.wait("document.querySelector('.job.done') && document.querySelector(arguments[0])",
+              f'.job [data-picture]:not([data-picture="{first}"])')  # fmt: skip
+    second = api(page, f"/v1/jobs/{page.job('done')}")["pictures"][0]["id"]
+    first_pixels, second_pixels = (pixels(page, id) for id in (first, second))
+    assert np.abs(first_pixels - second_pixels).max() <= 2
+    (file,) = (p for p in downloads.iterdir() if p.suffix == ".png")
+    assert file.name == "an-owl-flat-fluent-style-42.png"
+    assert read_settings(file).seed == 42
+    page.click(f'#thumbnails [data-picture="{second}"]')
+    page.click("#delete")
+    page.click("#delete")
+    page.wait("document.querySelector(arguments[0]) === null", f'[data-picture="{second}"]')
+    page.find("#viewer").send_keys(Keys.ESCAPE)
+    remaining = {one["id"] for one in api(page, "/v1/gallery")["data"]}
+    assert first in remaining and second not in remaining
+
+
+def pixels(page: Page, id: str) -> np.ndarray:
+    """A picture of the gallery, int [height, width, 4]."""
+    width, height, data = page.later(
+        """const blob = await (await fetch(`/v1/gallery/${values[0]}/image`)).blob();
+        const {width, height} = await createImageBitmap(blob);
+        const context = new OffscreenCanvas(width, height).getContext("2d");
+        context.drawImage(await createImageBitmap(blob), 0, 0);
+        return [width, height, [...context.getImageData(0, 0, width, height).data]];""",
+        id,
+    )
+    return np.array(data).reshape(height, width, 4)
+
+
+# --- PNGs -----------------------------------------------------------------------------------
+
+
+@needs_chromium
+def test_a_png_dropped_in_fills_the_form(page):
+    drop(page, png(SETTINGS), "fox.png")
+    page.wait("document.getElementById('prompt').value !== ''")
+    assert page.values(*FIELDS, "width", "height") == [*FILLED, "64", "96"]
+    assert "fox.png" in page.find("#notes").text
+    assert page.find("#loras").text.endswith("my-style 0.8 ×")
+
+
+@needs_chromium
+def test_a_png_without_settings_is_the_picture_to_start_from(page):
+    drop(page, png(size=(640, 320)), "halves.png")
+    page.wait("!document.getElementById('given').hidden")
+    order = page.later(
+        "const {order} = await import('/page/form.js');"
+        "document.getElementById('prompt').value = 'a fox'; return order()"
+    )
+    image = Image.open(io.BytesIO(base64.b64decode(order["image"].split(",")[1]))).convert("RGB")
+    assert order["size"] == "184x88" and image.size == (184, 88)  # the usual area, whole eighths
+    assert image.getpixel((6, 40)) == (255, 0, 0) and image.getpixel((176, 40)) == (0, 0, 255)
+    drop(page, b"GIF89a", "broken.gif")
+    page.wait("!document.getElementById('error').hidden")
+    assert "broken.gif cannot be read" in page.find("#error").text
+
+
+@needs_chromium
+def test_settings_are_read_out_of_pngs(page):
+    unicode = replace(SETTINGS, prompt='ein Füchslein 🦊, "noto", <3:\nzwei', model='a, "b": c')
+    for settings in (SETTINGS, unicode):
+        found = read(page, png(settings))
+        assert found["source"] == "koala" and found["prompt"] == settings.prompt
+        assert found["loras"] == [["my-style", 0.8]]
+        for packed in (False, True):
+            found = read(page, png_with("parameters", parameters(settings), packed))
+            assert found["source"] == "A1111"
+            for name in ("prompt", "negative_prompt", "steps", "guidance", "seed", "width",
+                         "height", "model", "sampler", "guidance_until"):  # fmt: skip
+                assert found[name] == getattr(settings, name), name
+            assert found["loras"] == [["my-style", 0.8]]
+    for nothing in (png(), b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", png_with("koala", "[1")):
+        assert read(page, nothing) is None
+
+
+@needs_chromium
+def test_broken_pngs_are_borne(page):
+    """Cut short anywhere, or with any length or byte wrong: an answer each time, quickly."""
+    tried = page.later(
+        """const {readSettings} = await import("/page/png.js");
+        const bytes = Uint8Array.from(atob(values[0]), c => c.charCodeAt(0));
+        let tried = 0;
+        for (let at = 0; at < bytes.length; at++) {
+          await readSettings(bytes.slice(0, at).buffer);
+          for (const byte of [0, 0x7f, 0xff]) {
+            const broken = bytes.slice();
+            broken[at] = byte;
+            await readSettings(broken.buffer);
+          }
+          tried++;
+        }
+        return tried;""",
+        base64.b64encode(png(SETTINGS, (16, 16))).decode(),
+    )
+    assert tried == len(png(SETTINGS, (16, 16)))
+
+
+# --- pictures to start from -----------------------------------------------------------------
+
+
+@needs_chromium
+def test_a_mask_is_painted_and_only_it_is_drawn_anew(page, tmp_path):
+    file = tmp_path / "halves.png"
+    file.write_bytes(png(size=(128, 128)))
+    page.find("#file").send_keys(str(file))
+    page.wait("!document.getElementById('given').hidden")
+    page.js("document.getElementById('start').open = true")
+    page.click("#paint")
+    canvas = page.find("#canvas")
+    width, height = canvas.size["width"], canvas.size["height"]
+    stroke = ActionChains(page.driver).move_to_element_with_offset(canvas, width // 4, -height // 3)
+    stroke.click_and_hold().move_by_offset(0, height // 3).move_by_offset(0, height // 3)
+    stroke.release().perform()
+    canvas.send_keys(Keys.SPACE)  # a dab more, where the brush is
+    for _ in range(4):
+        canvas.send_keys(Keys.ARROW_LEFT)
+    canvas.send_keys(Keys.SPACE)
+    page.click("#undo")
+    page.click("#painter [data-close]")
+    page.set("prompt", "a tree, noto style")
+    page.set("strength", 0.9)
+    page.set("seed", 3)
+    mask = page.later("const {order} = await import('/page/form.js'); return order().mask")
+    light = np.array(Image.open(io.BytesIO(base64.b64decode(mask.split(",")[1]))).convert("L"))
+    assert light.shape == (128, 128) and set(np.unique(light)) == {0, 255}
+    assert (light == light[::8, ::8].repeat(8, 0).repeat(8, 1)).all()  # in whole places
+    assert light[:, :64].max() == 0 and light[48:80, 88:104].min() == 255
+    assert 0.05 < (light / 255).mean() < 0.35
+    page.click("#draw")
+    picture = api(page, f"/v1/jobs/{page.job('done')}")["pictures"][0]
+    assert picture["settings"]["mask"] and picture["settings"]["strength"] == 0.9
+    drawn = pixels(page, picture["id"])[..., :3]
+    given = np.array(Image.open(file))
+    difference = np.abs(drawn - given).mean(-1)
+    assert difference[light > 0].mean() > 2 * difference[:, :48].mean()
+    page.click("#unpaint")
+    assert page.later("const {order} = await import('/page/form.js'); return !order().mask")
+
+
+# --- a phone, and a key ---------------------------------------------------------------------
+
+
+@needs_chromium
+def test_nothing_is_wider_than_a_phone(page, server):
+    page.open(server, PHONE)
+    page.ready()
+    widths = "[document.documentElement.scrollWidth, innerWidth]"
+    assert page.js(f"return {widths}") == [PHONE[0]] * 2
+    drop(page, png(replace(SETTINGS, prompt="a " + "very" * 40 + " long fox")), "fox.png")
+    drop(page, png(), "halves.png")
+    page.wait("!document.getElementById('given').hidden")
+    page.js("for (const part of document.querySelectorAll('details')) part.open = true")
+    assert page.js(f"return {widths}") == [PHONE[0]] * 2
+    page.click("#paint")
+    canvas = page.find("#canvas").rect
+    assert canvas["x"] >= 0 and canvas["x"] + canvas["width"] <= PHONE[0]
+    page.click("#painter [data-close]")
+    page.click("#ungive")
+    page.click("#usual")
+    page.set("prompt", "a tree, noto style")
+    page.click("#draw")
+    page.job("done")
+    page.click(".job .tile")
+    for part in ("#viewed", "#use", "#delete", "#viewer"):
+        box = page.find(part).rect
+        assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE[0], part
+    page.find("#viewer").send_keys(Keys.ESCAPE)
+    assert page.js(f"return {widths}") == [PHONE[0]] * 2
+
+
+@needs_chromium
+def test_a_key_is_asked_for_where_one_is_needed(browser, tmp_path):
+    (tmp_path / "keys").write_text("a-key-of-some-length\n")
+    pipeline, keys = koala.load("koala-mini"), tmp_path / "keys"
+    with running(pipeline, tmp_path / "data", api_key_file=keys) as server:
+        browser.open(server.url)
+        for key, why in (("wrong", "Whoever runs it"), ("a-key-of-some-length", "is not right")):
+            browser.wait("document.getElementById('ask').open")
+            browser.wait("document.getElementById('ask-why').textContent.includes(arguments[0])",
+                         why)  # fmt: skip
+            browser.set("key", key)
+            browser.find("#key").send_keys(Keys.ENTER)
+        browser.ready()
+        browser.set("prompt", "a fox, noto style")
+        browser.click("#draw")
+        browser.job("done")
+        browser.wait("document.querySelector('#thumbnails img')?.naturalWidth > 0")
+        browser.driver.refresh()
+        browser.ready()
+        assert not browser.find("#ask").is_displayed()
+    browser.complaints()  # two answers 401 were meant

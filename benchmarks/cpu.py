@@ -31,8 +31,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+from koala.benchmark.cases import subject
 from koala.benchmark.measure import GB, peak_bytes
-from koala.benchmark.models import build, stock, subject
+from koala.benchmark.models import build, stock
 from koala.benchmark.run import benchmark
 from koala.generation.decode import TINY
 from koala.generation.memory.placement import load_within

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.gpu_run import Rows, Run
 from koala.benchmark import measure
-from koala.benchmark.cases import CASES
+from koala.benchmark.cases import CASES, Subject
 from koala.benchmark.measure import GB
-from koala.benchmark.models import Subject, build, stock
+from koala.benchmark.models import build, stock
 from koala.benchmark.run import benchmark, picture_flops
 from koala.errors import UserError
 from koala.generation.decode import tiny

@@ -5,9 +5,6 @@ output says which rows had random ones. Random pipelines are built on the device
 precision asked for, with the published text encoders' and VAE's configurations.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -19,11 +16,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from koala.architectures.config import unet_config
-from koala.architectures.table import FACTOR, UNetArchitecture, get
-from koala.benchmark.cases import CASES, Case
+from koala.architectures.table import UNetArchitecture, get
+from koala.benchmark.cases import Subject
 from koala.checkpoints.bundled import BUNDLED
-from koala.checkpoints.resolve import resolve_model
-from koala.checkpoints.validate import unet_architecture
 from koala.generation.pipeline import Pipeline, load
 from koala.text_conditioning import TextConditioner
 
@@ -47,30 +42,6 @@ _VAE = {
     "force_upcast": False,  # as in the VAE that was made for fp16, which KOALA ships
 }
 _SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model, how it is asked to draw, and whether its weights are random."""
-
-    case: Case
-    random: bool
-    folder: Path | None = None
-
-
-def subject(name: str) -> Subject:
-    """A case of the published table, or a model: bundled name, folder, Hub id.
-
-    Of one's own model the native size is drawn, in 10 steps with guidance 3.5. UserError for
-    what is neither.
-    """
-    if name in CASES:
-        return Subject(CASES[name], random=True)
-    folder = resolve_model(name)
-    arch = unet_architecture(folder)
-    pixels = arch.sample * FACTOR
-    label = folder.name if Path(name).exists() else name
-    return Subject(Case(label, arch.name, pixels, 10, 3.5), random=False, folder=folder)
 
 
 def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline:

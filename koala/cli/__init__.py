@@ -168,13 +168,13 @@ def _run_generate(o: argparse.Namespace) -> None:
     def say(line: str) -> None:
         print(f"koala: {line}", file=sys.stderr)
 
-    check_writable(o.out)
+    check_writable(o.out, len(o.prompt) * o.number)
     planned = any((o.vram, o.weights, o.decode, o.tiny_vae))
     if planned:
         pipeline = _planned(o, say)
     else:
         pipeline = load(o.model, o.device)
-        for file, scale in map(validation.lora, o.lora):
+        for file, scale in validation.loras(o.lora).items():
             say(pipeline.add_lora(file, scale, merged=True).line())
     requests = pipeline.requests(
         o.prompt, negative_prompt=o.negative, steps=o.steps, guidance=o.guidance,
@@ -197,7 +197,7 @@ def _run_generate(o: argparse.Namespace) -> None:
 def _planned(o: argparse.Namespace, say: Callable[[str], None]) -> "Pipeline":
     """A pipeline that draws by a memory plan, which is printed."""
     from koala.generation import validation
-    from koala.generation.image_inputs import open_picture
+    from koala.generation.image_files import open_picture
     from koala.generation.memory.placement import load_within
 
     for option in ("backend", "compile", "graphs"):
@@ -209,8 +209,8 @@ def _planned(o: argparse.Namespace, say: Callable[[str], None]) -> "Pipeline":
     size = open_picture(o.image).size if o.image and not o.size else o.size
     pipeline, plan = load_within(
         o.model, o.device, o.vram or "free", size=size, pictures=len(o.prompt) * o.number,
-        weights=o.weights, decode=o.decode, tiny=o.tiny_vae,
-        lora=dict(map(validation.lora, o.lora)), given=o.image is not None, say=say,
+        weights=o.weights, decode=o.decode, tiny=o.tiny_vae, lora=validation.loras(o.lora),
+        given=o.image is not None, say=say,
     )  # fmt: skip
     print(plan.table(), file=sys.stderr)
     return pipeline

@@ -6,8 +6,8 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-import koala
 from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import read_json
@@ -25,8 +24,9 @@ from koala.generation import image_inputs, samplers, validation
 from koala.generation.decode import Decode, full, to_pictures
 from koala.generation.denoise import Condition, Kept, Predict, Row, predictor
 from koala.generation.engine import Engine, Progress
-from koala.generation.prompts import Encoded, encode, padded, parse
-from koala.generation.requests import Loras, Request, Settings
+from koala.generation.noise import Noise
+from koala.generation.prompts import Encoded, encode, padded
+from koala.generation.requests import Known, Loras, Request, Settings, checked
 from koala.generation.schedule import SPACINGS, Schedule
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import Base
@@ -143,60 +143,44 @@ class Pipeline:
 
         Picture i has seed `seed` + i; without a seed a random one is taken and recorded. `size`
         is (width, height) in pixels, "WIDTHxHEIGHT", or by default that of `image`, or the
-        model's native one. Prompts may be of any length, with weights (`koala.generation.prompts`).
-        `guidance` of at most 1 leaves the unconditional pass out, and `guidance_until` leaves it
-        out after that share of the steps. `scheduler` is one of `samplers.SAMPLERS`.
+        model's native one. Prompts may be of any length, with weights
+        (`koala.generation.prompt_syntax`). `guidance` of at most 1 leaves the unconditional pass
+        out, and `guidance_until` leaves it out after that share of the steps. `scheduler` is one of
+        `samplers.SAMPLERS`.
 
         From an `image` (a file or a picture) only the last `strength` of the steps is done, by
         default 0.6; with a `mask` of its size only what is light in it is painted anew.
         `lora` names files and scales for these pictures alone, besides those on the model.
         UserError for a value that is not allowed.
         """
-        prompts = validation.prompts(prompt)
-        validation.numbers(steps=steps, guidance=guidance, number=number)
-        validation.negative_prompt(negative_prompt, guidance)
-        for text in (*prompts, negative_prompt):
-            parse(text)  # refuses weights out of their range
-        sampler = samplers.get(scheduler)
-        given, masked = (
-            None if it is None else image_inputs.open_picture(it) for it in (image, mask)
-        )
-        native = self.unet.config.sample_size * self.factor
-        asked_size = given.size if given is not None and size is None else size
-        width, height = validation.size(asked_size, native, self.factor)
-        own = self._own_loras(lora or {})
-        first = Settings(
-            prompt=prompts[0],
-            negative_prompt=negative_prompt,
-            steps=steps,
-            guidance=float(guidance),
-            seed=validation.seed(seed, len(prompts) * number),
-            width=width,
-            height=height,
-            model=self.name,
-            version=koala.__version__,
-            sampler=sampler.name,
-            schedule=sampler.spacing,
-            loras=(
-                *((name, standing.scale) for name, standing in self.loras.items()),
-                *((path.stem, scale) for path, scale in own),
-            ),
-            guidance_until=validation.guidance_until(guidance_until, guidance),
-            strength=validation.strength(strength, given is not None, masked is not None),
-            image="" if given is None else image_inputs.fingerprint(given),
-            mask="" if masked is None else image_inputs.fingerprint(masked),
-        )
-        self._schedule(first)  # refuses a number of steps that the model or the strength rules out
+        if lora and self.predict is not self._plain:
+            raise UserError(
+                "a LoRA for single requests needs PyTorch's plain way of running the model: leave "
+                "it out, or load the model without compiling, graphs, a plan or another back end"
+            )
+        asked = checked(
+            self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
+            guidance_until=guidance_until, scheduler=scheduler, size=size, number=number,
+            seed=seed, image=image, strength=strength, mask=mask, lora=lora,
+        )  # fmt: skip
+        first = asked.settings[0]
         pixels = places = None
-        if given is not None:
-            pixels = image_inputs.to_pixels(given, (width, height))
-            if masked is not None:
-                places = image_inputs.to_mask(masked, given.size, (width, height), self.factor)
-        every = (
-            replace(first, prompt=prompts[i // number], seed=first.seed + i)
-            for i in range(len(prompts) * number)
+        if asked.image is not None:
+            pixels = image_inputs.to_pixels(asked.image, (first.width, first.height))
+        if asked.mask is not None:
+            places = torch.from_numpy(asked.mask).float()[None, None]
+        return [Request(settings, pixels, places, asked.loras) for settings in asked.settings]
+
+    @property
+    def known(self) -> Known:
+        """What decides which pictures it can draw."""
+        return Known(
+            name=self.name,
+            native=self.unet.config.sample_size * self.factor,
+            scheduler_config=self.scheduler_config,
+            base=self._base,
+            loras=tuple((name, standing.scale) for name, standing in self.loras.items()),
         )
-        return [Request(settings, pixels, places, own) for settings in every]
 
     # --- what the engine asks for -----------------------------------------------------------
 
@@ -211,7 +195,7 @@ class Pipeline:
         asked = request.settings
         schedule = self._schedule(asked)
         h, w = asked.height // self.factor, asked.width // self.factor
-        noise = samplers.Noise(asked.seed, (1, self.unet.config.in_channels, h, w), self.device)
+        noise = Noise(asked.seed, (1, self.unet.config.in_channels, h, w), self.device)
         sampler = samplers.BY_NAME[asked.sampler](schedule, noise)
         first = noise.draw()
         x, kept = sampler.start(first), None
@@ -290,24 +274,13 @@ class Pipeline:
         del self.loras[name]
         self.conditioner.forget()
 
-    def _own_loras(self, asked: Mapping[str | Path, float]) -> Loras:
-        """The LoRAs of one request, checked as far as their files' headers go."""
-        if asked and self.predict is not self._plain:
-            raise UserError(
-                "a LoRA for single requests needs PyTorch's plain way of running the model: leave "
-                "it out, or load the model without compiling, graphs, a plan or another back end"
-            )
-        found = tuple((Path(file), validation.lora_scale(scale)) for file, scale in asked.items())
-        stems = [*self.loras, *(path.stem for path, _ in found)]
-        for path, _ in found:
-            if stems.count(path.stem) > 1:
-                raise UserError(f"two LoRAs are called {path.stem!r}: name each once")
-            self._read_lora(path)
-        return found
-
     def _read_lora(self, path: Path) -> Lora:
+        return read(path, self._base)
+
+    @cached_property
+    def _base(self) -> Base:
         configs = (model.config.to_dict() for model in self.conditioner.encoders)
-        return read(path, Base.from_configs(self.unet.config, *configs))
+        return Base.from_configs(self.unet.config, *configs)
 
     def _modules(self) -> Modules:
         return modules_of(self.unet, *self.conditioner.encoders)

@@ -1,8 +1,10 @@
-"""Pictures as PNG files that carry their settings.
+"""Pictures as PNG files that carry their settings. Importing this loads no torch.
 
 Twice: as "parameters", the line that other interfaces read when a picture is dropped on them
 (the format of AUTOMATIC1111's web UI), and as "koala", our JSON, which loses nothing.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -10,47 +12,69 @@ import re
 import tempfile
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from PIL import Image, PngImagePlugin
 
 from koala.errors import UserError
-from koala.generation.pipeline import Result
 from koala.generation.requests import Settings
 
+if TYPE_CHECKING:
+    from koala.generation.pipeline import Result
+
 LONGEST_STEM = 48  # letters of a prompt that make a file's name
+# What follows a picture's name; a folder is not meant by it.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
-def check_writable(out_dir: str | Path) -> None:
-    """UserError unless pictures can be written to `out_dir`. Creates nothing that stays."""
-    folder = Path(out_dir).absolute()
+def check_writable(out: str | Path, pictures: int = 1) -> None:
+    """UserError unless `save` can write so many pictures to `out`. Creates nothing that stays."""
+    named = _named(Path(out), pictures)
+    folder = (named[0].parent if named else Path(out)).absolute()
     standing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=standing):
             pass
     except OSError as error:
-        raise _unwritable(out_dir, error) from error
+        raise _unwritable(out, error) from error
 
 
-def save(result: Result, out_dir: str | Path, stem: str | None = None) -> list[Path]:
-    """Writes each picture as `out_dir`/`stem`-NNNN.png and returns the paths, in order.
+def save(result: Result, out: str | Path, stem: str | None = None) -> list[Path]:
+    """Writes each picture as a PNG and returns the paths, in order.
 
-    Without a stem each file is named after its prompt. The number goes on from the highest
-    that is there, so that no file is ever replaced. A file appears whole or not at all.
+    out: a folder, or a file such as fox.png; several pictures become fox-1.png, fox-2.png and so
+    on. stem: of the files in a folder, `stem`-NNNN.png; by default each is named after its prompt.
+    The number goes on from the highest that is there: no file is ever replaced. A file appears
+    whole or not at all. UserError for a file that exists, or cannot be written.
     """
     if stem is not None and (not stem or Path(stem).name != stem):
         raise UserError(f"file name {stem!r}: allowed is a plain name without folders")
-    folder = Path(out_dir)
+    named = _named(Path(out), len(result.images))
+    folder = named[0].parent if named else Path(out)
     paths = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for image, settings in zip(result.images, result.settings, strict=True):
-            path = _next_path(folder, stem or _slug(settings.prompt))
+        for i, (image, settings) in enumerate(zip(result.images, result.settings, strict=True)):
+            path = named[i] if named else _next_path(folder, stem or _slug(settings.prompt))
             _write(image, settings, path)
             paths.append(path)
     except OSError as error:
-        raise _unwritable(out_dir, error) from error
+        raise _unwritable(out, error) from error
     return paths
+
+
+def _named(out: Path, pictures: int) -> list[Path]:
+    """The files that `out` names for so many pictures; none where it is a folder."""
+    if out.is_dir() or out.suffix.lower() not in PICTURES:
+        return []
+    if out.suffix.lower() != ".png":
+        raise UserError(f"{out}: pictures are written as PNG; name it {out.with_suffix('.png')}")
+    numbers = range(1, pictures + 1)
+    files = [out] if pictures == 1 else [out.with_stem(f"{out.stem}-{i}") for i in numbers]
+    for file in files:
+        if os.path.lexists(file):
+            raise UserError(f"{file} exists; name another file, or a folder, which is added to")
+    return files
 
 
 def read_settings(path: str | Path) -> Settings:

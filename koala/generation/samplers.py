@@ -3,34 +3,22 @@
 All of them in one vocabulary: x = x0 + sigma * noise, a picture with noise on top. (What the U-Net
 sees is x / sqrt(sigma^2 + 1), of variance one; DDIM's and LCM's papers write their formulas for
 that.) A picture has a sampler of its own: its history and its noise belong to no one else.
+
+Formulas alone: importing this loads no torch, so the command line can name the samplers.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from koala.errors import unknown
 
-from koala.errors import UserError
-from koala.generation.schedule import Schedule
-from koala.utils.device import sent
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-class Noise:
-    """Unit normal noise of one picture, a function of its seed alone.
-
-    Drawn on the CPU, so that it depends neither on the device nor on other pictures.
-    """
-
-    def __init__(self, seed: int, shape: tuple[int, ...], device: torch.device) -> None:
-        self.shape, self.device = shape, device
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def draw(self) -> Tensor:
-        """The next noise, float32 of the shape, on the device."""
-        return sent(torch.randn(self.shape, generator=self.generator), self.device)
+    from koala.generation.noise import Noise
+    from koala.generation.schedule import Schedule
 
 
 class Sampler:
@@ -164,5 +152,5 @@ BY_NAME = {sampler.name: sampler for sampler in SAMPLERS.values()}
 def get(name: str) -> type[Sampler]:
     """The sampler of a name. UserError with the list for one that is not there."""
     if name not in SAMPLERS:
-        raise UserError(f"scheduler {name!r} is not there: allowed are {', '.join(SAMPLERS)}")
+        raise unknown("scheduler", name, SAMPLERS)
     return SAMPLERS[name]

@@ -1,13 +1,25 @@
-"""What a person may ask of the pipeline; all else is refused before any work, in one line."""
+"""What a person may ask of the pipeline; all else is refused before any work, in one line.
+
+Importing this loads no torch.
+"""
 
 import math
 import re
 import secrets
 import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from koala.errors import UserError
+from koala.architectures.table import FACTOR
+from koala.checkpoints.tensors import DTYPES
+from koala.errors import UserError, unknown
 
+EXACT = ("torch", "openvino")  # back ends that give the same picture within 1e-4
+ROUNDED = ("torch-bf16", "openvino-bf16", "openvino-int8")
+BACKENDS = (*EXACT, *ROUNDED, "auto", "fastest")
+WEIGHTS = (*DTYPES, "int8", "fp8")
+DECODERS = ("full", "tiled", "tiny")
 SMALLEST, LARGEST = 16, 4096  # pixels a side
 MOST_STEPS = 1000
 MOST_PICTURES = 10_000  # of all prompts together
@@ -16,6 +28,22 @@ MOST_SEED = 2**63 - 1
 MOST_LORA_SCALE = 100
 LONGEST_TEXT = 10_000  # characters
 STRENGTH = 0.6  # where a picture is given and no strength
+LCM_LEVELS = 50  # that latent consistency models jump between (arXiv 2310.04378)
+
+# Settings of diffusers' scheduler configs that would change the numbers below, and the one
+# value of each that means SDXL's schedule. A config that lacks a key means that value.
+_SCHEDULE: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+}
 
 
 def prompts(prompt: str | list[str]) -> list[str]:
@@ -87,17 +115,13 @@ def strength(asked: float | None, picture: bool, mask: bool) -> float:
     return float(asked)
 
 
-def size(asked: tuple[int, int] | str | None, native: int, factor: int) -> tuple[int, int]:
+def size(asked: tuple[int, int] | str, factor: int = FACTOR) -> tuple[int, int]:
     """(width, height) in pixels, each a multiple of the VAE's `factor`.
 
     That suffices: where a U-Net's downsampling does not divide the latent, diffusers' passes
     the sizes on to the upsampling.
     """
-    rule = (
-        f"allowed are multiples of {factor} from {SMALLEST} to {LARGEST}, such as {native}x{native}"
-    )
-    if asked is None:
-        return native, native
+    rule = f"allowed are multiples of {factor} from {SMALLEST} to {LARGEST}, such as 512x512"
     if isinstance(asked, str):
         match = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", asked.strip(), re.ASCII)
         if match is None:
@@ -123,6 +147,38 @@ def seed(asked: int | None, pictures: int) -> int:
     return asked
 
 
+def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
+    """How many noise levels a scheduler config has.
+
+    spacing: a sampler's, "trailing" or "lcm". UserError for a config that is not SDXL's discrete,
+    epsilon-predicting kind, or a number of steps that it does not have.
+    """
+    for key, wanted in _SCHEDULE.items():
+        found = config.get(key, wanted)
+        if found != wanted:
+            raise UserError(
+                f"the scheduler config says {key} = {found!r}; the schedulers here are made for "
+                f"{wanted!r}: use a model trained on SDXL's schedule"
+            )
+    levels: int = config["num_train_timesteps"]
+    if spacing == "lcm" and not 1 <= steps <= LCM_LEVELS:
+        raise UserError(f"{steps} steps: the lcm scheduler takes 1 to {LCM_LEVELS}, 4 is usual")
+    if not 1 <= steps <= levels:
+        raise UserError(f"{steps} steps: this model takes 1 to {levels}")
+    return levels
+
+
+def steps_done(steps: int, share: float) -> int:
+    """How many of the steps a strength of `share` does, rounded down. UserError for none."""
+    done = min(int(steps * share), steps)
+    if done < 1:
+        raise UserError(
+            f"strength {share:g} of {steps} steps leaves no step to do: give a strength of at "
+            f"least {1 / steps:.3g}, or more steps"
+        )
+    return done
+
+
 def lora_scale(asked: float) -> float:
     """UserError unless a LoRA's scale is in its range; negative ones turn it round."""
     numeric = isinstance(asked, (int, float)) and not isinstance(asked, bool)
@@ -134,12 +190,71 @@ def lora_scale(asked: float) -> float:
     return float(asked)
 
 
-def lora(asked: str) -> tuple[str, float]:
-    """(file, scale) of "FILE" or "FILE:SCALE"; without a scale it is 1."""
-    file, _, scale = asked.rpartition(":")
-    if re.fullmatch(r"[-+]?\d*\.?\d+", scale, re.ASCII) and not Path(asked).exists():
-        return file, lora_scale(float(scale))
-    return asked, 1.0
+def loras(asked: Sequence[str]) -> dict[str | Path, float]:
+    """File -> scale, of each "FILE" or "FILE:SCALE"; without a scale it is 1.
+
+    UserError for a scale that is none, or a file that is named twice.
+    """
+    found: dict[str | Path, float] = {}
+    for text in asked:
+        file, colon, scale = text.rpartition(":")
+        number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", scale, re.ASCII)
+        # "style.safetensors:0,8" is a file and no number; "C:\style.safetensors" is a file.
+        names_file = Path(file).exists() or "." in Path(file).name
+        if not colon or Path(text).exists() or not (number or names_file):
+            file = text
+        elif not number:
+            raise UserError(
+                f"LoRA scale is {scale!r}: allowed are numbers from -{MOST_LORA_SCALE} to "
+                f"{MOST_LORA_SCALE}, as in {file}:0.8"
+            )
+        if file in found:
+            raise UserError(f"LoRA {file} is given twice: name each once")
+        found[file] = 1.0 if file == text else lora_scale(float(scale))
+    return found
+
+
+def runtime(
+    backend: str | None, compiled: bool, graphs: bool, vram: str | float | None = None,
+    weights: str | None = None, decode: str | None = None, tiny_vae: str | Path | None = None,
+) -> bool:  # fmt: skip
+    """Whether a memory plan decides how the model runs: vram, weights, decode or tiny_vae is given.
+
+    UserError for a name that is unknown, and for what does not go together: back ends, compiling
+    and CUDA graphs are of a model that is as a whole on its device.
+    """
+    if backend not in (None, *BACKENDS):
+        raise unknown("back end", backend, BACKENDS)
+    if weights not in (None, *WEIGHTS):
+        raise unknown("weights", weights, WEIGHTS)
+    if decode not in (None, *DECODERS):
+        raise unknown("decoder", decode, DECODERS)
+    if vram is not None:
+        budget(vram)
+    given = {"--backend": backend, "--compile": compiled, "--graphs": graphs}
+    named = [name for name, value in given.items() if value]
+    if planned := any((vram, weights, decode, tiny_vae)):
+        for name in named:
+            raise UserError(
+                f"{name} has no effect under a memory plan: leave it out, or --vram, --weights, "
+                "--decode and --tiny-vae"
+            )
+    if (compiled or graphs) and backend not in (None, "torch"):
+        raise UserError(f"{named[1]} is PyTorch's: it does not go with --backend {backend}")
+    return planned
+
+
+def budget(vram: float | str) -> int | None:
+    """Bytes of a budget in GiB; None for what is "free". UserError for what is neither."""
+    if vram == "free":
+        return None
+    try:
+        size = float(vram)
+    except (TypeError, ValueError):
+        size = 0.0
+    if isinstance(vram, bool) or not 0 < size < 2**20:
+        raise UserError(f"vram is {vram!r}: allowed are numbers of GiB above 0, such as 4, or free")
+    return int(size * 2**30)
 
 
 def _number(value: object) -> bool:

@@ -16,7 +16,8 @@ from koala.serving.jobs.delivery import Keeper
 from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.jobs import Jobs
 from koala.serving.jobs.table import Table
-from koala.serving.security import Guard, Keys
+from koala.serving.keys import Keys
+from koala.serving.security import Guard
 from koala.serving.service import Service
 from koala.serving.settings import Options
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from koala.errors import Failure, UserError
-from koala.serving.settings import Options
+from koala.serving.jobs.database import Store
+from koala.serving.settings import Options, check
 
 if TYPE_CHECKING:
     import uvicorn
@@ -29,24 +30,24 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
 
     `say` is told in lines for a person. UserError for what it cannot be started with.
     """
+    check(options)
     try:
         import uvicorn
     except ImportError:
         raise UserError(
             "koala serve needs more packages: pip install 'koala-diffusion[serve]'"
         ) from None
-    from koala.generation.runtime.compile import ROWS
-    from koala.serving.app import create_app
-    from koala.serving.jobs.database import Store
-    from koala.serving.service import Service
-
-    check(options)
     if not options.on_loopback and options.api_key_file is None:
         say(
             f"warning: whoever reaches {options.host} can draw with this server: "
             "give --api-key-file"
         )
     with _bound(options) as listening, contextlib.closing(Store(options.data)) as store:
+        # Not before all is known to be right: these load torch.
+        from koala.generation.runtime.compile import ROWS
+        from koala.serving.app import create_app
+        from koala.serving.service import Service
+
         pipeline, options = loaded(options, say)
         sizes = ROWS if options.compile or options.graphs else ()
         service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
@@ -61,30 +62,6 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             asyncio.run(_until_told(server, service, closed, listening, options, say))
         finally:
             service.close()
-
-
-def check(options: Options) -> None:
-    """UserError for options that do not go together or name what is not there."""
-    from koala.serving.security import Keys
-
-    if options.api_key_file is not None:
-        Keys.read(options.api_key_file)
-    if options.lora_dir is not None:
-        if not options.lora_dir.is_dir():
-            raise UserError(f"--lora-dir {options.lora_dir} is no folder: name the LoRAs' one")
-        others = {
-            "--vram": options.vram, "--compile": options.compile, "--graphs": options.graphs,
-            "--backend": options.backend not in (None, "torch"),
-        }  # fmt: skip
-        for name in (name for name, given in others.items() if given):
-            raise UserError(
-                f"--lora-dir does not go with {name}: LoRAs that change need the model as PyTorch "
-                "runs it; leave one out"
-            )
-    if options.vram is not None:
-        for name in ("backend", "compile", "graphs"):
-            if getattr(options, name):
-                raise UserError(f"--{name} has no effect under a memory plan: leave out --vram")
 
 
 def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Options]":

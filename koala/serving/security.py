@@ -6,70 +6,25 @@ another origin are refused, and names for loopback that only a forged DNS answer
 """
 
 import asyncio
-import base64
-import hashlib
-import hmac
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from koala.errors import UserError
 from koala.serving.admission import Busy
 from koala.serving.errors import Refusal, refusal
+from koala.serving.keys import Keys
 from koala.serving.settings import LOOPBACK, Limits, Options
 
 OPEN = ("/", "/health", "/ready", "/favicon.ico")
 OPEN_FOLDER = "/page/"
 BODY_SECONDS = 60.0  # that a body may take to arrive
 BODIES = 8  # of the largest size, that may be held at once
-SHORTEST_KEY = 16  # characters
 _REMEMBERED = 10_000  # clients whose rates are known
-
-
-class Keys:
-    """The keys that are let in. Only their hashes are kept."""
-
-    def __init__(self, keys: list[str]) -> None:
-        self._hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    @staticmethod
-    def read(file: Path) -> "Keys":
-        """One key a line; lines that are empty or begin with # say nothing. UserError."""
-        try:
-            lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the key file {file} cannot be read: {error}") from None
-        keys = [line for line in lines if line and not line.startswith("#")]
-        if not keys:
-            raise UserError(f"the key file {file} holds no key: write one a line")
-        if min(map(len, keys)) < SHORTEST_KEY:
-            raise UserError(
-                f"a key in {file} is short: allowed are {SHORTEST_KEY} characters and more, as "
-                "from `openssl rand -hex 32`"
-            )
-        return Keys(keys)
-
-    def client(self, authorization: str) -> str | None:
-        """The client's name from its header, None if no key is in it.
-
-        As Bearer, or as the password of Basic: AUTOMATIC1111's tools know nothing else.
-        """
-        scheme, _, key = authorization.partition(" ")
-        if scheme.lower() == "basic":
-            try:
-                _, _, key = base64.b64decode(key.strip(), validate=True).decode().partition(":")
-            except ValueError:
-                return None
-        given = hashlib.sha256(key.strip().encode()).digest()
-        found = [known for known in self._hashes if hmac.compare_digest(known, given)]
-        known_scheme = scheme.lower() in ("bearer", "basic")
-        return f"key-{given.hex()[:12]}" if found and known_scheme else None
 
 
 class Rates:

@@ -9,7 +9,11 @@ import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
+from koala.generation import validation
+from koala.serving.keys import Keys
+from koala.utils.device import check_device
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -77,9 +81,47 @@ class Options:
         return self.host in LOOPBACK
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How many replicas there are."""
+
+    least: int
+    most: int
+
+    @staticmethod
+    def parse(text: str) -> "Scale":
+        """Of N or LEAST-MOST. UserError."""
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text, re.ASCII)
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= least <= most:
+            raise UserError(f"--replicas {text!r}: allowed is a number, or two as in 1-4")
+        return Scale(least, most)
+
+
 def data_folder() -> Path:
     """$KOALA_DATA, or koala's folder among the user's data ($XDG_DATA_HOME)."""
     if "KOALA_DATA" in os.environ:
         return Path(os.environ["KOALA_DATA"])
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(data) / "koala"
+
+
+def check(options: Options) -> None:
+    """UserError for options that do not go together or name what is not there."""
+    if options.api_key_file is not None:
+        Keys.read(options.api_key_file)
+    if options.lora_dir is not None:
+        if not options.lora_dir.is_dir():
+            raise UserError(f"--lora-dir {options.lora_dir} is no folder: name the LoRAs' one")
+        others = {
+            "--vram": options.vram, "--compile": options.compile, "--graphs": options.graphs,
+            "--backend": options.backend not in (None, "torch"),
+        }  # fmt: skip
+        for name in (name for name, given in others.items() if given):
+            raise UserError(
+                f"--lora-dir does not go with {name}: LoRAs that change need the model as PyTorch "
+                "runs it; leave one out"
+            )
+    check_device(options.device)
+    validation.runtime(options.backend, options.compile, options.graphs, options.vram)
+    resolve_model(options.model)

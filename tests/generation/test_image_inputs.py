@@ -11,13 +11,8 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
 from koala.generation.denoise import evaluate
-from koala.generation.image_inputs import (
-    encode_picture,
-    fingerprint,
-    open_picture,
-    to_mask,
-    to_pixels,
-)
+from koala.generation.image_files import fingerprint, mask_places, open_picture
+from koala.generation.image_inputs import encode_picture, to_pixels
 from koala.generation.png import parameters
 from toy import toy_pipeline
 
@@ -122,7 +117,7 @@ def test_inpainting_equals_diffusers(folder, picture, mask, strength, guidance):
 
 def test_what_the_mask_leaves_dark_is_kept(pipeline, picture, mask):
     x = latents_of(pipeline, "an owl", image=picture, mask=mask, strength=0.8, seed=1)
-    places = to_mask(mask, picture.size, picture.size, 8)
+    places = torch.from_numpy(mask_places(mask, picture.size, picture.size, 8)).float()
     original = encoded(pipeline, picture)
     assert places.mean() == pytest.approx(16 / 48)  # corners at 24..48 by 8..32 pixels
     torch.testing.assert_close(x * (1 - places), original * (1 - places), atol=1e-5, rtol=0)

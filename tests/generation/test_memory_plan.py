@@ -12,7 +12,8 @@ from koala.checkpoints.validate import read_tensors, unet_architecture
 from koala.errors import UserError
 from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE
 from koala.generation.memory.peak import peak_bytes
-from koala.generation.memory.plan import GIB, LADDER, Planner, budget_of, free_bytes
+from koala.generation.memory.plan import GIB, LADDER, Planner, free_bytes
+from koala.generation.validation import budget
 from toy import toy_pipeline, toy_tiny
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def test_the_budget_that_is_named_works(planner):
     with pytest.raises(UserError) as caught:
         planner.choose(1)
     named = float(str(caught.value).split("works is ")[1].split(" GiB")[0])
-    assert planner.choose(budget_of(named)).peak <= named * GIB
+    assert planner.choose(budget(named)).peak <= named * GIB
 
 
 def test_more_pictures_and_larger_ones_take_more(planner):
@@ -159,16 +160,16 @@ def test_dtypes_by_device(with_tiny, monkeypatch):
 
 def test_what_is_asked_wrongly_is_refused(tmp_path):
     for arguments, message in (
-        ({"weights": "int4"}, "allowed are fp32, fp16, bf16, int8, fp8"),
-        ({"decode": "none"}, "allowed are full, tiled, tiny"),
+        ({"weights": "int4"}, "unknown weights 'int4': choose fp32, fp16, bf16, int8, fp8"),
+        ({"decode": "none"}, "unknown decoder 'none': choose full, tiled, tiny"),
         ({"tiny": tmp_path}, "no tiny autoencoder"),
     ):
         with pytest.raises(UserError, match=message):
             Planner(MINI, CPU, (64, 64), **arguments)
     for vram in (0, -1, float("nan"), float("inf"), True, "four", "-4", None):
         with pytest.raises(UserError, match="vram is"):
-            budget_of(vram)
-    assert budget_of(0.5) == budget_of("0.5") == 2**29
+            budget(vram)
+    assert budget(0.5) == budget("0.5") == 2**29
 
 
 def test_free_memory_is_some_of_the_machines():

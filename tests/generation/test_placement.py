@@ -221,8 +221,8 @@ def test_load_within_a_budget(folder, tmp_path):
         ({"vram": 0}, "vram is 0"),
         ({"vram": 1e-6}, "the smallest that works is 0.01 GiB"),
         ({"size": "65x64"}, "multiples of 8"),
-        ({"weights": "int4"}, "weights are 'int4': allowed are"),
-        ({"decode": "half"}, "decoder is 'half'"),
+        ({"weights": "int4"}, "unknown weights 'int4': choose fp32"),
+        ({"decode": "half"}, "unknown decoder 'half'"),
     ):
         with pytest.raises(UserError, match=message):
             load_within(folder, "cpu", **arguments, say=lines.append)

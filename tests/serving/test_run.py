@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 
 from koala.cli import main
-from koala.serving.run import check
-from koala.serving.settings import Limits, Options, data_folder, limits_of
+from koala.serving.settings import Limits, Options, check, data_folder, limits_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "serving.md").read_text()

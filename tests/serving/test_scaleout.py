@@ -31,7 +31,7 @@ from koala.generation import Late, load  # noqa: E402
 from koala.serving.meta_pipeline import outline  # noqa: E402
 from koala.serving.ray.fleet import DEATHS, Fleet  # noqa: E402
 from koala.serving.ray.replicas import News, ranked  # noqa: E402
-from koala.serving.ray.scaleout import Scale  # noqa: E402
+from koala.serving.settings import Scale  # noqa: E402
 from toy import toy_pipeline  # noqa: E402
 
 SIZE = "16x16"

@@ -16,7 +16,8 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load
 from koala.serving.admission import Busy
-from koala.serving.security import Keys, Rates
+from koala.serving.keys import Keys
+from koala.serving.security import Rates
 from koala.serving.settings import Limits, Options
 from koala.serving.uploads import mask_of_transparency, open_upload
 from toy import toy_pipeline

@@ -24,7 +24,7 @@ from koala.generation.engine import PIXELS_AT_ONCE
 from koala.generation.image_inputs import encode_picture
 from koala.generation.memory.meta_models import DTYPES, TEXT, UNET, VAE
 from koala.generation.memory.offload import Resident, Streaming, Turns, Visiting, Visitor
-from koala.generation.memory.plan import GIB, Plan, Planner, budget_of
+from koala.generation.memory.plan import GIB, Plan, Planner
 from koala.generation.memory.quantise import quantise
 from koala.generation.pipeline import Pipeline, load
 from koala.utils.device import pick_device
@@ -150,10 +150,10 @@ def load_within(
     of the LoRAs, and of a plan that had to be left. UserError where nothing fits, and as in
     `koala.generation.pipeline.load`.
     """
-    budget = None if vram == "free" else budget_of(vram)
+    budget = validation.budget(vram)
     folder, place = resolve_model(model), pick_device(device)
     native = unet_architecture(folder).sample * FACTOR
-    width, height = validation.size(size, native, FACTOR)
+    width, height = (native, native) if size is None else validation.size(size)
     at_once = max(1, min(pictures, PIXELS_AT_ONCE // (width * height)))
     planner = Planner(folder, place, (width, height), at_once, weights, decode, tiny, given)
     plan = planner.choose(budget)

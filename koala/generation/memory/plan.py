@@ -16,6 +16,7 @@ from torch import nn
 
 from koala.errors import UserError
 from koala.generation import decode as decoding
+from koala.generation import validation
 from koala.generation.memory.meta_models import DTYPES, TEXT, TINY, UNET, VAE, Blueprint
 from koala.generation.memory.offload import packed_size, tensors_of, units_of
 from koala.generation.memory.quantise import LARGEST
@@ -151,17 +152,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def budget_of(gib: float | str) -> int:
-    """Bytes of a budget in GiB. UserError for what is none."""
-    try:
-        size = float(gib)
-    except (TypeError, ValueError):
-        size = 0.0
-    if isinstance(gib, bool) or not 0 < size < 2**20:
-        raise UserError(f"vram is {gib!r}: allowed are numbers of GiB above 0, such as 4, or free")
-    return int(size * GIB)
-
-
 class Planner:
     """Plans for one model folder, device, size and number of pictures at a time.
 
@@ -215,11 +205,7 @@ class Planner:
         return next((other for other in below if other.peak < plan.peak), None)
 
     def _ladder(self, weights: str | None, decode: str | None) -> Iterator[Mode]:
-        if weights not in (None, *DTYPES, *LARGEST):
-            allowed = ", ".join((*DTYPES, *LARGEST))
-            raise UserError(f"weights are {weights!r}: allowed are {allowed}")
-        if decode not in (None, "full", "tiled", "tiny"):
-            raise UserError(f"decoder is {decode!r}: allowed are full, tiled, tiny")
+        validation.runtime(None, False, False, weights=weights, decode=decode)
         if weights == "fp8" and self.device.type == "mps":
             raise UserError("weights are 'fp8': MPS has no such type; choose int8")
         if weights in DTYPES:

@@ -24,7 +24,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 import koala
-from koala.errors import UserError
+from koala.errors import UserError, unknown
+from koala.generation import validation
 from koala.generation.decode import Decode, full
 from koala.generation.denoise import Condition, Predict, evaluate, predictor
 from koala.generation.runtime import openvino
@@ -37,6 +38,7 @@ from koala.generation.runtime.compile import (
     one_by_one,
 )
 from koala.generation.runtime.openvino import Calibration, Sample
+from koala.generation.validation import EXACT, ROUNDED
 from koala.text_conditioning import time_ids
 from koala.utils.asset_packages import cache_folder
 from koala.utils.atomic import new_file
@@ -45,9 +47,6 @@ from koala.utils.device import cpu_name, free_bytes, has_bf16
 if TYPE_CHECKING:
     from koala.generation.pipeline import Pipeline
 
-EXACT = ("torch", "openvino")
-ROUNDED = ("torch-bf16", "openvino-bf16", "openvino-int8")
-BACKENDS = (*EXACT, *ROUNDED, "auto", "fastest")
 CALIBRATION = ("a fox, noto style", "two green apples on a light blue background")
 _RUNS = 5  # timed evaluations of each; the middle one counts
 _MARGIN = 1.1  # another back end must be this much faster, or PyTorch stays
@@ -78,8 +77,7 @@ def choose(
     UserError for a back end that is unknown, not installed or not for this device or dtype, or
     too large for this machine; "auto" and "fastest" leave it out then.
     """
-    if asked is not None and asked not in BACKENDS:
-        raise UserError(f"back end {asked!r}: allowed are {', '.join(BACKENDS)}")
+    validation.runtime(asked, False, False)
     if asked in (*EXACT, *ROUNDED):
         if reason := _lacking(asked, unet, samples):
             raise UserError(f"back end {asked!r}: {reason}")
@@ -230,7 +228,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """fp32, fp16 or bf16 as PyTorch's; UserError for any other name."""
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if name not in dtypes:
-        raise UserError(f"dtype {name!r}: allowed are {', '.join(dtypes)}")
+        raise unknown("dtype", name, dtypes)
     return dtypes[name]
 
 
@@ -267,9 +265,7 @@ def equip(
     replays evaluations from CUDA graphs; both are PyTorch's. `say` is told what was chosen and
     why. To be called when every LoRA has been merged. UserError for what does not go together.
     """
-    if (compiled or graphs) and backend not in (None, "torch"):
-        asked = "--compile" if compiled else "--graphs"
-        raise UserError(f"{asked} is PyTorch's: it does not go with --backend {backend}")
+    validation.runtime(backend, compiled, graphs)
     if not (compiled or graphs):
         samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
         chosen = choose(pipeline.unet, pipeline.vae, backend, samples)

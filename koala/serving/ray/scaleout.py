@@ -8,16 +8,14 @@ answers the same requests. If it dies it is started again and goes on with the j
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from koala.errors import UserError
-from koala.serving.run import check
-from koala.serving.settings import Options
+from koala.serving.settings import Options, Scale, check
 
 try:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is called
@@ -44,23 +42,6 @@ BATCH = 8  # pictures of a pass, where the limits do not say
 AHEAD = 2  # batches that a replica may have, so that it never waits for the next picture
 UP, DOWN = 5.0, 120.0  # seconds that a queue must be long or short before replicas change
 OBJECTS = 256 * 2**20  # bytes that Ray holds for pictures on their way
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How many replicas there are."""
-
-    least: int
-    most: int
-
-    @staticmethod
-    def parse(text: str) -> "Scale":
-        """Of N or LEAST-MOST. UserError."""
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text, re.ASCII)
-        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= least <= most:
-            raise UserError(f"--replicas {text!r}: allowed is a number, or two as in 1-4")
-        return Scale(least, most)
 
 
 class Reached:

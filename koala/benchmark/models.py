@@ -19,7 +19,8 @@ from koala.architectures.config import unet_config
 from koala.architectures.table import UNetArchitecture, get
 from koala.benchmark.cases import Subject
 from koala.checkpoints.bundled import BUNDLED
-from koala.generation.pipeline import Pipeline, load
+from koala.generation.loader import load
+from koala.generation.pipeline import Pipeline
 from koala.text_conditioning import TextConditioner
 
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
@@ -47,7 +48,7 @@ _SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled
 def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline:
     """Our pipeline of it, ready to draw on the device."""
     if chosen.folder is not None:
-        return load(chosen.folder, device, dtype)
+        return load(chosen.folder, device, dtype=dtype)
     arch = get(chosen.case.architecture)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)

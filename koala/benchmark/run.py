@@ -23,8 +23,10 @@ from koala.benchmark.measure import GB, Ceilings, Timing
 from koala.benchmark.models import build, stock
 from koala.benchmark.report import Report, Row, write
 from koala.generation.denoise import predictor
+from koala.generation.loader import set_runtime
 from koala.generation.pipeline import Pipeline
-from koala.generation.runtime.backends import check_dtype, equip, example, torch_dtype
+from koala.generation.runtime.backends import example
+from koala.generation.runtime.dtypes import check_dtype, torch_dtype
 from koala.utils.device import hardware, pick_device
 
 UNET_STEPS = 25  # of the U-Net alone, as published
@@ -117,7 +119,8 @@ def _rows(chosen: Subject, options: Options, reached: Ceilings) -> Iterator[Row]
 
 def _ours(pipeline: Pipeline, options: Options) -> Pipeline:
     pipeline.unet.to(memory_format=torch.channels_last)
-    equip(pipeline, options.backend, options.compiled, options.graphs)
+    backend = options.backend or "remembered"
+    set_runtime(pipeline, backend, options.compiled, options.graphs)
     return pipeline
 
 

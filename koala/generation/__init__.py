@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from koala.generation.engine import Engine, Late, Pass, Progress, Ticket
-    from koala.generation.pipeline import Pipeline, Result, load
+    from koala.generation.loader import load
+    from koala.generation.pipeline import Pipeline, Result
     from koala.generation.png import check_writable, read_settings, save
     from koala.generation.requests import Request, Settings
 
 _HOME = {
     "engine": ("Engine", "Late", "Pass", "Progress", "Ticket"),
     "png": ("check_writable", "read_settings", "save"),
-    "pipeline": ("Pipeline", "Result", "load"),
+    "loader": ("load",),
+    "pipeline": ("Pipeline", "Result"),
     "requests": ("Request", "Settings"),
 }
 __all__ = [

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from koala.errors import UserError
-from koala.generation.pipeline import load
+from koala.generation.loader import load
 from koala.generation.png import check_writable
 from koala.utils.contact_sheet import contact_sheet
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from koala.generation.decode import Decode, computed
-from koala.generation.row_tiling import encode_in_strips
+from koala.generation.row_tiling import encode_tiled
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -25,15 +25,15 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def encode_picture(vae: AutoencoderKL, pixels: Tensor, strips: bool = False) -> Tensor:
+def encode_picture(vae: AutoencoderKL, pixels: Tensor, tiled: bool = False) -> Tensor:
     """Latents float32 [n, c, h, w] as the U-Net sees them, of pixels [n, 3, 8h, 8w] in -1..1.
 
     The most likely ones, not a draw; scaled with the VAE config's statistics, as diffusers'
-    picture-to-picture pipeline does. `strips` takes less memory (`koala.generation.row_tiling`).
+    picture-to-picture pipeline does. `tiled` takes less memory (`koala.generation.row_tiling`).
     """
 
     def mode(x: Tensor) -> Tensor:
-        return encode_in_strips(vae, x) if strips else vae.encode(x).latent_dist.mode()
+        return encode_tiled(vae, x) if tiled else vae.encode(x).latent_dist.mode()
 
     z = computed(vae, mode, pixels)
     if vae.config.latents_mean is not None and vae.config.latents_std is not None:

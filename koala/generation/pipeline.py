@@ -1,6 +1,6 @@
-"""From a model's name and a prompt to pictures and a record of how each was made.
+"""From prompts to images and a record of how each was made.
 
-`load("koala-mini")("a red fox, noto style", number=4, seed=7)` draws four.
+`koala.load("koala-mini")("a red fox, noto style", number=4, seed=7)` draws four.
 """
 
 import itertools
@@ -14,16 +14,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae
-from koala.checkpoints.resolve import resolve_model
-from koala.checkpoints.validate import read_json
 from koala.errors import UserError
 from koala.generation import image_inputs, samplers, validation
-from koala.generation.decode import Decode, full, to_pictures
+from koala.generation.decode import Decode, full, to_images
 from koala.generation.denoise import Condition, Kept, Predict, Row, predictor
 from koala.generation.engine import Engine, Progress
+from koala.generation.memory.plan import MemoryPlan
 from koala.generation.noise import Noise
 from koala.generation.prompts import Encoded, encode, padded
 from koala.generation.requests import Known, Loras, Request, Settings, checked
@@ -33,9 +31,6 @@ from koala.lora.names import Base
 from koala.lora.reading import Lora, Report, read
 from koala.lora.switching import Wardrobe
 from koala.text_conditioning import TextConditioner, time_ids
-from koala.utils.device import pick_device
-
-MEMO = 64  # chunks of prompts whose embeddings are remembered
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,8 @@ class Pipeline:
     encode: Callable[[Tensor], Tensor] = field(init=False)  # pictures to latents
     decode: Decode = field(init=False)
     device: torch.device = field(init=False)  # where latents are between steps
+    plan: MemoryPlan | None = field(default=None, init=False)  # the memory plan it was loaded by
+    batch_sizes: tuple[int, ...] = field(default=(), init=False)  # compiled for; (): any size
     _previewer: image_inputs.Previewer | None = field(default=None, init=False)
     _wardrobe: Wardrobe = field(init=False, repr=False)
     _plain: Predict = field(init=False, repr=False)
@@ -213,7 +210,7 @@ class Pipeline:
     @torch.inference_mode()
     def finish(self, rows: Sequence[Row]) -> list[Image.Image]:
         """The pictures of rows of one shape that have taken their last step."""
-        return to_pictures(self.decode(torch.cat([row.x for row in rows])))
+        return to_images(self.decode(torch.cat([row.x for row in rows])))
 
     @torch.inference_mode()
     def preview(self, row: Row) -> Image.Image:
@@ -293,51 +290,3 @@ class Pipeline:
                 f"LoRA {name!r} is {state}; on it are: {', '.join(self.loras) or 'none'}"
             )
         return found
-
-
-def load(
-    model: str | Path = "koala-mini",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    lora: Mapping[str | Path, float] | None = None,
-    settle: Callable[[str, Sequence[nn.Module]], None] | None = None,
-) -> Pipeline:
-    """Loads a model: a bundled name, a pipeline folder, or a Hub id.
-
-    By default on the GPU in float16 where there is one, otherwise on the CPU in float32.
-    The VAE is float32 on the CPU and wherever its config asks for it (`force_upcast`).
-    `lora`: files of LoRAs and their scales; `Pipeline.add_lora` says what each becomes.
-    `settle`: given each part's models as soon as they are read, onto the CPU, to put them where
-    they belong (`koala.generation.memory.placement`); by default all go to the device.
-    UserError for a model that cannot be had or read, or a device that is not there.
-    """
-    folder = resolve_model(model)
-    place = pick_device(device)
-    if dtype is None:
-        dtype = torch.float32 if place.type == "cpu" else torch.float16
-
-    def onto_device(_: str, models: Sequence[nn.Module]) -> None:
-        for each in models:
-            each.to(place)
-
-    settle = settle or onto_device
-    conditioner = TextConditioner.from_folder(folder, dtype, memo=MEMO)
-    settle("text encoders", conditioner.encoders)
-    unet = load_unet(folder, dtype).to(memory_format=torch.channels_last)
-    settle("U-Net", [unet])
-    vae = load_vae(folder, torch.float32)
-    if place.type != "cpu" and not vae.config.force_upcast:
-        vae = vae.to(dtype)
-    settle("VAE", [vae])
-    index = read_json(folder / "model_index.json")
-    pipeline = Pipeline(
-        name=Path(model).resolve().name if Path(model).exists() else str(model),
-        unet=unet.eval(),
-        vae=vae.eval(),
-        conditioner=conditioner,
-        scheduler_config=load_scheduler_config(folder),
-        zeros_for_empty=index.get("force_zeros_for_empty_prompt", True),
-    )
-    for file, scale in (lora or {}).items():
-        pipeline.add_lora(file, scale)
-    return pipeline

@@ -17,7 +17,7 @@ from koala.errors import UserError, unknown
 
 EXACT = ("torch", "openvino")  # back ends that give the same picture within 1e-4
 ROUNDED = ("torch-bf16", "openvino-bf16", "openvino-int8")
-BACKENDS = (*EXACT, *ROUNDED, "auto", "fastest")
+BACKENDS = (*EXACT, *ROUNDED, "auto", "fastest", "remembered")
 WEIGHTS = (*DTYPES, "int8", "fp8")
 DECODERS = ("full", "tiled", "tiny")
 SMALLEST, LARGEST = 16, 4096  # pixels a side
@@ -217,11 +217,13 @@ def loras(asked: Sequence[str]) -> dict[str | Path, float]:
 def runtime(
     backend: str | None, compiled: bool, graphs: bool, vram: str | float | None = None,
     weights: str | None = None, decode: str | None = None, tiny_vae: str | Path | None = None,
+    dtype: str | None = None,
 ) -> bool:  # fmt: skip
     """Whether a memory plan decides how the model runs: vram, weights, decode or tiny_vae is given.
 
-    UserError for a name that is unknown, and for what does not go together: back ends, compiling
-    and CUDA graphs are of a model that is as a whole on its device.
+    UserError for a name that is unknown, and for arguments that exclude each other: back ends,
+    compiling and CUDA graphs need the whole model on its device. The back end "remembered" is no
+    demand: it gives way to the others.
     """
     if backend not in (None, *BACKENDS):
         raise unknown("back end", backend, BACKENDS)
@@ -231,7 +233,8 @@ def runtime(
         raise unknown("decoder", decode, DECODERS)
     if vram is not None:
         budget(vram)
-    given = {"--backend": backend, "--compile": compiled, "--graphs": graphs}
+    demanded = None if backend == "remembered" else backend
+    given = {"--backend": demanded, "--compile": compiled, "--graphs": graphs, "--dtype": dtype}
     named = [name for name, value in given.items() if value]
     if planned := any((vram, weights, decode, tiny_vae)):
         for name in named:
@@ -239,7 +242,7 @@ def runtime(
                 f"{name} has no effect under a memory plan: leave it out, or --vram, --weights, "
                 "--decode and --tiny-vae"
             )
-    if (compiled or graphs) and backend not in (None, "torch"):
+    if (compiled or graphs) and demanded not in (None, "torch"):
         raise UserError(f"{named[1]} is PyTorch's: it does not go with --backend {backend}")
     return planned
 

@@ -44,12 +44,11 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         )
     with _bound(options) as listening, contextlib.closing(Store(options.data)) as store:
         # Not before all is known to be right: these load torch.
-        from koala.generation.runtime.compile import ROWS
         from koala.serving.app import create_app
         from koala.serving.service import Service
 
         pipeline, options = loaded(options, say)
-        sizes = ROWS if options.compile or options.graphs else ()
+        sizes = pipeline.batch_sizes
         service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
         app = create_app(service, store, options)
         config = uvicorn.Config(
@@ -65,32 +64,29 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
 
 
 def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Options]":
-    """The model as asked for, and the options with limits that it can hold."""
+    """The model as asked for, and the options with limits that its memory plan can hold."""
     from koala.generation import load
-    from koala.generation.engine import PIXELS_AT_ONCE
-    from koala.generation.memory.placement import load_within
-    from koala.generation.runtime.backends import equip
-    from koala.generation.runtime.compile import in_fixed_batches, one_by_one
+    from koala.generation.runtime.compile import one_by_one
 
     limits = options.limits
-    if options.vram is not None:
-        side = None if limits.size is None else int(limits.size**0.5) // 8 * 8
-        pipeline, plan = load_within(
-            options.model, options.device, options.vram, pictures=limits.max_batch or 8,
-            size=None if side is None else (side, side), given=True, say=say,
-        )  # fmt: skip
+    side = None if limits.size is None else int(limits.size**0.5) // 8 * 8
+    pipeline = load(
+        options.model,
+        options.device,
+        backend="torch" if options.lora_dir is not None else options.backend or "remembered",
+        compile=options.compile,
+        graphs=options.graphs,
+        vram=options.vram,
+        size=None if side is None else (side, side),
+        pictures=limits.max_batch or 8,
+        from_image=True,
+        say=say,
+    )
+    if (plan := pipeline.plan) is not None:
         say(plan.table())
-        native = (pipeline.unet.config.sample_size * pipeline.factor) ** 2
-        largest = limits.size or native
-        at_once = max(1, min(limits.max_batch or 8, PIXELS_AT_ONCE // largest))
-        limits = replace(limits, max_batch=at_once, size=largest)
-    else:
-        pipeline = load(options.model, options.device)
-        backend = "torch" if options.lora_dir is not None else options.backend
-        equip(pipeline, backend, options.compile, options.graphs, say)
-        if options.compile or options.graphs:
-            pipeline.predict = in_fixed_batches(pipeline.predict)
-    # Decoding several at once takes their memory several times, and is hardly faster.
+        size = limits.size or plan.size[0] * plan.size[1]
+        limits = replace(limits, max_batch=plan.pictures, size=size)
+    # Several at once take their memory several times, and are hardly faster.
     pipeline.decode = one_by_one(pipeline.decode)
     return pipeline, replace(options, limits=limits)
 

@@ -11,47 +11,32 @@ Apple's MPS takes PyTorch's path like any other device; nobody has tried it here
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-import koala
-from koala.errors import UserError, unknown
+from koala.errors import UserError
 from koala.generation import validation
 from koala.generation.decode import Decode, full
-from koala.generation.denoise import Condition, Predict, evaluate, predictor
+from koala.generation.denoise import Condition, Predict, predictor
 from koala.generation.runtime import openvino
-from koala.generation.runtime.compile import (
-    ROWS,
-    compile_blocks,
-    fuse_projections,
-    graphed,
-    in_fixed_batches,
-    one_by_one,
-)
-from koala.generation.runtime.openvino import Calibration, Sample
+from koala.generation.runtime.compile import in_fixed_batches, one_by_one
+from koala.generation.runtime.openvino import Calibration
 from koala.generation.validation import EXACT, ROUNDED
 from koala.text_conditioning import time_ids
 from koala.utils.asset_packages import cache_folder
 from koala.utils.atomic import new_file
 from koala.utils.device import cpu_name, free_bytes, has_bf16
 
-if TYPE_CHECKING:
-    from koala.generation.pipeline import Pipeline
-
-CALIBRATION = ("a fox, noto style", "two green apples on a light blue background")
 _RUNS = 5  # timed evaluations of each; the middle one counts
 _MARGIN = 1.1  # another back end must be this much faster, or PyTorch stays
 _CONVERTING = 4.5  # times a U-Net's bytes that OpenVINO takes to convert it
-_COST = "; it rounds: docs/speed.md has what that costs"
 
 
 @dataclass(frozen=True)
@@ -67,15 +52,15 @@ class Backend:
 def choose(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
-    asked: str | None = None,
+    asked: str = "remembered",
     samples: Calibration | None = None,
 ) -> Backend:
     """The back end asked for; "auto" and "fastest" measure which it is, unless that is known.
 
-    None takes what an earlier "auto" found out and never measures: a request that did not ask
-    for it does not wait for a conversion. Without `samples` nothing is quantised to 8 bits.
-    UserError for a back end that is unknown, not installed or not for this device or dtype, or
-    too large for this machine; "auto" and "fastest" leave it out then.
+    "remembered" takes what an earlier "auto" found and never measures: who did not ask for it
+    does not wait for a conversion. Without `samples` nothing is quantised to 8 bits.
+    UserError for a back end that is unknown, not installed, not for this device or dtype, or
+    too large for this machine; "auto" and "fastest" leave such a one out.
     """
     validation.runtime(asked, False, False)
     if asked in (*EXACT, *ROUNDED):
@@ -89,7 +74,7 @@ def choose(
     file = _verdict_file(unet, fitting)
     if file.is_file():
         seconds = json.loads(file.read_text())["seconds"]
-    elif asked is not None:
+    elif asked != "remembered":
         seconds = _measured(unet, fitting, samples)
         with new_file(file) as part:
             key = _key(unet, fitting)
@@ -222,93 +207,3 @@ def _key(unet: UNet2DConditionModel, among: Iterable[str]) -> dict[str, object]:
 
 def _verdict_file(unet: UNet2DConditionModel, among: Iterable[str]) -> Path:
     return cache_folder().parent / "backends" / f"{openvino.digest([_key(unet, among)])}.json"
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """fp32, fp16 or bf16 as PyTorch's; UserError for any other name."""
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if name not in dtypes:
-        raise unknown("dtype", name, dtypes)
-    return dtypes[name]
-
-
-def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """UserError for a dtype that the device lacks, or only emulates."""
-    named = str(dtype).removeprefix("torch.")
-    if device.type == "cpu" and dtype == torch.float16:
-        raise UserError(f"dtype {named}: no processor computes in it; choose fp32, or bf16")
-    if device.type == "cpu" and dtype == torch.bfloat16 and not has_bf16():
-        raise UserError(f"dtype {named}: this processor has none; choose fp32")
-    if (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise UserError(
-            f"dtype {named}: {torch.cuda.get_device_name(device)} has none; choose fp16"
-        )
-
-
-# --- a whole pipeline -----------------------------------------------------------------------
-
-
-def equip(
-    pipeline: "Pipeline",
-    backend: str | None = None,
-    compiled: bool = False,
-    graphs: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Gives a loaded pipeline what runs its networks: what `koala generate` does.
-
-    `compiled` fuses the U-Net's projections and compiles the blocks of U-Net and VAE, `graphs`
-    replays evaluations from CUDA graphs; both are PyTorch's. `say` is told what was chosen and
-    why. To be called when every LoRA has been merged. UserError for what does not go together.
-    """
-    validation.runtime(backend, compiled, graphs)
-    if not (compiled or graphs):
-        samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
-        chosen = choose(pipeline.unet, pipeline.vae, backend, samples)
-        if chosen.name != "torch":  # which a pipeline has from the beginning
-            pipeline.predict, pipeline.decode = chosen.predict, chosen.decode
-        if backend is not None or chosen.name != "torch":
-            cost = _COST if chosen.name in ROUNDED else ""
-            say(f"back end {chosen.name} ({chosen.why}){cost}")
-        return
-    if compiled:
-        fuse_projections(pipeline.unet)
-        blocks = compile_blocks(pipeline.unet) + compile_blocks(pipeline.vae.decoder)
-        pipeline.decode = one_by_one(full(pipeline.vae))
-        say(f"{blocks} blocks are compiled at each size's first picture, unless in the cache")
-    pipeline.predict = predictor(pipeline.unet)
-    if graphs:
-        pipeline.predict = graphed(pipeline.predict, pipeline.unet.device)
-    pipeline.predict = in_fixed_batches(pipeline.predict)
-
-
-@torch.inference_mode()
-def _samples(pipeline: "Pipeline") -> list[Sample]:
-    """What the U-Net is asked while two pictures are drawn, which are not decoded."""
-    samples: list[Sample] = []
-    predict = openvino.recorded(predictor(pipeline.unet), samples)
-    rows = [pipeline.begin(request) for request in pipeline.requests([*CALIBRATION], seed=0)]
-    while not rows[0].finished:
-        for row, epsilon in zip(rows, evaluate(predict, rows), strict=True):
-            row.advance(epsilon)
-    return samples
-
-
-@torch.inference_mode()
-def warm_up(pipeline: "Pipeline", sizes: Iterable[tuple[int, int]], pictures: int = 1) -> None:
-    """Has everything compiled, captured or packed that pictures of these sizes will need.
-
-    sizes: (width, height) in pixels. pictures: at most so many at a time. For prompts of one
-    chunk, with guidance and without; longer ones have shapes of their own.
-    """
-    most = min(rows for rows in ROWS if rows >= min(2 * pictures, max(ROWS)))
-    for width, height in sizes:
-        side = (height // pipeline.factor, width // pipeline.factor)
-        for rows in (rows for rows in ROWS if rows <= most):
-            asked = example(pipeline.unet, rows, side, pipeline.conditioner.tokens)
-            pipeline.predict(*asked)
-        pipeline.decode(asked[0][:1].to(pipeline.device))

@@ -7,7 +7,7 @@ must not change. SDPA and channels_last need nothing here: `load` brings both, a
 
 Compiling takes a minute or two the first time. So it is asked for, never done by itself, and what
 it made stays in the cache folder. What is compiled or captured is so for one shape: batches have
-one of a few fixed sizes, which `koala.generation.runtime.backends.warm_up` goes through beforehand.
+one of a few fixed sizes (`ROWS`), which `koala.serving.warmup.warm_up` goes through beforehand.
 """
 
 import os

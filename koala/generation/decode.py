@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
+from koala.checkpoints.latent_scale import LatentScale
 from koala.checkpoints.tensors import load_tensor, read_header
 from koala.checkpoints.validate import read_json
 from koala.errors import Failure, UserError
@@ -28,7 +29,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def full(vae: AutoencoderKL) -> Decode:
     """The VAE's decoder as it is, all images at once."""
-    return _finite(vae, lambda z: vae.decode(z).sample, partial(unscaled, vae))
+    return _finite(vae, lambda z: vae.decode(z).sample, partial(vae_latents, vae))
 
 
 def tiled(vae: AutoencoderKL, positions: int = POSITIONS) -> Decode:
@@ -40,7 +41,7 @@ def tiled(vae: AutoencoderKL, positions: int = POSITIONS) -> Decode:
     def run(z: Tensor) -> Tensor:
         return torch.cat([decode_tiled(vae, one[None], positions) for one in z])
 
-    return _finite(vae, run, partial(unscaled, vae))
+    return _finite(vae, run, partial(vae_latents, vae))
 
 
 def tiny(autoencoder: AutoencoderTiny) -> Decode:
@@ -75,20 +76,9 @@ def computed(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Te
     return y
 
 
-def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents as the VAE made them, float32, from latents as the U-Net sees them.
-
-    With the config's `latents_mean`, `latents_std` and `scaling_factor`, in the order of
-    diffusers' SDXL pipeline.
-    """
-    x = latents.float() / vae.config.scaling_factor
-    if vae.config.latents_mean is not None and vae.config.latents_std is not None:
-        mean, std = (
-            torch.tensor(values, device=x.device).view(1, -1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        x = x * std + mean
-    return x
+def vae_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents as the VAE made them, float32, of latents as the U-Net sees them."""
+    return LatentScale(vae.config, latents.device).denormalise(latents.float())
 
 
 def finished(pixels: Tensor, latents: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,11 +21,11 @@ EIGHT_PROMPTS = (
     "two red apples on a light blue background, noto style",
 )
 SEED = 7
-WIDEST = 256  # pixels: smaller pictures are enlarged, by a whole factor, up to this
+WIDEST = 256  # pixels: smaller images are enlarged by a whole factor, up to this
 
 
 def demo(out: Path, model: str | Path = "koala-mini") -> Path:
-    """Draws the eight prompts into the PNG `out`, saying how long each took; returns its path."""
+    """Draws the eight prompts into the PNG `out`, prints the seconds of each; returns the path."""
     check_writable(out.parent)
     start = time.perf_counter()
     pipeline = load(model)

@@ -1,7 +1,7 @@
-"""Pictures that are given, before anything is computed with them: opened, checked, fingerprinted.
+"""Image files to start from: opened, checked, fingerprinted. Importing this loads no torch.
 
-A file may be anything. Its size is looked at before its pixels are, and it is turned as its camera
-says. Importing this loads no torch.
+A file may be anything: its size is checked before its pixels are read. Its EXIF orientation is
+applied.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 64_000_000
 _RGB_LIKE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
-# Others are no pictures of pixels (EPS runs a program), or nobody's.
+# Other formats hold no pixels (EPS runs a program), or nobody uses them.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "TGA")
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def open_picture(file: str | Path | Image.Image) -> Image.Image:
-    """A picture, upright and loaded, in a mode that has 8 bits a channel.
+    """An image, upright and loaded, in a mode of 8 bits per channel.
 
-    UserError for a file that is none, is cut short, or holds more than 64 million pixels.
+    UserError for a file that is no image, is truncated, or holds more than 64 million pixels.
     """
     if isinstance(file, Image.Image):
         return _upright(file, "the picture")
@@ -57,7 +57,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
 
 
 def fingerprint(image: Image.Image) -> str:
-    """16 hexadecimal digits of the SHA-256 of the picture's mode, size and pixels."""
+    """16 hexadecimal digits of the SHA-256 of the image's mode, size and pixels."""
     header = f"{image.mode} {image.width}x{image.height} ".encode()
     return hashlib.sha256(header + image.tobytes()).hexdigest()[:16]
 
@@ -65,11 +65,11 @@ def fingerprint(image: Image.Image) -> str:
 def mask_places(
     image: Image.Image, picture: tuple[int, int], size: tuple[int, int], factor: int
 ) -> np.ndarray:
-    """bool [h, w] of a latent: where the mask is light, to be painted anew.
+    """bool [h, w] of a latent: where the mask is light, to be repainted.
 
-    `picture` is the size of the picture it is for, `size` that of the picture to be drawn, both
-    (width, height). A latent place takes the mask's pixel in its upper left corner, as in
-    diffusers' pipeline. UserError for a mask of another size, or one that is dark everywhere.
+    picture: size of the image that the mask is for. size: of the image to be drawn. Both are
+    (width, height) in pixels. A latent position takes the mask's pixel in its upper left corner,
+    as in diffusers' pipeline. UserError for a mask of another size, or dark everywhere.
     """
     import numpy as np
 
@@ -83,5 +83,5 @@ def mask_places(
         grey = grey.resize(size, Image.Resampling.LANCZOS)
     light = np.array(grey)[::factor, ::factor] >= 128
     if not light.any():
-        raise UserError("the mask is dark everywhere: make light what is to be painted anew")
+        raise UserError("the mask is dark everywhere: make the part to repaint light")
     return light

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from koala.checkpoints.latent_scale import LatentScale
 from koala.generation.decode import Decode, computed
 from koala.generation.row_tiling import encode_tiled
 
@@ -28,28 +29,22 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
 def encode_picture(vae: AutoencoderKL, pixels: Tensor, tiled: bool = False) -> Tensor:
     """Latents float32 [n, c, h, w] as the U-Net sees them, of pixels [n, 3, 8h, 8w] in -1..1.
 
-    The most likely ones, not a draw; scaled with the VAE config's statistics, as diffusers'
-    picture-to-picture pipeline does. `tiled` takes less memory (`koala.generation.row_tiling`).
+    They are the posterior's mode, not a sample, as in diffusers' image-to-image pipeline. tiled:
+    with row tiling, which takes less memory (`koala.generation.row_tiling`).
     """
 
     def mode(x: Tensor) -> Tensor:
         return encode_tiled(vae, x) if tiled else vae.encode(x).latent_dist.mode()
 
     z = computed(vae, mode, pixels)
-    if vae.config.latents_mean is not None and vae.config.latents_std is not None:
-        mean, std = (
-            torch.tensor(values, device=z.device).view(1, -1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        z = (z - mean) / std
-    return z * vae.config.scaling_factor
+    return LatentScale(vae.config, z.device).normalise(z)
 
 
 class Previewer:
-    """Latents to colours by a linear map, a pixel for each place: rough, and almost for nothing.
+    """Latents to colours by a linear map, one pixel per latent position: rough and very cheap.
 
-    The map is fitted to the decoder itself: to the mean colours of 64 small latents, each the
-    same everywhere, that are drawn as the U-Net's are, of deviation one.
+    The map is fitted to the decoder: to the mean colours of 64 small constant latents, drawn with
+    standard deviation one as the U-Net's are.
     """
 
     def __init__(self, decode: Decode, channels: int) -> None:
@@ -61,7 +56,7 @@ class Previewer:
         self.map = torch.linalg.lstsq(known, means).solution.float()  # [c + 1, 3]
 
     def __call__(self, latents: Tensor) -> Image.Image:
-        """An RGB picture of w x h pixels from latents [1, c, h, w] as the U-Net sees them."""
+        """An RGB image of w x h pixels of latents [1, c, h, w] as the U-Net sees them."""
         places = latents[0].float().cpu().permute(1, 2, 0)
         colours = (places @ self.map[:-1] + self.map[-1]).clamp(0, 1)
         return Image.fromarray((colours * 255).round().to(torch.uint8).numpy())

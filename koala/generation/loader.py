@@ -30,7 +30,7 @@ from koala.generation.runtime.compile import (
     one_by_one,
 )
 from koala.generation.runtime.dtypes import DTYPES, torch_dtype
-from koala.generation.runtime.openvino import Calibration, Sample, recorded
+from koala.generation.runtime.openvino import Calibration, UNetInputs, recorded
 from koala.text_conditioning import TextConditioner
 from koala.utils.device import pick_device
 
@@ -218,9 +218,9 @@ def set_runtime(
 
 
 @torch.inference_mode()
-def _samples(pipeline: Pipeline) -> list[Sample]:
+def _samples(pipeline: Pipeline) -> list[UNetInputs]:
     """The U-Net's inputs while two images are drawn, which are not decoded."""
-    samples: list[Sample] = []
+    samples: list[UNetInputs] = []
     predict = recorded(predictor(pipeline.unet), samples)
     rows = [pipeline.begin(request) for request in pipeline.requests([*CALIBRATION], seed=0)]
     while not rows[0].finished:

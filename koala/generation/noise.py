@@ -1,4 +1,4 @@
-"""The noise of one picture."""
+"""The noise of one image."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from koala.utils.device import sent
 
 
 class Noise:
-    """Unit normal noise of one picture, a function of its seed alone.
+    """Standard normal noise of one image, a function of its seed alone.
 
-    Drawn on the CPU, so that it depends neither on the device nor on other pictures.
+    Sampled on the CPU, so that it depends neither on the device nor on other images.
     """
 
     def __init__(self, seed: int, shape: tuple[int, ...], device: torch.device) -> None:

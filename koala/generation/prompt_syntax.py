@@ -28,17 +28,17 @@ _MARKS = re.compile(
 
 @dataclass(frozen=True)
 class Fragment:
-    """Words of one weight."""
+    """Text of one weight."""
 
     text: str
     weight: float
 
 
 def parse(prompt: str) -> list[list[Fragment]]:
-    """The parts of a prompt between its BREAKs, each in fragments of one weight.
+    """The parts of a prompt between its BREAKs, each as fragments of one weight.
 
-    A bracket without its partner is no mistake: one that is not closed holds to the end, one that
-    was not opened is text. UserError for a weight that is not in 0..10.
+    Brackets need not match: one that is not closed extends to the end, one that was not opened is
+    text. UserError for a weight outside 0..10.
     """
     found: list[str | None] = []  # texts; None is a BREAK
     brackets: list[_Bracket] = []
@@ -67,15 +67,15 @@ def parse(prompt: str) -> list[list[Fragment]]:
 @dataclass
 class _Bracket:
     kind: str
-    start: int  # of what it holds, among the texts found
+    start: int  # index of the first text inside
     weight: float
-    end: int = -1  # where it has no end yet
+    end: int = -1  # while it is open
 
 
 def _weights(brackets: Sequence[_Bracket], count: int) -> Iterator[float]:
-    """The weight of each of `count` texts: all brackets round it multiplied, in one pass.
+    """The weight of each of `count` texts: the product of all brackets around it, in one pass.
 
-    The brackets nest, and are in the order in which they begin.
+    The brackets nest, and are sorted by their start.
     """
     coming = iter(brackets)
     next_one = next(coming, None)
@@ -91,7 +91,7 @@ def _weights(brackets: Sequence[_Bracket], count: int) -> Iterator[float]:
 
 
 def _parts(found: Iterable[tuple[str | None, float]]) -> list[list[Fragment]]:
-    """Split at the BREAKs; neighbours of one weight joined; empty parts left out, all but one."""
+    """Texts split at the BREAKs, neighbours of one weight joined, without empty parts but one."""
     parts: list[list[tuple[float, list[str]]]] = [[]]
     for text, weight in found:
         if not 0 <= weight <= MOST_WEIGHT:

@@ -1,11 +1,11 @@
-"""Prompts of any length, with weights, to what the U-Net reads.
+"""Embeddings of prompts of any length, with weights.
 
-The text encoders read a fixed number of tokens at a time; longer prompts are read in chunks, whose
-embeddings stand one after the other. `koala.generation.prompt_syntax` has the syntax of weights.
+The text encoders read a fixed number of tokens at a time; longer prompts are encoded in chunks,
+whose embeddings are concatenated. `koala.generation.prompt_syntax` has the syntax of weights.
 
-A weight w moves a token's embedding away from that of the empty prompt at the same place: e0 +
-w (e - e0). So do ComfyUI and, for weights above 1, compel; AUTOMATIC1111 scales e itself and puts
-the mean over the prompt back, so that each weighted word changes all the others.
+A weight w moves a token's embedding away from that of the empty prompt at the same position: e0 +
+w (e - e0), as in ComfyUI and, for weights above 1, in compel. AUTOMATIC1111 scales e itself and
+restores the mean over the prompt, so that each weighted word changes all the others.
 """
 
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ from koala.text_conditioning import TextConditioner
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One prompt as the U-Net reads it; t is a multiple of the tokens read at a time."""
+class PromptEmbedding:
+    """One prompt as the U-Net reads it; t is a multiple of a chunk's tokens."""
 
     text: Tensor  # [1, t, d]
     pooled: Tensor  # [1, p]
 
 
-def encode(conditioner: TextConditioner, prompt: str) -> Encoded:
-    """The embeddings of a whole prompt; the pooled one is that of its first chunk.
+def encode(conditioner: TextConditioner, prompt: str) -> PromptEmbedding:
+    """The embedding of a whole prompt; `pooled` is that of its first chunk.
 
-    A chunk ends with a word, unless a single word fills it. A prompt without brackets that fits
-    into one chunk has exactly the embedding that training gave it. UserError as from `parse`.
+    Chunks are split between words, unless a single word fills one. A prompt without brackets that
+    fits into one chunk has exactly the embedding it has in training. UserError as from `parse`.
     """
     parts = parse(prompt)
     sides = [_chunks(parts, side, conditioner.tokens - 2) for side in conditioner.tokenizers]
@@ -40,19 +40,19 @@ def encode(conditioner: TextConditioner, prompt: str) -> Encoded:
         text, of_all = conditioner.read((pair[0].ids, pair[1].ids))
         texts.append(_weighted(conditioner, text, pair))
         pooled.append(of_all)
-    return Encoded(torch.cat(texts)[None], pooled[0][None])
+    return PromptEmbedding(torch.cat(texts)[None], pooled[0][None])
 
 
-def padded(conditioner: TextConditioner, encoded: Encoded, tokens: int) -> Encoded:
+def padded(conditioner: TextConditioner, encoded: PromptEmbedding, tokens: int) -> PromptEmbedding:
     """The same, `tokens` long, with chunks of the empty prompt at the end."""
     missing = (tokens - encoded.text.shape[1]) // conditioner.tokens
     empty, _ = conditioner.read(((), ()))
-    return Encoded(torch.cat([encoded.text[0], *[empty] * missing])[None], encoded.pooled)
+    return PromptEmbedding(torch.cat([encoded.text[0], *[empty] * missing])[None], encoded.pooled)
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """As many tokens as an encoder reads at a time, without the marks, each with its weight."""
+    """Tokens that an encoder reads at once, without the special tokens, and their weights."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -78,7 +78,7 @@ def _chunks(
 
 
 def _word_end(tokens: list[str]) -> int:
-    """How many of the tokens are whole words."""
+    """How many of the first tokens form whole words."""
     return max((i + 1 for i, token in enumerate(tokens) if token.endswith("</w>")), default=0)
 
 
@@ -88,7 +88,7 @@ def _weighted(conditioner: TextConditioner, text: Tensor, pair: tuple[_Chunk, ..
         return text
     columns = []
     for chunk, encoder in zip(pair, conditioner.encoders, strict=True):
-        weights = [1.0, *chunk.weights]  # after the mark of the start
+        weights = [1.0, *chunk.weights]  # of the start token
         weights += [1.0] * (conditioner.tokens - len(weights))
         columns.append(text.new_tensor(weights)[:, None].expand(-1, encoder.config.hidden_size))
     empty, _ = conditioner.read(((), ()))

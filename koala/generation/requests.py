@@ -1,8 +1,7 @@
-"""What is asked for: the record of one picture, and the request that carries what it is made from.
+"""Requests: the settings of one image, and what else it is made from.
 
-Settings are what a PNG keeps; they are complete, so that the same model makes the same picture
-from them again. `checked` says what may be asked, and loads no torch for it: a mistake shows before
-a model is read.
+A PNG keeps the settings. They are complete: the same model makes the same image from them again.
+`checked` validates a request without loading torch, so a mistake shows before a model is read.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-Loras: TypeAlias = tuple[tuple[Path, float], ...]  # files and scales, in the order they are put on
+Loras: TypeAlias = tuple[tuple[Path, float], ...]  # files and scales, in the order of application
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one picture was made: enough to make it again."""
+    """How one image was made: enough to make it again."""
 
     prompt: str
     negative_prompt: str
@@ -50,21 +49,21 @@ class Settings:
     version: str  # of koala
     sampler: str = "Euler"
     schedule: str = "trailing"
-    loras: tuple[tuple[str, float], ...] = ()  # name and scale, in the order they were put on
-    guidance_until: float = 1.0  # the share of the steps that is guided, from the first on
-    strength: float = 1.0  # the share of the steps that is done, where a picture is given
-    image: str = ""  # the given picture's fingerprint; empty where none is given
-    mask: str = ""  # the mask's
+    loras: tuple[tuple[str, float], ...] = ()  # name and scale, in order
+    guidance_until: float = 1.0  # share of the steps with guidance, from the first
+    strength: float = 1.0  # share of the steps that is done, from an image
+    image: str = ""  # fingerprint of the image that it starts from, if any
+    mask: str = ""  # fingerprint of the mask, if any
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to draw, checked and complete; `Pipeline.requests` makes them."""
+    """One image to draw, checked and complete; `Pipeline.requests` makes them."""
 
     settings: Settings
     image: Tensor | None = None  # float32 [1, 3, height, width] in -1..1
-    mask: Tensor | None = None  # float32 [1, 1, h, w]: 1 is painted anew, 0 is kept
-    lora: Loras = ()  # of its own, besides those that are on the model for all
+    mask: Tensor | None = None  # float32 [1, 1, h, w]: 1 is repainted, 0 is kept
+    lora: Loras = ()  # for this image alone, besides the model's
 
     @property
     def pixels(self) -> int:
@@ -73,30 +72,30 @@ class Request:
 
 @dataclass(frozen=True)
 class Known:
-    """What of a model decides which pictures it can draw."""
+    """The facts of a model that decide which images it can draw."""
 
     name: str
     native: int  # pixels of a side
     scheduler_config: Mapping[str, Any]
-    base: Base  # what a LoRA has to fit
-    loras: tuple[tuple[str, float], ...] = ()  # names and scales of those on it
+    base: Base  # what a LoRA must fit
+    loras: tuple[tuple[str, float], ...] = ()  # names and scales of the model's own
 
     @classmethod
     def of(cls, model: str | Path) -> Known:
-        """Of a bundled name, a folder, a Hub id or a single file. UserError if it is none."""
+        """Of a bundled name, a folder, a Hub id or a single file. UserError if it is not found."""
         folder = resolve_model(model)
         native = unet_architecture(folder).sample * FACTOR
         return cls(str(model), native, load_scheduler_config(folder), base_of(folder))
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Pictures that a model can draw, checked."""
+class Checked:
+    """A request of one or more images that a model can draw."""
 
-    settings: list[Settings]  # of each
+    settings: list[Settings]  # of each image
     image: Image.Image | None  # that they start from, upright
-    mask: np.ndarray | None  # bool [h, w] of a latent: painted anew
-    loras: Loras  # of their own
+    mask: np.ndarray | None  # bool [h, w] of a latent: repainted
+    loras: Loras  # for these images alone
 
 
 def checked(
@@ -115,10 +114,10 @@ def checked(
     strength: float | None = None,
     mask: str | Path | Image.Image | None = None,
     lora: Mapping[str | Path, float] | None = None,
-) -> Asked:
-    """What `Pipeline.requests` makes requests of; UserError for a value that is not allowed.
+) -> Checked:
+    """Validates the arguments of `Pipeline.requests`. UserError for a value that is not allowed.
 
-    model: what is known of it, or its name, which is looked for when all else has been checked.
+    model: its facts, or its name, which is resolved after everything else was checked.
     """
     prompts = validation.prompts(prompt)
     validation.numbers(steps=steps, guidance=guidance, number=number)
@@ -171,4 +170,4 @@ def checked(
         replace(first, prompt=prompts[i // number], seed=first.seed + i)
         for i in range(len(prompts) * number)
     ]
-    return Asked(every, given, places, own)
+    return Checked(every, given, places, own)

@@ -1,8 +1,8 @@
-"""The noise levels a picture goes through: SDXL's discrete schedule, in trailing or LCM spacing.
+"""Noise schedules: SDXL's discrete one, in trailing or LCM spacing.
 
-KOALA samples in 10 steps, and with so few the first one must start at the noisiest level that
-training saw. "Trailing" spacing does (arXiv 2305.08891, table 2); "leading", SDXL's own,
-starts below it. Consistency models were trained to jump between 50 levels of their own.
+KOALA samples in 10 steps. With so few, the first must start at the noisiest level of training, as
+"trailing" spacing does (arXiv 2305.08891, table 2); "leading", SDXL's own, starts below it. Latent
+consistency models were trained on 50 levels of their own.
 """
 
 from collections.abc import Callable
@@ -28,30 +28,30 @@ class Schedule:
         return len(self.timesteps)
 
     def last(self, share: float) -> "Schedule":
-        """The last `share` (0..1] of the steps, rounded down, as for a picture that is given.
+        """The last `share` (0..1] of the steps, rounded down: what starts from an image.
 
-        UserError where that leaves no step.
+        UserError if that leaves no step.
         """
         skipped = len(self) - validation.steps_done(len(self), share)
         return Schedule(self.timesteps[skipped:], self.sigmas[skipped:])
 
 
 def trailing(config: dict[str, Any], steps: int) -> Schedule:
-    """The schedule of `steps` Euler steps for a folder's scheduler config.
+    """`steps` steps in trailing spacing, for a folder's scheduler config.
 
     Equal to diffusers' `EulerDiscreteScheduler(timestep_spacing="trailing")`, whatever sampler
-    and spacing the config itself names. UserError for a config that is not SDXL's discrete,
-    epsilon-predicting kind, or for more steps than it has noise levels.
+    and spacing the config names. UserError for a config that is not discrete and predicts epsilon
+    as SDXL's, or for more steps than it has noise levels.
     """
     levels = validation.schedule(config, "trailing", steps)
-    # The n-th part of the levels at a time, down from the last; a half rounds to even, and the
-    # slice drops the zero that rounding errors add at a few numbers of steps.
+    # Equal parts of the levels, down from the last; halves round to even, and the slice drops a
+    # zero that rounding errors add for some numbers of steps.
     ends = np.arange(levels, 0, -levels / steps)[:steps].round()
     return _schedule(config, ends - 1)
 
 
 def lcm(config: dict[str, Any], steps: int) -> Schedule:
-    """The schedule of latent consistency models (arXiv 2310.04378): `steps` of their 50 levels.
+    """`steps` of the 50 levels of latent consistency models (arXiv 2310.04378).
 
     Equal to diffusers' `LCMScheduler`. UserError as for `trailing`, or for more than 50 steps.
     """
@@ -71,7 +71,7 @@ def _schedule(config: dict[str, Any], timesteps: np.ndarray) -> Schedule:
 
 
 def _sigmas(config: dict[str, Any]) -> Tensor:
-    """sqrt((1 - abar_t) / abar_t) for every t, float32 [levels]: noise over signal."""
+    """sigma_t = sqrt((1 - abar_t) / abar_t) for every t, float32 [levels]."""
     start, end = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5
     betas = torch.linspace(start, end, config["num_train_timesteps"], dtype=torch.float32) ** 2
     alphas_bar = torch.cumprod(1.0 - betas, dim=0)

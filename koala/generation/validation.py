@@ -1,4 +1,4 @@
-"""What a person may ask of the pipeline; all else is refused before any work, in one line.
+"""Checks of a user's arguments: one line for each mistake, before any work is done.
 
 Importing this loads no torch.
 """
@@ -22,16 +22,16 @@ WEIGHTS = (*DTYPES, "int8", "fp8")
 DECODERS = ("full", "tiled", "tiny")
 SMALLEST, LARGEST = 16, 4096  # pixels a side
 MOST_STEPS = 1000
-MOST_PICTURES = 10_000  # of all prompts together
+MOST_PICTURES = 10_000  # of all prompts
 MOST_GUIDANCE = 100
 MOST_SEED = 2**63 - 1
 MOST_LORA_SCALE = 100
 LONGEST_TEXT = 10_000  # characters
-STRENGTH = 0.6  # where a picture is given and no strength
-LCM_LEVELS = 50  # that latent consistency models jump between (arXiv 2310.04378)
+STRENGTH = 0.6  # default for an image without a strength
+LCM_LEVELS = 50  # noise levels of latent consistency models (arXiv 2310.04378)
 
-# Settings of diffusers' scheduler configs that would change the numbers below, and the one
-# value of each that means SDXL's schedule. A config that lacks a key means that value.
+# Keys of diffusers' scheduler configs that change the schedule, and the value of SDXL's schedule,
+# which is also what a config without the key means.
 _SCHEDULE: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
@@ -47,7 +47,7 @@ _SCHEDULE: dict[str, Any] = {
 
 
 def prompts(prompt: str | list[str]) -> list[str]:
-    """The prompts as a list; UserError if there is none, or one says nothing."""
+    """The prompts as a list. UserError if there is none, or one is empty."""
     found = [prompt] if isinstance(prompt, str) else list(prompt)
     if not found:
         raise UserError("no prompt: give at least one, such as 'a red fox, noto style'")
@@ -59,7 +59,7 @@ def prompts(prompt: str | list[str]) -> list[str]:
 
 
 def negative_prompt(text: str, guidance: float) -> None:
-    """UserError for a negative prompt that could not have an effect."""
+    """UserError for a negative prompt that would have no effect."""
     _text(text, "negative prompt")
     if text and guidance <= 1:
         raise UserError(
@@ -69,7 +69,7 @@ def negative_prompt(text: str, guidance: float) -> None:
 
 
 def numbers(steps: int, guidance: float, number: int) -> None:
-    """UserError unless steps, guidance and the number of pictures are in their ranges."""
+    """UserError unless steps, guidance and the number of images are in range."""
     if not _whole(steps) or not 1 <= steps <= MOST_STEPS:
         raise UserError(
             f"steps is {steps!r}: allowed are whole numbers from 1 to {MOST_STEPS}, 10 is usual"
@@ -86,7 +86,7 @@ def numbers(steps: int, guidance: float, number: int) -> None:
 
 
 def guidance_until(asked: float, guidance: float) -> float:
-    """UserError unless it is a share of the steps, and there is guidance to cut off."""
+    """UserError unless it is a share of the steps and there is guidance to end."""
     if not _number(asked) or not 0 < asked <= 1:
         raise UserError(
             f"guidance until is {asked!r}: allowed are shares of the steps above 0, up to 1 (all)"
@@ -100,17 +100,17 @@ def guidance_until(asked: float, guidance: float) -> float:
 
 
 def strength(asked: float | None, picture: bool, mask: bool) -> float:
-    """The share of the steps to do: 1 without a picture. UserError for one that is no share."""
+    """The share of the steps to do: 1 without an image. UserError if out of range."""
     if mask and not picture:
-        raise UserError("a mask needs the picture that it is for: give an image as well")
+        raise UserError("a mask needs an image: give the image that it is for")
     if asked is None:
         return STRENGTH if picture else 1.0
     if not picture:
-        raise UserError(f"strength {asked!r} has no effect without a picture: give an image")
+        raise UserError(f"strength {asked!r} has no effect without an image: give one")
     if not _number(asked) or not 0 < asked <= 1:
         raise UserError(
-            f"strength is {asked!r}: allowed are numbers above 0 (the picture as it is), up to 1 "
-            f"(all anew); {STRENGTH:g} is usual"
+            f"strength is {asked!r}: allowed are numbers above 0 (keep the image), up to 1 "
+            f"(redraw it); {STRENGTH:g} is usual"
         )
     return float(asked)
 
@@ -118,8 +118,8 @@ def strength(asked: float | None, picture: bool, mask: bool) -> float:
 def size(asked: tuple[int, int] | str, factor: int = FACTOR) -> tuple[int, int]:
     """(width, height) in pixels, each a multiple of the VAE's `factor`.
 
-    That suffices: where a U-Net's downsampling does not divide the latent, diffusers' passes
-    the sizes on to the upsampling.
+    No larger factor is needed: if the U-Net's downsampling does not divide the latent, diffusers
+    passes the sizes on to the upsampling.
     """
     rule = f"allowed are multiples of {factor} from {SMALLEST} to {LARGEST}, such as 512x512"
     if isinstance(asked, str):
@@ -136,7 +136,7 @@ def size(asked: tuple[int, int] | str, factor: int = FACTOR) -> tuple[int, int]:
 
 
 def seed(asked: int | None, pictures: int) -> int:
-    """The first picture's seed: the one asked for, or a random one of 32 bits."""
+    """The first image's seed: the one asked for, or a random one of 32 bits."""
     if asked is None:
         return secrets.randbelow(2**32)
     if not _whole(asked) or not 0 <= asked <= MOST_SEED - (pictures - 1):
@@ -148,16 +148,16 @@ def seed(asked: int | None, pictures: int) -> int:
 
 
 def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
-    """How many noise levels a scheduler config has.
+    """The number of noise levels of a scheduler config.
 
-    spacing: a sampler's, "trailing" or "lcm". UserError for a config that is not SDXL's discrete,
-    epsilon-predicting kind, or a number of steps that it does not have.
+    spacing: a sampler's, "trailing" or "lcm". UserError for a config that is not discrete and
+    predicts epsilon as SDXL's, or for more steps than it has noise levels.
     """
     for key, wanted in _SCHEDULE.items():
         found = config.get(key, wanted)
         if found != wanted:
             raise UserError(
-                f"the scheduler config says {key} = {found!r}; the schedulers here are made for "
+                f"the scheduler config has {key} = {found!r}, koala's schedulers need "
                 f"{wanted!r}: use a model trained on SDXL's schedule"
             )
     levels: int = config["num_train_timesteps"]
@@ -169,7 +169,7 @@ def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
 
 
 def steps_done(steps: int, share: float) -> int:
-    """How many of the steps a strength of `share` does, rounded down. UserError for none."""
+    """How many of the steps a strength of `share` does, rounded down. UserError for 0."""
     done = min(int(steps * share), steps)
     if done < 1:
         raise UserError(
@@ -180,7 +180,7 @@ def steps_done(steps: int, share: float) -> int:
 
 
 def lora_scale(asked: float) -> float:
-    """UserError unless a LoRA's scale is in its range; negative ones turn it round."""
+    """UserError unless a LoRA's scale is in range; negative ones invert its effect."""
     numeric = isinstance(asked, (int, float)) and not isinstance(asked, bool)
     if not numeric or not abs(asked) <= MOST_LORA_SCALE:
         raise UserError(
@@ -191,9 +191,9 @@ def lora_scale(asked: float) -> float:
 
 
 def loras(asked: Sequence[str]) -> dict[str | Path, float]:
-    """File -> scale, of each "FILE" or "FILE:SCALE"; without a scale it is 1.
+    """File -> scale, of each "FILE" or "FILE:SCALE"; the default scale is 1.
 
-    UserError for a scale that is none, or a file that is named twice.
+    UserError for a scale that is no number or out of range, or a file that is given twice.
     """
     found: dict[str | Path, float] = {}
     for text in asked:
@@ -248,7 +248,7 @@ def runtime(
 
 
 def budget(vram: float | str) -> int | None:
-    """Bytes of a budget in GiB; None for what is "free". UserError for what is neither."""
+    """Bytes of a budget in GiB; None for "free". UserError for anything else."""
     if vram == "free":
         return None
     try:
@@ -270,7 +270,7 @@ def _whole(value: object) -> bool:
 
 
 def _text(value: object, what: str) -> None:
-    """UserError unless `value` is text of a sane length that UTF-8 can hold, without controls."""
+    """UserError unless `value` is valid text of limited length without control characters."""
     if not isinstance(value, str):
         raise UserError(f"the {what} is {value!r}: allowed is text")
     if len(value) > LONGEST_TEXT:

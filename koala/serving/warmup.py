@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from koala.generation import Engine, Pipeline, Progress
-from koala.generation.denoise import Row, evaluate
+from koala.generation.denoise import BatchRow, evaluate
 from koala.generation.memory.placement import free_unused, ran_out
 
 GAIN = 1.05  # that a doubled batch must make each picture cheaper
@@ -50,7 +50,7 @@ def _draw(pipeline: Pipeline) -> None:
     ticket.result()
 
 
-def _worth(pipeline: Pipeline, row: Row) -> int:
+def _worth(pipeline: Pipeline, row: BatchRow) -> int:
     best, cost = 1, _seconds(pipeline, [row])
     while best < MOST and cost * best < LONGEST:
         try:
@@ -67,7 +67,7 @@ def _worth(pipeline: Pipeline, row: Row) -> int:
 
 
 @torch.inference_mode()
-def _seconds(pipeline: Pipeline, rows: list[Row], runs: int = 3) -> float:
+def _seconds(pipeline: Pipeline, rows: list[BatchRow], runs: int = 3) -> float:
     """Of one step of the rows, the best of `runs` after one that warms up."""
     found = []
     for _ in range(runs + 1):

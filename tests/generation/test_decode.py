@@ -118,12 +118,12 @@ def test_a_tiny_decoder_that_overflows_is_run_once_more_in_float32():
 
 
 def test_what_is_not_a_number_is_a_failure_that_names_the_culprit(vae):
-    with pytest.raises(Failure, match="U-Net gave not-a-number"):
+    with pytest.raises(Failure, match="U-Net gave NaN"):
         full(vae)(torch.full((1, 4, 4, 4), torch.nan))
     broken = toy_vae()
     broken.decoder.conv_out.bias.data[0] = torch.nan
     for decoder in (full, tiled):
-        with pytest.raises(Failure, match="decoder gave not-a-number in float32"):
+        with pytest.raises(Failure, match="decoder gave NaN in float32"):
             decoder(broken)(latents(1, 4, 4, 4))
 
 
@@ -163,7 +163,7 @@ def test_a_tiny_autoencoder_is_found_by_its_hub_id(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     loaded = load_tiny("some/taesdxl").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(UserError, match="'some/other' is no local folder and cannot be had"):
+    with pytest.raises(UserError, match="'some/other' is no local folder and cannot be downloaded"):
         load_tiny("some/other")
 
 

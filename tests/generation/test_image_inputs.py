@@ -226,12 +226,12 @@ def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path, pipeline):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strength": 0.5}, "strength 0.5 has no effect without a picture"),
+        ({"strength": 0.5}, "strength 0.5 has no effect without an image"),
         ({"image": True, "strength": 0}, "strength is 0: allowed are numbers above 0"),
         ({"image": True, "strength": 1.01}, "strength is 1.01"),
         ({"image": True, "strength": float("nan")}, "strength is nan"),
         ({"image": True, "strength": 0.09}, "strength 0.09 of 10 steps leaves no step"),
-        ({"mask": True}, "a mask needs the picture"),
+        ({"mask": True}, "a mask needs an image"),
         ({"image": True, "mask": (32, 48)}, "the mask is 32x48, its picture 64x48"),
         ({"image": True, "mask": "dark"}, "the mask is dark everywhere"),
     ],

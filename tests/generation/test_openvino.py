@@ -164,9 +164,9 @@ def test_refusals(unet, vae, monkeypatch):
     with pytest.raises(UserError, match="no bfloat16; choose openvino or torch"):
         choose(unet, vae, "openvino-bf16")
     monkeypatch.setattr("koala.generation.runtime.backends.free_bytes", lambda device: 1000)
-    with pytest.raises(UserError, match=r"converting takes about .* GiB, 0\.0 are free"):
+    with pytest.raises(UserError, match=r"conversion takes about .* GiB, 0\.0 GiB are free"):
         choose(unet, vae, "openvino")
-    assert choose(unet, vae, "auto").why == "the only one that fits"
+    assert choose(unet, vae, "auto").why == "no other is installed or fits"
 
 
 def test_a_back_end_is_measured_when_asked_and_remembered(unet, vae, cache):

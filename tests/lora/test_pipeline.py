@@ -101,7 +101,7 @@ def test_misuse_is_refused(toy_sdxl, files):
         pipeline.add_lora(files[1], float("nan"))
     with pytest.raises(UserError, match="LoRA scale is 101"):
         pipeline.scale_lora("a", 101)
-    with pytest.raises(UserError, match="'b' is not on the model; on it are: a"):
+    with pytest.raises(UserError, match="'b' is not on the model; its LoRAs: a"):
         pipeline.remove_lora("b")
     pipeline.add_lora(files[1], merged=True)
     with pytest.raises(UserError, match="'b' is merged into the weights for good"):

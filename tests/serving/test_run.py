@@ -213,7 +213,7 @@ def test_what_replicas_bring_is_what_the_record_says():
 
 def test_without_keys_for_all_the_world_there_is_a_warning(data, capsys):
     assert serving(lambda: None, free_port(), "--host", "0.0.0.0") == 0
-    assert "warning: whoever reaches 0.0.0.0 can draw" in capsys.readouterr().err
+    assert "warning: everybody who reaches 0.0.0.0 can use" in capsys.readouterr().err
 
 
 def test_the_pages_numbers_are_the_defaults():
@@ -241,8 +241,8 @@ def test_the_pages_numbers_are_the_defaults():
         (["--queue", "-1"], "--queue is -1"),
         (["--rate", "nan"], "--rate is nan"),
         (["--max-size", "big"], "--max-size 'big'"),
-        (["--port", "70000"], "port 70000"),
-        (["--host", "192.0.2.1"], "192.0.2.1 cannot be had"),
+        (["--port", "70000"], "cannot listen at port 70000"),
+        (["--host", "192.0.2.1"], "cannot listen at port 8000 of 192.0.2.1"),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_anything_begins(
@@ -259,7 +259,7 @@ def test_a_port_that_is_taken_is_a_mistake(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KOALA_DATA", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
-    assert "cannot be had" in capsys.readouterr().err
+    assert "cannot listen at port" in capsys.readouterr().err
 
 
 def test_data_lie_where_the_user_keeps_such_things(monkeypatch, tmp_path):

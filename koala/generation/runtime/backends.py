@@ -1,11 +1,9 @@
-"""What runs a model on a processor: PyTorch, or OpenVINO where it was measured to be faster.
+"""Back ends on a CPU: PyTorch, or OpenVINO if it was measured to be faster.
 
-Which one wins depends on the processor, the model and its size, so nobody should believe anything:
-`choose` times one evaluation of each, once, and remembers the verdict for this machine, these
-versions and this architecture in the cache folder. "auto" chooses among those that give the same
-picture within 1e-4, "fastest" also among those that round to bfloat16 or to 8 bits.
-
-Apple's MPS takes PyTorch's path like any other device; nobody has tried it here.
+Which is faster depends on the CPU, the model and its size. So `choose` times one evaluation of
+each, once, and keeps the result for this machine, these versions and this architecture in the
+cache folder. "auto" chooses among the back ends that give the same image within 1e-4, "fastest"
+also among those that round to bfloat16 or to 8 bits.
 """
 
 import json
@@ -34,14 +32,14 @@ from koala.utils.asset_packages import cache_folder
 from koala.utils.atomic import new_file
 from koala.utils.device import cpu_name, free_bytes, has_bf16
 
-_RUNS = 5  # timed evaluations of each; the middle one counts
-_MARGIN = 1.1  # another back end must be this much faster, or PyTorch stays
-_CONVERTING = 4.5  # times a U-Net's bytes that OpenVINO takes to convert it
+_RUNS = 5  # timed evaluations of each; the median counts
+_MARGIN = 1.1  # another back end must be this much faster than PyTorch
+_CONVERTING = 4.5  # memory that OpenVINO's conversion takes, in sizes of the U-Net
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs the two networks that cost time, and why it was chosen."""
+    """What runs U-Net and VAE, and why it was chosen."""
 
     name: str  # of EXACT or ROUNDED
     why: str  # for a person to read
@@ -70,8 +68,8 @@ def choose(
     among = (*EXACT, *ROUNDED) if asked == "fastest" else EXACT
     fitting = [one for one in among if one == "torch" or not _lacking(one, unet, samples)]
     if fitting == ["torch"]:
-        return _made("torch", "the only one that fits", unet, vae)
-    file = _verdict_file(unet, fitting)
+        return _made("torch", "no other is installed or fits", unet, vae)
+    file = _record_file(unet, fitting)
     if file.is_file():
         seconds = json.loads(file.read_text())["seconds"]
     elif asked != "remembered":
@@ -80,7 +78,7 @@ def choose(
             key = _key(unet, fitting)
             part.write_text(json.dumps({"seconds": seconds, "key": key}, indent=1) + "\n")
     else:
-        return _made("torch", "none was measured: --backend auto measures", unet, vae)
+        return _made("torch", "none was measured: auto measures", unet, vae)
     best = min(seconds, key=lambda one: seconds[one] * (1 if one == "torch" else _MARGIN))
     figures = ", ".join(f"{one} {1e3 * value:.1f} ms" for one, value in seconds.items())
     return _made(best, f"one evaluation: {figures}", unet, vae, samples)
@@ -93,21 +91,21 @@ def _lacking(backend: str, unet: UNet2DConditionModel, samples: Calibration | No
     if backend == "torch":
         return None
     if unet.device.type != "cpu":
-        return f"it is for the processor, this model is on {unet.device}"
+        return f"it runs on the CPU, this model is on {unet.device}"
     if unet.dtype != torch.float32 and not (backend == "openvino" and dtype == "bfloat16"):
         return f"it takes a model in float32 (openvino: or bfloat16), this one is in {dtype}"
     if precision == "bf16" and not has_bf16():
-        return "this processor has no bfloat16; choose openvino or torch"
+        return "this CPU has no bfloat16; choose openvino or torch"
     needed = {"torch": (), "openvino": ("openvino",)}[engine]
     needed += ("nncf",) if precision == "int8" else ()
     if missing := [one for one in needed if find_spec(one) is None]:
         return f"{' and '.join(missing)} not installed: pip install 'koala-diffusion[openvino]'"
     if precision == "int8" and samples is None:
-        return "it needs samples of the model's work"
+        return "it needs inputs of the U-Net for calibration"
     size = sum(p.numel() * p.element_size() for p in unet.parameters())
     free, wanted = free_bytes(unet.device), _CONVERTING * size
     if engine == "openvino" and wanted > free:
-        return f"converting takes about {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        return f"conversion takes about {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
     return None
 
 
@@ -123,13 +121,13 @@ def _made(
         return Backend(backend, why, predict, full(vae))
     half = vae.dtype == torch.bfloat16 or backend == "openvino-bf16"
     decode = openvino.decoder(vae, "bf16" if half else "fp32")
-    # What is compiled is so for one shape: requests that join and leave shall meet no new one.
+    # Compiled for one shape: requests that join and leave must not cause a new one.
     fixed = in_fixed_batches(predict)
     return Backend(backend, why, fixed, one_by_one(decode))
 
 
 def _predictor(backend: str, unet: UNet2DConditionModel, samples: Calibration | None) -> Predict:
-    """What predicts; the U-Net stays as it is."""
+    """The back end's `Predict`; the U-Net is not changed."""
     engine, _, precision = backend.partition("-")
     if engine == "openvino":
         precision = precision or ("bf16" if unet.dtype == torch.bfloat16 else "fp32")
@@ -139,7 +137,7 @@ def _predictor(backend: str, unet: UNet2DConditionModel, samples: Calibration | 
 
 
 def _in_bfloat16(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A copy in bfloat16, made tensor by tensor. UserError for one with a LoRA beside it."""
+    """A copy in bfloat16, made tensor by tensor. UserError if a LoRA lies beside the weights."""
     openvino.refuse_hooks(unet)
     with torch.device("meta"):
         copy = UNet2DConditionModel.from_config(unet.config)
@@ -160,9 +158,9 @@ def _measured(
 
 @torch.inference_mode()
 def seconds_of(predict: Predict, unet: UNet2DConditionModel, runs: int = _RUNS) -> float:
-    """Seconds of one evaluation (the middle of `runs`), two rows at the U-Net's native size."""
+    """Median seconds of one evaluation of two rows at the U-Net's native size."""
     asked = example(unet)
-    predict(*asked)  # warm: what is compiled or packed once is not timed
+    predict(*asked)  # warm-up: compiling and packing are not timed
     seconds = []
     for _ in range(runs):
         start = time.perf_counter()
@@ -177,7 +175,7 @@ def example(
     side: int | tuple[int, int] | None = None,
     tokens: int = 77,
 ) -> tuple[Tensor, Tensor, Condition]:
-    """Random arguments of a `Predict`: latents of `side` or (height, width), or the native size."""
+    """Random arguments of a `Predict`: latents of `side` or (height, width), by default native."""
     config, draw = unet.config, torch.Generator().manual_seed(0)
     side = side or config.sample_size
     h, w = side if isinstance(side, tuple) else (side, side)
@@ -193,7 +191,7 @@ def example(
 
 
 def _key(unet: UNet2DConditionModel, among: Iterable[str]) -> dict[str, object]:
-    """All that a verdict depends on. Weights are not among it."""
+    """All that a measurement depends on. The weights' values do not matter."""
     return {
         "among": list(among),
         "processor": cpu_name(),
@@ -205,5 +203,5 @@ def _key(unet: UNet2DConditionModel, among: Iterable[str]) -> dict[str, object]:
     }
 
 
-def _verdict_file(unet: UNet2DConditionModel, among: Iterable[str]) -> Path:
+def _record_file(unet: UNet2DConditionModel, among: Iterable[str]) -> Path:
     return cache_folder().parent / "backends" / f"{openvino.digest([_key(unet, among)])}.json"

@@ -28,9 +28,8 @@ from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.judge import Judge
 from koala.evaluation.report import Yardstick, choose, hardware, yardstick_of
 from koala.generation.decode import TINY
-from koala.generation.memory.placement import load_within
-from koala.generation.pipeline import Pipeline, load
-from koala.generation.runtime.backends import equip
+from koala.generation.loader import load
+from koala.generation.pipeline import Pipeline
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils.atomic import new_folder
 from koala.utils.progress import progress
@@ -44,34 +43,25 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _planned(**asked: Any) -> Callable[[str, str], Pipeline]:
-    return lambda model, device: load_within(model, device, say=_say, **asked)[0]
-
-
-def _equipped(backend: str) -> Callable[[str, str], Pipeline]:
-    def made(model: str, device: str) -> Pipeline:
-        pipeline = load(model, device)
-        equip(pipeline, backend, say=_say)
-        return pipeline
-
-    return made
+def _loaded(**asked: Any) -> Callable[[str, str], Pipeline]:
+    return lambda model, device: load(model, device, say=_say, **asked)
 
 
 Way = tuple[Callable[[str, str], Pipeline], dict[str, Any]]  # loader, what is asked besides
 WAYS: dict[str, Way] = {
-    EXACT: (_planned(weights="fp32", decode="full"), {}),
-    "decode in strips": (_planned(weights="fp32", decode="tiled"), {}),
-    "decode tiny": (_planned(weights="fp32", decode="tiny"), {}),
-    "weights int8": (_planned(weights="int8", decode="full"), {}),
-    "weights fp8": (_planned(weights="fp8", decode="full"), {}),
-    "weights int8, decode tiny": (_planned(weights="int8", decode="tiny"), {}),
-    "weights bf16": (_planned(weights="bf16", decode="full"), {}),
-    "guidance until 0.75": (_planned(weights="fp32", decode="full"), {"guidance_until": 0.75}),
-    "guidance until 0.5": (_planned(weights="fp32", decode="full"), {"guidance_until": 0.5}),
-    "back end openvino": (_equipped("openvino"), {}),
-    "back end torch-bf16": (_equipped("torch-bf16"), {}),
-    "back end openvino-bf16": (_equipped("openvino-bf16"), {}),
-    "back end openvino-int8": (_equipped("openvino-int8"), {}),
+    EXACT: (_loaded(weights="fp32", decode="full"), {}),
+    "decode in strips": (_loaded(weights="fp32", decode="tiled"), {}),
+    "decode tiny": (_loaded(weights="fp32", decode="tiny"), {}),
+    "weights int8": (_loaded(weights="int8", decode="full"), {}),
+    "weights fp8": (_loaded(weights="fp8", decode="full"), {}),
+    "weights int8, decode tiny": (_loaded(weights="int8", decode="tiny"), {}),
+    "weights bf16": (_loaded(weights="bf16", decode="full"), {}),
+    "guidance until 0.75": (_loaded(weights="fp32", decode="full"), {"guidance_until": 0.75}),
+    "guidance until 0.5": (_loaded(weights="fp32", decode="full"), {"guidance_until": 0.5}),
+    "back end openvino": (_loaded(backend="openvino"), {}),
+    "back end torch-bf16": (_loaded(backend="torch-bf16"), {}),
+    "back end openvino-bf16": (_loaded(backend="openvino-bf16"), {}),
+    "back end openvino-int8": (_loaded(backend="openvino-int8"), {}),
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import UNetArchitecture
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
 # Teacher block that student block k of s starts from, out of the teacher's t (KOALA, table 4):
 DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
@@ -65,7 +65,7 @@ def block_map(
     `student` is no cut of `teacher`.
     """
     if depth_rule not in DEPTH_RULES:
-        raise UserError(f"unknown depth rule {depth_rule!r}; choose {', '.join(DEPTH_RULES)}")
+        raise unknown("depth rule", depth_rule, DEPTH_RULES)
     if len(student.depths) != len(teacher.depths):
         raise UserError(f"{student.name} and {teacher.name} have different numbers of stages")
     _check_pair(teacher, student)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
 LATENT_CHANNELS = 4
 TIME_IDS = 6  # SDXL's size and crop conditioning: original, crop and target, two numbers each
@@ -149,10 +149,7 @@ def _own_depths(to: str, teacher: UNetArchitecture) -> tuple[int, ...]:
     """The depths in "0,2,4" or "0,2,4,no-mid"; `UserError` if they are none for `teacher`."""
     numbers = to.removesuffix(_NO_MID).split(",")
     if not all(number.isascii() and number.isdigit() and len(number) < 4 for number in numbers):
-        raise UserError(
-            f"no student {to!r}; choose one of {', '.join(CUTS)}, or depths such as 0,2,4 or "
-            f"0,2,4{_NO_MID}"
-        )
+        raise unknown("student", to, CUTS, f", or depths such as 0,2,4 or 0,2,4{_NO_MID}")
     depths = tuple(map(int, numbers))
     pairs = zip(depths, teacher.depths, strict=False)
     if len(depths) != len(teacher.depths) or not any(depths) or any(s > t for s, t in pairs):
@@ -188,5 +185,5 @@ ARCHITECTURES = {name: ARCHITECTURES[name] for name in _ORDER}
 def get(name: str) -> UNetArchitecture:
     """The architecture of that name; `UserError` lists the names."""
     if name not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {name!r}; known are {', '.join(ARCHITECTURES)}")
+        raise unknown("architecture", name, ARCHITECTURES)
     return ARCHITECTURES[name]

@@ -5,11 +5,22 @@ latency and memory table). KOALA draws in 10 steps with guidance 3.5. The paper 
 many steps SDXL-Turbo and SDXL-Lightning took; here they take 4 without guidance, as their makers
 recommend, so those rows are to be read against stock diffusers beside them, not against the paper.
 PixArt is another kind of model and left out.
+
+Importing this loads no torch, so that `check` answers at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from koala.errors import UserError
+from koala.architectures.table import FACTOR
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.tensors import float_dtype
+from koala.checkpoints.validate import unet_architecture
+from koala.errors import UserError, did_you_mean, unknown
+from koala.generation import validation
+from koala.utils.atomic import check_new
+from koala.utils.device import check_device
 
 CARDS = ("3060Ti 8 GB", "2080Ti 11 GB", "4090 24 GB")
 BUDGETS = (8, 11, 24)  # GB of the three
@@ -53,5 +64,55 @@ CASES = {row[0]: Case(*row[:5], published=row[5:]) for row in _ROWS}
 def get(name: str) -> Case:
     """The case of that name; `UserError` lists the names."""
     if name not in CASES:
-        raise UserError(f"unknown case {name!r}; known are {', '.join(CASES)}")
+        raise unknown("case", name, CASES)
     return CASES[name]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, how it is asked to draw, and whether its weights are random."""
+
+    case: Case
+    random: bool
+    folder: Path | None = None
+
+
+def subject(name: str) -> Subject:
+    """A case of the published table, or a model: bundled name, folder, Hub id.
+
+    Of one's own model the native size is drawn, in 10 steps with guidance 3.5. UserError for
+    what is neither.
+    """
+    if name in CASES:
+        return Subject(CASES[name], random=True)
+    try:
+        folder = resolve_model(name)
+    except UserError as error:
+        raise UserError(f"{error}{did_you_mean(name, CASES)}") from None
+    arch = unet_architecture(folder)
+    pixels = arch.sample * FACTOR
+    label = folder.name if Path(name).exists() else name
+    return Subject(Case(label, arch.name, pixels, 10, 3.5), random=False, folder=folder)
+
+
+def check(
+    names: Sequence[str],
+    out: Path,
+    device: str | None,
+    dtype: str | None,
+    runs: int,
+    backend: str | None,
+    compiled: bool,
+    graphs: bool,
+) -> list[Subject]:
+    """What `benchmark` is to measure; UserError for what is unknown, not there, or no new folder.
+
+    No names means the whole table.
+    """
+    check_new(out)
+    if runs < 1:
+        raise UserError(f"runs is {runs}: allowed are whole numbers from 1, 5 is usual")
+    check_device(device)
+    float_dtype(dtype)
+    validation.runtime(backend, compiled, graphs)
+    return [subject(name) for name in names or CASES]

@@ -5,9 +5,6 @@ output says which rows had random ones. Random pipelines are built on the device
 precision asked for, with the published text encoders' and VAE's configurations.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -19,12 +16,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from koala.architectures.config import unet_config
-from koala.architectures.table import FACTOR, UNetArchitecture, get
-from koala.benchmark.cases import CASES, Case
+from koala.architectures.table import UNetArchitecture, get
+from koala.benchmark.cases import Subject
 from koala.checkpoints.bundled import BUNDLED
-from koala.checkpoints.resolve import resolve_model
-from koala.checkpoints.validate import unet_architecture
-from koala.generation.pipeline import Pipeline, load
+from koala.generation.loader import load
+from koala.generation.pipeline import Pipeline
 from koala.text_conditioning import TextConditioner
 
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
@@ -49,34 +45,10 @@ _VAE = {
 _SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model, how it is asked to draw, and whether its weights are random."""
-
-    case: Case
-    random: bool
-    folder: Path | None = None
-
-
-def subject(name: str) -> Subject:
-    """A case of the published table, or a model: bundled name, folder, Hub id.
-
-    Of one's own model the native size is drawn, in 10 steps with guidance 3.5. UserError for
-    what is neither.
-    """
-    if name in CASES:
-        return Subject(CASES[name], random=True)
-    folder = resolve_model(name)
-    arch = unet_architecture(folder)
-    pixels = arch.sample * FACTOR
-    label = folder.name if Path(name).exists() else name
-    return Subject(Case(label, arch.name, pixels, 10, 3.5), random=False, folder=folder)
-
-
 def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline:
     """Our pipeline of it, ready to draw on the device."""
     if chosen.folder is not None:
-        return load(chosen.folder, device, dtype)
+        return load(chosen.folder, device, dtype=dtype)
     arch = get(chosen.case.architecture)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)

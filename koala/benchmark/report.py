@@ -8,9 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from koala.benchmark.cases import CARDS, CASES
+from koala.benchmark.cases import CARDS, CASES, Subject
 from koala.benchmark.measure import Ceilings, Timing
-from koala.benchmark.models import Subject
 from koala.utils.atomic import new_file
 
 

@@ -18,15 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from koala.architectures.config import from_unet_config
 from koala.architectures.flops import flops
 from koala.benchmark import measure
-from koala.benchmark.cases import BUDGETS, CASES
+from koala.benchmark.cases import BUDGETS, Subject, check
 from koala.benchmark.measure import GB, Ceilings, Timing
-from koala.benchmark.models import Subject, build, stock, subject
+from koala.benchmark.models import build, stock
 from koala.benchmark.report import Report, Row, write
-from koala.errors import UserError
 from koala.generation.denoise import predictor
+from koala.generation.loader import set_runtime
 from koala.generation.pipeline import Pipeline
-from koala.generation.runtime.backends import check_dtype, equip, example, torch_dtype
-from koala.utils.atomic import check_new
+from koala.generation.runtime.backends import example
+from koala.generation.runtime.dtypes import check_dtype, torch_dtype
 from koala.utils.device import hardware, pick_device
 
 UNET_STEPS = 25  # of the U-Net alone, as published
@@ -72,14 +72,11 @@ def benchmark(
     each row. By default on the best device, in fp32 on a processor and fp16 elsewhere.
     UserError for what is unknown, not there, or no new folder.
     """
-    check_new(out)
-    if runs < 1:
-        raise UserError(f"runs is {runs}: allowed are whole numbers from 1, 5 is usual")
+    subjects = check(names, out, device, dtype, runs, backend, compiled, graphs)
     place = pick_device(device)
     precision = torch_dtype(dtype or ("fp32" if place.type == "cpu" else "fp16"))
     check_dtype(precision, place)
     options = Options(place, precision, runs, backend, compiled, graphs, seconds)
-    subjects = [subject(name) for name in names or CASES]
     start = time.monotonic()
     reached = measure.ceilings(place, precision)
     report = Report(hardware(), str(place), reached, [], [])
@@ -122,7 +119,8 @@ def _rows(chosen: Subject, options: Options, reached: Ceilings) -> Iterator[Row]
 
 def _ours(pipeline: Pipeline, options: Options) -> Pipeline:
     pipeline.unet.to(memory_format=torch.channels_last)
-    equip(pipeline, options.backend, options.compiled, options.graphs)
+    backend = options.backend or "remembered"
+    set_runtime(pipeline, backend, options.compiled, options.graphs)
     return pipeline
 
 

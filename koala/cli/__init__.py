@@ -10,15 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from koala import __version__, recipes
 from koala.errors import FailedElsewhere, Failure, UserError
 from koala.recipes.gpus import CARDS
 from koala.serving.settings import Limits, Options, data_folder, limits_of
-
-if TYPE_CHECKING:
-    from koala.generation import Pipeline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,27 +158,27 @@ def _generate(commands) -> None:
 
 def _run_generate(o: argparse.Namespace) -> None:
     from koala.generation import check_writable, load, save, validation
-    from koala.generation.runtime.backends import equip
+    from koala.generation.image_files import open_picture
     from koala.utils.progress import progress
 
     def say(line: str) -> None:
         print(f"koala: {line}", file=sys.stderr)
 
-    check_writable(o.out)
-    planned = any((o.vram, o.weights, o.decode, o.tiny_vae))
-    if planned:
-        pipeline = _planned(o, say)
-    else:
-        pipeline = load(o.model, o.device)
-        for file, scale in map(validation.lora, o.lora):
-            say(pipeline.add_lora(file, scale, merged=True).line())
+    check_writable(o.out, len(o.prompt) * o.number)
+    size = open_picture(o.image).size if o.image and not o.size else o.size
+    pipeline = load(
+        o.model, o.device, lora=validation.loras(o.lora), backend=o.backend or "remembered",
+        compile=o.compile, graphs=o.graphs, vram=o.vram, weights=o.weights, decode=o.decode,
+        tiny_vae=o.tiny_vae, size=size, pictures=len(o.prompt) * o.number,
+        from_image=o.image is not None, say=say,
+    )  # fmt: skip
+    if pipeline.plan is not None:
+        print(pipeline.plan.table(), file=sys.stderr)
     requests = pipeline.requests(
         o.prompt, negative_prompt=o.negative, steps=o.steps, guidance=o.guidance,
         guidance_until=o.guidance_until, scheduler=o.scheduler, size=o.size, number=o.number,
         seed=o.seed, image=o.image, strength=o.strength, mask=o.mask,
     )  # fmt: skip
-    if not planned:
-        equip(pipeline, o.backend, o.compile, o.graphs, say)
     with progress("drawing", pipeline.steps(requests), "steps") as advance:
         result = pipeline.draw(requests, strict=o.strict, on_step=lambda *_: advance(1))
     paths = save(result, o.out)
@@ -192,28 +188,6 @@ def _run_generate(o: argparse.Namespace) -> None:
     else:
         for path, settings in zip(paths, result.settings, strict=True):
             print(f"{path}  seed {settings.seed}")
-
-
-def _planned(o: argparse.Namespace, say: Callable[[str], None]) -> "Pipeline":
-    """A pipeline that draws by a memory plan, which is printed."""
-    from koala.generation import validation
-    from koala.generation.image_inputs import open_picture
-    from koala.generation.memory.placement import load_within
-
-    for option in ("backend", "compile", "graphs"):
-        if getattr(o, option):
-            raise UserError(
-                f"--{option} has no effect under a memory plan: leave it out, or --vram, "
-                "--weights, --decode and --tiny-vae"
-            )
-    size = open_picture(o.image).size if o.image and not o.size else o.size
-    pipeline, plan = load_within(
-        o.model, o.device, o.vram or "free", size=size, pictures=len(o.prompt) * o.number,
-        weights=o.weights, decode=o.decode, tiny=o.tiny_vae,
-        lora=dict(map(validation.lora, o.lora)), given=o.image is not None, say=say,
-    )  # fmt: skip
-    print(plan.table(), file=sys.stderr)
-    return pipeline
 
 
 # --- serve ----------------------------------------------------------------------------------

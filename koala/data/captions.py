@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from koala.checkpoints.validate import read_json
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
 CLIP_TOKENS = 77  # what CLIP reads, where a tokenizer does not say
 POLICIES = ("sentences", "chunks")
@@ -52,7 +52,7 @@ class Telling:
     def __init__(self, count: Callable[[str], int], limit: int, policy: str):
         """count: a text's tokens, start and end included. UserError for an unknown policy."""
         if policy not in POLICIES:
-            raise UserError(f"long captions {policy!r}: there are {', '.join(POLICIES)}")
+            raise unknown("policy for long captions", policy, POLICIES)
         self.count = lru_cache(maxsize=65_536)(count)
         self.limit, self.policy = limit, policy
 

@@ -4,16 +4,16 @@ Shapes: n samples, h x w pixels; latents [n, 4, h/8, w/8].
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from koala.checkpoints.latent_scale import LatentScale
 from koala.checkpoints.load import load_vae
 from koala.checkpoints.tensors import pieces
 from koala.checkpoints.validate import read_json, read_tensors
@@ -23,7 +23,6 @@ from koala.data.preprocess import Dropped, Preparation, Sample
 from koala.text_conditioning import TextConditioner
 
 BATCH_PIXELS = 4 << 20  # that the VAE encodes at once: four pictures at 1024 x 1024
-SCALING_FACTOR = 0.18215  # diffusers' default, where a VAE's config does not say
 BATCH = 64  # pictures, at most
 MIRRORED = "mirrored_"  # before the names of a mirrored picture's tensors
 _SEEN = np.empty((0, 0, 3), dtype=np.uint8)
@@ -35,18 +34,6 @@ def to_pixels(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def normalisation(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """(shift, scale), float32 [1, 4, 1, 1]: U-Net latents = (VAE latents - shift) * scale.
-
-    As diffusers' SDXL pipeline undoes it, by the VAE's config: `latents_mean` and `latents_std`
-    where it has them, `scaling_factor` always.
-    """
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    shift = torch.tensor(mean or [0.0] * 4).view(1, -1, 1, 1)
-    deviation = torch.tensor(std or [1.0] * 4).view(1, -1, 1, 1)
-    return shift, config.get("scaling_factor", SCALING_FACTOR) / deviation
-
-
 def encoder_hash(model: Path) -> str:
     """What names a model's latents: a hash of all that makes them (not the decoder), in fp16."""
     digest = hashlib.sha256()
@@ -54,7 +41,8 @@ def encoder_hash(model: Path) -> str:
         if name.startswith(("encoder.", "quant_conv.")):
             for piece in pieces(stored, "F16"):
                 digest.update(piece)
-    for tensor in normalisation(read_json(model / "vae" / "config.json")):
+    scale = LatentScale(read_json(model / "vae" / "config.json"))
+    for tensor in (scale.mean, scale.factor / scale.std):
         digest.update(tensor.half().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -80,7 +68,7 @@ class Moments:
     def __init__(self, model: Path, device: str | torch.device):
         self.device = torch.device(device)
         self.vae = load_vae(model).to(self.device, memory_format=torch.channels_last)
-        self.shift, self.scale = (t.to(self.device) for t in normalisation(self.vae.config))
+        self.scale = LatentScale(self.vae.config, self.device)
 
     @torch.inference_mode(False)  # a training learns from what comes of it
     @torch.no_grad()
@@ -98,8 +86,8 @@ class Moments:
         pixels = pixels.to(self.device, memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
             posterior = self.vae.encode(pixels).latent_dist
-        mean = (posterior.mean.float() - self.shift) * self.scale
-        return mean, posterior.std.float() * self.scale
+        std = posterior.std.float() / self.scale.std * self.scale.factor
+        return self.scale.normalise(posterior.mean.float()), std
 
 
 class Encoder:

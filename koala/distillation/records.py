@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
 BOARDS = ("tensorboard", "wandb")
 FILES = {"train": "stats.jsonl", "validation": "validation.jsonl"}
@@ -102,7 +102,7 @@ def open_boards(names: Sequence[str], run: Path, seen: int) -> list[Board]:
     }
     for name in names:
         if name not in kinds:
-            raise UserError(f"--log {name}: there are {', '.join(BOARDS)}")
+            raise unknown("--log board", name, BOARDS)
     return [kinds[name](run, seen) for name in names]
 
 

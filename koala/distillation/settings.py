@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
 OPTIMIZERS = ("adamw", "adamw-8bit")
 SHARDINGS = ("ddp", "fsdp")
@@ -54,7 +54,7 @@ class Training:
         if len(set(lengths)) != len(lengths):
             raise UserError(f"EMA half-lives are {lengths}: name each once")
         if self.optimizer not in OPTIMIZERS:
-            raise UserError(f"optimizer {self.optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas are {self.betas}: both must be at least 0 and below 1")
         if self.samples % self.batch:
@@ -96,7 +96,7 @@ class Hardware:
         for name, allowed in (("sharding", SHARDINGS), ("teacher", TEACHERS)):
             value = getattr(self, name)
             if value not in allowed:
-                raise UserError(f"{name} {value!r}: choose from {', '.join(allowed)}")
+                raise unknown(name, value, allowed)
 
     def micro_batch(self, batch: int, processes: int) -> int:
         """Samples computed at once; UserError where a batch does not divide so."""

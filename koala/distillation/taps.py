@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from koala.architectures.block_map import block_map
 from koala.architectures.config import from_unet_config
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
 # Location -> the module inside a transformer block, whose output is the feature.
 _IN_TRANSFORMER = {"sa": "attn1", "ca": "attn2", "ffn": "ff"}
@@ -57,14 +57,14 @@ class Tap:
 
     def __post_init__(self) -> None:
         if self.location not in LOCATIONS:
-            raise UserError(f"tap location {self.location!r}: choose from {', '.join(LOCATIONS)}")
+            raise unknown("tap location", self.location, LOCATIONS)
         if self.stages is None:
             return
         if isinstance(self.stages, str) or not self.stages:
             raise UserError(f"tap stages {self.stages!r}: give a tuple out of {', '.join(STAGES)}")
         for stage in self.stages:
             if stage not in STAGES:
-                raise UserError(f"tap stage {stage!r}: choose from {', '.join(STAGES)}")
+                raise unknown("tap stage", stage, STAGES)
 
 
 # The paper's best recipe: 30 SA + 2 LF taps in KOALA-1B, 21 + 2 in KOALA-700M.

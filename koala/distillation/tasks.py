@@ -32,7 +32,7 @@ from koala.architectures.block_map import DEPTH_RULES
 from koala.checkpoints import model_card
 from koala.distillation.forward_process import Noised, NoiseSchedule, draw_noise, predict
 from koala.distillation.taps import PAPER_TAPS, Features, Tap, paired_points, tap_points
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 from koala.text_conditioning import TextConditioner
 
 # Draws one sheet: (U-Net, prompts, seed) -> picture, or None where nothing can be drawn.
@@ -252,7 +252,7 @@ class DistillationSettings:
                 "leave it out, or give task_weight a value above 0"
             )
         if self.depth_rule not in DEPTH_RULES:
-            raise UserError(f"depth rule {self.depth_rule!r}: choose from {', '.join(DEPTH_RULES)}")
+            raise unknown("depth rule", self.depth_rule, DEPTH_RULES)
         _check_dropout(self.caption_dropout)
         if self.feature_weight > 0 and not self.taps:
             raise UserError(

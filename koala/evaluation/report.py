@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
 from koala.evaluation.distances import frechet, kernel_distance
 from koala.evaluation.features import EffLite0, at_size, extract
 from koala.evaluation.judge import Judge
+from koala.evaluation.models import REAL, check, named
 from koala.evaluation.table import Report, Row
 from koala.generation import Pipeline, load
 from koala.mini.sentence_encoder import SentenceEncoder
@@ -31,7 +31,6 @@ from koala.utils.contact_sheet import picture_grid
 from koala.utils.device import hardware
 from koala.utils.progress import progress
 
-REAL = "real pictures"
 KIND = "emoji"
 JUDGE_PICTURES = 4000  # at most; about three minutes of features on two cores
 SHEET_COLUMNS = 12
@@ -113,12 +112,13 @@ def evaluate(
     Raises:
         UserError: a wrong model, too few pictures, an unwritable folder, a missing package.
     """
+    size = check(models, pictures, prompts, seeds, steps, guidance, judge)
     notes = dict(notes or {})
-    _check(models, prompts, seeds, notes)
+    if unknown := set(notes) - {REAL, *models}:
+        raise UserError(f"notes on {sorted(unknown)}: the report's rows are {[REAL, *models]}")
     real = PictureSet(pictures)
     chosen, reference, train = choose(real, prompts)
     texts = [real.rows[i]["short"] for i in chosen]
-    size = _common_size(models)
     out = _writable(Path(out))
     trained = _loaded(Path(judge), size) if judge else None
     extractor = extractor or EffLite0().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,7 +139,7 @@ def evaluate(
             "seeds": list(seeds),
             "steps": steps,
             "guidance": guidance,
-            "size": _x(size),
+            "size": named(size),
             "reference pictures": len(reference),
         },
         judge=yardstick.judge.about,
@@ -183,19 +183,6 @@ def choose(real: PictureSet, prompts: int) -> tuple[list[int], list[int], list[i
     return chosen, reference, train
 
 
-def _check(
-    models: Mapping[str, str | Path], prompts: int, seeds: Sequence[int], notes: dict[str, str]
-) -> None:
-    if not models or REAL in models:
-        raise UserError(f"models {list(models)}: name at least one, and none {REAL!r}")
-    if prompts < 2:
-        raise UserError(f"prompts {prompts}: a distance needs at least 2")
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds {list(seeds)}: give different whole numbers from 0, such as 0 1 2")
-    if unknown := set(notes) - {REAL, *models}:
-        raise UserError(f"notes on {sorted(unknown)}: the report's rows are {[REAL, *models]}")
-
-
 def _writable(out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -206,21 +193,6 @@ def _writable(out: Path) -> Path:
             f"the report's folder {out} cannot be written ({error.strerror}): give another"
         ) from None
     return out
-
-
-def _common_size(models: Mapping[str, str | Path]) -> tuple[int, int]:
-    """(width, height) in pixels of what the models draw, from their configs."""
-    sizes = {}
-    for name, model in models.items():
-        folder = resolve_model(model)
-        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-        sizes[name] = (side, side)
-    if len(set(sizes.values())) > 1:
-        found = ", ".join(f"{name} {_x(size)}" for name, size in sizes.items())
-        raise UserError(f"the models draw different sizes ({found}): evaluate each size by itself")
-    return next(iter(sizes.values()))
 
 
 def _draw(
@@ -271,10 +243,10 @@ def _judge(rows: list[dict], features: Tensor, sentences: Sentences) -> Judge:
 
 def _loaded(path: Path, size: tuple[int, int]) -> Judge:
     judge = Judge.load(path)
-    if judge.about.get("size") != _x(size):
+    if judge.about.get("size") != named(size):
         raise UserError(
             f"the judge {path} was trained on pictures of {judge.about.get('size')} pixels, the "
-            f"models draw {_x(size)}: leave it out, and one is trained"
+            f"models draw {named(size)}: leave it out, and one is trained"
         )
     return judge
 
@@ -296,7 +268,7 @@ def yardstick_of(
     seen = _real_features(real, train, size, extractor, "training pictures")
     if judge is None:
         judge = _judge([real.rows[i] for i in train], seen, sentences)
-        judge.about["size"] = _x(size)
+        judge.about["size"] = named(size)
     texts = sentences([real.rows[i]["short"] for i in chosen]).float().cpu()
     widths = len(judge.picture.mean), len(judge.text.mean)
     if widths != (seen.shape[1], texts.shape[1]):
@@ -306,10 +278,6 @@ def yardstick_of(
         )
     own = held_out[[reference.index(i) for i in chosen]]
     return Yardstick(held_out, own, seen[: len(chosen)], texts, judge)
-
-
-def _x(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _write(report: Report, sheet: Image.Image, judge: Judge, out: Path) -> None:

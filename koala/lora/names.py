@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from koala.architectures.config import from_unet_config
@@ -188,6 +189,10 @@ def base_named(name: str) -> Base:
             f"{name} is known as an architecture only, and its text encoders vary; "
             "name the folder of a model"
         )
-    folder = resolve_model(name)
+    return base_of(resolve_model(name))
+
+
+def base_of(folder: Path) -> Base:
+    """What a LoRA for the model of a checked folder is for."""
     unet, text, text_2 = (read_json(folder / part / "config.json") for part in PARTS)
     return Base.from_configs(unet, text, text_2)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from koala.data.encoding import normalisation
+from koala.checkpoints.latent_scale import LatentScale
 from koala.mini.perceptual import MobileNetV2
 from koala.mini.vae import opponent, to_images
 from koala.utils.contact_sheet import contact_sheet
@@ -68,8 +68,7 @@ class TinyDistillation(nn.Module):
     def drawn(self, z: Tensor) -> Tensor:
         """The VAE's pictures of latents as the U-Net sees them, in [-1, 1]."""
         vae = self._frozen["vae"]
-        shift, scale = (each.to(z.device) for each in normalisation(vae.config))
-        return vae.decode(z / scale + shift).sample.clamp(-1, 1)
+        return vae.decode(LatentScale(vae.config, z.device).denormalise(z)).sample.clamp(-1, 1)
 
     @torch.no_grad()
     def preview(self, trainable: nn.Module) -> Image.Image:

@@ -21,7 +21,7 @@ Importing this package loads nothing heavy; `koala.recipes.run` does the work.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from koala.errors import UserError
+from koala.errors import unknown
 from koala.recipes import paper
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ NAMES = (*MINI, *paper.PRESETS)
 def get(name: str) -> "Recipe":
     """The recipe of that name; `UserError` lists the names."""
     if name not in NAMES:
-        raise UserError(f"unknown recipe {name!r}; there are {', '.join(NAMES)}")
+        raise unknown("recipe", name, NAMES)
     if name in paper.PRESETS:
         return paper.student(name)
     from koala.recipes import mini

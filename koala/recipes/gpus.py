@@ -6,7 +6,7 @@ the makers' data sheets (of GeForce cards twice their fp32 rate, as the white pa
 
 from typing import NamedTuple
 
-from koala.errors import UserError
+from koala.errors import unknown
 
 SHARE = 0.35  # of the peak that a training is assumed to reach; nothing of ours was measured yet
 
@@ -36,5 +36,5 @@ CARDS = {
 def get(name: str) -> Card:
     """The card of that name; `UserError` lists the names."""
     if name not in CARDS:
-        raise UserError(f"unknown card {name!r}; there are {', '.join(CARDS)}")
+        raise unknown("card", name, CARDS)
     return CARDS[name]

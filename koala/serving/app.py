@@ -16,7 +16,8 @@ from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.gallery_writer import GalleryWriter
 from koala.serving.jobs.jobs import Jobs
 from koala.serving.jobs.table import JobTable
-from koala.serving.security import ApiKeys, SecurityMiddleware
+from koala.serving.keys import ApiKeys
+from koala.serving.security import SecurityMiddleware
 from koala.serving.service import Service
 from koala.serving.settings import Options
 

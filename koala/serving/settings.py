@@ -9,7 +9,11 @@ import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
+from koala.generation import validation
+from koala.serving.keys import ApiKeys
+from koala.utils.device import check_device
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -77,9 +81,47 @@ class Options:
         return self.host in LOOPBACK
 
 
+@dataclass(frozen=True)
+class Scale:
+    """The range of the number of replicas."""
+
+    least: int
+    most: int
+
+    @staticmethod
+    def parse(text: str) -> "Scale":
+        """Parses N or LEAST-MOST. UserError."""
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text, re.ASCII)
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= least <= most:
+            raise UserError(f"--replicas {text!r}: give a number, or a range such as 1-4")
+        return Scale(least, most)
+
+
 def data_folder() -> Path:
     """$KOALA_DATA, else $XDG_DATA_HOME/koala, else ~/.local/share/koala."""
     if "KOALA_DATA" in os.environ:
         return Path(os.environ["KOALA_DATA"])
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(data) / "koala"
+
+
+def check(options: Options) -> None:
+    """UserError for options that are invalid or do not work together."""
+    if options.api_key_file is not None:
+        ApiKeys.read(options.api_key_file)
+    if options.lora_dir is not None:
+        if not options.lora_dir.is_dir():
+            raise UserError(f"--lora-dir {options.lora_dir} is not a folder: name the folder of the LoRAs")
+        others = {
+            "--vram": options.vram, "--compile": options.compile, "--graphs": options.graphs,
+            "--backend": options.backend not in (None, "torch"),
+        }  # fmt: skip
+        for name in (name for name, given in others.items() if given):
+            raise UserError(
+                f"--lora-dir does not work with {name}: LoRAs that requests choose need plain "
+                "PyTorch; leave one out"
+            )
+    check_device(options.device)
+    validation.runtime(options.backend, options.compile, options.graphs, options.vram)
+    resolve_model(options.model)

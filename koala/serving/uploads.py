@@ -10,7 +10,7 @@ import warnings
 from PIL import Image
 
 from koala.errors import UserError
-from koala.generation.image_inputs import open_picture
+from koala.generation.image_files import open_picture
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)

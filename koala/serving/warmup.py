@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from koala.generation import Engine, Pipeline, Progress
-from koala.generation.denoise import Row, evaluate
+from koala.generation.denoise import BatchRow, evaluate
 from koala.generation.memory.placement import free_unused, ran_out
 
 GAIN = 1.05  # least speed-up an image from doubling the batch
@@ -49,7 +49,7 @@ def _generate(pipeline: Pipeline) -> None:
     ticket.result()
 
 
-def _best_batch(pipeline: Pipeline, row: Row) -> int:
+def _best_batch(pipeline: Pipeline, row: BatchRow) -> int:
     best, cost = 1, _seconds(pipeline, [row])
     while best < MOST and cost * best < LONGEST:
         try:
@@ -66,7 +66,7 @@ def _best_batch(pipeline: Pipeline, row: Row) -> int:
 
 
 @torch.inference_mode()
-def _seconds(pipeline: Pipeline, rows: list[Row], runs: int = 3) -> float:
+def _seconds(pipeline: Pipeline, rows: list[BatchRow], runs: int = 3) -> float:
     """Seconds of one step of the rows: the best of `runs` after one warm-up."""
     seconds = []
     for _ in range(runs + 1):

@@ -16,8 +16,8 @@ from koala.architectures.flops import flops
 from koala.architectures.layout import parameters as count
 from koala.architectures.table import ARCHITECTURES
 from koala.benchmark import measure
-from koala.benchmark.cases import CARDS, CASES, get
-from koala.benchmark.models import Subject, build, subject
+from koala.benchmark.cases import CARDS, CASES, Subject, get, subject
+from koala.benchmark.models import build
 from koala.benchmark.report import Report, Row
 from koala.benchmark.run import benchmark, picture_flops
 from koala.cli import main

@@ -109,7 +109,7 @@ def test_a_long_prompt_is_read_to_its_end(toy_sdxl, tmp_path):
         (["generate", "a fox", "--size", "70x64"], "multiples of 8"),
         (["generate", "a" * 100_000], "100,000 characters"),
         (["generate", "a fox", "--scheduler", "heun"], "heun"),
-        (["generate", "a fox", "--strength", "0.5"], "without a picture"),
+        (["generate", "a fox", "--strength", "0.5"], "without an image"),
         (["generate", "a fox", "--image", "missing.png"], "missing.png"),
         (["generate", "a fox", "--steps", "0"], "steps"),
         (["generate", "a fox", "--steps", "many"], "many"),

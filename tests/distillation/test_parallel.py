@@ -296,8 +296,8 @@ def test_a_setting_for_a_teacher_needs_one(base: Path) -> None:
     ("change", "message"),
     [
         ({"accumulate": 0}, "accumulate is 0: it must be 1 or more"),
-        ({"sharding": "zero"}, "sharding 'zero': choose from ddp, fsdp"),
-        ({"teacher": "away"}, "teacher 'away': choose from whole, sharded, offloaded"),
+        ({"sharding": "zero"}, "unknown sharding 'zero': choose ddp, fsdp"),
+        ({"teacher": "away"}, "unknown teacher 'away': choose whole, sharded, offloaded"),
     ],
 )
 def test_hardware_that_means_nothing_is_refused(change: dict, message: str) -> None:

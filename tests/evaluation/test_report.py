@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
-from koala.evaluation import Report, evaluate
-from koala.evaluation.report import REAL, choose
-from koala.evaluation.table import Row
+from koala.evaluation.report import REAL, choose, evaluate
+from koala.evaluation.table import Report, Row
 from koala.utils.contact_sheet import picture_grid
 from toy import toy_pipeline
 

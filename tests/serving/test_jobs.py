@@ -219,7 +219,7 @@ def test_pictures_and_masks_are_given_as_base64_or_data_urls_and_not_kept(client
         ({"image": "no base64"}, "image is not valid base64"),
         ({"image": "data:image/png,abc"}, "data: URL without base64"),
         ({"image": "QUJD"}, "image cannot be read"),
-        ({"mask": png()}, "a mask needs the picture"),
+        ({"mask": png()}, "a mask needs an image"),
         ({"strength": 0.5}, "strength 0.5 has no effect"),
         ({"lora": [{"name": "x"}]}, "no LoRA folder"),
         ({"priority": "first"}, "priority"),

@@ -31,7 +31,7 @@ from koala.generation import Late, load  # noqa: E402
 from koala.serving.meta_pipeline import load_meta_pipeline  # noqa: E402
 from koala.serving.ray.remote_engine import DEATHS, RemoteEngine  # noqa: E402
 from koala.serving.ray.replicas import ReplicaUpdate, rank_replicas  # noqa: E402
-from koala.serving.ray.scaleout import Scale  # noqa: E402
+from koala.serving.settings import Scale  # noqa: E402
 from toy import toy_pipeline  # noqa: E402
 
 SIZE = "16x16"

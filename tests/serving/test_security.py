@@ -16,7 +16,8 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load
 from koala.serving.admission import Busy
-from koala.serving.security import ApiKeys, RateLimiter
+from koala.serving.keys import ApiKeys
+from koala.serving.security import RateLimiter
 from koala.serving.settings import Limits, Options
 from koala.serving.uploads import mask_of_transparency, open_upload
 from toy import toy_pipeline

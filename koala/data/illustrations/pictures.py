@@ -113,19 +113,24 @@ def shards_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("pictures-*.parquet"))
 
 
+def shards_at(place: str | Path) -> list[Path]:
+    """The shards of a folder, or the shard itself. UserError where there are none."""
+    shards = [Path(place)] if Path(place).is_file() else shards_of(Path(place))
+    if not shards:
+        raise UserError(
+            f"{place}: no prepared pictures there (pictures-*.parquet); "
+            "make them with `koala prepare illustrations --out DIR`"
+        )
+    return shards
+
+
 class PictureSet:
     """Reads a folder of picture shards, or one shard; pictures stay PNG bytes until asked for."""
 
     def __init__(self, folder: str | Path):
         """Raises UserError where there are no prepared pictures."""
         self.folder = Path(folder)
-        shards = [self.folder] if self.folder.is_file() else shards_of(self.folder)
-        if not shards:
-            raise UserError(
-                f"{folder}: no prepared pictures there (pictures-*.parquet); "
-                "make them with `koala prepare illustrations --out DIR`"
-            )
-        table = pa.concat_tables(pq.read_table(s) for s in shards)
+        table = pa.concat_tables(pq.read_table(s) for s in shards_at(self.folder))
         self._images = table.column("image")
         self.rows: list[dict] = table.select(list(TEXT_COLUMNS)).to_pylist()
 

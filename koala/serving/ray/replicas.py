@@ -37,13 +37,11 @@ class Replica:
     """One engine, with the options of `koala serve` and their batch size."""
 
     def __init__(self, options: Options) -> None:
-        from koala.generation.runtime.compile import ROWS
         from koala.serving.run import loaded
         from koala.serving.warmup import warm_up
 
         pipeline, options = loaded(options, print)
-        sizes = ROWS if options.compile or options.graphs else ()
-        batch = warm_up(pipeline, options.limits.max_batch, sizes)
+        batch = warm_up(pipeline, options.limits.max_batch, pipeline.batch_sizes)
         native = pipeline.unet.config.sample_size * pipeline.factor
         self._passes: list[Pass] = []
         self._engine = Engine(

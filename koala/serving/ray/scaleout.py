@@ -8,16 +8,14 @@ API as `koala serve`. If it dies, it is restarted and continues with the jobs on
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from koala.errors import UserError
-from koala.serving.run import check
-from koala.serving.settings import Options
+from koala.serving.settings import Options, Scale, check
 
 try:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
@@ -44,23 +42,6 @@ BATCH = 8  # default batch size in images
 AHEAD = 2  # batches in a replica at once, so that it never idles
 UP, DOWN = 5.0, 120.0  # seconds of load before replicas are added or removed
 OBJECTS = 256 * 2**20  # bytes of Ray's object store
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The range of the number of replicas."""
-
-    least: int
-    most: int
-
-    @staticmethod
-    def parse(text: str) -> "Scale":
-        """Parses N or LEAST-MOST. UserError."""
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text, re.ASCII)
-        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= least <= most:
-            raise UserError(f"--replicas {text!r}: give a number, or a range such as 1-4")
-        return Scale(least, most)
 
 
 class RayReplicas:

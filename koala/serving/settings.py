@@ -112,7 +112,7 @@ def check(options: Options) -> None:
         ApiKeys.read(options.api_key_file)
     if options.lora_dir is not None:
         if not options.lora_dir.is_dir():
-            raise UserError(f"--lora-dir {options.lora_dir} is not a folder: name the folder of the LoRAs")
+            raise UserError(f"--lora-dir {options.lora_dir} is not a folder: name an existing one")
         others = {
             "--vram": options.vram, "--compile": options.compile, "--graphs": options.graphs,
             "--backend": options.backend not in (None, "torch"),

@@ -20,6 +20,7 @@ from koala.data.illustrations import art, scenes
 from koala.generation import Settings, read_settings
 from koala.generation.png import parameters, write_png
 from koala.generation.samplers import SAMPLERS
+from koala.serving import errors
 from koala.serving.api import page as served
 from toy_browser import CHROMIUM, DRIVER, PHONE, Page, serving
 from toy_server import running
@@ -151,6 +152,7 @@ def test_the_page_is_whole():
 
 def test_the_files_are_sent_with_the_policy_and_only_when_changed():
     app = FastAPI()
+    errors.install(app, lambda code: None)
     app.include_router(served.router("toy", 64))
     client = TestClient(app)
     about = client.get("/page/about.json").json()

@@ -26,7 +26,7 @@ from koala.evaluation.models import REAL, check, named
 from koala.evaluation.table import EvaluationReport, EvaluationRow
 from koala.generation import Pipeline, load
 from koala.mini.sentence_encoder import SentenceEncoder
-from koala.utils.atomic import new_file, write_text
+from koala.utils.atomic import new_file
 from koala.utils.contact_sheet import picture_grid
 from koala.utils.device import hardware
 from koala.utils.progress import progress
@@ -281,5 +281,6 @@ def _write(report: EvaluationReport, sheet: Image.Image, judge: Judge, out: Path
     with new_file(out / "sheet.png") as part:
         sheet.save(part, "PNG", optimize=True)
     report_json = json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n"
-    write_text(out / "report.json", report_json)
-    write_text(out / "report.md", report.markdown())
+    for name, text in (("report.json", report_json), ("report.md", report.markdown())):
+        with new_file(out / name) as part:
+            part.write_text(text, encoding="utf-8")

@@ -198,7 +198,7 @@ def test_a_reports_row_is_entered(tmp_path):
 
 
 def test_only_cards_of_ours_are_written_to(tmp_path):
-    with pytest.raises(UserError, match="koala-mini is no folder with a model card"):
+    with pytest.raises(UserError, match="koala-mini is not a folder with a koala model card"):
         check_cards({"m": "koala-mini"})
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Another's\n")
     with pytest.raises(UserError, match="model card of koala's"):

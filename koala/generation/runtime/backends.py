@@ -101,7 +101,7 @@ def _lacking(backend: str, unet: UNet2DConditionModel, samples: Calibration | No
     if missing := [one for one in needed if find_spec(one) is None]:
         return f"{' and '.join(missing)} not installed: pip install 'koala-diffusion[openvino]'"
     if precision == "int8" and samples is None:
-        return "it needs inputs of the U-Net for calibration"
+        return "it needs samples of the U-Net's inputs"
     size = sum(p.numel() * p.element_size() for p in unet.parameters())
     free, wanted = free_bytes(unet.device), _CONVERTING * size
     if engine == "openvino" and wanted > free:

@@ -22,6 +22,7 @@ from koala.architectures.config import unet_config
 from koala.architectures.table import FACTOR, UNetArchitecture, get
 from koala.benchmark.cases import CASES, Case
 from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.pipeline_files import BETAS, SCALING_FACTOR
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import unet_architecture
 from koala.generation.pipeline import Pipeline, load
@@ -43,10 +44,9 @@ _VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
     "sample_size": 1024,
-    "scaling_factor": 0.13025,
+    "scaling_factor": SCALING_FACTOR,
     "force_upcast": False,  # as in the VAE that was made for fp16, which KOALA ships
 }
-_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline
         unet=unet.to(memory_format=torch.channels_last),
         vae=vae,
         conditioner=conditioner,
-        scheduler_config=dict(EulerDiscreteScheduler(**_SCHEDULER).config),
+        scheduler_config=dict(EulerDiscreteScheduler(**BETAS).config),
     )
 
 

@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala.errors import UserError
-from koala.utils.atomic import new_file
+from koala.utils.atomic import write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 FILE = "README.md"
 RUN_FOLDERS = ("model", "start")  # of a run: its result and the student before distillation
-_HUB_LICENCES = {  # the Hub's identifiers, and titles that stand for one
-    **{name: name for name in (
-        "openrail++", "openrail", "creativeml-openrail-m", "apache-2.0", "mit", "cc0-1.0",
-        "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "agpl-3.0",
-    )},
+_HUB_LICENCES = (  # the Hub's identifiers
+    "openrail++", "openrail", "creativeml-openrail-m", "apache-2.0", "mit", "cc0-1.0",
+    "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "agpl-3.0",
+)  # fmt: skip
+_TITLES = {  # other names of these licences
     "creativeml open rail++-m license": "openrail++",
     "creativeml open rail++-m": "openrail++",
     "creativeml open rail-m": "creativeml-openrail-m",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,7 @@ class Card:
 
     def write(self, folder: Path) -> None:
         """Writes README.md into `folder`, whole or not at all."""
-        with new_file(folder / FILE) as part:
-            part.write_text(self.text(), encoding="utf-8")
+        write_text(folder / FILE, self.text())
 
 
 _PAPER = "[KOALA](https://arxiv.org/abs/2312.04005)"
@@ -194,9 +193,11 @@ def read_metadata(file: Path, metadata: Mapping[str, str]) -> Card:
     A licence that is not among the Hub's is "other", with its title as name.
     """
     title = metadata.get("modelspec.license", "").strip()
-    known = _HUB_LICENCES.get(title.lower())
-    if known or not title:
-        return Card(name_of(file), Licence(known or "unknown"))
+    known = _TITLES.get(title.lower(), title.lower())
+    if not title:
+        return Card(name_of(file))
+    if known in _HUB_LICENCES:
+        return Card(name_of(file), Licence(known))
     link = title if re.match(r"https?://\S+$", title) else None
     return Card(name_of(file), Licence("other", title, link))
 

@@ -29,7 +29,7 @@ from koala.data.shards import (
 from koala.data.units import Plan, plan_of
 from koala.data.workers import own_cores, pool_of, read_ahead
 from koala.errors import UserError
-from koala.utils.atomic import new_file
+from koala.utils.atomic import claim
 from koala.utils.progress import progress
 
 PEEK = 64  # items that are asked which captions and scores there are
@@ -115,25 +115,13 @@ def _with_captions(source: Source, preparation: Preparation) -> Preparation:
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Writes what the folder's latents are made with, or refuses a folder made with another.
-
-    A setting that an older folder does not name was what is the default now.
-    """
-    path, wanted = out / "latents.json", json.loads(json.dumps(settings))
-    if not path.exists():
-        with new_file(path) as part:
-            part.write_text(json.dumps(wanted, indent=1) + "\n")
-        return
-    found = json.loads(json.dumps(asdict(Preparation()))) | json.loads(path.read_text())
-    if found.get("encoder") != wanted["encoder"]:
+    """Writes what the folder's latents are made with; `UserError` if that was another VAE or so."""
+    path = out / "latents.json"
+    found = json.loads(path.read_text()) if path.exists() else settings
+    if found.get("encoder") != settings["encoder"]:
         raise UserError(
             f"{out} holds latents of another VAE ({found.get('encoder')}, this model's is "
-            f"{wanted['encoder']}); prepare into another folder, or remove this one's latents, "
+            f"{settings['encoder']}); prepare into another folder, or remove this one's latents, "
             "units, *.arrow, plan.json and latents.json"
         )
-    for name in sorted({*found, *wanted}):
-        if found.get(name) != wanted.get(name):
-            raise UserError(
-                f"{out} was prepared with {name}={found.get(name)!r}, now it is "
-                f"{wanted.get(name)!r}; take another folder or remove this one"
-            )
+    claim(path, settings, asdict(Preparation()))

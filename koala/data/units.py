@@ -13,7 +13,7 @@ from pathlib import Path
 
 from koala.data.items import Source
 from koala.errors import UserError
-from koala.utils.atomic import new_file
+from koala.utils.atomic import write_text
 
 CHUNK = 8  # items that a process reads at once: 24 MiB of pixels at 1024 x 1024
 
@@ -75,8 +75,7 @@ def plan_of(source: Source, out: Path, unit: int, pool: Executor | None) -> Plan
     plan = Plan(dict(zip(there, counts, strict=True)), unit)
     if not plan.items:
         raise UserError(f"the source holds no pictures: {', '.join(there)}")
-    with new_file(path) as part:
-        part.write_text(json.dumps({"parts": there, "counts": plan.parts}) + "\n")
+    write_text(path, json.dumps({"parts": there, "counts": plan.parts}) + "\n")
     return plan
 
 

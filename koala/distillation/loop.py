@@ -8,7 +8,6 @@ bit for bit on a CPU; with other processes or another division of the batch, up 
 """
 
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +27,11 @@ from koala.distillation.forward_process import generators_at
 from koala.distillation.optimizers import new_optimizer, set_rate
 from koala.distillation.parallel import Layout
 from koala.distillation.precision import computing
-from koala.distillation.records import Log, Record, claim
+from koala.distillation.records import Log, Record
 from koala.distillation.settings import Training
 from koala.distillation.speed import Meter
 from koala.errors import UserError
+from koala.utils.atomic import claim, new_file
 from koala.utils.progress import progress
 
 HELD_OUT_SEED = 2**40  # noise and timesteps of the validation: no run's own, the same in all
@@ -90,7 +90,7 @@ def train(
     _check(settings, layout, held_out)
     with world.together():
         if world.first:
-            claim(run, {**asdict(settings), **(note or {})})
+            claim(run / "run.json", {**asdict(settings), **(note or {})})
     averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
     state = checkpoint.State(module, averages, new_optimizer(settings, module))
     last = checkpoint.newest(run)
@@ -248,10 +248,8 @@ def _preview(task: Task, average: EMA) -> Image.Image | None:
 
 
 def _write_image(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    image.save(part, format="PNG")
-    os.replace(part, path)
+    with new_file(path) as part:
+        image.save(part, format="PNG")
 
 
 @contextmanager

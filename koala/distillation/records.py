@@ -7,44 +7,16 @@ who ask for them. Only the first process of a run writes.
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from koala.errors import UserError
+from koala.utils.atomic import write_text
 
 BOARDS = ("tensorboard", "wandb")
 FILES = {"train": "stats.jsonl", "validation": "validation.jsonl"}
-
-
-def claim(run: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder `run` this run's own; UserError where it is one with other settings."""
-    path, wanted = run / "run.json", json.loads(json.dumps(settings))
-    if path.exists():
-        found = json.loads(path.read_text())
-        for k in sorted({*found, *wanted}):
-            if found.get(k) != wanted.get(k):
-                raise UserError(
-                    f"{run} holds a run with {k}={found.get(k)!r}, now it is {wanted.get(k)!r}; "
-                    "take another --out, or remove the folder"
-                )
-        return
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(wanted, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{run}: cannot be written ({error.strerror}); take another --out"
-        ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 class Board(Protocol):
@@ -116,7 +88,7 @@ class Lines:
             text = path.read_text()
             whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last line
             kept = [line for line in whole if json.loads(line)["samples"] <= seen]
-            _replace(path, "".join(f"{line}\n" for line in kept))
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, seen: int, values: dict[str, float]) -> None:
         with self.path.open("a") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from torch import Tensor
 from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.checkpoints.load import load_vae
+from koala.checkpoints.pipeline_files import BETAS, as_file, pipeline_index
 from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
 from koala.data.illustrations.pictures import NOTICE, PictureSet
@@ -35,6 +35,7 @@ from koala.mini.text import (
 )
 from koala.mini.tiny import TinyDistillation, new_tiny
 from koala.mini.vae import SHOWN, Autoencoding, PictureData, measure_latents, new_vae
+from koala.utils.atomic import new_folder
 
 
 def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[str]) -> Path:
@@ -134,45 +135,21 @@ def run_tiny(
 
 def _with_part(source: Path, name: str, export: Callable[[Path], None], model: Path) -> Path:
     """The pipeline folder `model`: that of `source`, with its part of this name exported anew."""
-    part = model.with_name(f".{model.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(source, part, ignore=shutil.ignore_patterns(name))
-    export(part / name)
-    shutil.rmtree(model, ignore_errors=True)
-    part.rename(model)
+    with new_folder(model, replace=True) as part:
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns(name), dirs_exist_ok=True)
+        export(part / name)
     return model
 
 
 def assemble(model: Path, coding: Autoencoding, telling: TextDistillation, data: Path) -> Path:
     """Writes the pipeline folder with `sdxl-mini`'s U-Net as initialised; replaces an older one."""
-    part = model.with_name(f".{model.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    coding.export(coding.trainable, part / "vae")
-    telling.export(telling.trainable, part)
-    config = unet_config(get("sdxl-mini"))
-    UNet2DConditionModel(**config).save_pretrained(part / "unet")
-    EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        timestep_spacing="trailing",
-    ).save_pretrained(part / "scheduler")
-    index = {
-        "_class_name": "StableDiffusionXLPipeline",
-        "force_zeros_for_empty_prompt": True,
-        "vae": ["diffusers", "AutoencoderKL"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "image_encoder": [None, None],
-        "feature_extractor": [None, None],
-    }
-    (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.copy(data / NOTICE, part)
-    shutil.rmtree(model, ignore_errors=True)
-    part.rename(model)
+    with new_folder(model, replace=True) as part:
+        coding.export(coding.trainable, part / "vae")
+        telling.export(telling.trainable, part)
+        UNet2DConditionModel(**unet_config(get("sdxl-mini"))).save_pretrained(part / "unet")
+        EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing").save_pretrained(
+            part / "scheduler"
+        )
+        (part / "model_index.json").write_bytes(as_file(pipeline_index()))
+        shutil.copy(data / NOTICE, part)
     return model

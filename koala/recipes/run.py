@@ -12,7 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from koala import recipes
-from koala.architectures.config import unet_config
+from koala.architectures.config import from_unet_config, unet_config
+from koala.architectures.flops import flops
 from koala.architectures.table import get
 from koala.checkpoints import model_card
 from koala.checkpoints.compress import adopt, compress
@@ -26,7 +27,6 @@ from koala.distillation import checkpoint
 from koala.distillation.forward_process import NoiseSchedule
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, joined, lay_out
-from koala.distillation.speed import unet_flops
 from koala.distillation.tasks import Denoising, Distillation, Encode
 from koala.errors import UserError
 from koala.mini.runs import run_autoencoder, run_base, run_tiny
@@ -182,11 +182,14 @@ def _flops(task: Denoising, latents: LatentSet) -> float:
 
     A backward pass is two forward passes' work. Buckets have about the area of the square one.
     """
-    side = latents.index.made_with["size"] // 8
-    networks = [(3, task.trainable.config)]
+    side = latents.index.made_with["size"]
+    networks = [(3, task.trainable)]
     if task.teacher is not None:
-        networks.append((1, task.teacher.config))
-    return sum(times * unet_flops(config, side, side, task.tokens) for times, config in networks)
+        networks.append((1, task.teacher))
+    return sum(
+        times * flops(from_unet_config(unet.config), side, side, task.tokens)
+        for times, unet in networks
+    )
 
 
 def _card(

@@ -1,20 +1,10 @@
-"""Speed of a training: work is counted as published, and the CPU has no peak to be held against."""
+"""Throughput of a training, and that the CPU has no peak to be held against."""
 
 import pytest
 import torch
 
-from koala.architectures.config import unet_config
-from koala.architectures.table import get
 from koala.distillation.parallel import World
-from koala.distillation.speed import Meter, matmul_peak, unet_flops
-
-
-@pytest.mark.parametrize(
-    ("name", "side", "tera"), [("koala-700m", 64, 0.62), ("koala-700m", 128, 2.70)]
-)
-def test_a_forward_pass_costs_what_is_published(name: str, side: int, tera: float) -> None:
-    flops = unet_flops(unet_config(get(name)), side, side, tokens=77)
-    assert flops / 1e12 == pytest.approx(tera, abs=0.005)
+from koala.distillation.speed import Meter, matmul_peak
 
 
 def test_rate_is_since_the_last_reading(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,13 +97,15 @@ def new_vae(device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     return _random(lambda: AutoencoderKL(**_VAE), device, dtype)
 
 
-def new_conditioner(device: torch.device, dtype: torch.dtype, memo: int = 1024) -> TextConditioner:
-    """SDXL's text side with random weights; `memo` as there."""
+def new_conditioner(
+    device: torch.device, dtype: torch.dtype, cache_size: int = 1024
+) -> TextConditioner:
+    """SDXL's text side with random weights; `cache_size` as there."""
     text = _random(lambda: CLIPTextModel(CLIPTextConfig(**_CLIP, **_CLIP_L)), device, dtype)
     text_2 = _random(
         lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP, **_BIG_G)), device, dtype
     )
-    return TextConditioner(_tokenizer(), _tokenizer(), text, text_2, memo)
+    return TextConditioner(_tokenizer(), _tokenizer(), text, text_2, cache_size)
 
 
 def new_unet(

@@ -21,7 +21,7 @@ Piece = tuple[str, int, int]  # part, first item, number of items
 
 
 @dataclass(frozen=True)
-class Plan:
+class UnitPlan:
     """The parts with their numbers of items, and how many items make a unit."""
 
     parts: dict[str, int]
@@ -57,7 +57,7 @@ class Plan:
             start += count
 
 
-def plan_of(source: Source, out: Path, unit: int, pool: Executor | None) -> Plan:
+def plan_units(source: Source, out: Path, unit: int, pool: Executor | None) -> UnitPlan:
     """The plan, from `out`/plan.json where it stands there already (counting takes a while).
 
     UserError where the source is no longer what it was planned from.
@@ -70,9 +70,9 @@ def plan_of(source: Source, out: Path, unit: int, pool: Executor | None) -> Plan
                 f"{out} was begun when the source's part {changed} was another: prepare what is "
                 "there now into another folder"
             )
-        return Plan(kept["counts"], unit)
+        return UnitPlan(kept["counts"], unit)
     counts = (pool.map if pool else map)(source.count, there)
-    plan = Plan(dict(zip(there, counts, strict=True)), unit)
+    plan = UnitPlan(dict(zip(there, counts, strict=True)), unit)
     if not plan.items:
         raise UserError(f"the source holds no pictures: {', '.join(there)}")
     write_text(path, json.dumps({"parts": there, "counts": plan.parts}) + "\n")

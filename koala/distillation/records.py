@@ -1,6 +1,6 @@
-"""What a run's folder says of it: `run.json`, `stats.jsonl`, `validation.jsonl`, and boards.
+"""What a run's folder says of it: `run.json`, `stats.jsonl`, `validation.jsonl`, and loggers.
 
-Lines are for programs and always there; boards (TensorBoard, wandb) show the same numbers to those
+Lines are for programs and always there; loggers (TensorBoard, wandb) show the same numbers to those
 who ask for them. Only the first process of a run writes.
 """
 
@@ -15,11 +15,11 @@ from typing import Any, Protocol
 from koala.errors import UserError
 from koala.utils.atomic import write_text
 
-BOARDS = ("tensorboard", "wandb")
+LOGGERS = ("tensorboard", "wandb")
 FILES = {"train": "stats.jsonl", "validation": "validation.jsonl"}
 
 
-class Board(Protocol):
+class Logger(Protocol):
     """Where numbers are shown besides the lines."""
 
     def show(self, group: str, seen: int, values: dict[str, float]) -> None: ...
@@ -63,18 +63,18 @@ class Wandb:
         self._run.log({f"{group}/{name}": value for name, value in values.items()}, step=seen)
 
 
-def open_boards(names: Sequence[str], run: Path, seen: int) -> list[Board]:
-    """The boards of these names; UserError for another name, or for one that is not installed.
+def open_loggers(names: Sequence[str], run: Path, seen: int) -> list[Logger]:
+    """The loggers of these names; UserError for another name, or for one that is not installed.
 
-    seen: samples that the run has seen; what a board shows beyond them is shown again.
+    seen: samples that the run has seen; what a logger shows beyond them is shown again.
     """
-    kinds: dict[str, Callable[[Path, int], Board]] = {
+    kinds: dict[str, Callable[[Path, int], Logger]] = {
         "tensorboard": TensorBoard,
         "wandb": Wandb,
     }
     for name in names:
         if name not in kinds:
-            raise UserError(f"--log {name}: there are {', '.join(BOARDS)}")
+            raise UserError(f"--log {name}: there are {', '.join(LOGGERS)}")
     return [kinds[name](run, seen) for name in names]
 
 
@@ -96,17 +96,17 @@ class Lines:
 
 
 class Record:
-    """All that a run writes of its course: a file of lines for each group, and boards."""
+    """All that a run writes of its course: a file of lines for each group, and loggers."""
 
-    def __init__(self, run: Path, seen: int, boards: Sequence[str]) -> None:
+    def __init__(self, run: Path, seen: int, loggers: Sequence[str]) -> None:
         self._lines = {group: Lines(run / file, seen) for group, file in FILES.items()}
-        self._boards = open_boards(boards, run, seen)
+        self._loggers = open_loggers(loggers, run, seen)
 
     def write(self, group: str, seen: int, values: dict[str, float]) -> None:
         """group: "train" or "validation"."""
         self._lines[group].write(seen, values)
-        for board in self._boards:
-            board.show(group, seen, values)
+        for logger in self._loggers:
+            logger.show(group, seen, values)
 
 
 class Log:

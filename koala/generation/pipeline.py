@@ -29,9 +29,9 @@ from koala.generation.prompts import Encoded, encode, padded, parse
 from koala.generation.requests import Loras, Request, Settings
 from koala.generation.schedule import SPACINGS, Schedule
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
-from koala.lora.names import Base
-from koala.lora.reading import Lora, Report, read
-from koala.lora.switching import Wardrobe
+from koala.lora.names import BaseModel
+from koala.lora.reading import Lora, LoraReport, read
+from koala.lora.switching import LoraSwitcher
 from koala.text_conditioning import TextConditioner, time_ids
 from koala.utils.device import pick_device
 
@@ -67,12 +67,12 @@ class Pipeline:
     decode: Decode = field(init=False)
     device: torch.device = field(init=False)  # where latents are between steps
     _previewer: image_inputs.Previewer | None = field(default=None, init=False)
-    _wardrobe: Wardrobe = field(init=False, repr=False)
+    _lora_switcher: LoraSwitcher = field(init=False, repr=False)
     _plain: Predict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._plain = self.predict = predictor(self.unet)
-        self._wardrobe = Wardrobe(self._modules, self._read_lora)
+        self._lora_switcher = LoraSwitcher(self._modules, self._read_lora)
         self.encode = partial(image_inputs.encode_picture, self.vae)
         self.decode = full(self.vae)
         self.device = self.unet.device
@@ -202,8 +202,8 @@ class Pipeline:
 
     def wear(self, lora: Loras) -> None:
         """Puts on the LoRAs of one request's own, in the place of those worn until now."""
-        if self._wardrobe.wear(lora):
-            self.conditioner.forget()
+        if self._lora_switcher.switch(lora):
+            self.conditioner.clear_cache()
 
     @torch.inference_mode()
     def begin(self, request: Request) -> Row:
@@ -262,7 +262,7 @@ class Pipeline:
 
     # --- LoRAs ------------------------------------------------------------------------------
 
-    def add_lora(self, file: str | Path, scale: float = 1.0, merged: bool = False) -> Report:
+    def add_lora(self, file: str | Path, scale: float = 1.0, merged: bool = False) -> LoraReport:
         """Puts a LoRA on the U-Net and the text encoders, called by its file's name.
 
         One made for the model's teacher is carried over; the report says what had no place. It
@@ -276,19 +276,19 @@ class Pipeline:
         lora = self._read_lora(path)
         put_on = merge if merged else Attached
         self.loras[path.stem] = put_on(self._modules(), lora, scale)
-        self.conditioner.forget()
+        self.conditioner.clear_cache()
         return lora.report
 
     def scale_lora(self, name: str, scale: float) -> None:
         """Sets the scale of a LoRA that is not merged."""
         self._attached(name).scale = validation.lora_scale(scale)
-        self.conditioner.forget()
+        self.conditioner.clear_cache()
 
     def remove_lora(self, name: str) -> None:
         """Takes off a LoRA that is not merged; the weights are as they were."""
         self._attached(name).remove()
         del self.loras[name]
-        self.conditioner.forget()
+        self.conditioner.clear_cache()
 
     def _own_loras(self, asked: Mapping[str | Path, float]) -> Loras:
         """The LoRAs of one request, checked as far as their files' headers go."""
@@ -307,7 +307,7 @@ class Pipeline:
 
     def _read_lora(self, path: Path) -> Lora:
         configs = (model.config.to_dict() for model in self.conditioner.encoders)
-        return read(path, Base.from_configs(self.unet.config, *configs))
+        return read(path, BaseModel.from_configs(self.unet.config, *configs))
 
     def _modules(self) -> Modules:
         return modules_of(self.unet, *self.conditioner.encoders)
@@ -348,7 +348,7 @@ def load(
             each.to(place)
 
     settle = settle or onto_device
-    conditioner = TextConditioner.from_folder(folder, dtype, memo=MEMO)
+    conditioner = TextConditioner.from_folder(folder, dtype, cache_size=MEMO)
     settle("text encoders", conditioner.encoders)
     unet = load_unet(folder, dtype).to(memory_format=torch.channels_last)
     settle("U-Net", [unet])

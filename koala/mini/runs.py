@@ -24,7 +24,7 @@ from koala.distillation.parallel import alone
 from koala.errors import UserError
 from koala.generation.decode import TINY
 from koala.mini.sentence_encoder import SentenceEncoder
-from koala.mini.settings import Autoencoder, Base, Tiny
+from koala.mini.settings import Autoencoder, MiniBase, Tiny
 from koala.mini.text import (
     TextData,
     TextDistillation,
@@ -38,30 +38,30 @@ from koala.mini.vae import SHOWN, Autoencoding, PictureData, measure_latents, ne
 from koala.utils.atomic import new_folder
 
 
-def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[str]) -> Path:
+def run_base(recipe: MiniBase, data: Path, out: Path, device: str, loggers: Sequence[str]) -> Path:
     """VAE, then text side, then a pipeline folder with the two and an untrained U-Net."""
     pictures = PictureSet(data)
     seen = pictures.select("train")
     torch.manual_seed(recipe.vae.seed)
     vae = new_vae(pictures.image(0).width).to(device, memory_format=torch.channels_last)
-    coding = Autoencoding(vae, _shown(pictures))
+    vae_task = Autoencoding(vae, _shown(pictures))
     painted = _painted(pictures, recipe.kinds, recipe.vae.seed)
     note = {"recipe": asdict(recipe)}
-    train(coding, painted, recipe.vae, out / "vae", note, boards=boards)
+    train(vae_task, painted, recipe.vae, out / "vae", note, loggers=loggers)
     measure_latents(vae, _sample(painted).to(device))
-    coding = coding.sharpening()
-    train(coding, painted, recipe.decoder, out / "decoder", note, boards=boards)
+    vae_task = vae_task.sharpening()
+    train(vae_task, painted, recipe.decoder, out / "decoder", note, loggers=loggers)
 
     torch.manual_seed(recipe.text.seed)
     tokenizer = clip_tokenizer()
     encoders = new_text_encoders(tokenizer).to(device)
     sentences = SentenceEncoder(device)
     start_from_words(encoders, tokenizer, sentences)
-    telling = TextDistillation(encoders, tokenizer, sentences).to(device)
+    text_task = TextDistillation(encoders, tokenizer, sentences).to(device)
     captions = sorted({pictures.rows[i][c] for i in seen for c in ("short", "long", "subject")})
     texts = TextData(captions, vocabulary_words(tokenizer), recipe.text.seed)
-    train(telling, texts, recipe.text, out / "text", note, boards=boards)
-    return assemble(out / "model", coding, telling, data)
+    train(text_task, texts, recipe.text, out / "text", note, loggers=loggers)
+    return assemble(out / "model", vae_task, text_task, data)
 
 
 def run_autoencoder(
@@ -70,7 +70,7 @@ def run_autoencoder(
     out: Path,
     teacher: str,
     device: str,
-    boards: Sequence[str],
+    loggers: Sequence[str],
 ) -> Path:
     """The VAE, going on, then the teacher's folder with it; its card stays the teacher's.
 
@@ -89,7 +89,7 @@ def run_autoencoder(
         drift=recipe.drift,
     )
     note = {"recipe": asdict(recipe)}
-    trained = train(task, painted, recipe.training, out, note, layout=layout, boards=boards)
+    trained = train(task, painted, recipe.training, out, note, layout=layout, loggers=loggers)
     measure_latents(trained, _sample(painted).to(device))
     return _with_part(source, "vae", lambda folder: task.export(trained, folder), out / "model")
 
@@ -116,7 +116,7 @@ def _shown(pictures: PictureSet) -> Tensor:
 
 
 def run_tiny(
-    recipe: Tiny, data: str | Path, out: Path, teacher: str, device: str, boards: Sequence[str]
+    recipe: Tiny, data: str | Path, out: Path, teacher: str, device: str, loggers: Sequence[str]
 ) -> Path:
     """The tiny autoencoder, then the teacher's folder with it; its card stays the teacher's."""
     layout = alone(device, recipe.cpu_bf16)
@@ -129,7 +129,7 @@ def run_tiny(
         shown=latents.batch(0, 16)["latents"],
     )
     note = {"recipe": asdict(recipe)}
-    trained = train(task, latents, recipe.training, out, note, layout=layout, boards=boards)
+    trained = train(task, latents, recipe.training, out, note, layout=layout, loggers=loggers)
     return _with_part(source, TINY, lambda folder: task.export(trained, folder), out / "model")
 
 
@@ -141,11 +141,11 @@ def _with_part(source: Path, name: str, export: Callable[[Path], None], model: P
     return model
 
 
-def assemble(model: Path, coding: Autoencoding, telling: TextDistillation, data: Path) -> Path:
+def assemble(model: Path, vae_task: Autoencoding, text_task: TextDistillation, data: Path) -> Path:
     """Writes the pipeline folder with `sdxl-mini`'s U-Net as initialised; replaces an older one."""
     with new_folder(model, replace=True) as part:
-        coding.export(coding.trainable, part / "vae")
-        telling.export(telling.trainable, part)
+        vae_task.export(vae_task.trainable, part / "vae")
+        text_task.export(text_task.trainable, part)
         UNet2DConditionModel(**unet_config(get("sdxl-mini"))).save_pretrained(part / "unet")
         EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing").save_pretrained(
             part / "scheduler"

@@ -294,15 +294,13 @@ def test_tensors_that_are_missing_extra_or_misshapen(toy_file, tmp_path):
 
     refused(
         changed(toy_file, tmp_path / "b.safetensors", add),
-        r"text_encoder_2: unexpected tensors: stranger; tensors of the wrong shape: text_projection \[3\]$",
+        r"text_encoder_2: unexpected tensors: stranger; .* wrong shape: text_projection \[3\]$",
     )
 
     def lose_unet(tensors):
         del tensors["model.diffusion_model.out.2.bias"]
 
-    refused(
-        changed(toy_file, tmp_path / "c.safetensors", lose_unet), "missing tensors: out.2.bias$"
-    )
+    refused(changed(toy_file, tmp_path / "c.safetensors", lose_unet), "missing .*: out.2.bias$")
 
     def only_unet(tensors):
         for name in [n for n in tensors if not n.startswith("model.")]:

@@ -1,8 +1,8 @@
 """Pictures with captions in parquet shards: rendered once, on all cores, and read by everybody.
 
 A folder holds `set.json` (what it was made with) and `pictures-NNNNN.parquet`, one row a picture:
-PNG bytes in the column `image` and the text columns of `koala.data.illustrations.scenes.Row`. A
-shard appears under its name when it is whole, so a killed run is taken up by the same command.
+PNG bytes in the column `image` and the text columns of `scenes.PlannedImage`. A shard
+appears under its name when it is whole, so a killed run is taken up by the same command.
 """
 
 import io
@@ -19,7 +19,7 @@ from PIL import Image
 
 from koala.data.illustrations import art
 from koala.data.illustrations.colours import BACKGROUNDS, INKS, repainted
-from koala.data.illustrations.scenes import Illustrations, Layer, Row, plan
+from koala.data.illustrations.scenes import Illustrations, Layer, PlannedImage, plan
 from koala.errors import UserError
 from koala.utils.atomic import claim, new_file, write_text
 from koala.utils.progress import progress
@@ -31,7 +31,7 @@ TEXT_COLUMNS = (
 NOTICE = "NOTICE.txt"
 
 
-def render(row: Row, size: int) -> Image.Image:
+def render(row: PlannedImage, size: int) -> Image.Image:
     """A planned picture as RGB, size x size pixels."""
     canvas = Image.new("RGBA", (size, size), BACKGROUNDS[row.background])
     for layer in row.layers:
@@ -75,7 +75,7 @@ def prepare_pictures(settings: Illustrations, out: Path, workers: int | None = N
     return len(rows)
 
 
-def _write_shard(rows: list[Row], path: Path, size: int) -> None:
+def _write_shard(rows: list[PlannedImage], path: Path, size: int) -> None:
     images = []
     for row in rows:
         buffer = io.BytesIO()

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from koala.distillation.parallel import World
-from koala.distillation.speed import Meter, matmul_peak
+from koala.distillation.throughput import Meter, matmul_peak
 
 
 def test_rate_is_since_the_last_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 102.0, 112.0])
-    monkeypatch.setattr("koala.distillation.speed.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("koala.distillation.throughput.time.monotonic", lambda: next(clock))
     meter = Meter(World(), 40, flops=1e12)
     first, second = meter.read(60), meter.read(65)
     assert (first["samples_per_second"], second["samples_per_second"]) == (10.0, 0.5)

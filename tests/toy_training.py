@@ -97,8 +97,8 @@ def distil(
     """A whole distillation on such hardware."""
     task, world = toy_distillation(base), world or World()
     layout = lay_out(task, hardware, world)
-    held_out = Stream().batch(100, 6) if settings.validate_every else None
-    train(task, data or Stream(), settings, run, layout=layout, held_out=held_out)
+    validation = Stream().batch(100, 6) if settings.validate_every else None
+    train(task, data or Stream(), settings, run, layout=layout, validation=validation)
 
 
 def processes(function: Callable[..., None], *arguments: object, count: int = 2) -> None:

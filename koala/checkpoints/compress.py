@@ -151,10 +151,10 @@ def _predicts(contents: Contents) -> str:
 
 def _card(
     teacher: str | Path, contents: Contents, report: CompressReport, depth_rule: str
-) -> model_card.Card:
+) -> model_card.ModelCard:
     """The student's model card."""
     name = model_card.name_of(teacher)
-    cut = model_card.Cut(
+    cut = model_card.Compressed(
         teacher=name,
         teacher_architecture=report.teacher,
         teacher_parameters=report.teacher_parameters,
@@ -167,7 +167,7 @@ def _card(
     return model_card.student_of(_known(contents), name, model_card.name_of(report.out), cut)
 
 
-def _known(contents: Contents) -> model_card.Card:
+def _known(contents: Contents) -> model_card.ModelCard:
     """What a folder's card or a single file's metadata say."""
     if contents.source.is_dir():
         return model_card.read(contents.source)

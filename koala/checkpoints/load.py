@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from koala.checkpoints.tensors import load_tensor
 from koala.checkpoints.validate import (
     check_unet,
+    describe_faults,
     read_json,
     read_tensors,
-    some,
     unet_architecture,
 )
 from koala.errors import UserError
@@ -34,14 +34,10 @@ def _load(model_class: Any, folder: Path, component: str, **options: Any) -> Any
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    wrong = {
-        "lacks": info["missing_keys"],
-        "has foreign": info["unexpected_keys"],
-        "has misshapen": [entry[0] for entry in info["mismatched_keys"]],
-    }
-    faults = "; ".join(f"{what} {some(sorted(keys))}" for what, keys in wrong.items() if keys)
-    if faults:
-        raise UserError(f"{folder}/{component}: the weights do not fit config.json: it {faults}")
+    misshapen = (entry[0] for entry in info["mismatched_keys"])
+    keys = (info["missing_keys"], info["unexpected_keys"], misshapen)
+    if faults := describe_faults(*map(sorted, keys)):
+        raise UserError(f"{folder}/{component}: the weights do not fit config.json: {faults}")
     return model.eval()
 
 

@@ -15,8 +15,8 @@ from koala.checkpoints.validate import CONFIGS, WEIGHTS, check_folder, some
 from koala.errors import UserError
 from koala.utils.asset_packages import cache_folder
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/([\w.-][\w./-]*\.safetensors)")  # org/name/FILE
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILE = re.compile(rf"({HUB_ID.pattern})/([\w.-][\w./-]*\.safetensors)")  # org/name/FILE
 _HUB_FILES = [
     "model_index.json",
     "README.md",
@@ -44,7 +44,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
         folder = BUNDLED / name
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
-    elif isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
+    elif isinstance(name_or_path, str) and HUB_ID.fullmatch(name):
         folder = _hub_folder(name)
     else:
         raise UserError(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from koala import __version__, recipes
 from koala.errors import FailedElsewhere, Failure, UserError
-from koala.recipes.gpus import CARDS
+from koala.recipes.gpus import GPUS
 from koala.serving.settings import Limits, Options, data_folder, limits_of
 
 
@@ -364,10 +364,10 @@ def _convert(commands) -> None:
 def _run_convert(o: argparse.Namespace) -> None:
     from koala.checkpoints.convert import ConvertReport, convert
     from koala.lora.conversion import convert_lora
-    from koala.lora.reading import Report
+    from koala.lora.reading import LoraReport
 
     _check_push(o)
-    report: ConvertReport | Report
+    report: ConvertReport | LoraReport
     if o.student is None:
         report = convert(o.model, o.to, o.out, o.dtype)
     elif o.dtype is None:
@@ -494,7 +494,7 @@ def _distill(commands) -> None:
         help="only say what is trained and what it costs: memory by part, samples a second, days",
     )  # fmt: skip
     p.add_argument(
-        "--card", help=f"with --dry-run: {', '.join(CARDS)} (default: measure the one here)"
+        "--card", help=f"with --dry-run: {', '.join(GPUS)} (default: measure the one here)"
     )
     p.add_argument("--gpus", type=int, help="with --dry-run: how many (default 1)")
     p.add_argument("--json", action="store_true", help="with --dry-run: recipe and cost as JSON")
@@ -508,7 +508,7 @@ def _run_distill(o: argparse.Namespace) -> None:
     for name in ("card", "gpus", "json"):
         if getattr(o, name):
             raise UserError(f"--{name} is for --dry-run; leave it out")
-    from koala.recipes.run import distill
+    from koala.recipes.train import distill
 
     for name in ("data", "out"):
         if getattr(o, name) is None:
@@ -523,7 +523,7 @@ def _run_distill(o: argparse.Namespace) -> None:
 def _dry_run(o: argparse.Namespace) -> None:
     from koala.recipes.cost import estimate
     from koala.recipes.recipe import ALONE
-    from koala.recipes.run import configured, described
+    from koala.recipes.train import configured, described
 
     recipe = configured(o.recipe, o.set)
     gpus = 1 if o.gpus is None else o.gpus

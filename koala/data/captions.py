@@ -46,7 +46,7 @@ def check_expressions(expressions: Sequence[str], fields: Sequence[str]) -> None
         raise UserError(f"captions {', '.join(expressions)}: one is named twice")
 
 
-class Telling:
+class CaptionFitter:
     """How captions are told to encoders that read no more than `limit` tokens."""
 
     def __init__(self, count: Callable[[str], int], limit: int, policy: str):
@@ -57,7 +57,7 @@ class Telling:
         self.limit, self.policy = limit, policy
 
     @classmethod
-    def of(cls, model: Path, policy: str) -> "Telling":
+    def of(cls, model: Path, policy: str) -> "CaptionFitter":
         """As the text side of a model folder reads: the longer of its two tokenizers' counts."""
         parts = [model / part for part in ("tokenizer", "tokenizer_2")]
         limits = [read_json(p / "tokenizer_config.json").get("model_max_length") for p in parts]
@@ -78,7 +78,7 @@ class Telling:
         # A token has at least one character, so most captions need no tokenizer.
         return len(caption) + 2 > self.limit and self.count(caption) > self.limit
 
-    def tell(self, caption: str, rng: np.random.Generator) -> str:
+    def fit(self, caption: str, rng: np.random.Generator) -> str:
         """The caption, or as much of it as fits, by the policy."""
         if not self.is_long(caption):
             return caption

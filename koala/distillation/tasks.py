@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from koala.distillation.forward_process import Noised, NoiseSchedule, draw_noise
 from koala.distillation.taps import PAPER_TAPS, Features, Tap, paired_points, tap_points
 from koala.errors import UserError, unknown
 from koala.text_conditioning import TextConditioner
+from koala.utils.atomic import new_folder
 
 # Draws one sheet: (U-Net, prompts, seed) -> picture, or None where nothing can be drawn.
 Draw = Callable[[nn.Module, Sequence[str], int], Image.Image | None]
@@ -192,21 +192,14 @@ class Denoising(nn.Module):
         assert isinstance(trainable, UNet2DConditionModel)
         folder = Path(folder)
         assert folder.resolve() != self.base.resolve(), "the base would be replaced"
-        part = folder.with_name(f".{folder.name}.part")
-        old = folder.with_name(f".{folder.name}.old")
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(self.base, part, ignore=shutil.ignore_patterns("unet", model_card.FILE))
-        trainable.save_pretrained(part / "unet", safe_serialization=True)
-        config_file = part / "unet" / "config.json"
-        config = json.loads(config_file.read_text())
-        config.pop("_name_or_path", None)  # where the weights once lay on this disk
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(part, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with new_folder(folder, replace=True) as part:
+            kept = shutil.ignore_patterns("unet", model_card.FILE)
+            shutil.copytree(self.base, part, ignore=kept, dirs_exist_ok=True)
+            trainable.save_pretrained(part / "unet", safe_serialization=True)
+            config_file = part / "unet" / "config.json"
+            config = json.loads(config_file.read_text())
+            config.pop("_name_or_path", None)  # where the weights once lay on this disk
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@
 
 and the paper's runs at full size, which `koala.recipes.paper` lists, a row each.
 
-Importing this package loads nothing heavy; `koala.recipes.run` does the work.
+Importing this package loads nothing heavy; `koala.recipes.train` does the work.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from koala.distillation.settings import PLAIN, Hardware, Training
 from koala.distillation.tasks import DistillationSettings
-from koala.mini.settings import Autoencoder, Base, Tiny
+from koala.mini.settings import Autoencoder, MiniBase, Tiny
 from koala.recipes.previews import MINI_PROMPTS
 
 
@@ -47,5 +47,5 @@ class Student:
     prompts: tuple[str, ...] = MINI_PROMPTS  # of previews
 
 
-Recipe = Base | Autoencoder | Teacher | Student | Tiny
-ALONE = (Base, Autoencoder, Tiny)  # train in one process, without settings of hardware
+Recipe = MiniBase | Autoencoder | Teacher | Student | Tiny
+ALONE = (MiniBase, Autoencoder, Tiny)  # train in one process, without settings of hardware

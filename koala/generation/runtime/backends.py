@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
+from koala.architectures.config import pooled_width
 from koala.errors import UserError
 from koala.generation import validation
 from koala.generation.decode import Decode, full
@@ -179,7 +180,7 @@ def example(
     config, draw = unet.config, torch.Generator().manual_seed(0)
     side = side or config.sample_size
     h, w = side if isinstance(side, tuple) else (side, side)
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    pooled = pooled_width(config)
     pixels = [(8 * h, 8 * w)] * rows
     condition = Condition(
         torch.randn(rows, tokens, config.cross_attention_dim, generator=draw),

@@ -547,9 +547,9 @@ def _run_distill(o: argparse.Namespace) -> None:
 
 
 def _dry_run(o: argparse.Namespace) -> None:
+    from koala.recipes import configured
     from koala.recipes.cost import estimate
-    from koala.recipes.recipe import ALONE
-    from koala.recipes.run import configured, described
+    from koala.recipes.recipe import ALONE, described
 
     recipe = configured(o.recipe, o.set)
     gpus = 1 if o.gpus is None else o.gpus

@@ -91,6 +91,13 @@ class Wandb:
         self._run.log({f"{group}/{name}": value for name, value in values.items()}, step=seen)
 
 
+def check_boards(names: Sequence[str]) -> None:
+    """UserError for a name that is none of `BOARDS`."""
+    for name in names:
+        if name not in BOARDS:
+            raise unknown("--log board", name, BOARDS)
+
+
 def open_boards(names: Sequence[str], run: Path, seen: int) -> list[Board]:
     """The boards of these names; UserError for another name, or for one that is not installed.
 
@@ -100,9 +107,7 @@ def open_boards(names: Sequence[str], run: Path, seen: int) -> list[Board]:
         "tensorboard": TensorBoard,
         "wandb": Wandb,
     }
-    for name in names:
-        if name not in kinds:
-            raise unknown("--log board", name, BOARDS)
+    check_boards(names)
     return [kinds[name](run, seen) for name in names]
 
 

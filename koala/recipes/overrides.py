@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from koala.distillation.taps import Tap
+from koala.distillation.settings import Tap
 from koala.errors import UserError
 
 T = TypeVar("T")

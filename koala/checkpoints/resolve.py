@@ -46,6 +46,8 @@ def resolve_model(name_or_path: str | Path) -> Path:
         folder = Path(name).expanduser()
     elif isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
         folder = _hub_folder(name)
+    elif name.endswith(".safetensors"):
+        raise UserError(f"model {name} is not there: name a file that is, a folder or a Hub id")
     else:
         raise unknown(
             "model", name, bundled_names(), ", a folder in diffusers' SDXL layout, a single "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from koala.architectures.block_map import DEPTH_RULES
+from koala.architectures.block_map import check_depth_rule
 from koala.errors import UserError, unknown
 
 OPTIMIZERS = ("adamw", "adamw-8bit")
@@ -204,8 +204,7 @@ class DistillationSettings:
                 f"min_snr {self.min_snr} is given but task_weight is 0, so it has no effect: "
                 "leave it out, or give task_weight a value above 0"
             )
-        if self.depth_rule not in DEPTH_RULES:
-            raise unknown("depth rule", self.depth_rule, DEPTH_RULES)
+        check_depth_rule(self.depth_rule)
         check_dropout(self.caption_dropout)
         if self.feature_weight > 0 and not self.taps:
             raise UserError(

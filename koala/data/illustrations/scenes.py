@@ -80,6 +80,7 @@ SMALL = Illustrations(
     scenes=3_000,
     test_pairs=0.8,
 )  # fmt: skip
+ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
 
 
 @dataclass(frozen=True)

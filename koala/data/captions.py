@@ -8,16 +8,19 @@ learns. Either way a sample is told by whole sentences that fit.
     chunks      one run of neighbours, drawn anew each time; together the runs are the whole caption
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from koala.checkpoints.validate import read_json
 from koala.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CLIP_TOKENS = 77  # what CLIP reads, where a tokenizer does not say
 POLICIES = ("sentences", "chunks")
@@ -57,7 +60,7 @@ class CaptionFitter:
         self.limit, self.policy = limit, policy
 
     @classmethod
-    def of(cls, model: Path, policy: str) -> "CaptionFitter":
+    def of(cls, model: Path, policy: str) -> CaptionFitter:
         """As the text side of a model folder reads: the longer of its two tokenizers' counts."""
         parts = [model / part for part in ("tokenizer", "tokenizer_2")]
         limits = [read_json(p / "tokenizer_config.json").get("model_max_length") for p in parts]

@@ -15,7 +15,7 @@ from typing import Any
 
 from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.pictures import PictureSet, prepare_pictures, settings_of
-from koala.data.illustrations.scenes import SMALL, Illustrations
+from koala.data.illustrations.scenes import ILLUSTRATIONS, Illustrations
 from koala.data.preprocess import Filters, Preparation
 from koala.data.shards import Summary
 from koala.data.sources import recognise
@@ -24,7 +24,6 @@ from koala.errors import UserError, did_you_mean
 from koala.utils.contact_sheet import contact_sheet
 from koala.utils.device import check_device, pick_device
 
-ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
 CAPTIONS = ("short", "subject", "long", "everyday")  # of the illustration set
 SHEET = 60  # pictures on the contact sheet
 

@@ -63,6 +63,13 @@ class Wandb:
         self._run.log({f"{group}/{name}": value for name, value in values.items()}, step=seen)
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """UserError for a name that is none of `LOGGERS`."""
+    for name in names:
+        if name not in LOGGERS:
+            raise unknown("--log logger", name, LOGGERS)
+
+
 def open_loggers(names: Sequence[str], run: Path, seen: int) -> list[Logger]:
     """The loggers of these names; UserError for another name, or for one that is not installed.
 
@@ -72,9 +79,7 @@ def open_loggers(names: Sequence[str], run: Path, seen: int) -> list[Logger]:
         "tensorboard": TensorBoard,
         "wandb": Wandb,
     }
-    for name in names:
-        if name not in kinds:
-            raise unknown("--log logger", name, LOGGERS)
+    check_loggers(names)
     return [kinds[name](run, seen) for name in names]
 
 

@@ -68,7 +68,7 @@ def _arguments(p: Parser) -> None:
     runtime.add_argument(
         "--backend",
         help=f"{listed(BACKENDS)}. auto times torch and openvino once and remembers the faster; "
-        "fastest also tries those that round; remembered, the default, is torch if nothing was timed",
+        "fastest also tries those that round; remembered (default) is torch if nothing was timed",
     )  # fmt: skip
     runtime.add_argument("--compile", action="store_true", help="use torch.compile, cached on disk")
     runtime.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")

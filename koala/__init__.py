@@ -18,7 +18,7 @@ _HOME = {  # function -> where it lives
     "compress": "koala.checkpoints.compress",
     "convert": "koala.checkpoints.convert",
     "prepare": "koala.data.prepare",
-    "distill": "koala.recipes.run",
+    "distill": "koala.recipes.train",
     "evaluate": "koala.evaluation.report",
 }
 __all__ = [

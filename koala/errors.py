@@ -32,5 +32,5 @@ def unknown(what: str, value: object, allowed: Iterable[str], other: str = "") -
 def did_you_mean(value: str, names: Iterable[str]) -> str:
     """`; did you mean X?` with the closest of `names`; "" where none is close."""
     folded = {name.lower(): name for name in names}
-    close = get_close_matches(value.lower(), folded, n=1)
+    close = get_close_matches(value.lower(), folded, n=1, cutoff=0.7)
     return f"; did you mean {folded[close[0]]}?" if close else ""

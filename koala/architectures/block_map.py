@@ -20,6 +20,12 @@ DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
 }
 
 
+def check_depth_rule(rule: str) -> None:
+    """UserError unless it is one of `DEPTH_RULES`."""
+    if rule not in DEPTH_RULES:
+        raise unknown("depth rule", rule, DEPTH_RULES)
+
+
 def _check_pair(teacher: UNetArchitecture, student: UNetArchitecture) -> None:
     """Raises `UserError` unless every block of `student` has one of its size in `teacher`."""
     fits = (
@@ -64,8 +70,7 @@ def block_map(
     belongs to the longest prefix of its name. Raises `UserError` if the depth rule is unknown or
     `student` is no cut of `teacher`.
     """
-    if depth_rule not in DEPTH_RULES:
-        raise unknown("depth rule", depth_rule, DEPTH_RULES)
+    check_depth_rule(depth_rule)
     if len(student.depths) != len(teacher.depths):
         raise UserError(f"{student.name} and {teacher.name} have different numbers of stages")
     _check_pair(teacher, student)

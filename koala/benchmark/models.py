@@ -19,6 +19,7 @@ from koala.architectures.config import unet_config
 from koala.architectures.table import UNetArchitecture, get
 from koala.benchmark.cases import Subject
 from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.pipeline_files import BETAS, SCALING_FACTOR
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
 from koala.text_conditioning import TextConditioner
@@ -39,10 +40,9 @@ _VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
     "sample_size": 1024,
-    "scaling_factor": 0.13025,
+    "scaling_factor": SCALING_FACTOR,
     "force_upcast": False,  # as in the fp16-safe VAE that KOALA uses
 }
-_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline:
@@ -60,7 +60,7 @@ def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline
         unet=unet.to(memory_format=torch.channels_last),
         vae=vae,
         conditioner=conditioner,
-        scheduler_config=dict(EulerDiscreteScheduler(**_SCHEDULER).config),
+        scheduler_config=dict(EulerDiscreteScheduler(**BETAS).config),
     )
 
 
@@ -69,13 +69,15 @@ def new_vae(device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     return _random(lambda: AutoencoderKL(**_VAE), device, dtype)
 
 
-def new_conditioner(device: torch.device, dtype: torch.dtype, memo: int = 1024) -> TextConditioner:
-    """SDXL's text encoders with random weights; `memo` as in `TextConditioner`."""
+def new_conditioner(
+    device: torch.device, dtype: torch.dtype, cache_size: int = 1024
+) -> TextConditioner:
+    """SDXL's text encoders with random weights; `cache_size` as in `TextConditioner`."""
     text = _random(lambda: CLIPTextModel(CLIPTextConfig(**_CLIP, **_CLIP_L)), device, dtype)
     text_2 = _random(
         lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP, **_BIG_G)), device, dtype
     )
-    return TextConditioner(_tokenizer(), _tokenizer(), text, text_2, memo)
+    return TextConditioner(_tokenizer(), _tokenizer(), text, text_2, cache_size)
 
 
 def new_unet(

@@ -35,6 +35,10 @@ class BenchmarkRow:
         case, weights = chosen.case, "random" if chosen.random else "real"
         return cls(case.name, engine, weights, case.pixels, case.steps, case.guidance)
 
+    def line(self) -> str:
+        """For a person, while others are still measured."""
+        return f"{self.name}  {self.engine}  {self.cells()['picture s']} s"
+
     def cells(self) -> dict[str, Any]:
         """Column -> text; "" where nothing was measured."""
         picture, unet = self.picture, self.unet

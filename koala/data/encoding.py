@@ -18,7 +18,7 @@ from koala.checkpoints.load import load_vae
 from koala.checkpoints.tensors import pieces
 from koala.checkpoints.validate import read_json, read_tensors
 from koala.data.buckets import Size
-from koala.data.captions import Telling
+from koala.data.captions import CaptionFitter
 from koala.data.preprocess import Dropped, Preparation, Sample
 from koala.text_conditioning import TextConditioner
 
@@ -48,7 +48,7 @@ def encoder_hash(model: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSample:
     """A sample without its pixels, and its tensors: one row of a shard."""
 
     sample: Sample
@@ -103,15 +103,15 @@ class Encoder:
         self.conditioner = TextConditioner.from_folder(model, device=device) if text else None
 
     def unit(
-        self, results: Iterable[Sample | Dropped], telling: Telling
-    ) -> tuple[list[Encoded], list[Dropped]]:
+        self, results: Iterable[Sample | Dropped], fitter: CaptionFitter
+    ) -> tuple[list[EncodedSample], list[Dropped]]:
         """What becomes of a unit's items, both in their order.
 
-        telling: how the caption of an embedding is told; the sample's caption is what was told. A
+        fitter: how the caption of an embedding is told; the sample's caption is what was told. A
         sample whose latents are not finite is left out.
         """
         waiting: dict[Size, list[tuple[int, Sample]]] = {}
-        encoded: dict[int, Encoded | Dropped] = {}
+        encoded: dict[int, EncodedSample | Dropped] = {}
         for number, result in enumerate(results):
             if isinstance(result, Dropped):
                 encoded[number] = result
@@ -120,18 +120,18 @@ class Encoder:
             batch = waiting.setdefault((height, width), [])
             batch.append((number, result))
             if len(batch) >= min(BATCH, max(1, BATCH_PIXELS // (height * width))):
-                encoded.update(self._encode(waiting.pop((height, width)), telling))
+                encoded.update(self._encode(waiting.pop((height, width)), fitter))
         for batch in waiting.values():
-            encoded.update(self._encode(batch, telling))
+            encoded.update(self._encode(batch, fitter))
         rows = [encoded[number] for number in sorted(encoded)]
         return (
-            [row for row in rows if isinstance(row, Encoded)],
+            [row for row in rows if isinstance(row, EncodedSample)],
             [row for row in rows if isinstance(row, Dropped)],
         )
 
     def _encode(
-        self, batch: list[tuple[int, Sample]], telling: Telling
-    ) -> Iterator[tuple[int, Encoded | Dropped]]:
+        self, batch: list[tuple[int, Sample]], fitter: CaptionFitter
+    ) -> Iterator[tuple[int, EncodedSample | Dropped]]:
         tensors = self._tensors([sample for _, sample in batch])
         for row, (number, sample) in enumerate(batch):
             own = {name: value[row] for name, value in tensors.items()}
@@ -140,10 +140,10 @@ class Encoder:
                 continue
             if self.conditioner is not None:
                 rng = np.random.default_rng((self.seed, sample.digest))
-                sample = replace(sample, captions=(telling.tell(sample.captions[0], rng),))
+                sample = replace(sample, captions=(fitter.fit(sample.captions[0], rng),))
                 text, pooled = self.conditioner([*sample.captions])
                 own |= {"text": text[0].bfloat16().cpu(), "pooled": pooled[0].bfloat16().cpu()}
-            yield number, Encoded(replace(sample, pixels=_SEEN), own)
+            yield number, EncodedSample(replace(sample, pixels=_SEEN), own)
 
     def _tensors(self, samples: list[Sample]) -> dict[str, Tensor]:
         """bfloat16 [n, 4, h/8, w/8] on the CPU: "mean" and "deviation", or "draw".

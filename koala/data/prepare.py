@@ -1,7 +1,8 @@
 """`koala prepare`: from a source to latents with an index, and a sheet to look at.
 
-What lies at a path is recognised in `koala.data.sources` and encoded in `koala.data.run`; the
-illustration set is rendered first (`koala.data.illustrations.pictures`).
+A path's source is recognised by `koala.data.sources` and encoded by
+`koala.data.latent_preparation`. The illustration set is rendered first
+(`koala.data.illustrations.pictures`).
 """
 
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.pictures import PictureSet, prepare_pictures, settings_of
-from koala.data.illustrations.scenes import SMALL, Illustrations
+from koala.data.illustrations.scenes import ILLUSTRATIONS, Illustrations
 from koala.data.preprocess import Filters, Preparation
 from koala.data.shards import Summary
 from koala.data.sources import recognise
@@ -23,7 +24,6 @@ from koala.errors import UserError, did_you_mean
 from koala.utils.contact_sheet import contact_sheet
 from koala.utils.device import check_device, pick_device
 
-ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
 CAPTIONS = ("short", "subject", "long", "everyday")  # of the illustration set
 SHEET = 60  # pictures on the contact sheet
 
@@ -113,7 +113,7 @@ def prepare(
     if sheet is not None:
         raise UserError(f"--sheet {sheet}: is drawn of the illustration set only; leave it out")
     folder = resolve_model(model)
-    from koala.data.run import prepare_latents  # loads torch, so not before all is checked
+    from koala.data.latent_preparation import prepare_latents  # loads torch: not before all checks
 
     place = _device(device)
     summary = prepare_latents(found, out, folder, preparation or Preparation(), workers, place)
@@ -148,7 +148,7 @@ def encode_pictures(
     folder: Path, model: Path, device: str = "cpu", workers: int | None = 1, mirror: bool = False
 ) -> Summary:
     """Encodes the illustrations that were rendered into `folder`, beside them: every one."""
-    from koala.data.run import prepare_latents
+    from koala.data.latent_preparation import prepare_latents
 
     source = Parquet(folder, CAPTIONS, "pictures-*.parquet")
     filters = Filters(max_aspect=None, keep_duplicates=True)

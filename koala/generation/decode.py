@@ -1,6 +1,5 @@
 """Latents to images: the whole VAE, the VAE with row tiling, or a tiny autoencoder."""
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
 from koala.checkpoints.latent_scale import LatentScale
+from koala.checkpoints.resolve import HUB_ID
 from koala.checkpoints.tensors import load_tensor, read_header
 from koala.checkpoints.validate import read_json
 from koala.errors import Failure, UserError
@@ -24,7 +24,6 @@ Decode = Callable[[Tensor], Tensor]
 
 TINY = "vae_tiny"  # where a model folder keeps its tiny autoencoder
 TINY_FILE = "diffusion_pytorch_model.safetensors"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def full(vae: AutoencoderKL) -> Decode:
@@ -139,7 +138,7 @@ def tiny_folder(source: str | Path) -> Path:
     for folder in (path / TINY, path):
         if (folder / "config.json").is_file():
             return folder
-    if not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
+    if not path.exists() and isinstance(source, str) and HUB_ID.fullmatch(source):
         return _fetched(source)
     raise UserError(
         f"no tiny autoencoder at {str(source)!r}: name a folder with the config.json and "

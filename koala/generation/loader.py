@@ -162,7 +162,7 @@ def placed(
 
 def _read(folder: Path, name: str, dtype: torch.dtype, put: Put) -> Pipeline:
     """The pipeline of a folder; `put` is given each part's models, on the CPU, once it is read."""
-    conditioner = TextConditioner.from_folder(folder, dtype, memo=CACHED_CHUNKS)
+    conditioner = TextConditioner.from_folder(folder, dtype, cache_size=CACHED_CHUNKS)
     put(TEXT, conditioner.encoders)
     unet = load_unet(folder, dtype).to(memory_format=torch.channels_last)
     put(UNET, [unet])

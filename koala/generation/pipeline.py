@@ -27,9 +27,9 @@ from koala.generation.prompts import PromptEmbedding, encode, padded
 from koala.generation.requests import Known, Loras, Request, Settings, checked
 from koala.generation.schedule import SPACINGS, Schedule
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
-from koala.lora.names import Base
-from koala.lora.reading import Lora, Report, read
-from koala.lora.switching import Wardrobe
+from koala.lora.names import BaseModel
+from koala.lora.reading import Lora, LoraReport, read
+from koala.lora.switching import LoraSwitcher
 from koala.text_conditioning import TextConditioner, time_ids
 
 
@@ -62,16 +62,14 @@ class Pipeline:
     decode: Decode = field(init=False)
     device: torch.device = field(init=False)  # of the latents between steps
     plan: MemoryPlan | None = field(default=None, init=False)  # that it was loaded by
-    batch_sizes: tuple[int, ...] = field(
-        default=(), init=False
-    )  # rows that are compiled for; (): any
+    batch_sizes: tuple[int, ...] = field(default=(), init=False)  # compiled rows; (): any
     _previewer: image_inputs.Previewer | None = field(default=None, init=False)
-    _wardrobe: Wardrobe = field(init=False, repr=False)
+    _lora_switcher: LoraSwitcher = field(init=False, repr=False)
     _plain: Predict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._plain = self.predict = predictor(self.unet)
-        self._wardrobe = Wardrobe(self._modules, self._read_lora)
+        self._lora_switcher = LoraSwitcher(self._modules, self._read_lora)
         self.encode = partial(image_inputs.encode_picture, self.vae)
         self.decode = full(self.vae)
         self.device = self.unet.device
@@ -187,8 +185,8 @@ class Pipeline:
 
     def use_loras(self, lora: Loras) -> None:
         """Applies the LoRAs of one request, in place of those applied before."""
-        if self._wardrobe.wear(lora):
-            self.conditioner.forget()
+        if self._lora_switcher.switch(lora):
+            self.conditioner.clear_cache()
 
     @torch.inference_mode()
     def begin(self, request: Request) -> BatchRow:
@@ -249,7 +247,7 @@ class Pipeline:
 
     # --- LoRAs ------------------------------------------------------------------------------
 
-    def add_lora(self, file: str | Path, scale: float = 1.0, merged: bool = False) -> Report:
+    def add_lora(self, file: str | Path, scale: float = 1.0, merged: bool = False) -> LoraReport:
         """Adds a LoRA to the U-Net and the text encoders, named after its file.
 
         A LoRA for the model's teacher is carried over; the report lists what could not be. It lies
@@ -263,27 +261,27 @@ class Pipeline:
         lora = self._read_lora(path)
         apply = merge if merged else Attached
         self.loras[path.stem] = apply(self._modules(), lora, scale)
-        self.conditioner.forget()
+        self.conditioner.clear_cache()
         return lora.report
 
     def scale_lora(self, name: str, scale: float) -> None:
         """Sets the scale of a LoRA that is not merged."""
         self._attached(name).scale = validation.lora_scale(scale)
-        self.conditioner.forget()
+        self.conditioner.clear_cache()
 
     def remove_lora(self, name: str) -> None:
         """Removes a LoRA that is not merged; the weights are as before."""
         self._attached(name).remove()
         del self.loras[name]
-        self.conditioner.forget()
+        self.conditioner.clear_cache()
 
     def _read_lora(self, path: Path) -> Lora:
         return read(path, self._base)
 
     @cached_property
-    def _base(self) -> Base:
+    def _base(self) -> BaseModel:
         configs = (model.config.to_dict() for model in self.conditioner.encoders)
-        return Base.from_configs(self.unet.config, *configs)
+        return BaseModel.from_configs(self.unet.config, *configs)
 
     def _modules(self) -> Modules:
         return modules_of(self.unet, *self.conditioner.encoders)

@@ -37,7 +37,7 @@ def encode(conditioner: TextConditioner, prompt: str) -> PromptEmbedding:
     sides = [_chunks(parts, side, conditioner.tokens - 2) for side in conditioner.tokenizers]
     texts, pooled = [], []
     for pair in zip_longest(*sides, fillvalue=_Chunk((), ())):
-        text, of_all = conditioner.read((pair[0].ids, pair[1].ids))
+        text, of_all = conditioner.encode_ids((pair[0].ids, pair[1].ids))
         texts.append(_weighted(conditioner, text, pair))
         pooled.append(of_all)
     return PromptEmbedding(torch.cat(texts)[None], pooled[0][None])
@@ -46,7 +46,7 @@ def encode(conditioner: TextConditioner, prompt: str) -> PromptEmbedding:
 def padded(conditioner: TextConditioner, encoded: PromptEmbedding, tokens: int) -> PromptEmbedding:
     """The same, `tokens` long, with chunks of the empty prompt at the end."""
     missing = (tokens - encoded.text.shape[1]) // conditioner.tokens
-    empty, _ = conditioner.read(((), ()))
+    empty, _ = conditioner.encode_ids(((), ()))
     return PromptEmbedding(torch.cat([encoded.text[0], *[empty] * missing])[None], encoded.pooled)
 
 
@@ -91,5 +91,5 @@ def _weighted(conditioner: TextConditioner, text: Tensor, pair: tuple[_Chunk, ..
         weights = [1.0, *chunk.weights]  # of the start token
         weights += [1.0] * (conditioner.tokens - len(weights))
         columns.append(text.new_tensor(weights)[:, None].expand(-1, encoder.config.hidden_size))
-    empty, _ = conditioner.read(((), ()))
+    empty, _ = conditioner.encode_ids(((), ()))
     return empty + torch.cat(columns, dim=1) * (text - empty)

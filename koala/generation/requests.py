@@ -24,7 +24,7 @@ from koala.errors import UserError
 from koala.generation import samplers, validation
 from koala.generation.image_files import fingerprint, mask_places, open_picture
 from koala.generation.prompt_syntax import parse
-from koala.lora.names import Base, base_of
+from koala.lora.names import BaseModel, base_of
 from koala.lora.reading import read
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Known:
     name: str
     native: int  # pixels of a side
     scheduler_config: Mapping[str, Any]
-    base: Base  # what a LoRA must fit
+    base: BaseModel  # what a LoRA must fit
     loras: tuple[tuple[str, float], ...] = ()  # names and scales of the model's own
 
     @classmethod

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from koala.checkpoints.load import alphas_cumprod
 from koala.generation import validation
 from koala.generation.validation import LCM_LEVELS
 
@@ -72,7 +73,5 @@ def _schedule(config: dict[str, Any], timesteps: np.ndarray) -> Schedule:
 
 def _sigmas(config: dict[str, Any]) -> Tensor:
     """sigma_t = sqrt((1 - abar_t) / abar_t) for every t, float32 [levels]."""
-    start, end = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5
-    betas = torch.linspace(start, end, config["num_train_timesteps"], dtype=torch.float32) ** 2
-    alphas_bar = torch.cumprod(1.0 - betas, dim=0)
-    return ((1 - alphas_bar) / alphas_bar) ** 0.5
+    abar = alphas_cumprod(config)
+    return ((1 - abar) / abar) ** 0.5

@@ -215,7 +215,7 @@ def loras(asked: Sequence[str]) -> dict[str | Path, float]:
 
 
 def runtime(
-    backend: str | None, compiled: bool, graphs: bool, vram: str | float | None = None,
+    backend: str | None, compile: bool, graphs: bool, vram: str | float | None = None,
     weights: str | None = None, decode: str | None = None, tiny_vae: str | Path | None = None,
     dtype: str | None = None,
 ) -> bool:  # fmt: skip
@@ -234,7 +234,7 @@ def runtime(
     if vram is not None:
         budget(vram)
     demanded = None if backend == "remembered" else backend
-    given = {"--backend": demanded, "--compile": compiled, "--graphs": graphs, "--dtype": dtype}
+    given = {"--backend": demanded, "--compile": compile, "--graphs": graphs, "--dtype": dtype}
     named = [name for name, value in given.items() if value]
     if planned := any((vram, weights, decode, tiny_vae)):
         for name in named:
@@ -242,7 +242,7 @@ def runtime(
                 f"{name} has no effect under a memory plan: leave it out, or --vram, --weights, "
                 "--decode and --tiny-vae"
             )
-    if (compiled or graphs) and demanded not in (None, "torch"):
+    if (compile or graphs) and demanded not in (None, "torch"):
         raise UserError(f"{named[1]} is PyTorch's: it does not go with --backend {backend}")
     return planned
 

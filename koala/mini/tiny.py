@@ -23,6 +23,8 @@ from koala.mini.perceptual import MobileNetV2
 from koala.mini.vae import opponent, to_images
 from koala.utils.contact_sheet import contact_sheet
 
+PERCEPTUAL = 0.25  # weight of the perceptual error
+
 
 def new_tiny() -> AutoencoderTiny:
     """The untrained autoencoder, fp32: some 160,000 parameters, most of them the decoder's."""
@@ -40,12 +42,9 @@ class TinyDistillation(nn.Module):
     tiny: what is trained. vae: the frozen teacher. shown: latents [n, 4, h, w] of the preview.
     """
 
-    def __init__(
-        self, tiny: AutoencoderTiny, vae: AutoencoderKL, shown: Tensor, perceptual: float = 0.25
-    ) -> None:
+    def __init__(self, tiny: AutoencoderTiny, vae: AutoencoderKL, shown: Tensor) -> None:
         super().__init__()
         self.trainable = tiny
-        self.perceptual = perceptual
         self.shown = shown
         # Outside the module's own, so that they are neither trained nor saved.
         self._frozen = {"vae": vae.requires_grad_(False).eval(), "net": MobileNetV2.pretrained()}
@@ -61,7 +60,7 @@ class TinyDistillation(nn.Module):
         pixel = error.abs().mean() + error.square().mean()
         seen = self._frozen["net"].to(z.device).distance(y, target)
         latent = F.mse_loss(self.trainable.encode(target).latents, z)
-        loss = pixel + self.perceptual * seen + latent
+        loss = pixel + PERCEPTUAL * seen + latent
         return {"pixel": pixel, "perceptual": seen, "latent": latent, "loss": loss}
 
     @torch.no_grad()

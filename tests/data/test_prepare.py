@@ -25,10 +25,10 @@ from koala.checkpoints.tensors import read_header
 from koala.cli import main
 from koala.data.encoding import Moments, to_pixels
 from koala.data.index import Index
+from koala.data.latent_preparation import prepare_latents
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of, prepare
 from koala.data.preprocess import Filters, Preparation, upright
-from koala.data.run import prepare_latents
 from koala.data.shards import shard_name
 from koala.data.sources import recognise
 from koala.errors import Failure, UserError

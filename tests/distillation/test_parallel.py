@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from koala.distillation import parallel
 from koala.distillation.parallel import World, joined, lay_out
-from koala.distillation.settings import PLAIN, Hardware
-from koala.distillation.taps import PAPER_TAPS, Features, regions, tap_points
+from koala.distillation.settings import PAPER_TAPS, PLAIN, Hardware
+from koala.distillation.taps import Features, regions, tap_points
 from koala.errors import FailedElsewhere, Failure, UserError
 from toy import TEXT_WIDTHS, toy_pipeline, toy_unet
 from toy_training import (

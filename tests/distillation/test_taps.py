@@ -11,15 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from koala.architectures.config import unet_config
 from koala.architectures.table import get
-from koala.distillation.taps import (
-    PAPER_TAPS,
-    STAGES,
-    Features,
-    Tap,
-    paired_points,
-    regions,
-    tap_points,
-)
+from koala.distillation.settings import PAPER_TAPS, STAGES, Tap
+from koala.distillation.taps import Features, paired_points, regions, tap_points
 from koala.errors import UserError
 from toy import toy_unet
 

@@ -11,13 +11,8 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from PIL import Image
 
 from koala.distillation.forward_process import NoiseSchedule, generators_at
-from koala.distillation.taps import PAPER_TAPS, Tap
-from koala.distillation.tasks import (
-    Denoising,
-    Distillation,
-    DistillationSettings,
-    teacher_dtype,
-)
+from koala.distillation.settings import PAPER_TAPS, DistillationSettings, Tap
+from koala.distillation.tasks import Denoising, Distillation, teacher_dtype
 from koala.errors import UserError
 from koala.text_conditioning import TextConditioner
 from toy import toy_pipeline, toy_scheduler, toy_unet

@@ -200,7 +200,7 @@ def test_what_running_out_of_memory_is():
     assert not ran_out(UserError("steps is 0"))
 
 
-def test_load_within_a_budget(folder, tmp_path):
+def test_load_by_a_budget(folder, tmp_path):
     lines: list[str] = []
     pipeline = load(folder, "cpu", vram=4, say=lines.append)
     assert pipeline.plan.mode.place == "resident" and pipeline.plan.budget == 4 * 2**30

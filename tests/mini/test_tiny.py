@@ -12,7 +12,7 @@ from koala.generation import load
 from koala.generation.decode import full, load_tiny, tiny
 from koala.mini.bundle import bundle
 from koala.mini.tiny import TinyDistillation, new_tiny
-from koala.recipes.run import distill
+from koala.recipes.train import distill
 from toy import toy_vae
 from toy_family import TINY
 

@@ -25,7 +25,7 @@ import pytest
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'koala-diffusion[ray]'")
 
 from benchmarks.scaleout import engines  # noqa: E402
-from koala.cli import _parser  # noqa: E402
+from koala.cli.serve import SERVE  # noqa: E402
 from koala.errors import Failure, UserError  # noqa: E402
 from koala.generation import Late, load  # noqa: E402
 from koala.serving.meta_pipeline import load_meta_pipeline  # noqa: E402
@@ -51,8 +51,8 @@ def test_replicas_are_a_number_or_two():
 
 def test_the_pages_commands_are_commands():
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-    commands = re.findall(r"koala (serve --replicas .*?) +#", page)
-    scales = [_parser().parse_args(shlex.split(command)).replicas for command in commands]
+    commands = re.findall(r"koala serve (--replicas .*?) +#", page)
+    scales = [SERVE.parse(shlex.split(command)).replicas for command in commands]
     assert [Scale.parse(scale) for scale in scales] == [Scale(4, 4), Scale(1, 8), Scale(16, 16)]
 
 

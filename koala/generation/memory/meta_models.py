@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from koala.architectures.config import pooled_width
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
 from koala.checkpoints.validate import read_json
 from koala.generation.decode import tiny_folder
@@ -106,7 +107,7 @@ def _read(encoder: Any, tokens: int) -> Any:
 
 def _predict(unet: Any, rows: int, latents: tuple[int, ...], tokens: int) -> Tensor:
     config, dtype = unet.config, unet.dtype
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    pooled = pooled_width(config)
     return unet(
         _blank(rows, *latents, dtype=dtype),
         _blank(rows, dtype=torch.float32),

@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
+from koala.architectures.config import pooled_width
 from koala.errors import UserError
 from koala.generation import validation
 from koala.generation.decode import Decode, full
@@ -101,7 +102,7 @@ def _lacking(backend: str, unet: UNet2DConditionModel, samples: Calibration | No
     if missing := [one for one in needed if find_spec(one) is None]:
         return f"{' and '.join(missing)} not installed: pip install 'koala-diffusion[openvino]'"
     if precision == "int8" and samples is None:
-        return "it needs inputs of the U-Net for calibration"
+        return "it needs samples of the U-Net's inputs"
     size = sum(p.numel() * p.element_size() for p in unet.parameters())
     free, wanted = free_bytes(unet.device), _CONVERTING * size
     if engine == "openvino" and wanted > free:
@@ -179,7 +180,7 @@ def example(
     config, draw = unet.config, torch.Generator().manual_seed(0)
     side = side or config.sample_size
     h, w = side if isinstance(side, tuple) else (side, side)
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    pooled = pooled_width(config)
     pixels = [(8 * h, 8 * w)] * rows
     condition = Condition(
         torch.randn(rows, tokens, config.cross_attention_dim, generator=draw),

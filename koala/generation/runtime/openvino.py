@@ -27,6 +27,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
+from koala.architectures.config import pooled_width
 from koala.errors import UserError
 from koala.generation.decode import Decode, finished, vae_latents
 from koala.generation.denoise import Condition, Predict
@@ -219,7 +220,7 @@ def _quantised(model: Any, samples: Sequence[tuple[Tensor, ...]]) -> Any:
 
 def _unet_example(unet: UNet2DConditionModel) -> tuple[Tensor, ...]:
     config = unet.config
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    pooled = pooled_width(config)
     return (
         torch.zeros(2, config.in_channels, _EXAMPLE, _EXAMPLE),
         torch.zeros(2),

@@ -21,7 +21,7 @@ from koala.generation import load
 from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders
 from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae, to_images
 from koala.recipes.recipe import Mixture, Student
-from koala.recipes.run import distill
+from koala.recipes.train import distill
 from toy_family import TINY, Letters
 from toy_sources import pictures, write_folder
 
@@ -164,7 +164,7 @@ def test_what_distill_refuses(base_parts, tmp_path, packages):
 
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_recipes_describe_themselves(name):
-    from koala.recipes.run import described
+    from koala.recipes.recipe import described
 
     shown = json.loads(json.dumps(described(recipes.get(name))))
     assert len(shown) == 1

@@ -60,7 +60,7 @@ def _equipped(backend: str) -> Callable[[str, str], Pipeline]:
 Way = tuple[Callable[[str, str], Pipeline], dict[str, Any]]  # loader, what is asked besides
 WAYS: dict[str, Way] = {
     EXACT: (_planned(weights="fp32", decode="full"), {}),
-    "decode in strips": (_planned(weights="fp32", decode="tiled"), {}),
+    "decode tiled": (_planned(weights="fp32", decode="tiled"), {}),
     "decode tiny": (_planned(weights="fp32", decode="tiny"), {}),
     "weights int8": (_planned(weights="int8", decode="full"), {}),
     "weights fp8": (_planned(weights="fp8", decode="full"), {}),
@@ -68,10 +68,10 @@ WAYS: dict[str, Way] = {
     "weights bf16": (_planned(weights="bf16", decode="full"), {}),
     "guidance until 0.75": (_planned(weights="fp32", decode="full"), {"guidance_until": 0.75}),
     "guidance until 0.5": (_planned(weights="fp32", decode="full"), {"guidance_until": 0.5}),
-    "back end openvino": (_equipped("openvino"), {}),
-    "back end torch-bf16": (_equipped("torch-bf16"), {}),
-    "back end openvino-bf16": (_equipped("openvino-bf16"), {}),
-    "back end openvino-int8": (_equipped("openvino-int8"), {}),
+    "backend openvino": (_equipped("openvino"), {}),
+    "backend torch-bf16": (_equipped("torch-bf16"), {}),
+    "backend openvino-bf16": (_equipped("openvino-bf16"), {}),
+    "backend openvino-int8": (_equipped("openvino-int8"), {}),
 }
 
 
@@ -181,7 +181,7 @@ def means(
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| | PSNR latents, dB | PSNR pictures, dB | FD-EffLite0 | R@1 | R@5 | R@5 against fp32 |",
+        "| | PSNR latents, dB | PSNR images, dB | FD-EffLite0 | R@1 | R@5 | R@5 against fp32 |",
         "|---|---|---|---|---|---|---|",
     ]
     exact = rows[0]["R@5"]

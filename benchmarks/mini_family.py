@@ -38,24 +38,24 @@ CONTROLS = ("koala-mini-sa", "koala-mini-task", "koala-mini-task-out")
 HEAD = """# The runs behind the bundled model
 
 This folder keeps `run.json` and `stats.jsonl` of each run. The commands are those of
-`docs/mini-family.md`, on 2 cores of an AMD EPYC (AVX-512), Python 3.11, torch 2.13.0 (CPU), diffusers
-0.42.1, transformers 5.23.0. The machine did other work at the same time, so the rates are lower
-bounds. Losses are means of the last line of `stats.jsonl`. `python -m benchmarks.mini_family` makes
-this page.
+`docs/mini-family.md`, on 2 cores of an AMD EPYC (AVX-512), Python 3.11, torch 2.13.0 (CPU),
+diffusers 0.42.1, transformers 5.23.0. The machine did other work at the same time, so the rates are
+lower bounds. Losses are means of the last line of `stats.jsonl`. `python -m benchmarks.mini_family`
+makes this page.
 
 The runs differ from the recipes of `koala/recipes/mini.py` as follows:
 
 - VAE and text encoders came first, by `mini-base`, in separate processes. The decoder's number of
-  samples was changed while they trained (the recipe in their run.json was rewritten), and again, from
-  64,000 to 44,000, after 26,400 of its own. The mixture of images was added to the recipe after the
-  text encoders had started.
+  samples was changed while they trained (the recipe in their run.json was rewritten), and again,
+  from 64,000 to 44,000, after 26,400 of its own. The mixture of images was added to the recipe
+  after the text encoders had started.
 - `mini-decoder` was a recipe of its own, for the decoder alone. `mini-vae` started from its result
   and has replaced it.
-- The teacher's first three parts trained on the latents of the VAE before `mini-vae`: 51,200 samples
-  at 64 pixels in batches of 32 at 2e-3; 128,000 at 128 pixels in batches of 64 at a constant 1.25e-3;
-  and a part on mirrored images (`koala prepare --mirror`) in batches of 32 at 8e-4, stopped at 191,488
-  of 256,000. `sdxl-mini-128` continued from there on the new latents, not from `sdxl-mini-64`. Between
-  it and `sdxl-mini` came 15,360 samples at 5e-4.
+- The teacher's first three parts trained on the latents of the VAE before `mini-vae`: 51,200
+  samples at 64 pixels in batches of 32 at 2e-3; 128,000 at 128 pixels in batches of 64 at a
+  constant 1.25e-3; and a part on mirrored images (`koala prepare --mirror`) in batches of 32 at
+  8e-4, stopped at 191,488 of 256,000. `sdxl-mini-128` continued from there on the new latents, not
+  from `sdxl-mini-64`. Between it and `sdxl-mini` came 15,360 samples at 5e-4.
 - `koala-mini-first` was called koala-mini when it ran. `koala-mini` continued from it before
   `--student` existed; OUT/start, which that option makes, was put there by hand. `tiny-mini` was
   trained on `koala-mini-first`, whose VAE is the same.

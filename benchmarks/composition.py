@@ -41,12 +41,12 @@ from koala.data.illustrations.scenes import (
     PLACES,
     STACKED,
     Illustrations,
-    Row,
+    PlannedImage,
     plan,
 )
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.judge import Judge
-from koala.evaluation.report import Sentences, choose, yardstick_of
+from koala.evaluation.report import Sentences, build_evaluator, choose
 from koala.generation import load
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils.contact_sheet import contact_sheet
@@ -72,7 +72,7 @@ class Grader:
     extractor: nn.Module
     sentences: Sentences
 
-    def grade(self, row: Row, picture: Image.Image) -> dict[str, bool]:
+    def grade(self, row: PlannedImage, picture: Image.Image) -> dict[str, bool]:
         """Of everything that the row's caption says, whether the picture shows it."""
         right = {}
         if row.background in row.short:
@@ -93,7 +93,7 @@ class Grader:
         return right
 
     @torch.no_grad()
-    def _likeness(self, row: Row, picture: Image.Image) -> Tensor:
+    def _likeness(self, row: PlannedImage, picture: Image.Image) -> Tensor:
         """[4, 2]: how much each of SPOTS is like each of the row's two things."""
         side = picture.width
         spots = [
@@ -106,7 +106,7 @@ class Grader:
         return shown @ self.judge.text(self.sentences(texts).float()).T
 
 
-def aspect(row: Row) -> str:
+def aspect(row: PlannedImage) -> str:
     """What a composed row's caption says beside the ground: ink, colour, number or place."""
     if row.kind in ("icon", "painted"):
         return "ink" if row.kind == "icon" else "colour"
@@ -120,20 +120,22 @@ def best_order(likeness: Tensor) -> list[tuple[float, float, float]]:
     )
 
 
-def prompts(settings: Illustrations) -> list[Row]:
+def prompts(settings: Illustrations) -> list[PlannedImage]:
     """The rows that are drawn, in the order of their ids' hashes; no caption of the training."""
     known = {row.short for row in plan(settings)}
     others = sorted(
         plan(replace(settings, seed=OTHER_SEED)), key=lambda row: sha256(row.id.encode()).digest()
     )
-    told: dict[str, dict[str, Row]] = {what: {} for what in PROMPTS}  # aspect -> caption -> row
+    told: dict[str, dict[str, PlannedImage]] = {
+        what: {} for what in PROMPTS
+    }  # aspect -> caption -> row
     for row in others:
         if row.kind in ("icon", "painted", "scene") and row.short not in known and _says_where(row):
             told[aspect(row)].setdefault(row.short, row)
     return [row for what, n in PROMPTS.items() for row in [*told[what].values()][:n]]
 
 
-def _says_where(row: Row) -> bool:
+def _says_where(row: PlannedImage) -> bool:
     """False for "a fox and an owl" and "a fox next to an owl": either may stand on the left.
 
     Nor are things in named colours asked for, which the judge knows less well than their own.
@@ -145,7 +147,7 @@ def _says_where(row: Row) -> bool:
     return own and any(side in row.subject for side in sides)
 
 
-def fit_layout(rows: Iterable[Row], pictures: Iterable[Image.Image]) -> Tensor:
+def fit_layout(rows: Iterable[PlannedImage], pictures: Iterable[Image.Image]) -> Tensor:
     """A ridge regression [cells + 1, layouts] from what stands out where to one of LAYOUTS."""
     ways = [sorted(layout) for layout in LAYOUTS]
     way = torch.tensor([ways.index(sorted(layer.box for layer in row.layers)) for row in rows])
@@ -189,7 +191,9 @@ def _nearest(colour: np.ndarray, names: dict[str, str]) -> str:
     return min(names, key=lambda name: np.abs(colour - ImageColor.getrgb(names[name])).sum())
 
 
-def shares(grader: Grader, rows: Sequence[Row], drawn: Sequence[Image.Image]) -> dict[str, float]:
+def shares(
+    grader: Grader, rows: Sequence[PlannedImage], drawn: Sequence[Image.Image]
+) -> dict[str, float]:
     """Of all pictures of which something was asked, the share that shows it."""
     grades = [grader.grade(row, picture) for row, picture in zip(rows, drawn, strict=True)]
     asked = dict.fromkeys(what for grade in grades for what in grade)
@@ -203,7 +207,7 @@ def grader_of(pictures: PictureSet, settings: Illustrations) -> Grader:
     extractor, sentences = EffLite0(), SentenceEncoder()
     size = (settings.size, settings.size)
     chosen = choose(pictures, JUDGED_BY)
-    judge = yardstick_of(pictures, *chosen, size, extractor, sentences, None).judge
+    judge = build_evaluator(pictures, *chosen, size, extractor, sentences, None).judge
     planned = {row.id: row for row in plan(settings)}
     scenes = pictures.select(split="train", kind="scene")
     layout = fit_layout(

@@ -27,12 +27,11 @@ from koala.distillation.ema import EMA
 from koala.distillation.forward_process import generators_at
 from koala.distillation.optimizers import new_optimizer
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import Hardware, Training
+from koala.distillation.settings import DistillationSettings, Hardware, Training
 from koala.distillation.taps import regions
-from koala.distillation.tasks import DistillationSettings
 from koala.recipes.memory import (
     OVERHEAD,
-    Plan,
+    TrainingSetup,
     _Autocast,
     _Ledger,
     _within,
@@ -59,15 +58,17 @@ CASES = {  # teacher, student's cut, pixels, samples a step, hardware
 }
 
 
-def plan_of(case: str, bf16: bool) -> Plan:
+def plan_of(case: str, bf16: bool) -> TrainingSetup:
     """The case as the dry run sees it."""
     teacher, cut, pixels, batch, machine = CASES[case]
     training = Training(batch, batch, lr=1e-5, ema_half_life=1000)
-    return Plan(student_of(teacher, cut), teacher, DistillationSettings(), training, machine, 1,
-                pixels, on_gpu=bf16)  # fmt: skip
+    return TrainingSetup(
+        student_of(teacher, cut), teacher, DistillationSettings(), training, machine, 1, pixels,
+        on_gpu=bf16,
+    )  # fmt: skip
 
 
-def trained(plan: Plan) -> dict[str, int]:
+def trained(plan: TrainingSetup) -> dict[str, int]:
     """Bytes by part at the fullest moment of the second step, as the allocator has them."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -98,7 +99,7 @@ def trained(plan: Plan) -> dict[str, int]:
     return {**parts, "what a step makes": peak - sum(parts.values()), "in all": peak}
 
 
-def _step(task: Any, plan: Plan, autocast: _Autocast | None, seen: int) -> None:
+def _step(task: Any, plan: TrainingSetup, autocast: _Autocast | None, seen: int) -> None:
     """Forward and backward, in parts where there are some."""
     micro = plan.micro_batch
     for part in range(plan.hardware.accumulate):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from koala.recipes.memory import Plan, device_memory
+from koala.recipes.memory import TrainingSetup, device_memory
 
 PROCESSES = 4
 
@@ -18,8 +18,8 @@ class Foretold:
 
     def __init__(self, here: bool):
         self._pool = None if here else ProcessPoolExecutor(PROCESSES, get_context("spawn"))
-        self._coming: dict[Plan, Future[dict[str, int]]] = {}
-        self._done: dict[Plan, dict[str, int]] = {}
+        self._coming: dict[TrainingSetup, Future[dict[str, int]]] = {}
+        self._done: dict[TrainingSetup, dict[str, int]] = {}
 
     def __enter__(self) -> "Foretold":
         return self
@@ -28,12 +28,12 @@ class Foretold:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: TrainingSetup) -> None:
         """Begins to reckon."""
         if self._pool is not None and _single(plan) not in self._coming:
             self._coming[_single(plan)] = self._pool.submit(device_memory, _single(plan))
 
-    def parts(self, plan: Plan) -> dict[str, int]:
+    def parts(self, plan: TrainingSetup) -> dict[str, int]:
         """Bytes of the device's allocator by part, the text side apart."""
         single = _single(plan)
         self.begin(plan)
@@ -45,12 +45,12 @@ class Foretold:
         parts.pop("context and workspaces", None)  # which the allocator does not see
         return parts
 
-    def bytes(self, plan: Plan) -> int:
+    def bytes(self, plan: TrainingSetup) -> int:
         """All parts together."""
         return sum(self.parts(plan).values())
 
 
-def _single(plan: Plan) -> Plan:
+def _single(plan: TrainingSetup) -> TrainingSetup:
     """One sample at once, in as many parts as it takes to keep gradients or not; uncompiled."""
     parts = min(2, plan.hardware.accumulate)
     hardware = replace(plan.hardware, accumulate=parts, compile="")

@@ -20,8 +20,8 @@ from koala.benchmark.models import new_vae
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_vae
 from koala.data.encoding import BATCH_PIXELS
+from koala.data.latent_preparation import prepare_latents
 from koala.data.preprocess import Preparation
-from koala.data.run import prepare_latents
 from koala.data.sources import recognise
 from koala.data.workers import own_cores
 

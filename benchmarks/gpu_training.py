@@ -32,10 +32,10 @@ from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.loop import gradients
 from koala.distillation.optimizers import new_optimizer
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import Hardware, Training
-from koala.distillation.taps import PAPER_TAPS, paired_points, tap_points
-from koala.distillation.tasks import Distillation, DistillationSettings
-from koala.recipes.memory import Plan
+from koala.distillation.settings import PAPER_TAPS, DistillationSettings, Hardware, Training
+from koala.distillation.taps import paired_points, tap_points
+from koala.distillation.tasks import Distillation
+from koala.recipes.memory import TrainingSetup
 from koala.text_conditioning import TextConditioner
 
 BASE = BUNDLED / "koala-mini"  # whose schedule is SDXL's; a rehearsal takes all its small parts
@@ -82,8 +82,8 @@ class Scene:
 
     def conditioner(self) -> TextConditioner:
         if self.toy:
-            return TextConditioner.from_folder(BASE, device=self.device, memo=0)
-        return new_conditioner(self.device, self.half, memo=0)
+            return TextConditioner.from_folder(BASE, device=self.device, cache_size=0)
+        return new_conditioner(self.device, self.half, cache_size=0)
 
     def vae(self) -> AutoencoderKL:
         if self.toy:
@@ -102,10 +102,10 @@ class Scene:
 
 def plan_of(
     scene: Scene, cut: str, hardware: Hardware, batch: int, optimizer: str = "adamw"
-) -> Plan:
+) -> TrainingSetup:
     """Such a training as the dry run sees it."""
     training = Training(batch, batch, lr=1e-5, optimizer=optimizer, ema_half_life=10_000)
-    return Plan(
+    return TrainingSetup(
         scene.student(cut), scene.teacher, DistillationSettings(), training, hardware, 1,
         scene.pixels, on_gpu=scene.device.type == "cuda",
     )  # fmt: skip

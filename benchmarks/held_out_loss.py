@@ -21,7 +21,7 @@ from koala.checkpoints.load import load_scheduler_config, load_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.data.latents import LatentSet
 from koala.distillation.forward_process import NoiseSchedule, generators_at
-from koala.distillation.loop import HELD_OUT_SEED
+from koala.distillation.loop import VALIDATION_SEED
 from koala.distillation.tasks import Denoising
 from koala.text_conditioning import TextConditioner
 from koala.utils.device import hardware
@@ -47,7 +47,7 @@ def losses(folder: Path, data: Path) -> dict[str, float]:
         stream.mirror = False  # what a sampler is asked for
         batch = stream.batch(0, SAMPLES)
         stream.close()
-        loss = task.losses(batch, generators_at(HELD_OUT_SEED, 0, SAMPLES))["loss"]
+        loss = task.losses(batch, generators_at(VALIDATION_SEED, 0, SAMPLES))["loss"]
         found[split] = round(loss.item(), 4)
     return found
 

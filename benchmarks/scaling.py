@@ -12,8 +12,8 @@ from koala import recipes
 from koala.architectures.flops import flops as forward_flops
 from koala.architectures.layout import parameters
 from koala.architectures.table import get
-from koala.data.sampler import WINDOW, Order
-from koala.recipes.gpus import CARDS, SHARE
+from koala.data.sampler import WINDOW, BatchOrder
+from koala.recipes.gpus import GPUS, SHARE
 
 CARD = "h100"
 PER_NODE = 8  # GPUs
@@ -55,13 +55,15 @@ def step(gpus: int) -> Step:
     # A ring all-reduce sends and receives every byte twice, but for a GPU's own part.
     sent = 2 * (gpus - 1) / gpus * 4 * parameters(student)
     fast, slow = (FAST, SLOW) if gpus > PER_NODE else (NVLINK, NVLINK)
-    computing = batch / gpus * flops / (SHARE * CARDS[CARD].tflops * 1e12)
+    computing = batch / gpus * flops / (SHARE * GPUS[CARD].tflops * 1e12)
     return Step(gpus, batch, computing, sent, sent / fast / 1e9, sent / slow / 1e9)
 
 
 def sharing(gpus: int, batch: int) -> float:
     """How many of the processes meet a shard, on the average: a window of shards is shared out."""
-    order = Order(np.arange(WINDOW), np.full(WINDOW, SHARD_ROWS), np.zeros(WINDOW, int), seed=0)
+    order = BatchOrder(
+        np.arange(WINDOW), np.full(WINDOW, SHARD_ROWS), np.zeros(WINDOW, int), seed=0
+    )
     met: list[set[int]] = [set() for _ in range(gpus)]
     for number in range(WINDOW * SHARD_ROWS // batch):
         places = order.batch(number, batch)

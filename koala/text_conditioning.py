@@ -1,7 +1,7 @@
-"""What the U-Net is told besides the noisy latent: the prompt's embeddings and the time ids.
+"""The U-Net's conditioning: text embeddings of the prompt, and the time ids.
 
-Training, generation and evaluation must tell it in exactly the same way, or guidance and
-micro-conditioning silently mean different things in each; so the convention lives here once.
+Training, generation and evaluation must condition the U-Net in exactly the same way, or guidance
+and micro-conditioning mean something different in each. So the convention lives here, once.
 
 Letters: n prompts, t tokens the encoders read, d1 and d2 the encoders' widths, p pooled width.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from koala.checkpoints.load import load_text
 from koala.errors import UserError
 
-if TYPE_CHECKING:  # loaded with the encoders: data that bring their text need none of it
+if TYPE_CHECKING:  # loaded with the encoders; data with stored embeddings need neither
     from transformers import (
         CLIPTextModel,
         CLIPTextModelWithProjection,
@@ -28,19 +28,19 @@ if TYPE_CHECKING:  # loaded with the encoders: data that bring their text need n
     )
 
 Pair = tuple[int, int]
-Ids = tuple[tuple[int, ...], tuple[int, ...]]  # token ids for each encoder, without its marks
+Ids = tuple[tuple[int, ...], tuple[int, ...]]  # token ids for each encoder, without special tokens
 
 
 class TextConditioner:
-    """Prompts to SDXL's text embeddings (arXiv 2307.01952, section 2.1).
+    """Encodes prompts into SDXL's text embeddings (arXiv 2307.01952, section 2.1).
 
-    The penultimate hidden states of both CLIP text encoders, side by side, and the second
-    encoder's projected pooled output. The encoders are frozen here.
+    The embeddings are the penultimate hidden states of both CLIP text encoders, concatenated, and
+    the second encoder's projected pooled output. The encoders are frozen.
 
-    An embedding is a function of its tokens alone: they are encoded prompt by prompt, because a
-    batch's shape changes the last bits of its rows, and then a resumed training would differ
-    from an uninterrupted one by what its memo happened to hold. Without a memo prompts are encoded
-    together, which a GPU does many times faster.
+    With a cache, prompts are encoded one by one, so that an embedding depends on its tokens alone:
+    the batch's shape changes the last bits of its rows, and a resumed training would differ from
+    an uninterrupted one by what the cache happened to hold. Without a cache, prompts are encoded
+    together, which is many times faster on a GPU.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class TextConditioner:
         tokenizer_2: CLIPTokenizer,
         text_encoder: CLIPTextModel,
         text_encoder_2: CLIPTextModelWithProjection,
-        memo: int = 1024,
+        cache_size: int = 1024,
     ) -> None:
-        """Takes what `checkpoints.load.load_text` returns; `memo`: prompts remembered, at most."""
-        assert memo >= 0
+        """Takes what `load_text` returns. cache_size: prompts cached; 0: no cache."""
+        assert cache_size >= 0
         self.tokenizers = (tokenizer, tokenizer_2)
         self.encoders = (
             text_encoder.eval().requires_grad_(False),
@@ -61,8 +61,8 @@ class TextConditioner:
         self.tokens = _tokens(self.tokenizers, self.encoders)
         self.width = sum(encoder.config.hidden_size for encoder in self.encoders)
         self.pooled_width: int = text_encoder_2.config.projection_dim
-        self._memo_limit = memo
-        self._memo: OrderedDict[Ids, tuple[Tensor, Tensor]] = OrderedDict()
+        self._cache_size = cache_size
+        self._cache: OrderedDict[Ids, tuple[Tensor, Tensor]] = OrderedDict()
 
     @classmethod
     def from_folder(
@@ -70,12 +70,16 @@ class TextConditioner:
         folder: Path,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        memo: int = 1024,
+        cache_size: int = 1024,
     ) -> TextConditioner:
         """The conditioner of a pipeline folder, its encoders on `device` in `dtype`."""
         tokenizer, tokenizer_2, text_encoder, text_encoder_2 = load_text(folder, dtype)
         return cls(
-            tokenizer, tokenizer_2, text_encoder.to(device), text_encoder_2.to(device), memo=memo
+            tokenizer,
+            tokenizer_2,
+            text_encoder.to(device),
+            text_encoder_2.to(device),
+            cache_size=cache_size,
         )
 
     @property
@@ -89,22 +93,21 @@ class TextConditioner:
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings [n, t, d1 + d2] and pooled [n, p], in the encoders' dtype and device.
 
-        Reads the first t tokens of each prompt and no further: training's way. Generation reads
-        the rest in chunks (`koala.generation.prompts`). No gradients. The tensors are the
-        caller's own.
+        Each prompt is truncated to t tokens, as in training; generation encodes longer prompts in
+        chunks (`koala.generation.prompts`). No gradients. The tensors are the caller's own.
         """
         if not prompts:
             return self.zeros(0)
         ids = [self._first_ids(prompt) for prompt in prompts]
-        if not self._memo_limit:
+        if not self._cache_size:
             return self._encode(ids)
-        rows = [self.read(one) for one in ids]
+        rows = [self.encode_ids(one) for one in ids]
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
     def zeros(self, n: int) -> tuple[Tensor, Tensor]:
         """The unconditional embedding, [n, t, d1 + d2] and [n, p] of zeros.
 
-        SDXL pipelines put zeros where there is no negative prompt
+        SDXL pipelines use zeros when there is no negative prompt
         (`force_zeros_for_empty_prompt`), so a caption dropped in training is zeros as well.
         """
         return (
@@ -112,22 +115,22 @@ class TextConditioner:
             torch.zeros(n, self.pooled_width, dtype=self.dtype, device=self.device),
         )
 
-    def forget(self) -> None:
-        """Empties the memo: to be called whenever the encoders have changed, as by a LoRA."""
-        self._memo.clear()
+    def clear_cache(self) -> None:
+        """Empties the cache. Call it whenever the encoders have changed, for example by a LoRA."""
+        self._cache.clear()
 
-    def read(self, ids: Ids) -> tuple[Tensor, Tensor]:
+    def encode_ids(self, ids: Ids) -> tuple[Tensor, Tensor]:
         """Embeddings [t, d1 + d2] and pooled [p] of at most t - 2 tokens for each encoder.
 
-        Remembered: not to be written to. No gradients.
+        Cached, so do not write to them. No gradients.
         """
-        found = self._memo.pop(ids, None)
+        found = self._cache.pop(ids, None)
         if found is None:
             text, pooled = self._encode([ids])
             found = text[0], pooled[0]
-        self._memo[ids] = found
-        if len(self._memo) > self._memo_limit:
-            self._memo.popitem(last=False)
+        self._cache[ids] = found
+        if len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
         return found
 
     def _first_ids(self, prompt: str) -> Ids:
@@ -135,20 +138,20 @@ class TextConditioner:
             tuple(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
             for tokenizer in self.tokenizers
         )
-        room = self.tokens - 2  # the start and end marks take two places
+        room = self.tokens - 2  # two special tokens, start and end
         return first[:room], second[:room]
 
-    # Not inference mode, even inside a caller's: the memo outlives it and feeds training.
+    # Not inference mode, even inside a caller's: the cache outlives it and feeds training.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _encode(self, prompts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         hidden = []
         for n, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.encoders, strict=True)):
-            marked = [[tokenizer.bos_token_id, *ids[n], tokenizer.eos_token_id] for ids in prompts]
-            padded = [row + [tokenizer.pad_token_id] * (self.tokens - len(row)) for row in marked]
-            places = torch.tensor(padded, device=self.device)
-            assert places.shape[1] == self.tokens
-            output = encoder(places, output_hidden_states=True)
+            special = [[tokenizer.bos_token_id, *ids[n], tokenizer.eos_token_id] for ids in prompts]
+            padded = [row + [tokenizer.pad_token_id] * (self.tokens - len(row)) for row in special]
+            token_ids = torch.tensor(padded, device=self.device)
+            assert token_ids.shape[1] == self.tokens
+            output = encoder(token_ids, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
         return torch.cat(hidden, dim=-1), output.text_embeds
 
@@ -166,13 +169,13 @@ def _tokens(
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
 ) -> int:
-    """How many tokens both encoders read, once it is sure that they agree."""
+    """Number of tokens that both encoders read; `UserError` if they disagree."""
     first, second = (tokenizer.model_max_length for tokenizer in tokenizers)
-    places = min(encoder.config.max_position_embeddings for encoder in encoders)
-    if first != second or first > places:
+    positions = min(encoder.config.max_position_embeddings for encoder in encoders)
+    if first != second or first > positions:
         raise UserError(
-            f"the tokenizers cut at {first} and {second} tokens, the text encoders have {places} "
-            "places; an SDXL pipeline has one length for all: set model_max_length in both "
+            f"the tokenizers truncate at {first} and {second} tokens, the text encoders have "
+            f"{positions} positions; an SDXL pipeline has one length: set model_max_length in both "
             "tokenizer_config.json"
         )
     return first

@@ -47,21 +47,21 @@ def test_an_embedding_depends_on_its_prompt_alone(folder, conditioner):
 
 
 def test_memo_gives_the_same_forgets_the_oldest_and_is_never_handed_out(folder):
-    conditioner = TextConditioner(*load_text(folder, torch.float32), memo=2)
+    conditioner = TextConditioner(*load_text(folder, torch.float32), cache_size=2)
     first, _ = conditioner(["a"])
     kept = first.clone()
     first.zero_()
     assert torch.equal(conditioner(["a"])[0], kept)
     conditioner(["b", "a", "c"])
-    assert list(conditioner._memo) == [conditioner._first_ids(prompt) for prompt in ("a", "c")]
+    assert list(conditioner._cache) == [conditioner._first_ids(prompt) for prompt in ("a", "c")]
     assert torch.equal(conditioner(["b", "a", "b"])[0][1], kept[0])
 
 
 def test_without_a_memo_prompts_are_encoded_together(folder, conditioner):
-    together = TextConditioner(*load_text(folder, torch.float32), memo=0)
+    together = TextConditioner(*load_text(folder, torch.float32), cache_size=0)
     for ours, alone in zip(together(PROMPTS), conditioner(PROMPTS), strict=True):
         torch.testing.assert_close(ours, alone, atol=1e-5, rtol=0)
-    assert not together._memo
+    assert not together._cache
 
 
 def test_embeddings_made_while_generating_can_be_trained_on(conditioner):
@@ -89,5 +89,5 @@ def test_time_ids_are_diffusers_add_time_ids(folder):
 def test_tokenizers_of_unequal_length_are_refused(folder):
     parts = load_text(folder, torch.float32)
     parts[1].model_max_length = 77
-    with pytest.raises(UserError, match=r"cut at 32 and 77 tokens.*32 places"):
+    with pytest.raises(UserError, match=r"truncate at 32 and 77 tokens.*32 positions"):
         TextConditioner(*parts)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from koala.architectures.config import from_unet_config
-from koala.lora.names import Base, Target, TextEncoder, shapes, spellings
+from koala.lora.names import BaseModel, Target, TextEncoder, shapes, spellings
 from toy import TEXT_WIDTHS
 
 # Spellings of the U-Net and of the text encoders, and how tensors' names end in each.
@@ -39,14 +39,14 @@ TOY_TEXT = (
 )
 
 
-def toy_base(unet: torch.nn.Module) -> Base:
+def toy_base(unet: torch.nn.Module) -> BaseModel:
     """What a LoRA for a toy U-Net and the toy text encoders is for."""
-    return Base(from_unet_config(unet.config), TOY_TEXT)
+    return BaseModel(from_unet_config(unet.config), TOY_TEXT)
 
 
 def toy_lora(
     file: Path,
-    base: Base,
+    base: BaseModel,
     form: str = "kohya",
     select: Callable[[Target], bool] = lambda target: True,
     rank: int = 2,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 def main() -> None:
     # Not above: the processes that read pictures import this file, and need none of it.
+    from koala.data.latent_preparation import prepare_latents
     from koala.data.preprocess import Preparation
-    from koala.data.run import prepare_latents
     from koala.data.sources import recognise
 
     for line in sys.stdin:

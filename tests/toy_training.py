@@ -18,8 +18,8 @@ from koala.checkpoints.load import load_scheduler_config
 from koala.distillation.forward_process import NoiseSchedule
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import PLAIN, Hardware, Training
-from koala.distillation.tasks import Denoising, Distillation, DistillationSettings
+from koala.distillation.settings import PLAIN, DistillationSettings, Hardware, Training
+from koala.distillation.tasks import Denoising, Distillation
 from koala.text_conditioning import TextConditioner
 from toy import toy_unet
 
@@ -97,8 +97,8 @@ def distil(
     """A whole distillation on such hardware."""
     task, world = toy_distillation(base), world or World()
     layout = lay_out(task, hardware, world)
-    held_out = Stream().batch(100, 6) if settings.validate_every else None
-    train(task, data or Stream(), settings, run, layout=layout, held_out=held_out)
+    validation = Stream().batch(100, 6) if settings.validate_every else None
+    train(task, data or Stream(), settings, run, layout=layout, validation=validation)
 
 
 def processes(function: Callable[..., None], *arguments: object, count: int = 2) -> None:

@@ -134,7 +134,6 @@ def from_unet_config(config: Mapping[str, Any]) -> UNetArchitecture:
     mid = {None: None, "UNetMidBlock2D": 0}.get(config["mid_block_type"], per_stage[-1])
     time_ids = config.get("addition_time_embed_dim") or 0
     has_addition = config.get("addition_embed_type") == "text_time"
-    added = config.get("projection_class_embeddings_input_dim") or 0
     arch = UNetArchitecture(
         name="custom",
         sample=config["sample_size"],
@@ -146,7 +145,7 @@ def from_unet_config(config: Mapping[str, Any]) -> UNetArchitecture:
         up=up,
         mid=mid,
         context=config["cross_attention_dim"],
-        pooled=added - TIME_IDS * time_ids if has_addition else 0,
+        pooled=pooled_width(config) if has_addition else 0,
         time_ids=time_ids if has_addition else 0,
         groups=config["norm_num_groups"],
         linear=bool(config.get("use_linear_projection")),
@@ -155,6 +154,7 @@ def from_unet_config(config: Mapping[str, Any]) -> UNetArchitecture:
     return replace(arch, name=known.name, tokens=known.tokens) if known else arch
 
 
-def identify(config: Mapping[str, Any]) -> str:
-    """Name of the architecture that a U-Net configuration describes, or "custom"."""
-    return from_unet_config(config).name
+def pooled_width(config: Mapping[str, Any]) -> int:
+    """Width of the pooled text embedding that an SDXL U-Net of this `config.json` takes."""
+    added = config.get("projection_class_embeddings_input_dim") or 0
+    return added - TIME_IDS * (config.get("addition_time_embed_dim") or 0)

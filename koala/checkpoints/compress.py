@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from koala.architectures.block_map import tensor_map
+from koala.architectures.block_map import check_depth_rule, tensor_map
 from koala.architectures.config import unet_config
 from koala.architectures.layout import parameters
-from koala.architectures.table import UNetArchitecture, student_of
+from koala.architectures.table import UNetArchitecture, check_student, student_of
 from koala.checkpoints import model_card
 from koala.checkpoints.pipeline_files import Contents, as_file, write_folder
 from koala.checkpoints.resolve import read_model
@@ -39,6 +39,14 @@ class CompressReport:
     dropped: int  # teacher tensors that it does not
     bytes: int  # of the student's U-Net weights
     out: Path
+
+    def line(self) -> str:
+        """For a person."""
+        return (
+            f"{self.teacher} ({self.teacher_parameters:,} parameters) -> "
+            f"{self.student} ({self.student_parameters:,}): {self.inherited} tensors "
+            f"inherited, {self.dropped} left behind, {self.bytes / 1e6:,.1f} MB in {self.out}"
+        )
 
 
 def _pipeline_files(contents: Contents, student: UNetArchitecture) -> dict[str, bytes]:
@@ -80,6 +88,8 @@ def compress(
     full.
     """
     kind, out = float_dtype(dtype), Path(out).expanduser()
+    check_student(to)
+    check_depth_rule(depth_rule)
     check_new(out)
     contents = read_model(teacher)
     arch = contents.architecture
@@ -151,10 +161,10 @@ def _predicts(contents: Contents) -> str:
 
 def _card(
     teacher: str | Path, contents: Contents, report: CompressReport, depth_rule: str
-) -> model_card.Card:
+) -> model_card.ModelCard:
     """The student's model card."""
     name = model_card.name_of(teacher)
-    cut = model_card.Cut(
+    cut = model_card.Compressed(
         teacher=name,
         teacher_architecture=report.teacher,
         teacher_parameters=report.teacher_parameters,
@@ -167,7 +177,7 @@ def _card(
     return model_card.student_of(_known(contents), name, model_card.name_of(report.out), cut)
 
 
-def _known(contents: Contents) -> model_card.Card:
+def _known(contents: Contents) -> model_card.ModelCard:
     """What a folder's card or a single file's metadata say."""
     if contents.source.is_dir():
         return model_card.read(contents.source)

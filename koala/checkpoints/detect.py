@@ -244,4 +244,4 @@ def _compare(unet: Shapes, arch: UNetArchitecture, layout: str) -> None:
     rows = [arch, *ARCHITECTURES.values()]
     nearest = min(rows, key=lambda row: len(unet_shapes(row, layout).items() ^ unet.items()))
     faults = tensor_faults(unet_shapes(nearest, layout), unet)
-    raise UserError(f"this is nearest to the U-Net {nearest.name}, but it {faults}")
+    raise UserError(f"the nearest known U-Net is {nearest.name}; {faults}")

@@ -24,7 +24,7 @@ _SHOWN = 300  # letters of one piece of metadata
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSummary:
     """One network of a model, or all of a file whose networks are not known."""
 
     tensors: int
@@ -44,7 +44,7 @@ class Inspection:
     up: tuple[tuple[int, ...], ...] | None
     mid: int | None
     unet_parameters: int | None
-    parts: dict[str, Part]
+    parts: dict[str, PartSummary]
     licence: str | None
     metadata: dict[str, str]  # what the file says of itself
 
@@ -106,7 +106,7 @@ def _described(
     model: str,
     arch: UNetArchitecture,
     layout: str,
-    parts: dict[str, Part],
+    parts: dict[str, PartSummary],
     licence: str | None,
     metadata: dict[str, str],
 ) -> Inspection:
@@ -116,8 +116,8 @@ def _described(
     )  # fmt: skip
 
 
-def _part(tensors: Collection[Stored]) -> Part:
-    return Part(
+def _part(tensors: Collection[Stored]) -> PartSummary:
+    return PartSummary(
         tensors=len(tensors),
         parameters=sum(math.prod(stored.shape) for stored in tensors),
         dtypes=tuple(sorted({stored.dtype for stored in tensors})),

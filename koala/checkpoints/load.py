@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala.checkpoints.tensors import load_tensor
 from koala.checkpoints.validate import (
     check_unet,
+    describe_faults,
     read_json,
     read_tensors,
-    some,
     unet_architecture,
 )
 from koala.errors import UserError
@@ -20,6 +20,7 @@ from koala.errors import UserError
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch import Tensor
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
@@ -34,14 +35,10 @@ def _load(model_class: Any, folder: Path, component: str, **options: Any) -> Any
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    wrong = {
-        "lacks": info["missing_keys"],
-        "has foreign": info["unexpected_keys"],
-        "has misshapen": [entry[0] for entry in info["mismatched_keys"]],
-    }
-    faults = "; ".join(f"{what} {some(sorted(keys))}" for what, keys in wrong.items() if keys)
-    if faults:
-        raise UserError(f"{folder}/{component}: the weights do not fit config.json: it {faults}")
+    misshapen = (entry[0] for entry in info["mismatched_keys"])
+    keys = (info["missing_keys"], info["unexpected_keys"], misshapen)
+    if faults := describe_faults(*map(sorted, keys)):
+        raise UserError(f"{folder}/{component}: the weights do not fit config.json: {faults}")
     return model.eval()
 
 
@@ -118,3 +115,16 @@ def _no_bars() -> Iterator[None]:
 def load_scheduler_config(folder: Path) -> dict[str, Any]:
     """The noise schedule's settings, as diffusers writes them."""
     return read_json(folder / "scheduler" / "scheduler_config.json")
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+    """abar_t = prod (1 - beta_s) of a scheduler config, float32 [levels], for every timestep t.
+
+    Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022.
+    """
+    import torch
+
+    roots = torch.linspace(
+        config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, config["num_train_timesteps"]
+    )
+    return torch.cumprod(1.0 - roots**2, dim=0)

@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala.errors import UserError
-from koala.utils.atomic import new_file
+from koala.utils.atomic import write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 FILE = "README.md"
 RUN_FOLDERS = ("model", "start")  # of a run: its result and the student before distillation
-_HUB_LICENCES = {  # the Hub's identifiers, and titles that stand for one
-    **{name: name for name in (
-        "openrail++", "openrail", "creativeml-openrail-m", "apache-2.0", "mit", "cc0-1.0",
-        "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "agpl-3.0",
-    )},
+_HUB_LICENCES = (  # the Hub's identifiers
+    "openrail++", "openrail", "creativeml-openrail-m", "apache-2.0", "mit", "cc0-1.0",
+    "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "agpl-3.0",
+)  # fmt: skip
+_TITLES = {  # other names of these licences
     "creativeml open rail++-m license": "openrail++",
     "creativeml open rail++-m": "openrail++",
     "creativeml open rail-m": "creativeml-openrail-m",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Licence:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Compressed:
     """How `koala compress` made the U-Net."""
 
     teacher: str
@@ -82,13 +82,13 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """All that is known of a model; None where nothing is."""
 
     title: str
     licence: Licence = field(default_factory=Licence)
     base_model: str | None = None  # Hub id of the model that it was made from
-    cut: Cut | None = None
+    cut: Compressed | None = None
     trained: Trained | None = None
     evaluated: Evaluated | None = None
     ours: bool = True  # False: the file was written by others
@@ -125,12 +125,11 @@ class Card:
 
     def write(self, folder: Path) -> None:
         """Writes README.md into `folder`, whole or not at all."""
-        with new_file(folder / FILE) as part:
-            part.write_text(self.text(), encoding="utf-8")
+        write_text(folder / FILE, self.text())
 
 
 _PAPER = "[KOALA](https://arxiv.org/abs/2312.04005)"
-_FACTS = {"cut": Cut, "trained": Trained, "evaluated": Evaluated}
+_FACTS = {"cut": Compressed, "trained": Trained, "evaluated": Evaluated}
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ def name_of(model: str | Path) -> str:
     return path.parent.name if name in RUN_FOLDERS else name
 
 
-def read(folder: Path) -> Card:
+def read(folder: Path) -> ModelCard:
     """The card of a model folder, ours or another's; an empty one where it has none.
 
     Of another's card only licence and base model are taken. UserError where the front matter
@@ -157,7 +156,7 @@ def read(folder: Path) -> Card:
     """
     title, file = name_of(folder), folder / FILE
     if not file.is_file():
-        return Card(title)
+        return ModelCard(title)
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
@@ -165,7 +164,7 @@ def read(folder: Path) -> Card:
         data = metadata_load(file) or {}
         found = data.get("koala", {})
         base = data.get("base_model")
-        return Card(
+        return ModelCard(
             title=found.get("title", title),
             licence=_licence_in(data),
             base_model=base if isinstance(base, str) else None,
@@ -188,26 +187,28 @@ def _licence_in(data: Mapping[str, Any]) -> Licence:
     return Licence(identifier or "unknown", name, link)
 
 
-def read_metadata(file: Path, metadata: Mapping[str, str]) -> Card:
+def read_metadata(file: Path, metadata: Mapping[str, str]) -> ModelCard:
     """The card of a single file, by its safetensors metadata (the ModelSpec's `modelspec.license`).
 
     A licence that is not among the Hub's is "other", with its title as name.
     """
     title = metadata.get("modelspec.license", "").strip()
-    known = _HUB_LICENCES.get(title.lower())
-    if known or not title:
-        return Card(name_of(file), Licence(known or "unknown"))
+    known = _TITLES.get(title.lower(), title.lower())
+    if not title:
+        return ModelCard(name_of(file))
+    if known in _HUB_LICENCES:
+        return ModelCard(name_of(file), Licence(known))
     link = title if re.match(r"https?://\S+$", title) else None
-    return Card(name_of(file), Licence("other", title, link))
+    return ModelCard(name_of(file), Licence("other", title, link))
 
 
-def student_of(teacher: Card, name: str, title: str, cut: Cut) -> Card:
+def student_of(teacher: ModelCard, name: str, title: str, cut: Compressed) -> ModelCard:
     """The card of a compressed model: the teacher's licence, and what was cut."""
     base = "/".join(name.split("/")[:2]) if "/" in name else teacher.base_model  # not its file
-    return Card(title, teacher.licence, base, cut)
+    return ModelCard(title, teacher.licence, base, cut)
 
 
-def adopted_of(student: Card, teacher: Card, title: str) -> Card:
+def adopted_of(student: ModelCard, teacher: ModelCard, title: str) -> ModelCard:
     """The card of a student's U-Net beside a teacher's VAE and text encoders: both licences."""
     licence = _both(student.licence, teacher.licence)
     return replace(student, title=title, licence=licence, evaluated=None, ours=True)
@@ -222,7 +223,7 @@ def _both(unet: Licence, rest: Licence) -> Licence:
     return Licence("other", f"U-Net: {stated[0]}; VAE and text encoders: {stated[1]}")
 
 
-def trained_of(start: Card, title: str, trained: Trained) -> Card:
+def trained_of(start: ModelCard, title: str, trained: Trained) -> ModelCard:
     """The card of a trained model: that of the model it started from, and the training."""
     return replace(start, title=title, trained=trained, evaluated=None, ours=True)
 
@@ -230,7 +231,7 @@ def trained_of(start: Card, title: str, trained: Trained) -> Card:
 # --- text -----------------------------------------------------------------------------------
 
 
-def _about(card: Card) -> str:
+def _about(card: ModelCard) -> str:
     kind = "A text-to-image pipeline of Stable Diffusion XL's kind"
     if c := card.cut:
         share = c.parameters / c.teacher_parameters
@@ -274,7 +275,7 @@ koala generate "a red fox" --model {where} --steps 10 --guidance 3.5
 ```"""
 
 
-def _making(card: Card) -> str:
+def _making(card: ModelCard) -> str:
     parts = ["## How it was made"]
     if c := card.cut:
         parts.append(
@@ -309,7 +310,7 @@ def _json(value: Mapping[str, Any]) -> str:
     return f"```json\n{json.dumps(value, indent=1)}\n```"
 
 
-def _evaluation(card: Card) -> str:
+def _evaluation(card: ModelCard) -> str:
     if (e := card.evaluated) is None:
         return "## Evaluation\n\nNot evaluated."
     settings = "; ".join(f"{name}: {value}" for name, value in e.settings.items())
@@ -321,7 +322,7 @@ By `koala evaluate` ({settings}), on {e.hardware}. The distances compare only wi
 same settings and pictures."""
 
 
-def _limits(card: Card) -> str:
+def _limits(card: ModelCard) -> str:
     limits = []
     if card.cut and not card.trained:
         limits.append(
@@ -341,7 +342,7 @@ def _limits(card: Card) -> str:
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
-def _licence(card: Card) -> str:
+def _licence(card: ModelCard) -> str:
     own, source = card.licence, "its teacher" if card.cut else "the model it was made from"
     if own.identifier == "unknown":
         said = (

@@ -19,6 +19,7 @@ from koala.checkpoints import model_card
 from koala.checkpoints.tensors import FLOATS, View, size_of, write
 from koala.checkpoints.validate import (
     CONFIGS,
+    PIPELINE,
     WEIGHTS,
     parse_object,
     read_tensors,
@@ -30,6 +31,10 @@ from koala.utils.atomic import new_folder
 
 _CREDITS = ("README.md", "NOTICE", "LICENSE")  # beginnings of file names
 _VISIBLE = 100_000_000  # bytes that take long enough for a progress bar
+
+# SDXL's noise schedule (Rombach et al. 2022) and the scale of its VAE's latents.
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCALING_FACTOR = 0.13025
 
 Tensors = Mapping[str, View]  # by diffusers' name
 
@@ -73,6 +78,23 @@ def from_folder(folder: Path) -> Contents:
         if not path.name.endswith(".index.json")
     }
     return Contents(folder, unet_architecture(folder), tensors, files)
+
+
+def pipeline_index() -> dict[str, Any]:
+    """model_index.json of a pipeline whose parts are of the usual classes."""
+    return {
+        "_class_name": PIPELINE,
+        "force_zeros_for_empty_prompt": True,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
 
 
 def is_credit(name: str) -> bool:

@@ -12,11 +12,11 @@ from koala.checkpoints import single_file
 from koala.checkpoints.bundled import BUNDLED, bundled_names
 from koala.checkpoints.pipeline_files import Contents, from_folder, write_pipeline
 from koala.checkpoints.validate import CONFIGS, WEIGHTS, check_folder, some
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 from koala.utils.asset_packages import cache_folder
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/([\w.-][\w./-]*\.safetensors)")  # org/name/FILE
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILE = re.compile(rf"({HUB_ID.pattern})/([\w.-][\w./-]*\.safetensors)")  # org/name/FILE
 _HUB_FILES = [
     "model_index.json",
     "README.md",
@@ -44,16 +44,25 @@ def resolve_model(name_or_path: str | Path) -> Path:
         folder = BUNDLED / name
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
-    elif isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
+    elif isinstance(name_or_path, str) and HUB_ID.fullmatch(name):
         folder = _hub_folder(name)
+    elif name.endswith(".safetensors"):
+        raise UserError(f"model {name} is not there: name a file that is, a folder or a Hub id")
     else:
-        raise UserError(
-            f"unknown model {name!r}; allowed are a bundled name ({some(bundled_names()) or 'none'}"
-            "), a folder in diffusers' SDXL layout, a single .safetensors file, or a Hub id like "
-            "org/name"
-        )
+        raise unknown(
+            "model", name, bundled_names(), ", a folder in diffusers' SDXL layout, a single "
+            ".safetensors file, or a Hub id like org/name",
+        )  # fmt: skip
     check_folder(folder)
     return folder
+
+
+def check_name(model: str) -> None:
+    """UserError as `resolve_model` raises it, as far as it goes without fetching or unpacking."""
+    path = Path(model).expanduser()
+    of_hub = not path.exists() and (HUB_ID.fullmatch(model) or _HUB_FILE.fullmatch(model))
+    if not (path.is_file() or of_hub):
+        resolve_model(model)
 
 
 def single_file_path(model: str | Path) -> Path | None:

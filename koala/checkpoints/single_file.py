@@ -19,6 +19,8 @@ from koala.checkpoints import ldm_keys
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.detect import GROUPS, Detected, detect
 from koala.checkpoints.pipeline_files import (
+    BETAS,
+    SCALING_FACTOR,
     Contents,
     Tensors,
     as_file,
@@ -26,14 +28,15 @@ from koala.checkpoints.pipeline_files import (
     check_dtypes,
     is_ballast,
     is_credit,
+    pipeline_index,
     visible_progress,
     write_tensors,
 )
 from koala.checkpoints.tensors import Stored, View, read_header, read_metadata
 from koala.checkpoints.validate import (
     CONFIGS,
-    PIPELINE,
     WEIGHTS,
+    describe_faults,
     parse_object,
     read_json,
     some,
@@ -178,17 +181,17 @@ def _split(
 ) -> Tensors:
     """Diffusers' tensors of a component. Raises `UserError` naming what is not as it must be."""
     expected = {pair.single: pair for pair in pairs}
-    wrong = {
-        "lacks": [name for name in expected if name not in stored],
-        "has foreign": [name for name in stored if name not in expected],
-        "has misshapen": [
+    faults = describe_faults(
+        [name for name in expected if name not in stored],
+        [name for name in stored if name not in expected],
+        [
             f"{name} {list(stored[name].shape)}"
             for name, pair in expected.items()
             if name in stored and not ldm_keys.fits(pair, stored[name].shape)
         ],
-    }
-    if faults := "; ".join(f"{what} {some(names)}" for what, names in wrong.items() if names):
-        raise UserError(f"{file}: its {component} {faults}")
+    )
+    if faults:
+        raise UserError(f"{file}: {component}: {faults}")
     tensors: dict[str, View] = {}
     for pair in pairs:
         tensors |= ldm_keys.split(pair, stored[pair.single])
@@ -207,8 +210,7 @@ def _known_files(
     encoder is none of SDXL's.
     """
     schedule: dict[str, Any] = {
-        "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000,
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, **BETAS,
         "prediction_type": "epsilon", "timestep_spacing": "trailing",
     }  # fmt: skip
     for mark, settings in _MARKS.items():
@@ -233,23 +235,6 @@ def _bundled(tokenizer: str) -> Path:
     return BUNDLED / "koala-mini" / tokenizer
 
 
-def pipeline_index() -> dict[str, Any]:
-    """model_index.json of a pipeline whose parts are of the usual classes."""
-    return {
-        "_class_name": PIPELINE,
-        "force_zeros_for_empty_prompt": True,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-
-
 def _vae_config(tensors: Tensors) -> dict[str, Any]:
     widths: list[int] = []
     while view := tensors.get(f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight"):
@@ -272,7 +257,7 @@ def _vae_config(tensors: Tensors) -> dict[str, Any]:
         "layers_per_block": layers,
         "norm_num_groups": GROUPS,
         "sample_size": 1024,
-        "scaling_factor": 0.13025,
+        "scaling_factor": SCALING_FACTOR,
     }
 
 
@@ -363,7 +348,7 @@ def _joined(contents: Contents) -> dict[str, View]:
         shapes = {name: view.shape for name, view in tensors.items()}
         expected = {n: shapes.get(n, ()) for pair in pairs[component] for n in pair.parts}
         if faults := tensor_faults(expected, shapes):
-            raise UserError(f"{contents.source}: {component} does not fit config.json: it {faults}")
+            raise UserError(f"{contents.source}: {component} does not fit config.json: {faults}")
         for pair in pairs[component]:
             joined[ldm_keys.PREFIXES[component] + pair.single] = ldm_keys.join(pair, tensors)
     return joined

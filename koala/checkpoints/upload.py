@@ -7,14 +7,12 @@ missed after hours of training helps nobody.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from koala.checkpoints import model_card
+from koala.checkpoints.resolve import HUB_ID
 from koala.errors import Failure, UserError
-
-_TARGET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_target(target: str) -> None:
@@ -27,7 +25,7 @@ def check_target(target: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if not _TARGET.fullmatch(target):
+    if not HUB_ID.fullmatch(target):
         raise UserError(f"--push-to-hub {target!r}: must be ORG/NAME, such as my-name/my-model")
     try:
         validate_repo_id(target)

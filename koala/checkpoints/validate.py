@@ -35,11 +35,11 @@ CONFIGS = {  # the file without which a component is not there
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
 
-def some(names: Iterable[str], limit: int = 10) -> str:
-    """At most `limit` of the names, then how many more there are."""
+def some(names: Iterable[str]) -> str:
+    """At most ten of the names, then how many more there are."""
     names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -126,21 +126,32 @@ def check_unet(arch: UNetArchitecture, stored: dict[str, Stored], folder: Path) 
     """Raises `UserError` unless `stored` has exactly the tensors of `arch`, in its shapes."""
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     if faults := tensor_faults(tensor_shapes(arch), shapes):
-        raise UserError(f"{folder}/unet: the weights do not fit config.json: it {faults}")
+        raise UserError(f"{folder}/unet: the weights do not fit config.json: {faults}")
 
 
 def tensor_faults(expected: Shapes, found: Shapes) -> str:
-    """What keeps `found` from having exactly the tensors `expected`; "" if nothing does."""
-    wrong = {
-        "lacks": [name for name in expected if name not in found],
-        "has foreign": [name for name in found if name not in expected],
-        "has misshapen": [
-            f"{name} {list(found[name])} for {list(shape)}"
+    """How `found` differs from the tensors `expected`; "" if it does not."""
+    return describe_faults(
+        [name for name in expected if name not in found],
+        [name for name in found if name not in expected],
+        [
+            f"{name} {list(found[name])}, expected {list(shape)}"
             for name, shape in expected.items()
             if name in found and found[name] != shape
         ],
+    )
+
+
+def describe_faults(
+    missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str]
+) -> str:
+    """What is wrong with a component's tensors, as the end of an error; "" if nothing is."""
+    kinds = {
+        "missing tensors": missing,
+        "unexpected tensors": unexpected,
+        "tensors of the wrong shape": misshapen,
     }
-    return "; ".join(f"{what} {some(names)}" for what, names in wrong.items() if names)
+    return "; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items() if names)
 
 
 def _check_widths(folder: Path, arch: UNetArchitecture) -> None:

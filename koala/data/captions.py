@@ -8,16 +8,19 @@ learns. Either way a sample is told by whole sentences that fit.
     chunks      one run of neighbours, drawn anew each time; together the runs are the whole caption
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from koala.checkpoints.validate import read_json
-from koala.errors import UserError
+from koala.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CLIP_TOKENS = 77  # what CLIP reads, where a tokenizer does not say
 POLICIES = ("sentences", "chunks")
@@ -46,18 +49,18 @@ def check_expressions(expressions: Sequence[str], fields: Sequence[str]) -> None
         raise UserError(f"captions {', '.join(expressions)}: one is named twice")
 
 
-class Telling:
+class CaptionFitter:
     """How captions are told to encoders that read no more than `limit` tokens."""
 
     def __init__(self, count: Callable[[str], int], limit: int, policy: str):
         """count: a text's tokens, start and end included. UserError for an unknown policy."""
         if policy not in POLICIES:
-            raise UserError(f"long captions {policy!r}: there are {', '.join(POLICIES)}")
+            raise unknown("policy for long captions", policy, POLICIES)
         self.count = lru_cache(maxsize=65_536)(count)
         self.limit, self.policy = limit, policy
 
     @classmethod
-    def of(cls, model: Path, policy: str) -> "Telling":
+    def of(cls, model: Path, policy: str) -> CaptionFitter:
         """As the text side of a model folder reads: the longer of its two tokenizers' counts."""
         parts = [model / part for part in ("tokenizer", "tokenizer_2")]
         limits = [read_json(p / "tokenizer_config.json").get("model_max_length") for p in parts]
@@ -78,7 +81,7 @@ class Telling:
         # A token has at least one character, so most captions need no tokenizer.
         return len(caption) + 2 > self.limit and self.count(caption) > self.limit
 
-    def tell(self, caption: str, rng: np.random.Generator) -> str:
+    def fit(self, caption: str, rng: np.random.Generator) -> str:
         """The caption, or as much of it as fits, by the policy."""
         if not self.is_long(caption):
             return caption

@@ -4,26 +4,25 @@ Shapes: n samples, h x w pixels; latents [n, 4, h/8, w/8].
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from koala.checkpoints.latent_scale import LatentScale
 from koala.checkpoints.load import load_vae
 from koala.checkpoints.tensors import pieces
 from koala.checkpoints.validate import read_json, read_tensors
 from koala.data.buckets import Size
-from koala.data.captions import Telling
+from koala.data.captions import CaptionFitter
 from koala.data.preprocess import Dropped, Preparation, Sample
 from koala.text_conditioning import TextConditioner
 
 BATCH_PIXELS = 4 << 20  # that the VAE encodes at once: four pictures at 1024 x 1024
-SCALING_FACTOR = 0.18215  # diffusers' default, where a VAE's config does not say
 BATCH = 64  # pictures, at most
 MIRRORED = "mirrored_"  # before the names of a mirrored picture's tensors
 _SEEN = np.empty((0, 0, 3), dtype=np.uint8)
@@ -35,18 +34,6 @@ def to_pixels(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def normalisation(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """(shift, scale), float32 [1, 4, 1, 1]: U-Net latents = (VAE latents - shift) * scale.
-
-    As diffusers' SDXL pipeline undoes it, by the VAE's config: `latents_mean` and `latents_std`
-    where it has them, `scaling_factor` always.
-    """
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    shift = torch.tensor(mean or [0.0] * 4).view(1, -1, 1, 1)
-    deviation = torch.tensor(std or [1.0] * 4).view(1, -1, 1, 1)
-    return shift, config.get("scaling_factor", SCALING_FACTOR) / deviation
-
-
 def encoder_hash(model: Path) -> str:
     """What names a model's latents: a hash of all that makes them (not the decoder), in fp16."""
     digest = hashlib.sha256()
@@ -54,13 +41,14 @@ def encoder_hash(model: Path) -> str:
         if name.startswith(("encoder.", "quant_conv.")):
             for piece in pieces(stored, "F16"):
                 digest.update(piece)
-    for tensor in normalisation(read_json(model / "vae" / "config.json")):
+    scale = LatentScale(read_json(model / "vae" / "config.json"))
+    for tensor in (scale.mean, scale.factor / scale.std):
         digest.update(tensor.half().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSample:
     """A sample without its pixels, and its tensors: one row of a shard."""
 
     sample: Sample
@@ -80,7 +68,7 @@ class Moments:
     def __init__(self, model: Path, device: str | torch.device):
         self.device = torch.device(device)
         self.vae = load_vae(model).to(self.device, memory_format=torch.channels_last)
-        self.shift, self.scale = (t.to(self.device) for t in normalisation(self.vae.config))
+        self.scale = LatentScale(self.vae.config, self.device)
 
     @torch.inference_mode(False)  # a training learns from what comes of it
     @torch.no_grad()
@@ -98,8 +86,8 @@ class Moments:
         pixels = pixels.to(self.device, memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
             posterior = self.vae.encode(pixels).latent_dist
-        mean = (posterior.mean.float() - self.shift) * self.scale
-        return mean, posterior.std.float() * self.scale
+        std = posterior.std.float() / self.scale.std * self.scale.factor
+        return self.scale.normalise(posterior.mean.float()), std
 
 
 class Encoder:
@@ -115,15 +103,15 @@ class Encoder:
         self.conditioner = TextConditioner.from_folder(model, device=device) if text else None
 
     def unit(
-        self, results: Iterable[Sample | Dropped], telling: Telling
-    ) -> tuple[list[Encoded], list[Dropped]]:
+        self, results: Iterable[Sample | Dropped], fitter: CaptionFitter
+    ) -> tuple[list[EncodedSample], list[Dropped]]:
         """What becomes of a unit's items, both in their order.
 
-        telling: how the caption of an embedding is told; the sample's caption is what was told. A
+        fitter: how the caption of an embedding is told; the sample's caption is what was told. A
         sample whose latents are not finite is left out.
         """
         waiting: dict[Size, list[tuple[int, Sample]]] = {}
-        encoded: dict[int, Encoded | Dropped] = {}
+        encoded: dict[int, EncodedSample | Dropped] = {}
         for number, result in enumerate(results):
             if isinstance(result, Dropped):
                 encoded[number] = result
@@ -132,18 +120,18 @@ class Encoder:
             batch = waiting.setdefault((height, width), [])
             batch.append((number, result))
             if len(batch) >= min(BATCH, max(1, BATCH_PIXELS // (height * width))):
-                encoded.update(self._encode(waiting.pop((height, width)), telling))
+                encoded.update(self._encode(waiting.pop((height, width)), fitter))
         for batch in waiting.values():
-            encoded.update(self._encode(batch, telling))
+            encoded.update(self._encode(batch, fitter))
         rows = [encoded[number] for number in sorted(encoded)]
         return (
-            [row for row in rows if isinstance(row, Encoded)],
+            [row for row in rows if isinstance(row, EncodedSample)],
             [row for row in rows if isinstance(row, Dropped)],
         )
 
     def _encode(
-        self, batch: list[tuple[int, Sample]], telling: Telling
-    ) -> Iterator[tuple[int, Encoded | Dropped]]:
+        self, batch: list[tuple[int, Sample]], fitter: CaptionFitter
+    ) -> Iterator[tuple[int, EncodedSample | Dropped]]:
         tensors = self._tensors([sample for _, sample in batch])
         for row, (number, sample) in enumerate(batch):
             own = {name: value[row] for name, value in tensors.items()}
@@ -152,10 +140,10 @@ class Encoder:
                 continue
             if self.conditioner is not None:
                 rng = np.random.default_rng((self.seed, sample.digest))
-                sample = replace(sample, captions=(telling.tell(sample.captions[0], rng),))
+                sample = replace(sample, captions=(fitter.fit(sample.captions[0], rng),))
                 text, pooled = self.conditioner([*sample.captions])
                 own |= {"text": text[0].bfloat16().cpu(), "pooled": pooled[0].bfloat16().cpu()}
-            yield number, Encoded(replace(sample, pixels=_SEEN), own)
+            yield number, EncodedSample(replace(sample, pixels=_SEEN), own)
 
     def _tensors(self, samples: list[Sample]) -> dict[str, Tensor]:
         """bfloat16 [n, 4, h/8, w/8] on the CPU: "mean" and "deviation", or "draw".

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from koala.data.captions import Telling
+from koala.data.captions import CaptionFitter
 from koala.data.encoding import MIRRORED, encoder_hash
 from koala.data.index import Index
-from koala.data.sampler import WINDOW, Order
-from koala.data.shard_cache import Near, Part
+from koala.data.sampler import WINDOW, BatchOrder
+from koala.data.shard_cache import BatchShare, ShardCache
 from koala.errors import UserError
 from koala.text_conditioning import time_ids
 
@@ -85,11 +85,11 @@ class LatentSet:
             )
         pairs = np.stack([self.index.height[shards], self.index.width[shards]])
         _, buckets = np.unique(pairs, axis=1, return_inverse=True)
-        self.order = Order(shards, self.index.rows[shards], buckets.reshape(-1), seed, window)
+        self.order = BatchOrder(shards, self.index.rows[shards], buckets.reshape(-1), seed, window)
         self.seed = seed
         self.mirror = split == "train" and self.index.made_with.get("mirror", False)
-        self._near = Near(self.index, self.order)
-        self._telling = Telling.of(model, long_captions)
+        self._cache = ShardCache(self.index, self.order)
+        self._fitter = CaptionFitter.of(model, long_captions)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="latents")
         self._coming: OrderedDict[Wanted, Future[dict[str, Any]]] = OrderedDict()
 
@@ -133,8 +133,8 @@ class LatentSet:
 
     def _read(self, first: int, count: int, rank: int, world: int) -> dict[str, Any]:
         share = count // world
-        part = Part(count, rank, world)
-        self._near.reach(first // count, part)
+        part = BatchShare(count, rank, world)
+        self._cache.reach(first // count, part)
         places = part.of(self.order.batch(first // count, count))
         pictures, latents, text, captions, sizes = [], [], [], [], []
         for number, (shard, row) in enumerate(places, first + rank * share):
@@ -171,7 +171,7 @@ class LatentSet:
     def _caption(self, shard: int, row: int, rng: np.random.Generator) -> str:
         weights = np.array([*self.captions.values()])
         name = str(rng.choice([*self.captions], p=weights / weights.sum()))
-        return self._telling.tell(self.index.caption(shard, row, name), rng)
+        return self._fitter.fit(self.index.caption(shard, row, name), rng)
 
     def _chosen_captions(self, captions: Mapping[str, float] | None) -> dict[str, float]:
         there = self.index.captions

@@ -31,7 +31,7 @@ def shuffled(length: int, first: int, count: int, seed: int) -> list[int]:
     return [int(orders[k // length][k % length]) for k in range(first, first + count)]
 
 
-class Order:
+class BatchOrder:
     """Which samples of which shards make the n-th batch."""
 
     def __init__(

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import NamedTuple, TypeVar
 
 from koala.data.index import Index
-from koala.data.sampler import Order
+from koala.data.sampler import BatchOrder
 
 FAR_AHEAD = 64  # batches
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 Window = tuple[int, int, int]  # bucket, epoch, number
 
 
-class Part(NamedTuple):
+class BatchShare(NamedTuple):
     """Which part of every batch a process reads."""
 
     size: int  # samples of a batch
@@ -30,17 +30,17 @@ class Part(NamedTuple):
         return batch[self.rank * share : (self.rank + 1) * share]
 
 
-class Near:
+class ShardCache:
     """Keeps the shards of the next batches at hand. For one thread."""
 
-    def __init__(self, index: Index, order: Order):
+    def __init__(self, index: Index, order: BatchOrder):
         self._index, self._order = index, order
-        self._part: Part | None = None
+        self._part: BatchShare | None = None
         self._named = range(0)  # batches whose shards were named
         self._held: dict[Window, set[str]] = {}
         self._wanted: Counter[str] = Counter()  # by how many windows
 
-    def reach(self, number: int, part: Part) -> None:
+    def reach(self, number: int, part: BatchShare) -> None:
         """A batch is to be read: names those after it, and lets go what the batches before held."""
         if not self._index.files.remote:
             return
@@ -53,7 +53,7 @@ class Near:
         bucket, *now = self._order.windows(number, part.size)[0]
         self._leave([w for w in self._held if w[0] == bucket and [*w[1:]] < now])
 
-    def _name(self, number: int, part: Part) -> None:
+    def _name(self, number: int, part: BatchShare) -> None:
         places = part.of(self._order.batch(number, part.size))
         names = [self._index.name(shard) for shard in dict.fromkeys(s for s, _ in places)]
         # The last one where it reaches over two: what is of the first stays a little longer.

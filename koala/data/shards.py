@@ -30,7 +30,7 @@ from koala.data.preprocess import Dropped
 from koala.utils.atomic import new_file
 
 if TYPE_CHECKING:
-    from koala.data.encoding import Encoded
+    from koala.data.encoding import EncodedSample
 
 INDEX, SHARDS, REPORT = "index.arrow", "shards.arrow", "report.jsonl"
 GROUPS = 1 << 16  # more than a unit can have
@@ -111,7 +111,7 @@ class Summary:
 
 
 def write_unit(
-    out: Path, unit: int, encoded: "Sequence[Encoded]", dropped: Sequence[Dropped],
+    out: Path, unit: int, encoded: "Sequence[EncodedSample]", dropped: Sequence[Dropped],
     long: Mapping[str, int],
 ) -> None:  # fmt: skip
     """Writes a unit's shards and then its file, each whole or not at all.
@@ -119,7 +119,7 @@ def write_unit(
     long: names of the samples' captions, and how many of each the encoders cannot read whole.
     `Failure` where the disk is full.
     """
-    groups: dict[tuple[str, str, Size], list[Encoded]] = {}
+    groups: dict[tuple[str, str, Size], list[EncodedSample]] = {}
     for one in encoded:
         groups.setdefault(one.group, []).append(one)
     ordered = sorted(groups.items())
@@ -154,7 +154,7 @@ def remove_parts(out: Path, units: Container[int]) -> None:
             part.unlink()
 
 
-def _write_shard(path: Path, rows: list["Encoded"]) -> None:
+def _write_shard(path: Path, rows: list["EncodedSample"]) -> None:
     import torch
 
     def stacked(name: str) -> bytes:

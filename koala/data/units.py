@@ -13,7 +13,7 @@ from pathlib import Path
 
 from koala.data.items import Source
 from koala.errors import UserError
-from koala.utils.atomic import new_file
+from koala.utils.atomic import write_text
 
 CHUNK = 8  # items that a process reads at once: 24 MiB of pixels at 1024 x 1024
 
@@ -21,7 +21,7 @@ Piece = tuple[str, int, int]  # part, first item, number of items
 
 
 @dataclass(frozen=True)
-class Plan:
+class UnitPlan:
     """The parts with their numbers of items, and how many items make a unit."""
 
     parts: dict[str, int]
@@ -57,7 +57,7 @@ class Plan:
             start += count
 
 
-def plan_of(source: Source, out: Path, unit: int, pool: Executor | None) -> Plan:
+def plan_units(source: Source, out: Path, unit: int, pool: Executor | None) -> UnitPlan:
     """The plan, from `out`/plan.json where it stands there already (counting takes a while).
 
     UserError where the source is no longer what it was planned from.
@@ -70,13 +70,12 @@ def plan_of(source: Source, out: Path, unit: int, pool: Executor | None) -> Plan
                 f"{out} was begun when the source's part {changed} was another: prepare what is "
                 "there now into another folder"
             )
-        return Plan(kept["counts"], unit)
+        return UnitPlan(kept["counts"], unit)
     counts = (pool.map if pool else map)(source.count, there)
-    plan = Plan(dict(zip(there, counts, strict=True)), unit)
+    plan = UnitPlan(dict(zip(there, counts, strict=True)), unit)
     if not plan.items:
         raise UserError(f"the source holds no pictures: {', '.join(there)}")
-    with new_file(path) as part:
-        part.write_text(json.dumps({"parts": there, "counts": plan.parts}) + "\n")
+    write_text(path, json.dumps({"parts": there, "counts": plan.parts}) + "\n")
     return plan
 
 

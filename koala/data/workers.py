@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 
 from koala.data.items import Source
 from koala.data.preprocess import Dropped, Preparation, Sample, read_samples
-from koala.data.units import Plan
+from koala.data.units import UnitPlan
 from koala.errors import Failure
 
 AHEAD = 4  # chunks of items a process, read before they are wanted
@@ -58,7 +58,7 @@ def _end_with_parent() -> None:
 
 
 def read_ahead(
-    source: Source, plan: Plan, units: list[int], preparation: Preparation,
+    source: Source, plan: UnitPlan, units: list[int], preparation: Preparation,
     pool: Executor | None, workers: int,
 ) -> Iterator[tuple[int, list[Sample | Dropped]]]:  # fmt: skip
     """(unit, what became of some of its items), in order; some are read before they are wanted."""

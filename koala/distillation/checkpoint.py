@@ -23,7 +23,8 @@ from koala.distillation.dtensor import local, part_of, whole
 from koala.distillation.ema import EMA
 from koala.distillation.optimizers import make_moments, plain_parts
 from koala.distillation.settings import Training
-from koala.errors import Failure
+from koala.errors import Failure, UserError
+from koala.utils.atomic import new_folder
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,13 @@ def save(
     if not write:
         return
     folder = run / "checkpoints" / f"{seen:012d}"
-    part = folder.with_name(f".{folder.name}.part")
     for leftover in folder.parent.glob(".*"):  # of a run that was killed while it wrote
         shutil.rmtree(leftover)
     try:
-        part.mkdir(parents=True)
-        save_file(tensors, part / "state.safetensors")
-        (part / "state.json").write_text(json.dumps({"samples": seen, "log": log}))
-        for path in (part / "state.safetensors", part / "state.json", part):
-            _to_disk(path)
-        os.rename(part, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
+        with new_folder(folder) as part:
+            save_file(tensors, part / "state.safetensors")
+            (part / "state.json").write_text(json.dumps({"samples": seen, "log": log}))
+    except (UserError, Failure, SafetensorError) as error:
         raise Failure(
             f"{folder}: cannot write the checkpoint ({error}); run again to go on from the last one"
         ) from error
@@ -98,15 +94,6 @@ def _rotate(folder: Path, settings: Training) -> None:
         going = old.with_name(f".{old.name}.old")  # never half of one under a checkpoint's name
         os.rename(old, going)
         shutil.rmtree(going)
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until the file or folder would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @torch.no_grad()

@@ -19,14 +19,14 @@ from koala.errors import UserError
 RAMP_UP = 0.05
 
 
-def ema_decay(batch: int, seen: int, half_life: float, ramp_up: float = RAMP_UP) -> float:
+def ema_decay(batch: int, seen: int, half_life: float) -> float:
     """Factor in [0, 1) that the old average keeps: 0.5 ** (batch / half-life).
 
     batch: samples of this update, at least 1. seen: samples seen so far, this batch included.
-    half_life: in samples; limited to `ramp_up * seen`.
+    half_life: in samples; limited to `RAMP_UP * seen`.
     """
     assert 0 < batch <= seen, (batch, seen)
-    return float(0.5 ** (batch / min(half_life, ramp_up * seen)))
+    return float(0.5 ** (batch / min(half_life, RAMP_UP * seen)))
 
 
 class EMA:

@@ -8,7 +8,6 @@ bit for bit on a CPU; with other processes or another division of the batch, up 
 """
 
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +27,14 @@ from koala.distillation.forward_process import generators_at
 from koala.distillation.optimizers import new_optimizer, set_rate
 from koala.distillation.parallel import Layout
 from koala.distillation.precision import computing
-from koala.distillation.records import Log, Record, claim
+from koala.distillation.records import Log, Record
 from koala.distillation.settings import Training
-from koala.distillation.speed import Meter
+from koala.distillation.throughput import Meter
 from koala.errors import UserError
+from koala.utils.atomic import claim, new_file
 from koala.utils.progress import progress
 
-HELD_OUT_SEED = 2**40  # noise and timesteps of the validation: no run's own, the same in all
+VALIDATION_SEED = 2**40  # noise and timesteps of the validation: no run's own, the same in all
 
 
 class Task(Protocol):
@@ -67,17 +67,17 @@ def train(
     note: dict[str, Any] | None = None,
     *,
     layout: Layout | None = None,
-    held_out: dict[str, Any] | None = None,
-    boards: Sequence[str] = (),
+    validation: dict[str, Any] | None = None,
+    loggers: Sequence[str] = (),
     flops: float | None = None,
 ) -> nn.Module:
     """Trains to the end, going on from the newest checkpoint in `run`; returns the EMA weights.
 
     run: folder for `run.json` (settings and `note`), `stats.jsonl`, `previews/`, `checkpoints/`,
-      and `validation.jsonl` where there are samples `held_out`: a batch of the data's kind.
+      and `validation.jsonl` where there are samples `validation`: a batch of the data's kind.
     layout: of several processes, or of other hardware (`koala.distillation.parallel`); None is
       this process and the device where the task is.
-    boards: "tensorboard", "wandb". flops: of one sample's step, to show the share of the peak.
+    loggers: "tensorboard", "wandb". flops: of one sample's step, to show the share of the peak.
 
     SIGTERM and Ctrl-C save and stop (a second one ends at once). UserError when the folder belongs
     to a run with other settings, or a setting cannot be; Failure when a loss or the gradient is not
@@ -87,17 +87,17 @@ def train(
     layout = layout or Layout()
     world, parts = layout.world, layout.hardware.accumulate
     micro = layout.hardware.micro_batch(settings.batch, world.size)
-    _check(settings, layout, held_out)
+    _check(settings, layout, validation)
     with world.together():
         if world.first:
-            claim(run, {**asdict(settings), **(note or {})})
+            claim(run / "run.json", {**asdict(settings), **(note or {})})
     averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
     state = checkpoint.State(module, averages, new_optimizer(settings, module))
     last = checkpoint.newest(run)
     seen, open_sums = checkpoint.load(last, state) if last else (0, None)
     log, meter = Log(open_sums), Meter(world, seen, flops)
     with world.together():
-        record = Record(run, seen, boards) if world.first else None
+        record = Record(run, seen, loggers) if world.first else None
     saved = time.monotonic()
     with (
         progress(run.name, settings.samples, "samples", seen, silent=not world.first) as advance,
@@ -132,8 +132,8 @@ def train(
                 if record:
                     record.write("train", seen, {**means, **pace, "seconds": log.seconds})
             advance(settings.batch, f"loss {log.latest:.4f} {meter.note}".strip())
-            if held_out is not None and (done or due(settings.validate_every)):
-                means = _validate(task, held_out, micro)
+            if validation is not None and (done or due(settings.validate_every)):
+                means = _validate(task, validation, micro)
                 if record:
                     record.write("validation", seen, means)
             if done or due(settings.preview_every):
@@ -171,16 +171,16 @@ def gradients(
     return sums
 
 
-def _check(settings: Training, layout: Layout, held_out: dict[str, Any] | None) -> None:
+def _check(settings: Training, layout: Layout, validation: dict[str, Any] | None) -> None:
     if settings.optimizer == "adamw-8bit" and layout.hardware.sharding == "fsdp":
         raise UserError(
             "optimizer adamw-8bit does not go with sharding=fsdp: its codes are of whole tensors; "
             "take adamw, whose moments are sharded too"
         )
-    if bool(settings.validate_every) != (held_out is not None):
+    if bool(settings.validate_every) != (validation is not None):
         raise UserError(
             f"validate_every is {settings.validate_every} and there are "
-            f"{'no' if held_out is None else 'some'} held-out samples: take both or neither"
+            f"{'no' if validation is None else 'some'} held-out samples: take both or neither"
         )
 
 
@@ -219,18 +219,18 @@ def _check_finite(layout: Layout, values: dict[str, float], seen: int, run: Path
 
 
 @torch.no_grad()
-def _validate(task: Task, held_out: dict[str, Any], size: int) -> dict[str, float]:
+def _validate(task: Task, validation: dict[str, Any], size: int) -> dict[str, float]:
     """Means of the task's losses on held-out samples, always with the same noise and timesteps.
 
     Every process computes all of them: shards of a model are gathered for all alike.
     """
-    count = len(next(iter(held_out.values())))
+    count = len(next(iter(validation.values())))
     sums: dict[str, float] = {}
     with torch.compiler.set_stance("force_eager"):  # not worth compiling for
         for first in range(0, count, size):
-            batch = _cut(held_out, first // size, size)
+            batch = _cut(validation, first // size, size)
             number = min(size, count - first)
-            losses = task.losses(batch, generators_at(HELD_OUT_SEED, first, number))
+            losses = task.losses(batch, generators_at(VALIDATION_SEED, first, number))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * number / count
     return sums
@@ -248,10 +248,8 @@ def _preview(task: Task, average: EMA) -> Image.Image | None:
 
 
 def _write_image(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    image.save(part, format="PNG")
-    os.replace(part, path)
+    with new_file(path) as part:
+        image.save(part, format="PNG")
 
 
 @contextmanager

@@ -1,53 +1,25 @@
-"""What a run's folder says of it: `run.json`, `stats.jsonl`, `validation.jsonl`, and boards.
+"""What a run's folder says of it: `run.json`, `stats.jsonl`, `validation.jsonl`, and loggers.
 
-Lines are for programs and always there; boards (TensorBoard, wandb) show the same numbers to those
+Lines are for programs and always there; loggers (TensorBoard, wandb) show the same numbers to those
 who ask for them. Only the first process of a run writes.
 """
 
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from koala.errors import UserError
+from koala.errors import UserError, unknown
+from koala.utils.atomic import write_text
 
-BOARDS = ("tensorboard", "wandb")
+LOGGERS = ("tensorboard", "wandb")
 FILES = {"train": "stats.jsonl", "validation": "validation.jsonl"}
 
 
-def claim(run: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder `run` this run's own; UserError where it is one with other settings."""
-    path, wanted = run / "run.json", json.loads(json.dumps(settings))
-    if path.exists():
-        found = json.loads(path.read_text())
-        for k in sorted({*found, *wanted}):
-            if found.get(k) != wanted.get(k):
-                raise UserError(
-                    f"{run} holds a run with {k}={found.get(k)!r}, now it is {wanted.get(k)!r}; "
-                    "take another --out, or remove the folder"
-                )
-        return
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(wanted, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{run}: cannot be written ({error.strerror}); take another --out"
-        ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-class Board(Protocol):
+class Logger(Protocol):
     """Where numbers are shown besides the lines."""
 
     def show(self, group: str, seen: int, values: dict[str, float]) -> None: ...
@@ -91,18 +63,23 @@ class Wandb:
         self._run.log({f"{group}/{name}": value for name, value in values.items()}, step=seen)
 
 
-def open_boards(names: Sequence[str], run: Path, seen: int) -> list[Board]:
-    """The boards of these names; UserError for another name, or for one that is not installed.
+def check_loggers(names: Sequence[str]) -> None:
+    """UserError for a name that is none of `LOGGERS`."""
+    for name in names:
+        if name not in LOGGERS:
+            raise unknown("--log logger", name, LOGGERS)
 
-    seen: samples that the run has seen; what a board shows beyond them is shown again.
+
+def open_loggers(names: Sequence[str], run: Path, seen: int) -> list[Logger]:
+    """The loggers of these names; UserError for another name, or for one that is not installed.
+
+    seen: samples that the run has seen; what a logger shows beyond them is shown again.
     """
-    kinds: dict[str, Callable[[Path, int], Board]] = {
+    kinds: dict[str, Callable[[Path, int], Logger]] = {
         "tensorboard": TensorBoard,
         "wandb": Wandb,
     }
-    for name in names:
-        if name not in kinds:
-            raise UserError(f"--log {name}: there are {', '.join(BOARDS)}")
+    check_loggers(names)
     return [kinds[name](run, seen) for name in names]
 
 
@@ -116,7 +93,7 @@ class Lines:
             text = path.read_text()
             whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last line
             kept = [line for line in whole if json.loads(line)["samples"] <= seen]
-            _replace(path, "".join(f"{line}\n" for line in kept))
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, seen: int, values: dict[str, float]) -> None:
         with self.path.open("a") as file:
@@ -124,17 +101,17 @@ class Lines:
 
 
 class Record:
-    """All that a run writes of its course: a file of lines for each group, and boards."""
+    """All that a run writes of its course: a file of lines for each group, and loggers."""
 
-    def __init__(self, run: Path, seen: int, boards: Sequence[str]) -> None:
+    def __init__(self, run: Path, seen: int, loggers: Sequence[str]) -> None:
         self._lines = {group: Lines(run / file, seen) for group, file in FILES.items()}
-        self._boards = open_boards(boards, run, seen)
+        self._loggers = open_loggers(loggers, run, seen)
 
     def write(self, group: str, seen: int, values: dict[str, float]) -> None:
         """group: "train" or "validation"."""
         self._lines[group].write(seen, values)
-        for board in self._boards:
-            board.show(group, seen, values)
+        for logger in self._loggers:
+            logger.show(group, seen, values)
 
 
 class Log:

@@ -9,11 +9,11 @@ from koala.checkpoints.tensors import Stored, read_metadata, write
 from koala.errors import UserError
 from koala.lora import peft
 from koala.lora.names import base_named, spellings, targets
-from koala.lora.reading import Lora, Report, read
+from koala.lora.reading import Lora, LoraReport, read
 from koala.utils.atomic import check_new, new_file
 
 
-def convert_lora(file: str | Path, model: str, out: str | Path) -> Report:
+def convert_lora(file: str | Path, model: str, out: str | Path) -> LoraReport:
     """Writes what of the LoRA `file` has a place in `model` to the new file `out`.
 
     `model`: an architecture ("koala-700m"), a bundled name, a folder or a Hub id. Raises

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from koala.architectures.config import from_unet_config
@@ -76,7 +77,7 @@ SDXL_TEXT = (  # CLIP ViT-L and OpenCLIP ViT-bigG (arXiv 2307.01952, table 1)
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """The networks that a LoRA is made for or put on, as far as its names and shapes go."""
 
     unet: UNetArchitecture
@@ -85,7 +86,7 @@ class Base:
     @classmethod
     def from_configs(
         cls, unet: Mapping[str, Any], text: Mapping[str, Any], text_2: Mapping[str, Any]
-    ) -> Base:
+    ) -> BaseModel:
         """From the three `config.json`. Raises `UserError` for no U-Net of SDXL's kind."""
         first, second = (
             TextEncoder(c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], p)
@@ -95,7 +96,7 @@ class Base:
 
 
 @lru_cache(maxsize=8)
-def shapes(base: Base) -> dict[Target, tuple[int, ...]]:
+def shapes(base: BaseModel) -> dict[Target, tuple[int, ...]]:
     """Weight shape of every linear and convolutional module of the base."""
     found = {
         Target("unet", module.path): module.weight
@@ -108,7 +109,7 @@ def shapes(base: Base) -> dict[Target, tuple[int, ...]]:
 
 
 @lru_cache(maxsize=8)
-def spellings(base: Base) -> dict[str, dict[Target, str]]:
+def spellings(base: BaseModel) -> dict[str, dict[Target, str]]:
     """Spelling -> target -> the tensor's name without its ending, a key of `ROLES`.
 
     Spellings of the U-Net and of the text encoders are apart: files combine them.
@@ -158,7 +159,7 @@ def _old_text(path: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def targets(base: Base) -> dict[str, tuple[str, Target]]:
+def targets(base: BaseModel) -> dict[str, tuple[str, Target]]:
     """Name without its ending -> (spelling, target): the tables of `spellings`, inverted."""
     return {
         stem: (spelling, target)
@@ -175,19 +176,23 @@ def split(key: str) -> tuple[str, str] | None:
     return None
 
 
-def base_named(name: str) -> Base:
+def base_named(name: str) -> BaseModel:
     """What a LoRA for `name` is for: an architecture of SDXL's widths, or a model.
 
     A model is a bundled name, a folder or a Hub id. Raises `UserError` if it is none of them.
     """
     row = ARCHITECTURES.get(name)
     if row and row.context == sum(encoder.width for encoder in SDXL_TEXT):
-        return Base(row, SDXL_TEXT)
+        return BaseModel(row, SDXL_TEXT)
     if row and name not in bundled_names():
         raise UserError(
             f"{name} is known as an architecture only, and its text encoders vary; "
             "name the folder of a model"
         )
-    folder = resolve_model(name)
+    return base_of(resolve_model(name))
+
+
+def base_of(folder: Path) -> BaseModel:
+    """What a LoRA for the model of a checked folder is for."""
     unet, text, text_2 = (read_json(folder / part / "config.json") for part in PARTS)
-    return Base.from_configs(unet, text, text_2)
+    return BaseModel.from_configs(unet, text, text_2)

@@ -24,7 +24,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's n
 
 
 @dataclass(frozen=True)
-class Settings:
+class PeftSettings:
     """PEFT's configuration of each part of the pipeline that has one."""
 
     parts: dict[str, dict[str, Any]]
@@ -56,7 +56,7 @@ class Settings:
             if strange := [p for p in patterns if not any(_names(p, target) for target in own)]:
                 raise UserError(f"{file}: PEFT's alpha_pattern names no module: {some(strange)}")
 
-    def moved(self, adapters: Mapping[str, tuple[int, float]]) -> Settings:
+    def moved(self, adapters: Mapping[str, tuple[int, float]]) -> PeftSettings:
         """The same settings for the U-Net modules `adapters`: path -> (rank, factor).
 
         What chose modules by rules is put as the list of these modules, which says the same.
@@ -78,7 +78,7 @@ class Settings:
             "layers_to_transform": None,
             "layers_pattern": None,
         }
-        return Settings({**self.parts, "unet": unet}, self.prefixed, self.beside)
+        return PeftSettings({**self.parts, "unet": unet}, self.prefixed, self.beside)
 
     def text(self) -> str:
         """The settings as the JSON text that is written where they were read."""
@@ -88,14 +88,14 @@ class Settings:
         return json.dumps(flat, indent=2, sort_keys=True)
 
 
-def read_settings(file: Path) -> Settings:
+def read_settings(file: Path) -> PeftSettings:
     """PEFT's settings of a LoRA's file, without any if it has none. Raises `UserError`."""
     text = read_metadata(file).get(METADATA_KEY)
     if text is None:
         beside = file.with_name(CONFIG)
         if file.name == WEIGHTS and beside.is_file():
-            return Settings({"unet": read_json(beside)}, beside=True)
-        return Settings({})
+            return PeftSettings({"unet": read_json(beside)}, beside=True)
+        return PeftSettings({})
     try:
         flat = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -107,7 +107,7 @@ def read_settings(file: Path) -> Settings:
         part, _, setting = name.partition(".")
         if part in PARTS and setting:
             parts.setdefault(part, {})[setting] = value
-    return Settings(parts) if parts else Settings({"unet": flat}, prefixed=False)
+    return PeftSettings(parts) if parts else PeftSettings({"unet": flat}, prefixed=False)
 
 
 def _names(name: str, target: Target) -> bool:

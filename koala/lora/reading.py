@@ -27,7 +27,7 @@ from koala.checkpoints.tensors import FLOATS, Stored, load_tensor, read_header
 from koala.checkpoints.validate import some
 from koala.errors import UserError
 from koala.lora import peft
-from koala.lora.names import PARTS, ROLES, Base, Target, shapes, split, targets
+from koala.lora.names import PARTS, ROLES, BaseModel, Target, shapes, split, targets
 
 _OTHER_ADAPTERS = {  # what follows the module in the names of kinds that are not LoRA
     ".hada_": "LoHa", ".lokr_": "LoKr", ".dora_scale": "DoRA", ".lora_magnitude_vector": "DoRA",
@@ -68,7 +68,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Report:
+class LoraReport:
     """What became of a LoRA's modules."""
 
     name: str  # of the LoRA: the file's, without its ending
@@ -94,12 +94,12 @@ class Lora:
     """A LoRA's file, understood: what to add where in `base`."""
 
     file: Path
-    base: Base
-    made_for: Base
+    base: BaseModel
+    made_for: BaseModel
     entries: dict[Target, Entry]  # by module of `made_for`, all of the file
     moves: dict[Target, Target]  # module of `made_for` -> module of `base`, where there is one
     adapters: dict[Target, Adapter]  # by module of `base`
-    report: Report
+    report: LoraReport
 
 
 def teacher_of(student: UNetArchitecture) -> UNetArchitecture | None:
@@ -121,7 +121,7 @@ def _inherits(student: UNetArchitecture, teacher: UNetArchitecture) -> bool:
     return True
 
 
-def read(file: Path, base: Base, teacher: UNetArchitecture | None = None) -> Lora:
+def read(file: Path, base: BaseModel, teacher: UNetArchitecture | None = None) -> Lora:
     """Reads what `file` says about the modules of `base`.
 
     `teacher`: the U-Net that the base's was cut from, by default the one of `teacher_of`. A LoRA
@@ -143,7 +143,7 @@ def read(file: Path, base: Base, teacher: UNetArchitecture | None = None) -> Lor
     settings.check(file, of_file)
     moves = {t: m for t, m in _moves(made_for, base).items() if t in of_file}
     adapters = {moves[t]: _adapter(of_file[t], t, settings) for t in moves}
-    report = Report(
+    report = LoraReport(
         name=file.stem,
         made_for=made_for.unet.name,
         put_on=base.unet.name,
@@ -187,7 +187,7 @@ def _entries(file: Path) -> list[Entry]:
     return entries
 
 
-def _check_kind(file: Path, entries: list[Entry], base: Base) -> None:
+def _check_kind(file: Path, entries: list[Entry], base: BaseModel) -> None:
     """Raises `UserError` if the LoRA is for another model, as far as one can tell by its like."""
     own = base.unet.context
     for entry in entries:
@@ -205,7 +205,7 @@ def _check_kind(file: Path, entries: list[Entry], base: Base) -> None:
                 )
 
 
-def _faults(entries: Iterable[Entry], base: Base) -> list[str]:
+def _faults(entries: Iterable[Entry], base: BaseModel) -> list[str]:
     """What keeps the entries from being a LoRA for `base`, gravest first; empty if nothing."""
     known, sizes = targets(base), shapes(base)
     unknown = [e.stem for e in entries if e.stem not in known]
@@ -237,7 +237,7 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if all(side == 1 for side in shape[2:]) else shape
 
 
-def _adapter(entry: Entry, target: Target, settings: peft.Settings) -> Adapter:
+def _adapter(entry: Entry, target: Target, settings: peft.PeftSettings) -> Adapter:
     down, up, mid, alpha = (entry.role(role) for role in ("down", "up", "mid", "alpha"))
     assert down and up
     rank = down.shape[0]
@@ -252,7 +252,7 @@ def _adapter(entry: Entry, target: Target, settings: peft.Settings) -> Adapter:
 # --- the map --------------------------------------------------------------------------------
 
 
-def _moves(made_for: Base, base: Base) -> dict[Target, Target]:
+def _moves(made_for: BaseModel, base: BaseModel) -> dict[Target, Target]:
     """Module of `made_for` -> module of `base` that inherits it."""
     moves = {target: target for target in shapes(base) if target.part != "unet"}
     if made_for == base:
@@ -265,7 +265,9 @@ def _moves(made_for: Base, base: Base) -> dict[Target, Target]:
     return moves
 
 
-def _dropped(lost: Iterable[Target], made_for: Base, base: Base) -> dict[str, dict[str, int]]:
+def _dropped(
+    lost: Iterable[Target], made_for: BaseModel, base: BaseModel
+) -> dict[str, dict[str, int]]:
     """Why the modules have no place: reason -> the teacher's block -> number of modules."""
     kept = set(block_map(made_for.unet, base.unet).values()) if made_for != base else set()
     counts: dict[str, Counter[str]] = {}

@@ -16,6 +16,7 @@ from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import CONFIGS, WEIGHTS, weights_files
 from koala.errors import UserError
 from koala.generation.decode import TINY, TINY_FILE
+from koala.utils.atomic import new_folder
 
 TEXTS = ("NOTICE.txt", "model_index.json")
 
@@ -28,26 +29,23 @@ def bundle(model: str | Path, out: Path) -> int:
     source = resolve_model(model)
     if out.exists():
         raise UserError(f"{out} exists; remove it first, or take another --out")
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     size = 0
-    for component in CONFIGS:
-        (part / component).mkdir()
-        for file in sorted((source / component).glob("*.json")):
-            _write_config(file, part / component / file.name)
-        for file in sorted((source / component).glob("*.txt")):
-            shutil.copy(file, part / component)
-        if component in WEIGHTS:
-            for file in weights_files(source, component):
-                size += _write_half(file, part / component / file.name)
-    if (source / TINY).is_dir():
-        (part / TINY).mkdir()
-        _write_config(source / TINY / "config.json", part / TINY / "config.json")
-        size += _write_half(source / TINY / TINY_FILE, part / TINY / TINY_FILE)
-    for name in TEXTS:
-        shutil.copy(source / name, part)
-    part.rename(out)
+    with new_folder(out) as part:
+        for component in CONFIGS:
+            (part / component).mkdir()
+            for file in sorted((source / component).glob("*.json")):
+                _write_config(file, part / component / file.name)
+            for file in sorted((source / component).glob("*.txt")):
+                shutil.copy(file, part / component)
+            if component in WEIGHTS:
+                for file in weights_files(source, component):
+                    size += _write_half(file, part / component / file.name)
+        if (source / TINY).is_dir():
+            (part / TINY).mkdir()
+            _write_config(source / TINY / "config.json", part / TINY / "config.json")
+            size += _write_half(source / TINY / TINY_FILE, part / TINY / TINY_FILE)
+        for name in TEXTS:
+            shutil.copy(source / name, part)
     return size
 
 

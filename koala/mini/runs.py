@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from torch import Tensor
 from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.checkpoints.load import load_vae
+from koala.checkpoints.pipeline_files import BETAS, as_file, pipeline_index
 from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
 from koala.data.illustrations.pictures import NOTICE, PictureSet
@@ -24,7 +24,7 @@ from koala.distillation.parallel import alone
 from koala.errors import UserError
 from koala.generation.decode import TINY
 from koala.mini.sentence_encoder import SentenceEncoder
-from koala.mini.settings import Autoencoder, Base, Tiny
+from koala.mini.settings import Autoencoder, MiniBase, Tiny
 from koala.mini.text import (
     TextData,
     TextDistillation,
@@ -35,32 +35,33 @@ from koala.mini.text import (
 )
 from koala.mini.tiny import TinyDistillation, new_tiny
 from koala.mini.vae import SHOWN, Autoencoding, PictureData, measure_latents, new_vae
+from koala.utils.atomic import new_folder
 
 
-def run_base(recipe: Base, data: Path, out: Path, device: str, boards: Sequence[str]) -> Path:
+def run_base(recipe: MiniBase, data: Path, out: Path, device: str, loggers: Sequence[str]) -> Path:
     """VAE, then text side, then a pipeline folder with the two and an untrained U-Net."""
     pictures = PictureSet(data)
     seen = pictures.select("train")
     torch.manual_seed(recipe.vae.seed)
     vae = new_vae(pictures.image(0).width).to(device, memory_format=torch.channels_last)
-    coding = Autoencoding(vae, _shown(pictures))
+    vae_task = Autoencoding(vae, _shown(pictures))
     painted = _painted(pictures, recipe.kinds, recipe.vae.seed)
     note = {"recipe": asdict(recipe)}
-    train(coding, painted, recipe.vae, out / "vae", note, boards=boards)
+    train(vae_task, painted, recipe.vae, out / "vae", note, loggers=loggers)
     measure_latents(vae, _sample(painted).to(device))
-    coding = coding.sharpening()
-    train(coding, painted, recipe.decoder, out / "decoder", note, boards=boards)
+    vae_task = vae_task.sharpening()
+    train(vae_task, painted, recipe.decoder, out / "decoder", note, loggers=loggers)
 
     torch.manual_seed(recipe.text.seed)
     tokenizer = clip_tokenizer()
     encoders = new_text_encoders(tokenizer).to(device)
     sentences = SentenceEncoder(device)
     start_from_words(encoders, tokenizer, sentences)
-    telling = TextDistillation(encoders, tokenizer, sentences).to(device)
+    text_task = TextDistillation(encoders, tokenizer, sentences).to(device)
     captions = sorted({pictures.rows[i][c] for i in seen for c in ("short", "long", "subject")})
     texts = TextData(captions, vocabulary_words(tokenizer), recipe.text.seed)
-    train(telling, texts, recipe.text, out / "text", note, boards=boards)
-    return assemble(out / "model", coding, telling, data)
+    train(text_task, texts, recipe.text, out / "text", note, loggers=loggers)
+    return assemble(out / "model", vae_task, text_task, data)
 
 
 def run_autoencoder(
@@ -69,7 +70,7 @@ def run_autoencoder(
     out: Path,
     teacher: str,
     device: str,
-    boards: Sequence[str],
+    loggers: Sequence[str],
 ) -> Path:
     """The VAE, going on, then the teacher's folder with it; its card stays the teacher's.
 
@@ -88,7 +89,7 @@ def run_autoencoder(
         drift=recipe.drift,
     )
     note = {"recipe": asdict(recipe)}
-    trained = train(task, painted, recipe.training, out, note, layout=layout, boards=boards)
+    trained = train(task, painted, recipe.training, out, note, layout=layout, loggers=loggers)
     measure_latents(trained, _sample(painted).to(device))
     return _with_part(source, "vae", lambda folder: task.export(trained, folder), out / "model")
 
@@ -115,7 +116,7 @@ def _shown(pictures: PictureSet) -> Tensor:
 
 
 def run_tiny(
-    recipe: Tiny, data: str | Path, out: Path, teacher: str, device: str, boards: Sequence[str]
+    recipe: Tiny, data: str | Path, out: Path, teacher: str, device: str, loggers: Sequence[str]
 ) -> Path:
     """The tiny autoencoder, then the teacher's folder with it; its card stays the teacher's."""
     layout = alone(device, recipe.cpu_bf16)
@@ -128,51 +129,27 @@ def run_tiny(
         shown=latents.batch(0, 16)["latents"],
     )
     note = {"recipe": asdict(recipe)}
-    trained = train(task, latents, recipe.training, out, note, layout=layout, boards=boards)
+    trained = train(task, latents, recipe.training, out, note, layout=layout, loggers=loggers)
     return _with_part(source, TINY, lambda folder: task.export(trained, folder), out / "model")
 
 
 def _with_part(source: Path, name: str, export: Callable[[Path], None], model: Path) -> Path:
     """The pipeline folder `model`: that of `source`, with its part of this name exported anew."""
-    part = model.with_name(f".{model.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(source, part, ignore=shutil.ignore_patterns(name))
-    export(part / name)
-    shutil.rmtree(model, ignore_errors=True)
-    part.rename(model)
+    with new_folder(model, replace=True) as part:
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns(name), dirs_exist_ok=True)
+        export(part / name)
     return model
 
 
-def assemble(model: Path, coding: Autoencoding, telling: TextDistillation, data: Path) -> Path:
+def assemble(model: Path, vae_task: Autoencoding, text_task: TextDistillation, data: Path) -> Path:
     """Writes the pipeline folder with `sdxl-mini`'s U-Net as initialised; replaces an older one."""
-    part = model.with_name(f".{model.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    coding.export(coding.trainable, part / "vae")
-    telling.export(telling.trainable, part)
-    config = unet_config(get("sdxl-mini"))
-    UNet2DConditionModel(**config).save_pretrained(part / "unet")
-    EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        timestep_spacing="trailing",
-    ).save_pretrained(part / "scheduler")
-    index = {
-        "_class_name": "StableDiffusionXLPipeline",
-        "force_zeros_for_empty_prompt": True,
-        "vae": ["diffusers", "AutoencoderKL"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "image_encoder": [None, None],
-        "feature_extractor": [None, None],
-    }
-    (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.copy(data / NOTICE, part)
-    shutil.rmtree(model, ignore_errors=True)
-    part.rename(model)
+    with new_folder(model, replace=True) as part:
+        vae_task.export(vae_task.trainable, part / "vae")
+        text_task.export(text_task.trainable, part)
+        UNet2DConditionModel(**unet_config(get("sdxl-mini"))).save_pretrained(part / "unet")
+        EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing").save_pretrained(
+            part / "scheduler"
+        )
+        (part / "model_index.json").write_bytes(as_file(pipeline_index()))
+        shutil.copy(data / NOTICE, part)
     return model

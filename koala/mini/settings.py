@@ -6,7 +6,7 @@ from koala.distillation.settings import Training
 
 
 @dataclass(frozen=True)
-class Base:
+class MiniBase:
     """VAE and text side from nothing, with a U-Net as initialised: what a teacher starts from."""
 
     kinds: dict[str, int]  # copies of each kind of picture in an epoch of the VAE's

@@ -18,10 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from koala.data.encoding import normalisation
+from koala.checkpoints.latent_scale import LatentScale
 from koala.mini.perceptual import MobileNetV2
 from koala.mini.vae import opponent, to_images
 from koala.utils.contact_sheet import contact_sheet
+
+PERCEPTUAL = 0.25  # weight of the perceptual error
 
 
 def new_tiny() -> AutoencoderTiny:
@@ -40,12 +42,9 @@ class TinyDistillation(nn.Module):
     tiny: what is trained. vae: the frozen teacher. shown: latents [n, 4, h, w] of the preview.
     """
 
-    def __init__(
-        self, tiny: AutoencoderTiny, vae: AutoencoderKL, shown: Tensor, perceptual: float = 0.25
-    ) -> None:
+    def __init__(self, tiny: AutoencoderTiny, vae: AutoencoderKL, shown: Tensor) -> None:
         super().__init__()
         self.trainable = tiny
-        self.perceptual = perceptual
         self.shown = shown
         # Outside the module's own, so that they are neither trained nor saved.
         self._frozen = {"vae": vae.requires_grad_(False).eval(), "net": MobileNetV2.pretrained()}
@@ -61,15 +60,14 @@ class TinyDistillation(nn.Module):
         pixel = error.abs().mean() + error.square().mean()
         seen = self._frozen["net"].to(z.device).distance(y, target)
         latent = F.mse_loss(self.trainable.encode(target).latents, z)
-        loss = pixel + self.perceptual * seen + latent
+        loss = pixel + PERCEPTUAL * seen + latent
         return {"pixel": pixel, "perceptual": seen, "latent": latent, "loss": loss}
 
     @torch.no_grad()
     def drawn(self, z: Tensor) -> Tensor:
         """The VAE's pictures of latents as the U-Net sees them, in [-1, 1]."""
         vae = self._frozen["vae"]
-        shift, scale = (each.to(z.device) for each in normalisation(vae.config))
-        return vae.decode(z / scale + shift).sample.clamp(-1, 1)
+        return vae.decode(LatentScale(vae.config, z.device).denormalise(z)).sample.clamp(-1, 1)
 
     @torch.no_grad()
     def preview(self, trainable: nn.Module) -> Image.Image:

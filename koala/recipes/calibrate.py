@@ -18,9 +18,9 @@ from koala.architectures.table import UNetArchitecture
 from koala.distillation.forward_process import generators_at
 from koala.distillation.loop import gradients
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.speed import matmul_peak
+from koala.distillation.throughput import matmul_peak
 from koala.recipes import gpus
-from koala.recipes.memory import Plan, batch_of, blank_unet, task_of
+from koala.recipes.memory import TrainingSetup, batch_of, blank_unet, task_of
 
 PATIENCE = 30.0  # seconds that a trial may take
 STEPS = 5  # at most, after one that warms up
@@ -28,7 +28,7 @@ SIDE = 2048  # of the matrices that are multiplied on a CPU
 
 
 @dataclass(frozen=True)
-class Speed:
+class Throughput:
     """What a device does."""
 
     flops: float  # FLOP/s of one device on this kind of work
@@ -37,14 +37,14 @@ class Speed:
     room: float  # GiB
 
 
-def assumed(card: str) -> Speed:
+def assumed(card: str) -> Throughput:
     """A named card's, by its data sheet. UserError for an unknown one."""
     gib, tflops = gpus.get(card)
     basis = f"{gpus.SHARE:.0%} of {card}'s {tflops:,.0f} TFLOP/s assumed"
-    return Speed(gpus.SHARE * tflops * 1e12, basis, card, gib)
+    return Throughput(gpus.SHARE * tflops * 1e12, basis, card, gib)
 
 
-def measured(plan: Plan, device: torch.device, memory: int, flops: int) -> Speed:
+def measured(setup: TrainingSetup, device: torch.device, memory: int, flops: int) -> Throughput:
     """That of `device`, measured now, in half a minute at most.
 
     memory: bytes that a step is expected to take. flops: of a sample.
@@ -52,16 +52,16 @@ def measured(plan: Plan, device: torch.device, memory: int, flops: int) -> Speed
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     free, room = _room(device)
     rate = matmul_peak(device) or _matmul_rate(device)
-    expected = flops * plan.micro_batch / (gpus.SHARE * rate)
+    expected = flops * setup.micro_batch / (gpus.SHARE * rate)
     if memory > free or expected * 2 > PATIENCE:
         why = "a step does not fit" if memory > free else "a step takes too long to try"
         basis = f"{gpus.SHARE:.0%} of a matrix product's {rate / 1e12:.3g} TFLOP/s assumed, {why}"
-        return Speed(gpus.SHARE * rate, basis, name, room)
-    seconds, steps = _time_steps(plan, device)
-    achieved = flops * plan.micro_batch / seconds
+        return Throughput(gpus.SHARE * rate, basis, name, room)
+    seconds, steps = _time_steps(setup, device)
+    achieved = flops * setup.micro_batch / seconds
     share = f"{achieved / rate:.0%} of a matrix product's rate"
-    basis = f"{steps} steps of {plan.micro_batch} measured, {share}"
-    return Speed(achieved, basis, name, room)
+    basis = f"{steps} steps of {setup.micro_batch} measured, {share}"
+    return Throughput(achieved, basis, name, room)
 
 
 def _room(device: torch.device) -> tuple[float, float]:
@@ -84,20 +84,20 @@ def _matmul_rate(device: torch.device) -> float:
     return 2 * SIDE**3 / min(times)
 
 
-def _time_steps(plan: Plan, device: torch.device) -> tuple[float, int]:
+def _time_steps(setup: TrainingSetup, device: torch.device) -> tuple[float, int]:
     """(seconds of a step, steps that were timed) on random models, uncompiled, in one process."""
-    student = _random_unet(plan.student, device)
-    teacher = None if plan.teacher is None else _random_unet(plan.teacher, device)
-    task = task_of(plan, student, teacher)
-    place = "whole" if device.type != "cuda" else plan.hardware.teacher.replace("sharded", "whole")
-    alone = replace(plan.hardware, compile="", sharding="ddp", teacher=place, accumulate=1)
+    student = _random_unet(setup.student, device)
+    teacher = None if setup.teacher is None else _random_unet(setup.teacher, device)
+    task = task_of(setup, student, teacher)
+    place = "whole" if device.type != "cuda" else setup.hardware.teacher.replace("sharded", "whole")
+    alone = replace(setup.hardware, compile="", sharding="ddp", teacher=place, accumulate=1)
     layout = lay_out(task, alone, World(device=device))
-    batch = batch_of(plan, device)
+    batch = batch_of(setup, device)
     times: list[float] = []
     begun = time.perf_counter()
     while len(times) <= STEPS and (len(times) < 2 or time.perf_counter() - begun < PATIENCE / 2):
         start = time.perf_counter()
-        losses = gradients(task, layout, batch, generators_at(0, 0, plan.micro_batch))
+        losses = gradients(task, layout, batch, generators_at(0, 0, setup.micro_batch))
         losses["loss"].item()  # waits for the device
         times.append(time.perf_counter() - start)
     return min(times[1:]), len(times) - 1

@@ -9,6 +9,7 @@ at an assumed share of its peak, or one measured here (`koala.recipes.calibrate`
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,9 +30,10 @@ from koala.data.index import Index
 from koala.distillation.taps import tap_points
 from koala.errors import UserError
 from koala.recipes.calibrate import assumed, measured
-from koala.recipes.memory import META, Plan, blank_unet, device_memory, main_memory
-from koala.recipes.recipe import Recipe, Student, Teacher
-from koala.recipes.run import MEMO
+from koala.recipes.memory import META, TrainingSetup, blank_unet, device_memory, main_memory
+from koala.recipes.recipe import ALONE, Recipe, Student, Teacher, described
+from koala.recipes.train import CAPTION_CACHE
+from koala.recipes.validation import check_dry_run
 from koala.utils.device import pick_device
 
 MINI = get("sdxl-mini")
@@ -96,6 +98,28 @@ class Estimate:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """What a recipe's run would be."""
+
+    recipe: Recipe
+    cost: Estimate | None  # None for a recipe that trains no U-Net
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return described(self.recipe) | ({"cost": self.cost.as_dict()} if self.cost else {})
+
+    def text(self) -> str:
+        """For the terminal."""
+        cost = self.cost.text() if self.cost else "(no estimate: this recipe trains no U-Net)"
+        return f"{json.dumps(described(self.recipe), indent=2)}\n{cost}"
+
+
+def dry_run(recipe: Recipe, **options: Any) -> DryRun:
+    """The recipe and its cost; options as of `estimate`."""
+    return DryRun(recipe, None if isinstance(recipe, ALONE) else estimate(recipe, **options))
+
+
 def estimate(
     recipe: Recipe,
     *,
@@ -115,38 +139,38 @@ def estimate(
     """
     if not isinstance(recipe, Student | Teacher):
         raise UserError("a dry run reckons U-Nets alone; this recipe makes a VAE and a text side")
-    _check(recipe, processes)
+    check_dry_run(recipe, processes, card, device, data)
     made_with = Index(data).made_with if data is not None else {}
     known = assumed(card) if card is not None else None
     here = pick_device(device)
     on_gpu = known is not None or here.type == "cuda"
-    plan = _plan(recipe, teacher, processes, on_gpu, made_with.get("size"))
-    again, flops = _flops(plan)
-    frozen = _frozen(teacher, plan)
-    memory = device_memory(plan) | _beside(frozen, on_gpu, made_with.get("text", False))
-    speed = known or measured(plan, here, sum(memory.values()), again + flops)
+    setup = _setup(recipe, teacher, processes, on_gpu, made_with.get("size"))
+    again, flops = _flops(setup)
+    frozen = _frozen(teacher, setup)
+    memory = device_memory(setup) | _beside(frozen, on_gpu, made_with.get("text", False))
+    speed = known or measured(setup, here, sum(memory.values()), again + flops)
     if made_with.get("posterior") == "pixels":
-        flops += _encoding(teacher, plan)
+        flops += _encoding(teacher, setup)
     rate = processes * speed.flops / (again + flops)
     seconds = recipe.training.samples / rate
     return Estimate(
-        student=plan.student.name,
-        teacher=plan.teacher.name if plan.teacher else None,
-        trained=parameters(plan.student),
+        student=setup.student.name,
+        teacher=setup.teacher.name if setup.teacher else None,
+        trained=parameters(setup.student),
         frozen=sum(frozen.values()),
-        taps=_taps(recipe, plan.student),
+        taps=_taps(recipe, setup.student),
         samples=recipe.training.samples,
         batch=recipe.training.batch,
         processes=processes,
-        micro_batch=plan.micro_batch,
-        pixels=plan.pixels,
+        micro_batch=setup.micro_batch,
+        pixels=setup.pixels,
         tflop_a_sample=flops / 1e12,
         tflop_again=again / 1e12,
         device=speed.device,
         room=speed.room,
         memory={part: size / 2**30 for part, size in memory.items()},
-        main_memory={part: size / 2**30 for part, size in main_memory(plan).items()},
-        advice=_advice(plan, memory, speed.room),
+        main_memory={part: size / 2**30 for part, size in main_memory(setup).items()},
+        advice=_advice(setup, memory, speed.room),
         samples_per_second=rate,
         basis=speed.basis,
         days=seconds / 86_400,
@@ -154,18 +178,9 @@ def estimate(
     )
 
 
-def _check(recipe: Student | Teacher, processes: int) -> None:
-    """Raises UserError for what a run of so many processes would refuse, too."""
-    if processes < 1:
-        raise UserError(f"--gpus {processes}: it must be 1 or more")
-    sharded = recipe.hardware.sharding == "fsdp" or recipe.hardware.teacher == "sharded"
-    if processes == 1 and sharded:
-        raise UserError("sharding=fsdp and teacher=sharded need several GPUs: give --gpus N")
-
-
-def _plan(
+def _setup(
     recipe: Student | Teacher, teacher: str | None, processes: int, on_gpu: bool, size: int | None
-) -> Plan:
+) -> TrainingSetup:
     """The recipe with its sizes: the teacher's own where it lies here, else the recipe's.
 
     size: pixels of the data's square bucket, where the recipe does not say; None: the native ones.
@@ -178,12 +193,12 @@ def _plan(
     }
     if isinstance(recipe, Teacher):
         arch = get(recipe.architecture)
-        return Plan(arch, None, None, pixels=size or arch.sample * FACTOR, **common)
+        return TrainingSetup(arch, None, None, pixels=size or arch.sample * FACTOR, **common)
     folder = _folder(teacher)
     master = unet_architecture(folder) if folder else get(recipe.of)
     student = student_of(master, recipe.cut)
     pixels = recipe.pixels or size or master.sample * FACTOR
-    return Plan(student, master, recipe.settings, pixels=pixels, **common)
+    return TrainingSetup(student, master, recipe.settings, pixels=pixels, **common)
 
 
 def _folder(teacher: str | None) -> Path | None:
@@ -192,26 +207,26 @@ def _folder(teacher: str | None) -> Path | None:
     return resolve_model(teacher) if teacher is not None and here else None
 
 
-def _small_parts(teacher: str | None, plan: Plan) -> Path | None:
+def _small_parts(teacher: str | None, setup: TrainingSetup) -> Path | None:
     """A folder with the VAE and the text encoders of the run; None where they are SDXL's own."""
-    of_the_family = plan.student.context == MINI.context
+    of_the_family = setup.student.context == MINI.context
     return _folder(teacher) or (BUNDLED / "koala-mini" if of_the_family else None)
 
 
-def _encoding(teacher: str | None, plan: Plan) -> int:
+def _encoding(teacher: str | None, setup: TrainingSetup) -> int:
     """FLOP of a picture's way through the VAE, where pictures are prepared and no latents."""
-    folder = _small_parts(teacher, plan)
+    folder = _small_parts(teacher, setup)
     if folder is None:
-        return int(ENCODE * plan.pixels**2)
+        return int(ENCODE * setup.pixels**2)
     with META, FlopCounterMode(display=False) as counter:
         vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
-        vae.encode(torch.empty(1, 3, plan.pixels, plan.pixels))
+        vae.encode(torch.empty(1, 3, setup.pixels, setup.pixels))
     return counter.get_total_flops()
 
 
-def _frozen(teacher: str | None, plan: Plan) -> dict[str, int]:
+def _frozen(teacher: str | None, setup: TrainingSetup) -> dict[str, int]:
     """Parameters of what is not trained, by part."""
-    folder = _small_parts(teacher, plan)
+    folder = _small_parts(teacher, setup)
     parts = {"text encoders": SDXL_TEXT, "VAE": SDXL_VAE}
     if folder is not None:
         stored = {
@@ -222,8 +237,8 @@ def _frozen(teacher: str | None, plan: Plan) -> dict[str, int]:
             "text encoders": stored["text_encoder"] + stored["text_encoder_2"],
             "VAE": stored["vae"],
         }
-    if plan.teacher is not None:
-        parts["teacher"] = parameters(plan.teacher)
+    if setup.teacher is not None:
+        parts["teacher"] = parameters(setup.teacher)
     return parts
 
 
@@ -233,18 +248,18 @@ def _beside(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> dict[str
     if not text_stored:
         parts["text encoders"] = (2 if on_gpu else 4) * frozen["text encoders"]
         if not on_gpu:
-            parts["embeddings of captions, at most"] = MEMO
+            parts["embeddings of captions, at most"] = CAPTION_CACHE
     return parts
 
 
-def _flops(plan: Plan) -> tuple[int, int]:
+def _flops(setup: TrainingSetup) -> tuple[int, int]:
     """FLOP of a sample's step: computed again by checkpointing, and all the rest."""
-    side = plan.pixels
-    own = forward_flops(plan.student, side, side, plan.student.tokens)
+    side = setup.pixels
+    own = forward_flops(setup.student, side, side, setup.student.tokens)
     rest = 3 * own
-    if plan.teacher is not None and plan.settings and plan.settings.learns_from_teacher:
-        rest += forward_flops(plan.teacher, side, side, plan.teacher.tokens)
-    return (own if plan.hardware.checkpointing else 0), rest
+    if setup.teacher is not None and setup.settings and setup.settings.learns_from_teacher:
+        rest += forward_flops(setup.teacher, side, side, setup.teacher.tokens)
+    return (own if setup.hardware.checkpointing else 0), rest
 
 
 def _taps(recipe: Student | Teacher, student: UNetArchitecture) -> dict[str, int]:
@@ -254,34 +269,34 @@ def _taps(recipe: Student | Teacher, student: UNetArchitecture) -> dict[str, int
     return {tap.location: len(tap_points(unet, [tap])) for tap in recipe.settings.taps}
 
 
-def _advice(plan: Plan, memory: Mapping[str, int], room: float) -> str:
+def _advice(setup: TrainingSetup, memory: Mapping[str, int], room: float) -> str:
     """What to set where the run does not fit into `room` GiB, or would with larger parts."""
-    fixed, per_sample = sum(memory.values()), memory["activations"] / plan.micro_batch
+    fixed, per_sample = sum(memory.values()), memory["activations"] / setup.micro_batch
     fixed -= memory["activations"]
-    share = plan.training.batch // plan.world
+    share = setup.training.batch // setup.world
     fitting = [
         parts
         for parts in range(1, share + 1)
         if share % parts == 0 and fixed + per_sample * share / parts <= room * 2**30
     ]
     if not fitting:
-        return f"does not fit, not even one sample at a time: {_remedies(plan, memory)}"
-    if fitting[0] > plan.hardware.accumulate:
+        return f"does not fit, not even one sample at a time: {_remedies(setup, memory)}"
+    if fitting[0] > setup.hardware.accumulate:
         return f"does not fit: --set hardware.accumulate={fitting[0]} would"
-    if fitting[0] < plan.hardware.accumulate:
+    if fitting[0] < setup.hardware.accumulate:
         return f"--set hardware.accumulate={fitting[0]} would fit as well"
     return ""
 
 
-def _remedies(plan: Plan, memory: Mapping[str, int]) -> str:
+def _remedies(setup: TrainingSetup, memory: Mapping[str, int]) -> str:
     """What saves memory and is not yet done."""
-    hardware, training = plan.hardware, plan.training
+    hardware, training = setup.hardware, setup.training
     undone = {
         "hardware.checkpointing=true": not hardware.checkpointing,
         "training.optimizer=adamw-8bit": training.optimizer == "adamw",
         "hardware.ema_on_cpu=true": not hardware.ema_on_cpu,
-        "hardware.teacher=offloaded": hardware.teacher == "whole" and plan.teacher is not None,
-        "hardware.sharding=fsdp": hardware.sharding == "ddp" and plan.world > 1,
+        "hardware.teacher=offloaded": hardware.teacher == "whole" and setup.teacher is not None,
+        "hardware.sharding=fsdp": hardware.sharding == "ddp" and setup.world > 1,
     }
     settings = " ".join(name for name, is_undone in undone.items() if is_undone)
     ways = [f"--set {settings}"] if settings else []

@@ -34,9 +34,9 @@ from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_scheduler_config
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import Hardware, Training
+from koala.distillation.settings import DistillationSettings, Hardware, Training
 from koala.distillation.taps import regions
-from koala.distillation.tasks import Denoising, Distillation, DistillationSettings
+from koala.distillation.tasks import Denoising, Distillation
 from koala.generation.memory.peak import Alive, FusedAttention
 
 OVERHEAD = 2**30  # bytes of a GPU: context, cuDNN's and cuBLAS's workspaces; assumed
@@ -46,7 +46,7 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSetup:
     """A training as its memory sees it; sizes of pictures in pixels."""
 
     student: UNetArchitecture
@@ -64,42 +64,42 @@ class Plan:
         return self.hardware.micro_batch(self.training.batch, self.world)
 
 
-def device_memory(plan: Plan) -> dict[str, int]:
+def device_memory(setup: TrainingSetup) -> dict[str, int]:
     """Bytes on each device at the fullest moment of a step, by part; text side and VAE apart.
 
     Under DDP and accumulation all gradients are there from the start; else they come while
     activations go, and those are counted that are there at that moment.
     """
-    student = blank_unet(plan.student)
-    shares = plan.world if plan.hardware.sharding == "fsdp" else 1
+    student = blank_unet(setup.student)
+    shares = setup.world if setup.hardware.sharding == "fsdp" else 1
     numbers = [p.numel() for p in student.parameters()]
     gathered = _gathered(student, AHEAD) if shares > 1 else 0
-    lengths = 0 if plan.hardware.ema_on_cpu else len(plan.training.half_lives)
-    kept_gradients = plan.world > 1 or plan.hardware.accumulate > 1
-    step = _step(plan, student, kept_gradients)
+    lengths = 0 if setup.hardware.ema_on_cpu else len(setup.training.half_lives)
+    kept_gradients = setup.world > 1 or setup.hardware.accumulate > 1
+    step = _step(setup, student, kept_gradients)
     gradients = 4 * sum(numbers) if kept_gradients else step.pop("gradients")
     parts = {
         "weights": 4 * sum(numbers) // shares + gathered,
         "gradients": gradients // shares + gathered,
-        "optimiser": optimiser_bytes(numbers, plan.training.optimizer) // shares,
+        "optimiser": optimiser_bytes(numbers, setup.training.optimizer) // shares,
         "averages": 4 * lengths * sum(numbers) // shares,
-        "teacher": _teacher_bytes(plan),
+        "teacher": _teacher_bytes(setup),
         "bf16 copies of weights": step["copies"],
         "activations": step["activations"],
-        "context and workspaces": OVERHEAD if plan.on_gpu else 0,
+        "context and workspaces": OVERHEAD if setup.on_gpu else 0,
     }
     return {part: size for part, size in parts.items() if size or part == "gradients"}
 
 
-def main_memory(plan: Plan) -> dict[str, int]:
+def main_memory(setup: TrainingSetup) -> dict[str, int]:
     """Bytes of main memory that the first process takes, by part; the others write nothing."""
-    weights, lengths = 4 * parameters(plan.student), len(plan.training.half_lives)
+    weights, lengths = 4 * parameters(setup.student), len(setup.training.half_lives)
     parts = {
-        "averages": lengths * weights if plan.hardware.ema_on_cpu else 0,
+        "averages": lengths * weights if setup.hardware.ema_on_cpu else 0,
         "a checkpoint while it is written": (1 + 2 + lengths) * weights,  # moments and averages too
     }
-    if plan.teacher is not None and plan.hardware.teacher == "offloaded":
-        parts["teacher"] = 2 * parameters(plan.teacher)
+    if setup.teacher is not None and setup.hardware.teacher == "offloaded":
+        parts["teacher"] = 2 * parameters(setup.teacher)
     return {part: size for part, size in parts.items() if size}
 
 
@@ -126,43 +126,45 @@ def _gathered(unet: nn.Module, regions_at_once: int) -> int:
     return 4 * (every - sum(inside) + regions_at_once * max(inside))
 
 
-def _teacher_bytes(plan: Plan) -> int:
-    if plan.teacher is None:
+def _teacher_bytes(setup: TrainingSetup) -> int:
+    if setup.teacher is None:
         return 0
-    width = 2 if plan.on_gpu else 4
-    whole = width * parameters(plan.teacher)
-    if plan.hardware.teacher == "whole":
+    width = 2 if setup.on_gpu else 4
+    whole = width * parameters(setup.teacher)
+    if setup.hardware.teacher == "whole":
         return whole
-    sharded = plan.hardware.teacher == "sharded"
-    held = _gathered(blank_unet(plan.teacher), AHEAD if sharded else 1) * width // 4
-    return held + (whole // plan.world if sharded else 0)
+    sharded = setup.hardware.teacher == "sharded"
+    held = _gathered(blank_unet(setup.teacher), AHEAD if sharded else 1) * width // 4
+    return held + (whole // setup.world if sharded else 0)
 
 
 # --- a step without numbers -----------------------------------------------------------------
 
 
-def _step(plan: Plan, student: UNet2DConditionModel, kept_gradients: bool) -> dict[str, int]:
+def _step(
+    setup: TrainingSetup, student: UNet2DConditionModel, kept_gradients: bool
+) -> dict[str, int]:
     """Bytes that a step has made and holds at its fullest moment: gradients, copies, activations.
 
     kept_gradients: the gradients are there before and are added to.
     """
-    teacher = None if plan.teacher is None else blank_unet(plan.teacher)
-    task = task_of(plan, student, teacher)
-    if teacher is not None and plan.on_gpu:
+    teacher = None if setup.teacher is None else blank_unet(setup.teacher)
+    task = task_of(setup, student, teacher)
+    if teacher is not None and setup.on_gpu:
         nn.Module.to(teacher, torch.bfloat16)
-    batch, ledger = batch_of(plan, META), _Ledger()
+    batch, ledger = batch_of(setup, META), _Ledger()
     autocast = _Autocast(ledger)
-    in_bf16 = plan.on_gpu or plan.hardware.cpu_bf16
+    in_bf16 = setup.on_gpu or setup.hardware.cpu_bf16
     modes = [FusedAttention(), *([autocast] if in_bf16 else [])]
     for region in regions(student):  # there too when it is computed again, in the backward pass
         region.compute = partial(_within, modes, region.compute)
-    alone = replace(plan.hardware, compile="", sharding="ddp", teacher="whole")
+    alone = replace(setup.hardware, compile="", sharding="ddp", teacher="whole")
     lay_out(task, alone, World(device=META))
     if kept_gradients:
         for parameter in student.parameters():
             parameter.grad = torch.empty_like(parameter)
     with ledger:
-        draws = generators_at(0, 0, plan.micro_batch)
+        draws = generators_at(0, 0, setup.micro_batch)
         loss = _within(modes, task.losses, batch, draws)["loss"]
         autocast.forget()
         loss.backward()
@@ -182,9 +184,9 @@ def _within(
 
 
 def task_of(
-    plan: Plan, student: UNet2DConditionModel, teacher: UNet2DConditionModel | None
+    setup: TrainingSetup, student: UNet2DConditionModel, teacher: UNet2DConditionModel | None
 ) -> Denoising:
-    """The plan's own task for models without weights of their own; batches must bring their text.
+    """The setup's own task for models without weights of their own; batches must bring their text.
 
     It can neither preview nor be exported.
     """
@@ -193,13 +195,13 @@ def task_of(
     schedule = NoiseSchedule(load_scheduler_config(base))
     if teacher is None:
         return Denoising(student, no_text, schedule, base)
-    assert plan.settings is not None
-    return Distillation(student, teacher, no_text, schedule, plan.settings, base)
+    assert setup.settings is not None
+    return Distillation(student, teacher, no_text, schedule, setup.settings, base)
 
 
-def batch_of(plan: Plan, device: torch.device) -> dict[str, Any]:
+def batch_of(setup: TrainingSetup, device: torch.device) -> dict[str, Any]:
     """As many samples as are computed at once, all zeros, with their text."""
-    n, side, arch = plan.micro_batch, plan.pixels // FACTOR, plan.student
+    n, side, arch = setup.micro_batch, setup.pixels // FACTOR, setup.student
     return {
         "latents": torch.zeros(n, LATENT_CHANNELS, side, side, device=device),
         "captions": [""] * n,

@@ -8,9 +8,8 @@ goes on at 128.
 
 from dataclasses import replace
 
-from koala.distillation.settings import Training
-from koala.distillation.tasks import DistillationSettings
-from koala.mini.settings import Autoencoder, Base, Tiny
+from koala.distillation.settings import DistillationSettings, Training
+from koala.mini.settings import Autoencoder, MiniBase, Tiny
 from koala.recipes.recipe import Mixture, Student, Teacher
 
 # Of the samples 42 % are emoji, 15 % painted ones, 12 % icons, 31 % scenes. Other captions than the
@@ -25,9 +24,9 @@ SHOWN = {"emoji": 6, "painted": 1, "icon": 1, "scene": 1}  # to the VAE; caption
 SELF_ATTENTION = DistillationSettings(feature_weight=0.05, normalise=True, min_snr=1.0)
 
 
-def mini_base() -> Base:
+def mini_base() -> MiniBase:
     """The VAE and the text side."""
-    return Base(
+    return MiniBase(
         kinds=SHOWN,
         vae=Training(
             samples=112_000, batch=8, lr=1.5e-3, warmup=1_600, decay=True,

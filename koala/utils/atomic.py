@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from koala.errors import Failure, UserError
 
@@ -19,21 +21,30 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary sibling of `out` that takes its name if all goes well, and goes if not.
 
-    Raises `UserError` if `out` is a file, a folder that is not empty, or cannot be made;
-    `Failure` if the disk is full.
+    replace: an existing folder gives way. Otherwise raises `UserError` if `out` is a folder that
+    is not empty; in any case if `out` is a file or cannot be made; `Failure` if the disk is full.
     """
-    check_new(out)
+    if not (replace and out.is_dir()):
+        check_new(out)
     part = _part(out)
+    old = part.with_suffix(".old")
     with _explained(out):
         try:
             part.mkdir(parents=True)
             yield part
+            for folder, _, names in os.walk(part):
+                for name in (*names, ""):
+                    _to_disk(Path(folder, name))
+            if out.is_dir():
+                os.replace(out, old)
             os.replace(part, out)
+            _to_disk(part.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -44,9 +55,37 @@ def new_file(out: Path) -> Iterator[Path]:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             yield part
+            _to_disk(part)
             os.replace(part, out)
+            _to_disk(part.parent)
         finally:
             part.unlink(missing_ok=True)
+
+
+def write_text(out: Path, text: str) -> None:
+    """Writes a UTF-8 text file through `new_file`."""
+    with new_file(out) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def claim(
+    file: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Writes to the JSON `file` what its folder is made with; `UserError` if that was another.
+
+    defaults: settings that a file written by an older version may lack.
+    """
+    wanted = json.loads(json.dumps(settings))
+    if not file.exists():
+        write_text(file, json.dumps(wanted, indent=1) + "\n")
+        return
+    found = json.loads(json.dumps(defaults or {})) | json.loads(file.read_text(encoding="utf-8"))
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{file.parent} was made with {name}={found.get(name)!r}, now it is "
+                f"{wanted.get(name)!r}; take another --out, or remove this folder"
+            )
 
 
 def check_new(out: Path) -> None:
@@ -55,6 +94,17 @@ def check_new(out: Path) -> None:
         raise UserError(f"{out} exists and is not empty; name a new folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a new one")
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until the file or folder would survive a power cut. Windows offers no way to ask."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _part(out: Path) -> Path:

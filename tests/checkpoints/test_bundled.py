@@ -13,11 +13,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 import koala
-from koala.architectures.config import identify
+from koala.architectures.config import from_unet_config
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_unet
 from koala.checkpoints.validate import WEIGHTS, weights_files
-from koala.generation.samplers import Noise
+from koala.generation.noise import Noise
 
 ROOT = Path(__file__).parents[2]
 FOLDER = BUNDLED / "koala-mini"
@@ -31,7 +31,7 @@ def pipeline():
 
 def test_it_is_koala_by_its_shapes_and_finite():
     unet = load_unet(FOLDER)
-    assert identify(dict(unet.config)) == "koala-mini"
+    assert from_unet_config(unet.config).name == "koala-mini"
     assert all(torch.isfinite(p).all() for p in unet.parameters())
 
 

@@ -194,13 +194,13 @@ def test_wrong_teachers_are_refused_by_what_is_wrong(teacher, tmp_path):
         for name in sorted(tensors)[:13]:
             del tensors[name]
 
-    with pytest.raises(UserError, match=r"lacks (\S+, ){9}\S+ and 3 more$"):
+    with pytest.raises(UserError, match=r"missing tensors: (\S+, ){9}\S+ and 3 more$"):
         compress(copy_with_unet(teacher, tmp_path / "lost", lose), "koala-700m", out)
 
     def bend(tensors):
         tensors["conv_in.weight"] = torch.zeros(16, 9, 3, 3)
 
-    with pytest.raises(UserError, match=r"misshapen conv_in.weight \[16, 9, 3, 3\] for \[16, 4"):
+    with pytest.raises(UserError, match=r"shape: conv_in.weight \[16, 9, 3, 3\], expected \[16, 4"):
         compress(copy_with_unet(teacher, tmp_path / "bent", bend), "koala-700m", out)
 
     def overflow(tensors):
@@ -257,10 +257,10 @@ def test_depths_of_ones_own_may_be_a_known_student():
         ("0,2,2", "none above the teacher's"),
         ("1,1,1", "none above the teacher's"),
         ("0,0,0", "not all 0"),
-        ("0,1,-1", "no student '0,1,-1'"),
+        ("0,1,-1", "unknown student '0,1,-1'"),
         ("0,1,2 no mid", "or depths such as 0,2,4 or 0,2,4,no-mid"),
-        ("0,1,99999999999", "no student"),
-        ("", "no student ''"),
+        ("0,1,99999999999", "unknown student"),
+        ("", "unknown student ''"),
     ],
 )
 def test_depths_that_are_none(teacher, tmp_path, to, message):

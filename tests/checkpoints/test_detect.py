@@ -176,8 +176,11 @@ def test_missing_and_extra_tensors_are_named():
     lost = [name for name in sorted(found) if "output_blocks.3.1." in name][:13]
     for name in lost:
         del found[name]
-    refused(found, r"nearest to the U-Net koala-700m, but it lacks (\S+, ){9}\S+ and 3 more$")
+    refused(found, r"nearest known U-Net is koala-700m; missing tensors: (\S+, ){9}\S+ and 3 more$")
     found = shapes("sdxl", "diffusers")
     found["stranger"] = found["conv_out.weight"]
     found["conv_norm_out.bias"] = (319,)
-    refused(found, r"sdxl, but it has foreign stranger; has misshapen conv_norm_out.bias \[319\]")
+    refused(
+        found,
+        r"sdxl; unexpected tensors: stranger; .* wrong shape: conv_norm_out.bias \[319\]",
+    )

@@ -67,7 +67,7 @@ def test_a_unet_alone_and_a_damaged_one(tmp_path, toy_sdxl):
     del unet["model.diffusion_model.out.2.bias"]
     save_file(unet, tmp_path / "u.safetensors")
     with pytest.raises(
-        UserError, match=r"nearest to the U-Net koala-mini, but it lacks out.2.bias"
+        UserError, match=r"nearest known U-Net is koala-mini; missing tensors: out.2.bias"
     ):
         inspect(tmp_path / "u.safetensors")
 

@@ -6,20 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import ModelCard as HubModelCard
+from huggingface_hub import metadata_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from koala.checkpoints import model_card
 from koala.checkpoints.compress import compress
-from koala.checkpoints.model_card import Card, Cut, Evaluated, Licence, Trained
+from koala.checkpoints.model_card import Compressed, Evaluated, Licence, ModelCard, Trained
 from koala.cli import main
 from koala.errors import UserError
 from koala.evaluation.cards import check_cards, enter
-from koala.evaluation.table import Report, Row
+from koala.evaluation.table import EvaluationReport, EvaluationRow
 
-CUT = Cut("my-sdxl", "sdxl", 2_567_463_684, "koala-700m", 782_822_724, 676, 1_004, "bottom")
+CUT = Compressed("my-sdxl", "sdxl", 2_567_463_684, "koala-700m", 782_822_724, 676, 1_004, "bottom")
 TRAINED = Trained(
     recipe="koala-mini",
     settings={"cut": "koala-700m", "training": {"samples": 40_000, "lr": 5e-4}},
@@ -28,7 +29,7 @@ TRAINED = Trained(
     teacher="sdxl-mini",
     distilled=True,
 )
-FULL = Card("small", Licence("openrail++"), "org/my-sdxl", CUT, TRAINED)
+FULL = ModelCard("small", Licence("openrail++"), "org/my-sdxl", CUT, TRAINED)
 
 
 def teacher_with(toy_sdxl: Path, tmp_path: Path, front_matter: str) -> Path:
@@ -52,7 +53,7 @@ def student_card(teacher: Path, tmp_path: Path) -> str:
 def test_a_compressed_model_has_a_card_that_the_hub_reads(toy_sdxl, tmp_path):
     teacher = teacher_with(toy_sdxl, tmp_path, "license: openrail++\nbase_model: org/sdxl")
     text = student_card(teacher, tmp_path)
-    data = ModelCard(text).data.to_dict()
+    data = HubModelCard(text).data.to_dict()
     expected = {
         "license": "openrail++",
         "base_model": "org/sdxl",
@@ -71,15 +72,15 @@ def test_a_compressed_model_has_a_card_that_the_hub_reads(toy_sdxl, tmp_path):
 def test_an_unknown_licence_is_said_to_be(toy_sdxl, tmp_path):
     compress(toy_sdxl, "koala-700m", tmp_path / "student")
     text = (tmp_path / "student" / "README.md").read_text()
-    assert ModelCard(text).data.license == "unknown"
-    assert "base_model" not in ModelCard(text).data.to_dict()
+    assert HubModelCard(text).data.license == "unknown"
+    assert "base_model" not in HubModelCard(text).data.to_dict()
     assert "Unknown: its teacher names none." in text
 
 
 def test_a_licence_with_name_and_link_is_carried_whole(toy_sdxl, tmp_path):
     front = "license: other\nlicense_name: my-terms\nlicense_link: LICENSE.md"
     text = student_card(teacher_with(toy_sdxl, tmp_path, front), tmp_path)
-    data = ModelCard(text).data
+    data = HubModelCard(text).data
     assert (data.license, data.license_name, data.license_link) == (
         "other",
         "my-terms",
@@ -110,7 +111,7 @@ def test_a_card_that_cannot_be_read_is_refused(front, toy_sdxl, tmp_path):
 )
 def test_a_single_files_licence(metadata, licence):
     found = model_card.read_metadata(Path("ann.safetensors"), metadata)
-    assert found == Card("ann", licence)
+    assert found == ModelCard("ann", licence)
 
 
 def test_the_snippets_run_as_they_stand(toy_sdxl, tmp_path, monkeypatch):
@@ -131,7 +132,7 @@ def test_the_snippets_run_as_they_stand(toy_sdxl, tmp_path, monkeypatch):
 
 def test_a_card_is_read_as_it_was_written(tmp_path):
     evaluated = Evaluated("| a |\n|---|\n| 1 |", {"prompts": 200, "seeds": [0, 1]}, "a laptop")
-    for written in (Card("bare"), FULL, replace(FULL, evaluated=evaluated)):
+    for written in (ModelCard("bare"), FULL, replace(FULL, evaluated=evaluated)):
         written.write(tmp_path)
         assert model_card.read(tmp_path) == written
         assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
@@ -148,8 +149,10 @@ def test_any_licences_name_survives(tmp_path_factory, name):
 
 
 def test_training_goes_on_from_the_students_card(tmp_path):
-    trained = model_card.trained_of(Card("start", Licence("openrail++"), None, CUT), "run", TRAINED)
-    assert trained == Card("run", Licence("openrail++"), None, CUT, TRAINED)
+    trained = model_card.trained_of(
+        ModelCard("start", Licence("openrail++"), None, CUT), "run", TRAINED
+    )
+    assert trained == ModelCard("run", Licence("openrail++"), None, CUT, TRAINED)
     text = trained.text()
     for said in ("40,000", "12,345", "`koala-mini`, teacher sdxl-mini", "then distilled"):
         assert said in text
@@ -162,26 +165,26 @@ def test_training_goes_on_from_the_students_card(tmp_path):
 )
 def test_a_student_that_went_on_says_from_what(before, seen):
     """Also one that others cut, of which no more is known."""
-    text = Card("mine", trained=replace(TRAINED, student="koala-700m", before=before)).text()
+    text = ModelCard("mine", trained=replace(TRAINED, student="koala-700m", before=before)).text()
     assert f"- went on from: koala-700m, after {seen}\n" in text
     assert "method, that went on from koala-700m." in text
     assert "trained from nothing" not in text and "long legible text" in text
 
 
 def test_training_without_a_teacher_is_no_distillation():
-    alone = Card("t", trained=replace(TRAINED, distilled=False))
+    alone = ModelCard("t", trained=replace(TRAINED, distilled=False))
     assert "distillation" not in alone.metadata().tags
     assert "VAE and text encoders of sdxl-mini" in alone.text()
 
 
 def test_a_reports_row_is_entered(tmp_path):
     rows = [
-        Row(
+        EvaluationRow(
             name, "", {m: [value] for m in ("FD-EffLite0", "kernel distance", "R@1", "R@5", "R@10")}
         )
         for name, value in (("real pictures", 0.5), ("mine", 0.25), ("yours", 0.125))
     ]
-    report = Report(rows, {"prompts": 2}, {}, "a laptop", "koala evaluate", ["a", "b"])
+    report = EvaluationReport(rows, {"prompts": 2}, {}, "a laptop", "koala evaluate", ["a", "b"])
     models = {name: tmp_path / name for name in ("mine", "yours")}
     for folder in models.values():
         folder.mkdir()
@@ -198,7 +201,7 @@ def test_a_reports_row_is_entered(tmp_path):
 
 
 def test_only_cards_of_ours_are_written_to(tmp_path):
-    with pytest.raises(UserError, match="koala-mini is no folder with a model card"):
+    with pytest.raises(UserError, match="koala-mini is not a folder with a koala model card"):
         check_cards({"m": "koala-mini"})
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Another's\n")
     with pytest.raises(UserError, match="model card of koala's"):

@@ -62,7 +62,7 @@ def distil(
         ({"teacher": "student"}, "koala"),
         ({"student": "vae"}, "has a U-Net custom, the student is to be koala-1b of custom"),
         ({"student": "nowhere"}, "nowhere"),
-        ({"data": "nowhere"}, "not prepared to its end"),
+        ({"data": "nowhere"}, "nowhere is not there: name a folder that `koala prepare` made"),
     ],
 )
 def test_what_is_known_before_the_first_step(given, said, data, others, toy_sdxl, tmp_path, capsys):

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from koala.checkpoints.latent_scale import LatentScale
 from koala.checkpoints.load import load_vae
-from koala.data.encoding import normalisation, to_pixels
+from koala.data.encoding import to_pixels
 from koala.data.illustrations import art
 from koala.data.illustrations.colours import BACKGROUNDS, INKS, named, oklab, repainted, srgb
 from koala.data.illustrations.concepts import (
@@ -239,7 +240,7 @@ def test_latents_are_the_pipelines_own(packages, toy_sdxl, tmp_path):
     pictures, vae = PictureSet(tmp_path), load_vae(toy_sdxl)
     assert encode_pictures(tmp_path, toy_sdxl).kept == len(pictures)
     index = Index(tmp_path)
-    shift, scale = normalisation(vae.config)
+    scale = LatentScale(vae.config)
     by_id = {row["id"]: i for i, row in enumerate(pictures.rows)}
     for shard in range(len(index)):
         stored = index.tensors(shard, 0)
@@ -247,8 +248,8 @@ def test_latents_are_the_pipelines_own(packages, toy_sdxl, tmp_path):
         with torch.no_grad():
             posterior = vae.encode(to_pixels([pictures.image(i)])).latent_dist
         for name, own in (
-            ("mean", (posterior.mean - shift) * scale),
-            ("deviation", posterior.std * scale),
+            ("mean", scale.normalise(posterior.mean)),
+            ("deviation", posterior.std / scale.std * scale.factor),
         ):
             torch.testing.assert_close(stored[name].float(), own[0], atol=0.01, rtol=5e-3)
         assert index.caption(shard, 0, "long") == pictures.rows[i]["long"]

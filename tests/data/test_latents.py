@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from koala.data import shard_cache
 from koala.data.index import Index
+from koala.data.latent_preparation import prepare_latents
 from koala.data.latents import AHEAD, LatentSet
 from koala.data.preprocess import Preparation
-from koala.data.run import prepare_latents
-from koala.data.sampler import Order
+from koala.data.sampler import BatchOrder
 from koala.data.sources import recognise
 from koala.errors import Failure, UserError
 from toy_sources import caption, pictures, write_folder
@@ -242,7 +242,7 @@ def test_a_shard_that_cannot_be_fetched_is_named(bucket, toy_sdxl):
 def test_processes_share_out_the_shards_of_a_window():
     """Of eight processes each meets an eighth of a window's shards, and a few beside."""
     shards = np.arange(64)
-    order = Order(shards, np.full(64, 100), np.zeros(64, int), seed=0)
+    order = BatchOrder(shards, np.full(64, 100), np.zeros(64, int), seed=0)
     met: list[set[int]] = [set() for _ in range(8)]
     for number in range(6400 // 128):
         places = order.batch(number, 128)

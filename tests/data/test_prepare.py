@@ -19,15 +19,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from koala.checkpoints.latent_scale import LatentScale
 from koala.checkpoints.load import load_vae
 from koala.checkpoints.tensors import read_header
 from koala.cli import main
-from koala.data.encoding import Moments, normalisation, to_pixels
+from koala.data.encoding import Moments, to_pixels
 from koala.data.index import Index
+from koala.data.latent_preparation import prepare_latents
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of, prepare
 from koala.data.preprocess import Filters, Preparation, upright
-from koala.data.run import prepare_latents
 from koala.data.shards import shard_name
 from koala.data.sources import recognise
 from koala.errors import Failure, UserError
@@ -72,7 +73,7 @@ def test_every_picture_is_there_as_the_vae_sees_it(prepared, files, toy_sdxl):
     assert summary.samples == {"train picture": NUMBER}
     assert sum(summary.buckets.values()) == NUMBER
     index, vae = Index(out), load_vae(toy_sdxl)
-    shift, scale = normalisation(vae.config)
+    scale = LatentScale(vae.config)
     for shard in range(len(index)):
         n = int(index.fact(shard, 0, "id").removesuffix(".jpg"))
         assert index.caption(shard, 0, "text") == caption(n)
@@ -89,8 +90,9 @@ def test_every_picture_is_there_as_the_vae_sees_it(prepared, files, toy_sdxl):
             posterior = vae.encode(to_pixels([image.crop(box)])).latent_dist
         stored = index.tensors(shard, 0)
         for name, own in (
-            ("mean", (posterior.mean - shift) * scale), ("deviation", posterior.std * scale)
-        ):  # fmt: skip
+            ("mean", scale.normalise(posterior.mean)),
+            ("deviation", posterior.std / scale.std * scale.factor),
+        ):
             assert stored[name].shape == (4, height // 8, width // 8)
             torch.testing.assert_close(stored[name].float(), own[0], atol=0.01, rtol=5e-3)
 
@@ -319,7 +321,7 @@ def test_what_the_source_lacks_is_refused_before_the_work(folder, toy_sdxl, tmp_
     for arguments, said in (
         ({"model": None}, "give --model"),
         ({"sheet": tmp_path / "x.png"}, "leave it out"),
-        ({"kind": "zip"}, "there are folder"),
+        ({"kind": "zip"}, "unknown kind of source .zip.: choose folder"),
         ({"workers": 0}, "at least 1"),
     ):
         with pytest.raises(UserError, match=said):

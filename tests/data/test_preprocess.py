@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from koala.data.buckets import buckets, fit
-from koala.data.captions import Telling, check_expressions, compose
+from koala.data.captions import CaptionFitter, check_expressions, compose
 from koala.data.items import Item
 from koala.data.preprocess import Dropped, Filters, Preparation, Sample, sample_of, upright
 from koala.errors import UserError
@@ -203,8 +203,8 @@ TEXTS = st.lists(
 @settings(deadline=None)
 @given(TEXTS, st.sampled_from(["sentences", "chunks"]), st.integers(0, 100))
 def test_what_is_told_always_fits_and_is_of_the_caption(text, policy, seed):
-    telling = Telling(words, LIMIT, policy)
-    told = telling.tell(text, np.random.default_rng(seed))
+    fitter = CaptionFitter(words, LIMIT, policy)
+    told = fitter.fit(text, np.random.default_rng(seed))
     assert told
     assert words(told) <= LIMIT
     if words(text) <= LIMIT:
@@ -216,21 +216,21 @@ def test_what_is_told_always_fits_and_is_of_the_caption(text, policy, seed):
 @pytest.mark.parametrize("length", [6, 11, 40])
 def test_chunks_together_are_the_whole_caption(length):
     text = " ".join(f"w{i:03d}" for i in range(length))  # a token each, with no sentence's end
-    telling = Telling(words, LIMIT, "chunks")
-    drawn = {telling.tell(text, np.random.default_rng(seed)) for seed in range(100)}
+    fitter = CaptionFitter(words, LIMIT, "chunks")
+    drawn = {fitter.fit(text, np.random.default_rng(seed)) for seed in range(100)}
     assert " ".join(sorted(drawn)) == text
     assert len(drawn) == -(-length // (LIMIT - 2))
 
 
 def test_sentences_stay_whole_and_in_order():
     sentences = [f"{'abcdefghijkl'[i] * 8} it is." for i in range(6)]
-    telling = Telling(words, LIMIT, "sentences")
+    fitter = CaptionFitter(words, LIMIT, "sentences")
     seen = set()
     for seed in range(60):
-        told = telling.tell(" ".join(sentences), np.random.default_rng(seed))
+        told = fitter.fit(" ".join(sentences), np.random.default_rng(seed))
         chosen = [s for s in sentences if s in told]
         assert told == " ".join(chosen)
         seen |= {*chosen}
     assert seen == {*sentences}
     with pytest.raises(UserError, match="sentences, chunks"):
-        Telling(words, LIMIT, "cut")
+        CaptionFitter(words, LIMIT, "cut")

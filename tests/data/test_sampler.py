@@ -6,19 +6,19 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from koala.data.sampler import Order, shuffled
+from koala.data.sampler import BatchOrder, shuffled
 
 SHARDS = st.lists(
     st.tuples(st.integers(1, 9), st.integers(0, 2), st.integers(1, 3)), min_size=1, max_size=12
 )  # rows, bucket, copies
 
 
-def order_of(shards, seed=0, window=2) -> Order:
+def order_of(shards, seed=0, window=2) -> BatchOrder:
     """An order over shards 0, 1, ...; buckets renumbered to leave no gap."""
     copies = np.array([c for _, _, c in shards])
     rows, buckets = (np.repeat([s[i] for s in shards], copies) for i in (0, 1))
     _, buckets = np.unique(buckets, return_inverse=True)
-    return Order(np.repeat(np.arange(len(shards)), copies), rows, buckets, seed, window)
+    return BatchOrder(np.repeat(np.arange(len(shards)), copies), rows, buckets, seed, window)
 
 
 @settings(deadline=None)

@@ -102,7 +102,7 @@ def test_what_is_no_source_is_refused(files, tmp_path):
         (tmp_path / "nowhere", None, "is not there.*ye-pop"),
         (tmp_path / "empty", None, "none of folder"),
         (both, None, "may be webdataset or folder.*--as"),
-        (both, "zip", "there are folder"),
+        (both, "zip", "unknown kind of source .zip.: choose folder"),
         (both, "parquet", "no column of pictures.*url"),
         (cut, None, "00001.tar is no whole tar"),
     ):

@@ -1,4 +1,4 @@
-"""What one sees of a run while it trains: lines, boards, validation, the bar, previews."""
+"""What one sees of a run while it trains: lines, loggers, validation, the bar, previews."""
 
 import importlib.util
 import json
@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from koala.distillation.forward_process import generators_at
-from koala.distillation.loop import HELD_OUT_SEED, train
+from koala.distillation.loop import VALIDATION_SEED, train
 from koala.errors import Failure, UserError
 from toy import toy_pipeline
 from toy_training import SETTINGS, SignalledStream, Stream, toy_task
 
-BOARDS = ("tensorboard", "wandb")
-INSTALLED = [name for name in BOARDS if importlib.util.find_spec(name) is not None]
+LOGGERS = ("tensorboard", "wandb")
+INSTALLED = [name for name in LOGGERS if importlib.util.find_spec(name) is not None]
 MISSING = [
-    (name, f"--log {name} needs `pip install {name}`") for name in BOARDS if name not in INSTALLED
+    (name, f"--log {name} needs `pip install {name}`") for name in LOGGERS if name not in INSTALLED
 ]
 
 
@@ -36,11 +36,11 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run, whose samples it is also validated with."""
     run = tmp_path_factory.mktemp("whole") / "run"
     settings = replace(SETTINGS, validate_every=20)
-    train(toy_task(base), Stream(), settings, run, held_out=HELD_OUT)
+    train(toy_task(base), Stream(), settings, run, validation=VALIDATION_BATCH)
     return run
 
 
-HELD_OUT = Stream().batch(100, 6)
+VALIDATION_BATCH = Stream().batch(100, 6)
 
 
 def stats(run: Path, file: str = "stats.jsonl") -> list[dict]:
@@ -66,7 +66,7 @@ def test_validation_is_always_on_the_same_noise(base: Path, whole: Path) -> None
     weights = {k.removeprefix("weights."): v for k, v in tensors.items() if "weights." in k}
     task.trainable.load_state_dict(weights)
     with torch.no_grad():
-        expected = task.losses(HELD_OUT, generators_at(HELD_OUT_SEED, 0, 6))
+        expected = task.losses(VALIDATION_BATCH, generators_at(VALIDATION_SEED, 0, 6))
     assert lines[-1].keys() == {"samples", *expected}
     for name, value in expected.items():
         assert lines[-1][name] == pytest.approx(value.item(), rel=1e-5)
@@ -76,7 +76,7 @@ def test_validation_is_always_on_the_same_noise(base: Path, whole: Path) -> None
 def test_tensorboard_shows_the_lines(base: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(toy_task(base), Stream(), SETTINGS, tmp_path / "run", boards=["tensorboard"])
+    train(toy_task(base), Stream(), SETTINGS, tmp_path / "run", loggers=["tensorboard"])
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     shown = {event.step: event.value for event in events.Scalars("train/loss")}
@@ -120,17 +120,17 @@ def test_validation_needs_samples_and_samples_need_validation(base: Path, tmp_pa
     with pytest.raises(UserError, match="validate_every is 20 and there are no held-out samples"):
         train(toy_task(base), Stream(), replace(SETTINGS, validate_every=20), tmp_path)
     with pytest.raises(UserError, match="validate_every is 0 and there are some held-out"):
-        train(toy_task(base), Stream(), SETTINGS, tmp_path, held_out=Stream().batch(90, 4))
+        train(toy_task(base), Stream(), SETTINGS, tmp_path, validation=Stream().batch(90, 4))
 
 
 @pytest.mark.parametrize(
-    ("board", "message"),
-    [("print", "--log print: there are tensorboard, wandb"), *MISSING],
+    ("logger", "message"),
+    [("print", "unknown --log logger 'print': choose tensorboard, wandb"), *MISSING],
 )
 def test_boards_that_are_not_there_are_refused_before_the_first_step(
-    base: Path, tmp_path: Path, board: str, message: str
+    base: Path, tmp_path: Path, logger: str, message: str
 ) -> None:
     stream = Stream()
     with pytest.raises(UserError, match=message):
-        train(toy_task(base), stream, SETTINGS, tmp_path / "run", boards=[board])
+        train(toy_task(base), stream, SETTINGS, tmp_path / "run", loggers=[logger])
     assert stream.asked == []

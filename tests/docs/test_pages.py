@@ -18,7 +18,7 @@ from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.convert import convert
-from koala.cli import _parser, main
+from koala.cli import command_named, main
 from koala.lora.names import base_named
 from toy_lora import toy_lora
 from toy_sources import pictures, write_yepop
@@ -130,8 +130,8 @@ def test_the_pages_commands_are_commands():
         ]
         if not commands:
             without.add(page.name)
-        for command in commands:
-            _parser().parse_args(command)
+        for name, *arguments in commands:
+            command_named(name).parse(arguments)
     assert without == {"architecture.md", "log.md"}
 
 

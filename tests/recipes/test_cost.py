@@ -23,15 +23,14 @@ from koala.checkpoints.validate import read_tensors
 from koala.cli import main
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import Hardware, Training
-from koala.distillation.tasks import DistillationSettings
+from koala.distillation.settings import DistillationSettings, Hardware, Training
 from koala.errors import UserError
 from koala.recipes import cost, gpus
 from koala.recipes.calibrate import measured
 from koala.recipes.cost import estimate
 from koala.recipes.memory import (
     META,
-    Plan,
+    TrainingSetup,
     batch_of,
     blank_unet,
     device_memory,
@@ -46,19 +45,21 @@ memory_of = cache(device_memory)
 TRAINING = Training(samples=16, batch=8, lr=1e-4, ema_half_life=8, ema_others=(16,))
 
 
-def toy_plan(**changes) -> Plan:
+def toy_plan(**changes) -> TrainingSetup:
     """A toy student and teacher at 128 px, on the CPU."""
     teacher = from_unet_config(dict(toy_unet("sdxl").config))
     student = student_of(teacher, "koala-700m")
     settings = DistillationSettings()
-    plan = Plan(student, teacher, settings, TRAINING, Hardware(), 1, pixels=128, on_gpu=False)
+    plan = TrainingSetup(
+        student, teacher, settings, TRAINING, Hardware(), 1, pixels=128, on_gpu=False
+    )
     return replace(plan, **changes)
 
 
 class Zeros:
     """The plan's own batch, whatever is asked for."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: TrainingSetup) -> None:
         whole = replace(plan, hardware=replace(plan.hardware, accumulate=1))
         self.whole = batch_of(whole, torch.device("cpu"))
 
@@ -66,7 +67,7 @@ class Zeros:
         return self.whole
 
 
-def allocated_peak(plan: Plan, run: Path) -> int:
+def allocated_peak(plan: TrainingSetup, run: Path) -> int:
     """Bytes of torch's allocator in a real training's two steps, at most, its models included.
 
     On the CPU a checkpoint is written from a second copy there, so the step must take more than
@@ -145,7 +146,7 @@ def test_a_gpu_computes_in_bf16():
 
 def test_pictures_that_a_training_encodes_are_reckoned():
     """As the counter has it, of SDXL's VAE and of the family's own."""
-    big, small = (cost._plan(recipes.get(n), None, 1, True, None)
+    big, small = (cost._setup(recipes.get(n), None, 1, True, None)
                   for n in ("koala-lightning-700m", "koala-mini"))  # fmt: skip
     with FlopCounterMode(display=False) as counter:
         new_vae(META, torch.float32).encode(torch.empty(1, 3, 1024, 1024, device=META))
@@ -198,7 +199,7 @@ def test_advice():
     ("name", "card"), [("koala-lightning-700m-24gb", "4090"), ("koala-lightning-700m-12gb", "3060")]
 )
 def test_the_recipes_of_small_cards_fit(name, card):
-    plan = cost._plan(recipes.get(name), None, 1, True, None)
+    plan = cost._setup(recipes.get(name), None, 1, True, None)
     # The page asks for prepared embeddings on the smaller one.
     beside = cost._beside(cost._frozen(None, plan), on_gpu=True, text_stored=card == "3060")
     needed = sum(memory_of(plan).values()) + sum(beside.values())

@@ -10,9 +10,9 @@ from koala.architectures.flops import flops as forward_flops
 from koala.architectures.table import get, student_of
 from koala.distillation.taps import paired_points, tap_points
 from koala.recipes import paper
-from koala.recipes.cost import _flops, _plan
+from koala.recipes.cost import _flops, _setup
 from koala.recipes.memory import blank_unet
-from koala.recipes.run import described
+from koala.recipes.recipe import described
 
 PARAMETERS = {"koala-1b": 1_161_184_324, "koala-700m": 782_822_724, "bk-sdxl": 1_717_277_764}
 BEST_700M, BEST_1B, BEST_BK = {"sa": 21, "lf": 2}, {"sa": 30, "lf": 2}, {"sa": 46, "lf": 2}
@@ -102,16 +102,16 @@ def test_the_final_runs_are_the_papers():
     ],
 )
 def test_flop_of_a_sample(name, tflop):
-    again, flops = _flops(_plan(recipes.get(name), None, 1, True, None))
+    again, flops = _flops(_setup(recipes.get(name), None, 1, True, None))
     assert again == 0
     assert round(flops / 1e12, 1) == tflop
 
 
 def test_one_small_card_computes_activations_again_and_the_control_asks_no_teacher():
-    again, flops = _flops(_plan(recipes.get("koala-lightning-700m-24gb"), None, 1, True, None))
+    again, flops = _flops(_setup(recipes.get("koala-lightning-700m-24gb"), None, 1, True, None))
     forward = forward_flops(get("koala-700m"), 1024, 1024, 77)
     assert again == forward
-    _, alone = _flops(_plan(recipes.get("ablation-task"), None, 1, True, None))
+    _, alone = _flops(_setup(recipes.get("ablation-task"), None, 1, True, None))
     assert alone == 3 * forward_flops(get("koala-1b"), 1024, 1024, 77)
     assert flops > 3 * forward
 

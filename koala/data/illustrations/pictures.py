@@ -1,8 +1,8 @@
 """Pictures with captions in parquet shards: rendered once, on all cores, and read by everybody.
 
 A folder holds `set.json` (what it was made with) and `pictures-NNNNN.parquet`, one row a picture:
-PNG bytes in the column `image` and the text columns of `koala.data.illustrations.scenes.Row`. A
-shard appears under its name when it is whole, so a killed run is taken up by the same command.
+PNG bytes in the column `image` and the text columns of `scenes.PlannedImage`. A shard
+appears under its name when it is whole, so a killed run is taken up by the same command.
 """
 
 import io
@@ -19,8 +19,9 @@ from PIL import Image
 
 from koala.data.illustrations import art
 from koala.data.illustrations.colours import BACKGROUNDS, INKS, repainted
-from koala.data.illustrations.scenes import Illustrations, Layer, Row, plan
+from koala.data.illustrations.scenes import Illustrations, Layer, PlannedImage, plan
 from koala.errors import UserError
+from koala.utils.atomic import claim, new_file, write_text
 from koala.utils.progress import progress
 
 SHARD = 256  # pictures: some five seconds of one core
@@ -30,7 +31,7 @@ TEXT_COLUMNS = (
 NOTICE = "NOTICE.txt"
 
 
-def render(row: Row, size: int) -> Image.Image:
+def render(row: PlannedImage, size: int) -> Image.Image:
     """A planned picture as RGB, size x size pixels."""
     canvas = Image.new("RGBA", (size, size), BACKGROUNDS[row.background])
     for layer in row.layers:
@@ -53,8 +54,7 @@ def prepare_pictures(settings: Illustrations, out: Path, workers: int | None = N
 
     Run again, it goes on where it was; with other settings it refuses (UserError).
     """
-    out.mkdir(parents=True, exist_ok=True)
-    _claim(out, {"source": "illustrations", **asdict(settings)})
+    claim(out / "set.json", {"source": "illustrations", **asdict(settings)})
     rows = plan(settings)
     shards = [rows[i : i + SHARD] for i in range(0, len(rows), SHARD)]
     paths = [out / f"pictures-{i:05d}.parquet" for i in range(len(shards))]
@@ -71,36 +71,19 @@ def prepare_pictures(settings: Illustrations, out: Path, workers: int | None = N
         for job in as_completed(jobs):
             job.result()
             advance(jobs[job])
-    (out / NOTICE).write_text(art.notice(drawn))
+    write_text(out / NOTICE, art.notice(drawn))
     return len(rows)
 
 
-def _claim(out: Path, settings: dict) -> None:
-    """Writes what the folder is made with, or refuses a folder made with something else."""
-    path, wanted = out / "set.json", json.loads(json.dumps(settings))
-    if path.exists():
-        found = json.loads(path.read_text())
-        changed = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
-        if changed:
-            k = changed[0]
-            raise UserError(
-                f"{out} was prepared with {k}={found.get(k)!r}, now it is {wanted.get(k)!r}; "
-                "take another folder or remove this one"
-            )
-    else:
-        path.write_text(json.dumps(wanted, indent=1) + "\n")
-
-
-def _write_shard(rows: list[Row], path: Path, size: int) -> None:
+def _write_shard(rows: list[PlannedImage], path: Path, size: int) -> None:
     images = []
     for row in rows:
         buffer = io.BytesIO()
         render(row, size).save(buffer, "PNG", optimize=True)
         images.append({"bytes": buffer.getvalue(), "path": f"{row.id}.png"})
     columns: dict[str, list] = {name: [getattr(r, name) for r in rows] for name in TEXT_COLUMNS}
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.table({"image": images, **columns}), partial)
-    os.replace(partial, path)
+    with new_file(path) as part:
+        pq.write_table(pa.table({"image": images, **columns}), part)
 
 
 def settings_of(folder: Path) -> dict:
@@ -113,26 +96,26 @@ def shards_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("pictures-*.parquet"))
 
 
+def shards_at(place: str | Path) -> list[Path]:
+    """The shards of a folder, or the shard itself. UserError where there are none."""
+    shards = [Path(place)] if Path(place).is_file() else shards_of(Path(place))
+    if not shards:
+        raise UserError(
+            f"{place}: no prepared pictures there (pictures-*.parquet); "
+            "make them with `koala prepare illustrations --out DIR`"
+        )
+    return shards
+
+
 class PictureSet:
     """Reads a folder of picture shards, or one shard; pictures stay PNG bytes until asked for."""
 
     def __init__(self, folder: str | Path):
         """Raises UserError where there are no prepared pictures."""
         self.folder = Path(folder)
-        shards = [self.folder] if self.folder.is_file() else shards_of(self.folder)
-        if not shards:
-            raise UserError(
-                f"{folder}: no prepared pictures there (pictures-*.parquet); "
-                "make them with `koala prepare illustrations --out DIR`"
-            )
-        table = pa.concat_tables(pq.read_table(s) for s in shards)
+        table = pa.concat_tables(pq.read_table(s) for s in shards_at(self.folder))
         self._images = table.column("image")
         self.rows: list[dict] = table.select(list(TEXT_COLUMNS)).to_pylist()
-
-    @staticmethod
-    def rows_in(shard: Path) -> int:
-        """The number of pictures in a shard, from its footer."""
-        return pq.read_metadata(shard).num_rows
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -71,6 +71,7 @@ SMALL = Illustrations(
     test_concepts=0.0,
     unseen=UNSEEN,
 )
+ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Row:
+class PlannedImage:
     """One picture to be. `subject` is the bare thing; `everyday` says it as people type it."""
 
     id: str
@@ -112,7 +113,7 @@ BESIDE = PLACES[2]
 STACKED = [(0.27, 0.04, 0.45), (0.27, 0.51, 0.45)]
 
 
-def plan(settings: Illustrations) -> list[Row]:
+def plan(settings: Illustrations) -> list[PlannedImage]:
     """All rows of the set, in an order and with ids that depend on the settings alone."""
     chosen = [
         c
@@ -179,7 +180,7 @@ def _one_of(choices: list[str], *seed: object) -> str:
     return choices[int(hashed(*seed) * len(choices))]
 
 
-def _emoji(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
+def _emoji(settings: Illustrations, chosen: list[Concept]) -> list[PlannedImage]:
     rows = []
     for c in chosen:
         drawn = {s: n for s in settings.styles if (n := art.drawing_of(s, c.hexcode, c.label))}
@@ -191,7 +192,7 @@ def _emoji(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
             style = art.ART_SETS[s].style
             words = ", ".join((c.subject, *c.keywords[:3]))
             rows.append(
-                Row(
+                PlannedImage(
                     id=f"emoji-{s}-{c.hexcode.lower()}",
                     kind="emoji",
                     concept=c.name,
@@ -208,7 +209,7 @@ def _emoji(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
     return rows
 
 
-def _colour_icons(settings: Illustrations) -> list[Row]:
+def _colour_icons(settings: Illustrations) -> list[PlannedImage]:
     rows = []
     for s in settings.colour_icons:
         style = art.ART_SETS[s].style
@@ -216,7 +217,7 @@ def _colour_icons(settings: Illustrations) -> list[Row]:
             words = " ".join(w for w in name.split("-") if not w.isdigit())
             subject = with_article(words)
             rows.append(
-                Row(
+                PlannedImage(
                     id=f"colour-icon-{s}-{name}",
                     kind="colour-icon",
                     concept=words,
@@ -239,7 +240,7 @@ def _an(style: str) -> str:
 
 def _painted(
     settings: Illustrations, chosen: list[Concept], seen: set[tuple[str, str]]
-) -> list[Row]:
+) -> list[PlannedImage]:
     """Emoji on white with their main colour turned to a named one, drawn from all there can be."""
     drawings = [(c, s) for c in chosen for s in settings.styles if (c.name, s) in seen]
     rng = random.Random(settings.seed + 2)
@@ -251,7 +252,7 @@ def _painted(
         word = _one_of([ink, ink, *OTHER_WORDS.get(ink, ())], "ink", c.name, s, ink)
         subject = with_article(f"{ink} {c.thing}")
         rows.append(
-            Row(
+            PlannedImage(
                 id=f"painted-{n:06d}",
                 kind="painted",
                 concept=c.name,
@@ -273,7 +274,7 @@ def _other(c: Concept, ink: str) -> bool:
     return not c.name.startswith(f"{ink} ")
 
 
-def _icons(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
+def _icons(settings: Illustrations, chosen: list[Concept]) -> list[PlannedImage]:
     """One-colour drawings of the same concepts, in inks and on backgrounds drawn at random."""
     drawings = []
     present = {s: frozenset(art.names(s)) for s in VARIANTS}
@@ -299,7 +300,7 @@ def _icons(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
         on = "" if background == "white" else f" on a {background} background"
         long = f"{_an(style)} of {subject}, one colour, on a {background} background"
         rows.append(
-            Row(
+            PlannedImage(
                 id=f"icon-{n:06d}",
                 kind="icon",
                 concept=c.name,
@@ -318,7 +319,7 @@ def _icons(settings: Illustrations, chosen: list[Concept]) -> list[Row]:
 
 def _scenes(
     settings: Illustrations, things: list[Concept], seen: set[tuple[str, str]]
-) -> list[Row]:
+) -> list[PlannedImage]:
     rng = random.Random(settings.seed + 1)
     by_style = {s: [c for c in things if (c.name, s) in seen] for s in settings.styles}
     styles = [s for s in settings.styles if len(by_style[s]) > 1]
@@ -345,7 +346,7 @@ def _scenes(
             for t, box in zip(drawn, boxes, strict=True)
         )
         rows.append(
-            Row(
+            PlannedImage(
                 id=f"scene-{n:06d}",
                 kind="scene",
                 concept=" + ".join(dict.fromkeys(t.concept.name for t in drawn)),

@@ -21,8 +21,8 @@ from koala.errors import UserError
 from koala.generation import load
 from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders
 from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae, to_images
-from koala.recipes.recipe import Mixture, Student
-from koala.recipes.run import described, distill
+from koala.recipes.recipe import Mixture, Student, described
+from koala.recipes.train import distill
 from toy_family import TINY, Letters
 from toy_sources import pictures, write_folder
 

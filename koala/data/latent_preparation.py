@@ -14,8 +14,8 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from koala.data.captions import Telling, check_expressions
-from koala.data.encoding import Encoded, Encoder, encoder_hash
+from koala.data.captions import CaptionFitter, check_expressions
+from koala.data.encoding import EncodedSample, Encoder, encoder_hash
 from koala.data.items import Source
 from koala.data.preprocess import Preparation
 from koala.data.shards import (
@@ -26,10 +26,10 @@ from koala.data.shards import (
     unit_file,
     write_unit,
 )
-from koala.data.units import Plan, plan_of
+from koala.data.units import UnitPlan, plan_units
 from koala.data.workers import own_cores, pool_of, read_ahead
 from koala.errors import UserError
-from koala.utils.atomic import new_file
+from koala.utils.atomic import claim
 from koala.utils.progress import progress
 
 PEEK = 64  # items that are asked which captions and scores there are
@@ -47,7 +47,7 @@ def prepare_latents(
     rank, world = (int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
     workers = workers or own_cores()
     with pool_of(workers) as pool:
-        plan = plan_of(source, out, preparation.unit, pool)
+        plan = plan_units(source, out, preparation.unit, pool)
         own = preparation.posterior != "pixels"  # which any VAE may encode
         encoder_name = encoder_hash(model) if own else None
         made_with = {"encoder": encoder_name, "source": source.name, **asdict(preparation)}
@@ -57,20 +57,20 @@ def prepare_latents(
         if todo:
             remove_parts(out, {*todo})
             encoder = Encoder(model, device, preparation, SEED)
-            telling = Telling.of(model, preparation.long_captions or "sentences")
+            fitter = CaptionFitter.of(model, preparation.long_captions or "sentences")
             total = sum(map(plan.size, mine))
             done = total - sum(map(plan.size, todo))
             with progress("encoding", total, "pictures", done) as advance:
                 chunks = read_ahead(source, plan, todo, preparation, pool, workers)
                 for unit, some in groupby(chunks, key=lambda chunk: chunk[0]):
                     results = _counted((r for _, chunk in some for r in chunk), advance)
-                    encoded, dropped = encoder.unit(results, telling)
-                    long = _long(encoded, preparation.captions, telling)
+                    encoded, dropped = encoder.unit(results, fitter)
+                    long = _long(encoded, preparation.captions, fitter)
                     write_unit(out, unit, encoded, dropped, long)
     return _finish(out, plan, preparation)
 
 
-def _finish(out: Path, plan: Plan, preparation: Preparation) -> Summary:
+def _finish(out: Path, plan: UnitPlan, preparation: Preparation) -> Summary:
     """Index and report, where all units are there; UserError where no picture is left."""
     left = sum(not unit_file(out, unit).exists() for unit in range(plan.units))
     if left:
@@ -88,10 +88,12 @@ def _counted(results: Iterable[T], advance: Callable[[int], object]) -> Iterator
         advance(1)
 
 
-def _long(encoded: Sequence[Encoded], captions: Sequence[str], telling: Telling) -> dict[str, int]:
+def _long(
+    encoded: Sequence[EncodedSample], captions: Sequence[str], fitter: CaptionFitter
+) -> dict[str, int]:
     """How many of each caption the encoders cannot read whole."""
     return {
-        name: sum(telling.is_long(row.sample.captions[i]) for row in encoded)
+        name: sum(fitter.is_long(row.sample.captions[i]) for row in encoded)
         for i, name in enumerate(captions)
     }
 
@@ -115,25 +117,13 @@ def _with_captions(source: Source, preparation: Preparation) -> Preparation:
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Writes what the folder's latents are made with, or refuses a folder made with another.
-
-    A setting that an older folder does not name was what is the default now.
-    """
-    path, wanted = out / "latents.json", json.loads(json.dumps(settings))
-    if not path.exists():
-        with new_file(path) as part:
-            part.write_text(json.dumps(wanted, indent=1) + "\n")
-        return
-    found = json.loads(json.dumps(asdict(Preparation()))) | json.loads(path.read_text())
-    if found.get("encoder") != wanted["encoder"]:
+    """Writes what the folder's latents are made with; `UserError` if that was another VAE or so."""
+    path = out / "latents.json"
+    found = json.loads(path.read_text()) if path.exists() else settings
+    if found.get("encoder") != settings["encoder"]:
         raise UserError(
             f"{out} holds latents of another VAE ({found.get('encoder')}, this model's is "
-            f"{wanted['encoder']}); prepare into another folder, or remove this one's latents, "
+            f"{settings['encoder']}); prepare into another folder, or remove this one's latents, "
             "units, *.arrow, plan.json and latents.json"
         )
-    for name in sorted({*found, *wanted}):
-        if found.get(name) != wanted.get(name):
-            raise UserError(
-                f"{out} was prepared with {name}={found.get(name)!r}, now it is "
-                f"{wanted.get(name)!r}; take another folder or remove this one"
-            )
+    claim(path, settings, asdict(Preparation()))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from koala import recipes
-from koala.architectures.config import unet_config
+from koala.architectures.config import from_unet_config, unet_config
+from koala.architectures.flops import flops
 from koala.architectures.table import get
 from koala.checkpoints import model_card
 from koala.checkpoints.compress import adopt, compress
@@ -26,19 +26,19 @@ from koala.distillation import checkpoint
 from koala.distillation.forward_process import NoiseSchedule
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, joined, lay_out
-from koala.distillation.speed import unet_flops
 from koala.distillation.tasks import Denoising, Distillation, Encode
 from koala.errors import UserError
 from koala.mini.runs import run_autoencoder, run_base, run_tiny
-from koala.mini.settings import Autoencoder, Base, Tiny
-from koala.recipes.overrides import overridden
-from koala.recipes.previews import MINI_PROMPTS, drawing
-from koala.recipes.recipe import ALONE, Recipe, Student, Teacher
+from koala.mini.settings import Autoencoder, MiniBase, Tiny
+from koala.recipes import configured
+from koala.recipes.previews import drawing
+from koala.recipes.recipe import ALONE, MINI_PROMPTS, Recipe, Student, Teacher
+from koala.recipes.validation import check, teacher_of
 from koala.text_conditioning import TextConditioner
 
-MEMO = 2**31  # bytes of embeddings that a training on the CPU remembers: all of the mini set's
-HELD_OUT = 64  # samples of the validation
-HELD_OUT_SPLITS = ("test", "test-pair")  # the first that a folder has
+CAPTION_CACHE = 2**31  # bytes of embeddings cached by a training on the CPU: the whole mini set's
+VALIDATION_BATCH = 64  # samples of the validation
+VALIDATION_SPLITS = ("test", "test-pair")  # the first that a folder has
 
 
 UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run goes on
@@ -51,7 +51,7 @@ def distill(
     teacher: str | None = None,
     device: str | None = None,
     settings: Sequence[str] = (),
-    boards: Sequence[str] = (),
+    loggers: Sequence[str] = (),
     student: str | None = None,
 ) -> Path:
     """Runs a recipe to its end and returns the folder of the finished pipeline, `out`/model.
@@ -62,7 +62,7 @@ def distill(
     recipes of the paper name their own.
     device: the GPU where there is one, else the CPU; of the processes that torchrun starts, each
     takes a GPU of its own. settings: "name=value", replacing the recipe's (`overrides`).
-    boards: "tensorboard", "wandb". student: a model of the recipe's cut to go on from, for
+    loggers: "tensorboard", "wandb". student: a model of the recipe's cut to go on from, for
     `Student`; None: the teacher, cut. Run again, it goes on where it was, also on other hardware.
     UserError where something is unknown, missing or of no use; Failure where the training fails.
     """
@@ -71,44 +71,25 @@ def distill(
     with joined(device) as world:
         with world.together():
             recipe = configured(recipe, settings)
-            teacher = _teacher_of(recipe, teacher, world)
-            if student is not None and not isinstance(recipe, Student):
-                raise UserError(f"--student {student}: this recipe trains none; leave it out")
-        if isinstance(recipe, Base):
-            models = [run_base(recipe, Path(data), out, str(world.device), boards)]
+            check(recipe, data, teacher, student, device, loggers)
+            if isinstance(recipe, ALONE) and world.size > 1:
+                raise UserError("this recipe trains in one process: start it without torchrun")
+            teacher = teacher_of(recipe, teacher)
+        if isinstance(recipe, MiniBase):
+            models = [run_base(recipe, Path(data), out, str(world.device), loggers)]
         elif isinstance(recipe, Autoencoder):
             assert teacher is not None
-            return run_autoencoder(recipe, data, out, teacher, str(world.device), boards)
+            return run_autoencoder(recipe, data, out, teacher, str(world.device), loggers)
         elif isinstance(recipe, Tiny):
             assert teacher is not None
-            return run_tiny(recipe, data, out, teacher, str(world.device), boards)
+            return run_tiny(recipe, data, out, teacher, str(world.device), loggers)
         else:
             assert teacher is not None
-            models = _run(recipe, data, out, teacher, student, world, boards)
+            models = _run(recipe, data, out, teacher, student, world, loggers)
         with world.together():
             for model in models if world.first else ():
                 _card(name, recipe, data, out, teacher, student).write(model)
     return models[0]
-
-
-def configured(recipe: str | Recipe, settings: Sequence[str] = ()) -> Recipe:
-    """The recipe, its settings replaced by those given as "name=value"; UserError as there."""
-    recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    return overridden(recipe, settings)
-
-
-def _teacher_of(recipe: Recipe, given: str | None, world: World) -> str | None:
-    """The teacher's name: the given one, else the recipe's own; None where none is needed."""
-    if isinstance(recipe, Base) and given is not None:
-        raise UserError(f"--teacher {given}: this recipe starts from nothing; leave it out")
-    if isinstance(recipe, ALONE) and world.size > 1:
-        raise UserError("this recipe trains in one process: start it without torchrun")
-    teacher = given or (recipe.teacher if isinstance(recipe, Student) else None)
-    if not isinstance(recipe, Base) and teacher is None:
-        raise UserError(
-            "this recipe needs --teacher: the folder or name of the model to learn from"
-        )
-    return teacher
 
 
 def _run(
@@ -118,7 +99,7 @@ def _run(
     teacher: str,
     student: str | None,
     world: World,
-    boards: Sequence[str],
+    loggers: Sequence[str],
 ) -> list[Path]:
     """Trains and exports a U-Net: with each average, the main one first."""
     training = recipe.training
@@ -128,7 +109,7 @@ def _run(
         mixture = recipe.mixture
         size = recipe.pixels if isinstance(recipe, Student) else None
         latents = LatentSet(data, source, mixture.kinds, mixture.captions, training.seed, size=size)
-        held_out = _held_out(latents, recipe, source) if training.validate_every else None
+        validation = _validation_batch(latents, recipe, source) if training.validate_every else None
         start = out / "start"
         if isinstance(recipe, Student) and world.first and not start.exists():
             rule = recipe.settings.depth_rule
@@ -148,8 +129,8 @@ def _run(
     note = {"recipe": claimed} | ({"student": model_card.name_of(student)} if student else {})
     try:
         train(
-            task, latents, training, out, note, layout=layout, held_out=held_out,
-            boards=boards, flops=_flops(task, latents) if world.device.type == "cuda" else None,
+            task, latents, training, out, note, layout=layout, validation=validation,
+            loggers=loggers, flops=_flops(task, latents) if world.device.type == "cuda" else None,
         )  # fmt: skip
     finally:
         latents.close()
@@ -162,13 +143,13 @@ def _run(
     return models
 
 
-def _held_out(latents: LatentSet, recipe: Teacher | Student, model: Path) -> dict[str, Any]:
+def _validation_batch(latents: LatentSet, recipe: Teacher | Student, model: Path) -> dict[str, Any]:
     """A batch of pictures that the training is not shown, for its validation."""
     folder, captions = latents.index.files.folder, recipe.mixture.captions
-    for split in HELD_OUT_SPLITS:
+    for split in VALIDATION_SPLITS:
         if len(latents.index.select(split)):
             there = LatentSet(folder, model, None, captions, recipe.training.seed, split=split)
-            batch = there.batch(0, HELD_OUT)
+            batch = there.batch(0, VALIDATION_BATCH)
             there.close()
             return batch
     raise UserError(
@@ -182,11 +163,14 @@ def _flops(task: Denoising, latents: LatentSet) -> float:
 
     A backward pass is two forward passes' work. Buckets have about the area of the square one.
     """
-    side = latents.index.made_with["size"] // 8
-    networks = [(3, task.trainable.config)]
+    side = latents.index.made_with["size"]
+    networks = [(3, task.trainable)]
     if task.teacher is not None:
-        networks.append((1, task.teacher.config))
-    return sum(times * unet_flops(config, side, side, task.tokens) for times, config in networks)
+        networks.append((1, task.teacher))
+    return sum(
+        times * flops(from_unet_config(unet.config), side, side, task.tokens)
+        for times, unet in networks
+    )
 
 
 def _card(
@@ -196,10 +180,10 @@ def _card(
     out: Path,
     teacher: str | None,
     student: str | None,
-) -> model_card.Card:
+) -> model_card.ModelCard:
     """The finished model's card: that of what it started from, and this training."""
-    start = model_card.Card("")
-    if isinstance(recipe, Base):
+    start = model_card.ModelCard("")
+    if isinstance(recipe, MiniBase):
         trained = {"VAE": recipe.vae, "decoder": recipe.decoder, "text encoders": recipe.text}
     else:
         assert teacher is not None
@@ -221,18 +205,15 @@ def _card(
     return model_card.trained_of(start, model_card.name_of(out / "model"), facts)
 
 
-def described(recipe: Recipe) -> dict[str, Any]:
-    """The configuration under its kind's name, for JSON."""
-    return {type(recipe).__name__.lower(): asdict(recipe)}
-
-
 def _conditioner(model: Path, device: torch.device, latents: LatentSet) -> TextConditioner:
     """The text side: on the device, or on the CPU where only previews need it."""
     if latents.index.made_with["text"] or device.type == "cpu":
         arch = unet_architecture(model)
-        return TextConditioner.from_folder(model, memo=MEMO // (4 * arch.tokens * arch.context))
+        return TextConditioner.from_folder(
+            model, cache_size=CAPTION_CACHE // (4 * arch.tokens * arch.context)
+        )
     # Encoding again is quicker here than remembering, and few captions come twice.
-    return TextConditioner.from_folder(model, torch.float16, device, memo=0)
+    return TextConditioner.from_folder(model, torch.float16, device, cache_size=0)
 
 
 def _teaching(

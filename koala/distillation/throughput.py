@@ -5,12 +5,8 @@ The ceiling is measured on the machine itself, in the same run: what one large b
 
 import resource
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
 
 from koala.distillation.parallel import World
 
@@ -41,29 +37,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def unet_flops(config: Mapping[str, Any], height: int, width: int, tokens: int) -> int:
-    """FLOP of one forward pass for one sample: two for each multiplication of a product.
-
-    config: of a U-Net of SDXL's kind. height, width: of the latents. tokens: of the text. Counted
-    without memory or arithmetic, on the meta device.
-    """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(config))
-        added = unet.config.addition_time_embed_dim * 6
-        pooled = unet.config.projection_class_embeddings_input_dim - added
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            unet(
-                torch.empty(1, unet.config.in_channels, height, width),
-                torch.empty(1),
-                torch.empty(1, tokens, unet.config.cross_attention_dim),
-                added_cond_kwargs={
-                    "text_embeds": torch.empty(1, pooled),
-                    "time_ids": torch.empty(1, 6),
-                },
-            )
-    return counter.get_total_flops()
 
 
 class Meter:

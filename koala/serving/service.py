@@ -338,7 +338,7 @@ class _Tracker:
             self.metrics.failed("deadline" if isinstance(error, Late) else "failed")
             self._notify("failed")
         else:
-            self.metrics.drawn(time.monotonic() - self.arrived)
+            self.metrics.finished(time.monotonic() - self.arrived)
             self._notify("picture")
 
     def _preview(self, progress: Progress) -> Image.Image:

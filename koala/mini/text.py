@@ -88,7 +88,9 @@ def new_text_encoders(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
 
 
 @torch.no_grad()
-def start_from_words(encoders: nn.ModuleDict, tokenizer: CLIPTokenizer, teacher: SentenceEncoder):
+def start_from_words(
+    encoders: nn.ModuleDict, tokenizer: CLIPTokenizer, teacher: SentenceEncoder
+) -> None:
     """Token embeddings := principal components of the teacher's embedding of each token's text."""
     vocabulary = tokenizer.get_vocab()
     texts = [t.removesuffix("</w>") or t for t in sorted(vocabulary, key=vocabulary.__getitem__)]

@@ -81,7 +81,7 @@ def _fuse(attention: Attention, names: Sequence[str]) -> None:
 class _SelfAttention:
     """diffusers' processor of an attention with `to_fused` = queries, keys, values."""
 
-    def __call__(self, attention: _Fused, hidden_states: Tensor, *_, **__) -> Tensor:
+    def __call__(self, attention: _Fused, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         query, key, value = attention.to_fused(hidden_states).chunk(3, dim=-1)
         return _attended(attention, query, key, value)
 
@@ -90,7 +90,12 @@ class _CrossAttention:
     """The same with `to_fused` = keys, values; queries have a projection of their own."""
 
     def __call__(
-        self, attention: _Fused, hidden_states: Tensor, encoder_hidden_states: Tensor, *_, **__
+        self,
+        attention: _Fused,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        *_: Any,
+        **__: Any,
     ) -> Tensor:
         key, value = attention.to_fused(encoder_hidden_states).chunk(2, dim=-1)
         return _attended(attention, attention.to_q(hidden_states), key, value)

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 import koala
@@ -124,7 +125,11 @@ def load(
 
     def put(part: str, models: Sequence[nn.Module]) -> None:
         for each in models:
-            if part == VAE and place.type != "cpu" and not each.config.force_upcast:
+            if (
+                isinstance(each, AutoencoderKL)
+                and place.type != "cpu"
+                and not each.config.force_upcast
+            ):
                 each.to(own)
             each.to(place)
 

@@ -8,6 +8,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+import koala
+
 
 def wrong(
     tensor: torch.Tensor,
@@ -22,3 +24,5 @@ def wrong(
     unet.to("cpu").no_such_method()  # type: ignore[attr-defined]
     vae.no_such_method()  # type: ignore[attr-defined]
     text_encoder.no_such_method()  # type: ignore[operator]
+    koala.no_such_function()  # type: ignore[attr-defined]
+    koala.load("koala-mini").no_such_method()  # type: ignore[attr-defined]

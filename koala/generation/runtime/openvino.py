@@ -34,7 +34,7 @@ from koala.generation.denoise import Condition, Predict
 from koala.utils.asset_packages import cache_folder
 
 # OpenVINO and NNCF report their use through this package, if it can be imported.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not there
 
 PRECISIONS = ("fp32", "bf16", "int8")
 CACHE_BYTES = 16 << 30  # of all models in the cache folder

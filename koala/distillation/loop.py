@@ -40,8 +40,8 @@ VALIDATION_SEED = 2**40  # noise and timesteps of the validation: no run's own, 
 class Task(Protocol):
     """What the loop asks of a task; see `koala.distillation.tasks`."""
 
-    trainable: nn.Module
-
+    @property
+    def trainable(self) -> nn.Module: ...
     def losses(
         self, batch: dict[str, Any], generators: Sequence[torch.Generator]
     ) -> dict[str, Tensor]: ...

@@ -102,8 +102,8 @@ def joined(device: str | None = None) -> Iterator[World]:
 class Laid(Protocol):
     """What `lay_out` asks of a task; see `koala.distillation.tasks`."""
 
-    trainable: nn.Module
-
+    @property
+    def trainable(self) -> nn.Module: ...
     @property
     def teacher(self) -> UNet2DConditionModel | None: ...
     def call_through(self, wrapped: nn.Module) -> None: ...

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 import koala
@@ -124,7 +125,11 @@ def load(
 
     def put(part: str, models: Sequence[nn.Module]) -> None:
         for each in models:
-            if part == VAE and place.type != "cpu" and not each.config.force_upcast:
+            if (
+                isinstance(each, AutoencoderKL)
+                and place.type != "cpu"
+                and not each.config.force_upcast
+            ):
                 each.to(own)
             each.to(place)
 
@@ -156,7 +161,7 @@ def placed(
     pipeline.encode = placement.encode
     pipeline.decode = placement.guarded(placement.decode)
     # Text and images are encoded in it. A retry begins the request anew, from its seed.
-    pipeline.begin = placement.guarded(pipeline.begin)  # type: ignore[method-assign]
+    pipeline.begin = placement.guarded(pipeline.begin)  # type: ignore[method-assign]  # for this pipeline
     return pipeline
 
 

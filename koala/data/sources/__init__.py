@@ -4,6 +4,7 @@ Adding one: a class as `koala.data.items.Source` wants it, in a module of its ow
 `_KINDS` and `_found`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from koala.data.items import KINDS, Source
@@ -13,7 +14,9 @@ from koala.data.sources.webdataset import WebDataset
 from koala.data.sources.yepop import YePop, chunk_files
 from koala.errors import UserError, unknown
 
-_KINDS = dict(zip(KINDS, (Folder, WebDataset, Parquet, YePop), strict=True))
+_KINDS: dict[str, Callable[[Path], Source]] = dict(
+    zip(KINDS, (Folder, WebDataset, Parquet, YePop), strict=True)
+)
 
 
 def recognise(place: str | Path, kind: str | None = None) -> Source:

@@ -63,8 +63,10 @@ def plan_of(case: str, bf16: bool) -> TrainingSetup:
     """The case as the dry run sees it."""
     teacher, cut, pixels, batch, machine = CASES[case]
     training = Training(batch, batch, lr=1e-5, ema_half_life=1000)
-    return TrainingSetup(student_of(teacher, cut), teacher, DistillationSettings(), training, machine, 1,
-                pixels, on_gpu=bf16)  # fmt: skip
+    return TrainingSetup(
+        student_of(teacher, cut), teacher, DistillationSettings(), training, machine, 1, pixels,
+        on_gpu=bf16,
+    )  # fmt: skip
 
 
 def trained(plan: TrainingSetup) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Which teacher block each student block starts from, as data.
+"""The teacher block that each student block inherits from.
 
-Computed from the two architectures alone, so the rule that turns SDXL into KOALA turns SDXL-mini
-into KOALA-mini, and distillation pairs the same blocks.
+The map is computed from the two architectures alone, so one rule makes KOALA of SDXL and
+KOALA-mini of SDXL-mini, and distillation pairs the same blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import UNetArchitecture
 from koala.errors import UserError
 
-# Teacher block that student block k of s starts from, out of the teacher's t (KOALA, table 4):
+# Block of the teacher's t that student block k of s inherits from (KOALA, table 4):
 DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
     "bottom": lambda k, s, t: k,  # the first s; the paper's choice
     "interleave": lambda k, s, t: k * t // s,  # evenly spaced from the first: 0, 2, 4, ... of 2s
@@ -21,7 +21,7 @@ DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
 
 
 def _check_pair(teacher: UNetArchitecture, student: UNetArchitecture) -> None:
-    """Raises `UserError` unless every block of `student` has one of its size in `teacher`."""
+    """Raises `UserError` unless every student block has a teacher block of its size."""
     fits = (
         student.widths == teacher.widths
         and student.layers <= teacher.layers
@@ -38,7 +38,7 @@ def _check_pair(teacher: UNetArchitecture, student: UNetArchitecture) -> None:
 
 
 def _depth_pairs(teacher: UNetArchitecture, student: UNetArchitecture) -> Iterator[tuple[int, int]]:
-    """Depths of every student resnet's transformer and of the teacher's one it comes from."""
+    """Depths of every student transformer and of the teacher's that it inherits from."""
     yield from zip(student.depths, teacher.depths, strict=True)
     for own, theirs in zip(student.up, teacher.up, strict=True):
         for j, depth in enumerate(own):
@@ -46,7 +46,7 @@ def _depth_pairs(teacher: UNetArchitecture, student: UNetArchitecture) -> Iterat
 
 
 def _up_layer(j: int, teacher: UNetArchitecture, student: UNetArchitecture) -> int:
-    """Teacher's resnet in an up block for the student's resnet j.
+    """The teacher's resnet in an up block for the student's resnet j.
 
     The last one joins the skip of the stage above, whose width differs, so it must come from
     the teacher's last; the others keep their index.
@@ -65,7 +65,9 @@ def block_map(
     `student` is no cut of `teacher`.
     """
     if depth_rule not in DEPTH_RULES:
-        raise UserError(f"unknown depth rule {depth_rule!r}; choose {', '.join(DEPTH_RULES)}")
+        raise UserError(
+            f"unknown depth rule {depth_rule!r}; choose one of {', '.join(DEPTH_RULES)}"
+        )
     if len(student.depths) != len(teacher.depths):
         raise UserError(f"{student.name} and {teacher.name} have different numbers of stages")
     _check_pair(teacher, student)

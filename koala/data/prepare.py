@@ -71,7 +71,7 @@ def prepare(
     if workers is not None and workers < 1:
         raise UserError(f"{workers} workers: must be at least 1")
     if device is not None and model is None:
-        raise UserError(f"--device {device} applies to encoding: add --model")
+        raise UserError(f"--device {device} applies to encoding: give --model too")
     out = Path(out)
     if source in ILLUSTRATIONS:
         settings = ILLUSTRATIONS[source]
@@ -84,11 +84,11 @@ def prepare(
                 "--sheet"
             )
         if mirror and model is None:
-            raise UserError("--mirror applies to latents: add --model")
+            raise UserError("--mirror applies to latents: give --model too")
         return _prepare_illustrations(settings, out, model, workers, device, sheet, mirror)
     found = recognise(source, kind)
     if model is None:
-        raise UserError(f"source {source} has images already: add --model to encode them")
+        raise UserError(f"source {source} has images already: give --model to encode them")
     if sheet is not None:
         raise UserError(f"--sheet {sheet}: only the illustration set has a sheet; leave it out")
     from koala.checkpoints.resolve import resolve_model

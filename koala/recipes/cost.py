@@ -1,10 +1,10 @@
-"""What a run will cost, told before it is begun: `koala distill RECIPE --dry-run`.
+"""Estimates the cost of a run before it starts: `koala distill RECIPE --dry-run`.
 
-FLOP of a sample are counted from the architectures: the teacher's forward and three times the
-student's (a backward pass is two forwards' work), four times where activations are computed again;
-and the VAE's, where the data are pictures that the training encodes.
-Memory is `koala.recipes.memory`'s. Time follows from a rate of the device: that of a named card,
-at an assumed share of its peak, or one measured here (`koala.recipes.calibrate`).
+The FLOPs of a sample follow from the architectures: the teacher's forward pass and three times the
+student's (a backward pass costs two forward passes), four times with activation checkpointing; and
+the VAE's, if the training encodes images. Memory comes from `koala.recipes.memory`. Time follows
+from the device's throughput: a named GPU's, at an assumed share of its peak, or one measured here
+(`koala.recipes.calibrate`).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from koala.utils.device import pick_device
 MINI = get("sdxl-mini")
 SDXL_TEXT = 123_060_480 + 694_659_840  # parameters of its two text encoders
 SDXL_VAE = 83_653_863
-ENCODE = 4.65e6  # FLOP that its encoder takes for a pixel, at 1024 x 1024; 8 % fewer at 512 x 512
+ENCODE = 4.65e6  # FLOPs of its encoder per pixel, at 1024 x 1024; 8 % fewer at 512 x 512
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a whole run. Memory in GiB of one device, or of one process's main memory."""
+    """The cost of a run. Memory in GiB of one device, or of one process's main memory."""
 
     student: str
     teacher: str | None
@@ -54,15 +54,15 @@ class Estimate:
     processes: int
     micro_batch: int
     pixels: int
-    tflop_a_sample: float  # teacher's forward and three of the student's
-    tflop_again: float  # more, where activations are computed again
+    tflop_a_sample: float  # one teacher forward pass, three student ones
+    tflop_again: float  # extra, if activations are recomputed
     device: str
     room: float  # of the device
     memory: dict[str, float]
     main_memory: dict[str, float]
-    advice: str  # what to set where it does not fit, or where more would
+    advice: str  # settings if it does not fit, or if more would fit
     samples_per_second: float
-    basis: str  # how the rate is known
+    basis: str  # how the throughput was determined
     days: float
     device_hours: float
 
@@ -78,7 +78,7 @@ class Estimate:
     def text(self) -> str:
         """For the terminal."""
         taps = " + ".join(f"{n} {location}" for location, n in self.taps.items()) or "none"
-        again = f" + {self.tflop_again:.4g} computed again" if self.tflop_again else ""
+        again = f" + {self.tflop_again:.4g} recomputed" if self.tflop_again else ""
         lines = [
             f"student       {self.student}, {self.trained:,} parameters trained",
             f"teacher       {self.teacher or 'none'}; {self.frozen:,} parameters frozen",
@@ -86,11 +86,11 @@ class Estimate:
             f"samples       {self.samples:,} of {self.pixels} px, {self.batch} a step: "
             f"{self.processes} x {self.micro_batch} at once",
             f"a sample      {self.tflop_a_sample:.4g} TFLOP{again}",
-            f"memory        {self.total:.2f} of {self.room:.1f} GiB of each {self.device}, namely",
+            f"memory        {self.total:.2f} of {self.room:.1f} GiB of each {self.device}:",
             *(f"{size:14.2f} {part}" for part, size in self.memory.items()),
             *(f"{size:14.2f} in main memory: {n}" for n, size in self.main_memory.items()),
             *([f"              {self.advice}"] if self.advice else []),
-            f"speed         {self.samples_per_second:.3g} samples/s (estimate: {self.basis})",
+            f"throughput    {self.samples_per_second:.3g} samples/s (estimate: {self.basis})",
             f"whole run     {self.days:.3g} days, {self.device_hours:,.4g} device-hours (estimate)",
         ]
         return "\n".join(lines)
@@ -105,16 +105,16 @@ def estimate(
     processes: int = 1,
     device: str | None = None,
 ) -> Estimate:
-    """What the recipe's run takes on `processes` devices.
+    """The estimated cost of the recipe's run on `processes` devices.
 
-    teacher: where it is a folder or a file here, it is looked at; else the recipe says what it is.
-    data: a prepared folder, which says how large the pictures are where the recipe does not, and
-    whether the text side runs; without it, it does.
-    card: a name of `koala.recipes.gpus`; None measures `device` for half a minute at most.
-    UserError for a recipe without a U-Net, an unknown card, or a batch that does not divide.
+    teacher: inspected if it is a local folder or file; otherwise taken from the recipe.
+    data: a prepared folder, which states the image size if the recipe does not, and whether text
+    embeddings are stored; by default they are not.
+    card: a name in `koala.recipes.gpus`; None measures `device` for at most half a minute.
+    UserError for a recipe without a U-Net, an unknown GPU, or a batch that does not divide evenly.
     """
     if not isinstance(recipe, Student | Teacher):
-        raise UserError("a dry run reckons U-Nets alone; this recipe makes a VAE and a text side")
+        raise UserError("a dry run covers U-Nets only; this recipe trains a VAE or text encoders")
     _check(recipe, processes)
     made_with = Index(data).made_with if data is not None else {}
     known = assumed(card) if card is not None else None
@@ -155,7 +155,7 @@ def estimate(
 
 
 def _check(recipe: Student | Teacher, processes: int) -> None:
-    """Raises UserError for what a run of so many processes would refuse, too."""
+    """Raises UserError for settings invalid with this number of processes."""
     if processes < 1:
         raise UserError(f"--gpus {processes}: it must be 1 or more")
     sharded = recipe.hardware.sharding == "fsdp" or recipe.hardware.teacher == "sharded"
@@ -166,9 +166,9 @@ def _check(recipe: Student | Teacher, processes: int) -> None:
 def _setup(
     recipe: Student | Teacher, teacher: str | None, processes: int, on_gpu: bool, size: int | None
 ) -> TrainingSetup:
-    """The recipe with its sizes: the teacher's own where it lies here, else the recipe's.
+    """The recipe with its sizes: a local teacher's own, else the recipe's.
 
-    size: pixels of the data's square bucket, where the recipe does not say; None: the native ones.
+    size: pixels of the data's square bucket, if the recipe states none; None: the native size.
     """
     common: dict[str, Any] = {
         "training": recipe.training,
@@ -187,7 +187,7 @@ def _setup(
 
 
 def _folder(teacher: str | None) -> Path | None:
-    """The teacher's folder if it is one of this machine."""
+    """The teacher's folder if it is local."""
     here = teacher is not None and (teacher in bundled_names() or Path(teacher).is_dir())
     return resolve_model(teacher) if teacher is not None and here else None
 
@@ -233,12 +233,12 @@ def _beside(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> dict[str
     if not text_stored:
         parts["text encoders"] = (2 if on_gpu else 4) * frozen["text encoders"]
         if not on_gpu:
-            parts["embeddings of captions, at most"] = CAPTION_CACHE
+            parts["cached caption embeddings, at most"] = CAPTION_CACHE
     return parts
 
 
 def _flops(setup: TrainingSetup) -> tuple[int, int]:
-    """FLOP of a sample's step: computed again by checkpointing, and all the rest."""
+    """FLOPs of a sample's step: recomputed by checkpointing, and all others."""
     side = setup.pixels
     own = forward_flops(setup.student, side, side, setup.student.tokens)
     rest = 3 * own
@@ -255,7 +255,7 @@ def _taps(recipe: Student | Teacher, student: UNetArchitecture) -> dict[str, int
 
 
 def _advice(setup: TrainingSetup, memory: Mapping[str, int], room: float) -> str:
-    """What to set where the run does not fit into `room` GiB, or would with larger parts."""
+    """Settings to change if the run does not fit in `room` GiB, or could use larger parts."""
     fixed, per_sample = sum(memory.values()), memory["activations"] / setup.micro_batch
     fixed -= memory["activations"]
     share = setup.training.batch // setup.world
@@ -274,7 +274,7 @@ def _advice(setup: TrainingSetup, memory: Mapping[str, int], room: float) -> str
 
 
 def _remedies(setup: TrainingSetup, memory: Mapping[str, int]) -> str:
-    """What saves memory and is not yet done."""
+    """Settings that save memory and are not yet set."""
     hardware, training = setup.hardware, setup.training
     undone = {
         "hardware.checkpointing=true": not hardware.checkpointing,
@@ -286,5 +286,5 @@ def _remedies(setup: TrainingSetup, memory: Mapping[str, int]) -> str:
     settings = " ".join(name for name, is_undone in undone.items() if is_undone)
     ways = [f"--set {settings}"] if settings else []
     if "text encoders" in memory:
-        ways.append("--data whose embeddings are stored (koala prepare --text)")
-    return " or ".join([*ways, "larger cards, or more of them"])
+        ways.append("--data with stored embeddings (koala prepare --text)")
+    return " or ".join([*ways, "larger or more GPUs"])

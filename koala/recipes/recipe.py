@@ -1,18 +1,18 @@
-"""What a run's configuration is: frozen dataclasses, one a kind of run."""
+"""Configurations of runs: frozen dataclasses, one per kind of run."""
 
 from dataclasses import dataclass
 
 from koala.distillation.settings import PLAIN, Hardware, Training
 from koala.distillation.tasks import DistillationSettings
-from koala.mini.settings import Autoencoder, MiniBase, Tiny
+from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes.previews import MINI_PROMPTS
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a U-Net is shown: copies of each kind in an epoch, weights of the caption columns.
+    """A U-Net's training data: copies of each kind in an epoch, weights of the caption columns.
 
-    None: everything once; the only column there is.
+    None: everything once; the only column.
     """
 
     kinds: dict[str, int] | None = None
@@ -21,7 +21,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A U-Net by L_task: from nothing, or `further` from the U-Net of the model given."""
+    """A U-Net trained by L_task: from scratch, or `further` from the given model's U-Net."""
 
     architecture: str
     training: Training
@@ -41,11 +41,11 @@ class Student:
     settings: DistillationSettings
     mixture: Mixture
     hardware: Hardware = PLAIN
-    teacher: str | None = None  # the model to learn from where --teacher names none
-    of: str = "sdxl-mini"  # architecture of a teacher that is not here, for a dry run
-    pixels: int | None = None  # side of the square bucket; data of another size are refused
+    teacher: str | None = None  # the default for --teacher
+    of: str = "sdxl-mini"  # the teacher's architecture, for dry runs without the teacher
+    pixels: int | None = None  # side of the square bucket; other data are rejected
     prompts: tuple[str, ...] = MINI_PROMPTS  # of previews
 
 
-Recipe = MiniBase | Autoencoder | Teacher | Student | Tiny
-ALONE = (MiniBase, Autoencoder, Tiny)  # train in one process, without settings of hardware
+Recipe = Base | Autoencoder | Teacher | Student | Tiny
+ALONE = (Base, Autoencoder, Tiny)  # train in one process, without `Hardware`

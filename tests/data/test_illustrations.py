@@ -296,7 +296,7 @@ def test_what_prepare_refuses(packages, tmp_path):
     for arguments, said in (
         (("photographs", tmp_path), "illustrations-small"),
         (("illustrations", tmp_path, None, 0), "at least 1"),
-        (("illustrations", tmp_path, None, 1, "cpu"), "add --model"),
+        (("illustrations", tmp_path, None, 1, "cpu"), "give --model"),
         (("illustrations", tmp_path, None, 1, None, None, "folder"), "has fixed settings"),
         (("illustrations", tmp_path, None, 1, None, None, None, Preparation(text=True)), "--size"),
     ):

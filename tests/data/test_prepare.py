@@ -322,7 +322,7 @@ def test_what_the_source_lacks_is_refused_before_the_work(folder, toy_sdxl, tmp_
     with pytest.raises(UserError, match=r"none of 30 images is left \(30 few words\)"):
         prepare_latents(recognise(folder), out, toy_sdxl, few, 1)
     for arguments, said in (
-        ({"model": None}, "add --model"),
+        ({"model": None}, "give --model"),
         ({"sheet": tmp_path / "x.png"}, "leave it out"),
         ({"kind": "zip"}, "choose one of folder"),
         ({"workers": 0}, "at least 1"),

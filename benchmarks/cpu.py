@@ -31,13 +31,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+from koala.benchmark.cases import subject
 from koala.benchmark.measure import GB, peak_bytes
-from koala.benchmark.models import build, stock, subject
+from koala.benchmark.models import build, stock
 from koala.benchmark.run import benchmark
 from koala.generation.decode import TINY
-from koala.generation.memory.placement import load_within
-from koala.generation.pipeline import load
-from koala.generation.runtime.backends import equip
+from koala.generation.loader import load
 from koala.utils.atomic import check_new, new_file
 from koala.utils.device import hardware, has_bf16
 
@@ -185,12 +184,9 @@ def draw(way: str, folder: Path, pixels: int) -> dict[str, float]:
             )
     else:
         if "plan" in asked:
-            ours, _ = load_within(
-                folder, "cpu", VRAM, size=(pixels, pixels), **asked["plan"], say=print
-            )
+            ours = load(folder, "cpu", vram=VRAM, size=(pixels, pixels), **asked["plan"], say=print)
         else:
-            ours = load(folder, "cpu")
-            equip(ours, asked["backend"])
+            ours = load(folder, "cpu", backend=asked["backend"])
 
         def picture(steps: int) -> None:
             ours("a fox", steps=steps, size=(pixels, pixels), seed=0, **asked.get("ask", {}))

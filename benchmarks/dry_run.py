@@ -27,9 +27,8 @@ from koala.distillation.ema import EMA
 from koala.distillation.forward_process import generators_at
 from koala.distillation.optimizers import new_optimizer
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import Hardware, Training
+from koala.distillation.settings import DistillationSettings, Hardware, Training
 from koala.distillation.taps import regions
-from koala.distillation.tasks import DistillationSettings
 from koala.recipes.memory import (
     OVERHEAD,
     TrainingSetup,

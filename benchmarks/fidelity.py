@@ -26,11 +26,10 @@ from koala.data.illustrations.pictures import PictureSet
 from koala.errors import Failure, UserError
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.judge import Judge
-from koala.evaluation.report import Yardstick, choose, hardware, yardstick_of
+from koala.evaluation.report import Evaluator, build_evaluator, choose, hardware
 from koala.generation.decode import TINY
-from koala.generation.memory.placement import load_within
-from koala.generation.pipeline import Pipeline, load
-from koala.generation.runtime.backends import equip
+from koala.generation.loader import load
+from koala.generation.pipeline import Pipeline
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils.atomic import new_folder
 from koala.utils.progress import progress
@@ -44,34 +43,25 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _planned(**asked: Any) -> Callable[[str, str], Pipeline]:
-    return lambda model, device: load_within(model, device, say=_say, **asked)[0]
-
-
-def _equipped(backend: str) -> Callable[[str, str], Pipeline]:
-    def made(model: str, device: str) -> Pipeline:
-        pipeline = load(model, device)
-        equip(pipeline, backend, say=_say)
-        return pipeline
-
-    return made
+def _loaded(**asked: Any) -> Callable[[str, str], Pipeline]:
+    return lambda model, device: load(model, device, say=_say, **asked)
 
 
 Way = tuple[Callable[[str, str], Pipeline], dict[str, Any]]  # loader, what is asked besides
 WAYS: dict[str, Way] = {
-    EXACT: (_planned(weights="fp32", decode="full"), {}),
-    "decode in strips": (_planned(weights="fp32", decode="tiled"), {}),
-    "decode tiny": (_planned(weights="fp32", decode="tiny"), {}),
-    "weights int8": (_planned(weights="int8", decode="full"), {}),
-    "weights fp8": (_planned(weights="fp8", decode="full"), {}),
-    "weights int8, decode tiny": (_planned(weights="int8", decode="tiny"), {}),
-    "weights bf16": (_planned(weights="bf16", decode="full"), {}),
-    "guidance until 0.75": (_planned(weights="fp32", decode="full"), {"guidance_until": 0.75}),
-    "guidance until 0.5": (_planned(weights="fp32", decode="full"), {"guidance_until": 0.5}),
-    "back end openvino": (_equipped("openvino"), {}),
-    "back end torch-bf16": (_equipped("torch-bf16"), {}),
-    "back end openvino-bf16": (_equipped("openvino-bf16"), {}),
-    "back end openvino-int8": (_equipped("openvino-int8"), {}),
+    EXACT: (_loaded(weights="fp32", decode="full"), {}),
+    "decode in strips": (_loaded(weights="fp32", decode="tiled"), {}),
+    "decode tiny": (_loaded(weights="fp32", decode="tiny"), {}),
+    "weights int8": (_loaded(weights="int8", decode="full"), {}),
+    "weights fp8": (_loaded(weights="fp8", decode="full"), {}),
+    "weights int8, decode tiny": (_loaded(weights="int8", decode="tiny"), {}),
+    "weights bf16": (_loaded(weights="bf16", decode="full"), {}),
+    "guidance until 0.75": (_loaded(weights="fp32", decode="full"), {"guidance_until": 0.75}),
+    "guidance until 0.5": (_loaded(weights="fp32", decode="full"), {"guidance_until": 0.5}),
+    "back end openvino": (_loaded(backend="openvino"), {}),
+    "back end torch-bf16": (_loaded(backend="torch-bf16"), {}),
+    "back end openvino-bf16": (_loaded(backend="openvino-bf16"), {}),
+    "back end openvino-int8": (_loaded(backend="openvino-int8"), {}),
 }
 
 
@@ -107,7 +97,7 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
     side = load(o.model, "cpu").requests("x")[0].settings.width
     extractor = EffLite0().to(o.device)
     judge = Judge.load(o.judge) if o.judge else None
-    yardstick = yardstick_of(
+    evaluator = build_evaluator(
         real, chosen, reference, train, (side, side), extractor, SentenceEncoder(), judge
     )
     texts = [real.rows[i]["short"] for i in chosen]
@@ -130,7 +120,7 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
                 "way": name,
                 "PSNR latents": psnr(latents, exact[0], float(exact[0].max() - exact[0].min())),
                 "PSNR pictures": psnr(as_numbers(images), as_numbers(exact[1]), 255.0),
-                **means(images, len(o.seeds), yardstick, extractor),
+                **means(images, len(o.seeds), evaluator, extractor),
             }
         )
     return rows
@@ -170,11 +160,11 @@ def psnr(one: Tensor, other: Tensor, peak: float) -> float | None:
 
 
 def means(
-    images: Sequence[Image.Image], seeds: int, yardstick: Yardstick, extractor: nn.Module
+    images: Sequence[Image.Image], seeds: int, evaluator: Evaluator, extractor: nn.Module
 ) -> dict[str, float]:
     """The yardstick's measures, their mean over the seeds."""
     features = extract(extractor, images).chunk(seeds)
-    every = [yardstick.measure(of_seed) for of_seed in features]
+    every = [evaluator.measure(of_seed) for of_seed in features]
     return {name: sum(each[name] for each in every) / seeds for name in every[0]}
 
 

@@ -24,7 +24,7 @@ import torch
 from benchmarks import gpu_drawing, gpu_fitting, gpu_preparing, gpu_training
 from benchmarks.gpu_run import Row, Run, Section, rounded
 from koala.benchmark import measure
-from koala.benchmark.models import subject
+from koala.benchmark.cases import subject
 from koala.utils.device import hardware, pick_device
 
 SECTIONS = {

@@ -13,19 +13,18 @@ from torch import Tensor
 
 from benchmarks.gpu_run import Rows, Run
 from koala.benchmark import measure
-from koala.benchmark.cases import CASES
+from koala.benchmark.cases import CASES, Subject
 from koala.benchmark.measure import GB
-from koala.benchmark.models import Subject, build, stock
+from koala.benchmark.models import build, stock
 from koala.benchmark.run import benchmark, picture_flops
 from koala.errors import UserError
 from koala.generation.decode import tiny
 from koala.generation.denoise import predictor
 from koala.generation.engine import Engine
-from koala.generation.memory.placement import load_within
+from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.compile import compile_blocks, fuse_projections, graphed
-from koala.generation.runtime.fp8 import to_float8
 
 
 def ladder(run: Run) -> Rows:
@@ -69,19 +68,12 @@ def compiled(run: Run, pipeline: Pipeline) -> None:
     graphs(run, pipeline)
 
 
-def eight_bits(run: Run, pipeline: Pipeline) -> None:
-    """Linear layers in fp8, compiled into what is around them."""
-    to_float8(pipeline.unet, run.device)
-    compiled(run, pipeline)
-
-
 RUNGS: tuple[tuple[str, Callable[[Run, Pipeline], object]], ...] = (
     ("bf16", lambda run, pipeline: None),
     ("+ fused projections", lambda run, pipeline: fuse_projections(pipeline.unet)),
     ("+ CUDA graphs", graphs),
     ("+ VAE in channels_last", lambda run, p: p.vae.to(memory_format=torch.channels_last)),
     ("+ compiled blocks", compiled),
-    ("+ fp8 linear layers", eight_bits),
 )
 
 
@@ -141,16 +133,17 @@ def memory(run: Run) -> Rows:
                 torch.cuda.set_per_process_memory_fraction(1.0, run.device)
             measure.release(run.device)
             try:
-                pipeline, plan = load_within(
-                    folder, str(run.device), budget, size=(pixels, pixels), weights=weights,
+                pipeline = load(
+                    folder, run.device, vram=budget, size=(pixels, pixels), weights=weights,
                     say=print,
                 )  # fmt: skip
             except UserError as error:  # nothing fits: the message names what would
                 yield {"vram_gib": budget, "refused": str(error)}
                 continue
-            row = drawn(run, pipeline, None)
+            plan, row = pipeline.plan, drawn(run, pipeline, None)
             yield {
-                "vram_gib": budget, "mode": plan.mode.told(), "planned_gb": plan.peak / GB, **row
+                "vram_gib": budget, "mode": plan.mode.summary(), "planned_gb": plan.peak / GB,
+                **row,
             }  # fmt: skip
             del pipeline
         if run.device.type == "cuda":

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from koala.benchmark.cases import Subject
 from koala.benchmark.measure import Ceilings
-from koala.benchmark.models import Subject
 from koala.utils.atomic import new_file
 
 Row = dict[str, Any]

@@ -32,9 +32,9 @@ from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.loop import gradients
 from koala.distillation.optimizers import new_optimizer
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import Hardware, Training
-from koala.distillation.taps import PAPER_TAPS, paired_points, tap_points
-from koala.distillation.tasks import Distillation, DistillationSettings
+from koala.distillation.settings import PAPER_TAPS, DistillationSettings, Hardware, Training
+from koala.distillation.taps import paired_points, tap_points
+from koala.distillation.tasks import Distillation
 from koala.recipes.memory import TrainingSetup
 from koala.text_conditioning import TextConditioner
 

@@ -13,7 +13,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {  # function -> where it lives
-    "load": "koala.generation",
+    "load": "koala.generation.loader",
     "inspect": "koala.checkpoints.inspect",
     "compress": "koala.checkpoints.compress",
     "convert": "koala.checkpoints.convert",

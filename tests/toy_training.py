@@ -18,8 +18,8 @@ from koala.checkpoints.load import load_scheduler_config
 from koala.distillation.forward_process import NoiseSchedule
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import PLAIN, Hardware, Training
-from koala.distillation.tasks import Denoising, Distillation, DistillationSettings
+from koala.distillation.settings import PLAIN, DistillationSettings, Hardware, Training
+from koala.distillation.tasks import Denoising, Distillation
 from koala.text_conditioning import TextConditioner
 from toy import toy_unet
 

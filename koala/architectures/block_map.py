@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import UNetArchitecture
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
 # Block of the teacher's t that student block k of s inherits from (KOALA, table 4):
 DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
@@ -18,6 +18,12 @@ DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
     "interleave": lambda k, s, t: k * t // s,  # evenly spaced from the first: 0, 2, 4, ... of 2s
     "up": lambda k, s, t: t - s + k,  # the last s
 }
+
+
+def check_depth_rule(rule: str) -> None:
+    """UserError unless it is one of `DEPTH_RULES`."""
+    if rule not in DEPTH_RULES:
+        raise unknown("depth rule", rule, DEPTH_RULES)
 
 
 def _check_pair(teacher: UNetArchitecture, student: UNetArchitecture) -> None:
@@ -64,10 +70,7 @@ def block_map(
     belongs to the longest prefix of its name. Raises `UserError` if the depth rule is unknown or
     `student` is no cut of `teacher`.
     """
-    if depth_rule not in DEPTH_RULES:
-        raise UserError(
-            f"unknown depth rule {depth_rule!r}; choose one of {', '.join(DEPTH_RULES)}"
-        )
+    check_depth_rule(depth_rule)
     if len(student.depths) != len(teacher.depths):
         raise UserError(f"{student.name} and {teacher.name} have different numbers of stages")
     _check_pair(teacher, student)

@@ -10,11 +10,12 @@ Depths are transformer blocks per resnet of a stage; 0: the stage has no attenti
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
 LATENT_CHANNELS = 4
 TIME_IDS = 6  # SDXL's size and crop conditioning: original, crop and target, two numbers each
@@ -144,15 +145,16 @@ def student_of(teacher: UNetArchitecture, to: str) -> UNetArchitecture:
 _NO_MID = ",no-mid"
 
 
+def check_student(to: str) -> None:
+    """UserError unless `to` is a name in `CUTS`, or spelt as depths, for whatever teacher."""
+    if to not in CUTS and not re.fullmatch(rf"\d{{1,3}}(,\d{{1,3}})*({_NO_MID})?", to, re.ASCII):
+        raise unknown("student", to, CUTS, f", or depths such as 0,2,4 or 0,2,4{_NO_MID}")
+
+
 def _own_depths(to: str, teacher: UNetArchitecture) -> tuple[int, ...]:
     """The depths in "0,2,4" or "0,2,4,no-mid"; `UserError` if `teacher` has fewer."""
-    numbers = to.removesuffix(_NO_MID).split(",")
-    if not all(number.isascii() and number.isdigit() and len(number) < 4 for number in numbers):
-        raise UserError(
-            f"no student {to!r}; choose one of {', '.join(CUTS)}, or depths such as 0,2,4 or "
-            f"0,2,4{_NO_MID}"
-        )
-    depths = tuple(map(int, numbers))
+    check_student(to)
+    depths = tuple(map(int, to.removesuffix(_NO_MID).split(",")))
     pairs = zip(depths, teacher.depths, strict=False)
     if len(depths) != len(teacher.depths) or not any(depths) or any(s > t for s, t in pairs):
         most = ",".join(map(str, teacher.depths))
@@ -187,5 +189,5 @@ ARCHITECTURES = {name: ARCHITECTURES[name] for name in _ORDER}
 def get(name: str) -> UNetArchitecture:
     """The architecture of that name; `UserError` lists the names."""
     if name not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {name!r}; choose one of {', '.join(ARCHITECTURES)}")
+        raise unknown("architecture", name, ARCHITECTURES)
     return ARCHITECTURES[name]

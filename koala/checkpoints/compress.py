@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from koala.architectures.block_map import tensor_map
+from koala.architectures.block_map import check_depth_rule, tensor_map
 from koala.architectures.config import unet_config
 from koala.architectures.layout import parameters
-from koala.architectures.table import UNetArchitecture, student_of
+from koala.architectures.table import UNetArchitecture, check_student, student_of
 from koala.checkpoints import model_card
 from koala.checkpoints.pipeline_files import Contents, as_file, write_folder
 from koala.checkpoints.resolve import read_model
@@ -39,6 +39,14 @@ class CompressReport:
     dropped: int  # teacher tensors that it does not inherit
     bytes: int  # of the student's U-Net weights
     out: Path
+
+    def line(self) -> str:
+        """For a person."""
+        return (
+            f"{self.teacher} ({self.teacher_parameters:,} parameters) -> "
+            f"{self.student} ({self.student_parameters:,}): {self.inherited} tensors "
+            f"inherited, {self.dropped} left behind, {self.bytes / 1e6:,.1f} MB in {self.out}"
+        )
 
 
 def _pipeline_files(contents: Contents, student: UNetArchitecture) -> dict[str, bytes]:
@@ -79,6 +87,8 @@ def compress(
     not fit the dtype, or `out` is not empty or cannot be written; `Failure` if the disk is full.
     """
     kind, out = float_dtype(dtype), Path(out).expanduser()
+    check_student(to)
+    check_depth_rule(depth_rule)
     check_new(out)
     contents = read_model(teacher)
     arch = contents.architecture

@@ -15,7 +15,7 @@ from koala.checkpoints import model_card, single_file
 from koala.checkpoints.pipeline_files import Contents, write_pipeline
 from koala.checkpoints.resolve import read_model
 from koala.checkpoints.tensors import float_dtype
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 from koala.utils.atomic import check_new
 
 TARGETS = ("diffusers", "single-file")
@@ -52,7 +52,7 @@ def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = Non
     cannot be written; `Failure` if the disk is full.
     """
     if to not in TARGETS:
-        raise UserError(f"unknown format {to!r}; choose one of {', '.join(TARGETS)}")
+        raise unknown("format", to, TARGETS)
     out, kind = Path(out).expanduser(), float_dtype(dtype)
     if to == "single-file" and out.suffix != ".safetensors":
         raise UserError(f"the name of a single file must end in .safetensors, not {out.name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from koala.errors import UserError
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch import Tensor
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
@@ -114,3 +115,16 @@ def _no_bars() -> Iterator[None]:
 def load_scheduler_config(folder: Path) -> dict[str, Any]:
     """The scheduler config, as diffusers writes it."""
     return read_json(folder / "scheduler" / "scheduler_config.json")
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+    """abar_t = prod (1 - beta_s) of a scheduler config, float32 [levels], for every timestep t.
+
+    Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022.
+    """
+    import torch
+
+    roots = torch.linspace(
+        config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, config["num_train_timesteps"]
+    )
+    return torch.cumprod(1.0 - roots**2, dim=0)

@@ -12,7 +12,7 @@ from koala.checkpoints import single_file
 from koala.checkpoints.bundled import BUNDLED, bundled_names
 from koala.checkpoints.pipeline_files import Contents, from_folder, write_pipeline
 from koala.checkpoints.validate import CONFIGS, WEIGHTS, check_folder, some
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 from koala.utils.asset_packages import cache_folder
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -45,14 +45,23 @@ def resolve_model(name_or_path: str | Path) -> Path:
         folder = Path(name).expanduser()
     elif isinstance(name_or_path, str) and HUB_ID.fullmatch(name):
         folder = _hub_folder(name)
+    elif name.endswith(".safetensors"):
+        raise UserError(f"model {name} is not there: name a file that is, a folder or a Hub id")
     else:
-        raise UserError(
-            f"unknown model {name!r}; give a bundled name ({some(bundled_names()) or 'none'}), "
-            "a folder in diffusers' SDXL layout, a single .safetensors file, or a Hub id like "
-            "org/name"
-        )
+        raise unknown(
+            "model", name, bundled_names(), ", a folder in diffusers' SDXL layout, a single "
+            ".safetensors file, or a Hub id like org/name",
+        )  # fmt: skip
     check_folder(folder)
     return folder
+
+
+def check_name(model: str) -> None:
+    """UserError as `resolve_model` raises it, as far as it goes without fetching or unpacking."""
+    path = Path(model).expanduser()
+    of_hub = not path.exists() and (HUB_ID.fullmatch(model) or _HUB_FILE.fullmatch(model))
+    if not (path.is_file() or of_hub):
+        resolve_model(model)
 
 
 def single_file_path(model: str | Path) -> Path | None:
@@ -74,9 +83,7 @@ def _hub_folder(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     files = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*.fp16*"]}
-    with contextlib.suppress(
-        HfHubHTTPError, OSError, ValueError
-    ):  # not in the cache, or incomplete
+    with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not there, or incomplete
         folder = Path(snapshot_download(hub_id, **files, local_files_only=True))
         check_folder(folder)
         return folder

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 from koala.utils.atomic import new_file
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def float_dtype(name: str | None) -> str | None:
     Raises `UserError` for any other name.
     """
     if name is not None and name not in DTYPES:
-        raise UserError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
+        raise unknown("dtype", name, DTYPES)
     return DTYPES[name] if name else None
 
 

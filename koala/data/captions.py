@@ -8,16 +8,19 @@ sentences that fit, by one of two policies:
     chunks      a random chunk of consecutive sentences each time; the chunks cover the caption
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from koala.checkpoints.validate import read_json
-from koala.errors import UserError
+from koala.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CLIP_TOKENS = 77  # CLIP's limit, if a tokenizer states none
 POLICIES = ("sentences", "chunks")
@@ -52,12 +55,12 @@ class CaptionFitter:
     def __init__(self, count: Callable[[str], int], limit: int, policy: str):
         """count: a text's tokens, special tokens included. UserError for an unknown policy."""
         if policy not in POLICIES:
-            raise UserError(f"long captions {policy!r}: choose one of {', '.join(POLICIES)}")
+            raise unknown("policy for long captions", policy, POLICIES)
         self.count = lru_cache(maxsize=65_536)(count)
         self.limit, self.policy = limit, policy
 
     @classmethod
-    def of(cls, model: Path, policy: str) -> "CaptionFitter":
+    def of(cls, model: Path, policy: str) -> CaptionFitter:
         """For the text encoders of a model folder, by the larger of its tokenizers' counts."""
         parts = [model / part for part in ("tokenizer", "tokenizer_2")]
         limits = [read_json(p / "tokenizer_config.json").get("model_max_length") for p in parts]

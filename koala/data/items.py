@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+KINDS = ("folder", "webdataset", "parquet", "ye-pop")  # of sources, as `--as` calls them
 SCORES = {  # our name of a score -> names in data sets; the first one present counts
     "nsfw": ("nsfw", "nsfw_prediction", "punsafe"),
     "similarity": ("similarity", "alt_txt_similarity", "clip_similarity"),

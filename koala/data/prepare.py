@@ -8,20 +8,22 @@ A path's source is recognised by `koala.data.sources` and encoded by
 import os
 import random
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.pictures import PictureSet, prepare_pictures, settings_of
-from koala.data.illustrations.scenes import SMALL, Illustrations
+from koala.data.illustrations.scenes import ILLUSTRATIONS, Illustrations
 from koala.data.preprocess import Filters, Preparation
 from koala.data.shards import Summary
 from koala.data.sources import recognise
 from koala.data.sources.parquet import Parquet
-from koala.errors import UserError
+from koala.errors import UserError, did_you_mean
 from koala.utils.contact_sheet import contact_sheet
+from koala.utils.device import check_device, pick_device
 
-ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
 CAPTIONS = ("short", "subject", "long", "everyday")  # of the illustration set
 SHEET = 60  # images on the contact sheet
 
@@ -44,6 +46,22 @@ class PrepareReport:
         if self.latents:
             lines += self.latents.lines(self.out)
         return [*lines, f"contact sheet: {self.sheet}"] if self.sheet else lines
+
+
+def preparation_of(source: str, settings: Mapping[str, Any]) -> Preparation | None:
+    """The preparation of a source by those settings that are given; None where none is.
+
+    settings: fields of `Preparation` and of `Filters` by name; None and False are not given. The
+    illustrations are of their own size where none is. UserError for a value that is not allowed.
+    """
+    given = {n: v for n, v in settings.items() if v is not None and v is not False}
+    names = {field.name for field in fields(Filters)}
+    filters = {name: given.pop(name) for name in names & given.keys()}
+    if not given and not filters:
+        return None
+    if source in ILLUSTRATIONS:
+        given.setdefault("size", ILLUSTRATIONS[source].size)
+    return Preparation(**given, filters=Filters(**filters))
 
 
 def prepare(
@@ -70,6 +88,7 @@ def prepare(
     """
     if workers is not None and workers < 1:
         raise UserError(f"{workers} workers: must be at least 1")
+    check_device(device)
     if device is not None and model is None:
         raise UserError(f"--device {device} applies to encoding: give --model too")
     out = Path(out)
@@ -86,15 +105,17 @@ def prepare(
         if mirror and model is None:
             raise UserError("--mirror applies to latents: give --model too")
         return _prepare_illustrations(settings, out, model, workers, device, sheet, mirror)
+    if not Path(source).expanduser().exists() and (close := did_you_mean(source, ILLUSTRATIONS)):
+        raise UserError(f"source {source!r} is not there{close}")
     found = recognise(source, kind)
     if model is None:
         raise UserError(f"source {source} has images already: give --model to encode them")
     if sheet is not None:
         raise UserError(f"--sheet {sheet}: only the illustration set has a sheet; leave it out")
-    from koala.checkpoints.resolve import resolve_model
-    from koala.data.latent_preparation import prepare_latents
+    folder = resolve_model(model)
+    from koala.data.latent_preparation import prepare_latents  # loads torch: not before all checks
 
-    folder, place = resolve_model(model), _device(device)
+    place = _device(device)
     summary = prepare_latents(found, out, folder, preparation or Preparation(), workers, place)
     return PrepareReport(out, {}, summary, None)
 
@@ -113,12 +134,11 @@ def _prepare_illustrations(
     settings: Illustrations, out: Path, model: str | None, workers: int | None,
     device: str | None, sheet: str | Path | None, mirror: bool,
 ) -> PrepareReport:  # fmt: skip
+    folder = None if model is None else resolve_model(model)
     prepare_pictures(settings, out, workers)
     latents = None
-    if model is not None:
-        from koala.checkpoints.resolve import resolve_model
-
-        latents = encode_pictures(out, resolve_model(model), _device(device), workers, mirror)
+    if folder is not None:
+        latents = encode_pictures(out, folder, _device(device), workers, mirror)
     pictures = PictureSet(out)
     counts = Counter(f"{row['split']} {row['kind']}" for row in pictures.rows)
     return PrepareReport(out, dict(counts), latents, _draw_sheet(pictures, sheet))
@@ -150,8 +170,6 @@ def _draw_sheet(pictures: PictureSet, sheet: str | Path | None) -> Path | None:
 def _device(asked: str | None) -> str:
     """The requested device or the best one; under torchrun each process has its own GPU."""
     import torch
-
-    from koala.utils.device import pick_device
 
     if asked is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         asked = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from koala.checkpoints.load import alphas_cumprod
 from koala.errors import UserError
 
 
@@ -22,7 +23,7 @@ class NoiseSchedule:
 
     config: a diffusers scheduler config as a dict (`koala.checkpoints.load.load_scheduler_config`).
     UserError if it describes a process other than scaled-linear betas with epsilon prediction.
-    Source: Ho et al. 2020, eq. 4; betas as in Rombach et al. 2022 (scaled linear).
+    Source: Ho et al. 2020, eq. 4.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -39,10 +40,7 @@ class NoiseSchedule:
                     "use a model with SDXL's schedule"
                 )
         self.steps: int = config["num_train_timesteps"]
-        root_betas = torch.linspace(
-            config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, self.steps
-        )
-        self.alphas_cumprod = torch.cumprod(1.0 - root_betas**2, dim=0)  # [steps], fp32
+        self.alphas_cumprod = alphas_cumprod(config)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t for fp32 latents and noise [n,c,h,w] and timesteps int64 [n] in [0, steps)."""

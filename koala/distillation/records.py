@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 from koala.utils.atomic import write_text
 
 LOGGERS = ("tensorboard", "wandb")
@@ -63,6 +63,13 @@ class Wandb:
         self._run.log({f"{group}/{name}": value for name, value in values.items()}, step=seen)
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """UserError for a name that is none of `LOGGERS`."""
+    for name in names:
+        if name not in LOGGERS:
+            raise unknown("--log logger", name, LOGGERS)
+
+
 def open_loggers(names: Sequence[str], run: Path, seen: int) -> list[Logger]:
     """The loggers of these names; UserError for unknown names and missing packages.
 
@@ -72,9 +79,7 @@ def open_loggers(names: Sequence[str], run: Path, seen: int) -> list[Logger]:
         "tensorboard": TensorBoard,
         "wandb": Wandb,
     }
-    for name in names:
-        if name not in kinds:
-            raise UserError(f"--log {name}: choose one of {', '.join(LOGGERS)}")
+    check_loggers(names)
     return [kinds[name](run, seen) for name in names]
 
 
@@ -86,9 +91,7 @@ class Lines:
         self.path = path
         if path.exists():
             text = path.read_text()
-            whole = text[
-                : text.rfind("\n") + 1
-            ].splitlines()  # a kill may have truncated the last line
+            whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may truncate the last line
             kept = [line for line in whole if json.loads(line)["samples"] <= seen]
             write_text(path, "".join(f"{line}\n" for line in kept))
 

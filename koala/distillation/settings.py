@@ -1,4 +1,5 @@
-"""The settings of a training: what is done (`Training`) and how it is distributed (`Hardware`).
+"""The settings of a training: what is done (`Training`), how it is distributed (`Hardware`), and
+the loss of a distillation (`DistillationSettings`).
 
 `Training` determines the result and is fixed for a run. `Hardware` changes it by rounding alone, so
 a run may be resumed with other processes, another division of the batch, or another compiler.
@@ -10,11 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from koala.errors import UserError
+from koala.architectures.block_map import check_depth_rule
+from koala.errors import UserError, unknown
 
 OPTIMIZERS = ("adamw", "adamw-8bit")
 SHARDINGS = ("ddp", "fsdp")
 TEACHERS = ("whole", "sharded", "offloaded")
+LOCATIONS = ("sa", "ca", "ffn", "residual", "lf")  # of features
+STAGES = ("DW-1", "DW-2", "DW-3", "Mid", "UP-1", "UP-2", "UP-3")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Training:
         if len(set(lengths)) != len(lengths):
             raise UserError(f"EMA half-lives are {lengths}: name each once")
         if self.optimizer not in OPTIMIZERS:
-            raise UserError(f"optimizer {self.optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas are {self.betas}: both must be at least 0 and below 1")
         if self.samples % self.batch:
@@ -96,7 +100,7 @@ class Hardware:
         for name, allowed in (("sharding", SHARDINGS), ("teacher", TEACHERS)):
             value = getattr(self, name)
             if value not in allowed:
-                raise UserError(f"{name} {value!r}: choose from {', '.join(allowed)}")
+                raise unknown(name, value, allowed)
 
     def micro_batch(self, batch: int, processes: int) -> int:
         """Samples computed at once; UserError if the batch does not divide evenly."""
@@ -110,3 +114,117 @@ class Hardware:
 
 
 PLAIN = Hardware()  # one device, eager, everything on it
+
+
+# --- what a student learns from its teacher -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A kind of feature to compare.
+
+    location: "sa", "ca", "ffn": output of self-attention, cross-attention, feed-forward net of
+      each transformer block, [n, tokens, width], before it is added to the residual stream.
+      "residual": output of each resnet, [n, c, h, w].
+      "lf": last feature, the hidden state that a stage passes to the next, [n, c, h, w]:
+      after the down- or upsampler if the stage has one.
+    stages: names from `STAGES`; None: every stage with such a feature.
+    """
+
+    location: str
+    stages: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.location not in LOCATIONS:
+            raise unknown("tap location", self.location, LOCATIONS)
+        if self.stages is None:
+            return
+        if isinstance(self.stages, str) or not self.stages:
+            raise UserError(
+                f"tap stages {self.stages!r}: give a tuple of names from {', '.join(STAGES)}"
+            )
+        for stage in self.stages:
+            if stage not in STAGES:
+                raise unknown("tap stage", stage, STAGES)
+
+
+# The paper's best recipe: 30 SA + 2 LF taps in KOALA-1B, 21 + 2 in KOALA-700M.
+PAPER_TAPS = (Tap("sa"), Tap("lf", ("DW-1", "UP-3")))
+
+
+def check_dropout(caption_dropout: float) -> None:
+    """UserError unless it is a share of the samples."""
+    if not 0.0 <= caption_dropout <= 1.0:
+        raise UserError(f"caption dropout {caption_dropout}: it must be between 0 and 1")
+
+
+def check_min_snr(gamma: float | None) -> None:
+    """UserError unless gamma is above 0, or None."""
+    if gamma is not None and not (math.isfinite(gamma) and gamma > 0):
+        raise UserError(f"min_snr {gamma}: it must be above 0 (5 is usual), or None")
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """Settings of the loss. A term with weight 0 is not computed.
+
+    task_weight, output_weight, feature_weight: w_task, w_out, w_feat; finite, 0 or more. The
+      paper states none; 1/1/1 is our reading.
+    min_snr: gamma of the min-SNR weights (`min_snr_weights`) of L_task, and of no other term;
+      None weights all timesteps equally, as the paper does.
+    taps: features of L_featKD; empty if and only if feature_weight is 0.
+    depth_rule: how transformer blocks are paired: "bottom" (the paper's best), "interleave", "up".
+    normalise: divide each tap's error of a sample by the mean square of the teacher's feature
+      (as LAPTOP-Diff, 2404.11098, does), so that no tap outweighs the others by its scale.
+    caption_dropout: as in `Denoising`.
+    UserError for anything else, and for a setting without effect.
+    """
+
+    task_weight: float = 1.0
+    output_weight: float = 1.0
+    feature_weight: float = 1.0
+    min_snr: float | None = None
+    taps: tuple[Tap, ...] = PAPER_TAPS
+    depth_rule: str = "bottom"
+    normalise: bool = False
+    caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        weights = {
+            "task_weight": self.task_weight,
+            "output_weight": self.output_weight,
+            "feature_weight": self.feature_weight,
+        }
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"{name} {weight}: it must be a finite number, 0 or more")
+        if not any(weights.values()):
+            raise UserError("all loss weights are 0: give at least one a value above 0")
+        check_min_snr(self.min_snr)
+        if self.min_snr is not None and self.task_weight == 0:
+            raise UserError(
+                f"min_snr {self.min_snr} is given but task_weight is 0, so it has no effect: "
+                "leave it out, or give task_weight a value above 0"
+            )
+        check_depth_rule(self.depth_rule)
+        check_dropout(self.caption_dropout)
+        if self.feature_weight > 0 and not self.taps:
+            raise UserError(
+                f"feature_weight {self.feature_weight} without taps: give taps, or weight 0"
+            )
+        if self.feature_weight == 0:
+            unused = {
+                "taps": bool(self.taps),
+                "normalise": self.normalise,
+                "depth_rule": self.depth_rule != "bottom",
+            }
+            for name in (name for name, given in unused.items() if given):
+                raise UserError(
+                    f"{name} is given but feature_weight is 0, so it has no effect: "
+                    "leave it out, or give feature_weight a value above 0"
+                )
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether any term uses the teacher."""
+        return self.output_weight > 0 or self.feature_weight > 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -21,56 +20,18 @@ from torch import Tensor, nn
 
 from koala.architectures.block_map import block_map
 from koala.architectures.config import from_unet_config
+from koala.distillation.settings import STAGES, Tap
 from koala.errors import UserError
 
 # Location -> module of a transformer block whose output is the feature.
 _IN_TRANSFORMER = {"sa": "attn1", "ca": "attn2", "ffn": "ff"}
-LOCATIONS = (*_IN_TRANSFORMER, "residual", "lf")
 
 # Stage -> module of a U-Net with three resolutions.
 _STAGE_PATHS = {
-    "DW-1": "down_blocks.0",
-    "DW-2": "down_blocks.1",
-    "DW-3": "down_blocks.2",
+    **{f"DW-{n + 1}": f"down_blocks.{n}" for n in range(3)},
     "Mid": "mid_block",
-    "UP-1": "up_blocks.0",
-    "UP-2": "up_blocks.1",
-    "UP-3": "up_blocks.2",
+    **{f"UP-{n + 1}": f"up_blocks.{n}" for n in range(3)},
 }
-STAGES = tuple(_STAGE_PATHS)
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A kind of feature to compare.
-
-    location: "sa", "ca", "ffn": output of self-attention, cross-attention, feed-forward net of
-      each transformer block, [n, tokens, width], before it is added to the residual stream.
-      "residual": output of each resnet, [n, c, h, w].
-      "lf": last feature, the hidden state that a stage passes to the next, [n, c, h, w]:
-      after the down- or upsampler if the stage has one.
-    stages: names from `STAGES`; None: every stage with such a feature.
-    """
-
-    location: str
-    stages: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.location not in LOCATIONS:
-            raise UserError(f"tap location {self.location!r}: choose from {', '.join(LOCATIONS)}")
-        if self.stages is None:
-            return
-        if isinstance(self.stages, str) or not self.stages:
-            raise UserError(
-                f"tap stages {self.stages!r}: give a tuple of names from {', '.join(STAGES)}"
-            )
-        for stage in self.stages:
-            if stage not in STAGES:
-                raise UserError(f"tap stage {stage!r}: choose from {', '.join(STAGES)}")
-
-
-# The paper's best recipe: 30 SA + 2 LF taps in KOALA-1B, 21 + 2 in KOALA-700M.
-PAPER_TAPS = (Tap("sa"), Tap("lf", ("DW-1", "UP-3")))
 
 
 def _points_in_stage(unet: nn.Module, stage: str, location: str) -> list[str]:

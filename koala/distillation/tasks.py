@@ -15,10 +15,8 @@ Shapes: n samples, 4 latent channels, h x w latent pixels, L tokens, D text widt
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,10 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.architectures.block_map import DEPTH_RULES
 from koala.checkpoints import model_card
 from koala.distillation.forward_process import Noised, NoiseSchedule, draw_noise, predict
-from koala.distillation.taps import PAPER_TAPS, Features, Tap, paired_points, tap_points
+from koala.distillation.settings import DistillationSettings, check_dropout, check_min_snr
+from koala.distillation.taps import Features, paired_points, tap_points
 from koala.errors import UserError
 from koala.text_conditioning import TextConditioner
 from koala.utils.atomic import new_folder
@@ -47,16 +45,6 @@ PREVIEW_SEED = 0  # the same noise in every preview, so that a run's previews ar
 def squared_error(ours: Tensor, theirs: Tensor) -> Tensor:
     """Mean squared error of each sample, in fp32 even under autocast: [n, ...] to [n]."""
     return (ours.float() - theirs.float()).square().flatten(1).mean(1)
-
-
-def _check_dropout(caption_dropout: float) -> None:
-    if not 0.0 <= caption_dropout <= 1.0:
-        raise UserError(f"caption dropout {caption_dropout}: it must be between 0 and 1")
-
-
-def _check_min_snr(gamma: float | None) -> None:
-    if gamma is not None and not (math.isfinite(gamma) and gamma > 0):
-        raise UserError(f"min_snr {gamma}: it must be above 0 (5 is usual), or None")
 
 
 class Denoising(nn.Module):
@@ -85,8 +73,8 @@ class Denoising(nn.Module):
         encode: Encode | None = None,
     ) -> None:
         super().__init__()
-        _check_dropout(caption_dropout)
-        _check_min_snr(min_snr)
+        check_dropout(caption_dropout)
+        check_min_snr(min_snr)
         if draw is not None and not prompts:
             raise UserError("previews need prompts: give at least one, or no `draw`")
         self.base = Path(base)
@@ -200,73 +188,6 @@ class Denoising(nn.Module):
             config = json.loads(config_file.read_text())
             config.pop("_name_or_path", None)  # a local path
             config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-@dataclass(frozen=True)
-class DistillationSettings:
-    """Settings of the loss. A term with weight 0 is not computed.
-
-    task_weight, output_weight, feature_weight: w_task, w_out, w_feat; finite, 0 or more. The
-      paper states none; 1/1/1 is our reading.
-    min_snr: gamma of the min-SNR weights (`min_snr_weights`) of L_task, and of no other term;
-      None weights all timesteps equally, as the paper does.
-    taps: features of L_featKD; empty if and only if feature_weight is 0.
-    depth_rule: how transformer blocks are paired: "bottom" (the paper's best), "interleave", "up".
-    normalise: divide each tap's error of a sample by the mean square of the teacher's feature
-      (as LAPTOP-Diff, 2404.11098, does), so that no tap outweighs the others by its scale.
-    caption_dropout: as in `Denoising`.
-    UserError for anything else, and for a setting without effect.
-    """
-
-    task_weight: float = 1.0
-    output_weight: float = 1.0
-    feature_weight: float = 1.0
-    min_snr: float | None = None
-    taps: tuple[Tap, ...] = PAPER_TAPS
-    depth_rule: str = "bottom"
-    normalise: bool = False
-    caption_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        weights = {
-            "task_weight": self.task_weight,
-            "output_weight": self.output_weight,
-            "feature_weight": self.feature_weight,
-        }
-        for name, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"{name} {weight}: it must be a finite number, 0 or more")
-        if not any(weights.values()):
-            raise UserError("all loss weights are 0: give at least one a value above 0")
-        _check_min_snr(self.min_snr)
-        if self.min_snr is not None and self.task_weight == 0:
-            raise UserError(
-                f"min_snr {self.min_snr} is given but task_weight is 0, so it has no effect: "
-                "leave it out, or give task_weight a value above 0"
-            )
-        if self.depth_rule not in DEPTH_RULES:
-            raise UserError(f"depth rule {self.depth_rule!r}: choose from {', '.join(DEPTH_RULES)}")
-        _check_dropout(self.caption_dropout)
-        if self.feature_weight > 0 and not self.taps:
-            raise UserError(
-                f"feature_weight {self.feature_weight} without taps: give taps, or weight 0"
-            )
-        if self.feature_weight == 0:
-            unused = {
-                "taps": bool(self.taps),
-                "normalise": self.normalise,
-                "depth_rule": self.depth_rule != "bottom",
-            }
-            for name in (name for name, given in unused.items() if given):
-                raise UserError(
-                    f"{name} is given but feature_weight is 0, so it has no effect: "
-                    "leave it out, or give feature_weight a value above 0"
-                )
-
-    @property
-    def learns_from_teacher(self) -> bool:
-        """Whether any term uses the teacher."""
-        return self.output_weight > 0 or self.feature_weight > 0
 
 
 def teacher_dtype(device: torch.device) -> torch.dtype:

@@ -1,10 +1,25 @@
-"""Prompts to pictures: encode, denoise and decode as plain functions, and a pipeline of them."""
+"""Prompts to pictures: encode, denoise and decode as plain functions, and a pipeline of them.
 
-from koala.generation.engine import Engine, Late, Pass, Progress, Ticket
-from koala.generation.pipeline import Pipeline, Result, load
-from koala.generation.png import check_writable, read_settings, save
-from koala.generation.requests import Request, Settings
+Names are imported when they are first used: what only checks a request loads no torch.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from koala.generation.engine import Engine, Late, Pass, Progress, Ticket
+    from koala.generation.loader import load
+    from koala.generation.pipeline import Pipeline, Result
+    from koala.generation.png import check_writable, read_settings, save
+    from koala.generation.requests import Request, Settings
+
+_HOME = {
+    "engine": ("Engine", "Late", "Pass", "Progress", "Ticket"),
+    "png": ("check_writable", "read_settings", "save"),
+    "loader": ("load",),
+    "pipeline": ("Pipeline", "Result"),
+    "requests": ("Request", "Settings"),
+}
 __all__ = [
     "Engine",
     "Late",
@@ -20,3 +35,10 @@ __all__ = [
     "read_settings",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"koala.generation.{module}"), name)
+    raise AttributeError(f"module 'koala.generation' has no attribute {name!r}")

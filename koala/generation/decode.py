@@ -1,7 +1,4 @@
-"""Latents to pictures: the whole VAE, the VAE in strips of rows, or a tiny autoencoder.
-
-Everything that decodes is a `Decode`, so that a pipeline neither knows nor cares which it has.
-"""
+"""Latents to images: the whole VAE, the VAE with row tiling, or a tiny autoencoder."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,14 +11,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
+from koala.checkpoints.latent_scale import LatentScale
 from koala.checkpoints.resolve import HUB_ID
 from koala.checkpoints.tensors import load_tensor, read_header
 from koala.checkpoints.validate import read_json
 from koala.errors import Failure, UserError
-from koala.generation.row_tiling import POSITIONS, decode_in_strips
+from koala.generation.row_tiling import POSITIONS, decode_tiled
 from koala.utils.device import whereabouts
 
-# Latents [n, 4, h, w] as the U-Net sees them -> pictures float32 [n, 3, 8h, 8w] in 0..1.
+# Latents [n, 4, h, w] as the U-Net sees them -> images float32 [n, 3, 8h, 8w] in 0..1.
 Decode = Callable[[Tensor], Tensor]
 
 TINY = "vae_tiny"  # where a model folder keeps its tiny autoencoder
@@ -29,25 +27,24 @@ TINY_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def full(vae: AutoencoderKL) -> Decode:
-    """The VAE's decoder as it is, all pictures at once."""
-    return _finite(vae, lambda z: vae.decode(z).sample, partial(unscaled, vae))
+    """The VAE's decoder as it is, all images at once."""
+    return _finite(vae, lambda z: vae.decode(z).sample, partial(vae_latents, vae))
 
 
 def tiled(vae: AutoencoderKL, positions: int = POSITIONS) -> Decode:
-    """The VAE's decoder in strips of rows, one picture at a time.
+    """The VAE's decoder with row tiling (`koala.generation.row_tiling`), one image at a time.
 
-    Less than half the memory of `full`, and the same picture within 1e-4 in float32:
-    `koala.generation.row_tiling` says how.
+    Less than half the memory of `full`, and the same image within 1e-4 in float32.
     """
 
     def run(z: Tensor) -> Tensor:
-        return torch.cat([decode_in_strips(vae, one[None], positions) for one in z])
+        return torch.cat([decode_tiled(vae, one[None], positions) for one in z])
 
-    return _finite(vae, run, partial(unscaled, vae))
+    return _finite(vae, run, partial(vae_latents, vae))
 
 
 def tiny(autoencoder: AutoencoderTiny) -> Decode:
-    """A tiny autoencoder, one picture at a time: near the VAE's pictures, at a tenth of the cost.
+    """A tiny autoencoder, one image at a time: close to the VAE's images at a tenth of the cost.
 
     It takes latents as the U-Net sees them, whatever the VAE's scale.
     """
@@ -58,16 +55,8 @@ def tiny(autoencoder: AutoencoderTiny) -> Decode:
     return _finite(autoencoder, run, lambda latents: latents / autoencoder.config.scaling_factor)
 
 
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """`full(vae)(latents)`."""
-    return full(vae)(latents)
-
-
 def _finite(model: nn.Module, run: Decode, prepared: Decode) -> Decode:
-    """`run` on `prepared` latents, computed as `computed` says.
-
-    SDXL's own VAE overflows in float16, and its pictures come out black.
-    """
+    """`run` on `prepared` latents, in float32 if it overflows: SDXL's own VAE does in float16."""
 
     def decode(latents: Tensor) -> Tensor:
         return finished(computed(model, run, prepared(latents)), latents, torch.float32)
@@ -76,7 +65,7 @@ def _finite(model: nn.Module, run: Decode, prepared: Decode) -> Decode:
 
 
 def computed(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """run(x) in the model's dtype, once more in float32 where that overflows; float32."""
+    """run(x), float32: computed in the model's dtype, and in float32 if that overflows."""
     device, dtype = whereabouts(model)
     y = run(x.to(device, dtype)).float()
     if dtype != torch.float32 and not y.isfinite().all():
@@ -86,39 +75,27 @@ def computed(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Te
     return y
 
 
-def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents as the VAE made them, float32, from latents as the U-Net sees them.
-
-    With the config's `latents_mean`, `latents_std` and `scaling_factor`, in the order of
-    diffusers' SDXL pipeline.
-    """
-    x = latents.float() / vae.config.scaling_factor
-    if vae.config.latents_mean is not None and vae.config.latents_std is not None:
-        mean, std = (
-            torch.tensor(values, device=x.device).view(1, -1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        x = x * std + mean
-    return x
+def vae_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents as the VAE made them, float32, of latents as the U-Net sees them."""
+    return LatentScale(vae.config, latents.device).denormalise(latents.float())
 
 
 def finished(pixels: Tensor, latents: Tensor, dtype: torch.dtype) -> Tensor:
-    """A decoder's -1..1 as 0..1. `Failure`, naming the culprit, if there is not-a-number in it."""
+    """A decoder's -1..1 as 0..1. Failure if a value is not finite, saying what made it so."""
     if pixels.isfinite().all():
         return (pixels / 2 + 0.5).clamp(0, 1)
     named = str(dtype).removeprefix("torch.")
     if latents.isfinite().all():
-        raise Failure(f"the decoder gave not-a-number in {named}: its weights are of no use")
+        raise Failure(f"the decoder gave NaN in {named}: its weights are damaged")
     raise Failure(
-        "the U-Net gave not-a-number: load the model in float32, or in bfloat16 where the device "
-        "has it"
+        "the U-Net gave NaN: load the model in float32, or in bfloat16 if the device has it"
     )
 
 
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """8-bit RGB pictures from float [n, 3, h, w] in 0..1."""
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """8-bit RGB images of float [n, 3, h, w] in 0..1."""
     rounded = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in rounded]
+    return [Image.fromarray(image) for image in rounded]
 
 
 # --- tiny autoencoders ----------------------------------------------------------------------
@@ -127,8 +104,8 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
 def load_tiny(source: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderTiny:
     """An `AutoencoderTiny` on the CPU: of a folder, of a model's `vae_tiny`, or of a Hub id.
 
-    A Hub id (such as madebyollin/taesdxl) is fetched unless the local cache has it. UserError
-    for anything else, or an autoencoder that does not fit SDXL's latents.
+    A Hub id (such as madebyollin/taesdxl) is downloaded unless the local cache has it. UserError
+    for anything else, and for an autoencoder that does not fit SDXL's latents.
     """
     folder = tiny_folder(source)
     config = read_json(folder / "config.json")
@@ -156,7 +133,7 @@ def _upscaling(config: Any) -> int:
 
 
 def tiny_folder(source: str | Path) -> Path:
-    """Where its config.json lies; what is only on the Hub is fetched. UserError as above."""
+    """The folder of its config.json; downloads a Hub id. UserError as for `load_tiny`."""
     path = Path(source).expanduser()
     for folder in (path / TINY, path):
         if (folder / "config.json").is_file():
@@ -178,6 +155,6 @@ def _fetched(hub_id: str) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"tiny autoencoder {hub_id!r} is no local folder and cannot be had from the Hub "
-            f"({reason})"
+            f"tiny autoencoder {hub_id!r} is no local folder and cannot be downloaded from the "
+            f"Hub ({reason})"
         ) from None

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from koala.errors import UserError
-from koala.generation.pipeline import load
+from koala.generation.loader import load
 from koala.generation.png import check_writable
 from koala.utils.contact_sheet import contact_sheet
 
@@ -21,11 +21,11 @@ EIGHT_PROMPTS = (
     "two red apples on a light blue background, noto style",
 )
 SEED = 7
-WIDEST = 256  # pixels: smaller pictures are enlarged, by a whole factor, up to this
+WIDEST = 256  # pixels: smaller images are enlarged by a whole factor, up to this
 
 
 def demo(out: Path, model: str | Path = "koala-mini") -> Path:
-    """Draws the eight prompts into the PNG `out`, saying how long each took; returns its path."""
+    """Draws the eight prompts into the PNG `out`, prints the seconds of each; returns the path."""
     check_writable(out.parent)
     start = time.perf_counter()
     pipeline = load(model)

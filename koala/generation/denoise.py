@@ -1,8 +1,8 @@
-"""Noise to latents: rows, each at its own place on its own way, taken a step further together.
+"""Noise to latents, a batch of rows at a time.
 
-`evaluate` asks the U-Net about a batch of rows, `Row.advance` moves one on. A row is one picture:
-it has its own timesteps, noise levels, guidance and number of steps, so that whatever is of the
-same size can share a forward pass.
+`evaluate` runs the U-Net on a batch of rows, `BatchRow.advance` takes one row's next step. A row is
+one image with its own timesteps, noise levels, guidance and number of steps, so all rows of one
+size can share a forward pass.
 
 Letters: n rows, t text tokens, d text width, p pooled width, c latent channels, h and w the
 latent's height and width (pixels / 8).
@@ -23,20 +23,20 @@ from koala.utils.device import sent, whereabouts
 
 @dataclass(frozen=True)
 class Condition:
-    """What the U-Net is told about n pictures."""
+    """The U-Net's conditioning of n rows."""
 
     text: Tensor  # [n, t, d]
     pooled: Tensor  # [n, p]
     time_ids: Tensor  # [n, 6]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Condition":
-        """The same on another device and in another precision; itself where that is so already."""
+        """The same on another device and in another dtype."""
         parts = (self.text, self.pooled, self.time_ids)
         return Condition(*(part.to(device, dtype) for part in parts))
 
     @staticmethod
     def joined(parts: "Sequence[Condition]") -> "Condition":
-        """One batch of all of them, in their order."""
+        """All of them as one batch, in order."""
         return Condition(
             torch.cat([part.text for part in parts]),
             torch.cat([part.pooled for part in parts]),
@@ -44,14 +44,14 @@ class Condition:
         )
 
 
-# One evaluation of a U-Net, whatever runs it: (x, timesteps, condition) -> epsilon. x is float32
-# [n, c, h, w], scaled to the variance that the U-Net knows; timesteps float32 [n], each row its
-# own; epsilon float32 [n, c, h, w]. What it is given may lie on any device.
+# One evaluation of a U-Net: (x, timesteps, condition) -> epsilon. x is float32 [n, c, h, w], scaled
+# to the variance that the U-Net was trained with; timesteps float32 [n], one per row; epsilon
+# float32 [n, c, h, w]. The arguments may be on any device.
 Predict: TypeAlias = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 def predictor(unet: UNet2DConditionModel) -> Predict:
-    """The predictions of a U-Net as PyTorch runs it, on its device and in its precision."""
+    """The U-Net run by PyTorch, on its device and in its dtype."""
 
     def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         device, dtype = whereabouts(unet)
@@ -69,32 +69,32 @@ def predictor(unet: UNet2DConditionModel) -> Predict:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What inpainting leaves as it was: a picture's latents outside the mask."""
+class Inpainting:
+    """The part of an image that inpainting keeps: its latents outside the mask."""
 
     latents: Tensor  # [1, c, h, w]
-    mask: Tensor  # [1, 1, h, w]: 1 where the picture is painted anew, 0 where it is kept
+    mask: Tensor  # [1, 1, h, w]: 1 is repainted, 0 is kept
     noise: Tensor  # [1, c, h, w], unit normal
 
     def put_back(self, x: Tensor, sigma: float) -> Tensor:
-        """x with the kept part as it is at that noise level."""
+        """x with the kept part replaced by the image at that noise level."""
         kept = self.latents + sigma * self.noise
         return (1 - self.mask) * kept + self.mask * x
 
 
 @dataclass
-class Row:
-    """One picture on its way from noise."""
+class BatchRow:
+    """One image that is being denoised."""
 
     sampler: Sampler
     x: Tensor  # float32 [1, c, h, w], on the device
     condition: Condition  # n = 1
-    unconditional: Condition | None = None  # of the same length; None: never guided
+    unconditional: Condition | None = None  # of the same length; None: no guidance
     guidance: float = 1.0
-    guided_steps: int = 0  # so many, from the first on
-    kept: Kept | None = None
+    guided_steps: int = 0  # counted from the first
+    kept: Inpainting | None = None
     done: int = 0  # steps
-    denoised: Tensor | None = None  # the picture as the last step saw it, latents like x
+    denoised: Tensor | None = None  # the last step's estimate of the image, latents like x
 
     @property
     def steps(self) -> int:
@@ -106,17 +106,17 @@ class Row:
 
     @property
     def guided(self) -> bool:
-        """Whether the next step needs the unconditional prediction as well."""
+        """Whether the next step needs the unconditional prediction too."""
         return self.unconditional is not None and self.done < self.guided_steps
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(c, h, w, t): rows that agree in it can share a batch."""
+        """(c, h, w, t): rows of equal shape can share a batch."""
         return (*self.x.shape[1:], self.condition.text.shape[1])
 
     @property
     def scaled(self) -> Tensor:
-        """x with the variance that the U-Net knows."""
+        """x scaled to the variance that the U-Net was trained with."""
         return self.x / math.sqrt(self.sampler.sigmas[self.done] ** 2 + 1)
 
     def advance(self, epsilon: Tensor) -> None:
@@ -128,20 +128,20 @@ class Row:
         self.done += 1
 
 
-def evaluate(predict: Predict, rows: Sequence[Row]) -> list[Tensor]:
-    """The noise [1, c, h, w] that the U-Net sees in each row: one pass over rows of one shape.
+def evaluate(predict: Predict, rows: Sequence[BatchRow]) -> list[Tensor]:
+    """The predicted noise [1, c, h, w] of each row: one pass over rows of one shape.
 
-    The unconditional rows of those that are guided come first. The two predictions are combined
-    with weight `guidance` (arXiv 2207.12598, equation 6, w = guidance - 1).
+    The unconditional rows of the guided ones come first. The two predictions are combined with
+    weight `guidance` (arXiv 2207.12598, equation 6, w = guidance - 1).
     """
     guided = [row for row in rows if row.guided]
     batch = [*guided, *rows]
-    told = [row.unconditional for row in guided if row.unconditional is not None]
-    told += [row.condition for row in rows]
+    conditions = [row.unconditional for row in guided if row.unconditional is not None]
+    conditions += [row.condition for row in rows]
     epsilon = predict(
         torch.cat([row.scaled for row in batch]),
         torch.tensor([row.sampler.timesteps[row.done] for row in batch]),
-        Condition.joined(told),
+        Condition.joined(conditions),
     ).split(1)
     without, with_prompt = iter(epsilon[: len(guided)]), epsilon[len(guided) :]
     return [

@@ -1,11 +1,11 @@
-"""The step engine: requests join and leave a batch between two steps of the denoising.
+"""The step engine: continuous batching of requests, which join and leave between two steps.
 
-A U-Net takes a timestep for every row, so that a request need not wait until others are done: it
-steps beside them from the next step on. What they share is a forward pass, nothing else. Each has
-its own noise, sampler and guidance; a request that fails or is cancelled leaves the others alone.
+A U-Net takes a timestep per row, so a request need not wait until others are done: it joins them
+at the next step. Requests share forward passes and nothing else. Each has its own noise, sampler
+and guidance, and one that fails or is cancelled does not affect the others.
 
-One thread works: either the caller's, which takes `turn` after `turn` until nothing is left, or
-one that `start` sets up, while other threads `submit`, wait for their tickets and cancel them.
+One thread works: the caller's, which calls `turn` until nothing is left, or one that `start`
+creates, while other threads `submit` requests, wait for their tickets and cancel them.
 """
 
 import itertools
@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 
 from koala.errors import Failure
-from koala.generation.denoise import Predict, Row, evaluate
+from koala.generation.denoise import BatchRow, Predict, evaluate
 from koala.generation.requests import Loras, Request
 
-PIXELS_AT_ONCE = 512 * 512  # what a batch holds where no number of rows is named
-STEPS_AHEAD = 2  # that a GPU is given before the first of them is done
+PIXELS_AT_ONCE = 512 * 512  # of a batch whose number of rows is not given
+STEPS_AHEAD = 2  # steps that are queued on a GPU
 
 
 class Model(Protocol):
@@ -37,46 +37,46 @@ class Model(Protocol):
     def predict(self) -> Predict:
         """One evaluation of the U-Net."""
 
-    def wear(self, lora: Loras) -> None:
-        """Puts on the LoRAs of one request's own, in the place of those worn until now."""
+    def use_loras(self, lora: Loras) -> None:
+        """Applies the LoRAs of one request, in place of those applied before."""
 
-    def begin(self, request: Request) -> Row:
+    def begin(self, request: Request) -> BatchRow:
         """The row before its first step."""
 
-    def finish(self, rows: Sequence[Row]) -> list[Image.Image]:
-        """The pictures of rows of one shape that have taken their last step."""
+    def finish(self, rows: Sequence[BatchRow]) -> list[Image.Image]:
+        """The images of rows of one shape that have taken their last step."""
 
-    def preview(self, row: Row) -> Image.Image:
-        """A rough picture of a row on its way, a pixel for each place of the latent."""
+    def preview(self, row: BatchRow) -> Image.Image:
+        """A rough image of an unfinished row, one pixel per latent position."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a request stands after a step. Only to be used while the callback runs."""
+    """A request's progress after a step. Valid only while the callback runs."""
 
     done: int  # steps
     steps: int
-    preview: Callable[[], Image.Image]  # RGB, 1/8 of the size; computed when it is called
+    preview: Callable[[], Image.Image]  # RGB, 1/8 of the size; computed when called
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one step of one group took."""
+    """The cost of one step of one group."""
 
     pictures: int
-    pixels: int  # of all of them; those that are guided count twice, as they are evaluated
+    pixels: int  # of all of them; guided ones count twice
     seconds: float
 
 
 class Late(Failure):
-    """A request was not done by its deadline."""
+    """A request missed its deadline."""
 
 
 class Ticket(Future[Image.Image]):
-    """A request's future picture.
+    """The future of a request's image.
 
-    `result` waits for it and raises what went wrong, `cancel` takes effect before the next step
-    (False once the picture is being decoded), and asyncio can await it (`asyncio.wrap_future`).
+    `result` waits for it and raises its failure, `cancel` takes effect before the next step
+    (False once the image is being decoded), and asyncio can await it (`asyncio.wrap_future`).
     """
 
     def __init__(
@@ -94,18 +94,18 @@ class Ticket(Future[Image.Image]):
         self.on_step, self.on_start = on_step, on_start
         self.deadline = deadline  # by time.monotonic()
         self.tag = tag
-        self.row: Row | None = None  # the engine's: None while the request waits
+        self.row: BatchRow | None = None  # set by the engine: None while the request waits
 
 
 class Engine:
     """Draws requests, as many at once as its batch holds.
 
-    max_batch: so many rows at most are on their way; by default as many as hold 512 x 512 pixels,
-    and always one. max_pixels: they hold so many pixels at most. strict: every row is evaluated and
-    decoded by itself, so that its picture is bit for bit what it is alone; otherwise it is so
-    within rounding, since a kernel may add up in another order in a batch of another size. order:
-    the key by which waiting requests are taken in, lowest first; by default they come in the order
-    of submission. on_pass: told on the worker's thread what each pass took.
+    max_batch: the most rows at once; by default as many as hold 512 x 512 pixels, at least one.
+    max_pixels: the most pixels of all rows. strict: evaluates and decodes every row by itself, so
+    its image is bit for bit what it is alone; otherwise it is equal up to rounding, since kernels
+    may sum in another order in a batch of another size. order: a key; the waiting request with the
+    lowest goes first, by default in the order of submission. on_pass: called on the worker's
+    thread with the cost of each pass.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class Engine:
         self._numbers = itertools.count()
         self._changed = threading.Condition()  # guards _waiting and _closed
         self._waiting: list[Ticket] = []
-        self._active: list[Ticket] = []  # the worker's own; the group that waited longest is first
+        self._active: list[Ticket] = []  # the worker's; the group that waited longest is first
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._ahead: deque[torch.cuda.Event] = deque()  # the ends of steps that a GPU was given
+        self._ahead: deque[torch.cuda.Event] = deque()  # ends of the steps queued on a GPU
 
     # --- from any thread --------------------------------------------------------------------
 
@@ -141,12 +141,12 @@ class Engine:
         deadline: float | None = None,
         tag: Any = None,
     ) -> Ticket:
-        """Takes a request in.
+        """Adds a request to those that wait.
 
-        On the worker's thread `on_start` is called when it is let in and `on_step` after each of
-        its steps; an exception in either is the request's failure. With a `deadline` (by
-        time.monotonic()) it fails with `Late` before the first step after it. `tag` is the
-        ticket's, for `order` to look at. Failure if the engine is closed.
+        On the worker's thread `on_start` is called when its first step is next and `on_step` after
+        each of its steps; an exception in either fails the request. `deadline` (seconds, by
+        time.monotonic()): it fails with `Late` before the first step after that. `tag` is kept on
+        the ticket, for `order`. Failure if the engine is closed.
         """
         with self._changed:
             if self._closed:
@@ -157,26 +157,26 @@ class Engine:
         return ticket
 
     def waiting(self) -> list[Ticket]:
-        """The requests that are not let in yet, in the order of submission."""
+        """The requests that have not started, in the order of submission."""
         with self._changed:
             return [ticket for ticket in self._waiting if not ticket.done()]
 
     @property
     def working(self) -> bool:
-        """Whether there is a thread that works."""
+        """Whether the engine's thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> "Engine":
-        """Sets up the thread that works until `close`."""
+        """Starts the thread that works until `close`."""
         assert self._thread is None
         self._thread = threading.Thread(target=self._work, name="koala-engine", daemon=True)
         self._thread.start()
         return self
 
     def close(self, finish: bool = False) -> None:
-        """Takes no more requests, ends all that are there and the thread; then returns.
+        """Accepts no more requests, ends those that are left and the thread; then returns.
 
-        `finish` draws them to their end, otherwise they are cancelled.
+        finish: draw those that are left, instead of cancelling them.
         """
         assert threading.current_thread() is not self._thread, "a callback cannot close the engine"
         with self._changed:
@@ -189,7 +189,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        while self.turn():  # what is left where no thread worked
+        while self.turn():  # the rest, if no thread was started
             pass
 
     def __enter__(self) -> "Engine":
@@ -207,13 +207,13 @@ class Engine:
 
     @torch.inference_mode()
     def turn(self) -> bool:
-        """One step of one group of requests, after letting in those that fit.
+        """One step of one group of requests, after admitting those that fit.
 
-        Returns whether there is more to do. Only ever called by one thread.
+        Returns whether there is more to do. To be called by one thread only.
         """
         self._active = _without_cancelled(self._active)
         self._fail_late()
-        self._let_in()
+        self._admit()
         if self._active:
             self._step(self._next_group())
         with self._changed:
@@ -227,7 +227,7 @@ class Engine:
                         self._changed.wait()
                 if not self.turn() and self._closed:
                     return
-        except BaseException as error:  # a fault of ours: nobody must wait for ever
+        except BaseException as error:  # a bug of ours: nobody must wait for ever
             with self._changed:
                 self._closed = True
                 left = [*self._waiting, *self._active]
@@ -245,10 +245,10 @@ class Engine:
         self._active = [ticket for ticket in self._active if ticket not in late]
         for ticket in late:
             ticket.row = None
-            fail(ticket, Late("the picture was not done by its deadline"))
+            fail(ticket, Late("the picture missed its deadline"))
 
-    def _let_in(self) -> None:
-        """Waiting requests, in their order, as long as there is room."""
+    def _admit(self) -> None:
+        """Starts waiting requests, in their order, as long as there is room."""
         while True:
             with self._changed:
                 self._waiting = _without_cancelled(self._waiting)
@@ -260,7 +260,7 @@ class Engine:
                 self._waiting.remove(ticket)
                 self._active.append(ticket)
             try:
-                self.model.wear(ticket.request.lora)
+                self.model.use_loras(ticket.request.lora)
                 ticket.row = self.model.begin(ticket.request)
                 if ticket.on_start is not None:
                     ticket.on_start()
@@ -276,7 +276,7 @@ class Engine:
         return self.max_pixels is None or pixels <= self.max_pixels
 
     def _next_group(self) -> list[Ticket]:
-        """Tickets that can share a pass; they go to the end, so that every kind gets its turn."""
+        """Tickets that can share a pass; they go to the end, so that every group gets its turn."""
         first = self._active[0]
         group = [ticket for ticket in self._active if _kind(ticket) == _kind(first)]
         if self.strict:
@@ -285,7 +285,7 @@ class Engine:
         return group
 
     def _step(self, group: list[Ticket]) -> None:
-        """One step of each; if the pass over all fails, each alone shows whose fault it is."""
+        """One step of each; if the pass fails, each is run alone to find the one that fails."""
         rows = [ticket.row for ticket in group if ticket.row is not None]
         start = time.perf_counter()
         pixels = sum(
@@ -293,7 +293,7 @@ class Engine:
             for ticket, row in zip(group, rows, strict=True)
         )
         try:
-            self.model.wear(group[0].request.lora)
+            self.model.use_loras(group[0].request.lora)
             epsilons = evaluate(self.model.predict, rows)
         except Exception as error:
             self._one_by_one(self._step, group, error)
@@ -317,9 +317,9 @@ class Engine:
             self._finish(ready)
 
     def _keep_pace(self, device: torch.device) -> None:
-        """Waits until a GPU has but `STEPS_AHEAD` steps to do.
+        """Waits until a GPU has at most `STEPS_AHEAD` steps queued.
 
-        It never idles, and yet who joins, cancels or reports progress is not steps behind it.
+        So it never idles, and joining, cancelling and progress are not many steps behind it.
         """
         if device.type == "cuda":
             event = torch.cuda.Event(blocking=True)
@@ -358,12 +358,12 @@ class Engine:
 
 
 def _kind(ticket: Ticket) -> tuple[tuple[int, ...], Loras]:
-    """Tickets that agree in it can share a pass: of one shape, and by the same weights."""
+    """Tickets of equal kind can share a pass: one shape, the same weights."""
     assert ticket.row is not None
     return ticket.row.shape, ticket.request.lora
 
 
-# A future is told once that its cancelling has been seen: where its ticket leaves the lists.
+# A future must be notified once that its cancellation was seen: when its ticket leaves the lists.
 
 
 def _without_cancelled(tickets: list[Ticket]) -> list[Ticket]:

@@ -1,8 +1,10 @@
-"""Pictures as PNG files that carry their settings.
+"""PNG files with the settings of their images. Importing this loads no torch.
 
-Twice: as "parameters", the line that other interfaces read when a picture is dropped on them
-(the format of AUTOMATIC1111's web UI), and as "koala", our JSON, which loses nothing.
+The settings are stored twice: as "parameters", the text of AUTOMATIC1111's web UI, which other
+interfaces read when an image is dropped on them, and as "koala", our JSON, which is complete.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -10,51 +12,73 @@ import re
 import tempfile
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from PIL import Image, PngImagePlugin
 
 from koala.errors import UserError
-from koala.generation.pipeline import Result
 from koala.generation.requests import Settings
 
-LONGEST_STEM = 48  # letters of a prompt that make a file's name
+if TYPE_CHECKING:
+    from koala.generation.pipeline import Result
+
+LONGEST_STEM = 48  # letters of a prompt in a file's name
+# Suffixes of image files: --out with one of them names a file, not a folder.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
-def check_writable(out_dir: str | Path) -> None:
-    """UserError unless pictures can be written to `out_dir`. Creates nothing that stays."""
-    folder = Path(out_dir).absolute()
+def check_writable(out: str | Path, pictures: int = 1) -> None:
+    """UserError unless `save` can write so many images to `out`. Leaves nothing there."""
+    named = _named(Path(out), pictures)
+    folder = (named[0].parent if named else Path(out)).absolute()
     standing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=standing):
             pass
     except OSError as error:
-        raise _unwritable(out_dir, error) from error
+        raise _unwritable(out, error) from error
 
 
-def save(result: Result, out_dir: str | Path, stem: str | None = None) -> list[Path]:
-    """Writes each picture as `out_dir`/`stem`-NNNN.png and returns the paths, in order.
+def save(result: Result, out: str | Path, stem: str | None = None) -> list[Path]:
+    """Writes each image as a PNG and returns the paths, in order.
 
-    Without a stem each file is named after its prompt. The number goes on from the highest
-    that is there, so that no file is ever replaced. A file appears whole or not at all.
+    out: a folder, or a file such as fox.png; several images become fox-1.png, fox-2.png and so
+    on. stem: of the files in a folder, `stem`-NNNN.png; by default each is named after its prompt.
+    Numbers continue from the highest that exists, so no file is replaced. A file is written as a
+    whole or not at all. UserError for a file that exists or cannot be written.
     """
     if stem is not None and (not stem or Path(stem).name != stem):
         raise UserError(f"file name {stem!r}: allowed is a plain name without folders")
-    folder = Path(out_dir)
+    named = _named(Path(out), len(result.images))
+    folder = named[0].parent if named else Path(out)
     paths = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for image, settings in zip(result.images, result.settings, strict=True):
-            path = _next_path(folder, stem or _slug(settings.prompt))
+        for i, (image, settings) in enumerate(zip(result.images, result.settings, strict=True)):
+            path = named[i] if named else _next_path(folder, stem or _slug(settings.prompt))
             _write(image, settings, path)
             paths.append(path)
     except OSError as error:
-        raise _unwritable(out_dir, error) from error
+        raise _unwritable(out, error) from error
     return paths
 
 
+def _named(out: Path, pictures: int) -> list[Path]:
+    """The files that `out` names for so many images; none if it is a folder."""
+    if out.is_dir() or out.suffix.lower() not in PICTURES:
+        return []
+    if out.suffix.lower() != ".png":
+        raise UserError(f"{out}: pictures are written as PNG; name it {out.with_suffix('.png')}")
+    numbers = range(1, pictures + 1)
+    files = [out] if pictures == 1 else [out.with_stem(f"{out.stem}-{i}") for i in numbers]
+    for file in files:
+        if os.path.lexists(file):
+            raise UserError(f"{file} exists; name another file, or a folder, which is added to")
+    return files
+
+
 def read_settings(path: str | Path) -> Settings:
-    """The settings a picture was made with. UserError for a file that does not hold them."""
+    """The settings an image was made with. UserError for a file without them."""
     try:
         with Image.open(path) as image:
             text = image.info.get("koala")
@@ -68,7 +92,7 @@ def read_settings(path: str | Path) -> Settings:
         values = None
     if not isinstance(values, dict) or not names - later <= set(values) <= names:
         raise UserError(
-            f"{path} holds no settings of ours: give a PNG that koala wrote, unchanged since"
+            f"{path} holds no settings of koala's: give a PNG that koala wrote and nobody changed"
         )
     values["loras"] = tuple((name, scale) for name, scale in values.get("loras", ()))
     return Settings(**values)
@@ -77,8 +101,8 @@ def read_settings(path: str | Path) -> Settings:
 def parameters(settings: Settings) -> str:
     """The settings as AUTOMATIC1111's text.
 
-    Its "SGM Uniform" is the nearest it has to trailing spacing: both start at the last training
-    timestep, and no later step is two timesteps away. LCM has its own levels in both.
+    Its "SGM Uniform" is closest to trailing spacing: both start at the last training timestep, and
+    no later step is two timesteps off. LCM has its own levels in both.
     """
     values = {
         "Steps": settings.steps,
@@ -103,12 +127,12 @@ def parameters(settings: Settings) -> str:
 
 
 def _quoted(value: str) -> str:
-    """The format's list is separated by commas and colons; a value that holds one is quoted."""
+    """The value, quoted if it holds one of the format's separators."""
     return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n\"]", value) else value
 
 
 def write_png(image: Image.Image, settings: Settings, file: IO[bytes]) -> None:
-    """Writes a picture as PNG, with its settings inside, to an open file."""
+    """Writes an image as PNG, with its settings, to an open file."""
     info = PngImagePlugin.PngInfo()
     _add(info, "parameters", parameters(settings))
     _add(info, "koala", json.dumps(asdict(settings)))
@@ -128,7 +152,7 @@ def _write(image: Image.Image, settings: Settings, path: Path) -> None:
 
 
 def _add(info: PngImagePlugin.PngInfo, key: str, text: str) -> None:
-    """A tEXt chunk for ASCII, as most readers expect; iTXt, which is UTF-8, for the rest."""
+    """Adds a tEXt chunk for ASCII, which most readers expect; else iTXt, which is UTF-8."""
     if text.isascii():
         info.add_text(key, text)
     else:
@@ -136,14 +160,14 @@ def _add(info: PngImagePlugin.PngInfo, key: str, text: str) -> None:
 
 
 def _umask() -> int:
-    """This process's file mode mask; the system only tells it by setting it."""
+    """This process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def _slug(prompt: str) -> str:
-    """A file name that shows the prompt: its Latin letters and digits, joined by dashes."""
+    """A file name of the prompt's Latin letters and digits, joined by dashes."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     return words[:LONGEST_STEM].rstrip("-") or "picture"
 

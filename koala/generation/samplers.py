@@ -1,42 +1,28 @@
-"""The samplers: how a picture goes from one noise level to the next, given the predicted noise.
+"""The samplers: from one noise level to the next, given the predicted noise.
 
-All of them in one vocabulary: x = x0 + sigma * noise, a picture with noise on top. (What the U-Net
-sees is x / sqrt(sigma^2 + 1), of variance one; DDIM's and LCM's papers write their formulas for
-that.) A picture has a sampler of its own: its history and its noise belong to no one else.
+All use one notation: x = x0 + sigma * noise. The U-Net sees x / sqrt(sigma^2 + 1), of variance
+one; the papers of DDIM and LCM write their formulas for that. Every image has a sampler of its
+own, with its own history and noise. Importing this loads no torch.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from koala.errors import unknown
 
-from koala.errors import UserError
-from koala.generation.schedule import Schedule
-from koala.utils.device import sent
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-class Noise:
-    """Unit normal noise of one picture, a function of its seed alone.
-
-    Drawn on the CPU, so that it depends neither on the device nor on other pictures.
-    """
-
-    def __init__(self, seed: int, shape: tuple[int, ...], device: torch.device) -> None:
-        self.shape, self.device = shape, device
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def draw(self) -> Tensor:
-        """The next noise, float32 of the shape, on the device."""
-        return sent(torch.randn(self.shape, generator=self.generator), self.device)
+    from koala.generation.noise import Noise
+    from koala.generation.schedule import Schedule
 
 
 class Sampler:
-    """One picture's way down a schedule.
+    """One image's sampler over a schedule. Subclasses define `step`.
 
-    Subclasses say how to `step`; `name` is AUTOMATIC1111's, `spacing` the schedule's.
+    name: as AUTOMATIC1111 calls it. spacing: a key of `schedule.SPACINGS`.
     """
 
     name: ClassVar[str]
@@ -48,13 +34,13 @@ class Sampler:
         self.noise = noise
 
     def start(self, noise: Tensor) -> Tensor:
-        """x before the first step, made of nothing but unit normal noise."""
+        """x before the first step, of standard normal noise."""
         return noise * self.sigmas[0]
 
     def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
-        """x after step i, which leads from sigmas[i] to sigmas[i + 1].
+        """x after step i, from sigmas[i] to sigmas[i + 1].
 
-        denoised: the picture that the U-Net sees in x, x - sigmas[i] * predicted noise.
+        denoised: the estimate of x0, x - sigmas[i] * predicted noise.
         """
         raise NotImplementedError
 
@@ -73,18 +59,18 @@ class Euler(Sampler):
 class DDIM(Euler):
     """DDIM without added noise (arXiv 2010.02502, equation 12, its sigma 0).
 
-    Written for x = x0 + sigma * noise it is Euler's method. What differs is the start: noise of
-    the variance that training says, sigma^2 + 1, where Euler leaves out the picture's one.
+    Written for x = x0 + sigma * noise it is Euler's method. Only the start differs: its variance
+    is that of training, sigma^2 + 1; Euler's leaves out the image's variance of one.
     """
 
     name = "DDIM"
 
     def start(self, noise: Tensor) -> Tensor:
-        return noise * _full_deviation(self.sigmas[0])
+        return noise * _std(self.sigmas[0])
 
 
 class EulerAncestral(Sampler):
-    """Euler's method to below the next level, then noise up to it.
+    """Euler's method to below the next noise level, then noise up to it.
 
     The noise is that of the diffusion process itself (arXiv 2010.02502, equation 16, eta 1).
     """
@@ -103,7 +89,7 @@ class EulerAncestral(Sampler):
 class DPMSolver2M(Sampler):
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order from the step before.
 
-    The first step has none before it, the last leads to no noise: both are of first order.
+    The first step has no predecessor and the last ends without noise: both are of first order.
     """
 
     name = "DPM++ 2M"
@@ -114,7 +100,7 @@ class DPMSolver2M(Sampler):
         self.before_length = 0.0  # of the last step, in log(1 / sigma)
 
     def start(self, noise: Tensor) -> Tensor:
-        return noise * _full_deviation(self.sigmas[0])
+        return noise * _std(self.sigmas[0])
 
     def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
         sigma, to = self.sigmas[i], self.sigmas[i + 1]
@@ -135,19 +121,19 @@ class LCM(Sampler):
     spacing = "lcm"
 
     def start(self, noise: Tensor) -> Tensor:
-        return noise * _full_deviation(self.sigmas[0])
+        return noise * _std(self.sigmas[0])
 
     def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
         sigma, to = self.sigmas[i], self.sigmas[i + 1]
         scaled_time, data = 10 * self.timesteps[i], 0.5  # the boundary condition, section 4.1
         norm = scaled_time**2 + data**2
         skip, out = data**2 / norm, scaled_time / math.sqrt(norm)
-        x = out * denoised + skip * x / _full_deviation(sigma)
+        x = out * denoised + skip * x / _std(sigma)
         return x + to * self.noise.draw() if to > 0 else x
 
 
-def _full_deviation(sigma: float) -> float:
-    """The standard deviation of x at a noise level: the picture's is one."""
+def _std(sigma: float) -> float:
+    """The standard deviation of x at a noise level, for x0 of standard deviation one."""
     return math.sqrt(sigma**2 + 1)
 
 
@@ -162,7 +148,7 @@ BY_NAME = {sampler.name: sampler for sampler in SAMPLERS.values()}
 
 
 def get(name: str) -> type[Sampler]:
-    """The sampler of a name. UserError with the list for one that is not there."""
+    """The sampler of that name. UserError for an unknown one lists all."""
     if name not in SAMPLERS:
-        raise UserError(f"scheduler {name!r} is not there: allowed are {', '.join(SAMPLERS)}")
+        raise unknown("scheduler", name, SAMPLERS)
     return SAMPLERS[name]

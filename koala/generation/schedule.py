@@ -1,8 +1,8 @@
-"""The noise levels a picture goes through: SDXL's discrete schedule, in trailing or LCM spacing.
+"""Noise schedules: SDXL's discrete one, in trailing or LCM spacing.
 
-KOALA samples in 10 steps, and with so few the first one must start at the noisiest level that
-training saw. "Trailing" spacing does (arXiv 2305.08891, table 2); "leading", SDXL's own,
-starts below it. Consistency models were trained to jump between 50 levels of their own.
+KOALA samples in 10 steps. With so few, the first must start at the noisiest level of training, as
+"trailing" spacing does (arXiv 2305.08891, table 2); "leading", SDXL's own, starts below it. Latent
+consistency models were trained on 50 levels of their own.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from koala.errors import UserError
-
-# Settings of diffusers' scheduler configs that would change the numbers below, and the one
-# value of each that means SDXL's schedule. A config that lacks a key means that value.
-_REQUIRED: dict[str, Any] = {
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
-}
+from koala.checkpoints.load import alphas_cumprod
+from koala.generation import validation
+from koala.generation.validation import LCM_LEVELS
 
 
 @dataclass(frozen=True)
@@ -42,65 +29,40 @@ class Schedule:
         return len(self.timesteps)
 
     def last(self, share: float) -> "Schedule":
-        """The last `share` (0..1] of the steps, rounded down, as for a picture that is given.
+        """The last `share` (0..1] of the steps, rounded down: what starts from an image.
 
-        UserError where that leaves no step.
+        UserError if that leaves no step.
         """
-        steps = len(self)
-        kept = min(int(steps * share), steps)
-        if kept < 1:
-            raise UserError(
-                f"strength {share:g} of {steps} steps leaves no step to do: give a strength of at "
-                f"least {1 / steps:.3g}, or more steps"
-            )
-        return Schedule(self.timesteps[steps - kept :], self.sigmas[steps - kept :])
+        skipped = len(self) - validation.steps_done(len(self), share)
+        return Schedule(self.timesteps[skipped:], self.sigmas[skipped:])
 
 
 def trailing(config: dict[str, Any], steps: int) -> Schedule:
-    """The schedule of `steps` Euler steps for a folder's scheduler config.
+    """`steps` steps in trailing spacing, for a folder's scheduler config.
 
     Equal to diffusers' `EulerDiscreteScheduler(timestep_spacing="trailing")`, whatever sampler
-    and spacing the config itself names. UserError for a config that is not SDXL's discrete,
-    epsilon-predicting kind, or for more steps than it has noise levels.
+    and spacing the config names. UserError for a config that is not discrete and predicts epsilon
+    as SDXL's, or for more steps than it has noise levels.
     """
-    levels = _levels(config)
-    if not 1 <= steps <= levels:
-        raise UserError(f"{steps} steps: this model takes 1 to {levels}")
-    # The n-th part of the levels at a time, down from the last; a half rounds to even, and the
-    # slice drops the zero that rounding errors add at a few numbers of steps.
+    levels = validation.schedule(config, "trailing", steps)
+    # Equal parts of the levels, down from the last; halves round to even, and the slice drops a
+    # zero that rounding errors add for some numbers of steps.
     ends = np.arange(levels, 0, -levels / steps)[:steps].round()
     return _schedule(config, ends - 1)
 
 
-LCM_LEVELS = 50
-
-
 def lcm(config: dict[str, Any], steps: int) -> Schedule:
-    """The schedule of latent consistency models (arXiv 2310.04378): `steps` of their 50 levels.
+    """`steps` of the 50 levels of latent consistency models (arXiv 2310.04378).
 
     Equal to diffusers' `LCMScheduler`. UserError as for `trailing`, or for more than 50 steps.
     """
-    levels = _levels(config)
-    if not 1 <= steps <= LCM_LEVELS:
-        raise UserError(f"{steps} steps: the lcm scheduler takes 1 to {LCM_LEVELS}, 4 is usual")
+    levels = validation.schedule(config, "lcm", steps)
     trained = levels // LCM_LEVELS * np.arange(LCM_LEVELS, 0, -1) - 1
     chosen = np.floor(np.linspace(0, LCM_LEVELS, steps, endpoint=False)).astype(int)
     return _schedule(config, trained[chosen])
 
 
 SPACINGS: dict[str, Callable[[dict[str, Any], int], Schedule]] = {"trailing": trailing, "lcm": lcm}
-
-
-def _levels(config: dict[str, Any]) -> int:
-    """How many noise levels training had, once it is sure that the config is SDXL's kind."""
-    for key, wanted in _REQUIRED.items():
-        found = config.get(key, wanted)
-        if found != wanted:
-            raise UserError(
-                f"the scheduler config says {key} = {found!r}; the schedulers here are made for "
-                f"{wanted!r}: use a model trained on SDXL's schedule"
-            )
-    return config["num_train_timesteps"]
 
 
 def _schedule(config: dict[str, Any], timesteps: np.ndarray) -> Schedule:
@@ -110,8 +72,6 @@ def _schedule(config: dict[str, Any], timesteps: np.ndarray) -> Schedule:
 
 
 def _sigmas(config: dict[str, Any]) -> Tensor:
-    """sqrt((1 - abar_t) / abar_t) for every t, float32 [levels]: noise over signal."""
-    start, end = config["beta_start"] ** 0.5, config["beta_end"] ** 0.5
-    betas = torch.linspace(start, end, config["num_train_timesteps"], dtype=torch.float32) ** 2
-    alphas_bar = torch.cumprod(1.0 - betas, dim=0)
-    return ((1 - alphas_bar) / alphas_bar) ** 0.5
+    """sigma_t = sqrt((1 - abar_t) / abar_t) for every t, float32 [levels]."""
+    abar = alphas_cumprod(config)
+    return ((1 - abar) / abar) ** 0.5

@@ -1,25 +1,53 @@
-"""What a person may ask of the pipeline; all else is refused before any work, in one line."""
+"""Checks of a user's arguments: one line for each mistake, before any work is done.
+
+Importing this loads no torch.
+"""
 
 import math
 import re
 import secrets
 import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from koala.errors import UserError
+from koala.architectures.table import FACTOR
+from koala.checkpoints.tensors import DTYPES
+from koala.errors import UserError, unknown
 
+EXACT = ("torch", "openvino")  # back ends that give the same picture within 1e-4
+ROUNDED = ("torch-bf16", "openvino-bf16", "openvino-int8")
+BACKENDS = (*EXACT, *ROUNDED, "auto", "fastest", "remembered")
+WEIGHTS = (*DTYPES, "int8", "fp8")
+DECODERS = ("full", "tiled", "tiny")
 SMALLEST, LARGEST = 16, 4096  # pixels a side
 MOST_STEPS = 1000
-MOST_PICTURES = 10_000  # of all prompts together
+MOST_PICTURES = 10_000  # of all prompts
 MOST_GUIDANCE = 100
 MOST_SEED = 2**63 - 1
 MOST_LORA_SCALE = 100
 LONGEST_TEXT = 10_000  # characters
-STRENGTH = 0.6  # where a picture is given and no strength
+STRENGTH = 0.6  # default for an image without a strength
+LCM_LEVELS = 50  # noise levels of latent consistency models (arXiv 2310.04378)
+
+# Keys of diffusers' scheduler configs that change the schedule, and the value of SDXL's schedule,
+# which is also what a config without the key means.
+_SCHEDULE: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+}
 
 
 def prompts(prompt: str | list[str]) -> list[str]:
-    """The prompts as a list; UserError if there is none, or one says nothing."""
+    """The prompts as a list. UserError if there is none, or one is empty."""
     found = [prompt] if isinstance(prompt, str) else list(prompt)
     if not found:
         raise UserError("no prompt: give at least one, such as 'a red fox, noto style'")
@@ -31,7 +59,7 @@ def prompts(prompt: str | list[str]) -> list[str]:
 
 
 def negative_prompt(text: str, guidance: float) -> None:
-    """UserError for a negative prompt that could not have an effect."""
+    """UserError for a negative prompt that would have no effect."""
     _text(text, "negative prompt")
     if text and guidance <= 1:
         raise UserError(
@@ -41,7 +69,7 @@ def negative_prompt(text: str, guidance: float) -> None:
 
 
 def numbers(steps: int, guidance: float, number: int) -> None:
-    """UserError unless steps, guidance and the number of pictures are in their ranges."""
+    """UserError unless steps, guidance and the number of images are in range."""
     if not _whole(steps) or not 1 <= steps <= MOST_STEPS:
         raise UserError(
             f"steps is {steps!r}: allowed are whole numbers from 1 to {MOST_STEPS}, 10 is usual"
@@ -58,7 +86,7 @@ def numbers(steps: int, guidance: float, number: int) -> None:
 
 
 def guidance_until(asked: float, guidance: float) -> float:
-    """UserError unless it is a share of the steps, and there is guidance to cut off."""
+    """UserError unless it is a share of the steps and there is guidance to end."""
     if not _number(asked) or not 0 < asked <= 1:
         raise UserError(
             f"guidance until is {asked!r}: allowed are shares of the steps above 0, up to 1 (all)"
@@ -72,32 +100,28 @@ def guidance_until(asked: float, guidance: float) -> float:
 
 
 def strength(asked: float | None, picture: bool, mask: bool) -> float:
-    """The share of the steps to do: 1 without a picture. UserError for one that is no share."""
+    """The share of the steps to do: 1 without an image. UserError if out of range."""
     if mask and not picture:
-        raise UserError("a mask needs the picture that it is for: give an image as well")
+        raise UserError("a mask needs an image: give the image that it is for")
     if asked is None:
         return STRENGTH if picture else 1.0
     if not picture:
-        raise UserError(f"strength {asked!r} has no effect without a picture: give an image")
+        raise UserError(f"strength {asked!r} has no effect without an image: give one")
     if not _number(asked) or not 0 < asked <= 1:
         raise UserError(
-            f"strength is {asked!r}: allowed are numbers above 0 (the picture as it is), up to 1 "
-            f"(all anew); {STRENGTH:g} is usual"
+            f"strength is {asked!r}: allowed are numbers above 0 (keep the image), up to 1 "
+            f"(redraw it); {STRENGTH:g} is usual"
         )
     return float(asked)
 
 
-def size(asked: tuple[int, int] | str | None, native: int, factor: int) -> tuple[int, int]:
+def size(asked: tuple[int, int] | str, factor: int = FACTOR) -> tuple[int, int]:
     """(width, height) in pixels, each a multiple of the VAE's `factor`.
 
-    That suffices: where a U-Net's downsampling does not divide the latent, diffusers' passes
-    the sizes on to the upsampling.
+    No larger factor is needed: if the U-Net's downsampling does not divide the latent, diffusers
+    passes the sizes on to the upsampling.
     """
-    rule = (
-        f"allowed are multiples of {factor} from {SMALLEST} to {LARGEST}, such as {native}x{native}"
-    )
-    if asked is None:
-        return native, native
+    rule = f"allowed are multiples of {factor} from {SMALLEST} to {LARGEST}, such as 512x512"
     if isinstance(asked, str):
         match = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", asked.strip(), re.ASCII)
         if match is None:
@@ -112,7 +136,7 @@ def size(asked: tuple[int, int] | str | None, native: int, factor: int) -> tuple
 
 
 def seed(asked: int | None, pictures: int) -> int:
-    """The first picture's seed: the one asked for, or a random one of 32 bits."""
+    """The first image's seed: the one asked for, or a random one of 32 bits."""
     if asked is None:
         return secrets.randbelow(2**32)
     if not _whole(asked) or not 0 <= asked <= MOST_SEED - (pictures - 1):
@@ -123,8 +147,40 @@ def seed(asked: int | None, pictures: int) -> int:
     return asked
 
 
+def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
+    """The number of noise levels of a scheduler config.
+
+    spacing: a sampler's, "trailing" or "lcm". UserError for a config that is not discrete and
+    predicts epsilon as SDXL's, or for more steps than it has noise levels.
+    """
+    for key, wanted in _SCHEDULE.items():
+        found = config.get(key, wanted)
+        if found != wanted:
+            raise UserError(
+                f"the scheduler config has {key} = {found!r}, koala's schedulers need "
+                f"{wanted!r}: use a model trained on SDXL's schedule"
+            )
+    levels: int = config["num_train_timesteps"]
+    if spacing == "lcm" and not 1 <= steps <= LCM_LEVELS:
+        raise UserError(f"{steps} steps: the lcm scheduler takes 1 to {LCM_LEVELS}, 4 is usual")
+    if not 1 <= steps <= levels:
+        raise UserError(f"{steps} steps: this model takes 1 to {levels}")
+    return levels
+
+
+def steps_done(steps: int, share: float) -> int:
+    """How many of the steps a strength of `share` does, rounded down. UserError for 0."""
+    done = min(int(steps * share), steps)
+    if done < 1:
+        raise UserError(
+            f"strength {share:g} of {steps} steps leaves no step to do: give a strength of at "
+            f"least {1 / steps:.3g}, or more steps"
+        )
+    return done
+
+
 def lora_scale(asked: float) -> float:
-    """UserError unless a LoRA's scale is in its range; negative ones turn it round."""
+    """UserError unless a LoRA's scale is in range; negative ones invert its effect."""
     numeric = isinstance(asked, (int, float)) and not isinstance(asked, bool)
     if not numeric or not abs(asked) <= MOST_LORA_SCALE:
         raise UserError(
@@ -134,12 +190,74 @@ def lora_scale(asked: float) -> float:
     return float(asked)
 
 
-def lora(asked: str) -> tuple[str, float]:
-    """(file, scale) of "FILE" or "FILE:SCALE"; without a scale it is 1."""
-    file, _, scale = asked.rpartition(":")
-    if re.fullmatch(r"[-+]?\d*\.?\d+", scale, re.ASCII) and not Path(asked).exists():
-        return file, lora_scale(float(scale))
-    return asked, 1.0
+def loras(asked: Sequence[str]) -> dict[str | Path, float]:
+    """File -> scale, of each "FILE" or "FILE:SCALE"; the default scale is 1.
+
+    UserError for a scale that is no number or out of range, or a file that is given twice.
+    """
+    found: dict[str | Path, float] = {}
+    for text in asked:
+        file, colon, scale = text.rpartition(":")
+        number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", scale, re.ASCII)
+        # "style.safetensors:0,8" is a file and no number; "C:\style.safetensors" is a file.
+        names_file = Path(file).exists() or "." in Path(file).name
+        if not colon or Path(text).exists() or not (number or names_file):
+            file = text
+        elif not number:
+            raise UserError(
+                f"LoRA scale is {scale!r}: allowed are numbers from -{MOST_LORA_SCALE} to "
+                f"{MOST_LORA_SCALE}, as in {file}:0.8"
+            )
+        if file in found:
+            raise UserError(f"LoRA {file} is given twice: name each once")
+        found[file] = 1.0 if file == text else lora_scale(float(scale))
+    return found
+
+
+def runtime(
+    backend: str | None, compile: bool, graphs: bool, vram: str | float | None = None,
+    weights: str | None = None, decode: str | None = None, tiny_vae: str | Path | None = None,
+    dtype: str | None = None,
+) -> bool:  # fmt: skip
+    """Whether a memory plan decides how the model runs: vram, weights, decode or tiny_vae is given.
+
+    UserError for a name that is unknown, and for arguments that exclude each other: back ends,
+    compiling and CUDA graphs need the whole model on its device. The back end "remembered" is no
+    demand: it gives way to the others.
+    """
+    if backend not in (None, *BACKENDS):
+        raise unknown("back end", backend, BACKENDS)
+    if weights not in (None, *WEIGHTS):
+        raise unknown("weights", weights, WEIGHTS)
+    if decode not in (None, *DECODERS):
+        raise unknown("decoder", decode, DECODERS)
+    if vram is not None:
+        budget(vram)
+    demanded = None if backend == "remembered" else backend
+    given = {"--backend": demanded, "--compile": compile, "--graphs": graphs, "--dtype": dtype}
+    named = [name for name, value in given.items() if value]
+    if planned := any((vram, weights, decode, tiny_vae)):
+        for name in named:
+            raise UserError(
+                f"{name} has no effect under a memory plan: leave it out, or --vram, --weights, "
+                "--decode and --tiny-vae"
+            )
+    if (compile or graphs) and demanded not in (None, "torch"):
+        raise UserError(f"{named[1]} is PyTorch's: it does not go with --backend {backend}")
+    return planned
+
+
+def budget(vram: float | str) -> int | None:
+    """Bytes of a budget in GiB; None for "free". UserError for anything else."""
+    if vram == "free":
+        return None
+    try:
+        size = float(vram)
+    except (TypeError, ValueError):
+        size = 0.0
+    if isinstance(vram, bool) or not 0 < size < 2**20:
+        raise UserError(f"vram is {vram!r}: allowed are numbers of GiB above 0, such as 4, or free")
+    return int(size * 2**30)
 
 
 def _number(value: object) -> bool:
@@ -152,7 +270,7 @@ def _whole(value: object) -> bool:
 
 
 def _text(value: object, what: str) -> None:
-    """UserError unless `value` is text of a sane length that UTF-8 can hold, without controls."""
+    """UserError unless `value` is valid text of limited length without control characters."""
     if not isinstance(value, str):
         raise UserError(f"the {what} is {value!r}: allowed is text")
     if len(value) > LONGEST_TEXT:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from koala.architectures.config import from_unet_config
@@ -187,6 +188,10 @@ def base_named(name: str) -> BaseModel:
         raise UserError(
             f"{name} is an architecture whose text encoders vary; give the folder of a model"
         )
-    folder = resolve_model(name)
+    return base_of(resolve_model(name))
+
+
+def base_of(folder: Path) -> BaseModel:
+    """What a LoRA for the model of a checked folder is for."""
     unet, text, text_2 = (read_json(folder / part / "config.json") for part in PARTS)
     return BaseModel.from_configs(unet, text, text_2)

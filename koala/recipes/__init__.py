@@ -18,14 +18,12 @@ and the paper's runs at full size, one row each in `koala.recipes.paper`.
 Importing this package is cheap; `koala.recipes.train` does the work.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-from koala.errors import UserError
-from koala.recipes import paper
-
-if TYPE_CHECKING:
-    from koala.recipes.recipe import Recipe
+from koala.errors import unknown
+from koala.recipes import mini, paper
+from koala.recipes.overrides import overridden
+from koala.recipes.recipe import Recipe
 
 MINI = (
     "mini-base",
@@ -43,13 +41,16 @@ MINI = (
 NAMES = (*MINI, *paper.PRESETS)
 
 
-def get(name: str) -> "Recipe":
+def get(name: str) -> Recipe:
     """The recipe of that name; `UserError` lists the names."""
     if name not in NAMES:
-        raise UserError(f"unknown recipe {name!r}; choose one of {', '.join(NAMES)}")
+        raise unknown("recipe", name, NAMES)
     if name in paper.PRESETS:
         return paper.student(name)
-    from koala.recipes import mini
-
     recipe: Callable[[], Recipe] = getattr(mini, name.replace("-", "_"))
     return recipe()
+
+
+def configured(recipe: str | Recipe, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe, its settings replaced by those given as "name=value"; UserError as there."""
+    return overridden(get(recipe) if isinstance(recipe, str) else recipe, settings)

@@ -9,6 +9,7 @@ from the device's throughput: a named GPU's, at an assumed share of its peak, or
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,8 +31,9 @@ from koala.distillation.taps import tap_points
 from koala.errors import UserError
 from koala.recipes.calibrate import assumed, measured
 from koala.recipes.memory import META, TrainingSetup, blank_unet, device_memory, main_memory
-from koala.recipes.recipe import Recipe, Student, Teacher
+from koala.recipes.recipe import ALONE, Recipe, Student, Teacher, described
 from koala.recipes.train import CAPTION_CACHE
+from koala.recipes.validation import check_dry_run
 from koala.utils.device import pick_device
 
 MINI = get("sdxl-mini")
@@ -96,6 +98,28 @@ class Estimate:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """What a recipe's run would be."""
+
+    recipe: Recipe
+    cost: Estimate | None  # None for a recipe that trains no U-Net
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return described(self.recipe) | ({"cost": self.cost.as_dict()} if self.cost else {})
+
+    def text(self) -> str:
+        """For the terminal."""
+        cost = self.cost.text() if self.cost else "(no estimate: this recipe trains no U-Net)"
+        return f"{json.dumps(described(self.recipe), indent=2)}\n{cost}"
+
+
+def dry_run(recipe: Recipe, **options: Any) -> DryRun:
+    """The recipe and its cost; options as of `estimate`."""
+    return DryRun(recipe, None if isinstance(recipe, ALONE) else estimate(recipe, **options))
+
+
 def estimate(
     recipe: Recipe,
     *,
@@ -115,7 +139,7 @@ def estimate(
     """
     if not isinstance(recipe, Student | Teacher):
         raise UserError("a dry run covers U-Nets only; this recipe trains a VAE or text encoders")
-    _check(recipe, processes)
+    check_dry_run(recipe, processes, card, device, data)
     made_with = Index(data).made_with if data is not None else {}
     known = assumed(card) if card is not None else None
     here = pick_device(device)
@@ -152,15 +176,6 @@ def estimate(
         days=seconds / 86_400,
         device_hours=seconds / 3600 * processes,
     )
-
-
-def _check(recipe: Student | Teacher, processes: int) -> None:
-    """Raises UserError for settings invalid with this number of processes."""
-    if processes < 1:
-        raise UserError(f"--gpus {processes}: it must be 1 or more")
-    sharded = recipe.hardware.sharding == "fsdp" or recipe.hardware.teacher == "sharded"
-    if processes == 1 and sharded:
-        raise UserError("sharding=fsdp and teacher=sharded need several GPUs: give --gpus N")
 
 
 def _setup(

@@ -6,7 +6,7 @@ from data sheets (for GeForce cards twice the fp32 rate, as in the white papers)
 
 from typing import NamedTuple
 
-from koala.errors import UserError
+from koala.errors import unknown
 
 SHARE = 0.35  # of the peak that a training is assumed to reach; not yet measured
 
@@ -36,5 +36,5 @@ GPUS = {
 def get(name: str) -> Gpu:
     """The GPU of that name; `UserError` lists the names."""
     if name not in GPUS:
-        raise UserError(f"unknown card {name!r}; choose one of {', '.join(GPUS)}")
+        raise unknown("card", name, GPUS)
     return GPUS[name]

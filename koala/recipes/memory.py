@@ -34,9 +34,9 @@ from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_scheduler_config
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import Hardware, Training
+from koala.distillation.settings import DistillationSettings, Hardware, Training
 from koala.distillation.taps import regions
-from koala.distillation.tasks import Denoising, Distillation, DistillationSettings
+from koala.distillation.tasks import Denoising, Distillation
 from koala.generation.memory.peak import Alive, FusedAttention
 
 OVERHEAD = 2**30  # bytes of a GPU: context, cuDNN's and cuBLAS's workspaces; assumed

@@ -8,8 +8,7 @@ the VAE is trained further at 128.
 
 from dataclasses import replace
 
-from koala.distillation.settings import Training
-from koala.distillation.tasks import DistillationSettings
+from koala.distillation.settings import DistillationSettings, Training
 from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes.recipe import Mixture, Student, Teacher
 

@@ -12,8 +12,8 @@ from dataclasses import fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from koala.distillation.taps import Tap
-from koala.errors import UserError
+from koala.distillation.settings import Tap
+from koala.errors import UserError, unknown
 
 T = TypeVar("T")
 
@@ -28,10 +28,10 @@ def overridden(recipe: T, given: Sequence[str]) -> T:
     values: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
-        if name not in kinds or not equals:
-            raise UserError(
-                f"--set {text}: use NAME=VALUE, with one of the names {', '.join(kinds)}"
-            )
+        if not equals:
+            raise UserError(f"--set {text}: the form is NAME=VALUE, as in training.batch=64")
+        if name not in kinds:
+            raise unknown("--set name", name, kinds)
         if name in values:
             raise UserError(f"--set {name} is given twice")
         values[name] = _read(name, value, kinds[name])

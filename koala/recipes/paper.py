@@ -31,12 +31,11 @@ Importing this module is cheap.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from koala.distillation.settings import Hardware, Training
-
-if TYPE_CHECKING:
-    from koala.recipes.recipe import Student
+from koala.distillation.settings import DistillationSettings, Hardware, Training
+from koala.recipes.overrides import taps_of
+from koala.recipes.recipe import Mixture, Student
 
 
 class Preset(NamedTuple):
@@ -118,10 +117,6 @@ PROMPTS = (  # of previews: some that the paper calls hard for such models, some
 
 def student(name: str) -> Student:
     """The recipe of a row of the table."""
-    from koala.distillation.tasks import DistillationSettings
-    from koala.recipes.overrides import taps_of
-    from koala.recipes.recipe import Mixture, Student
-
     row = PRESETS[name]
     samples = 1000 * row.steps * row.batch
     weight = 1.0 if row.taps else 0.0  # of both terms that need the teacher

@@ -16,24 +16,6 @@ from koala.utils.contact_sheet import contact_sheet
 
 SMALL = 128  # pixels: images up to this size are enlarged twice
 LARGEST = 512  # pixels: larger images are reduced to this size
-MINI_PROMPTS = (
-    "a red apple, noto style",
-    "a fox, flat twemoji style",
-    "a rocket, 3d fluent style",
-    "a dog, flat fluent style",
-    "a blue bicycle, solid icon",
-    "a sunflower, noto style",
-    "a cat on a pale yellow background, flat twemoji style",
-    "two green apples on a light blue background, noto style",
-    "a car, flat twemoji style",
-    "a steam train, noto style",
-    "a whale to the left of a crab on a white background, flat fluent style",
-    "three frogs on a mint green background, flat twemoji style",
-    "a scarlet rabbit, solid icon",
-    "a puppy",
-    "a strawberry, flat fluent style",
-    "a guitar, 3d fluent style",
-)
 
 
 def drawing(model: Path, conditioner: TextConditioner, device: torch.device | str) -> Draw:

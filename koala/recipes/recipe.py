@@ -1,11 +1,29 @@
-"""Configurations of runs: frozen dataclasses, one per kind of run."""
+"""What a run's configuration is: frozen dataclasses, one a kind of run. Loads nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from koala.distillation.settings import PLAIN, Hardware, Training
-from koala.distillation.tasks import DistillationSettings
+from koala.distillation.settings import PLAIN, DistillationSettings, Hardware, Training
 from koala.mini.settings import Autoencoder, Base, Tiny
-from koala.recipes.previews import MINI_PROMPTS
+
+MINI_PROMPTS = (  # of previews
+    "a red apple, noto style",
+    "a fox, flat twemoji style",
+    "a rocket, 3d fluent style",
+    "a dog, flat fluent style",
+    "a blue bicycle, solid icon",
+    "a sunflower, noto style",
+    "a cat on a pale yellow background, flat twemoji style",
+    "two green apples on a light blue background, noto style",
+    "a car, flat twemoji style",
+    "a steam train, noto style",
+    "a whale to the left of a crab on a white background, flat fluent style",
+    "three frogs on a mint green background, flat twemoji style",
+    "a scarlet rabbit, solid icon",
+    "a puppy",
+    "a strawberry, flat fluent style",
+    "a guitar, 3d fluent style",
+)
 
 
 @dataclass(frozen=True)
@@ -49,3 +67,8 @@ class Student:
 
 Recipe = Base | Autoencoder | Teacher | Student | Tiny
 ALONE = (Base, Autoencoder, Tiny)  # train in one process, without `Hardware`
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """The configuration under its kind's name, for JSON."""
+    return {type(recipe).__name__.lower(): asdict(recipe)}

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from koala import recipes
 from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.flops import flops
 from koala.architectures.table import get
@@ -31,9 +30,10 @@ from koala.distillation.tasks import Denoising, Distillation, Encode
 from koala.errors import UserError
 from koala.mini.runs import run_autoencoder, run_base, run_tiny
 from koala.mini.settings import Autoencoder, Base, Tiny
-from koala.recipes.overrides import overridden
-from koala.recipes.previews import MINI_PROMPTS, drawing
-from koala.recipes.recipe import ALONE, Recipe, Student, Teacher
+from koala.recipes import configured
+from koala.recipes.previews import drawing
+from koala.recipes.recipe import ALONE, MINI_PROMPTS, Recipe, Student, Teacher
+from koala.recipes.validation import check, teacher_of
 from koala.text_conditioning import TextConditioner
 
 CAPTION_CACHE = 2**31  # bytes of embeddings cached by a training on the CPU: the whole mini set's
@@ -71,9 +71,10 @@ def distill(
     with joined(device) as world:
         with world.together():
             recipe = configured(recipe, settings)
-            teacher = _teacher_of(recipe, teacher, world)
-            if student is not None and not isinstance(recipe, Student):
-                raise UserError(f"--student {student}: this recipe trains no student; leave it out")
+            check(recipe, data, teacher, student, device, loggers)
+            if isinstance(recipe, ALONE) and world.size > 1:
+                raise UserError("this recipe trains in one process: run it without torchrun")
+            teacher = teacher_of(recipe, teacher)
         if isinstance(recipe, Base):
             models = [run_base(recipe, Path(data), out, str(world.device), loggers)]
         elif isinstance(recipe, Autoencoder):
@@ -89,26 +90,6 @@ def distill(
             for model in models if world.first else ():
                 _card(name, recipe, data, out, teacher, student).write(model)
     return models[0]
-
-
-def configured(recipe: str | Recipe, settings: Sequence[str] = ()) -> Recipe:
-    """The recipe with "name=value" settings replaced; UserError as in `overridden`."""
-    recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    return overridden(recipe, settings)
-
-
-def _teacher_of(recipe: Recipe, given: str | None, world: World) -> str | None:
-    """The teacher's name: the given one, else the recipe's; None if none is needed."""
-    if isinstance(recipe, Base) and given is not None:
-        raise UserError(f"--teacher {given}: this recipe trains from scratch; leave it out")
-    if isinstance(recipe, ALONE) and world.size > 1:
-        raise UserError("this recipe trains in one process: run it without torchrun")
-    teacher = given or (recipe.teacher if isinstance(recipe, Student) else None)
-    if not isinstance(recipe, Base) and teacher is None:
-        raise UserError(
-            "this recipe needs --teacher: the folder or name of the model to learn from"
-        )
-    return teacher
 
 
 def _run(
@@ -222,11 +203,6 @@ def _card(
         before=before.samples.get("U-Net", 0) + before.before if before else 0,
     )
     return model_card.trained_of(start, model_card.name_of(out / "model"), facts)
-
-
-def described(recipe: Recipe) -> dict[str, Any]:
-    """The configuration under its kind's name, for JSON."""
-    return {type(recipe).__name__.lower(): asdict(recipe)}
 
 
 def _conditioner(model: Path, device: torch.device, latents: LatentSet) -> TextConditioner:

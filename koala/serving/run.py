@@ -1,7 +1,7 @@
-"""What `koala serve` does: load, answer, warm up, and leave in good order when told to.
+"""`koala serve`: loads the model, answers, warms up, and drains when it is told to stop.
 
-The port is taken and the keys are read before anything long begins, so that a mistake shows at
-once. The server answers as soon as the model is loaded, and is ready when it is warm.
+The port is bound and the keys are read before the model is loaded, so that a mistake shows at once.
+The server answers as soon as the model is loaded, and is ready when it has warmed up.
 """
 
 import asyncio
@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from koala.errors import Failure, UserError
-from koala.serving.settings import Options
+from koala.serving.jobs.database import Database
+from koala.serving.settings import Options, check
 
 if TYPE_CHECKING:
     import uvicorn
@@ -21,36 +22,35 @@ if TYPE_CHECKING:
     from koala.generation import Pipeline
     from koala.serving.service import Service
 
-CONNECTIONS_END = 5  # seconds that answers have after the last picture is done
+CONNECTIONS_END = 5  # seconds for answers to end after the last image is done
 
 
 def serve(options: Options, say: Callable[[str], None]) -> None:
-    """Serves until SIGTERM or SIGINT; a second one ends what is under way at once.
+    """Serves until SIGTERM or SIGINT; a second signal cancels what is running.
 
-    `say` is told in lines for a person. UserError for what it cannot be started with.
+    say: called with lines for a person. UserError for options that the server cannot start with.
     """
+    check(options)
     try:
         import uvicorn
     except ImportError:
         raise UserError(
             "koala serve needs more packages: pip install 'koala-diffusion[serve]'"
         ) from None
-    from koala.generation.runtime.compile import ROWS
-    from koala.serving.app import create_app
-    from koala.serving.jobs.database import Store
-    from koala.serving.service import Service
-
-    check(options)
     if not options.on_loopback and options.api_key_file is None:
         say(
-            f"warning: whoever reaches {options.host} can draw with this server: "
+            f"warning: everybody who reaches {options.host} can use this server: "
             "give --api-key-file"
         )
-    with _bound(options) as listening, contextlib.closing(Store(options.data)) as store:
+    with _bound(options) as listening, contextlib.closing(Database(options.data)) as database:
+        # After all checks: these load torch.
+        from koala.serving.app import create_app
+        from koala.serving.service import Service
+
         pipeline, options = loaded(options, say)
-        sizes = ROWS if options.compile or options.graphs else ()
+        sizes = pipeline.batch_sizes
         service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
-        app = create_app(service, store, options)
+        app = create_app(service, database, options)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False,
             timeout_graceful_shutdown=CONNECTIONS_END,
@@ -58,69 +58,42 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         try:
             closed = app.state.jobs.close
             server = uvicorn.Server(config)
-            asyncio.run(_until_told(server, service, closed, listening, options, say))
+            asyncio.run(_until_signalled(server, service, closed, listening, options, say))
         finally:
             service.close()
 
 
-def check(options: Options) -> None:
-    """UserError for options that do not go together or name what is not there."""
-    from koala.serving.security import Keys
-
-    if options.api_key_file is not None:
-        Keys.read(options.api_key_file)
-    if options.lora_dir is not None:
-        if not options.lora_dir.is_dir():
-            raise UserError(f"--lora-dir {options.lora_dir} is no folder: name the LoRAs' one")
-        others = {
-            "--vram": options.vram, "--compile": options.compile, "--graphs": options.graphs,
-            "--backend": options.backend not in (None, "torch"),
-        }  # fmt: skip
-        for name in (name for name, given in others.items() if given):
-            raise UserError(
-                f"--lora-dir does not go with {name}: LoRAs that change need the model as PyTorch "
-                "runs it; leave one out"
-            )
-    if options.vram is not None:
-        for name in ("backend", "compile", "graphs"):
-            if getattr(options, name):
-                raise UserError(f"--{name} has no effect under a memory plan: leave out --vram")
-
-
 def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Options]":
-    """The model as asked for, and the options with limits that it can hold."""
+    """The model as asked for, and the options with limits that its memory plan can hold."""
     from koala.generation import load
-    from koala.generation.engine import PIXELS_AT_ONCE
-    from koala.generation.memory.placement import load_within
-    from koala.generation.runtime.backends import equip
-    from koala.generation.runtime.compile import in_fixed_batches, one_by_one
+    from koala.generation.runtime.compile import one_by_one
 
     limits = options.limits
-    if options.vram is not None:
-        side = None if limits.size is None else int(limits.size**0.5) // 8 * 8
-        pipeline, plan = load_within(
-            options.model, options.device, options.vram, pictures=limits.max_batch or 8,
-            size=None if side is None else (side, side), given=True, say=say,
-        )  # fmt: skip
+    side = None if limits.size is None else int(limits.size**0.5) // 8 * 8
+    pipeline = load(
+        options.model,
+        options.device,
+        backend="torch" if options.lora_dir is not None else options.backend or "remembered",
+        compile=options.compile,
+        graphs=options.graphs,
+        vram=options.vram,
+        size=None if side is None else (side, side),
+        pictures=limits.max_batch or 8,
+        from_image=True,
+        say=say,
+    )
+    if (plan := pipeline.plan) is not None:
         say(plan.table())
-        native = (pipeline.unet.config.sample_size * pipeline.factor) ** 2
-        largest = limits.size or native
-        at_once = max(1, min(limits.max_batch or 8, PIXELS_AT_ONCE // largest))
-        limits = replace(limits, max_batch=at_once, size=largest)
-    else:
-        pipeline = load(options.model, options.device)
-        backend = "torch" if options.lora_dir is not None else options.backend
-        equip(pipeline, backend, options.compile, options.graphs, say)
-        if options.compile or options.graphs:
-            pipeline.predict = in_fixed_batches(pipeline.predict)
-    # Decoding several at once takes their memory several times, and is hardly faster.
+        size = limits.size or plan.size[0] * plan.size[1]
+        limits = replace(limits, max_batch=plan.pictures, size=size)
+    # Several at once take their memory several times, and are hardly faster.
     pipeline.decode = one_by_one(pipeline.decode)
     return pipeline, replace(options, limits=limits)
 
 
 @contextlib.contextmanager
 def _bound(options: Options) -> Iterator[socket.socket]:
-    """The address, taken; nobody is answered yet. UserError if it cannot be had."""
+    """A socket that is bound to the address and does not listen yet. UserError if it cannot be."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.socket(family) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -128,26 +101,26 @@ def _bound(options: Options) -> Iterator[socket.socket]:
             listening.bind((options.host, options.port))
         except (OSError, OverflowError) as error:
             raise UserError(
-                f"port {options.port} of {options.host} cannot be had ({error}): name another with "
-                "--port or --host"
+                f"cannot listen at port {options.port} of {options.host} ({error}): name another "
+                "with --port or --host"
             ) from None
         yield listening
 
 
-async def _until_told(
+async def _until_signalled(
     server: "uvicorn.Server", service: "Service", closed: Callable[[], None],
     listening: socket.socket, options: Options, say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Answers, warms up, and ends when a signal says so, after what is under way.
+    """Answers, warms up, and after a signal drains and ends.
 
-    `closed` is called then, to end what listens to jobs.
+    closed: called then, to end the listeners of jobs.
     """
-    told = asyncio.Event()
+    signalled = asyncio.Event()
 
     def on_signal() -> None:
-        if told.is_set():
+        if signalled.is_set():
             service.cancel()
-        told.set()
+        signalled.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -156,21 +129,21 @@ async def _until_told(
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
     serving = asyncio.create_task(server.serve([listening]))
     warming = asyncio.create_task(asyncio.to_thread(service.start))
-    stopping = asyncio.create_task(told.wait())
+    stopping = asyncio.create_task(signalled.wait())
     await asyncio.wait({serving, warming, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if warming.done() and not warming.exception() and not told.is_set():
+    if warming.done() and not warming.exception() and not signalled.is_set():
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         say(f"{service.pipeline.name} is ready on http://{shown}:{port}")
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if told.is_set():
-        say("stopping: no new requests; what is under way is finished")
+    if signalled.is_set():
+        say("stopping: no new requests; running ones are finished")
         if not await asyncio.to_thread(service.drain, options.limits.drain):
-            say("what was not finished has been cancelled")
+            say("requests that did not finish in time were cancelled")
         await asyncio.to_thread(closed)
     server.should_exit = True
     await serving
     if not server.started:
-        raise Failure("the server could not be started; its log says why")
-    if not told.is_set() or warming.done():
+        raise Failure("the server did not start; its log says why")
+    if not signalled.is_set() or warming.done():
         await warming

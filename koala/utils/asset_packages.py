@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
 NPM = {  # name: version, pinned so that a set is reproducible
     "@iconify-json/noto": "1.2.9",
@@ -54,7 +54,7 @@ def package(name: str) -> Path:
     """
     version = NPM.get(name) or PYPI.get(name)
     if version is None:
-        raise UserError(f"unknown asset package {name!r}; choose one of {', '.join([*NPM, *PYPI])}")
+        raise unknown("data package", name, [*NPM, *PYPI])
     folder = cache_folder() / f"{name.replace('/', '+')}-{version}"
     if folder.is_dir():
         return folder

@@ -1,21 +1,38 @@
-"""Chooses the device, measures its free memory, and describes the CPU."""
+"""Which device does the work: the best there is, unless another is asked for; what a CPU can do.
+
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
 
 import os
 import platform
+import re
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from koala.errors import UserError, unknown
 
-from koala.errors import UserError
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
+DEVICES = ("cpu", "cuda", "mps")
 _INFO = Path("/proc/cpuinfo")
 FREE_SHARE = 0.9  # of the free memory, for a model
 
 
+def check_device(asked: str | None) -> None:
+    """UserError unless it is the name of a device, there or not: "cpu", "cuda", "cuda:1", "mps"."""
+    if asked is not None and not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d{{1,3}})?", asked):
+        raise unknown("device", asked, DEVICES, " or one of several, such as cuda:1")
+
+
 def pick_device(asked: torch.device | str | None = None) -> torch.device:
     """The requested device, UserError if it is not available; None chooses the best one."""
+    import torch
+
     there = ["cpu"]
     if torch.backends.mps.is_available():
         there.insert(0, "mps")
@@ -36,6 +53,8 @@ def pick_device(asked: torch.device | str | None = None) -> torch.device:
 
 def free_bytes(device: torch.device) -> int:
     """Memory on the device that a model may use: nine tenths of what is free now."""
+    import torch
+
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     elif device.type == "mps":
@@ -98,6 +117,7 @@ def has_bf16() -> bool:
 def hardware() -> str:
     """CPU, cores, accelerator and versions, in one line."""
     import diffusers
+    import torch
 
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (

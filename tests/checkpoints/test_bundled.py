@@ -17,7 +17,7 @@ from koala.architectures.config import from_unet_config
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_unet
 from koala.checkpoints.validate import WEIGHTS, weights_files
-from koala.generation.samplers import Noise
+from koala.generation.noise import Noise
 
 ROOT = Path(__file__).parents[2]
 FOLDER = BUNDLED / "koala-mini"

@@ -257,10 +257,10 @@ def test_depths_of_ones_own_may_be_a_known_student():
         ("0,2,2", "none above the teacher's"),
         ("1,1,1", "none above the teacher's"),
         ("0,0,0", "not all 0"),
-        ("0,1,-1", "no student '0,1,-1'"),
+        ("0,1,-1", "unknown student '0,1,-1'"),
         ("0,1,2 no mid", "or depths such as 0,2,4 or 0,2,4,no-mid"),
-        ("0,1,99999999999", "no student"),
-        ("", "no student ''"),
+        ("0,1,99999999999", "unknown student"),
+        ("", "unknown student ''"),
     ],
 )
 def test_depths_that_are_none(teacher, tmp_path, to, message):

@@ -358,8 +358,8 @@ def test_a_file_without_configurations_must_be_sdxls(toy_file, tmp_path):
 def test_wrong_settings(toy_sdxl, toy_file, tmp_path):
     (tmp_path / "model").symlink_to(toy_sdxl)
     model = tmp_path / "model"
-    refused(model, "unknown format 'onnx'; choose one of diffusers, single-file", to="onnx")
-    refused(model, "unknown dtype 'int8'; choose one of fp32, fp16, bf16", dtype="int8")
+    refused(model, "unknown format 'onnx': choose diffusers, single-file", to="onnx")
+    refused(model, "unknown dtype 'int8': choose fp32, fp16, bf16", dtype="int8")
     refused(model, "must end in .safetensors, not out.ckpt", to="single-file", name="out.ckpt")
     taken = tmp_path / "taken.safetensors"
     taken.write_text("mine")

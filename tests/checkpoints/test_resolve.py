@@ -71,7 +71,7 @@ def test_loads_as_float32_whatever_is_stored(whole, folder):
 
 @pytest.mark.parametrize("name", ["koala-maxi", "", "a/b/c", "./nowhere", "/nowhere/at/all", "-/x"])
 def test_unknown_names_list_what_is_allowed(name):
-    with pytest.raises(UserError, match=r"unknown model .*bundled name.*folder.*Hub id"):
+    with pytest.raises(UserError, match=r"unknown model .*koala-mini.*folder.*Hub id"):
         resolve_model(name)
 
 

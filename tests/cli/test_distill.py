@@ -62,7 +62,7 @@ def distil(
         ({"teacher": "student"}, "koala"),
         ({"student": "vae"}, "has the U-Net custom, but this recipe trains koala-1b of custom"),
         ({"student": "nowhere"}, "nowhere"),
-        ({"data": "nowhere"}, "not completely prepared"),
+        ({"data": "nowhere"}, "nowhere is not there: name a folder that `koala prepare` made"),
     ],
 )
 def test_what_is_known_before_the_first_step(given, said, data, others, toy_sdxl, tmp_path, capsys):

@@ -324,7 +324,7 @@ def test_what_the_source_lacks_is_refused_before_the_work(folder, toy_sdxl, tmp_
     for arguments, said in (
         ({"model": None}, "give --model"),
         ({"sheet": tmp_path / "x.png"}, "leave it out"),
-        ({"kind": "zip"}, "choose one of folder"),
+        ({"kind": "zip"}, "unknown kind of source .zip.: choose folder"),
         ({"workers": 0}, "at least 1"),
     ):
         with pytest.raises(UserError, match=said):

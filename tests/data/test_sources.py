@@ -102,7 +102,7 @@ def test_what_is_no_source_is_refused(files, tmp_path):
         (tmp_path / "nowhere", None, "does not exist.*ye-pop"),
         (tmp_path / "empty", None, "none of folder"),
         (both, None, "may be webdataset or folder.*--as"),
-        (both, "zip", "choose one of folder"),
+        (both, "zip", "unknown kind of source .zip.: choose folder"),
         (both, "parquet", "has no image column.*url"),
         (cut, None, "00001.tar is not a complete tar"),
     ):

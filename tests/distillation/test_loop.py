@@ -285,7 +285,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(base: Path, tmp_path: Path)
         ({"betas": (0.9, 1.0)}, "betas are"),
         ({"samples": 42}, "42 samples are not a multiple of the batch 4: use 44"),
         ({"keep": 0}, "keep is 0: it must be above 0"),
-        ({"optimizer": "sgd"}, "optimizer 'sgd': choose from adamw, adamw-8bit"),
+        ({"optimizer": "sgd"}, "unknown optimizer 'sgd': choose adamw, adamw-8bit"),
         ({"ema_others": (0,)}, r"half-lives are \(32, 0\): each must be above 0"),
         ({"ema_others": (32,)}, r"half-lives are \(32, 32\): name each once"),
     ],

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from koala.distillation import parallel
 from koala.distillation.parallel import World, joined, lay_out
-from koala.distillation.settings import PLAIN, Hardware
-from koala.distillation.taps import PAPER_TAPS, Features, regions, tap_points
+from koala.distillation.settings import PAPER_TAPS, PLAIN, Hardware
+from koala.distillation.taps import Features, regions, tap_points
 from koala.errors import FailedElsewhere, Failure, UserError
 from toy import TEXT_WIDTHS, toy_pipeline, toy_unet
 from toy_training import (
@@ -296,8 +296,8 @@ def test_a_setting_for_a_teacher_needs_one(base: Path) -> None:
     ("change", "message"),
     [
         ({"accumulate": 0}, "accumulate is 0: it must be 1 or more"),
-        ({"sharding": "zero"}, "sharding 'zero': choose from ddp, fsdp"),
-        ({"teacher": "away"}, "teacher 'away': choose from whole, sharded, offloaded"),
+        ({"sharding": "zero"}, "unknown sharding 'zero': choose ddp, fsdp"),
+        ({"teacher": "away"}, "unknown teacher 'away': choose whole, sharded, offloaded"),
     ],
 )
 def test_hardware_that_means_nothing_is_refused(change: dict, message: str) -> None:

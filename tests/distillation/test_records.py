@@ -125,7 +125,7 @@ def test_validation_needs_samples_and_samples_need_validation(base: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("logger", "message"),
-    [("print", "--log print: there are tensorboard, wandb"), *MISSING],
+    [("print", "unknown --log logger 'print': choose tensorboard, wandb"), *MISSING],
 )
 def test_boards_that_are_not_there_are_refused_before_the_first_step(
     base: Path, tmp_path: Path, logger: str, message: str

@@ -11,13 +11,8 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from PIL import Image
 
 from koala.distillation.forward_process import NoiseSchedule, generators_at
-from koala.distillation.taps import PAPER_TAPS, Tap
-from koala.distillation.tasks import (
-    Denoising,
-    Distillation,
-    DistillationSettings,
-    teacher_dtype,
-)
+from koala.distillation.settings import PAPER_TAPS, DistillationSettings, Tap
+from koala.distillation.tasks import Denoising, Distillation, teacher_dtype
 from koala.errors import UserError
 from koala.text_conditioning import TextConditioner
 from toy import toy_pipeline, toy_scheduler, toy_unet
@@ -362,7 +357,7 @@ def test_another_forward_process_is_refused(key: str, value: str) -> None:
         ({**NO_FEATURES, "normalise": True}, "normalise is given but feature_weight is 0"),
         ({**NO_FEATURES, "depth_rule": "up"}, "depth_rule is given but feature_weight is 0"),
         ({"taps": ()}, "feature_weight 1.0 without taps"),
-        ({"depth_rule": "top"}, "'top': choose from bottom, interleave, up"),
+        ({"depth_rule": "top"}, "'top': choose bottom, interleave, up"),
         ({"caption_dropout": 1.5}, "caption dropout 1.5: it must be between 0 and 1"),
         ({"min_snr": 0.0}, "min_snr 0.0: it must be above 0"),
         ({"min_snr": 5.0, "task_weight": 0.0}, "min_snr 5.0 is given but task_weight is 0"),

@@ -1,16 +1,15 @@
-"""What makes the U-Net faster leaves its numbers: fused, compiled and 8-bit against plain."""
+"""What makes the U-Net faster leaves its numbers: fused and compiled against plain."""
 
 import itertools
 import os
 
 import pytest
 import torch
-from torch import nn
 
 from koala.errors import UserError
 from koala.generation.denoise import evaluate, predictor
-from koala.generation.pipeline import load
-from koala.generation.runtime.backends import check_dtype, example
+from koala.generation.loader import load
+from koala.generation.runtime.backends import example
 from koala.generation.runtime.compile import (
     ROWS,
     compile_blocks,
@@ -19,7 +18,7 @@ from koala.generation.runtime.compile import (
     in_fixed_batches,
     one_by_one,
 )
-from koala.generation.runtime.fp8 import Float8Linear, to_float8
+from koala.generation.runtime.dtypes import check_dtype
 from koala.generation.samplers import SAMPLERS
 from koala.utils.device import whereabouts
 from toy import toy_pipeline, toy_unet
@@ -138,30 +137,11 @@ def test_the_host_never_waits_for_the_device_between_steps(tmp_path):
                 torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_8_bit_product_is_near_the_exact_one():
-    torch.manual_seed(0)
-    linear = nn.Linear(64, 48).requires_grad_(False)
-    x = torch.randn(2, 7, 64) * torch.tensor([1e-3, 1.0]).view(2, 1, 1)  # tokens far apart
-    for one, exact in zip(Float8Linear(linear)(x), linear(x), strict=True):
-        assert (one - exact).norm() / exact.norm() < 0.04  # 3 bits of mantissa on both sides
-
-
-def test_8_bits_take_every_layer_of_the_transformers_and_no_other():
-    torch.manual_seed(0)
-    wide = nn.ModuleDict(
-        {"attentions": nn.ModuleList([nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 12))])}
-    )
-    wide["embedding"] = nn.Linear(32, 32)
-    assert to_float8(wide, torch.device("cpu")) == 1  # 12 is no multiple of 16
-    assert isinstance(wide["attentions"][0][0], Float8Linear)
-    assert type(wide["embedding"]) is nn.Linear
-
-
 def test_dtypes_that_a_processor_lacks_are_refused(monkeypatch):
     cpu = torch.device("cpu")
     check_dtype(torch.float32, cpu)
     with pytest.raises(UserError, match="float16"):
         check_dtype(torch.float16, cpu)
-    monkeypatch.setattr("koala.generation.runtime.backends.has_bf16", lambda: False)
+    monkeypatch.setattr("koala.generation.runtime.dtypes.has_bf16", lambda: False)
     with pytest.raises(UserError, match="bfloat16"):
         check_dtype(torch.bfloat16, cpu)

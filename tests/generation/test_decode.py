@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_vae
 from koala.errors import Failure, UserError
-from koala.generation.decode import full, load_tiny, tiled, tiny, to_pictures
+from koala.generation.decode import full, load_tiny, tiled, tiny, to_images
 from koala.generation.image_inputs import encode_picture
-from koala.generation.row_tiling import encode_in_strips
+from koala.generation.row_tiling import encode_tiled
 from toy import toy_tiny, toy_vae
 
 
@@ -66,9 +66,9 @@ def test_strips_of_the_bundled_vae_equal_the_whole_in_both_precisions():
 def test_strips_of_any_height_give_the_whole_encoders_latents(vae, n, height, width, positions):
     pixels = latents(n, 3, 8 * height, 8 * width).clamp(-1, 1)
     whole = vae.encode(pixels).latent_dist.mode()
-    ours = encode_in_strips(vae, pixels, positions)
+    ours = encode_tiled(vae, pixels, positions)
     torch.testing.assert_close(ours, whole, atol=1e-4, rtol=0)
-    encoded = encode_picture(vae, pixels, strips=True)
+    encoded = encode_picture(vae, pixels, tiled=True)
     torch.testing.assert_close(encoded, encode_picture(vae, pixels), atol=1e-4, rtol=0)
 
 
@@ -118,12 +118,12 @@ def test_a_tiny_decoder_that_overflows_is_run_once_more_in_float32():
 
 
 def test_what_is_not_a_number_is_a_failure_that_names_the_culprit(vae):
-    with pytest.raises(Failure, match="U-Net gave not-a-number"):
+    with pytest.raises(Failure, match="U-Net gave NaN"):
         full(vae)(torch.full((1, 4, 4, 4), torch.nan))
     broken = toy_vae()
     broken.decoder.conv_out.bias.data[0] = torch.nan
     for decoder in (full, tiled):
-        with pytest.raises(Failure, match="decoder gave not-a-number in float32"):
+        with pytest.raises(Failure, match="decoder gave NaN in float32"):
             decoder(broken)(latents(1, 4, 4, 4))
 
 
@@ -133,7 +133,7 @@ def test_tiny_decodes_what_diffusers_tiny_decodes():
     pixels = tiny(model)(z)
     assert pixels.shape == (2, 3, 40, 24) and pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
-    assert to_pictures(pixels)[1].size == (24, 40)
+    assert to_images(pixels)[1].size == (24, 40)
 
 
 def written(folder: Path, model: AutoencoderTiny) -> Path:
@@ -163,7 +163,7 @@ def test_a_tiny_autoencoder_is_found_by_its_hub_id(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     loaded = load_tiny("some/taesdxl").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(UserError, match="'some/other' is no local folder and cannot be had"):
+    with pytest.raises(UserError, match="'some/other' is no local folder and cannot be downloaded"):
         load_tiny("some/other")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from koala.errors import Failure, UserError
 from koala.generation import Engine, Late, Ticket, load
-from koala.generation.denoise import Row, evaluate
+from koala.generation.denoise import BatchRow, evaluate
 from toy import TOKENS, toy_pipeline
 from toy_lora import toy_base, toy_lora
 
@@ -449,7 +449,7 @@ def test_nobody_waits_for_ever_if_the_worker_dies(pipeline):
     class Dies:
         predict, wear = staticmethod(pipeline.predict), pipeline.wear
 
-        def begin(self, request) -> Row:
+        def begin(self, request) -> BatchRow:
             raise SystemExit
 
     engine = Engine(Dies())

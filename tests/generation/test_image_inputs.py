@@ -11,13 +11,8 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
 from koala.generation.denoise import evaluate
-from koala.generation.image_inputs import (
-    encode_picture,
-    fingerprint,
-    open_picture,
-    to_mask,
-    to_pixels,
-)
+from koala.generation.image_files import fingerprint, mask_places, open_picture
+from koala.generation.image_inputs import encode_picture, to_pixels
 from koala.generation.png import parameters
 from toy import toy_pipeline
 
@@ -122,7 +117,7 @@ def test_inpainting_equals_diffusers(folder, picture, mask, strength, guidance):
 
 def test_what_the_mask_leaves_dark_is_kept(pipeline, picture, mask):
     x = latents_of(pipeline, "an owl", image=picture, mask=mask, strength=0.8, seed=1)
-    places = to_mask(mask, picture.size, picture.size, 8)
+    places = torch.from_numpy(mask_places(mask, picture.size, picture.size, 8)).float()
     original = encoded(pipeline, picture)
     assert places.mean() == pytest.approx(16 / 48)  # corners at 24..48 by 8..32 pixels
     torch.testing.assert_close(x * (1 - places), original * (1 - places), atol=1e-5, rtol=0)
@@ -231,12 +226,12 @@ def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path, pipeline):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strength": 0.5}, "strength 0.5 has no effect without a picture"),
+        ({"strength": 0.5}, "strength 0.5 has no effect without an image"),
         ({"image": True, "strength": 0}, "strength is 0: allowed are numbers above 0"),
         ({"image": True, "strength": 1.01}, "strength is 1.01"),
         ({"image": True, "strength": float("nan")}, "strength is nan"),
         ({"image": True, "strength": 0.09}, "strength 0.09 of 10 steps leaves no step"),
-        ({"mask": True}, "a mask needs the picture"),
+        ({"mask": True}, "a mask needs an image"),
         ({"image": True, "mask": (32, 48)}, "the mask is 32x48, its picture 64x48"),
         ({"image": True, "mask": "dark"}, "the mask is dark everywhere"),
     ],

@@ -12,7 +12,8 @@ from koala.checkpoints.validate import read_tensors, unet_architecture
 from koala.errors import UserError
 from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE
 from koala.generation.memory.peak import peak_bytes
-from koala.generation.memory.plan import GIB, LADDER, Planner, budget_of, free_bytes
+from koala.generation.memory.plan import GIB, LADDER, Planner, free_bytes
+from koala.generation.validation import budget
 from toy import toy_pipeline, toy_tiny
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def test_weights_are_counted_from_the_configs_as_the_files_hold_them(planner):
 
 def test_every_row_of_the_ladder_and_what_it_saves(planner):
     plans = [planner.plan(mode) for mode in planner.modes]
-    ways = [(p.mode.packed, p.mode.place, p.mode.decode) for p in plans]
+    ways = [(p.mode.quantised, p.mode.place, p.mode.decode) for p in plans]
     assert ways == list(LADDER)
     plain, strips, read, packed, turns, _, _ = plans
     by_phase = [{phase.name: phase for phase in plan.phases} for plan in plans]
@@ -101,7 +102,7 @@ def test_the_budget_that_is_named_works(planner):
     with pytest.raises(UserError) as caught:
         planner.choose(1)
     named = float(str(caught.value).split("works is ")[1].split(" GiB")[0])
-    assert planner.choose(budget_of(named)).peak <= named * GIB
+    assert planner.choose(budget(named)).peak <= named * GIB
 
 
 def test_more_pictures_and_larger_ones_take_more(planner):
@@ -114,7 +115,7 @@ def test_more_pictures_and_larger_ones_take_more(planner):
 
 def test_pictures_to_start_from_are_planned(planner):
     """A phase more, of the VAE; in strips wherever it decodes in strips."""
-    given = Planner(MINI, CPU, (64, 64), given=True)
+    given = Planner(MINI, CPU, (64, 64), from_image=True)
     for plain, mode in zip(planner.modes, given.modes, strict=True):
         plan, without = given.plan(mode), planner.plan(plain)
         assert [phase.name for phase in plan.phases] == ["encode", "picture", "denoise", "decode"]
@@ -128,9 +129,10 @@ def test_pictures_to_start_from_are_planned(planner):
 
 def test_what_is_asked_for_stays_on_every_row(with_tiny):
     exact = Planner(with_tiny, CPU, (64, 64), weights="fp32").modes
-    assert {mode.packed for mode in exact} == {None}
+    assert {mode.quantised for mode in exact} == {None}
     assert [mode.place for mode in exact] == [
-        "resident", "resident", "text streamed", "in turns", "streamed", "streamed",
+        "resident", "resident", "text group offload", "model offload", "group offload",
+        "group offload",
     ]  # fmt: skip
     packed = Planner(with_tiny, CPU, (64, 64), weights="fp8").modes
     assert {mode.weights for mode in packed} == {"fp8"}
@@ -144,14 +146,14 @@ def test_what_is_asked_for_stays_on_every_row(with_tiny):
 def test_dtypes_by_device(with_tiny, monkeypatch):
     metal = Planner(with_tiny, torch.device("mps"), (64, 64))
     assert {(m.dtype, m.vae_dtype) for m in metal.modes} == {("fp16", "fp16")}
-    monkeypatch.setattr("koala.generation.runtime.backends.has_bf16", lambda: True)
+    monkeypatch.setattr("koala.generation.runtime.dtypes.has_bf16", lambda: True)
     assert {m.vae_dtype for m in Planner(with_tiny, CPU, (64, 64), weights="bf16").modes} == {
         "fp32"
     }
-    monkeypatch.setattr("koala.generation.runtime.backends.has_bf16", lambda: False)
-    with pytest.raises(UserError, match="bfloat16: this processor has none"):
+    monkeypatch.setattr("koala.generation.runtime.dtypes.has_bf16", lambda: False)
+    with pytest.raises(UserError, match="bfloat16: this CPU has none"):
         Planner(with_tiny, CPU, (64, 64), weights="bf16")
-    with pytest.raises(UserError, match="float16: no processor computes in it"):
+    with pytest.raises(UserError, match="float16: no CPU computes in it"):
         Planner(with_tiny, CPU, (64, 64), weights="fp16")
     with pytest.raises(UserError, match="MPS has no such type"):
         Planner(with_tiny, torch.device("mps"), (64, 64), weights="fp8")
@@ -159,16 +161,16 @@ def test_dtypes_by_device(with_tiny, monkeypatch):
 
 def test_what_is_asked_wrongly_is_refused(tmp_path):
     for arguments, message in (
-        ({"weights": "int4"}, "allowed are fp32, fp16, bf16, int8, fp8"),
-        ({"decode": "none"}, "allowed are full, tiled, tiny"),
+        ({"weights": "int4"}, "unknown weights 'int4': choose fp32, fp16, bf16, int8, fp8"),
+        ({"decode": "none"}, "unknown decoder 'none': choose full, tiled, tiny"),
         ({"tiny": tmp_path}, "no tiny autoencoder"),
     ):
         with pytest.raises(UserError, match=message):
             Planner(MINI, CPU, (64, 64), **arguments)
     for vram in (0, -1, float("nan"), float("inf"), True, "four", "-4", None):
         with pytest.raises(UserError, match="vram is"):
-            budget_of(vram)
-    assert budget_of(0.5) == budget_of("0.5") == 2**29
+            budget(vram)
+    assert budget(0.5) == budget("0.5") == 2**29
 
 
 def test_free_memory_is_some_of_the_machines():
@@ -180,12 +182,12 @@ def test_the_table_says_where_everything_is(planner):
     lines = plan.table().splitlines()
     assert lines[0].startswith("memory plan for 64x64, 1 picture at a time, on cpu: ")
     assert [line.split("  ")[0] for line in lines[2:5]] == [TEXT, UNET, VAE]
-    assert all("in turns" in line for line in lines[2:5]) and "in strips" in lines[4]
+    assert all("model offload" in line for line in lines[2:5]) and "in tiles" in lines[4]
     sums = [float(line.split()[3]) for line in lines[-3:]]
     assert [line.split()[0] for line in lines[-3:]] == ["encode", "denoise", "decode"]
     read = planner.plan(planner.modes[2]).table().splitlines()[2:5]
-    assert [line.split()[-1 - 3 * (i == 2)].strip(",") for i, line in enumerate(read)] == [
-        "streamed", "resident", "resident",
+    assert [line.split("  ")[-1].split(",")[0] for line in read] == [
+        "group offload", "resident", "resident",
     ]  # fmt: skip
     marked = [line.endswith("<- largest") for line in lines[-3:]]
     assert marked[sums.index(max(sums))] and sum(marked) == 1

@@ -6,10 +6,10 @@ from torch import nn
 
 from koala.generation.memory.offload import (
     UNITS,
-    Streaming,
-    Turns,
-    Visiting,
-    packed_size,
+    GroupOffload,
+    ModelOffload,
+    OneAtATime,
+    aligned_size,
     tensors_of,
     units_of,
 )
@@ -35,64 +35,64 @@ def unet(request):
     return model
 
 
-@pytest.mark.parametrize("kind", [Visiting, Streaming])
-def test_a_visiting_u_net_predicts_the_same_bits_again_and_again(unet, kind):
+@pytest.mark.parametrize("kind", [ModelOffload, GroupOffload])
+def test_an_offloaded_u_net_predicts_the_same_bits_again_and_again(unet, kind):
     with torch.inference_mode():
         expected = unet(**toy_inputs()).sample
     before = {name: t.clone() for name, t in unet.state_dict().items()}
-    turns, visitor = Turns(), kind([unet], CPU)
-    turns.admit(visitor, [unet])
+    device, part = OneAtATime(), kind([unet], CPU)
+    device.add(part, [unet])
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         for _ in range(2):
             with mode():
                 assert torch.equal(unet(**toy_inputs()).sample, expected)
-        turns.clear()
-    turns.release()
+        device.clear()
+    device.release()
     for name, tensor in unet.state_dict().items():
         assert torch.equal(tensor, before[name]) and tensor.stride() == before[name].stride()
     with torch.inference_mode():
         assert torch.equal(unet(**toy_inputs()).sample, expected)  # an ordinary model again
 
 
-def test_weights_are_away_between_the_turns(unet):
-    whole, units = packed_size(tensors_of([unet])), packed_size(tensors_of(units_of(unet)))
-    visitor = Visiting([unet], CPU)
+def test_weights_are_off_the_device_between_calls(unet):
+    whole, units = aligned_size(tensors_of([unet])), aligned_size(tensors_of(units_of(unet)))
+    part = ModelOffload([unet], CPU)
     scalars = 8 * len(tensors_of([unet]))  # what stands for an absent weight: one number
     assert bytes_held([unet]) <= whole - units + scalars
-    visitor.enter()
+    part.onload()
     assert bytes_held([unet]) >= units
-    visitor.leave()
+    part.offload()
     assert bytes_held([unet]) <= whole - units + scalars
 
 
-def test_streaming_holds_two_units_at_most(unet):
+def test_group_offload_holds_two_units_at_most(unet):
     """Watched from inside: at each unit's turn, what the model's tensors hold."""
-    whole = packed_size(tensors_of([unet]))
-    streaming = Streaming([unet], CPU)
-    sizes = sorted(unit.size for unit in streaming.units)
+    whole = aligned_size(tensors_of([unet]))
+    offloaded = GroupOffload([unet], CPU)
+    sizes = sorted(unit.size for unit in offloaded.units)
     rest = whole - sum(sizes)
     seen = []
     for module in units_of(unet):
         module.register_forward_hook(lambda *_: seen.append(bytes_held([unet])))
-    turns = Turns()
-    turns.admit(streaming, [unet])
+    device = OneAtATime()
+    device.add(offloaded, [unet])
     with torch.inference_mode():
         for _ in range(2):
             unet(**toy_inputs())
     scalars = 8 * len(tensors_of([unet]))
-    assert len(seen) == 2 * len(streaming.units)
+    assert len(seen) == 2 * len(offloaded.units)
     assert max(seen) <= rest + 2 * sizes[-1] + scalars
 
 
-def test_turns_keep_one_inside_and_bring_inputs_along():
+def test_one_part_is_on_the_device_and_inputs_go_along():
     vae, encoders = toy_vae().requires_grad_(False), toy_text_encoders()
     z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, 5, 7, 9]])
     with torch.inference_mode():
         expected = vae.decode(z).sample, encoders[0](ids).last_hidden_state
-        turns, first, second = Turns(), Visiting([vae], CPU), Streaming(encoders, CPU)
-        turns.admit(first, [vae.decoder.conv_in])
-        turns.admit(second, encoders)
+        device, first, second = OneAtATime(), ModelOffload([vae], CPU), GroupOffload(encoders, CPU)
+        device.add(first, [vae.decoder.conv_in])
+        device.add(second, encoders)
         for _ in range(2):
             assert torch.equal(vae.decode(z).sample, expected[0])
             full = bytes_held([vae])
@@ -106,4 +106,4 @@ def test_units_do_not_overlap_and_leave_little():
         inside = [m for unit in units for m in unit.modules() if m is not unit]
         assert units and not set(units) & set(inside)
         assert all(isinstance(unit, UNITS) for unit in units)
-        assert packed_size(tensors_of(units)) > 0.7 * packed_size(tensors_of([model]))
+        assert aligned_size(tensors_of(units)) > 0.7 * aligned_size(tensors_of([model]))

@@ -19,9 +19,11 @@ from koala.errors import UserError
 from koala.generation import Engine
 from koala.generation.decode import full
 from koala.generation.denoise import predictor
-from koala.generation.pipeline import load
+from koala.generation.loader import load, set_runtime
 from koala.generation.runtime import openvino
-from koala.generation.runtime.backends import Backend, choose, equip, example, warm_up
+from koala.generation.runtime.backends import Backend, choose, example
+from koala.generation.runtime.compile import ROWS
+from koala.serving.warmup import warm_up
 from koala.utils.device import has_bf16
 from toy import toy_pipeline, toy_unet, toy_vae
 
@@ -162,9 +164,9 @@ def test_refusals(unet, vae, monkeypatch):
     with pytest.raises(UserError, match="no bfloat16; choose openvino or torch"):
         choose(unet, vae, "openvino-bf16")
     monkeypatch.setattr("koala.generation.runtime.backends.free_bytes", lambda device: 1000)
-    with pytest.raises(UserError, match=r"converting takes about .* GiB, 0\.0 are free"):
+    with pytest.raises(UserError, match=r"conversion takes about .* GiB, 0\.0 GiB are free"):
         choose(unet, vae, "openvino")
-    assert choose(unet, vae, "auto").why == "the only one that fits"
+    assert choose(unet, vae, "auto").why == "no other is installed or fits"
 
 
 def test_a_back_end_is_measured_when_asked_and_remembered(unet, vae, cache):
@@ -213,12 +215,13 @@ def test_the_fastest_may_round_and_says_so(cache, monkeypatch, tmp_path):
 def test_warming_up_leaves_nothing_to_compile(pipeline, cache):
     """Whoever joins or leaves then, and with guidance or without."""
     drawn = dataclasses.replace(pipeline)
-    equip(drawn, "openvino")
-    warm_up(drawn, [(64, 48)], pictures=3)
+    set_runtime(drawn, "openvino")
+    assert drawn.batch_sizes == ROWS
+    warm_up(drawn, 3, drawn.batch_sizes)
     before = sorted((cache / "openvino").rglob("*.blob"))
     engine = Engine(drawn)
     for seed, guidance in enumerate((1, 3, 3)):
-        engine.submit(*drawn.requests("a", size=(64, 48), guidance=guidance, seed=seed, steps=2))
+        engine.submit(*drawn.requests("a", guidance=guidance, seed=seed, steps=2))
         engine.turn()
     while engine.turn():
         pass

@@ -12,7 +12,7 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load
 from koala.generation.denoise import evaluate
-from koala.generation.samplers import Noise
+from koala.generation.noise import Noise
 from koala.generation.schedule import trailing
 from toy import toy_pipeline, toy_scheduler
 
@@ -289,7 +289,7 @@ def test_any_multiple_of_eight_is_a_size(folders, size):
         ({"prompt": "a\x00b\x1b"}, r"control characters .U\+0000, U\+001B"),
         ({"prompt": "a (fox:99)"}, "'fox' the weight 99: allowed are weights from 0 to 10"),
         ({"negative_prompt": "(" * 30 + "fox"}, "'fox' the weight 17.4"),
-        ({"scheduler": "heun"}, "scheduler 'heun' is not there: allowed are euler, euler-a"),
+        ({"scheduler": "heun"}, "unknown scheduler 'heun': choose euler, euler-a"),
         ({"scheduler": "lcm", "steps": 51}, "51 steps: the lcm scheduler takes 1 to 50"),
         ({"guidance_until": 0}, "guidance until is 0: allowed are shares"),
         ({"guidance_until": 1.5}, "guidance until is 1.5"),

@@ -12,9 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from koala.checkpoints.bundled import BUNDLED
 from koala.cli import main
 from koala.errors import Failure, UserError
-from koala.generation.memory.placement import Arrangement, load_within, ran_out
+from koala.generation.decode import full
+from koala.generation.loader import load, placed
+from koala.generation.memory.placement import Placement, ran_out
 from koala.generation.memory.plan import PLACES, Planner
-from koala.generation.pipeline import load
 from toy import toy_pipeline, toy_tiny
 from toy_lora import toy_base, toy_lora
 
@@ -28,12 +29,10 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def arranged(folder: Path, planner: Planner, mode, lines: list[str]):
-    """A pipeline whose parts were settled as they were read."""
-    arrangement = Arrangement(planner, planner.plan(mode), lines.append)
-    pipeline = load(folder, "cpu", settle=arrangement.settle)
-    arrangement.fit(pipeline)
-    return pipeline, arrangement
+def by_mode(folder: Path, planner: Planner, mode, lines: list[str]):
+    """A pipeline whose parts were put in their places as they were read."""
+    placement = Placement(planner, planner.plan(mode), lines.append)
+    return placed(folder, "koala", placement, {}, lines.append), placement
 
 
 def drawn(pipeline, prompt="a fox") -> np.ndarray:
@@ -47,8 +46,8 @@ def test_every_exact_plan_draws_the_plain_picture(folder, place, decode):
     expected = drawn(load(folder, "cpu"))
     planner = Planner(folder, CPU, (64, 64), weights="fp32", decode=decode)
     mode = next(mode for mode in planner.modes if mode.place == place)
-    assert (mode.packed, mode.decode) == (None, decode)
-    pipeline, _ = arranged(folder, planner, mode, [])
+    assert (mode.quantised, mode.decode) == (None, decode)
+    pipeline, _ = by_mode(folder, planner, mode, [])
     assert np.abs(drawn(pipeline) - expected).max() <= 1
     assert np.abs(drawn(pipeline) - expected).max() <= 1  # and once more, everybody back in place
 
@@ -56,7 +55,7 @@ def test_every_exact_plan_draws_the_plain_picture(folder, place, decode):
 def test_every_8_bit_plan_draws_the_same_picture_and_nearly_the_plain_one(folder):
     expected = drawn(load(folder, "cpu"))
     planner = Planner(folder, CPU, (64, 64), weights="int8", decode="tiled")
-    pictures = [drawn(arranged(folder, planner, mode, [])[0]) for mode in planner.modes]
+    pictures = [drawn(by_mode(folder, planner, mode, [])[0]) for mode in planner.modes]
     assert len(pictures) == 4
     assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
     assert 0 < np.abs(pictures[0] - expected).mean() < 4
@@ -64,7 +63,7 @@ def test_every_8_bit_plan_draws_the_same_picture_and_nearly_the_plain_one(folder
 
 def test_the_tiny_decoder_is_used_where_the_plan_says_so(folder):
     planner = Planner(folder, CPU, (64, 64), weights="fp32", decode="tiny")
-    tiny, _ = arranged(folder, planner, planner.modes[0], [])
+    tiny, _ = by_mode(folder, planner, planner.modes[0], [])
     plain = load(folder, "cpu")
     assert np.abs(drawn(tiny) - drawn(plain)).mean() > 1  # its weights are random: another picture
 
@@ -74,7 +73,7 @@ def test_pictures_are_read_and_encoded_in_turns(folder):
     plain = load(folder, "cpu")
     given = plain("an owl", steps=1, seed=2).images[0]
     planner = Planner(folder, CPU, (64, 64), weights="fp32")
-    pipeline, _ = arranged(folder, planner, planner.modes[-2], [])
+    pipeline, _ = by_mode(folder, planner, planner.modes[-2], [])
     one, other = (
         np.asarray(p("a fox", steps=4, seed=1, image=given, strength=0.5).images[0], dtype=float)
         for p in (plain, pipeline)
@@ -105,7 +104,7 @@ def test_the_plan_is_kept_and_not_much_too_large(planner, row):
     """What torch allocates while the bundled model draws, beside the weights that were there
     before, is within the plan, and at least three quarters of it."""
     plan = planner.plan(planner.modes[row])
-    pipeline, _ = arranged(BUNDLED / "koala-mini", planner, plan.mode, [])
+    pipeline, _ = by_mode(BUNDLED / "koala-mini", planner, plan.mode, [])
     before = bytes_of(pipeline)
     peak = before + allocations(lambda: pipeline("a fox", steps=1, seed=1, size=planner.size))
     assert 0.75 * plan.peak <= peak <= plan.peak
@@ -115,9 +114,9 @@ def test_the_plan_is_kept_and_not_much_too_large(planner, row):
 def test_the_plan_is_kept_while_a_picture_is_read(row):
     """The phase by itself, with nobody on the device before it."""
     size = (256, 192)
-    planner = Planner(BUNDLED / "koala-mini", CPU, size, given=True)
+    planner = Planner(BUNDLED / "koala-mini", CPU, size, from_image=True)
     plan = planner.plan(planner.modes[row])
-    pipeline, _ = arranged(BUNDLED / "koala-mini", planner, plan.mode, [])
+    pipeline, _ = by_mode(BUNDLED / "koala-mini", planner, plan.mode, [])
     (request,) = pipeline.requests("a fox", image=Image.new("RGB", size, "teal"), seed=1)
     before, phase = bytes_of(pipeline), plan.phases[1]
     with torch.inference_mode():
@@ -134,11 +133,11 @@ def bytes_of(pipeline) -> int:
     return sum(storages.values())
 
 
-def hungry(run, arrangement, allowed: str):
+def hungry(run, placement, allowed: str):
     """`run`, which wants more than any machine has until the decoder is `allowed`."""
 
     def more(latents):
-        if arrangement.plan.mode.decode != allowed:
+        if placement.plan.mode.decode != allowed:
             torch.empty(2**60, dtype=torch.uint8)
         return run(latents)
 
@@ -150,30 +149,30 @@ def test_memory_that_ends_while_a_request_begins_is_a_step_down_too(folder):
     expected = drawn(load(folder, "cpu"))
     lines: list[str] = []
     planner = Planner(folder, CPU, (64, 64), weights="fp32")
-    pipeline, arrangement = arranged(folder, planner, planner.modes[0], lines)
+    pipeline, placement = by_mode(folder, planner, planner.modes[0], lines)
     encoder = pipeline.conditioner.encoders[0]
     encoder.register_forward_pre_hook(
         lambda *_: None if lines else torch.empty(2**60, dtype=torch.uint8)
     )
     assert np.abs(drawn(pipeline) - expected).max() <= 1
-    assert len(lines) == 1 and arrangement.plan.mode != planner.modes[0]
+    assert len(lines) == 1 and placement.plan.mode != planner.modes[0]
 
 
 def test_out_of_memory_steps_down_once_and_says_so(folder):
     expected = drawn(load(folder, "cpu"))
     lines: list[str] = []
     planner = Planner(folder, CPU, (64, 64), weights="fp32")
-    pipeline, arrangement = arranged(folder, planner, planner.modes[0], lines)
-    whole = arrangement._decoders["full"]
-    arrangement._decoders["full"] = hungry(whole, arrangement, "tiled")
+    pipeline, placement = by_mode(folder, planner, planner.modes[0], lines)
+    whole = full(pipeline.vae)
+    placement._decoders["full"] = hungry(whole, placement, "tiled")
     assert np.abs(drawn(pipeline) - expected).max() <= 1
     assert len(lines) == 1
     assert lines[0].startswith("out of memory on cpu; going on with weights fp32, ")
-    assert arrangement.plan.peak < planner.plan(planner.modes[0]).peak
+    assert placement.plan.peak < planner.plan(planner.modes[0]).peak
     assert np.abs(drawn(pipeline) - expected).max() <= 1
     assert len(lines) == 1
-    how = arrangement.plan.mode.decode
-    arrangement._decoders[how] = hungry(whole, arrangement, "never")
+    how = placement.plan.mode.decode
+    placement._decoders[how] = hungry(whole, placement, "never")
     with pytest.raises(Failure, match="out of memory on cpu, and no smaller plan is left"):
         drawn(pipeline)
 
@@ -182,12 +181,12 @@ def test_out_of_memory_steps_down_once_and_says_so(folder):
 def test_a_step_down_from_any_place_leaves_a_pipeline_that_draws(folder, row):
     expected = drawn(load(folder, "cpu"))
     planner = Planner(folder, CPU, (64, 64))
-    pipeline, arrangement = arranged(folder, planner, planner.modes[row], [])
+    pipeline, placement = by_mode(folder, planner, planner.modes[row], [])
     drawn(pipeline)
     smaller = planner.plan(planner.modes[row + 1]).mode
     planner.smaller = lambda plan: planner.plan(smaller)  # whatever it saves at toy size
-    arrangement._step_down()
-    assert arrangement.plan.mode == smaller
+    placement._step_down()
+    assert placement.plan.mode == smaller
     assert np.abs(drawn(pipeline) - expected).mean() < 4
 
 
@@ -201,17 +200,15 @@ def test_what_running_out_of_memory_is():
     assert not ran_out(UserError("steps is 0"))
 
 
-def test_load_within_a_budget(folder, tmp_path):
+def test_load_by_a_budget(folder, tmp_path):
     lines: list[str] = []
-    pipeline, plan = load_within(folder, "cpu", 4, say=lines.append)
-    assert plan.mode.place == "resident" and plan.budget == 4 * 2**30
+    pipeline = load(folder, "cpu", vram=4, say=lines.append)
+    assert pipeline.plan.mode.place == "resident" and pipeline.plan.budget == 4 * 2**30
     expected = drawn(load(folder, "cpu"))
     assert np.abs(drawn(pipeline) - expected).max() <= 1
 
     file = toy_lora(tmp_path / "style.safetensors", toy_base(pipeline.unet))
-    styled, _ = load_within(
-        folder, "cpu", weights="int8", lora={file: 1.0}, size="64x64", say=lines.append
-    )
+    styled = load(folder, "cpu", weights="int8", lora={file: 1.0}, size="64x64", say=lines.append)
     plain = load(folder, "cpu")
     plain.add_lora(file, 1.0, merged=True)
     assert np.abs(drawn(styled) - drawn(plain)).mean() < 4
@@ -221,11 +218,11 @@ def test_load_within_a_budget(folder, tmp_path):
         ({"vram": 0}, "vram is 0"),
         ({"vram": 1e-6}, "the smallest that works is 0.01 GiB"),
         ({"size": "65x64"}, "multiples of 8"),
-        ({"weights": "int4"}, "weights are 'int4': allowed are"),
-        ({"decode": "half"}, "decoder is 'half'"),
+        ({"weights": "int4"}, "unknown weights 'int4': choose fp32"),
+        ({"decode": "half"}, "unknown decoder 'half'"),
     ):
         with pytest.raises(UserError, match=message):
-            load_within(folder, "cpu", **arguments, say=lines.append)
+            load(folder, "cpu", **{"vram": "free", **arguments}, say=lines.append)
 
 
 def test_generate_by_a_plan_from_the_command_line(folder, tmp_path, capsys):

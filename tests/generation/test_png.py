@@ -108,6 +108,32 @@ def test_no_picture_is_ever_replaced(tmp_path):
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+def test_a_name_that_ends_in_png_is_the_file_or_the_files(tmp_path):
+    fox = tmp_path / "new" / "fox.png"
+    assert save(result(EXAMPLE), fox) == [fox]
+    numbered = [fox.with_name("fox-1.png"), fox.with_name("fox-2.png")]
+    check_writable(fox, 2)
+    assert save(result(EXAMPLE, EXAMPLE), fox) == numbered
+    assert read_settings(fox) == read_settings(numbered[1]) == EXAMPLE
+    before = {path: path.read_bytes() for path in (fox, *numbered)}
+    for pictures in (1, 2):
+        with pytest.raises(UserError, match=r"\.png exists; name another file, or a folder"):
+            check_writable(fox, pictures)
+        with pytest.raises(UserError, match=r"\.png exists"):
+            save(result(*[EXAMPLE] * pictures), fox)
+    assert before == {path: path.read_bytes() for path in fox.parent.iterdir()}
+
+
+def test_a_name_of_another_kind_of_picture_is_refused_and_a_folder_is_a_folder(tmp_path):
+    with pytest.raises(UserError, match=r"fox\.jpg: pictures are written as PNG; name it fox\.png"):
+        check_writable("fox.jpg")
+    (folder := tmp_path / "drawn.png").mkdir()
+    check_writable(folder)
+    (path,) = save(result(EXAMPLE), folder)
+    assert path.parent == folder
+    assert save(result(EXAMPLE), tmp_path / "v1.5")[0].parent == tmp_path / "v1.5"
+
+
 def test_files_can_be_read_like_any_other(tmp_path):
     (path,) = save(result(EXAMPLE), tmp_path)
     plain = tmp_path / "plain"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from koala.checkpoints.load import load_text
 from koala.errors import UserError
 from koala.generation import load
-from koala.generation.prompts import Fragment, encode, padded, parse
+from koala.generation.prompt_syntax import Fragment, parse
+from koala.generation.prompts import encode, padded
 from koala.text_conditioning import TextConditioner
 from toy import TEXT_WIDTHS, TOKENS, toy_pipeline
 

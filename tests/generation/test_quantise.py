@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from koala.errors import UserError
-from koala.generation.memory.quantise import LARGEST, PackedConv2d, PackedLinear, quantise
+from koala.generation.memory.quantise import LARGEST, QuantisedConv2d, QuantisedLinear, quantise
 from koala.lora.adapters import Attached, merge, modules_of
 from koala.lora.reading import read
 from toy import seeded_unet, toy_inputs, toy_text_encoders
@@ -44,7 +44,7 @@ def test_a_u_net_in_8_bits_predicts_nearly_the_same(kind, bound):
     unet, packed = seeded_unet(), seeded_unet()
     quantise(packed, kind)
     kinds = {type(m) for m in packed.modules()}
-    assert {PackedLinear, PackedConv2d} <= kinds
+    assert {QuantisedLinear, QuantisedConv2d} <= kinds
     assert not {nn.Linear, nn.Conv2d} & kinds
     with torch.inference_mode():
         one, other = unet(**toy_inputs()).sample, packed(**toy_inputs()).sample

@@ -20,7 +20,8 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load
 from koala.generation.denoise import evaluate
-from koala.generation.samplers import SAMPLERS, Noise, get
+from koala.generation.noise import Noise
+from koala.generation.samplers import SAMPLERS, get
 from koala.generation.schedule import SPACINGS, lcm, trailing
 from toy import toy_pipeline, toy_scheduler
 

@@ -13,7 +13,7 @@ from koala.architectures.table import get
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
-from koala.generation.validation import lora as parsed
+from koala.generation.validation import loras as parsed
 from koala.lora.names import base_named
 from koala.lora.reading import read
 from toy import toy_unet
@@ -101,7 +101,7 @@ def test_misuse_is_refused(toy_sdxl, files):
         pipeline.add_lora(files[1], float("nan"))
     with pytest.raises(UserError, match="LoRA scale is 101"):
         pipeline.scale_lora("a", 101)
-    with pytest.raises(UserError, match="'b' is not on the model; on it are: a"):
+    with pytest.raises(UserError, match="'b' is not on the model; its LoRAs: a"):
         pipeline.remove_lora("b")
     pipeline.add_lora(files[1], merged=True)
     with pytest.raises(UserError, match="'b' is merged into the weights for good"):
@@ -119,13 +119,23 @@ def test_misuse_is_refused(toy_sdxl, files):
     ],
 )
 def test_the_commands_spelling_of_a_scale(given, file, scale):
-    assert parsed(given) == (file, scale)
+    assert parsed([given]) == {file: scale}
 
 
 def test_a_file_may_be_called_like_a_scale(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a:2").touch()
-    assert parsed("a:2") == ("a:2", 1.0)
+    assert parsed(["a:2"]) == {"a:2": 1.0}
+
+
+def test_a_scale_that_is_no_number_is_a_bad_scale_and_no_missing_file(tmp_path):
+    (tmp_path / "style").touch()
+    for file in ("style.safetensors", str(tmp_path / "style")):
+        for scale in ("0,8", "", "nan", "high", "0_8"):
+            with pytest.raises(UserError, match=f"LoRA scale is '{scale}'.*as in {file}:0.8"):
+                parsed([f"{file}:{scale}"])
+    with pytest.raises(UserError, match="LoRA a is given twice"):
+        parsed(["a", "a:0.5"])
 
 
 @pytest.fixture
@@ -181,7 +191,5 @@ def test_convert_takes_one_purpose_and_no_dtype_for_a_lora(teachers_lora, tmp_pa
     assert main([*start, "--for", "koala-mini", "--dtype", "fp16"]) == 2
     assert "--dtype has no effect on a LoRA" in capsys.readouterr().err
     for wrong in ([], ["--for", "koala-mini", "--to", "diffusers"]):
-        with pytest.raises(SystemExit) as end:
-            main([*start, *wrong])
-        assert end.value.code == 2
+        assert main([*start, *wrong]) == 2
     assert not (tmp_path / "x.safetensors").exists()

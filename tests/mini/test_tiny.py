@@ -8,8 +8,8 @@ from diffusers import AutoencoderTiny
 
 from koala import recipes
 from koala.errors import UserError
+from koala.generation import load
 from koala.generation.decode import full, load_tiny, tiny
-from koala.generation.memory.placement import load_within
 from koala.mini.bundle import bundle
 from koala.mini.tiny import TinyDistillation, new_tiny
 from koala.recipes.train import distill
@@ -66,8 +66,8 @@ def test_the_recipe_ends_in_the_model_with_its_tiny_autoencoder(base_parts, tmp_
     loaded = load_tiny(model)
     assert torch.isfinite(tiny(loaded)(latents(1, 0))).all()
     assert isinstance(AutoencoderTiny.from_pretrained(model / "vae_tiny"), AutoencoderTiny)
-    pipeline, plan = load_within(model, "cpu", decode="tiny", say=print)
-    assert plan.mode.decode == "tiny"
+    pipeline = load(model, "cpu", decode="tiny")
+    assert pipeline.plan.mode.decode == "tiny"
     assert pipeline("a fox", steps=1, seed=0).images[0].size == (128, 128)
 
     assert distill(recipe, data, tmp_path / "run", str(base), "cpu") == model  # finished: no step

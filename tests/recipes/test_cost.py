@@ -23,8 +23,7 @@ from koala.checkpoints.validate import read_tensors
 from koala.cli import main
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import Hardware, Training
-from koala.distillation.tasks import DistillationSettings
+from koala.distillation.settings import DistillationSettings, Hardware, Training
 from koala.errors import UserError
 from koala.recipes import cost, gpus
 from koala.recipes.calibrate import measured

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koala import recipes
-from koala.distillation.taps import LOCATIONS, STAGES, Tap
+from koala.distillation.settings import LOCATIONS, STAGES, Tap
 from koala.errors import UserError
 from koala.recipes.overrides import overridden, taps_of
 

@@ -12,7 +12,7 @@ from koala.distillation.taps import paired_points, tap_points
 from koala.recipes import paper
 from koala.recipes.cost import _flops, _setup
 from koala.recipes.memory import blank_unet
-from koala.recipes.train import described
+from koala.recipes.recipe import described
 
 PARAMETERS = {"koala-1b": 1_161_184_324, "koala-700m": 782_822_724, "bk-sdxl": 1_717_277_764}
 BEST_700M, BEST_1B, BEST_BK = {"sa": 21, "lf": 2}, {"sa": 30, "lf": 2}, {"sa": 46, "lf": 2}

@@ -164,7 +164,7 @@ def test_what_distill_refuses(base_parts, tmp_path, packages):
 
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_recipes_describe_themselves(name):
-    from koala.recipes.train import described
+    from koala.recipes.recipe import described
 
     shown = json.loads(json.dumps(described(recipes.get(name))))
     assert len(shown) == 1

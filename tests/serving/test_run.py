@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 
 from koala.cli import main
-from koala.serving.run import check
-from koala.serving.settings import Limits, Options, data_folder, limits_of
+from koala.serving.settings import Limits, Options, check, data_folder, limits_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "serving.md").read_text()
@@ -214,7 +213,7 @@ def test_what_replicas_bring_is_what_the_record_says():
 
 def test_without_keys_for_all_the_world_there_is_a_warning(data, capsys):
     assert serving(lambda: None, free_port(), "--host", "0.0.0.0") == 0
-    assert "warning: whoever reaches 0.0.0.0 can draw" in capsys.readouterr().err
+    assert "warning: everybody who reaches 0.0.0.0 can use" in capsys.readouterr().err
 
 
 def test_the_pages_numbers_are_the_defaults():
@@ -235,15 +234,15 @@ def test_the_pages_numbers_are_the_defaults():
     [
         (["--model", "nothing-of-the-kind/x/y"], "nothing-of-the-kind"),
         (["--api-key-file", "nothing"], "the key file nothing cannot be read"),
-        (["--lora-dir", "nothing"], "--lora-dir nothing is no folder"),
-        (["--lora-dir", ".", "--graphs"], "--lora-dir does not go with --graphs"),
+        (["--lora-dir", "nothing"], "--lora-dir nothing is not a folder"),
+        (["--lora-dir", ".", "--graphs"], "--lora-dir does not work with --graphs"),
         (["--vram", "1", "--compile"], "--compile has no effect"),
         (["--max-batch", "0"], "--max-batch is 0"),
         (["--queue", "-1"], "--queue is -1"),
         (["--rate", "nan"], "--rate is nan"),
         (["--max-size", "big"], "--max-size 'big'"),
-        (["--port", "70000"], "port 70000"),
-        (["--host", "192.0.2.1"], "192.0.2.1 cannot be had"),
+        (["--port", "70000"], "cannot listen at port 70000"),
+        (["--host", "192.0.2.1"], "cannot listen at port 8000 of 192.0.2.1"),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_anything_begins(
@@ -260,7 +259,7 @@ def test_a_port_that_is_taken_is_a_mistake(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KOALA_DATA", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
-    assert "cannot be had" in capsys.readouterr().err
+    assert "cannot listen at port" in capsys.readouterr().err
 
 
 def test_data_lie_where_the_user_keeps_such_things(monkeypatch, tmp_path):

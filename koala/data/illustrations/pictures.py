@@ -96,19 +96,24 @@ def shards_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("pictures-*.parquet"))
 
 
+def shards_at(place: str | Path) -> list[Path]:
+    """The shards of a folder, or the shard itself. UserError if there are none."""
+    shards = [Path(place)] if Path(place).is_file() else shards_of(Path(place))
+    if not shards:
+        raise UserError(
+            f"{place} has no prepared images (pictures-*.parquet); "
+            "make them with `koala prepare illustrations --out DIR`"
+        )
+    return shards
+
+
 class PictureSet:
     """Reads a folder of image shards, or one shard; images are decoded on access."""
 
     def __init__(self, folder: str | Path):
         """Raises UserError if there are no prepared images."""
         self.folder = Path(folder)
-        shards = [self.folder] if self.folder.is_file() else shards_of(self.folder)
-        if not shards:
-            raise UserError(
-                f"{folder} has no prepared images (pictures-*.parquet); "
-                "make them with `koala prepare illustrations --out DIR`"
-            )
-        table = pa.concat_tables(pq.read_table(s) for s in shards)
+        table = pa.concat_tables(pq.read_table(s) for s in shards_at(self.folder))
         self._images = table.column("image")
         self.rows: list[dict] = table.select(list(TEXT_COLUMNS)).to_pylist()
 

@@ -71,6 +71,7 @@ SMALL = Illustrations(
     test_concepts=0.0,
     unseen=UNSEEN,
 )
+ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
 
 
 @dataclass(frozen=True)

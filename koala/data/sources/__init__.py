@@ -6,15 +6,14 @@ it to `_KINDS` and `_found`.
 
 from pathlib import Path
 
-from koala.data.items import Source
+from koala.data.items import KINDS, Source
 from koala.data.sources.folder import SUFFIXES, Folder
 from koala.data.sources.parquet import Parquet
 from koala.data.sources.webdataset import WebDataset
 from koala.data.sources.yepop import YePop, chunk_files
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
-_KINDS = {kind.name: kind for kind in (Folder, WebDataset, Parquet, YePop)}
-KINDS = tuple(_KINDS)
+_KINDS = dict(zip(KINDS, (Folder, WebDataset, Parquet, YePop), strict=True))
 
 
 def recognise(place: str | Path, kind: str | None = None) -> Source:
@@ -25,7 +24,7 @@ def recognise(place: str | Path, kind: str | None = None) -> Source:
     """
     root = Path(place).expanduser()
     if kind is not None and kind not in _KINDS:
-        raise UserError(f"--as {kind}: choose one of {', '.join(KINDS)}")
+        raise unknown("kind of source", kind, KINDS)
     if not root.exists():
         raise UserError(
             f"source {str(place)!r} does not exist; give a path of one of the kinds "

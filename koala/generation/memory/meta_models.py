@@ -1,8 +1,7 @@
-"""A model's parts without numbers: what their weights and their work take, before any is loaded.
+"""A model's parts on torch's meta device: what weights and work take, before any is loaded.
 
-Built on torch's meta device from the folder's configs, in any dtype, quantised or not. Weights are
-counted to the byte; the memory that work takes is found by running it
-(`koala.generation.memory.peak`).
+Built from the folder's configs, in any dtype, quantised or not. Weights are counted to the byte;
+the memory of the work is found by running it (`koala.generation.memory.peak`).
 """
 
 from collections.abc import Callable
@@ -21,26 +20,26 @@ from koala.checkpoints.validate import read_json
 from koala.generation.decode import tiny_folder
 from koala.generation.memory.peak import peak_bytes
 from koala.generation.memory.quantise import quantise
-from koala.generation.row_tiling import decode_in_strips, encode_in_strips
+from koala.generation.row_tiling import decode_tiled, encode_tiled
+from koala.generation.runtime.dtypes import DTYPES
 
 TEXT, UNET, VAE, TINY = "text encoders", "U-Net", "VAE", "tiny VAE"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _DECODERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "full": lambda vae, z: vae.decode(z).sample,
-    "tiled": lambda vae, z: torch.cat([decode_in_strips(vae, one[None]).float() for one in z]),
+    "tiled": lambda vae, z: torch.cat([decode_tiled(vae, one[None]).float() for one in z]),
     "tiny": lambda vae, z: torch.cat([vae.decode(one[None]).sample.float() for one in z]),
 }
-_ENCODERS: dict[str, Callable[[Any, Tensor], Tensor]] = {  # one picture at a time
+_ENCODERS: dict[str, Callable[[Any, Tensor], Tensor]] = {  # one image at a time
     "full": lambda vae, x: vae.encode(x).latent_dist.mode(),
-    "tiled": encode_in_strips,
+    "tiled": encode_tiled,
 }
 
 
-class Blueprint:
-    """The parts of a model folder, and of the tiny autoencoder `tiny`, if any.
+class MetaModels:
+    """The parts of a model folder, and the tiny autoencoder `tiny`, if any.
 
-    size: of pictures, (width, height) in pixels. pictures: at a time.
+    size: of the images, (width, height) in pixels. pictures: how many at a time.
     """
 
     def __init__(
@@ -50,20 +49,20 @@ class Blueprint:
         self.latents = (LATENT_CHANNELS, size[1] // FACTOR, size[0] // FACTOR)
         self.models = cache(self._models)
         self.work = cache(self._work)
-        self.look = cache(self._look)
+        self.encoding = cache(self._encoding)
 
     def config(self, component: str) -> dict[str, Any]:
         return read_json(self.folder / component / "config.json")
 
-    def _models(self, part: str, dtype: str, packed: str | None = None) -> list[Any]:
-        """The part's models, computing in `dtype` (a key of DTYPES), stored as `packed` says."""
+    def _models(self, part: str, dtype: str, quantised: str | None = None) -> list[Any]:
+        """The part's models, computing in `dtype` (a key of DTYPES), and stored in `quantised`."""
         with torch.device("meta"):
             models = self._built(part)
         for model in models:
             # diffusers' own `to` warns of an empty list of modules.
             nn.Module.to(model.eval().requires_grad_(False), DTYPES[dtype])
-            if packed:
-                quantise(model, packed)
+            if quantised:
+                quantise(model, quantised)
         return models
 
     def _built(self, part: str) -> list[Any]:
@@ -78,14 +77,14 @@ class Blueprint:
         return [kind(CLIPTextConfig(**self.config(name))) for name, kind in kinds.items()]
 
     def _work(
-        self, part: str, dtype: str, packed: str | None = None, decoder: str | None = None
+        self, part: str, dtype: str, quantised: str | None = None, decoder: str | None = None
     ) -> int:
-        """Bytes alive at most while the part works, inputs and results included.
+        """Most bytes alive while the part works, inputs and results included.
 
-        The text encoders read one chunk of a prompt, the U-Net two rows for every picture (with
-        and without the prompt), the VAE decodes all as `decoder` says.
+        The text encoders read one chunk of a prompt, the U-Net two rows for every image (with
+        and without the prompt), the VAE decodes all of them in the way of `decoder`.
         """
-        models, n = self.models(part, dtype, packed), self.pictures
+        models, n = self.models(part, dtype, quantised), self.pictures
         (first, *_) = self.models(TEXT, "fp32")
         tokens = first.config.max_position_embeddings
         if part == TEXT:
@@ -95,8 +94,8 @@ class Blueprint:
         assert decoder is not None
         return peak_bytes(partial(_decode, models[0], _DECODERS[decoder], (n, *self.latents)))
 
-    def _look(self, dtype: str, encoder: str) -> int:
-        """Bytes alive at most while the VAE encodes one picture, the picture included."""
+    def _encoding(self, dtype: str, encoder: str) -> int:
+        """Most bytes alive while the VAE encodes one image, the image included."""
         (vae,), (_, h, w) = self.models(VAE, dtype), self.latents
         shape = (1, 3, FACTOR * h, FACTOR * w)
         return peak_bytes(lambda: _ENCODERS[encoder](vae, _blank(*shape, dtype=vae.dtype)))

@@ -1,14 +1,15 @@
-"""Weights that are on the device only while they are needed.
+"""Offloading: weights that are on the device only while they are needed.
 
 A model is split into units: a residual block, a transformer block, a layer of a text encoder. The
-weights of a unit lie on the host in one piece: in pinned memory where the device is a GPU, in a
-temporary file where it is the CPU, whose own memory is what is short. From there
+weights of a unit lie on the host in one piece: in pinned memory if the device is a GPU, in a
+temporary file if it is the CPU, whose own memory is short then.
 
-- `Visiting` brings a whole model to the device and lets it go again, in turns with others;
-- `Streaming` brings one unit after the other, each while the one before it works;
-- `Resident` stays, and others leave before it works.
+- `ModelOffload` brings a whole model to the device while it works.
+- `GroupOffload` brings one unit after the other, each while the one before it works.
+- `Resident` stays on the device.
+- `OneAtATime` offloads the model that worked last before another one works.
 
-What belongs to no unit (the first and last layers, the time embedding) is small and stays.
+Layers outside the units (the first and last ones, the time embedding) are small and stay.
 """
 
 import math
@@ -37,7 +38,7 @@ UNITS = (
     CLIPEncoderLayer,
     CLIPTextEmbeddings,
 )
-_ALIGNED = 256  # bytes: where every tensor of a unit begins, as a GPU likes it
+_ALIGNED = 256  # bytes: every tensor of a unit begins at a multiple, which GPUs read fastest
 
 
 def units_of(model: nn.Module) -> list[nn.Module]:
@@ -53,29 +54,29 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     return list({id(t): t for t in every}.values())
 
 
-def packed_size(tensors: Iterable[Tensor]) -> int:
-    """Bytes that the tensors take side by side, each at an aligned place."""
-    return sum(_room(tensor) for tensor in tensors)
+def aligned_size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors side by side, each aligned."""
+    return sum(_aligned(tensor) for tensor in tensors)
 
 
-def _room(tensor: Tensor) -> int:
+def _aligned(tensor: Tensor) -> int:
     return math.ceil(tensor.numel() * tensor.element_size() / _ALIGNED) * _ALIGNED
 
 
 class Unit:
-    """The weights of one module: on the host, and in a buffer on the device when they are used."""
+    """The weights of one module: on the host, and in a buffer on the device while in use."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        """Takes the weights away from where they are."""
+        """Moves the weights to the host."""
         self.module = module
         self.tensors = tensors_of([module])
-        self.size = packed_size(self.tensors)
-        ends = accumulate(map(_room, self.tensors), initial=0)
+        self.size = aligned_size(self.tensors)
+        ends = accumulate(map(_aligned, self.tensors), initial=0)
         self._places = [
             (at, t.dtype, t.shape, t.stride()) for at, t in zip(ends, self.tensors, strict=False)
         ]
         flat = torch.empty(self.size, dtype=torch.uint8)
-        self._absent = [torch.empty((), dtype=t.dtype).expand(t.shape) for t in self.tensors]
+        self._empty = [torch.empty((), dtype=t.dtype).expand(t.shape) for t in self.tensors]
         for tensor, place in zip(self.tensors, self._views(flat), strict=True):
             place.copy_(tensor)
         if device.type == "cpu":
@@ -84,10 +85,10 @@ class Unit:
             self._host = None
         else:
             self._host = flat.pin_memory() if device.type == "cuda" else flat
-        self.leave()
+        self.drop()
 
     def copy(self, buffer: Tensor) -> None:
-        """Copies the weights into `buffer`, uint8 [size] on the device; pinned: asynchronously."""
+        """Copies the weights into `buffer`, uint8 [size] on the device; on CUDA asynchronously."""
         if self._host is not None:
             buffer.copy_(self._host, non_blocking=True)
         else:
@@ -95,15 +96,15 @@ class Unit:
             self._file.readinto(memoryview(buffer.numpy()))
 
     def use(self, buffer: Tensor) -> None:
-        """The module's weights are from now on those that lie in `buffer`."""
+        """Makes those in `buffer` the module's weights."""
         self._point_at(self._views(buffer))
 
-    def leave(self) -> None:
-        """The module has no weights: only their shapes and dtypes."""
-        self._point_at(self._absent)
+    def drop(self) -> None:
+        """Leaves the module the shapes and dtypes of its weights only."""
+        self._point_at(self._empty)
 
     def _views(self, buffer: Tensor) -> list[Tensor]:
-        """The tensors as they lie in `buffer`, with their strides (channels last, as it may be)."""
+        """The tensors in `buffer`, with their strides (such as channels_last)."""
         return [
             buffer[at : at + math.prod(shape) * dtype.itemsize]
             .view(dtype)
@@ -116,27 +117,27 @@ class Unit:
             tensor.data = place
 
 
-class Visitor:
-    """Models whose units come to the device with `enter` and are away again after `leave`."""
+class Offload:
+    """Models whose units are on the device from `onload` to `offload`."""
 
     def __init__(self, models: Sequence[nn.Module], device: torch.device) -> None:
-        """Takes the units' weights to the host, and all others to the device."""
+        """Moves the units' weights to the host, and all others to the device."""
         self.models, self.device = models, device
         self.units = [Unit(module, device) for model in models for module in units_of(model)]
-        visiting = {id(tensor) for unit in self.units for tensor in unit.tensors}
+        offloaded = {id(tensor) for unit in self.units for tensor in unit.tensors}
         for tensor in tensors_of(models):
-            if id(tensor) not in visiting:
+            if id(tensor) not in offloaded:
                 tensor.data = tensor.data.to(device)
 
-    def enter(self) -> None:
+    def onload(self) -> None:
         raise NotImplementedError
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         raise NotImplementedError
 
     def release(self) -> None:
-        """Makes ordinary models of them again, on the CPU."""
-        self.leave()
+        """Makes them ordinary models again, on the CPU."""
+        self.offload()
         for unit in self.units:
             buffer = torch.empty(unit.size, dtype=torch.uint8)
             unit.copy(buffer)
@@ -145,42 +146,42 @@ class Visitor:
             model.to("cpu")
 
 
-class Resident(Visitor):
-    """Models that stay on the device, and before whose work the others leave."""
+class Resident(Offload):
+    """Models that stay on the device."""
 
     def __init__(self, models: Sequence[nn.Module], device: torch.device) -> None:
         self.models, self.device, self.units = models, device, []
         for model in models:
             model.to(device)
 
-    def enter(self) -> None:
+    def onload(self) -> None:
         pass
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         pass
 
 
-class Visiting(Visitor):
+class ModelOffload(Offload):
     """Whole models on the device."""
 
     # Not inference tensors, even inside a caller's mode: they are other tensors' data.
     @torch.inference_mode(False)
-    def enter(self) -> None:
+    def onload(self) -> None:
         for unit in self.units:
             buffer = torch.empty(unit.size, dtype=torch.uint8, device=self.device)
             unit.copy(buffer)
             unit.use(buffer)
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         for unit in self.units:
-            unit.leave()
+            unit.drop()
 
 
-class Streaming(Visitor):
-    """Two units on the device: one that works, one that is on its way.
+class GroupOffload(Offload):
+    """Two units on the device: one that works, and the next, which is being copied.
 
-    On a GPU the copies have a stream of their own. Which unit follows which is learnt from the
-    first run; a unit that was not expected is copied when it is wanted.
+    On CUDA the copies have a stream of their own. The order of the units is learnt from the first
+    run; an unexpected unit is copied when it is called.
     """
 
     def __init__(self, models: Sequence[nn.Module], device: torch.device) -> None:
@@ -191,22 +192,22 @@ class Streaming(Visitor):
         self._slots: list[Tensor] = []
         for unit in self.units:
             self._handles += [
-                unit.module.register_forward_pre_hook(partial(self._arrive, unit)),
-                unit.module.register_forward_hook(partial(self._depart, unit)),
+                unit.module.register_forward_pre_hook(partial(self._before, unit)),
+                unit.module.register_forward_hook(partial(self._after, unit)),
             ]
-        self.leave()
+        self.offload()
 
     @torch.inference_mode(False)
-    def enter(self) -> None:
-        """Makes room for two units."""
+    def onload(self) -> None:
+        """Allocates the buffers of two units."""
         largest = max(unit.size for unit in self.units)
         self._slots = [
             torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)
         ]
 
-    def leave(self) -> None:
-        """Gives the room back."""
-        if self._side is not None:  # which may still be copying into it
+    def offload(self) -> None:
+        """Frees the buffers."""
+        if self._side is not None:  # which may still be copying into them
             torch.cuda.current_stream(self.device).wait_stream(self._side)
         self._slots = []
         self._at = 0  # the slot of the unit that came last
@@ -218,7 +219,7 @@ class Streaming(Visitor):
             handle.remove()
         super().release()
 
-    def _arrive(self, unit: Unit, *_: Any) -> None:
+    def _before(self, unit: Unit, *_: Any) -> None:
         if self._coming is not unit:
             self._fetch(unit)
         self._at, self._coming = 1 - self._at, None
@@ -231,71 +232,71 @@ class Streaming(Visitor):
         if (following := self._next.get(unit)) is not None:
             self._fetch(following)
 
-    def _depart(self, unit: Unit, *_: Any) -> None:
-        unit.leave()
+    def _after(self, unit: Unit, *_: Any) -> None:
+        unit.drop()
 
     @torch.inference_mode(False)
     def _fetch(self, unit: Unit) -> None:
-        """Copies a unit into the slot that is not in use."""
+        """Copies a unit into the free slot."""
         room = self._slots[1 - self._at][: unit.size]
         self._coming = unit
         if self._side is None:
             unit.copy(room)
             return
-        # All that has been asked of the device so far may still read what the slot held.
+        # Work that is queued on the device may still read what the slot held.
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
             unit.copy(room)
 
 
-class Turns:
-    """Sees to it that of several visitors one at a time is on the device."""
+class OneAtATime:
+    """Keeps at most one of several offloaded parts on the device."""
 
     def __init__(self) -> None:
-        self._inside: Visitor | None = None
-        self._visitors: list[Visitor] = []
+        self._onloaded: Offload | None = None
+        self._parts: list[Offload] = []
         self._handles: list[RemovableHandle] = []
 
-    def admit(self, visitor: Visitor, doors: Sequence[nn.Module]) -> None:
-        """Whenever one of the modules `doors` is called, the visitor enters before that.
+    def add(self, part: Offload, first: Sequence[nn.Module]) -> None:
+        """Onloads the part whenever one of the modules `first` is called, before they run.
 
         The call's tensors go to its device, too.
         """
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-            self._enter(visitor)
-            return _on(args, visitor.device), _on(kwargs, visitor.device)
+            self._onload(part)
+            return _on(args, part.device), _on(kwargs, part.device)
 
-        self._visitors.append(visitor)
-        for door in doors:
+        self._parts.append(part)
+        for module in first:
             self._handles.append(
-                door.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+                module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
             )
 
     def clear(self) -> None:
-        """Nobody is on the device."""
-        if self._inside is not None:
-            self._inside.leave()
-            self._inside = None
+        """Offloads the part that is on the device."""
+        if self._onloaded is not None:
+            self._onloaded.offload()
+            self._onloaded = None
 
     def release(self) -> None:
-        """Makes ordinary models of all visitors again, on the CPU."""
+        """Makes all parts ordinary models again, on the CPU."""
         self.clear()
         for handle in self._handles:
             handle.remove()
-        for visitor in self._visitors:
-            visitor.release()
-        self._handles, self._visitors = [], []
+        for part in self._parts:
+            part.release()
+        self._handles, self._parts = [], []
 
-    def _enter(self, wanted: Visitor) -> None:
-        if self._inside is not wanted:
+    def _onload(self, part: Offload) -> None:
+        if self._onloaded is not part:
             self.clear()
-            wanted.enter()
-            self._inside = wanted
+            part.onload()
+            self._onloaded = part
 
 
 def _on(value: Any, device: torch.device) -> Any:
-    """Every tensor in tuples and dicts, on the device."""
+    """The value with every tensor, in tuples and dicts too, on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):

@@ -1,12 +1,11 @@
-"""How much memory a forward takes, found by running it on tensors without content.
+"""The peak memory of a forward pass, found by running it on torch's meta device.
 
-On torch's meta device a model has shapes and no numbers: a forward takes milliseconds and makes
-every tensor that the real one makes. Adding up what is alive at each moment gives the peak, for
-any model, size and batch, and for every layer as it is (quantised, in strips, streamed). So it is
-with a backward pass (`koala.recipes.memory`).
+There a model has shapes and no numbers: a forward takes milliseconds and makes every tensor that
+the real one makes. The sum of those alive at each moment gives the peak, for any model, size and
+batch, with quantised layers and row tiling, and for a backward pass (`koala.recipes.memory`).
 
-Not seen are the libraries' own workspaces, and attention is taken to be one of torch's fused
-kernels, which never hold the scores.
+Workspaces of the libraries are not seen. Attention is taken to be one of torch's fused kernels,
+which never hold the scores.
 """
 
 import weakref
@@ -24,9 +23,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 @torch.no_grad()
 def peak_bytes(forward: Callable[[], Any]) -> int:
-    """The most bytes alive at once of all that `forward` makes, its result included.
+    """The most bytes alive at once of the tensors that `forward` makes, its result included.
 
-    It runs on tensors of the meta device; what exists before it is not counted.
+    It runs on the meta device; tensors that exist before it are not counted.
     """
     with FusedAttention(), Alive() as alive:
         forward()
@@ -34,7 +33,7 @@ def peak_bytes(forward: Callable[[], Any]) -> int:
 
 
 class Alive(TorchDispatchMode):
-    """Adds up the storages that are made, and takes off those that die."""
+    """Adds up the storages that are made, and subtracts those that are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +66,7 @@ class Alive(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as its fused kernels do it: nothing but the result, and what its gradient needs."""
+    """Attention as fused kernels do it: it makes the result, and what its gradient needs."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -94,6 +93,6 @@ class _Attended(torch.autograd.Function):
 
 
 def _by_token(like: Tensor, width: int) -> Tensor:
-    """An empty [n, heads, tokens, width] that lies in memory as [n, tokens, heads, width]."""
+    """An empty [n, heads, tokens, width], laid out in memory as [n, tokens, heads, width]."""
     n, heads, tokens, _ = like.shape
     return like.new_empty(n, tokens, heads, width).transpose(1, 2)

@@ -1,9 +1,8 @@
-"""What a model takes by the way it is run, and the first way that fits into what there is.
+"""How much memory a model takes in each mode of running it, and the first mode that fits.
 
-A `Mode` is such a way. A `Plan` is a mode with its cost: for each phase of a picture (reading the
-prompt, and a picture where one is given, denoising, decoding) the weights that are on the device
-then, and the work. A `Planner`
-goes down `LADDER` until the largest phase fits. `koala.generation.memory.placement` obeys.
+A `MemoryPlan` is a mode with its cost: for each phase of an image (encoding the prompt, and an
+image if one is given, denoising, decoding) the weights on the device and the work. A `Planner`
+goes down `LADDER` until the largest phase fits; `koala.generation.memory.placement` does the rest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,11 @@ from torch import nn
 
 from koala.errors import UserError
 from koala.generation import decode as decoding
-from koala.generation.memory.meta_models import DTYPES, TEXT, TINY, UNET, VAE, Blueprint
-from koala.generation.memory.offload import packed_size, tensors_of, units_of
+from koala.generation import validation
+from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE, MetaModels
+from koala.generation.memory.offload import aligned_size, tensors_of, units_of
 from koala.generation.memory.quantise import LARGEST
-from koala.generation.runtime.backends import check_dtype
+from koala.generation.runtime.dtypes import DTYPES, check_dtype
 from koala.utils.device import free_bytes
 
 GIB = 2**30
@@ -29,17 +29,17 @@ CARRIED = 2 * 2**20  # bytes: latents, embeddings and the like of a request
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to run a model."""
+    """A way to run a model, as far as its memory goes."""
 
     dtype: str  # that U-Net and text encoders compute in: a key of DTYPES
     vae_dtype: str
-    packed: str | None = None  # int8 or fp8: how their weights are stored
-    place: str = "resident"  # or of PLACES: what is away while it is not needed
+    quantised: str | None = None  # to int8 or fp8: how their weights are stored
+    place: str = "resident"  # a key of PLACES
     decode: str = "full"  # or "tiled" or "tiny"
 
     @property
     def weights(self) -> str:
-        return self.packed or self.dtype
+        return self.quantised or self.dtype
 
     @property
     def decoder(self) -> str:
@@ -48,7 +48,7 @@ class Mode:
 
     @property
     def encoder(self) -> str:
-        """How the VAE encodes a picture that is given: "full" or "tiled"."""
+        """How the VAE encodes an image: "full" or "tiled"."""
         return "full" if self.decode == "full" else "tiled"
 
     @property
@@ -56,34 +56,34 @@ class Mode:
         return self.dtype if self.decode == "tiny" else self.vae_dtype
 
     def place_of(self, part: str) -> str:
-        """Where a part's weights are: "resident", "in turns" or "streamed"."""
-        if part == TINY or (self.place == "text streamed" and part != TEXT):
+        """Where a part's weights are: "resident", "model offload" or "group offload"."""
+        if part == TINY or (self.place == "text group offload" and part != TEXT):
             return "resident"
-        if self.place == "streamed" and part == VAE:
-            return "in turns"
+        if self.place == "group offload" and part == VAE:
+            return "model offload"
         return self.place.removeprefix("text ")
 
-    def told(self) -> str:
+    def summary(self) -> str:
         return f"weights {self.weights}, {self.place}, {self.decode} decode"
 
 
 PLACES = {
     "resident": "all on the device",
-    "text streamed": "the text encoders a block at a time, only to read a new prompt",
-    "in turns": "a part at a time",
-    "streamed": "text encoders and U-Net a block at a time, the VAE as a whole",
+    "text group offload": "the text encoders a block at a time, only to encode a new prompt",
+    "model offload": "a part at a time",
+    "group offload": "text encoders and U-Net a block at a time, the VAE as a whole",
 }
 
-# From the fastest to the smallest. Where nobody asked for certain weights, those in 8 bits come
-# before a U-Net that travels: a layer's weight is made from them sooner than it is copied.
+# (quantised, place, decode) from the fastest to the smallest. If no weights are asked for, 8 bits
+# come before offloading the U-Net: dequantising a layer takes less time than copying it.
 LADDER: tuple[tuple[str | None, str, str], ...] = (
     (None, "resident", "full"),
     (None, "resident", "tiled"),
-    (None, "text streamed", "tiled"),
+    (None, "text group offload", "tiled"),
     ("int8", "resident", "tiled"),
-    ("int8", "in turns", "tiled"),
-    ("int8", "streamed", "tiled"),
-    ("int8", "streamed", "tiny"),
+    ("int8", "model offload", "tiled"),
+    ("int8", "group offload", "tiled"),
+    ("int8", "group offload", "tiny"),
 )
 
 
@@ -97,7 +97,7 @@ class Phase:
 
     @property
     def work(self) -> int:
-        """All but the weights: the activations, a margin, and what a request carries."""
+        """All but the weights: activations with their margin, and what a request carries."""
         return int(MARGIN * self.activations) + CARRIED
 
     @property
@@ -106,7 +106,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """A mode and what it takes, for pictures of one size."""
 
     mode: Mode
@@ -123,13 +123,13 @@ class Plan:
         return max(phase.total for phase in self.phases)
 
     def table(self) -> str:
-        """For a terminal: what is where, and what each phase takes."""
+        """A table for a terminal: where each part is, and what each phase takes."""
         mode, largest = self.mode, max(self.phases, key=lambda phase: phase.total)
         unit, named = (GIB, "GiB") if self.peak >= GIB else (2**20, "MiB")
         within = "" if self.budget is None else f" of {self.budget / unit:,.2f}"
         many = "1 picture" if self.pictures == 1 else f"{self.pictures} pictures"
-        decodes = {"full": ", decodes whole", "tiled": ", decodes in strips", "tiny": ", idle"}
-        kinds = {
+        decodes = {"full": ", decodes whole", "tiled": ", decodes in tiles", "tiny": ", idle"}
+        rows = {
             TEXT: (mode.weights, ""),
             UNET: (mode.weights, ""),
             VAE: (mode.vae_dtype, decodes[mode.decode]),
@@ -141,8 +141,8 @@ class Plan:
             f"{'part':<14}{'weights':>8}{named:>8}  where",
         ]
         for part, size in self.parts.items():
-            kept, does = kinds[part]
-            lines.append(f"{part:<14}{kept:>8}{size / unit:8.2f}  {mode.place_of(part)}{does}")
+            stored, does = rows[part]
+            lines.append(f"{part:<14}{stored:>8}{size / unit:8.2f}  {mode.place_of(part)}{does}")
         lines.append(f"{'phase':<14}{'weights':>8}{'work':>8}{'sum':>8}")
         for phase in self.phases:
             figures = (phase.weights, phase.work, phase.total)
@@ -151,25 +151,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def budget_of(gib: float | str) -> int:
-    """Bytes of a budget in GiB. UserError for what is none."""
-    try:
-        size = float(gib)
-    except (TypeError, ValueError):
-        size = 0.0
-    if isinstance(gib, bool) or not 0 < size < 2**20:
-        raise UserError(f"vram is {gib!r}: allowed are numbers of GiB above 0, such as 4, or free")
-    return int(size * GIB)
-
-
 class Planner:
     """Plans for one model folder, device, size and number of pictures at a time.
 
-    weights: "int8" or "fp8" stores the U-Net's and the text encoders' in 8 bits, a dtype leaves
-    them in it; None leaves the choice to the plan. decode: "full", "tiled" or "tiny"; None
-    likewise. tiny: where the tiny autoencoder comes from, by default the model's own, if any.
-    given: whether pictures are drawn from others, which the VAE encodes. UserError for what is not
-    there, or a dtype that the device lacks.
+    size: (width, height) in pixels. weights: "int8" or "fp8" stores U-Net and text encoders in 8
+    bits, a dtype keeps them in it; None: either. decode: "full", "tiled" or "tiny"; None: any.
+    tiny: folder or Hub id of the tiny autoencoder, by default the model's own, if any.
+    from_image: whether images start from others, which the VAE encodes. UserError for a value
+    that is not allowed, a tiny autoencoder that is not found, or a dtype that the device lacks.
     """
 
     def __init__(
@@ -181,21 +170,22 @@ class Planner:
         weights: str | None = None,
         decode: str | None = None,
         tiny: str | Path | None = None,
-        given: bool = False,
+        from_image: bool = False,
     ) -> None:
-        self.device, self.size, self.pictures, self.given = device, size, pictures, given
+        self.device, self.size, self.pictures = device, size, pictures
+        self.from_image = from_image
         has_own = (folder / decoding.TINY / "config.json").is_file()
         self.tiny = tiny or (folder if has_own or decode == "tiny" else None)
         if self.tiny is not None:
-            decoding.tiny_folder(self.tiny)  # refuses what is none, before anything is planned
-        self._blueprint = Blueprint(folder, self.tiny, size, pictures)
+            decoding.tiny_folder(self.tiny)  # refuses a wrong one before anything is planned
+        self._models = MetaModels(folder, self.tiny, size, pictures)
         self.modes = list(dict.fromkeys(self._ladder(weights, decode)))
         self.plan = cache(self._plan)
 
-    def choose(self, budget: int | None = None) -> Plan:
-        """The first plan that fits into `budget` bytes, by default what `free_bytes` finds.
+    def choose(self, budget: int | None = None) -> MemoryPlan:
+        """The first plan that fits into `budget` bytes, by default `free_bytes`.
 
-        UserError that names the smallest budget that works where none fits.
+        If none fits, a UserError names the smallest budget that works.
         """
         allowed = free_bytes(self.device) if budget is None else budget
         for plan in map(self.plan, self.modes):
@@ -203,78 +193,73 @@ class Planner:
                 return replace(plan, budget=allowed)
         least = min(map(self.plan, self.modes), key=lambda plan: plan.peak)
         raise UserError(
-            f"{allowed / GIB:.2f} GiB are too little for {self.size[0]}x{self.size[1]} pixels, "
+            f"{allowed / GIB:.2f} GiB is too little for {self.size[0]}x{self.size[1]} pixels, "
             f"{self.pictures} at a time: the smallest that works is "
-            f"{-(-least.peak * 100 // GIB) / 100:.2f} GiB ({least.mode.told()})"
+            f"{-(-least.peak * 100 // GIB) / 100:.2f} GiB ({least.mode.summary()})"
         )
 
-    def smaller(self, plan: Plan) -> Plan | None:
+    def smaller(self, plan: MemoryPlan) -> MemoryPlan | None:
         """The next plan that takes less, or None."""
-        at = self.modes.index(plan.mode)
-        below = (replace(self.plan(mode), budget=plan.budget) for mode in self.modes[at + 1 :])
+        after = self.modes[self.modes.index(plan.mode) + 1 :]
+        below = (replace(self.plan(mode), budget=plan.budget) for mode in after)
         return next((other for other in below if other.peak < plan.peak), None)
 
     def _ladder(self, weights: str | None, decode: str | None) -> Iterator[Mode]:
-        if weights not in (None, *DTYPES, *LARGEST):
-            allowed = ", ".join((*DTYPES, *LARGEST))
-            raise UserError(f"weights are {weights!r}: allowed are {allowed}")
-        if decode not in (None, "full", "tiled", "tiny"):
-            raise UserError(f"decoder is {decode!r}: allowed are full, tiled, tiny")
+        validation.runtime(None, False, False, weights=weights, decode=decode)
         if weights == "fp8" and self.device.type == "mps":
-            raise UserError("weights are 'fp8': MPS has no such type; choose int8")
+            raise UserError("weights 'fp8': MPS has no such type; choose int8")
         if weights in DTYPES:
             check_dtype(DTYPES[weights], self.device)
         own = "fp32" if self.device.type == "cpu" else "fp16"
         dtype = weights if weights in DTYPES else own
         vae_dtype = self._vae_dtype(dtype)
-        for packed, place, decoder in LADDER:
+        for quantised, place, decoder in LADDER:
             if weights is not None:
-                packed = weights if weights in LARGEST else None
+                quantised = weights if weights in LARGEST else None
             if decode or decoder != "tiny" or self.tiny is not None:
-                yield Mode(dtype, vae_dtype, packed, place, decode or decoder)
+                yield Mode(dtype, vae_dtype, quantised, place, decode or decoder)
 
     def _vae_dtype(self, dtype: str) -> str:
-        """float32 on the CPU. On others the model's, or bfloat16 where it would overflow that."""
+        """float32 on the CPU; elsewhere the model's, or bfloat16 if the VAE overflows in fp16."""
         if self.device.type == "cpu":
             return "fp32"
-        if dtype != "fp16" or not self._blueprint.config("vae").get("force_upcast", True):
+        if dtype != "fp16" or not self._models.config("vae").get("force_upcast", True):
             return dtype
         if self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
         return "fp32"
 
-    def _plan(self, mode: Mode) -> Plan:
-        """What a mode takes."""
-        models, work = self._blueprint.models, self._blueprint.work
+    def _plan(self, mode: Mode) -> MemoryPlan:
+        """The plan of a mode."""
+        models, work = self._models.models, self._models.work
         parts = {
-            TEXT: models(TEXT, mode.dtype, mode.packed),
-            UNET: models(UNET, mode.dtype, mode.packed),
+            TEXT: models(TEXT, mode.dtype, mode.quantised),
+            UNET: models(UNET, mode.dtype, mode.quantised),
             VAE: models(VAE, mode.vae_dtype),
         }
         if mode.decode == "tiny":
             parts[TINY] = models(TINY, mode.dtype)
-        inside = {part: _inside(made, mode.place_of(part)) for part, made in parts.items()}
-        every = [  # name, the part that works, bytes of its work
-            ("encode", TEXT, work(TEXT, mode.dtype, mode.packed)),
-            ("denoise", UNET, work(UNET, mode.dtype, mode.packed)),
+        resident = {part: _on_device(made, mode.place_of(part)) for part, made in parts.items()}
+        every = [  # name, the part that works, bytes of activations
+            ("encode", TEXT, work(TEXT, mode.dtype, mode.quantised)),
+            ("denoise", UNET, work(UNET, mode.dtype, mode.quantised)),
             ("decode", mode.decoder, work(mode.decoder, mode.decoder_dtype, None, mode.decode)),
         ]
-        if self.given:
-            look = self._blueprint.look(mode.vae_dtype, mode.encoder)
-            every.insert(1, ("picture", VAE, look))
+        if self.from_image:
+            every.insert(1, ("picture", VAE, self._models.encoding(mode.vae_dtype, mode.encoder)))
         phases = tuple(
-            Phase(name, sum(one[part != busy] for part, one in inside.items()), activations)
+            Phase(name, sum(one[part != busy] for part, one in resident.items()), activations)
             for name, busy, activations in every
         )
-        sizes = {part: packed_size(tensors_of(made)) for part, made in parts.items()}
-        return Plan(mode, self.device, self.size, self.pictures, sizes, phases)
+        sizes = {part: aligned_size(tensors_of(made)) for part, made in parts.items()}
+        return MemoryPlan(mode, self.device, self.size, self.pictures, sizes, phases)
 
 
-def _inside(models: Sequence[nn.Module], place: str) -> tuple[int, int]:
-    """Bytes of a part's weights on the device while it works, and while others do."""
-    whole = packed_size(tensors_of(models))
+def _on_device(models: Sequence[nn.Module], place: str) -> tuple[int, int]:
+    """Bytes of a part's weights on the device while it works, and while other parts do."""
+    whole = aligned_size(tensors_of(models))
     if place == "resident":
         return whole, whole
-    sizes = [packed_size(tensors_of([unit])) for model in models for unit in units_of(model)]
+    sizes = [aligned_size(tensors_of([unit])) for model in models for unit in units_of(model)]
     rest = whole - sum(sizes)
-    return (whole if place == "in turns" else rest + 2 * max(sizes)), rest
+    return (whole if place == "model offload" else rest + 2 * max(sizes)), rest

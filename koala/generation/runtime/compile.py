@@ -1,13 +1,11 @@
-"""The same U-Net and VAE, faster: fused projections, compiled blocks, CUDA graphs, fixed batches.
+"""Faster U-Net and VAE: fused projections, compiled blocks, CUDA graphs, fixed batch sizes.
 
-In this order, from outside the model, and after every LoRA was merged and before any
-quantisation: what is fused has no projections of its own any more, what is compiled or captured
-must not change. SDPA and channels_last need nothing here: `load` brings both, and the loop
-(`denoise`) never waits for the device.
+They are applied in this order, from outside the model, after every LoRA was merged: fused
+projections cannot take one, and a compiled or captured model must not change.
 
-Compiling takes a minute or two the first time. So it is asked for, never done by itself, and what
-it made stays in the cache folder. What is compiled or captured is so for one shape: batches have
-one of a few fixed sizes, which `koala.generation.runtime.backends.warm_up` goes through beforehand.
+Compiling takes a minute or two the first time, so it is never done unasked, and its results are
+kept in the cache folder. Each is for one shape: batches have one of a few fixed sizes (`ROWS`),
+and `koala.serving.warmup.warm_up` runs each of them once.
 """
 
 import os
@@ -25,9 +23,9 @@ from koala.generation.decode import Decode
 from koala.generation.denoise import Condition, Predict
 from koala.utils.asset_packages import cache_folder
 
-_MOST_GRAPHS = 256  # compiled variants of one kind of block: its shapes times the batch's
-_WARM_UP = 3  # runs before a capture, in which libraries choose and allocate
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of fixed batches: at most a third more than needed
+_MOST_GRAPHS = 256  # compiled variants of one kind of block: its shapes times the batch sizes
+_WARM_UP = 3  # runs before a capture, in which libraries choose kernels and allocate
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # fixed batch sizes: at most a third is padding
 
 
 # --- fused projections ----------------------------------------------------------------------
@@ -35,11 +33,11 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of fixed batches: at most a third m
 
 @torch.no_grad()
 def fuse_projections(unet: nn.Module) -> None:
-    """Makes queries, keys and values of every self-attention one product, keys and values of every
-    cross attention another; in place.
+    """Fuses the projections of queries, keys and values in every self-attention, and those of keys
+    and values in every cross-attention, in place.
 
-    Equal up to rounding, with as many weights as before. UserError if a LoRA lies beside the
-    projections, or they are quantised: what is fused can take neither.
+    Equal up to rounding, with as many weights as before. UserError if the projections are fused
+    already or quantised, or a LoRA lies beside them.
     """
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
     for block in blocks:
@@ -57,8 +55,8 @@ def _check_plain(attention: Attention) -> None:
         projection = getattr(attention, name, nn.Identity())
         if type(projection) is not nn.Linear or projection._forward_hooks:
             raise UserError(
-                "projections cannot be fused twice, quantised, or under a LoRA that lies beside "
-                "the weights: merge the LoRA, fuse, then quantise"
+                "projections that are fused, quantised or under a LoRA cannot be fused: merge the "
+                "LoRA, fuse, then quantise"
             )
 
 
@@ -81,7 +79,7 @@ class _SelfAttention:
 
 
 class _CrossAttention:
-    """The same with `to_fused` = keys, values, and queries apart."""
+    """The same with `to_fused` = keys, values; queries have a projection of their own."""
 
     def __call__(
         self, attention: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, *_, **__
@@ -102,12 +100,11 @@ def _attended(attention: Attention, *projected: Tensor) -> Tensor:
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
-    """Has `torch.compile` make every transformer block and resnet faster; in place, returns how
-    many.
+    """Compiles every transformer block and resnet with `torch.compile`, in place; returns how many.
 
-    Blocks rather than the whole: equal blocks share what is compiled, so that it takes as long
-    as its kinds, not as its depth. It happens at the first forward of each shape. What is made is
-    kept under $KOALA_CACHE, unless $TORCHINDUCTOR_CACHE_DIR says otherwise.
+    Blocks rather than the whole model: equal blocks share their code, so that compiling time
+    depends on the number of kinds, not on the depth. It happens at the first forward of each
+    shape. Results are kept under $KOALA_CACHE, or in $TORCHINDUCTOR_CACHE_DIR if that is set.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder().parent / "inductor"))
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
@@ -123,11 +120,10 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
 
 
 def graphed(predict: Predict, device: torch.device) -> Predict:
-    """`predict` replayed from a CUDA graph: one for every shape of its inputs, captured at its
-    first call.
+    """`predict` replayed from CUDA graphs, one per input shape, captured at its first call.
 
-    At batch 1 a U-Net is over before Python has launched its next kernels; a replay launches all
-    at once. UserError on anything but CUDA.
+    At batch 1 the GPU is faster than Python launches kernels; a replay launches all of them at
+    once. UserError on anything but CUDA.
     """
     if device.type != "cuda":
         raise UserError(f"CUDA graphs: the device is {device}, allowed is cuda")
@@ -145,14 +141,14 @@ def graphed(predict: Predict, device: torch.device) -> Predict:
 
 
 class _Graph:
-    """One captured evaluation: inputs are copied into its own, the output out of it."""
+    """One captured evaluation, with its own input and output buffers."""
 
     def __init__(
         self, predict: Predict, inputs: Sequence[Tensor], device: torch.device, pool: object
     ) -> None:
         self.inputs = [tensor.to(device, copy=True) for tensor in inputs]
-        x, timesteps, *told = self.inputs
-        condition = Condition(*told)
+        x, timesteps, *parts = self.inputs
+        condition = Condition(*parts)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -174,32 +170,32 @@ class _Graph:
 
 
 def in_fixed_batches(predict: Predict, sizes: Sequence[int] = ROWS) -> Predict:
-    """`predict` of any number of rows, which itself is only ever asked about `sizes` of them.
+    """`predict` for any number of rows, which calls it with batches of the given sizes only.
 
-    The smallest that holds the rows, filled up with copies of the last one; more rows than the
-    largest holds go in turns. Requests that join and leave then meet no new shape.
+    It takes the smallest size that holds the rows, padded with copies of the last row; more rows
+    than the largest size are split. So requests that join and leave cause no new shape.
     """
     largest = max(sizes)
 
     def predict_all(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        told = (condition.text, condition.pooled, condition.time_ids)
-        turns = zip(*(tensor.split(largest) for tensor in (x, timesteps, *told)), strict=True)
-        return torch.cat([one_turn(*turn) for turn in turns])
+        parts = (condition.text, condition.pooled, condition.time_ids)
+        batches = zip(*(tensor.split(largest) for tensor in (x, timesteps, *parts)), strict=True)
+        return torch.cat([one_batch(*batch) for batch in batches])
 
-    def one_turn(*given: Tensor) -> Tensor:
+    def one_batch(*given: Tensor) -> Tensor:
         rows = len(given[0])
         more = min(size for size in sizes if size >= rows) - rows
-        x, timesteps, *told = (_filled_up(tensor, more) for tensor in given)
-        return predict(x, timesteps, Condition(*told))[:rows]
+        x, timesteps, *parts = (_padded(tensor, more) for tensor in given)
+        return predict(x, timesteps, Condition(*parts))[:rows]
 
     return predict_all
 
 
-def _filled_up(tensor: Tensor, more: int) -> Tensor:
-    """The tensor with so many copies of its last row behind it."""
+def _padded(tensor: Tensor, more: int) -> Tensor:
+    """The tensor with `more` copies of its last row appended."""
     return torch.cat([tensor, tensor[-1:].expand(more, *tensor.shape[1:])]) if more else tensor
 
 
 def one_by_one(decode: Decode) -> Decode:
-    """`decode`, asked about a single picture at a time."""
+    """`decode`, one image at a time."""
     return lambda latents: torch.cat([decode(latent) for latent in latents.split(1)])

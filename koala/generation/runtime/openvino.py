@@ -1,12 +1,12 @@
-"""U-Net and VAE on a processor through OpenVINO, straight from the PyTorch modules.
+"""U-Net and VAE on a CPU through OpenVINO, converted from the PyTorch modules.
 
-OpenVINO packs the weights once for the processor it runs on, which PyTorch does anew at every
-step; the smaller the model, the more that is worth. Conversion takes seconds to minutes, so its
-results are kept in the cache folder: the converted model once, and what was compiled of it for
-each shape. Shapes are fixed when compiled: that is a third faster than open ones.
+OpenVINO packs the weights once for the CPU it runs on; PyTorch does so at every step, which costs
+a small model most. Conversion takes seconds to minutes, so the cache folder keeps the converted
+model, and what was compiled of it for each shape. Fixed shapes are a third faster than dynamic
+ones.
 
 Needs the extra `openvino`. Numbers agree with PyTorch's within 1e-4 in fp32; bf16 and int8 are
-approximations, and their cost in fidelity is told by `python -m benchmarks.fidelity`.
+approximations, whose cost `python -m benchmarks.fidelity` measures.
 """
 
 import hashlib
@@ -29,45 +29,39 @@ from torch import Tensor, nn
 
 from koala.architectures.config import pooled_width
 from koala.errors import UserError
-from koala.generation.decode import Decode, finished, unscaled
+from koala.generation.decode import Decode, finished, vae_latents
 from koala.generation.denoise import Condition, Predict
 from koala.utils.asset_packages import cache_folder
 
-# With this package beside them OpenVINO and NNCF report their use to a statistics service. They do
-# without where it cannot be imported; what runs here calls nobody.
+# OpenVINO and NNCF report their use through this package, if it can be imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 PRECISIONS = ("fp32", "bf16", "int8")
-CACHE_BYTES = 16 << 30  # what all models together may take in the cache folder
+CACHE_BYTES = 16 << 30  # of all models in the cache folder
 _EXAMPLE = 10  # latent side of the example: one that U-Nets round up, so that every size works
 
-# What a U-Net was asked: (x, timesteps, condition), as `Predict` takes them.
-Sample: TypeAlias = tuple[Tensor, Tensor, Condition]
+# (x, timesteps, condition), the arguments of a `Predict`.
+UNetInputs: TypeAlias = tuple[Tensor, Tensor, Condition]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples of a U-Net's work, only made where what was quantised by them is not in the cache."""
+    """Inputs of a U-Net to quantise by, made only if the quantised model is not in the cache."""
 
-    name: str  # tells it from others: equal names must mean equal samples
-    made: Callable[[], Sequence[Sample]]
-
-
-def installed() -> bool:
-    """Whether OpenVINO is there; whether it wins is for a measurement to say."""
-    return find_spec("openvino") is not None
+    name: str  # equal names must mean equal samples
+    made: Callable[[], Sequence[UNetInputs]]
 
 
 def predictor(
     unet: UNet2DConditionModel,
     precision: str = "fp32",
-    samples: Sequence[Sample] | Calibration = (),
+    samples: Sequence[UNetInputs] | Calibration = (),
 ) -> Predict:
-    """The predictions of a U-Net, float32 on the CPU, through OpenVINO.
+    """A U-Net, float32 on the CPU, run by OpenVINO.
 
-    `precision` "bf16" needs a processor that has it; "int8" quantises weights and activations
-    with NNCF and needs `samples` of the U-Net's work (`recorded` collects them). UserError for
-    what is missing, or a U-Net with a LoRA beside its weights: such a LoRA must be merged.
+    precision: "fp32"; "bf16", if the CPU has it; or "int8", which quantises weights and
+    activations with NNCF by `samples` of the U-Net's inputs (`recorded` collects them). UserError
+    for a missing package, or a LoRA beside the weights: it must be merged.
     """
     _check(precision, samples)
     refuse_hooks(unet)
@@ -82,7 +76,7 @@ def predictor(
 
 
 def decoder(vae: AutoencoderKL, precision: str = "fp32") -> Decode:
-    """The VAE's decoder through OpenVINO, all pictures at once; "int8" is not for it."""
+    """The VAE's decoder run by OpenVINO, all images at once; in "fp32" or "bf16"."""
     if precision == "int8":
         raise UserError("precision 'int8' is for the U-Net: the VAE takes fp32 or bf16")
     _check(precision, ())
@@ -90,13 +84,13 @@ def decoder(vae: AutoencoderKL, precision: str = "fp32") -> Decode:
     engine = _Engine(_FlatDecoder(vae), (example,), precision)
 
     def decode(latents: Tensor) -> Tensor:
-        return finished(engine(unscaled(vae, latents)), latents, torch.float32)
+        return finished(engine(vae_latents(vae, latents)), latents, torch.float32)
 
     return decode
 
 
-def recorded(predict: Predict, into: list[Sample]) -> Predict:
-    """`predict`, which also keeps what it was asked: samples to quantise by."""
+def recorded(predict: Predict, into: list[UNetInputs]) -> Predict:
+    """`predict`, which also appends its inputs to `into`."""
 
     def keep(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         into.append((x.cpu(), timesteps.cpu(), condition.to(torch.device("cpu"), torch.float32)))
@@ -109,7 +103,7 @@ def recorded(predict: Predict, into: list[Sample]) -> Predict:
 
 
 class _FlatUNet(nn.Module):
-    """A U-Net whose inputs are float32 tensors side by side, as a traced graph wants them."""
+    """A U-Net whose inputs are positional float32 tensors, as tracing needs them."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -131,7 +125,7 @@ class _FlatDecoder(nn.Module):
 
 
 class _Engine:
-    """One module in one precision, compiled for every shape of its inputs that comes along."""
+    """One module in one precision, compiled for each shape of its inputs."""
 
     def __init__(
         self,
@@ -148,18 +142,18 @@ class _Engine:
         if precision == "bf16" and "BF16" not in self.core.get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
-            raise UserError("precision 'bf16': this processor has no bfloat16; choose fp32 or int8")
+            raise UserError("precision 'bf16': this CPU has no bfloat16; choose fp32 or int8")
         self.options = {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
-            # A thread that is bound to a core waits for whatever else runs there.
+            # A pinned thread waits for whatever else runs on its core.
             "ENABLE_CPU_PINNING": False,
         }
-        # OpenVINO finds what it has compiled by the model, not by these: a model compiled for bf16
-        # would come back for fp32. So every set of them has a cache of its own.
+        # OpenVINO's cache does not tell options apart: a model compiled for bf16 would be found for
+        # fp32. So every set of options has a folder of its own.
         self.options["CACHE_DIR"] = str(_folder() / digest([self.options]))
-        # Of the weights as they are now, so that a merged LoRA makes another model.
+        # By the weights' values, so that a merged LoRA makes another model.
         kind = f"int8 {samples.name}" if precision == "int8" and samples else "float"
         self.key = _fingerprint(module, kind)
         self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
@@ -175,7 +169,7 @@ class _Engine:
         return torch.from_numpy(answer[0])
 
     def _compiled(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
-        """For these shapes; OpenVINO itself keeps the result in the cache folder."""
+        """The model for these shapes; OpenVINO keeps it in the cache folder."""
         model = self._converted.clone()
         model.reshape(dict(enumerate(shapes)))
         compiled = self.core.compile_model(model, "CPU", self.options)
@@ -184,7 +178,7 @@ class _Engine:
 
     @cached_property
     def _converted(self) -> Any:
-        """The module as OpenVINO's own model, quantised if it shall be; kept on disk."""
+        """The module as an OpenVINO model, quantised if asked for; kept on disk."""
         file = _folder() / f"{digest([self.key, self.ov.__version__])}.xml"
         if not (file.is_file() and file.with_suffix(".bin").is_file()):
             model = convert(self.module, self.example)
@@ -194,22 +188,22 @@ class _Engine:
             part = file.with_name(f"part-{os.getpid()}-{file.name}")
             self.ov.save_model(model, part, compress_to_fp16=False)
             os.replace(part.with_suffix(".bin"), file.with_suffix(".bin"))
-            os.replace(part, file)  # last: who finds it finds both
+            os.replace(part, file)  # last: if it exists, both do
         return self.core.read_model(file)
 
 
 def convert(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
-    """The module as an `openvino.Model` of open shapes."""
+    """The module as an `openvino.Model` of dynamic shapes."""
     import openvino
 
     with warnings.catch_warnings():
-        # Of branches that follow the example's shape: its odd side takes those that fit all sizes.
+        # Branches follow the example's shape; with its odd side they fit all sizes.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return openvino.convert_model(module, example_input=example)
 
 
 def _quantised(model: Any, samples: Sequence[tuple[Tensor, ...]]) -> Any:
-    """8-bit weights and activations, their ranges from `samples` (NNCF's post-training method)."""
+    """The model with 8-bit weights and activations, by NNCF's post-training quantisation."""
     import nncf
 
     def arrays(sample: tuple[Tensor, ...]) -> dict[int, np.ndarray]:
@@ -239,7 +233,7 @@ def _unet_example(unet: UNet2DConditionModel) -> tuple[Tensor, ...]:
 # --- checks, names, cache -------------------------------------------------------------------
 
 
-def _check(precision: str, samples: Sequence[Sample] | Calibration) -> None:
+def _check(precision: str, samples: Sequence[UNetInputs] | Calibration) -> None:
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r}: OpenVINO takes {', '.join(PRECISIONS)}")
     needed = ("openvino", "nncf") if precision == "int8" else ("openvino",)
@@ -251,16 +245,16 @@ def _check(precision: str, samples: Sequence[Sample] | Calibration) -> None:
 
 
 def refuse_hooks(unet: nn.Module) -> None:
-    """UserError for a LoRA beside the weights: what is made of the weights would not have it."""
+    """UserError for a LoRA beside the weights, which a copy of the weights would not have."""
     if any(module._forward_hooks for module in unet.modules()):
         raise UserError(
-            "a LoRA lies beside the weights, where OpenVINO does not see it: merge it "
-            "(koala generate does)"
+            "a LoRA lies beside the weights, where this back end does not see it: merge it, as "
+            "koala.load(lora=..., backend=...) does"
         )
 
 
 def _fingerprint(module: nn.Module, kind: str) -> str:
-    """A hash of a module's weights and settings, and of `kind`."""
+    """A hash of a module's weights and configuration, and of `kind`."""
     settings = [settings_of(part) for part in module.children()]
     weights = _hash([tuple(tensor for _, tensor in sorted(module.state_dict().items()))])
     return digest([json.dumps(settings, sort_keys=True), weights, kind])
@@ -273,17 +267,17 @@ def _hash(samples: Iterable[tuple[Tensor, ...]]) -> str:
     return state.hexdigest()
 
 
-def _flat(samples: Iterable[Sample]) -> list[tuple[Tensor, ...]]:
+def _flat(samples: Iterable[UNetInputs]) -> list[tuple[Tensor, ...]]:
     return [(x, t, c.text, c.pooled, c.time_ids) for x, t, c in samples]
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
-    """A model's configuration without its notes, such as the folder that it was read from."""
+    """A model's configuration without private keys, such as the folder it was read from."""
     return {key: value for key, value in model.config.items() if not key.startswith("_")}
 
 
 def digest(values: Sequence[Any]) -> str:
-    """A file name for these values, which JSON must hold or a str tell apart."""
+    """A file name for these values: a hash of their JSON, or of their str if they have none."""
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:32]
 
 
@@ -292,7 +286,7 @@ def _folder() -> Path:
 
 
 def trim(folder: Path, limit: int) -> None:
-    """Deletes the oldest files, in folders too, until `limit` bytes hold the rest."""
+    """Deletes the oldest files, also in subfolders, until the rest takes at most `limit` bytes."""
     files = [file for file in folder.rglob("[0-9a-f]*") if file.is_file()]
     total = 0
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):

@@ -1,0 +1,115 @@
+"""What all commands share: how one is described, parsed and printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from koala.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what `koala --help` says of it, what it takes, and what it does."""
+
+    name: str
+    summary: str  # a line, as the end of "koala NAME: ..."
+    examples: tuple[str, ...]  # whole command lines; the first is shown by `koala --help`
+    arguments: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], None]
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The options of a command line. UserError for what the command does not take."""
+        parser = Parser(
+            prog=f"koala {self.name}",
+            description=f"{self.summary[0].upper()}{self.summary[1:]}.",
+            epilog="examples:\n" + "\n".join(f"  {example}" for example in self.examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.arguments(parser)
+        options, rest = parser.parse_known_args(arguments)
+        if rest:
+            close = did_you_mean(rest[0].partition("=")[0], parser.options)
+            raise UserError(
+                f"koala {self.name} does not take {rest[0]!r}; see koala {self.name} --help{close}"
+            )
+        return options
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which raises `UserError` for a mistake in place of leaving with a usage."""
+
+    @property
+    def options(self) -> list[str]:
+        """Every option's spellings."""
+        return re.findall(r"--[a-z-]+", self.format_help())
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+    def add_json(self, what: str) -> None:
+        self.add_argument("--json", action="store_true", help=f"print {what} as JSON")
+
+    def add_push(self) -> None:
+        self.add_argument(
+            "--push-to-hub", metavar="ORG/NAME", help="upload the result to the Hugging Face Hub"
+        )
+
+
+def whole(text: str) -> int:
+    """A whole number, for `type=`."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def number(text: str) -> float:
+    """A number, for `type=`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, such as 0.5") from None
+
+
+def listed(names: Iterable[str]) -> str:
+    """At least two names in words: "a, b or c"."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}"
+
+
+def say(line: str) -> None:
+    """Tells a person something on standard error."""
+    print(f"koala: {line}", file=sys.stderr, flush=True)
+
+
+def show(o: argparse.Namespace, value: Any, text: str) -> None:
+    """Prints a result: `value` as JSON where --json asks for it, else `text`."""
+    print(json.dumps(value, indent=1, default=str) if o.json else text)
+
+
+def check_push(o: argparse.Namespace) -> None:
+    """Before the work: whether the Hub would take its result."""
+    if o.push_to_hub is not None:
+        from koala.checkpoints.upload import check_target
+
+        check_target(o.push_to_hub)
+
+
+def push(o: argparse.Namespace, result: Path) -> None:
+    if o.push_to_hub is not None:
+        from koala.checkpoints.upload import push
+
+        say(f"uploaded: {push(result, o.push_to_hub)}")
+
+
+def first_process() -> bool:
+    """Whether this is the one that speaks of the processes that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"

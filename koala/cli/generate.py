@@ -1,0 +1,141 @@
+"""`koala generate`."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from koala.cli.command import Command, Parser, listed, number, say, show, whole
+from koala.generation.samplers import SAMPLERS
+from koala.generation.validation import BACKENDS, DECODERS, STRENGTH, WEIGHTS
+
+
+def _arguments(p: Parser) -> None:
+    p.add_argument("prompt", nargs="+", help="what to draw; several prompts draw several images")
+    p.add_argument(
+        "--out", type=Path, default=Path("pictures"), metavar="PATH",
+        help="a folder, where files are numbered (default pictures), or a file such as fox.png; "
+        "several images then become fox-1.png, fox-2.png and so on; no file is ever replaced",
+    )  # fmt: skip
+    p.add_argument("-n", "--number", type=whole, default=1, help="images per prompt (default 1)")
+    p.add_argument("--seed", type=whole, help="seed of the first image (default: random)")
+    p.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the model's own)")
+    p.add_json("paths and settings")
+
+    model = p.add_argument_group("model")
+    model.add_argument(
+        "--model", default="koala-mini",
+        help="bundled name, folder, single file or Hub id (default koala-mini)",
+    )  # fmt: skip
+    model.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]",
+        help="a LoRA for the model, or for SDXL, its teacher; repeat for several",
+    )  # fmt: skip
+
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument("--steps", type=whole, default=10, help="denoising steps (default 10)")
+    sampling.add_argument(
+        "--guidance", type=number, default=3.5, help="guidance scale, CFG (default 3.5)"
+    )
+    sampling.add_argument(
+        "--guidance-until", type=number, default=1.0, metavar="SHARE",
+        help="switch guidance off after this share of the steps (default 1.0: never)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--negative-prompt", "--negative", default="", metavar="TEXT", help="what to keep away from"
+    )
+    sampling.add_argument(
+        "--scheduler", default="euler", help=f"{listed(SAMPLERS)} (default euler)"
+    )
+    sampling.add_argument(
+        "--strict", action="store_true",
+        help="draw each image bit for bit as if it were drawn alone",
+    )  # fmt: skip
+
+    start = p.add_argument_group("starting from an image")
+    start.add_argument("--image", type=Path, metavar="FILE", help="the image to start from")
+    start.add_argument(
+        "--strength", type=number,
+        help=f"how much of it to redraw, above 0 and up to 1 (default {STRENGTH:g})",
+    )  # fmt: skip
+    start.add_argument(
+        "--mask", type=Path, metavar="FILE",
+        help="an image of the same size: redraw only where it is light",
+    )  # fmt: skip
+
+    runtime = p.add_argument_group("speed")
+    runtime.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best available)")
+    runtime.add_argument(
+        "--backend",
+        help=f"{listed(BACKENDS)}. auto times torch and openvino once and remembers the faster; "
+        "fastest also tries those that round; remembered (default) is torch if nothing was timed",
+    )  # fmt: skip
+    runtime.add_argument("--compile", action="store_true", help="use torch.compile, cached on disk")
+    runtime.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
+
+    memory = p.add_argument_group("memory")
+    memory.add_argument(
+        "--vram", metavar="GIB", help="stay within this many GiB, or within what is free ('free')"
+    )
+    memory.add_argument("--weights", help=f"{listed(WEIGHTS)} (default: as the memory plan says)")
+    memory.add_argument("--decode", help=f"{listed(DECODERS)} (default: as the memory plan says)")
+    memory.add_argument(
+        "--tiny-vae", metavar="MODEL", help="folder or Hub id of the tiny decoder (default: the "
+        "model's own)",
+    )  # fmt: skip
+
+
+def _run(o: argparse.Namespace) -> None:
+    from koala.generation import validation
+    from koala.generation.png import check_writable
+    from koala.generation.requests import checked
+    from koala.utils.device import check_device
+
+    runtime = {
+        "backend": o.backend or "remembered", "compile": o.compile, "graphs": o.graphs,
+        "vram": o.vram, "weights": o.weights, "decode": o.decode, "tiny_vae": o.tiny_vae,
+    }  # fmt: skip
+    validation.runtime(**runtime)
+    check_device(o.device)
+    check_writable(o.out, len(o.prompt) * o.number)
+    loras = validation.loras(o.lora)
+    asked = {
+        "negative_prompt": o.negative_prompt, "steps": o.steps, "guidance": o.guidance,
+        "guidance_until": o.guidance_until, "scheduler": o.scheduler, "size": o.size,
+        "number": o.number, "seed": o.seed, "image": o.image, "strength": o.strength,
+        "mask": o.mask,
+    }  # fmt: skip
+    settings = checked(o.model, o.prompt, lora=loras, **asked).settings
+
+    from koala.generation import load, save  # all is checked: now torch may load
+    from koala.utils.progress import progress
+
+    pipeline = load(
+        o.model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
+        pictures=len(settings), from_image=o.image is not None, say=say,
+    )  # fmt: skip
+    if pipeline.plan is not None:
+        print(pipeline.plan.table(), file=sys.stderr)
+    requests = pipeline.requests(o.prompt, **asked)
+    with progress("drawing", pipeline.steps(requests), "steps") as advance:
+        result = pipeline.draw(requests, strict=o.strict, on_step=lambda *_: advance(1))
+    made = list(zip(save(result, o.out), result.settings, strict=True))
+    show(
+        o,
+        [{"path": str(path), **asdict(settings)} for path, settings in made],
+        "\n".join(f"{path}  seed {settings.seed}" for path, settings in made),
+    )
+
+
+GENERATE = Command(
+    "generate",
+    "draw images from prompts",
+    (
+        'koala generate "a red fox, noto style" --out fox.png',
+        'koala generate "a fox, noto style" "an owl, noto style" -n 4 --seed 7 --out drawn',
+        'koala generate "a fox, noto style" --steps 20 --scheduler dpm++2m --negative-prompt blue',
+        'koala generate "a blue fish, noto style" --image fox.png --strength 0.6 --out fish.png',
+    ),
+    _arguments,
+    _run,
+)

@@ -1,0 +1,141 @@
+"""`koala inspect`, `compress`, `convert` and `architectures`: models from disk to disk."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from koala.architectures.block_map import DEPTH_RULES
+from koala.architectures.table import CUTS
+from koala.checkpoints.convert import TARGETS
+from koala.checkpoints.tensors import DTYPES
+from koala.cli.command import Command, Parser, check_push, listed, push, show
+from koala.errors import UserError
+
+MODEL = "bundled name, folder, single file or Hub id of an SDXL-class model"
+
+
+def _inspect_arguments(p: Parser) -> None:
+    p.add_argument("model", help="any .safetensors file, or a bundled name, folder or Hub id")
+    p.add_json("the description")
+
+
+def _inspect(o: argparse.Namespace) -> None:
+    from koala.checkpoints.inspect import inspect
+
+    found = inspect(o.model)
+    show(o, asdict(found), found.text())
+
+
+def _compress_arguments(p: Parser) -> None:
+    p.add_argument("teacher", help=MODEL)
+    p.add_argument(
+        "--to", required=True, metavar="STUDENT",
+        help=f"{', '.join(CUTS)}, or transformer depths of your own, such as 0,2,4 or 0,2,4,no-mid",
+    )  # fmt: skip
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the student's new folder"
+    )
+    p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
+    p.add_argument(
+        "--depth-rule", default="bottom",
+        help="which of the teacher's transformer blocks stay: "
+        f"{listed(DEPTH_RULES)} (default bottom)",
+    )  # fmt: skip
+    p.add_push()
+    p.add_json("the report")
+
+
+def _compress(o: argparse.Namespace) -> None:
+    from koala.checkpoints.compress import compress
+
+    check_push(o)
+    report = compress(o.teacher, o.to, o.out, o.dtype, o.depth_rule)
+    push(o, report.out)
+    show(o, asdict(report), report.line())
+
+
+def _convert_arguments(p: Parser) -> None:
+    p.add_argument("model", help=f"{MODEL}; with --for, a LoRA's file")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--to", metavar="FORMAT", help=f"{listed(TARGETS)}: a folder, or a file for other programs"
+    )
+    what.add_argument(
+        "--for", dest="student", metavar="MODEL",
+        help="turn SDXL's LoRA into one for this student: koala-700m, koala-1b, bk-sdxl or a model",
+    )  # fmt: skip
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="the new folder or .safetensors file",
+    )
+    p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
+    p.add_push()
+    p.add_json("the report")
+
+
+def _convert(o: argparse.Namespace) -> None:
+    from koala.checkpoints.convert import convert
+    from koala.lora.conversion import convert_lora
+
+    if o.student is not None and o.dtype is not None:
+        raise UserError("--dtype has no effect on a LoRA, which keeps its own: leave it out")
+    check_push(o)
+    if o.student is None:
+        converted = convert(o.model, o.to, o.out, o.dtype)
+        report, line = asdict(converted), converted.line()
+    else:
+        carried = convert_lora(o.model, o.student, o.out)
+        report, line = asdict(carried), carried.line()
+    push(o, o.out.expanduser())
+    show(o, report, line)
+
+
+def _architectures_arguments(p: Parser) -> None:
+    p.add_json("the rows")
+
+
+def _architectures(o: argparse.Namespace) -> None:
+    from koala.architectures.flops import format_table, table
+
+    rows = table()
+    show(o, rows, format_table(rows))
+
+
+INSPECT = Command(
+    "inspect",
+    "describe a weights file or a model without loading it",
+    ("koala inspect sdxl.safetensors", "koala inspect koala-mini --json"),
+    _inspect_arguments,
+    _inspect,
+)
+COMPRESS = Command(
+    "compress",
+    "cut a smaller student out of an SDXL teacher, with its weights",
+    (
+        "koala compress sdxl.safetensors --to koala-700m --out runs/student",
+        "koala compress sdxl.safetensors --to 0,1,1,no-mid --dtype fp16 --out runs/smaller",
+    ),
+    _compress_arguments,
+    _compress,
+)
+CONVERT = Command(
+    "convert",
+    "write a model in another format or dtype, or a LoRA for a student",
+    (
+        "koala convert runs/student --to single-file --dtype fp16 --out student.safetensors",
+        "koala convert student.safetensors --to diffusers --out runs/again",
+        "koala convert style.safetensors --for runs/student --out student-style.safetensors",
+    ),
+    _convert_arguments,
+    _convert,
+)
+ARCHITECTURES = Command(
+    "architectures",
+    "compare the U-Nets, from their definitions",
+    ("koala architectures", "koala architectures --json"),
+    _architectures_arguments,
+    _architectures,
+)

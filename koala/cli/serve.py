@@ -1,0 +1,104 @@
+"""`koala serve`."""
+
+import argparse
+from pathlib import Path
+
+from koala.cli.command import Command, Parser, number, say, whole
+from koala.serving.settings import Limits, Options, Scale, check, data_folder, limits_of
+
+LIMITS = (  # name, what it limits, type
+    ("queue", "images that wait or are being drawn", whole),
+    ("client-queue", "of these, images of one client", whole),
+    ("rate", "requests per minute of one client; 0 for any number", number),
+    ("burst", "requests of one client at once", whole),
+    ("drain", "seconds that images being drawn may still take at SIGTERM", number),
+)
+
+
+def _arguments(p: Parser) -> None:
+    usual = Limits()
+    p.add_argument(
+        "--model", default="koala-mini",
+        help="bundled name, folder, single file or Hub id (default koala-mini)",
+    )  # fmt: skip
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    p.add_argument("--port", type=whole, default=8000, help="default 8000; 0 takes any free port")
+    p.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="one key per line; every request needs one",
+    )
+    p.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="where images and jobs are kept (default: $KOALA_DATA, or ~/.local/share/koala)",
+    )  # fmt: skip
+    p.add_argument("--lora-dir", type=Path, metavar="DIR", help="LoRAs that requests may name")
+    p.add_argument(
+        "--replicas", metavar="N or N-M",
+        help="run N engines over Ray Serve, up to M while requests queue; each has a GPU or a core",
+    )  # fmt: skip
+    runtime = p.add_argument_group("speed and memory, as in koala generate")
+    runtime.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best available)")
+    runtime.add_argument("--backend", help="torch, openvino, auto and so on")
+    runtime.add_argument("--compile", action="store_true", help="use torch.compile, cached on disk")
+    runtime.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
+    runtime.add_argument(
+        "--vram", metavar="GIB", help="stay within this many GiB, or within 'free'"
+    )
+    limits = p.add_argument_group("limits")
+    limits.add_argument(
+        "--max-batch", type=whole, metavar="N", help="images in one pass (default: measured)"
+    )
+    limits.add_argument(
+        "--max-size", metavar="WIDTHxHEIGHT",
+        help="the most pixels of an image (default: four times the model's own size)",
+    )  # fmt: skip
+    for name, says, kind in LIMITS:
+        default = getattr(usual, name.replace("-", "_"))
+        limits.add_argument(
+            f"--{name}", type=kind, default=default, help=f"{says} (default {default:g})"
+        )
+    gallery = p.add_argument_group("gallery")
+    gallery.add_argument(
+        "--gallery-gib", type=number, default=4.0, help="GiB to keep at most (default 4)"
+    )
+    gallery.add_argument(
+        "--gallery-days", type=number, default=30.0, help="days to keep images at most (default 30)"
+    )
+
+
+def _run(o: argparse.Namespace) -> None:
+    limits = limits_of(
+        o.max_size, max_batch=o.max_batch, queue=o.queue, client_queue=o.client_queue,
+        rate=o.rate, burst=o.burst, drain=o.drain,
+    )  # fmt: skip
+    options = Options(
+        model=o.model, host=o.host, port=o.port, api_key_file=o.api_key_file, device=o.device,
+        backend=o.backend, vram=o.vram, compile=o.compile, graphs=o.graphs, lora_dir=o.lora_dir,
+        data=o.data or data_folder(), gallery_bytes=int(o.gallery_gib * 2**30),
+        gallery_days=o.gallery_days, limits=limits,
+    )  # fmt: skip
+    if o.replicas is None:
+        from koala.serving.run import serve
+
+        serve(options, say)
+    else:
+        scale = Scale.parse(o.replicas)
+        check(options)
+        from koala.serving.ray import scaleout  # all is checked: now torch and Ray may load
+
+        scaleout.serve(options, scale, say)
+
+
+SERVE = Command(
+    "serve",
+    "serve OpenAI's images API, jobs and a web page over HTTP",
+    (
+        "koala serve --port 8000",
+        "koala serve --model path/to/model --host 0.0.0.0 --api-key-file keys.txt",
+        "koala serve --replicas 1-4",
+    ),
+    _arguments,
+    _run,
+)

@@ -1,0 +1,208 @@
+"""`koala prepare` and `koala distill`: from captioned images to a trained model."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from koala import recipes
+from koala.cli.command import (
+    Command,
+    Parser,
+    check_push,
+    first_process,
+    listed,
+    number,
+    push,
+    show,
+    whole,
+)
+from koala.data.captions import POLICIES
+from koala.data.items import KINDS
+from koala.distillation.records import LOGGERS
+from koala.errors import UserError
+from koala.recipes.gpus import GPUS
+
+PREPARATION = ("size", "captions", "upscale", "mirror", "posterior", "text", "long_captions",
+               "held_out")  # fmt: skip
+FILTERS = ("min_side", "max_aspect", "min_words", "max_words", "max_nsfw", "min_similarity",
+           "keep_duplicates")  # fmt: skip
+
+
+def _prepare_arguments(p: Parser) -> None:
+    from koala.data.illustrations.scenes import ILLUSTRATIONS
+
+    p.add_argument(
+        "source", help="a folder of images, webdataset tars, parquet files or ye-pop chunks; or "
+        f"{listed(ILLUSTRATIONS)}, which koala renders itself",
+    )  # fmt: skip
+    p.add_argument(
+        "--as", dest="kind", metavar="KIND",
+        help=f"what the source is, where that is unclear: {listed(KINDS)}",
+    )  # fmt: skip
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder; run again to resume"
+    )
+    p.add_argument("--model", help="whose VAE encodes: bundled name, folder, file or Hub id")
+    p.add_argument(
+        "--workers", type=whole, metavar="N", help="processes that read images (default: all cores)"
+    )
+    p.add_argument("--device", help="that encodes: cpu or cuda (default: the best available)")
+    p.add_argument(
+        "--sheet", type=Path, metavar="FILE", help="a contact sheet of the illustrations, a PNG"
+    )
+    p.add_json("the report")
+    stored = p.add_argument_group("what is stored")
+    stored.add_argument(
+        "--size", type=whole, metavar="PIXELS",
+        help="side of the square bucket (default 1024; 128 for the illustrations)",
+    )  # fmt: skip
+    stored.add_argument(
+        "--caption", action="append", dest="captions", metavar="FIELD[+FIELD]",
+        help="fields that make a caption; repeat for several, which training mixes",
+    )  # fmt: skip
+    stored.add_argument("--upscale", action="store_true", help="enlarge images that are too small")
+    stored.add_argument(
+        "--mirror", action="store_true",
+        help="store mirror images too: training shows half of the images mirrored, unless the "
+        "caption says left or right",
+    )  # fmt: skip
+    form = stored.add_mutually_exclusive_group()
+    form.add_argument(
+        "--one-draw", dest="posterior", action="store_const", const="draw",
+        help="store one draw from the VAE's posterior, not its mean and deviation: half the bytes",
+    )  # fmt: skip
+    form.add_argument(
+        "--pixels", dest="posterior", action="store_const", const="pixels",
+        help="store the images; training encodes them itself",
+    )  # fmt: skip
+    stored.add_argument("--text", action="store_true", help="store the captions' embeddings too")
+    stored.add_argument(
+        "--long-captions", metavar="POLICY",
+        help="how stored embeddings tell captions that are too long: "
+        f"{listed(POLICIES)} (default sentences)",
+    )  # fmt: skip
+    stored.add_argument(
+        "--held-out", type=number, metavar="SHARE", help="share for validation (default 0.002)"
+    )
+    filters = p.add_argument_group("what is left out (counted, with reasons, in OUT/report.jsonl)")
+    filters.add_argument(
+        "--min-side", type=whole, metavar="PIXELS", help="least length of the shorter side"
+    )
+    filters.add_argument(
+        "--max-aspect", type=number, metavar="RATIO", help="longer side over shorter (default 4)"
+    )
+    filters.add_argument(
+        "--min-words", type=whole, metavar="N", help="least words of every caption"
+    )
+    filters.add_argument("--max-words", type=whole, metavar="N", help="most words of every caption")
+    filters.add_argument("--max-nsfw", type=number, metavar="SCORE", help="greatest NSFW score")
+    filters.add_argument(
+        "--min-similarity", type=number, metavar="SCORE", help="least score of caption to image"
+    )
+    filters.add_argument(
+        "--keep-duplicates", action="store_true", help="keep files with the same bytes"
+    )
+
+
+def _prepare(o: argparse.Namespace) -> None:
+    from koala.data.prepare import preparation_of, prepare
+
+    given = {name: getattr(o, name) for name in (*PREPARATION, *FILTERS)}
+    preparation = preparation_of(o.source, given)
+    report = prepare(o.source, o.out, o.model, o.workers, o.device, o.sheet, o.kind, preparation)
+    show(o, asdict(report), "\n".join(report.lines()))
+
+
+def _distill_arguments(p: Parser) -> None:
+    p.add_argument("recipe", help=", ".join(recipes.NAMES))
+    p.add_argument(
+        "--data", metavar="DIR", help="a folder that koala prepare made, or a URL of one"
+    )
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run's folder; the model ends in OUT/model"
+    )
+    p.add_argument(
+        "--teacher", metavar="MODEL",
+        help="name, folder, file or Hub id of the model to learn from (default: the recipe's)",
+    )  # fmt: skip
+    p.add_argument(
+        "--student", metavar="MODEL",
+        help="a distilled model to continue from (default: the teacher, cut)",
+    )  # fmt: skip
+    p.add_argument("--device", help="cpu or cuda (default: the best available)")
+    p.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="override settings of the recipe, such as training.batch=64 hardware.accumulate=4; "
+        "hardware.* may also change when a run resumes",
+    )  # fmt: skip
+    p.add_argument(
+        "--log", nargs="+", action="extend", default=[], metavar="LOGGER",
+        help=f"log to {listed(LOGGERS)} as well",
+    )  # fmt: skip
+    p.add_push()
+    p.add_json("the model's folder, or with --dry-run recipe and cost,")
+    dry = p.add_argument_group("dry run")
+    dry.add_argument(
+        "--dry-run", action="store_true",
+        help="only print the recipe and what it costs: memory by part, samples per second, days",
+    )  # fmt: skip
+    dry.add_argument(
+        "--card", help=f"for this GPU: {', '.join(GPUS)} (default: measure this machine)"
+    )
+    dry.add_argument("--gpus", type=whole, metavar="N", help="for this many (default 1)")
+
+
+def _distill(o: argparse.Namespace) -> None:
+    from koala.recipes.validation import check, check_dry_run
+
+    recipe = recipes.configured(o.recipe, o.set)
+    if o.dry_run:
+        gpus = 1 if o.gpus is None else o.gpus
+        check_dry_run(recipe, gpus, o.card, o.device, o.data)
+        from koala.recipes.cost import dry_run  # all is checked: now torch may load
+
+        found = dry_run(
+            recipe, teacher=o.teacher, data=o.data, card=o.card, processes=gpus, device=o.device
+        )
+        show(o, found.as_dict(), found.text())
+        return
+    for name in ("card", "gpus"):
+        if getattr(o, name) is not None:
+            raise UserError(f"--{name} is for --dry-run; leave it out")
+    for name in ("data", "out"):
+        if getattr(o, name) is None:
+            raise UserError(f"koala distill needs --{name} (only --dry-run goes without)")
+    check(recipe, o.data, o.teacher, o.student, o.device, o.log)
+    check_push(o)
+    from koala.recipes.train import distill  # all is checked: now torch may load
+
+    model = distill(o.recipe, o.data, o.out, o.teacher, o.device, o.set, o.log, o.student)
+    if first_process():
+        show(o, {"model": str(model)}, f"finished model: {model}")
+        push(o, model)
+
+
+PREPARE = Command(
+    "prepare",
+    "encode captioned images into latents to train on",
+    (
+        "koala prepare path/to/images --model sdxl.safetensors --out data",
+        "koala prepare path/to/images --model sdxl.safetensors --size 512 --text --out data-512",
+        "koala prepare illustrations-small --model koala-mini --out illustrations",
+    ),
+    _prepare_arguments,
+    _prepare,
+)
+DISTILL = Command(
+    "distill",
+    "train a model by a recipe; run it again to resume",
+    (
+        "koala distill koala-lightning-700m --teacher sdxl.safetensors --data data "
+        "--out runs/koala",
+        "koala distill koala-lightning-700m --dry-run --card a100 --gpus 4",
+        "koala distill koala-turbo-700m --teacher sdxl.safetensors --data data-512 "
+        "--out runs/turbo --set hardware.accumulate=4",
+    ),
+    _distill_arguments,
+    _distill,
+)

@@ -1,0 +1,229 @@
+"""From a model's name to a pipeline that runs as asked: device, dtype, LoRAs, runtime, memory."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import koala
+from koala.architectures.table import FACTOR
+from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import read_json, unet_architecture
+from koala.generation import validation
+from koala.generation.decode import full
+from koala.generation.denoise import evaluate, predictor
+from koala.generation.engine import PIXELS_AT_ONCE
+from koala.generation.memory.meta_models import TEXT, UNET, VAE
+from koala.generation.memory.placement import Placement
+from koala.generation.memory.plan import Planner
+from koala.generation.pipeline import Pipeline
+from koala.generation.runtime.backends import choose
+from koala.generation.runtime.compile import (
+    ROWS,
+    compile_blocks,
+    fuse_projections,
+    graphed,
+    in_fixed_batches,
+    one_by_one,
+)
+from koala.generation.runtime.dtypes import DTYPES, torch_dtype
+from koala.generation.runtime.openvino import Calibration, UNetInputs, recorded
+from koala.text_conditioning import TextConditioner
+from koala.utils.device import pick_device
+
+CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
+CALIBRATION = ("a fox, noto style", "two green apples on a light blue background")
+_COST = "; it rounds: docs/speed.md has what that costs"
+
+Say = Callable[[str], object]
+Put = Callable[[str, Sequence[nn.Module]], None]
+
+
+def load(
+    model: str | Path = "koala-mini",
+    device: torch.device | str | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    lora: Mapping[str | Path, float] | None = None,
+    backend: str | None = None,
+    compile: bool = False,
+    graphs: bool = False,
+    vram: float | str | None = None,
+    weights: str | None = None,
+    decode: str | None = None,
+    tiny_vae: str | Path | None = None,
+    size: tuple[int, int] | str | None = None,
+    pictures: int = 1,
+    from_image: bool = False,
+    say: Say = lambda line: None,
+) -> Pipeline:
+    """Loads a model, ready to draw.
+
+    model: a bundled name, a pipeline folder, a single file or a Hub id.
+    device: "cpu", "cuda", "cuda:1" or "mps"; by default the best there is.
+    dtype: "fp32", "fp16", "bf16" or torch's, of U-Net and text encoders; by default float32 on
+        the CPU, else float16. The VAE has it too, but on the CPU and where its config asks for
+        `force_upcast` it is float32.
+    lora: LoRA files and their scales, -100 to 100. They lie beside the weights, where
+        `Pipeline.scale_lora` and `remove_lora` reach them; with any of the arguments from
+        `backend` to `tiny_vae` they are merged into the weights, which costs no time per step.
+
+    How PyTorch or OpenVINO runs it, all on one device:
+
+    backend: "torch" (as None), "openvino", "torch-bf16", "openvino-bf16", "openvino-int8";
+        "auto" and "fastest" measure the exact ones, or all, once per machine; "remembered" takes
+        what "auto" has found, else torch (`koala.generation.runtime.backends`).
+    compile: fuse the U-Net's projections and compile the blocks of U-Net and VAE.
+    graphs: replay the U-Net from CUDA graphs. CUDA only.
+
+    Or a memory plan (`koala.generation.memory.plan`), kept as `Pipeline.plan`:
+
+    vram: GiB that the model may take, or "free": nine tenths of what is free now (the default if
+        one of the next three is given).
+    weights: "fp32", "fp16", "bf16" to compute in, or "int8", "fp8" to store U-Net and text
+        encoders in; by default the largest that fits.
+    decode: "full", "tiled" (by rows) or "tiny" (a tiny autoencoder); by default what fits.
+    tiny_vae: folder or Hub id of the tiny autoencoder; by default the model's own.
+    size, pictures, from_image: what the plan must hold: the images' size as in
+        `Pipeline.requests`, how many will be asked for at once, and whether they start from others.
+
+    say: called with a line for each LoRA that is merged, a back end that was chosen, and a plan
+        that was given up because memory ran out.
+
+    Raises UserError for a model that is not found or damaged, a device that is not there, a value
+    that is not allowed, arguments that exclude each other, a back end that is not installed, and
+    a budget that nothing fits into.
+    """
+    planned = validation.runtime(
+        backend, compile, graphs, vram, weights, decode, tiny_vae, str(dtype) if dtype else None
+    )
+    folder, place = resolve_model(model), pick_device(device)
+    name = Path(model).resolve().name if Path(model).exists() else str(model)
+    scales = {file: validation.lora_scale(scale) for file, scale in (lora or {}).items()}
+    if planned:
+        native = unet_architecture(folder).sample * FACTOR
+        width, height = (native, native) if size is None else validation.size(size)
+        at_once = max(1, min(pictures, PIXELS_AT_ONCE // (width * height)))
+        planner = Planner(
+            folder, place, (width, height), at_once, weights, decode, tiny_vae, from_image
+        )
+        budget = None if vram is None else validation.budget(vram)
+        placement = Placement(planner, planner.choose(budget), say)
+        pipeline = placed(folder, name, placement, scales, say)
+        if budget is not None and place.type == "cuda":  # more than that fails, and steps down
+            _, total = torch.cuda.mem_get_info(place)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), place)
+        return pipeline
+
+    if dtype is None:
+        dtype = torch.float32 if place.type == "cpu" else torch.float16
+    own = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+
+    def put(part: str, models: Sequence[nn.Module]) -> None:
+        for each in models:
+            if part == VAE and place.type != "cpu" and not each.config.force_upcast:
+                each.to(own)
+            each.to(place)
+
+    pipeline = _read(folder, name, own, put)
+    if backend or compile or graphs:
+        _merge(pipeline, scales, say)
+        set_runtime(pipeline, backend, compile, graphs, say)
+    else:
+        for file, scale in scales.items():
+            pipeline.add_lora(file, scale)
+    return pipeline
+
+
+def placed(
+    folder: Path, name: str, placement: Placement, lora: Mapping[str | Path, float], say: Say
+) -> Pipeline:
+    """A pipeline whose parts are where `placement` puts them, each before the next is read.
+
+    With LoRAs, which are merged into the weights, the whole model is read first.
+    """
+    whole: dict[str, Sequence[nn.Module]] = {}
+    put = whole.__setitem__ if lora else placement.put
+    pipeline = _read(folder, name, DTYPES[placement.plan.mode.dtype], put)
+    _merge(pipeline, lora, say)
+    for part, models in whole.items():
+        placement.put(part, models)
+    pipeline.plan, pipeline.device = placement.plan, placement.plan.device
+    pipeline.predict = placement.guarded(predictor(pipeline.unet))
+    pipeline.encode = placement.encode
+    pipeline.decode = placement.guarded(placement.decode)
+    # Text and images are encoded in it. A retry begins the request anew, from its seed.
+    pipeline.begin = placement.guarded(pipeline.begin)  # type: ignore[method-assign]
+    return pipeline
+
+
+def _read(folder: Path, name: str, dtype: torch.dtype, put: Put) -> Pipeline:
+    """The pipeline of a folder; `put` is given each part's models, on the CPU, once it is read."""
+    conditioner = TextConditioner.from_folder(folder, dtype, cache_size=CACHED_CHUNKS)
+    put(TEXT, conditioner.encoders)
+    unet = load_unet(folder, dtype).to(memory_format=torch.channels_last)
+    put(UNET, [unet])
+    vae = load_vae(folder, torch.float32)
+    put(VAE, [vae])
+    index = read_json(folder / "model_index.json")
+    return Pipeline(
+        name=name,
+        unet=unet.eval(),
+        vae=vae.eval(),
+        conditioner=conditioner,
+        scheduler_config=load_scheduler_config(folder),
+        zeros_for_empty=index.get("force_zeros_for_empty_prompt", True),
+    )
+
+
+def _merge(pipeline: Pipeline, lora: Mapping[str | Path, float], say: Say) -> None:
+    for file, scale in lora.items():
+        say(pipeline.add_lora(file, scale, merged=True).line())
+
+
+def set_runtime(
+    pipeline: Pipeline,
+    backend: str | None = None,
+    compiled: bool = False,
+    graphs: bool = False,
+    say: Say = lambda line: None,
+) -> None:
+    """Sets what runs a pipeline's networks, which are all on one device, with LoRAs merged.
+
+    Arguments and errors as in `load`.
+    """
+    validation.runtime(backend, compiled, graphs)
+    if compiled:
+        fuse_projections(pipeline.unet)
+        blocks = compile_blocks(pipeline.unet) + compile_blocks(pipeline.vae.decoder)
+        pipeline.decode = one_by_one(full(pipeline.vae))
+        say(f"{blocks} blocks are compiled at each size's first picture, unless in the cache")
+    if graphs:
+        pipeline.predict = graphed(pipeline.predict, pipeline.unet.device)
+    if compiled or graphs:
+        pipeline.predict, pipeline.batch_sizes = in_fixed_batches(pipeline.predict), ROWS
+        return
+    samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
+    chosen = choose(pipeline.unet, pipeline.vae, backend or "torch", samples)
+    if chosen.name != "torch":  # which a pipeline has from the beginning
+        pipeline.predict, pipeline.decode = chosen.predict, chosen.decode
+    if chosen.name.startswith("openvino"):
+        pipeline.batch_sizes = ROWS
+    if backend != "remembered" or chosen.name != "torch":
+        cost = _COST if chosen.name in validation.ROUNDED else ""
+        say(f"back end {chosen.name} ({chosen.why}){cost}")
+
+
+@torch.inference_mode()
+def _samples(pipeline: Pipeline) -> list[UNetInputs]:
+    """The U-Net's inputs while two images are drawn, which are not decoded."""
+    samples: list[UNetInputs] = []
+    predict = recorded(predictor(pipeline.unet), samples)
+    rows = [pipeline.begin(request) for request in pipeline.requests([*CALIBRATION], seed=0)]
+    while not rows[0].finished:
+        for row, epsilon in zip(rows, evaluate(predict, rows), strict=True):
+            row.advance(epsilon)
+    return samples

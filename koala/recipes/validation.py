@@ -1,0 +1,73 @@
+"""What a run is refused for before torch is loaded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from koala.checkpoints.resolve import check_name
+from koala.distillation.records import check_loggers
+from koala.errors import UserError
+from koala.mini.settings import Base
+from koala.recipes import gpus
+from koala.recipes.recipe import Recipe, Student, Teacher
+from koala.utils.device import check_device
+
+
+def check(
+    recipe: Recipe,
+    data: str | Path,
+    teacher: str | None = None,
+    student: str | None = None,
+    device: str | None = None,
+    loggers: Sequence[str] = (),
+) -> None:
+    """UserError for arguments of `distill` that do not do for the recipe, or are not there.
+
+    Nothing is fetched: of the Hub's models and of data at a URL only the form is looked at.
+    """
+    check_device(device)
+    check_loggers(loggers)
+    if student is not None and not isinstance(recipe, Student):
+        raise UserError(f"--student {student}: this recipe trains none; leave it out")
+    for model in (teacher_of(recipe, teacher), student):
+        if model is not None:
+            check_name(model)
+    _check_data(data)
+
+
+def check_dry_run(
+    recipe: Recipe,
+    processes: int = 1,
+    card: str | None = None,
+    device: str | None = None,
+    data: str | Path | None = None,
+) -> None:
+    """UserError for what an estimate of the recipe's cost, or a run of it, would refuse."""
+    check_device(device)
+    if card is not None:
+        gpus.get(card)
+    if processes < 1:
+        raise UserError(f"--gpus {processes}: it must be 1 or more")
+    if data is not None:
+        _check_data(data)
+    if isinstance(recipe, Student | Teacher):
+        sharded = recipe.hardware.sharding == "fsdp" or recipe.hardware.teacher == "sharded"
+        if processes == 1 and sharded:
+            raise UserError("sharding=fsdp and teacher=sharded need several GPUs: give --gpus N")
+        recipe.hardware.micro_batch(recipe.training.batch, processes)
+
+
+def _check_data(data: str | Path) -> None:
+    if "://" not in str(data) and not Path(data).exists():
+        raise UserError(f"--data {data} is not there: name a folder that `koala prepare` made")
+
+
+def teacher_of(recipe: Recipe, given: str | None) -> str | None:
+    """The teacher's name: the given one, else the recipe's own; None where none is needed."""
+    if isinstance(recipe, Base) and given is not None:
+        raise UserError(f"--teacher {given}: this recipe starts from nothing; leave it out")
+    teacher = given or (recipe.teacher if isinstance(recipe, Student) else None)
+    if not isinstance(recipe, Base) and teacher is None:
+        raise UserError(
+            "this recipe needs --teacher: the folder or name of the model to learn from"
+        )
+    return teacher

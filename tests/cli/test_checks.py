@@ -1,0 +1,152 @@
+"""A mistake is told before anything heavy is loaded, and what is nearly a name is asked for."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from toy_sources import pictures, write_folder
+
+HEAVY = ("torch", "diffusers", "transformers")
+GENERATE = ["generate", "a fox"]
+MISTAKES: tuple[tuple[list[str], str], ...] = (
+    ([], "no command given; koala --help lists them"),
+    (["genrate", "a fox"], "unknown command 'genrate': .*; did you mean generate?"),
+    (["--hlep"], "unknown command '--hlep'"),
+    # what argparse finds
+    ([*GENERATE, "--negatve", "blue"], "does not take '--negatve'.*; did you mean --negative?"),
+    ([*GENERATE, "--steps", "many"], "--steps: 'many' is not a whole number; see koala generate"),
+    ([*GENERATE, "--guidance", "3,5"], "--guidance: '3,5' is not a number"),
+    (["compress", "koala-mini"], "required: --to, --out; see koala compress --help"),
+    (["convert", "x", "--to", "diffusers", "--for", "x", "--out", "y"], "--for: not allowed with"),
+    # generate
+    ([*GENERATE, "--size", "70x64"], "size 70x64: allowed are multiples of 8"),
+    ([*GENERATE, "--steps", "0"], "steps is 0: allowed are whole numbers from 1 to 1000"),
+    ([*GENERATE, "--scheduler", "lcm", "--steps", "51"], "takes 1 to 50"),
+    ([*GENERATE, "--scheduler", "eular"], "unknown scheduler 'eular': .*; did you mean euler?"),
+    ([*GENERATE, "--model", "koala-mni"], "unknown model 'koala-mni': .*; did you mean koala-mini"),
+    ([*GENERATE, "--model", "gone.safetensors"], "model gone.safetensors is not there"),
+    ([*GENERATE, "--lora", "gone.safetensors:0,8"], "LoRA scale is '0,8'"),
+    ([*GENERATE, "--lora", "gone.safetensors:200"], "LoRA scale is 200.0"),
+    ([*GENERATE, "--lora", "gone.safetensors"], "gone.safetensors cannot be read"),
+    ([*GENERATE, "--image", "gone.png"], "gone.png cannot be read as a picture"),
+    ([*GENERATE, "--image", "black.png", "--mask", "black.png"], "the mask is dark everywhere"),
+    ([*GENERATE, "--backend", "openvion"], "unknown back end 'openvion': .* mean openvino?"),
+    ([*GENERATE, "--weights", "fp61"], "unknown weights 'fp61': .*; did you mean fp16?"),
+    ([*GENERATE, "--decode", "tild"], "unknown decoder 'tild': .*; did you mean tiled?"),
+    ([*GENERATE, "--vram", "lots"], "vram is 'lots'"),
+    ([*GENERATE, "--vram", "4", "--compile"], "--compile has no effect under a memory plan"),
+    ([*GENERATE, "--graphs", "--backend", "openvino"], "--graphs is PyTorch's"),
+    ([*GENERATE, "--device", "cudda"], "unknown device 'cudda': .*; did you mean cuda?"),
+    ([*GENERATE, "--out", "fox.jpg"], "fox.jpg: pictures are written as PNG; name it fox.png"),
+    ([*GENERATE, "--out", "black.png"], "black.png exists; name another file"),
+    ([*GENERATE, "--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+    # serve
+    (["serve", "--model", "koala-mni"], "did you mean koala-mini?"),
+    (["serve", "--backend", "atuo"], "unknown back end 'atuo'"),
+    (["serve", "--replicas", "4-1"], "--replicas '4-1'"),
+    (["serve", "--replicas", "2", "--api-key-file", "gone"], "key file gone cannot be read"),
+    (["serve", "--lora-dir", "gone"], "--lora-dir gone is no folder"),
+    (["serve", "--port", "70000"], "port 70000"),
+    # models
+    (["inspect", "koala-mni"], "did you mean koala-mini?"),
+    (["inspect", "gone.safetensors"], "gone.safetensors is not there"),
+    (["compress", "koala-mni", "--to", "koala-700m", "--out", "x"], "did you mean koala-mini?"),
+    (["compress", "org/name", "--to", "koala-700", "--out", "x"], "did you mean koala-700m?"),
+    (["compress", "org/name", "--to", "koala-1b", "--out", "x", "--depth-rule", "botom"],
+     "unknown depth rule 'botom': .*; did you mean bottom?"),
+    (["convert", "org/name", "--to", "difusers", "--out", "x"], "did you mean diffusers?"),
+    (["convert", "org/name", "--to", "diffusers", "--dtype", "fp61", "--out", "x"], "mean fp16?"),
+    (["convert", "gone.safetensors", "--for", "koala-700", "--out", "x"], "unknown model"),
+    # training
+    (["prepare", "illustrations-smal", "--out", "x"], "did you mean illustrations-small?"),
+    (["prepare", "gone", "--out", "x", "--model", "koala-mini"], "source 'gone' is not there"),
+    (["prepare", "images", "--as", "foldr", "--out", "x"], "did you mean folder?"),
+    (["prepare", "images", "--model", "koala-mni", "--out", "x"], "did you mean koala-mini?"),
+    (["prepare", "images", "--size", "500", "--model", "koala-mini", "--out", "x"], "size 500"),
+    (["distill", "koala-minni"], "unknown recipe 'koala-minni': .*; did you mean koala-mini?"),
+    (["distill", "koala-mini", "--set", "training.bacth=4"], "did you mean training.batch?"),
+    (["distill", "koala-mini", "--set", "training.batch=four"], "it must be a whole number"),
+    (["distill", "koala-mini", "--set", "settings.taps=xa"], "unknown tap location 'xa'"),
+    (["distill", "koala-mini", "--out", "x"], "koala distill needs --data"),
+    (["distill", "koala-mini", "--data", "images", "--out", "x"], "this recipe needs --teacher"),
+    (["distill", "koala-mini", "--data", "gone", "--out", "x", "--teacher", "koala-mini"],
+     "--data gone is not there"),
+    (["distill", "koala-mini", "--data", "images", "--out", "x", "--teacher", "koala-mni"],
+     "did you mean koala-mini?"),
+    (["distill", "koala-turbo-1b", "--data", "images", "--out", "x", "--log", "wandbb"],
+     "unknown --log board 'wandbb': .*; did you mean wandb?"),
+    (["distill", "koala-mini", "--dry-run", "--card", "h20"], "unknown card 'h20'"),
+    (["distill", "koala-mini", "--dry-run", "--gpus", "0"], "--gpus 0"),
+    # measuring
+    (["evaluate", "a=x", "a=y", "--pictures", "x", "--out", "y"], "two models are called 'a'"),
+    (["evaluate", "koala-mini", "--pictures", "gone", "--out", "y"], "no prepared pictures"),
+    (["evaluate", "koala-mini", "--pictures", "x", "--out", "y", "--steps", "0"], "steps is 0"),
+    (["benchmark", "koala-turbo-700"], "did you mean koala-turbo-700m?"),
+    (["benchmark", "koala-mini", "--dtype", "fp61"], "unknown dtype 'fp61'"),
+)  # fmt: skip
+PROBE = """
+import contextlib, io, json, sys
+from koala.cli import main
+told = []
+for arguments in json.load(sys.stdin):
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        status = main(arguments)
+    loaded = [name for name in sys.argv[1:] if name in sys.modules]
+    told.append((status, error.getvalue(), loaded))
+json.dump(told, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> list:
+    """What each mistake ends with, one after the other in a process that has loaded nothing."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    write_folder(folder / "images", pictures(2, [(64, 64)]))
+    Image.new("L", (64, 64)).save(folder / "black.png")
+    before = sorted(folder.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *HEAVY], cwd=folder, check=True, capture_output=True,
+        input=json.dumps([arguments for arguments, _ in MISTAKES]), text=True,
+        env=environment(folder),
+    )  # fmt: skip
+    assert sorted(folder.rglob("*")) == before
+    return json.loads(done.stdout)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": root, "KOALA_DATA": str(folder.with_name("data"))}
+
+
+@pytest.mark.parametrize("i", range(len(MISTAKES)), ids=[" ".join(m) for m, _ in MISTAKES])
+def test_a_mistake_is_told_in_one_line_before_torch_is_loaded(i, told):
+    status, error, loaded = told[i]
+    assert status == 2
+    (line,) = error.splitlines()
+    assert line.startswith("koala: ")
+    assert re.search(MISTAKES[i][1].replace("?", r"\?"), line), line
+    assert loaded == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["distill", "--help"]])
+def test_help_loads_nothing_heavy(arguments):
+    code = (
+        "import sys\n"
+        "from koala.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'pyarrow', 'rich'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment(Path.cwd()),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

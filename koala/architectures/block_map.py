@@ -68,7 +68,7 @@ def block_map(
     Prefixes are of whole blocks: "conv_in", "up_blocks.0.resnets.1", "up_blocks.0.attentions.1"
     (its norm and projections), "up_blocks.0.attentions.1.transformer_blocks.3", ... A tensor
     belongs to the longest prefix of its name. Raises `UserError` if the depth rule is unknown or
-    `student` is no cut of `teacher`.
+    `student` is not a cut of `teacher`.
     """
     check_depth_rule(depth_rule)
     if len(student.depths) != len(teacher.depths):

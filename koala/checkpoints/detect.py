@@ -88,10 +88,10 @@ def foreign(shapes: Shapes) -> str:
     return "an unknown kind of model"
 
 
-def detect(shapes: Shapes, said: UNetArchitecture | None = None) -> Detected:
+def detect(shapes: Shapes, stated: UNetArchitecture | None = None) -> Detected:
     """Detects what a file holds from the names and shapes of its tensors.
 
-    `said`: the U-Net according to the file's own metadata; accepted if the tensors match it.
+    `stated`: the U-Net according to the file's own metadata; accepted if the tensors match it.
     Raises `UserError` naming the kind of file if it has no SDXL-class U-Net, or the U-Net's
     missing and unexpected tensors.
     """
@@ -104,7 +104,7 @@ def detect(shapes: Shapes, said: UNetArchitecture | None = None) -> Detected:
         unet = {
             n: s for n, s in unet.items() if not n.startswith(tuple(ldm_keys.PREFIXES.values()))
         }
-    arch = said or _described(unet, layout)
+    arch = stated or _described(unet, layout)
     _compare(unet, arch, layout)
     found = [component for component, end in _PART_ENDS.items() if _find(shapes, [end])]
     return Detected(arch, layout, prefix, ("unet", *found))

@@ -92,18 +92,18 @@ def inspect(model: str | Path) -> Inspection:
 def _of_file(file: Path) -> Inspection:
     header, metadata = read_header(file), read_metadata(file)
     licence = model_card.read_metadata(file, metadata).licence
-    said = {key: value for key, value in metadata.items() if key != FILES}
+    stated = {key: value for key, value in metadata.items() if key != FILES}
     if kind := foreign({name: stored.shape for name, stored in header.items()}):
         whole = {"all": _part(header.values())}
         return Inspection(
-            str(file), kind, None, None, None, None, None, whole, _named(licence), said
+            str(file), kind, None, None, None, None, None, whole, _named(licence), stated
         )
     opened = open_file(file)
     parts = {component: _part(of.values()) for component, of in opened.parts.items()}
     if opened.rest:
         parts["other"] = _part(opened.rest.values())
     arch, layout = opened.found.architecture, opened.found.layout
-    return _described(str(file), arch, layout, parts, _named(licence), said)
+    return _described(str(file), arch, layout, parts, _named(licence), stated)
 
 
 def _described(

@@ -65,7 +65,7 @@ class Trained:
     settings: dict[str, Any]  # the whole recipe
     samples: dict[str, int]  # what was trained -> samples it has seen
     data: dict[str, Any]  # "pictures" to train on, and what the prepared folder says of itself
-    teacher: str | None  # whose VAE and text encoders it has; None where it started from nothing
+    teacher: str | None  # of its VAE and text encoders; None: trained from scratch
     distilled: bool  # some loss compares with that teacher
     student: str | None = None  # whose U-Net it went on from; None: the teacher's, cut
     before: int = 0  # samples that student had seen, according to its card
@@ -343,13 +343,13 @@ def _limits(card: ModelCard) -> str:
 def _licence(card: ModelCard) -> str:
     own, source = card.licence, "its teacher" if card.cut else "the model it derives from"
     if own.identifier == "unknown":
-        said = (
+        statement = (
             f"Unknown: {source} names none. Ask its authors before you redistribute this model."
             if card.cut or not card.trained
             else "None has been stated."
         )
     else:
-        said = f"{own.name or own.identifier}, carried over from {source}"
-        said += f": {own.link}" if own.link else "."
+        statement = f"{own.name or own.identifier}, carried over from {source}"
+        statement += f": {own.link}" if own.link else "."
     files = "Files named LICENSE or NOTICE, if any, hold further terms and credits."
-    return f"## Licence\n\n{said} {files}"
+    return f"## Licence\n\n{statement} {files}"

@@ -46,7 +46,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
     elif isinstance(name_or_path, str) and HUB_ID.fullmatch(name):
         folder = _hub_folder(name)
     elif name.endswith(".safetensors"):
-        raise UserError(f"model {name} is not there: name a file that is, a folder or a Hub id")
+        raise UserError(f"model {name} does not exist: give an existing file, a folder or a Hub id")
     else:
         raise unknown(
             "model", name, bundled_names(), ", a folder in diffusers' SDXL layout, a single "
@@ -57,7 +57,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
 
 
 def check_name(model: str) -> None:
-    """UserError as `resolve_model` raises it, as far as it goes without fetching or unpacking."""
+    """UserError as in `resolve_model`, but without downloading or unpacking."""
     path = Path(model).expanduser()
     of_hub = not path.exists() and (HUB_ID.fullmatch(model) or _HUB_FILE.fullmatch(model))
     if not (path.is_file() or of_hub):

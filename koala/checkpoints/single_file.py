@@ -79,11 +79,11 @@ def open_file(file: Path) -> SingleFile:
     has missing or unexpected U-Net tensors.
     """
     header, metadata = read_header(file), read_metadata(file)
-    files, said = _carried(file, metadata), None
+    files, stated = _carried(file, metadata), None
     try:
         if config := files.get("unet/config.json"):
-            said = from_unet_config(parse_object(config, "its unet/config.json"))
-        found = detect({name: stored.shape for name, stored in header.items()}, said)
+            stated = from_unet_config(parse_object(config, "its unet/config.json"))
+        found = detect({name: stored.shape for name, stored in header.items()}, stated)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     parts: dict[str, dict[str, Stored]] = {component: {} for component in found.components}

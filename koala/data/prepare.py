@@ -41,7 +41,7 @@ class PrepareReport:
         """For the terminal."""
         lines = []
         if self.pictures:
-            lines.append(f"{sum(self.pictures.values()):7,} pictures in {self.out}")
+            lines.append(f"{sum(self.pictures.values()):7,} images in {self.out}")
             lines += [f"{n:7,} {what}" for what, n in sorted(self.pictures.items())]
         if self.latents:
             lines += self.latents.lines(self.out)
@@ -49,10 +49,10 @@ class PrepareReport:
 
 
 def preparation_of(source: str, settings: Mapping[str, Any]) -> Preparation | None:
-    """The preparation of a source by those settings that are given; None where none is.
+    """The preparation of a source with the given settings; None if none is given.
 
-    settings: fields of `Preparation` and of `Filters` by name; None and False are not given. The
-    illustrations are of their own size where none is. UserError for a value that is not allowed.
+    settings: fields of `Preparation` and `Filters` by name; None and False count as not given. The
+    illustrations have a default size. UserError for an invalid value.
     """
     given = {n: v for n, v in settings.items() if v is not None and v is not False}
     names = {field.name for field in fields(Filters)}
@@ -106,14 +106,14 @@ def prepare(
             raise UserError("--mirror applies to latents: give --model too")
         return _prepare_illustrations(settings, out, model, workers, device, sheet, mirror)
     if not Path(source).expanduser().exists() and (close := did_you_mean(source, ILLUSTRATIONS)):
-        raise UserError(f"source {source!r} is not there{close}")
+        raise UserError(f"source {source!r} does not exist{close}")
     found = recognise(source, kind)
     if model is None:
         raise UserError(f"source {source} has images already: give --model to encode them")
     if sheet is not None:
         raise UserError(f"--sheet {sheet}: only the illustration set has a sheet; leave it out")
     folder = resolve_model(model)
-    from koala.data.latent_preparation import prepare_latents  # loads torch: not before all checks
+    from koala.data.latent_preparation import prepare_latents  # loads torch: after all checks
 
     place = _device(device)
     summary = prepare_latents(found, out, folder, preparation or Preparation(), workers, place)

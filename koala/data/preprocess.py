@@ -32,7 +32,7 @@ class Filters:
     min_words: int | None = None  # of every caption
     max_words: int | None = None
     max_nsfw: float | None = None  # items without the score are dropped too
-    min_similarity: float | None = None  # likewise
+    min_similarity: float | None = None  # same for items without the score
     keep_duplicates: bool = False  # of the file's bytes
 
     def __post_init__(self) -> None:

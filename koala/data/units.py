@@ -51,7 +51,7 @@ class UnitPlan:
                 for first in range(low, high, CHUNK):
                     yield unit, (part, first - start, min(CHUNK, high - first))
                 if high < unit * self.unit + self.size(unit):
-                    break  # it goes on in the next part
+                    break  # continued in the next part
                 unit = next(wanted, None)
             start += count
 

@@ -28,7 +28,7 @@ SIDE = 2048  # of the matrices multiplied on a CPU
 
 
 @dataclass(frozen=True)
-class Throughput:
+class DeviceThroughput:
     """The training throughput of a device."""
 
     flops: float  # FLOP/s of one device in training
@@ -37,14 +37,16 @@ class Throughput:
     room: float  # GiB of memory
 
 
-def assumed(card: str) -> Throughput:
+def assumed(card: str) -> DeviceThroughput:
     """Of a GPU by name, from its data sheet. UserError for an unknown name."""
     gib, tflops = gpus.get(card)
     basis = f"{gpus.SHARE:.0%} of {card}'s {tflops:,.0f} TFLOP/s assumed"
-    return Throughput(gpus.SHARE * tflops * 1e12, basis, card, gib)
+    return DeviceThroughput(gpus.SHARE * tflops * 1e12, basis, card, gib)
 
 
-def measured(setup: TrainingSetup, device: torch.device, memory: int, flops: int) -> Throughput:
+def measured(
+    setup: TrainingSetup, device: torch.device, memory: int, flops: int
+) -> DeviceThroughput:
     """Of `device`, measured in at most half a minute.
 
     memory: expected bytes of a step. flops: of a sample.
@@ -56,12 +58,12 @@ def measured(setup: TrainingSetup, device: torch.device, memory: int, flops: int
     if memory > free or expected * 2 > PATIENCE:
         why = "a step does not fit" if memory > free else "a step takes too long to time"
         basis = f"{gpus.SHARE:.0%} of a matrix product's {rate / 1e12:.3g} TFLOP/s assumed, {why}"
-        return Throughput(gpus.SHARE * rate, basis, name, room)
+        return DeviceThroughput(gpus.SHARE * rate, basis, name, room)
     seconds, steps = _time_steps(setup, device)
     achieved = flops * setup.micro_batch / seconds
     share = f"{achieved / rate:.0%} of a matrix product's rate"
     basis = f"{steps} steps of {setup.micro_batch} measured, {share}"
-    return Throughput(achieved, basis, name, room)
+    return DeviceThroughput(achieved, basis, name, room)
 
 
 def _room(device: torch.device) -> tuple[float, float]:

@@ -147,7 +147,7 @@ def estimate(
     setup = _setup(recipe, teacher, processes, on_gpu, made_with.get("size"))
     again, flops = _flops(setup)
     frozen = _frozen(teacher, setup)
-    memory = device_memory(setup) | _beside(frozen, on_gpu, made_with.get("text", False))
+    memory = device_memory(setup) | _other_memory(frozen, on_gpu, made_with.get("text", False))
     speed = known or measured(setup, here, sum(memory.values()), again + flops)
     if made_with.get("posterior") == "pixels":
         flops += _encoding(teacher, setup)
@@ -208,13 +208,13 @@ def _folder(teacher: str | None) -> Path | None:
 
 
 def _small_parts(teacher: str | None, setup: TrainingSetup) -> Path | None:
-    """A folder with the VAE and the text encoders of the run; None where they are SDXL's own."""
+    """A folder with the run's VAE and text encoders; None if they are SDXL's."""
     of_the_family = setup.student.context == MINI.context
     return _folder(teacher) or (BUNDLED / "koala-mini" if of_the_family else None)
 
 
 def _encoding(teacher: str | None, setup: TrainingSetup) -> int:
-    """FLOP of a picture's way through the VAE, where pictures are prepared and no latents."""
+    """FLOPs of encoding an image with the VAE."""
     folder = _small_parts(teacher, setup)
     if folder is None:
         return int(ENCODE * setup.pixels**2)
@@ -225,7 +225,7 @@ def _encoding(teacher: str | None, setup: TrainingSetup) -> int:
 
 
 def _frozen(teacher: str | None, setup: TrainingSetup) -> dict[str, int]:
-    """Parameters of what is not trained, by part."""
+    """Frozen parameters by part."""
     folder = _small_parts(teacher, setup)
     parts = {"text encoders": SDXL_TEXT, "VAE": SDXL_VAE}
     if folder is not None:
@@ -242,8 +242,8 @@ def _frozen(teacher: str | None, setup: TrainingSetup) -> dict[str, int]:
     return parts
 
 
-def _beside(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> dict[str, int]:
-    """Bytes on the device of what a run keeps there besides the U-Nets."""
+def _other_memory(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> dict[str, int]:
+    """Bytes on the device of a run's VAE and text encoders."""
     parts = {"VAE, for previews": 4 * frozen["VAE"]}
     if not text_stored:
         parts["text encoders"] = (2 if on_gpu else 4) * frozen["text encoders"]

@@ -62,7 +62,7 @@ def distil(
         ({"teacher": "student"}, "koala"),
         ({"student": "vae"}, "has the U-Net custom, but this recipe trains koala-1b of custom"),
         ({"student": "nowhere"}, "nowhere"),
-        ({"data": "nowhere"}, "nowhere is not there: name a folder that `koala prepare` made"),
+        ({"data": "nowhere"}, "nowhere does not exist: give a folder made by `koala prepare`"),
     ],
 )
 def test_what_is_known_before_the_first_step(given, said, data, others, toy_sdxl, tmp_path, capsys):

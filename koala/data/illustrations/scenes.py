@@ -1,7 +1,7 @@
 """Plans the illustration set: one `PlannedImage` per image, with its drawing and captions.
 
-Five kinds. An *emoji* is one drawing on white; a *colour-icon* likewise; a *painted* emoji has its
-main colour turned to a named one; an *icon* is a drawing of one colour, which we choose; a *scene*
+Five kinds. An *emoji* is one drawing on white; so is a *colour-icon*; a *painted* emoji has its
+main colour changed to a named one; an *icon* is a drawing of one colour, which we choose; a *scene*
 is one to four emoji whose number, place, background and, in some, colour we choose. So the captions
 of the last three are true by construction. Planning draws nothing and depends on the settings
 alone; `koala.data.illustrations.pictures` renders.
@@ -54,7 +54,7 @@ class Illustrations:
     scenes: int = 40_000
     size: int = 128  # pixels a side
     test_concepts: float = 0.05  # share of base concepts held out
-    unseen: tuple[str, ...] = ()  # base concepts held out besides
+    unseen: tuple[str, ...] = ()  # further base concepts to hold out
     test_pairs: float = 0.5  # share of seen concepts of which one style is held out
     seed: int = 0
 
@@ -386,7 +386,7 @@ class _Thing:
 
 
 def _pair(rng: random.Random, one: _Thing, other: _Thing):
-    """Two different things: how it is said, what is drawn, and where."""
+    """Two different things: caption, drawings and boxes."""
     a, b = one.subject, other.subject
     said, boxes = rng.choice(
         [

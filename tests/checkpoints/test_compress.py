@@ -253,7 +253,7 @@ def test_depths_of_ones_own_may_be_a_known_student():
 @pytest.mark.parametrize(
     ("to", "message"),
     [
-        ("0,2", "depths 0,2 cannot be cut out of 0,1,2: needed are 3 numbers"),
+        ("0,2", "depths 0,2 cannot be cut from 0,1,2: give 3 numbers"),
         ("0,2,2", "none above the teacher's"),
         ("1,1,1", "none above the teacher's"),
         ("0,0,0", "not all 0"),

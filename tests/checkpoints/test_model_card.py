@@ -161,7 +161,7 @@ def test_training_goes_on_from_the_students_card(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "seen"), [(192_000, "192,000 samples"), (0, "a number of samples not recorded")]
+    ("before", "seen"), [(192_000, "192,000 samples"), (0, "an unrecorded number of samples")]
 )
 def test_a_student_that_went_on_says_from_what(before, seen):
     """Also one that others cut, of which no more is known."""

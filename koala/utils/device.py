@@ -77,7 +77,7 @@ def _left_to_group() -> int:
         return 2**63
 
 
-def whereabouts(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a model, by its first parameter.
 
     diffusers' own properties visit every module on each access, which costs more per step than
@@ -87,7 +87,7 @@ def whereabouts(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return first.device, first.dtype
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device. Copies to CUDA are asynchronous, through pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)

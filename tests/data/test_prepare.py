@@ -235,12 +235,10 @@ def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     prepare_latents(recognise(there), whole, toy_sdxl, preparation, workers=1)
     rng = random.Random(0)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parents[1] / "toy_prepare.py"
     with subprocess.Popen(
-        [sys.executable, str(script)], env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as job:  # fmt: skip
+        [sys.executable, str(script)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as job:
         assert job.stdin is not None and job.stdout is not None
 
         def run(workers: int) -> int:
@@ -253,9 +251,8 @@ def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
         while kills < 20:
             pid = run(workers=2 if kills in (4, 12) else 1)
             before, more = len(list(broken.glob("units/*"))), rng.randrange(3)
-            deadline = time.monotonic() + 60
             while len(list(broken.glob("units/*"))) < before + more:
-                assert time.monotonic() < deadline, (kills, before, more)
+                os.kill(pid, 0)  # it is at work, however slow the machine is
                 time.sleep(0.001)
             time.sleep(rng.random() * 0.005)
             os.killpg(pid, signal.SIGKILL)

@@ -280,7 +280,7 @@ def test_latents_of_another_vae_are_refused(packages, toy_sdxl, tmp_path):
 
     data = tmp_path / "data"
     prepare_pictures(replace(TOY, scenes=0, icons=0, colour_icons=()), data, workers=1)
-    with pytest.raises(UserError, match="not prepared to its end"):
+    with pytest.raises(UserError, match="is not completely prepared"):
         LatentSet(data, toy_sdxl, {"emoji": 1}, {"short": 1.0}, 0)
     encode_pictures(data, toy_sdxl)
     other = toy_pipeline(tmp_path / "other", seed=9)
@@ -297,7 +297,7 @@ def test_what_prepare_refuses(packages, tmp_path):
         (("photographs", tmp_path), "illustrations-small"),
         (("illustrations", tmp_path, None, 0), "at least 1"),
         (("illustrations", tmp_path, None, 1, "cpu"), "give --model"),
-        (("illustrations", tmp_path, None, 1, None, None, "folder"), "as it is"),
+        (("illustrations", tmp_path, None, 1, None, None, "folder"), "has fixed settings"),
         (("illustrations", tmp_path, None, 1, None, None, None, Preparation(text=True)), "--size"),
     ):
         with pytest.raises(UserError, match=said):
@@ -310,7 +310,7 @@ def test_a_package_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # where there is no npm
     with pytest.raises(UserError, match=r"emojibase-data@.*npm is not installed"):
         package("emojibase-data")
-    with pytest.raises(UserError, match="unknown data package"):
+    with pytest.raises(UserError, match="unknown asset package"):
         package("left-pad")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 

@@ -67,12 +67,12 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     assert (trained.student, trained.before, trained.samples) == ("student", 8, {"U-Net": 8})
     with pytest.raises(UserError, match="student='student', now it is None"):
         distill(student, data, tmp_path / "more", *master_too)
-    with pytest.raises(UserError, match="--student x: this recipe trains none"):
+    with pytest.raises(UserError, match="--student x: this recipe trains no student"):
         distill(teacher, data, tmp_path / "none", *master_too, student="x")
     other = replace(student, training=replace(TINY, lr=2e-3))
     with pytest.raises(UserError, match="lr"):
         distill(other, data, tmp_path / "student", str(master), "cpu")
-    with pytest.raises(UserError, match=r"koala-mini, this recipe goes on from sdxl-mini"):
+    with pytest.raises(UserError, match=r"koala-mini, but this recipe continues sdxl-mini"):
         distill(teacher, data, tmp_path / "further", str(small), "cpu")
 
 
@@ -158,7 +158,7 @@ def test_what_distill_refuses(base_parts, tmp_path, packages):
     with pytest.raises(UserError, match="photograph"):
         distill(no_kinds, data, tmp_path / "run2", str(base), "cpu")
     decoder = replace(recipes.get("mini-vae"), kinds={"emoji": 0, "photograph": 3})
-    with pytest.raises(UserError, match=r"no training pictures for an epoch of .*'photograph': 3"):
+    with pytest.raises(UserError, match=r"no training images for an epoch of .*'photograph': 3"):
         distill(decoder, data, tmp_path / "run3", str(base), "cpu")
     assert not list(tmp_path.iterdir())
 

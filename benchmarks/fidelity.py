@@ -50,7 +50,7 @@ def _loaded(**asked: Any) -> Callable[[str, str], Pipeline]:
 Way = tuple[Callable[[str, str], Pipeline], dict[str, Any]]  # loader, what is asked besides
 WAYS: dict[str, Way] = {
     EXACT: (_loaded(weights="fp32", decode="full"), {}),
-    "decode in strips": (_loaded(weights="fp32", decode="tiled"), {}),
+    "decode tiled": (_loaded(weights="fp32", decode="tiled"), {}),
     "decode tiny": (_loaded(weights="fp32", decode="tiny"), {}),
     "weights int8": (_loaded(weights="int8", decode="full"), {}),
     "weights fp8": (_loaded(weights="fp8", decode="full"), {}),
@@ -58,10 +58,10 @@ WAYS: dict[str, Way] = {
     "weights bf16": (_loaded(weights="bf16", decode="full"), {}),
     "guidance until 0.75": (_loaded(weights="fp32", decode="full"), {"guidance_until": 0.75}),
     "guidance until 0.5": (_loaded(weights="fp32", decode="full"), {"guidance_until": 0.5}),
-    "back end openvino": (_loaded(backend="openvino"), {}),
-    "back end torch-bf16": (_loaded(backend="torch-bf16"), {}),
-    "back end openvino-bf16": (_loaded(backend="openvino-bf16"), {}),
-    "back end openvino-int8": (_loaded(backend="openvino-int8"), {}),
+    "backend openvino": (_loaded(backend="openvino"), {}),
+    "backend torch-bf16": (_loaded(backend="torch-bf16"), {}),
+    "backend openvino-bf16": (_loaded(backend="openvino-bf16"), {}),
+    "backend openvino-int8": (_loaded(backend="openvino-int8"), {}),
 }
 
 
@@ -171,7 +171,7 @@ def means(
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| | PSNR latents, dB | PSNR pictures, dB | FD-EffLite0 | R@1 | R@5 | R@5 against fp32 |",
+        "| | PSNR latents, dB | PSNR images, dB | FD-EffLite0 | R@1 | R@5 | R@5 against fp32 |",
         "|---|---|---|---|---|---|---|",
     ]
     exact = rows[0]["R@5"]

@@ -10,18 +10,18 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "mini_family"
 RUNS = {  # folder -> what it made
     "vae": "VAE",
-    "decoder": "its decoder, further",
-    "text": "text side",
-    "mini-decoder": "the VAE's decoder, further, at 128 pixels",
-    "mini-vae": "the VAE, further, at 128 pixels",
-    "former-64": "teacher on the former latents, at 64 pixels",
+    "decoder": "its decoder, trained further",
+    "text": "text encoders",
+    "mini-decoder": "the VAE's decoder, trained further at 128 pixels",
+    "mini-vae": "the VAE, trained further at 128 pixels",
+    "former-64": "teacher on the earlier latents, at 64 pixels",
     "former-128": "the same, at 128 pixels",
     "former-mirrored": "the same, half of the emoji mirrored",
     "sdxl-mini-128": "teacher on the latents of mini-vae",
-    "sdxl-mini-between": "the same, a little further",
-    "sdxl-mini": "teacher, to its end",
+    "sdxl-mini-between": "the same, trained a little further",
+    "sdxl-mini": "teacher, last part",
     "koala-mini-first": "student: L_task + L_outKD + L_featKD",
-    "koala-mini": "the same, to its end, with more icons",
+    "koala-mini": "the same, last part, with more icons",
     "koala-mini-sa": "the same in fewer samples",
     "koala-mini-task": "control: L_task alone",
     "koala-mini-task-out": "control: L_task + L_outKD",
@@ -37,27 +37,28 @@ CONTROLS = ("koala-mini-sa", "koala-mini-task", "koala-mini-task-out")
 
 HEAD = """# The runs behind the bundled model
 
-Made by the commands of `docs/mini-family.md` on 2 cores of an AMD EPYC (AVX-512), Python 3.11,
-torch 2.13.0 (CPU), diffusers 0.42.1, transformers 5.23.0. The machine had other work beside them,
-so rates are lower bounds. Losses are means of the last line of `stats.jsonl`. This table is made by
-`python -m benchmarks.mini_family`.
+This folder keeps `run.json` and `stats.jsonl` of each run. The commands are those of
+`docs/mini-family.md`, on 2 cores of an AMD EPYC (AVX-512), Python 3.11, torch 2.13.0 (CPU),
+diffusers 0.42.1, transformers 5.23.0. The machine did other work at the same time, so the rates are
+lower bounds. Losses are means of the last line of `stats.jsonl`. `python -m benchmarks.mini_family`
+makes this page.
 
-Where they differ from the recipes of `koala/recipes/mini.py`:
+The runs differ from the recipes of `koala/recipes/mini.py` as follows:
 
-- VAE and text side came first, by `mini-base`, in processes of their own. The decoder's number of
-  samples was changed while VAE and text were trained (the recipe in their run.json was written
-  anew), and once more, from 64,000 to 44,000, after 26,400 of its own. The mixture of its pictures
-  came into the recipe after the text side had begun.
-- `mini-decoder` was a recipe of its own, for the decoder alone; `mini-vae` went on from what it
-  made and has replaced it.
-- The teacher's first three parts learnt on the latents of the VAE before `mini-vae`: 51,200 samples
-  at 64 pixels in batches of 32 at 2e-3, 128,000 at 128 pixels in batches of 64 at 1.25e-3, not
-  falling, and a part on mirrored pictures (`koala prepare --mirror`) in batches of 32 at 8e-4,
-  which was stopped at 191,488 of 256,000. `sdxl-mini-128` went on from there, on the new latents,
-  instead of from `sdxl-mini-64`; between it and `sdxl-mini` were 15,360 samples at 5e-4.
-- `koala-mini-first` was called koala-mini when it ran; `koala-mini` went on from it before there
-  was `--student`: what that makes, OUT/start, had been put there by hand. `tiny-mini` learnt from
-  `koala-mini-first`, whose VAE is the same.
+- VAE and text encoders came first, by `mini-base`, in separate processes. The decoder's number of
+  samples was changed while they trained (the recipe in their run.json was rewritten), and again,
+  from 64,000 to 44,000, after 26,400 of its own. The mixture of images was added to the recipe
+  after the text encoders had started.
+- `mini-decoder` was a recipe of its own, for the decoder alone. `mini-vae` started from its result
+  and has replaced it.
+- The teacher's first three parts trained on the latents of the VAE before `mini-vae`: 51,200
+  samples at 64 pixels in batches of 32 at 2e-3; 128,000 at 128 pixels in batches of 64 at a
+  constant 1.25e-3; and a part on mirrored images (`koala prepare --mirror`) in batches of 32 at
+  8e-4, stopped at 191,488 of 256,000. `sdxl-mini-128` continued from there on the new latents, not
+  from `sdxl-mini-64`. Between it and `sdxl-mini` came 15,360 samples at 5e-4.
+- `koala-mini-first` was called koala-mini when it ran. `koala-mini` continued from it before
+  `--student` existed; OUT/start, which that option makes, was put there by hand. `tiny-mini` was
+  trained on `koala-mini-first`, whose VAE is the same.
 - U-Nets, `mini-vae` and `tiny-mini` were trained with `cpu_bf16`.
 
 | run | samples | batch | seconds | samples/s | last losses |
@@ -78,7 +79,7 @@ def main() -> None:
             f"{last['seconds']:,.0f} | {rate:.0f} | {losses} |"
         )
         total += 0 if name in CONTROLS else (1 + (name in TWO_CORES)) * last["seconds"]
-    lines += ["", f"All that the bundled model took: {total / 3600:.1f} hours of one core.", ""]
+    lines += ["", f"The bundled model took {total / 3600:.1f} hours of one core in all.", ""]
     (FOLDER / "README.md").write_text("\n".join(lines))
     print("\n".join(lines))
 

@@ -23,8 +23,8 @@ NVLINK, FAST, SLOW = 450.0, 8 * 400 / 8, 100 / 8
 SAMPLE = 2 * 2 * 4 * 128 * 128  # bytes: mean and deviation in bf16, 4 x 128 x 128
 SHARD_ROWS = 4096 // 41  # a unit of the preparation over SDXL's buckets
 HEAD = (
-    "GPUs", "batch", "samples a GPU", "computing", "gradients sent a GPU", "by 8 x 400 Gbit/s",
-    "by 1 x 100 Gbit/s", "samples/s", "read", "processes a shard", "shards read whole",
+    "GPUs", "batch", "samples a GPU", "compute", "gradients sent a GPU", "over 8 x 400 Gbit/s",
+    "over 1 x 100 Gbit/s", "samples/s", "data read", "processes a shard", "shards, if read whole",
 )  # fmt: skip
 
 

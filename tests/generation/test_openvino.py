@@ -257,10 +257,10 @@ def test_koala_generate_takes_the_back_end_asked_for(folder, tmp_path, cache, ca
 
 
 def test_the_page(cache, tmp_path, monkeypatch, capsys):
-    """What docs/speed.md has typed on a processor; `fastest` would take minutes."""
+    """What docs/speed.md has typed on a CPU; `fastest` would take minutes."""
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / "speed.md").read_text()
-    page = text[text.index("## On a processor") : text.index("## On a GPU")]
+    page = text[text.index("## On a CPU") : text.index("## On a GPU")]
     drawn = 0
     for language, block in re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL):
         if language == "python":

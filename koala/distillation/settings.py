@@ -89,7 +89,7 @@ class Hardware:
     sharding: str = "ddp"  # student and optimiser: "ddp" whole in each process, "fsdp" in shards
     teacher: str = "whole"  # "sharded" over processes, or "offloaded": in main memory, by blocks
     checkpointing: bool = False  # compute activations of blocks again in the backward pass
-    compile: str = ""  # back end of torch.compile for each block, as "inductor"; "": no compiling
+    compile: str = ""  # backend of torch.compile for each block, as "inductor"; "": no compiling
     channels_last: bool = True
     ema_on_cpu: bool = False  # averages in main memory, 4 bytes a parameter each
     cpu_bf16: bool = False  # bf16 on a processor that has it, as always on a GPU

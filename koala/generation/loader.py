@@ -90,11 +90,11 @@ def load(
     size, pictures, from_image: what the plan must hold: the images' size as in
         `Pipeline.requests`, how many will be asked for at once, and whether they start from others.
 
-    say: called with a line for each LoRA that is merged, a back end that was chosen, and a plan
+    say: called with a line for each LoRA that is merged, a backend that was chosen, and a plan
         that was given up because memory ran out.
 
     Raises UserError for a model that is not found or damaged, a device that is not there, a value
-    that is not allowed, arguments that exclude each other, a back end that is not installed, and
+    that is not allowed, arguments that exclude each other, a backend that is not installed, and
     a budget that nothing fits into.
     """
     planned = validation.runtime(
@@ -214,7 +214,7 @@ def set_runtime(
         pipeline.batch_sizes = ROWS
     if backend != "remembered" or chosen.name != "torch":
         cost = _COST if chosen.name in validation.ROUNDED else ""
-        say(f"back end {chosen.name} ({chosen.why}){cost}")
+        say(f"backend {chosen.name} ({chosen.why}){cost}")
 
 
 @torch.inference_mode()

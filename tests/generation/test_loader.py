@@ -114,7 +114,7 @@ def test_back_ends_are_those_of_the_measurement(folder, tmp_path, monkeypatch):
     )
     assert lines == []
     named = koala.load(folder, "cpu", backend="torch", say=lines.append)
-    assert np.array_equal(drawn(named), expected) and lines == ["back end torch (as asked)"]
+    assert np.array_equal(drawn(named), expected) and lines == ["backend torch (as asked)"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_the_plan_holds_what_will_be_drawn(folder):
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"backend": "abacus"}, "unknown back end 'abacus'"),
+        ({"backend": "abacus"}, "unknown backend 'abacus'"),
         ({"weights": "int4"}, "unknown weights 'int4'"),
         ({"decode": "half"}, "unknown decoder 'half'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),

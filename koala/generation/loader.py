@@ -88,7 +88,8 @@ def load(
     decode: "full", "tiled" (by rows) or "tiny" (a tiny autoencoder); by default what fits.
     tiny_vae: folder or Hub id of the tiny autoencoder; by default the model's own.
     size, pictures, from_image: what the plan must hold: the images' size as in
-        `Pipeline.requests`, how many will be asked for at once, and whether they start from others.
+        `Pipeline.requests`, how many will be asked for at once, and whether they start from
+        others. Without a plan they are not used.
 
     say: called with a line for each LoRA that is merged, a backend that was chosen, and a plan
         that was given up because memory ran out.

@@ -150,8 +150,8 @@ def seed(asked: int | None, pictures: int) -> int:
 def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
     """The number of noise levels of a scheduler config.
 
-    spacing: a sampler's, "trailing" or "lcm". UserError for a config that is not discrete and
-    predicts epsilon as SDXL's, or for more steps than it has noise levels.
+    spacing: a sampler's, "trailing" or "lcm". UserError for a schedule that is not SDXL's kind
+    (discrete, predicting epsilon), or for more steps than it has noise levels.
     """
     for key, wanted in _SCHEDULE.items():
         found = config.get(key, wanted)

@@ -46,7 +46,7 @@ from koala.data.illustrations.scenes import (
 )
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.judge import Judge
-from koala.evaluation.report import Sentences, choose, yardstick_of
+from koala.evaluation.report import Sentences, build_evaluator, choose
 from koala.generation import load
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils.contact_sheet import contact_sheet
@@ -207,7 +207,7 @@ def grader_of(pictures: PictureSet, settings: Illustrations) -> Grader:
     extractor, sentences = EffLite0(), SentenceEncoder()
     size = (settings.size, settings.size)
     chosen = choose(pictures, JUDGED_BY)
-    judge = yardstick_of(pictures, *chosen, size, extractor, sentences, None).judge
+    judge = build_evaluator(pictures, *chosen, size, extractor, sentences, None).judge
     planned = {row.id: row for row in plan(settings)}
     scenes = pictures.select(split="train", kind="scene")
     layout = fit_layout(

@@ -26,7 +26,7 @@ from koala.data.illustrations.pictures import PictureSet
 from koala.errors import Failure, UserError
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.judge import Judge
-from koala.evaluation.report import Yardstick, choose, hardware, yardstick_of
+from koala.evaluation.report import Evaluator, build_evaluator, choose, hardware
 from koala.generation.decode import TINY
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
@@ -97,7 +97,7 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
     side = load(o.model, "cpu").requests("x")[0].settings.width
     extractor = EffLite0().to(o.device)
     judge = Judge.load(o.judge) if o.judge else None
-    yardstick = yardstick_of(
+    evaluator = build_evaluator(
         real, chosen, reference, train, (side, side), extractor, SentenceEncoder(), judge
     )
     texts = [real.rows[i]["short"] for i in chosen]
@@ -120,7 +120,7 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
                 "way": name,
                 "PSNR latents": psnr(latents, exact[0], float(exact[0].max() - exact[0].min())),
                 "PSNR pictures": psnr(as_numbers(images), as_numbers(exact[1]), 255.0),
-                **means(images, len(o.seeds), yardstick, extractor),
+                **means(images, len(o.seeds), evaluator, extractor),
             }
         )
     return rows
@@ -160,11 +160,11 @@ def psnr(one: Tensor, other: Tensor, peak: float) -> float | None:
 
 
 def means(
-    images: Sequence[Image.Image], seeds: int, yardstick: Yardstick, extractor: nn.Module
+    images: Sequence[Image.Image], seeds: int, evaluator: Evaluator, extractor: nn.Module
 ) -> dict[str, float]:
     """The yardstick's measures, their mean over the seeds."""
     features = extract(extractor, images).chunk(seeds)
-    every = [yardstick.measure(of_seed) for of_seed in features]
+    every = [evaluator.measure(of_seed) for of_seed in features]
     return {name: sum(each[name] for each in every) / seeds for name in every[0]}
 
 

@@ -24,7 +24,7 @@ from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
 from koala.data.illustrations.pictures import PictureSet
 from koala.evaluation.features import EffLite0, extract
-from koala.evaluation.report import choose, yardstick_of
+from koala.evaluation.report import build_evaluator, choose
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.mini.vae import to_images
 from koala.utils.device import hardware
@@ -59,7 +59,7 @@ def main() -> None:
     chosen, reference, train = choose(pictures, PROMPTS)
     size = pictures.image(0).size
     extractor = EffLite0()
-    yardstick = yardstick_of(
+    evaluator = build_evaluator(
         pictures, chosen, reference, train, size, extractor, SentenceEncoder(), None
     )
     vae = load_vae(resolve_model(options.model), torch.float32).eval()
@@ -67,12 +67,12 @@ def main() -> None:
 
     def rebuilt(noise: float) -> dict[str, float]:
         features = extract(extractor, decoded(latents, vae, noise))
-        return yardstick.judge.retrieval(features, yardstick.texts)
+        return evaluator.judge.retrieval(features, evaluator.texts)
 
     found = {
         "size": list(size),
         "model": options.model,
-        "real": yardstick.judge.retrieval(yardstick.own, yardstick.texts),
+        "real": evaluator.judge.retrieval(evaluator.own, evaluator.texts),
         "rebuilt": rebuilt(0.0),
         "rebuilt, latents with noise": {str(noise): rebuilt(noise) for noise in NOISES},
         "hardware": hardware(),

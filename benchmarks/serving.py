@@ -35,8 +35,8 @@ from benchmarks.batching import BATCH, LOAD, PROMPT, WINDOW
 from koala.evaluation.report import hardware
 from koala.generation import Pipeline
 from koala.serving.app import create_app
-from koala.serving.image_request import Order
-from koala.serving.jobs.database import Store
+from koala.serving.image_request import ImageRequest
+from koala.serving.jobs.database import Database
 from koala.serving.service import Event, Service
 from koala.serving.settings import Limits, Options
 
@@ -44,9 +44,9 @@ PAIRS = 30  # of requests, through HTTP and without
 LIMITS = Limits(max_batch=BATCH, rate=0, queue=10_000, client_queue=10_000, pixels=2**40)
 
 
-def order(i: int) -> Order:
+def order(i: int) -> ImageRequest:
     """The i-th picture of a load: all of one kind, as static batches need it."""
-    return Order(PROMPT, seed=i)
+    return ImageRequest(PROMPT, seed=i)
 
 
 # --- two ways of batching -------------------------------------------------------------------
@@ -81,9 +81,9 @@ class Static:
                     batch.append(self._line.get(timeout=max(0.0, end - time.monotonic())))
                 except Empty:
                     break
-            drawings = [self.service.submit(order(i)) for i, _ in batch]
-            for drawing, (_, done) in zip(drawings, batch, strict=True):
-                done.set_result(drawing.result())
+            submissions = [self.service.submit(order(i)) for i, _ in batch]
+            for submission, (_, done) in zip(submissions, batch, strict=True):
+                done.set_result(submission.result())
 
 
 def load(submit: Submit, arrivals: list[float]) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def capacity(service: Service, batches: int = 3) -> float:
     found = []
     for _ in range(batches):
         start = time.monotonic()
-        for drawing in [service.submit(order(i)) for i in range(BATCH)]:
-            drawing.result()
+        for submission in [service.submit(order(i)) for i in range(BATCH)]:
+            submission.result()
         found.append(BATCH / (time.monotonic() - start))
     return statistics.median(found)
 
@@ -163,8 +163,8 @@ def poisson(service: Service, rounds: int, requests: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def answering(service: Service, folder: Path) -> Iterator[http.client.HTTPConnection]:
     """A connection to a real server over the service, on loopback."""
-    with contextlib.closing(Store(folder)) as store:
-        app = create_app(service, store, Options(data=folder, limits=LIMITS))
+    with contextlib.closing(Database(folder)) as database:
+        app = create_app(service, database, Options(data=folder, limits=LIMITS))
         server = uvicorn.Server(
             uvicorn.Config(app, port=0, log_level="warning", timeout_keep_alive=600)
         )
@@ -228,7 +228,7 @@ def first_preview(service: Service, connection: http.client.HTTPConnection) -> d
             steps.append(time.perf_counter())
 
     service.submit(order(0), noted).result()
-    pace = statistics.median(b - a for a, b in itertools.pairwise(steps))
+    throughput = statistics.median(b - a for a, b in itertools.pairwise(steps))
     found = []
     for i in range(10):
         asked = {"prompt": order(i).prompt, "seed": i, "stream": True, "partial_images": 2}
@@ -242,7 +242,7 @@ def first_preview(service: Service, connection: http.client.HTTPConnection) -> d
         answer = connection.getresponse()
         while b"partial_image" not in answer.readline():
             pass
-        found.append((time.perf_counter() - start) / pace)
+        found.append((time.perf_counter() - start) / throughput)
         answer.read()
     return {
         "made after steps": 2,

@@ -28,8 +28,8 @@ from benchmarks.memory_use import release, resident
 from koala.evaluation.report import hardware
 from koala.generation import Pipeline
 from koala.serving.app import create_app
-from koala.serving.image_request import Order
-from koala.serving.jobs.database import Store
+from koala.serving.image_request import ImageRequest
+from koala.serving.jobs.database import Database
 from koala.serving.service import Service
 from koala.serving.settings import Limits, Options
 
@@ -48,8 +48,8 @@ class Range:
     def __init__(self, pipeline: Pipeline, folder: Path) -> None:
         options = Options(data=folder, limits=LIMITS, gallery_bytes=32 * 2**20)
         self.service = Service(pipeline, LIMITS)
-        self.store = Store(folder)
-        self.app = create_app(self.service, self.store, options)
+        self.database = Database(folder)
+        self.app = create_app(self.service, self.database, options)
         self.statuses: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -108,7 +108,7 @@ class Range:
         while self.service.metrics.registry.get_sample_value("koala_active_pictures"):
             await asyncio.sleep(0.1)
             if time.monotonic() > end:
-                for job in self.store.rows("SELECT id FROM jobs WHERE status = 'open'"):
+                for job in self.database.rows("SELECT id FROM jobs WHERE status = 'open'"):
                     await asyncio.to_thread(self.app.state.jobs.cancel, job["id"])
         await asyncio.sleep(1)
 
@@ -171,7 +171,7 @@ async def run(
     """Fires, and says what was found."""
     range_ = Range(pipeline, folder)
     await asyncio.to_thread(range_.service.start)
-    probe = Order("a fox", size="64x64", seed=7, steps=3)
+    probe = ImageRequest("a fox", size="64x64", seed=7, steps=3)
     before = await asyncio.to_thread(lambda: range_.service.submit(probe).result())
     async with range_.app.router.lifespan_context(range_.app):
         start = time.monotonic()
@@ -188,7 +188,7 @@ async def run(
             "threads": threading.active_count() - threads,
         }
     range_.service.close()
-    range_.store.close()
+    range_.database.close()
     gc.collect()
     same = after.images[0].tobytes() == before.images[0].tobytes()
     return {

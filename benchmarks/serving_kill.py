@@ -34,9 +34,9 @@ from typing import Any
 from PIL import Image
 
 from koala.evaluation.report import hardware
-from koala.serving.jobs.database import FILE, Store
+from koala.serving.jobs.database import FILE, Database
 from koala.serving.jobs.gallery import Gallery
-from koala.serving.jobs.table import Job, Table
+from koala.serving.jobs.table import Job, JobTable
 from koala.serving.run import serve
 from koala.serving.settings import Limits, Options
 
@@ -233,8 +233,8 @@ def look(data: Path, told: Told, before: dict[str, Job], faults: Counter[str]) -
     with tempfile.TemporaryDirectory(prefix="koala-look-") as folder:
         copy = Path(folder) / "data"
         shutil.copytree(data, copy)
-        with contextlib.closing(Store(copy)) as store:
-            gallery, table = Gallery(store, LARGE, LARGE), Table(store)
+        with contextlib.closing(Database(copy)) as database:
+            gallery, table = Gallery(database, LARGE, LARGE), JobTable(database)
             jobs = {job.id: job for job in table.page(LARGE)}
             pictures = {one.id: one for one in gallery.page(LARGE)}
         files = {path.stem for path in gallery.folder.iterdir()}

@@ -11,7 +11,7 @@ import uvicorn
 
 from koala.generation import Pipeline
 from koala.serving.app import create_app
-from koala.serving.jobs.database import Store
+from koala.serving.jobs.database import Database
 from koala.serving.service import Service
 from koala.serving.settings import Limits, Options
 
@@ -34,8 +34,8 @@ def running(
     options = Options(data=data, limits=limits, **told)
     service = Service(pipeline, limits, options.lora_dir)
     service.start()
-    store = Store(data)
-    app = create_app(service, store, options)
+    database = Database(data)
+    app = create_app(service, database, options)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)
@@ -47,7 +47,7 @@ def running(
             service.close()
             server.should_exit = True
             thread.join(30)
-            store.close()
+            database.close()
 
 
 @contextmanager

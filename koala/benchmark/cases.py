@@ -1,12 +1,11 @@
-"""What is compared: the models of KOALA's figure and table, at its sizes and steps, as data.
+"""The models of KOALA's latency and memory table, with its sizes, steps and published figures.
 
-Published are whole pictures in fp16 at batch 1 with stock code and PyTorch 2.1 (arXiv 2312.04005,
-latency and memory table). KOALA draws in 10 steps with guidance 3.5. The paper does not say how
-many steps SDXL-Turbo and SDXL-Lightning took; here they take 4 without guidance, as their makers
-recommend, so those rows are to be read against stock diffusers beside them, not against the paper.
-PixArt is another kind of model and left out.
+The published figures are for one image in fp16 with stock code and PyTorch 2.1 (arXiv 2312.04005).
+KOALA uses 10 steps with guidance 3.5. The paper does not state the steps of SDXL-Turbo and
+SDXL-Lightning; here they use 4 steps without guidance, as their authors recommend, so compare
+those rows with stock diffusers, not with the paper. PixArt is not an SDXL model and is left out.
 
-Importing this loads no torch, so that `check` answers at once.
+Importing this does not load torch, so that `check` is fast.
 """
 
 from collections.abc import Sequence
@@ -22,25 +21,25 @@ from koala.generation import validation
 from koala.utils.atomic import check_new
 from koala.utils.device import check_device
 
-CARDS = ("3060Ti 8 GB", "2080Ti 11 GB", "4090 24 GB")
-BUDGETS = (8, 11, 24)  # GB of the three
-OOM = None  # where a model did not fit
+GPUS = ("3060Ti 8 GB", "2080Ti 11 GB", "4090 24 GB")
+BUDGETS = (8, 11, 24)  # GB of the three GPUs
+OOM = None  # out of memory
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and how it is asked to draw."""
+    """A model and its generation settings."""
 
     name: str
-    architecture: str  # of `koala.architectures`, or "" for a model of one's own
+    architecture: str  # of `koala.architectures`
     pixels: int  # a side
     steps: int
     guidance: float
-    published: tuple[tuple[float, float] | None, ...] = ()  # (s, GB) by card; None: out of memory
+    published: tuple[tuple[float, float] | None, ...] = ()  # (s, GB) by GPU
 
     @property
     def rows(self) -> int:
-        """Rows of one evaluation: with guidance the unconditional one as well."""
+        """Batch rows of one U-Net evaluation: two with guidance."""
         return 2 if self.guidance > 1 else 1
 
 
@@ -62,7 +61,7 @@ CASES = {row[0]: Case(*row[:5], published=row[5:]) for row in _ROWS}
 
 
 def get(name: str) -> Case:
-    """The case of that name; `UserError` lists the names."""
+    """The case with a name. UserError."""
     if name not in CASES:
         raise unknown("case", name, CASES)
     return CASES[name]
@@ -70,7 +69,7 @@ def get(name: str) -> Case:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, how it is asked to draw, and whether its weights are random."""
+    """A model to measure, with its settings."""
 
     case: Case
     random: bool
@@ -78,10 +77,9 @@ class Subject:
 
 
 def subject(name: str) -> Subject:
-    """A case of the published table, or a model: bundled name, folder, Hub id.
+    """A case of the published table, or a model: bundled name, folder or Hub id.
 
-    Of one's own model the native size is drawn, in 10 steps with guidance 3.5. UserError for
-    what is neither.
+    Other models use their native size, 10 steps and guidance 3.5. UserError for unknown names.
     """
     if name in CASES:
         return Subject(CASES[name], random=True)
@@ -105,13 +103,10 @@ def check(
     compiled: bool,
     graphs: bool,
 ) -> list[Subject]:
-    """What `benchmark` is to measure; UserError for what is unknown, not there, or no new folder.
-
-    No names means the whole table.
-    """
+    """Checks the arguments of `benchmark`; returns the models, by default the whole table. UserError."""
     check_new(out)
     if runs < 1:
-        raise UserError(f"runs is {runs}: allowed are whole numbers from 1, 5 is usual")
+        raise UserError(f"runs is {runs}: allowed are whole numbers from 1; 5 is the default")
     check_device(device)
     float_dtype(dtype)
     validation.runtime(backend, compiled, graphs)

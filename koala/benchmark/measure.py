@@ -1,7 +1,7 @@
-"""Seconds and bytes: how long something takes, what it holds at its peak, what the chip can do.
+"""Time, peak memory, and the device's measured ceilings of compute and bandwidth.
 
-The ceilings are measured in the same run as what is held against them: a datasheet's figures are
-not what a product of random numbers reaches, and machines differ from day to day.
+The ceilings are measured in the same run as the results: real matrix products do not reach the
+datasheet, and machines differ from day to day.
 """
 
 import gc
@@ -19,7 +19,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds over several runs, the first (warm) one not among them."""
+    """Seconds over several runs, without the warm-up."""
 
     median: float
     least: float
@@ -28,12 +28,12 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """From least to greatest, as a share of the median."""
+        """The range as a share of the median."""
         return (self.greatest - self.least) / self.median
 
 
 def timing(work: Callable[[], object], runs: int, device: torch.device) -> Timing:
-    """Calls `work` once to warm up and then `runs` times, waiting for the device each time."""
+    """Calls `work` once to warm up, then times `runs` calls, synchronizing the device."""
     assert runs >= 1
     work()
     seconds = []
@@ -47,7 +47,7 @@ def timing(work: Callable[[], object], runs: int, device: torch.device) -> Timin
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that it was given."""
+    """Waits for all queued work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -58,14 +58,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Gives back what nobody holds any more, so that the next model starts on an empty device."""
+    """Frees unreferenced memory, so that the next model starts on an empty device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begins a new peak. On Linux without a GPU: of the whole process' resident memory."""
+    """Resets the peak. On the CPU under Linux it is that of the process's resident memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
@@ -73,14 +73,14 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most since `reset_peak`: allocated by tensors on CUDA, resident on Linux, else None."""
+    """The peak since `reset_peak`: allocated on CUDA, resident on Linux CPUs, else None."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM") if device.type == "cpu" else None
 
 
 def resident_bytes(device: torch.device) -> int | None:
-    """What is held now, counted as `peak_bytes` counts."""
+    """The memory in use now, counted like `peak_bytes`."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS") if device.type == "cpu" else None
@@ -89,8 +89,8 @@ def resident_bytes(device: torch.device) -> int | None:
 def _status(key: str) -> int | None:
     if not _STATUS.exists():
         return None
-    found = [line for line in _STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
-    return 1024 * int(found[0].split()[1]) if found else None
+    lines = [line for line in _STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
+    return 1024 * int(lines[0].split()[1]) if lines else None
 
 
 # --- ceilings -------------------------------------------------------------------------------
@@ -98,15 +98,15 @@ def _status(key: str) -> int | None:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches at what it is best at."""
+    """The measured limits of the device."""
 
-    flops: float  # operations a second of a large product of random numbers, in `dtype`
+    flops: float  # operations a second of a large matrix product in `dtype`
     bytes: float  # a second, read plus written, of a large copy
     dtype: str
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Both ceilings; about a second on a GPU."""
+    """Measures both ceilings; takes about a second on a GPU."""
     side, copied = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = timing(lambda: a @ b, 10, device)

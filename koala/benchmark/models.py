@@ -1,8 +1,8 @@
-"""Models to measure: real ones where they are at hand, otherwise the same with random weights.
+"""Builds the models to measure: real ones, or published architectures with random weights.
 
-Speed and memory do not depend on the weights' values, so a comparison needs no download; every
-output says which rows had random ones. Random pipelines are built on the device itself, in the
-precision asked for, with the published text encoders' and VAE's configurations.
+Speed and memory do not depend on the weights' values, so the comparison needs no download; every
+report marks rows with random weights. Random pipelines are built directly on the device, in the
+requested precision, with the published configurations of the text encoders and the VAE.
 """
 
 import torch
@@ -41,12 +41,12 @@ _VAE = {
     "latent_channels": 4,
     "sample_size": 1024,
     "scaling_factor": SCALING_FACTOR,
-    "force_upcast": False,  # as in the VAE that was made for fp16, which KOALA ships
+    "force_upcast": False,  # as in the fp16-safe VAE that KOALA uses
 }
 
 
 def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    """Our pipeline of it, ready to draw on the device."""
+    """Our pipeline of the model, on the device."""
     if chosen.folder is not None:
         return load(chosen.folder, device, dtype=dtype)
     arch = get(chosen.case.architecture)
@@ -72,7 +72,7 @@ def new_vae(device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
 def new_conditioner(
     device: torch.device, dtype: torch.dtype, cache_size: int = 1024
 ) -> TextConditioner:
-    """SDXL's text side with random weights; `cache_size` as there."""
+    """SDXL's text encoders with random weights; `cache_size` as in `TextConditioner`."""
     text = _random(lambda: CLIPTextModel(CLIPTextConfig(**_CLIP, **_CLIP_L)), device, dtype)
     text_2 = _random(
         lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP, **_BIG_G)), device, dtype
@@ -88,7 +88,7 @@ def new_unet(
 
 
 def stock(pipeline: Pipeline) -> StableDiffusionXLPipeline:
-    """The very same components in diffusers' own pipeline, as a model card's snippet makes it."""
+    """The same components in diffusers' pipeline, built like the model card's snippet."""
     first, second = pipeline.conditioner.tokenizers
     encoder, encoder_2 = pipeline.conditioner.encoders
     scheduler = EulerDiscreteScheduler.from_config(
@@ -115,7 +115,7 @@ def _unet(arch: UNetArchitecture) -> UNet2DConditionModel:
 
 
 def _random(make, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model with its library's random initialisation, made in place in `dtype`."""
+    """The model with its default initialisation, created on the device in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -127,7 +127,7 @@ def _random(make, device: torch.device, dtype: torch.dtype) -> nn.Module:
 
 
 def _tokenizer() -> CLIPTokenizer:
-    """CLIP's own vocabulary, from the bundled model, at the published length."""
+    """CLIP's tokenizer, from the bundled model, with the published length."""
     tokenizer = CLIPTokenizer.from_pretrained(
         BUNDLED / "koala-mini" / "tokenizer", local_files_only=True
     )

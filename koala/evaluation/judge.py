@@ -1,14 +1,13 @@
-"""Whether a picture shows what its prompt says, told by a judge that saw real pictures only.
+"""Prompt alignment, measured by a judge trained on real pictures only.
 
-Two small heads bring frozen picture features (EfficientNet-Lite0) and frozen text features
-(MiniLM) into one space, trained with InfoNCE as CLIP is. The judge ranks the prompts for every
-picture: R@k is the share of pictures whose own prompt is among the first k.
+Two small heads project frozen image features (EfficientNet-Lite0) and text features (MiniLM) into
+one space. They are trained with InfoNCE, like CLIP. The judge ranks all prompts for each image;
+R@k is the share of images whose own prompt is among the first k.
 
-Letters: n pictures, k captions of each, d_p and d_t widths of the features, e the common width.
+Letters: n images, k captions of each, d_p and d_t widths of the features, e the common width.
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -18,18 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from koala.errors import UserError
+from koala.utils.atomic import new_file
 
 HIDDEN, EMBEDDING = 512, 256
 EPOCHS, PATIENCE, BATCH = 60, 8, 512
-KEPT_BACK = 0.1  # share of the concepts that early stopping looks at
+HELD_OUT = 0.1  # share of the concepts, for early stopping
 RANKS = (1, 5, 10)
 
 
 class Head(nn.Module):
-    """[n, d] -> [n, e], rows of length 1. Inputs are standardised with the training set's."""
+    """[n, d] -> [n, e] of unit length, after standardising with the training set's statistics."""
 
     mean: Tensor
-    deviation: Tensor
+    deviation: Tensor  # standard deviation
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Head(nn.Module):
         )
 
     def standardise_by(self, x: Tensor) -> None:
-        """Take mean and deviation from x [n, d]."""
+        """Sets mean and standard deviation from x [n, d]."""
         self.mean.copy_(x.mean(0))
         self.deviation.copy_(x.std(0).clamp_min(1e-3 * float(x.std()) + 1e-8))
 
@@ -53,7 +53,7 @@ class Head(nn.Module):
 
 
 class Judge(nn.Module):
-    """Two heads and a temperature. `about` says what it was trained on, as text."""
+    """Two heads and a temperature. `about` describes the training, as text."""
 
     def __init__(self, picture_width: int, text_width: int) -> None:
         super().__init__()
@@ -70,24 +70,22 @@ class Judge(nn.Module):
         concepts: Tensor,
         seed: int = 0,
     ) -> "Judge":
-        """Train a judge; the same arguments give the same judge.
+        """Trains a judge, deterministically.
 
         Args:
             picture_features: float [n, d_p].
-            text_features: float [n, k, d_t], the captions of each picture; a step takes one of
-                them at random.
-            groups: int64 [n]; pictures of one group have the same caption, so each is right for
-                the other.
-            concepts: int64 [n]; a tenth of the concepts is kept back, and the weights of the
-                epoch that ranked their captions best are the ones returned.
-            seed: of first weights, order, captions and dropout.
+            text_features: float [n, k, d_t], the captions of each image; a step uses a random one.
+            groups: int64 [n]; images of one group share a caption, so they match each other's.
+            concepts: int64 [n]; a tenth of the concepts is held out, and the epoch that ranks
+                their captions best is returned.
+            seed: of initial weights, order, captions and dropout.
         """
         n = len(picture_features)
         assert text_features.shape[:2] == (n, text_features.shape[1])
         assert len(groups) == len(concepts) == n
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            kept = _kept_back(concepts)
+            kept = _held_out(concepts)
             judge = Judge(picture_features.shape[1], text_features.shape[2])
             judge.picture.standardise_by(picture_features[~kept])
             judge.text.standardise_by(text_features[~kept].flatten(0, 1))
@@ -103,14 +101,12 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def retrieval(self, picture_features: Tensor, text_features: Tensor) -> dict[str, float]:
-        """R@1, R@5 and R@10 from picture to text, in 0..1.
+        """R@1, R@5 and R@10 from image to text, in 0..1. A wrong text wins a tie.
 
         Args:
             picture_features: float [n, d_p].
-            text_features: float [n, d_t]; row i is the right text of picture i, and all rows are
-                the gallery. Rows of one direction (the same text twice) are right for each other.
-
-        A wrong text that scores as high as the right one counts as before it.
+            text_features: float [n, d_t]; text i belongs to image i, and all texts are candidates.
+                Parallel rows (the same text twice) match each other's images.
         """
         assert len(picture_features) == len(text_features)
         scores = self.picture(picture_features) @ self.text(text_features).T
@@ -121,28 +117,25 @@ class Judge(nn.Module):
         return {f"R@{k}": float((before < k).double().mean()) for k in RANKS}
 
     def save(self, path: Path) -> None:
-        """Write it as safetensors, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
+        """Writes a safetensors file, atomically."""
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, partial, metadata={"koala-judge": json.dumps(self.about)})
-        os.replace(partial, path)
+        with new_file(path) as part:
+            save_file(tensors, part, metadata={"koala-judge": json.dumps(self.about)})
 
     @staticmethod
     def load(path: Path) -> "Judge":
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: no such file, or not a judge.
-        """
+        """Reads a file that `save` wrote. UserError if it is missing or not a judge."""
         try:
             with safe_open(path, framework="pt") as file:
                 about = (file.metadata() or {}).get("koala-judge")
                 if about is None:
-                    raise UserError(f"{path} holds no judge: give judge.safetensors of a report")
+                    raise UserError(
+                        f"{path} is not a judge: give the judge.safetensors of a report"
+                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the judge {path} cannot be read ({error}): give judge.safetensors of a report"
+                f"the judge {path} cannot be read ({error}): give the judge.safetensors of a report"
             ) from None
         judge = Judge(len(tensors["picture.mean"]), len(tensors["text.mean"]))
         judge.load_state_dict(tensors)
@@ -150,16 +143,16 @@ class Judge(nn.Module):
         return judge.eval()
 
 
-def _kept_back(concepts: Tensor) -> Tensor:
-    """bool [n], true for the pictures of a tenth of the concepts, at least one."""
+def _held_out(concepts: Tensor) -> Tensor:
+    """bool [n], true for the images of a tenth of the concepts, at least of one."""
     names = concepts.unique()
-    assert len(names) >= 2, "a judge needs two concepts: one to train on, one to keep back"
-    drawn = names[torch.randperm(len(names))[: max(1, round(KEPT_BACK * len(names)))]]
+    assert len(names) >= 2, "a judge needs two concepts: one to train on, one to hold out"
+    drawn = names[torch.randperm(len(names))[: max(1, round(HELD_OUT * len(names)))]]
     return torch.isin(concepts, drawn)
 
 
 def _train(judge: Judge, train: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor]) -> int:
-    """Train until the held-back pictures rank no better; returns the epoch of the best weights."""
+    """Trains with early stopping on the held-out images; returns the best epoch."""
     pictures, texts, groups = train
     optimiser = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.1)
     best, best_epoch, weights = -1.0, 0, {}
@@ -184,7 +177,7 @@ def _train(judge: Judge, train: tuple[Tensor, Tensor, Tensor], held: tuple[Tenso
 
 
 def _info_nce(logits: Tensor, groups: Tensor) -> Tensor:
-    """InfoNCE both ways (CLIP, Radford et al. 2021, figure 3); a group's rows share the target."""
+    """InfoNCE both ways (CLIP, Radford et al. 2021, figure 3); a group shares its target."""
     right = (groups[:, None] == groups[None, :]).to(logits.dtype)
     target = right / right.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -1,6 +1,6 @@
-"""The models of a report: what they are called there, and whether they can be compared.
+"""The models of a report: their names, and whether they can be compared.
 
-Importing this loads no torch, so that a mistake is told at once.
+Importing this does not load torch, so that mistakes are reported at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ REAL = "real pictures"  # the report's first row
 
 
 def by_name(given: Sequence[str]) -> dict[str, str]:
-    """Name in the report -> model, of each "MODEL" or "NAME=MODEL". UserError for a name twice."""
+    """Parses MODEL or NAME=MODEL into name -> model. UserError for duplicate names."""
     models: dict[str, str] = {}
     for text in given:
         name, _, model = text.rpartition("=")
         if (name or model) in models:
-            raise UserError(f"two models are called {name or model!r}: name one NAME=MODEL")
+            raise UserError(f"two models are named {name or model!r}: rename one with NAME=MODEL")
         models[name or model] = model
     return models
 
@@ -35,22 +35,21 @@ def check(
     guidance: float,
     judge: str | Path | None,
 ) -> tuple[int, int]:
-    """(width, height) in pixels of what all the models draw.
+    """Checks the arguments of `evaluate`; returns the models' (width, height) in pixels.
 
-    UserError for arguments that `evaluate` cannot work with: a model that is none, models that draw
-    different sizes, a folder without prepared pictures, and so on.
+    UserError for an unknown model, different sizes, a folder without prepared pictures, and so on.
     """
     from koala.data.illustrations.pictures import shards_at
 
     if not models or REAL in models:
-        raise UserError(f"models {list(models)}: name at least one, and none {REAL!r}")
+        raise UserError(f"models {list(models)}: give at least one, and call none {REAL!r}")
     if prompts < 2:
         raise UserError(f"prompts {prompts}: a distance needs at least 2")
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds {list(seeds)}: give different whole numbers from 0, such as 0 1 2")
     validation.numbers(steps, guidance, 1)
     if judge is not None and not Path(judge).is_file():
-        raise UserError(f"the judge {judge} is not there: leave it out, and one is trained")
+        raise UserError(f"the judge {judge} does not exist: leave it out to train one")
     shards_at(pictures)
     sizes = {}
     for name, model in models.items():
@@ -58,7 +57,7 @@ def check(
         sizes[name] = (side, side)
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {named(size)}" for name, size in sizes.items())
-        raise UserError(f"the models draw different sizes ({found}): evaluate each size by itself")
+        raise UserError(f"the models have different sizes ({found}): evaluate each size separately")
     return next(iter(sizes.values()))
 
 

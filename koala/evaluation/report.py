@@ -1,12 +1,11 @@
-"""The report on a row of models: distances and retrieval, as a table and a sheet of pictures.
+"""Evaluates models: distances and retrieval, as a table and a contact sheet.
 
-Every model draws the same prompts with the same noise. The prompts are captions of real pictures
-that were held out as a pair: their concept and their style were both seen in training, never
-together. The first row is those real pictures themselves; what it reaches is what can be reached.
+All models generate the same prompts with the same noise. The prompts are captions of held-out real
+pictures whose concept and style both occur in training, but never together. The first row is those
+real pictures, an upper bound for the models.
 """
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +23,18 @@ from koala.evaluation.distances import frechet, kernel_distance
 from koala.evaluation.features import EffLite0, at_size, extract
 from koala.evaluation.judge import Judge
 from koala.evaluation.models import REAL, check, named
-from koala.evaluation.table import Report, Row
+from koala.evaluation.table import EvaluationReport, EvaluationRow
 from koala.generation import Pipeline, load
 from koala.mini.sentence_encoder import SentenceEncoder
+from koala.utils.atomic import new_file
 from koala.utils.contact_sheet import picture_grid
 from koala.utils.device import hardware
 from koala.utils.progress import progress
 
 KIND = "emoji"
-JUDGE_PICTURES = 4000  # at most; about three minutes of features on two cores
+JUDGE_PICTURES = 4000  # at most: features take about three minutes on two cores
 SHEET_COLUMNS = 12
-CHUNK = 32  # prompts between two steps of the progress bar
+CHUNK = 32  # prompts between updates of the progress bar
 KERNEL_SUBSET = 100
 
 Sentences = Callable[[list[str]], Tensor]
@@ -42,7 +42,7 @@ Sentences = Callable[[list[str]], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """What every model draws: `texts` once for each of `seeds`."""
+    """What every model generates: all of `texts` for each of `seeds`."""
 
     texts: list[str]
     seeds: list[int]
@@ -51,12 +51,11 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """What pictures are measured against.
+class Evaluator:
+    """Computes all metrics, from the features of the real pictures.
 
-    held_out [m, d]: the reference of the distances. own [n, d]: the prompts' real pictures, which
-    are among them. others [n, d]: as many real pictures of the training split. texts [n, d_t]:
-    the prompts.
+    held_out [m, d]: the reference of the distances. own [n, d]: the prompts' real pictures, part of
+    the reference. others [n, d]: real pictures of the training split. texts [n, d_t]: the prompts.
     """
 
     held_out: Tensor
@@ -66,11 +65,11 @@ class Yardstick:
     judge: Judge
 
     def measure(self, features: Tensor) -> dict[str, float]:
-        """All measures of pictures drawn for the prompts, features [n, d]."""
+        """The metrics of images generated for the prompts, features [n, d]."""
         return self._distances(features) | self.judge.retrieval(features, self.texts)
 
     def real(self) -> dict[str, float]:
-        """What real pictures reach: distances of the others, retrieval of the prompts' own."""
+        """The metrics of real pictures: distances of `others`, retrieval of `own`."""
         return self._distances(self.others) | self.judge.retrieval(self.own, self.texts)
 
     def _distances(self, features: Tensor) -> dict[str, float]:
@@ -94,45 +93,45 @@ def evaluate(
     judge: str | Path | None = None,
     extractor: nn.Module | None = None,
     sentences: Sentences | None = None,
-) -> Report:
-    """Measure models against held-out real pictures and write a report.
+) -> EvaluationReport:
+    """Measures models against held-out real pictures and writes a report.
 
     Args:
-        models: name in the report -> model folder (or a bundled model's name), drawn in order.
-        pictures: a folder of prepared pictures, with the splits train, test-pair and test-concept.
+        models: name in the report -> folder or bundled model.
+        pictures: folder of prepared pictures with the splits train, test-pair and test-concept.
         out: folder for report.json, report.md, sheet.png and judge.safetensors.
-        prompts: how many held-out pairs to draw, chosen by the hash of their id.
-        seeds: evaluation seeds, each at least 0.
+        prompts: number of held-out pairs, chosen by the hash of their id.
+        seeds: evaluation seeds, from 0.
         steps, guidance: of sampling.
-        notes: name in the report -> what to say of that model, such as its samples seen.
-        judge: a judge.safetensors of an earlier report on the same pictures; None trains one.
-        extractor: picture features, uint8 [n, 3, h, w] -> [n, d]; None for EfficientNet-Lite0.
+        notes: name in the report -> a note, such as the samples seen.
+        judge: judge.safetensors of an earlier report on the same pictures; None trains one.
+        extractor: image features, uint8 [n, 3, h, w] -> [n, d]; None for EfficientNet-Lite0.
         sentences: text features, n texts -> [n, d_t] of length 1; None for MiniLM.
 
     Raises:
-        UserError: a wrong model, too few pictures, an unwritable folder, a missing package.
+        UserError: an unknown model, too few pictures, a read-only folder, a missing package.
     """
     size = check(models, pictures, prompts, seeds, steps, guidance, judge)
     notes = dict(notes or {})
     if unknown := set(notes) - {REAL, *models}:
-        raise UserError(f"notes on {sorted(unknown)}: the report's rows are {[REAL, *models]}")
+        raise UserError(f"notes on {sorted(unknown)}: allowed are {[REAL, *models]}")
     real = PictureSet(pictures)
     chosen, reference, train = choose(real, prompts)
     texts = [real.rows[i]["short"] for i in chosen]
     out = _writable(Path(out))
     trained = _loaded(Path(judge), size) if judge else None
     extractor = extractor or EffLite0().to("cuda" if torch.cuda.is_available() else "cpu")
-    yardstick = yardstick_of(
+    evaluator = build_evaluator(
         real, chosen, reference, train, size, extractor, sentences or SentenceEncoder(), trained
     )
-    rows = [Row.of(REAL, notes.get(REAL, ""), [yardstick.real()])]
+    rows = [EvaluationRow.of(REAL, notes.get(REAL, ""), [evaluator.real()])]
     sheet = {REAL: [at_size(real.image(i), size) for i in chosen[:SHEET_COLUMNS]]}
     sampling = Sampling(texts, list(seeds), steps, guidance)
-    for name, folder in models.items():  # one in memory at a time
-        features, sheet[name] = _draw(name, load(folder), sampling, extractor)
-        measured = [yardstick.measure(of_seed) for of_seed in features]
-        rows.append(Row.of(name, notes.get(name, ""), measured))
-    report = Report(
+    for name, folder in models.items():  # one model in memory at a time
+        features, sheet[name] = _generate(name, load(folder), sampling, extractor)
+        metrics = [evaluator.measure(each) for each in features]
+        rows.append(EvaluationRow.of(name, notes.get(name, ""), metrics))
+    report = EvaluationReport(
         rows=rows,
         settings={
             "prompts": prompts,
@@ -142,21 +141,21 @@ def evaluate(
             "size": named(size),
             "reference pictures": len(reference),
         },
-        judge=yardstick.judge.about,
+        judge=evaluator.judge.about,
         hardware=hardware(),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         prompts=texts,
     )
-    _write(report, picture_grid(sheet, texts[:SHEET_COLUMNS]), yardstick.judge, out)
+    _write(report, picture_grid(sheet, texts[:SHEET_COLUMNS]), evaluator.judge, out)
     return report
 
 
 def choose(real: PictureSet, prompts: int) -> tuple[list[int], list[int], list[int]]:
-    """Rows of the prompts' pictures, of the reference and of the judge's training.
+    """Row indices of the prompts' pictures, the reference and the judge's training set.
 
-    In the order of their ids' hashes, so that neither the order nor the number of pictures
-    decides; no caption twice among the prompts. The reference is all that is held out, the
-    prompts' own pictures too.
+    Ordered by the hash of the id, so that the order and number of pictures do not matter. No
+    caption occurs twice among the prompts. The reference is all held-out pictures, with those of
+    the prompts.
     """
 
     def by_hash(indices: list[int]) -> list[int]:
@@ -169,40 +168,36 @@ def choose(real: PictureSet, prompts: int) -> tuple[list[int], list[int], list[i
     chosen = list(first_of_text.values())[:prompts]
     if len(chosen) < prompts:
         raise UserError(
-            f"{prompts} prompts were asked for, but {real.folder} holds {len(chosen)} held-out "
-            f"pairs (split test-pair, kind {KIND}): ask for fewer or prepare more pictures"
+            f"{prompts} prompts requested, but {real.folder} has {len(chosen)} held-out pairs "
+            f"(split test-pair, kind {KIND}): use fewer prompts or prepare more pictures"
         )
     reference = pairs + by_hash(real.select(split="test-concept", kind=KIND))
     train = by_hash(real.select(split="train", kind=KIND))[:JUDGE_PICTURES]
     if len(train) < prompts or len({real.rows[i]["concept"] for i in train}) < 2:
         raise UserError(
-            f"{real.folder} holds {len(train)} pictures to train the judge on (split train, kind "
-            f"{KIND}); it takes at least as many as prompts ({prompts}) and two concepts: prepare "
-            "more pictures"
+            f"{real.folder} has {len(train)} pictures to train the judge on (split train, kind "
+            f"{KIND}); it needs at least as many as prompts ({prompts}) and two concepts: "
+            "prepare more pictures"
         )
     return chosen, reference, train
 
 
 def _writable(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (probe := out / ".partial").touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"the report's folder {out} cannot be written ({error.strerror}): give another"
-        ) from None
+    """Creates the folder. UserError before the long work if it cannot be written."""
+    with new_file(out / ".probe") as part:
+        part.touch()
+    (out / ".probe").unlink()
     return out
 
 
-def _draw(
+def _generate(
     name: str, pipeline: Pipeline, sampling: Sampling, extractor: nn.Module
 ) -> tuple[list[Tensor], list[Image.Image]]:
-    """Features [prompts, d] for each seed, and the first seed's pictures for the sheet."""
+    """Features [prompts, d] for each seed, and the first seed's images for the sheet."""
     texts, features = sampling.texts, []
     sheet: list[Image.Image] = []
     total = len(texts) * len(sampling.seeds)
-    with progress(f"drawing with {name}", total, "pictures") as advance:
+    with progress(f"generating with {name}", total, "images") as advance:
         for seed in sampling.seeds:
             rows = []
             for start in range(0, len(texts), CHUNK):
@@ -210,7 +205,7 @@ def _draw(
                     texts[start : start + CHUNK],
                     steps=sampling.steps,
                     guidance=sampling.guidance,
-                    seed=seed * len(texts) + start,  # of the first; the next take the next ones
+                    seed=seed * len(texts) + start,  # of the first prompt; it counts up
                 ).images
                 if seed == sampling.seeds[0]:
                     sheet += images[: SHEET_COLUMNS - len(sheet)]
@@ -229,7 +224,7 @@ def _real_features(
 
 
 def _judge(rows: list[dict], features: Tensor, sentences: Sentences) -> Judge:
-    """A judge trained on the rows' pictures and both captions of each."""
+    """Trains a judge on the rows' pictures and both captions of each."""
     texts = [sentences([row[caption] for row in rows]).cpu() for caption in ("short", "long")]
 
     def numbered(names: list[str]) -> Tensor:
@@ -245,13 +240,13 @@ def _loaded(path: Path, size: tuple[int, int]) -> Judge:
     judge = Judge.load(path)
     if judge.about.get("size") != named(size):
         raise UserError(
-            f"the judge {path} was trained on pictures of {judge.about.get('size')} pixels, the "
-            f"models draw {named(size)}: leave it out, and one is trained"
+            f"the judge {path} was trained on {judge.about.get('size')} pixels, the models "
+            f"generate {named(size)}: leave it out to train one"
         )
     return judge
 
 
-def yardstick_of(
+def build_evaluator(
     real: PictureSet,
     chosen: list[int],
     reference: list[int],
@@ -260,8 +255,8 @@ def yardstick_of(
     extractor: nn.Module,
     sentences: Sentences,
     judge: Judge | None,
-) -> Yardstick:
-    """Features of the real pictures, and a judge trained on some of them unless one is given."""
+) -> Evaluator:
+    """Extracts the real pictures' features, and trains a judge unless one is given."""
     held_out = _real_features(real, reference, size, extractor, "held-out pictures")
     if judge:
         train = train[: len(chosen)]
@@ -274,21 +269,18 @@ def yardstick_of(
     if widths != (seen.shape[1], texts.shape[1]):
         raise UserError(
             f"the judge was trained on features of widths {widths}, these have "
-            f"{seen.shape[1], texts.shape[1]}: leave it out, and one is trained"
+            f"{seen.shape[1], texts.shape[1]}: leave it out to train one"
         )
     own = held_out[[reference.index(i) for i in chosen]]
-    return Yardstick(held_out, own, seen[: len(chosen)], texts, judge)
+    return Evaluator(held_out, own, seen[: len(chosen)], texts, judge)
 
 
-def _write(report: Report, sheet: Image.Image, judge: Judge, out: Path) -> None:
-    """Each file whole or not at all; the page that shows the others comes last."""
-
-    def put(name: str, text: str) -> None:
-        (partial := out / f"{name}.partial").write_text(text, encoding="utf-8")
-        os.replace(partial, out / name)
-
+def _write(report: EvaluationReport, sheet: Image.Image, judge: Judge, out: Path) -> None:
+    """Writes each file atomically; the page, which shows the others, comes last."""
     judge.save(out / "judge.safetensors")
-    sheet.save(partial := out / "sheet.png.partial", "PNG", optimize=True)
-    os.replace(partial, out / "sheet.png")
-    put("report.json", json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    put("report.md", report.markdown())
+    with new_file(out / "sheet.png") as part:
+        sheet.save(part, "PNG", optimize=True)
+    report_json = json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n"
+    for name, text in (("report.json", report_json), ("report.md", report.markdown())):
+        with new_file(out / name) as part:
+            part.write_text(text, encoding="utf-8")

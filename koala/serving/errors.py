@@ -1,6 +1,6 @@
-"""Errors as OpenAI's clients understand them, whatever they come from.
+"""Errors as HTTP responses, in OpenAI's format for every API. The only place that assigns codes.
 
-{"error": {"message", "type", "param", "code"}}: `message` for people, `code` for programs.
+{"error": {"message", "type", "param", "code"}}: `message` is for people, `code` for programs.
 """
 
 import logging
@@ -23,18 +23,18 @@ from koala.serving.admission import UNAVAILABLE, Busy
 _log = logging.getLogger("koala.serving")
 
 
-class Refusal(Exception):
-    """A request that is answered with an error, and which."""
+class ApiError(Exception):
+    """An error response."""
 
     def __init__(
         self, status: int, message: str, code: str, param: str | None = None, retry: float = 0
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
-        self.retry = retry  # seconds; 0: there is no sense in trying again
+        self.retry = retry  # seconds; 0: do not retry
 
     def body(self) -> dict[str, Any]:
-        """What the client reads."""
+        """The response's JSON."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         if self.status == HTTPStatus.TOO_MANY_REQUESTS:
             kind = "rate_limit_error"
@@ -49,65 +49,67 @@ class Refusal(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def refusal(error: BaseException) -> Refusal:
-    """What an exception means to a client. What nobody foresaw keeps its details to itself."""
+def to_api_error(error: BaseException) -> ApiError:
+    """The response for an exception. The details of an unexpected one go to the log only."""
     match error:
-        case Refusal():
+        case ApiError():
             return error
         case UserError():
-            return Refusal(400, " ".join(str(error).split()), "invalid_value")
+            return ApiError(400, " ".join(str(error).split()), "invalid_value")
         case Busy():
             status = 503 if error.reason in UNAVAILABLE else 429
-            return Refusal(status, str(error), error.reason, retry=error.retry_after)
+            return ApiError(status, str(error), error.reason, retry=error.retry_after)
         case Late():
-            return Refusal(504, str(error), "deadline")
+            return ApiError(504, str(error), "deadline")
         case Failure():
-            return Refusal(500, " ".join(str(error).split()), "failed")
+            return ApiError(500, " ".join(str(error).split()), "failed")
         case ValidationError() | RequestValidationError():
             return _invalid(error)
         case HTTPException():
             phrase = HTTPStatus(error.status_code).phrase
-            return Refusal(error.status_code, str(error.detail), phrase.lower().replace(" ", "_"))
+            return ApiError(error.status_code, str(error.detail), phrase.lower().replace(" ", "_"))
     if ran_out(error):
-        return Refusal(503, "out of memory: ask for a smaller picture, or later", "memory", retry=5)
-    _log.error("a request failed", exc_info=error)
-    return Refusal(500, "the server failed; its log says why", "failed")
+        return ApiError(
+            503, "out of memory: ask for a smaller image, or retry later", "memory", retry=5
+        )
+    _log.error("unexpected error", exc_info=error)
+    return ApiError(500, "internal server error; see the server's log", "failed")
 
 
-def install(app: FastAPI, note: Callable[[str], None]) -> None:
-    """Has the app answer every exception so, and say so; `note` is told each code."""
+def install(app: FastAPI, on_error: Callable[[str], None]) -> None:
+    """Registers the handlers; `on_error` is called with each error's code."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        found = refusal(error)
-        note(found.code)
-        return found.response()
+        failure = to_api_error(error)
+        on_error(failure.code)
+        return failure.response()
 
-    kinds = (Refusal, UserError, Busy, Failure, ValidationError, RequestValidationError)
+    kinds = (ApiError, UserError, Busy, Failure, ValidationError, RequestValidationError)
     for kind in (*kinds, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
-    describe(app)
+    _document(app)
 
 
-def describe(app: FastAPI) -> None:
-    """Has the app's OpenAPI document name these errors in place of FastAPI's own."""
-    plain = app.openapi
+def _document(app: FastAPI) -> None:
+    """Puts these errors into the OpenAPI document in place of FastAPI's own."""
+    original = app.openapi
 
-    def described() -> dict[str, Any]:
+    def documented() -> dict[str, Any]:
         if app.openapi_schema is not None:
             return app.openapi_schema
-        schema = plain()
+        schema = original()
         parts = schema.setdefault("components", {}).setdefault("schemas", {})
         parts["Error"] = _ERROR
         for name in ("HTTPValidationError", "ValidationError"):
             parts.pop(name, None)
-        answer = {"$ref": "#/components/schemas/Error"}
-        content = {"application/json": {"schema": answer}}
+        reference = {"$ref": "#/components/schemas/Error"}
+        content = {"application/json": {"schema": reference}}
         for operation in (o for path in schema["paths"].values() for o in path.values()):
             operation["responses"].pop("422", None)
             operation["responses"]["default"] = {"description": "an error", "content": content}
         return schema
 
-    app.openapi = described  # type: ignore[method-assign]
+    app.openapi = documented  # type: ignore[method-assign]
 
 
 _TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
@@ -130,20 +132,20 @@ _ERROR = {
 
 
 def _sendable(text: str) -> str:
-    """The text without halves of characters, which UTF-8 cannot hold."""
+    """The text without lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode()
 
 
-def _invalid(error: ValidationError | RequestValidationError) -> Refusal:
-    """The first thing that is wrong with a body, with its field's name."""
+def _invalid(error: ValidationError | RequestValidationError) -> ApiError:
+    """The first validation error, with the name of its field."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    name = ".".join(place) or None
+    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    name = ".".join(path) or None
     if first["type"] == "extra_forbidden":
-        return Refusal(400, f"there is no field {name!r}: leave it out", "unknown_parameter", name)
+        return ApiError(400, f"unknown field {name!r}: leave it out", "unknown_parameter", name)
     if first["type"] == "json_invalid":
-        return Refusal(400, "the body is no JSON", "invalid_json")
+        return ApiError(400, "the body is not valid JSON", "invalid_json")
     if first["type"] == "missing":
-        return Refusal(400, f"{name or 'the body'} is missing", "missing_parameter", name)
-    said = first["msg"].removeprefix("Value error, ")
-    return Refusal(400, f"{name or 'the body'}: {said}", "invalid_value", name)
+        return ApiError(400, f"{name or 'the body'} is missing", "missing_parameter", name)
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{name or 'the body'}: {message}", "invalid_value", name)

@@ -1,4 +1,4 @@
-"""Keys: who may ask."""
+"""The API keys that the server accepts."""
 
 import base64
 import hashlib
@@ -10,33 +10,33 @@ from koala.errors import UserError
 SHORTEST_KEY = 16  # characters
 
 
-class Keys:
-    """The keys that are let in. Only their hashes are kept."""
+class ApiKeys:
+    """The accepted API keys, stored as hashes."""
 
     def __init__(self, keys: list[str]) -> None:
         self._hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     @staticmethod
-    def read(file: Path) -> "Keys":
-        """One key a line; lines that are empty or begin with # say nothing. UserError."""
+    def read(file: Path) -> "ApiKeys":
+        """Reads one key a line; empty lines and # comments are skipped. UserError."""
         try:
             lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"the key file {file} cannot be read: {error}") from None
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
-            raise UserError(f"the key file {file} holds no key: write one a line")
+            raise UserError(f"the key file {file} contains no key: write one key a line")
         if min(map(len, keys)) < SHORTEST_KEY:
             raise UserError(
-                f"a key in {file} is short: allowed are {SHORTEST_KEY} characters and more, as "
+                f"a key in {file} is too short: use at least {SHORTEST_KEY} characters, such as "
                 "from `openssl rand -hex 32`"
             )
-        return Keys(keys)
+        return ApiKeys(keys)
 
     def client(self, authorization: str) -> str | None:
-        """The client's name from its header, None if no key is in it.
+        """The client's name, or None if the header has no valid key.
 
-        As Bearer, or as the password of Basic: AUTOMATIC1111's tools know nothing else.
+        The key comes as Bearer, or as the password of Basic for AUTOMATIC1111's tools.
         """
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() == "basic":

@@ -1,4 +1,4 @@
-"""A model without its weights: what it takes to check orders where others do the drawing."""
+"""A model without weights, to check requests in a process that does not run the model."""
 
 from pathlib import Path
 
@@ -11,11 +11,8 @@ from koala.generation.memory.meta_models import TEXT, UNET, VAE, MetaModels
 from koala.text_conditioning import TextConditioner
 
 
-def outline(model: str) -> Pipeline:
-    """The pipeline of `load(model)` on torch's meta device: `requests` works, drawing does not.
-
-    UserError for a model that cannot be had.
-    """
+def load_meta_pipeline(model: str) -> Pipeline:
+    """The pipeline of `load(model)` on the meta device: only `requests` works. UserError."""
     folder = resolve_model(model)
     parts = MetaModels(folder, None, (64, 64), 1)
     ((unet,), (vae,)) = (parts.models(part, "fp32") for part in (UNET, VAE))

@@ -1,7 +1,4 @@
-"""What the server says about itself, for Prometheus: load, speed and what went wrong.
-
-No prompt, client or file is ever a label.
-"""
+"""Prometheus metrics: load, latency and errors. No prompt, client or file is ever a label."""
 
 from collections.abc import Callable
 
@@ -16,42 +13,46 @@ _PICTURES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Metrics:
-    """One server's, in a registry of their own."""
+    """The metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._waiting = self._gauge("koala_queue_pictures", "Pictures that wait.")
-        self._active = self._gauge("koala_active_pictures", "Pictures on their way.")
+        self._waiting = self._gauge("koala_queue_pictures", "Queued images.")
+        self._active = self._gauge("koala_active_pictures", "Running images.")
         self._capacity = self._gauge(
-            "koala_batch_limit", "Pictures of the native size that one pass may hold."
+            "koala_batch_limit", "Largest batch, in images of native size."
         )
-        self._memory = self._gauge("koala_device_memory_bytes", "Allocated by torch on the GPU.")
+        self._memory = self._gauge("koala_device_memory_bytes", "GPU memory allocated by torch.")
         self._memory.set_function(_device_memory)
-        self._rows = self._histogram("koala_batch_pictures", "Pictures in one pass.", _PICTURES)
-        self._step = self._histogram("koala_step_seconds", "One pass.")
-        self._wait = self._histogram("koala_wait_seconds", "From acceptance until let in.")
+        self._rows = self._histogram("koala_batch_pictures", "Images in one pass.", _PICTURES)
+        self._step = self._histogram("koala_step_seconds", "Duration of one pass.")
+        self._wait = self._histogram("koala_wait_seconds", "From acceptance to the first step.")
         self._preview = self._histogram(
-            "koala_first_preview_seconds", "From acceptance until the first preview."
+            "koala_first_preview_seconds", "From acceptance to the first preview."
         )
         self._picture = self._histogram(
-            "koala_picture_seconds", "From acceptance until the picture is drawn."
+            "koala_picture_seconds", "From acceptance to the finished image."
         )
-        self._pictures = self._counter("koala_pictures", "Pictures drawn.")
-        self._cancelled = self._counter("koala_cancelled", "Pictures cancelled.")
-        self._errors = self._counter("koala_errors", "Refused or failed, by reason.", "reason")
+        self._pictures = self._counter("koala_pictures", "Finished images.")
+        self._cancelled = self._counter("koala_cancelled", "Cancelled images.")
+        self._errors = self._counter(
+            "koala_errors", "Rejected or failed requests, by reason.", "reason"
+        )
 
-    def _gauge(self, name: str, says: str) -> Gauge:
-        return Gauge(name, says, registry=self.registry)
+    def _gauge(self, name: str, help_text: str) -> Gauge:
+        return Gauge(name, help_text, registry=self.registry)
 
-    def _histogram(self, name: str, says: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
-        return Histogram(name, says, registry=self.registry, buckets=buckets)
+    def _histogram(
+        self, name: str, help_text: str, buckets: tuple[float, ...] = _SECONDS
+    ) -> Histogram:
+        return Histogram(name, help_text, registry=self.registry, buckets=buckets)
 
-    def _counter(self, name: str, says: str, *labels: str) -> Counter:
-        return Counter(name, says, labels, registry=self.registry)
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(name, help_text, labels, registry=self.registry)
 
     def watch(self, waiting: Callable[[], int], active: Callable[[], int]) -> None:
-        """Where the numbers of pictures come from, whenever somebody asks."""
+        """Sets the functions that count queued and running images."""
         self._waiting.set_function(waiting)
         self._active.set_function(active)
 
@@ -74,11 +75,11 @@ class Metrics:
         self._cancelled.inc()
 
     def failed(self, reason: str) -> None:
-        """`reason` is one of the few words that the program itself knows."""
+        """Counts an error; `reason` is one of the fixed error codes."""
         self._errors.labels(reason).inc()
 
     def text(self) -> bytes:
-        """In Prometheus' format."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

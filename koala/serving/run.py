@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from koala.errors import Failure, UserError
-from koala.serving.jobs.database import Store
+from koala.serving.jobs.database import Database
 from koala.serving.settings import Options, check
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             f"warning: everybody who reaches {options.host} can use this server: "
             "give --api-key-file"
         )
-    with _bound(options) as listening, contextlib.closing(Store(options.data)) as store:
+    with _bound(options) as listening, contextlib.closing(Database(options.data)) as database:
         # After all checks: these load torch.
         from koala.serving.app import create_app
         from koala.serving.service import Service
@@ -50,7 +50,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         pipeline, options = loaded(options, say)
         sizes = pipeline.batch_sizes
         service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
-        app = create_app(service, store, options)
+        app = create_app(service, database, options)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False,
             timeout_graceful_shutdown=CONNECTIONS_END,

@@ -1,8 +1,8 @@
-"""Who may ask, how often and how much: before anything of a request is looked at.
+"""Authentication, rate limits and body limits, checked before a request reaches the app.
 
-Everything needs a key where there are keys, but for what is listed as open. Without keys a page
-of another site could still have its reader's browser ask this server, so requests that come from
-another origin are refused, and names for loopback that only a forged DNS answer would use.
+With API keys, every path but the open ones needs a key. Without keys, a page of another site could
+make its visitor's browser call this server, so requests of another origin are rejected, and so are
+host names that only a DNS rebinding attack would use.
 """
 
 import asyncio
@@ -16,26 +16,26 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from koala.serving.admission import Busy
-from koala.serving.errors import Refusal, refusal
-from koala.serving.keys import Keys
+from koala.serving.errors import ApiError, to_api_error
+from koala.serving.keys import ApiKeys
 from koala.serving.settings import LOOPBACK, Limits, Options
 
 OPEN = ("/", "/health", "/ready", "/favicon.ico")
 OPEN_FOLDER = "/page/"
-BODY_SECONDS = 60.0  # that a body may take to arrive
-BODIES = 8  # of the largest size, that may be held at once
-_REMEMBERED = 10_000  # clients whose rates are known
+BODY_SECONDS = 60.0  # a body may take to arrive
+BODIES = 8  # of the largest size in memory at once
+_REMEMBERED = 10_000  # clients whose rate is tracked
 
 
-class Rates:
-    """Token buckets: `limits.burst` requests at once, `limits.rate` a minute in the long run."""
+class RateLimiter:
+    """Token buckets: bursts of `limits.burst` requests, `limits.rate` a minute sustained."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits, self.clock = limits, clock
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, when
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, time
 
     def take(self, client: str) -> None:
-        """Busy if the client has none left."""
+        """Takes a token. Busy if the client has none left."""
         if not self.limits.rate:
             return
         now, per_second = self.clock(), self.limits.rate / 60
@@ -49,39 +49,39 @@ class Rates:
             raise Busy("rate", (1 - tokens) / per_second)
 
 
-class Guard:
-    """ASGI middleware that lets a request in, with its whole body, or answers it itself."""
+class SecurityMiddleware:
+    """ASGI middleware: passes a request on with its whole body, or rejects it."""
 
     def __init__(
-        self, app: ASGIApp, options: Options, keys: Keys | None, note: Callable[[str], None]
+        self, app: ASGIApp, options: Options, keys: ApiKeys | None, on_error: Callable[[str], None]
     ) -> None:
-        self.app, self.options, self.keys, self.note = app, options, keys, note
-        self.rates = Rates(options.limits)
-        self._held = 0  # bytes of bodies
+        self.app, self.options, self.keys, self.on_error = app, options, keys, on_error
+        self.rates = RateLimiter(options.limits)
+        self._buffered = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        held = 0
+        buffered = 0
         try:
             client = self._client(scope)
             scope.setdefault("state", {})["client_name"] = client
             if scope["method"] == "POST":
                 self.rates.take(client)
                 body = await self._body(Headers(scope=scope), receive)
-                self._held += (held := len(body))
+                self._buffered += (buffered := len(body))
                 receive = _replayed(body, receive)
             await self.app(scope, receive, send)
-        except (Refusal, Busy) as error:
-            found = refusal(error)
-            self.note(found.code)
-            await found.response()(scope, receive, send)
+        except (ApiError, Busy) as error:
+            failure = to_api_error(error)
+            self.on_error(failure.code)
+            await failure.response()(scope, receive, send)
         finally:
-            self._held -= held
+            self._buffered -= buffered
 
     def _client(self, scope: Scope) -> str:
-        """Who asks: by key, or by address where there are no keys. Refusal."""
+        """The client's name, from its key, or from its address without keys. ApiError."""
         headers = Headers(scope=scope)
         address = scope["client"][0] if scope.get("client") else "local"
         path = scope["path"]
@@ -90,7 +90,7 @@ class Guard:
         elif path not in OPEN and not path.startswith(OPEN_FOLDER):
             client = self.keys.client(headers.get("authorization", ""))
             if client is None:
-                raise Refusal(401, "give a key: Authorization: Bearer KEY", "invalid_api_key")
+                raise ApiError(401, "send an API key: Authorization: Bearer KEY", "invalid_api_key")
             return client
         return f"address-{address}"
 
@@ -98,17 +98,19 @@ class Guard:
         host = headers.get("host", "")
         name = urlsplit(f"//{host}").hostname or ""
         if self.options.on_loopback and name not in LOOPBACK:
-            raise Refusal(403, f"host {name!r} is not this server's name", "host")
+            raise ApiError(403, f"host {name!r} is not a name of this server", "host")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
-            raise Refusal(403, "requests from other sites are not answered", "origin")
+            raise ApiError(403, "requests from other origins are not allowed", "origin")
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """All of it. Refusal if it is too large or too slow, Busy if many are held already."""
+        """Reads the body. ApiError if too large or too slow, Busy if memory is short."""
         limit = self.options.limits.upload_bytes
-        told = headers.get("content-length", "0")
-        too_large = Refusal(413, f"the body is too large: allowed are {limit:,} bytes", "too_large")
-        if told.isdecimal() and int(told) > limit:
+        length = headers.get("content-length", "0")
+        too_large = ApiError(
+            413, f"the body is too large: allowed are {limit:,} bytes", "too_large"
+        )
+        if length.isdecimal() and int(length) > limit:
             raise too_large
         parts, size = [], 0
         try:
@@ -116,26 +118,28 @@ class Guard:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise Refusal(400, "the body was cut short", "cut_short")
+                        raise ApiError(400, "the body is incomplete", "cut_short")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > limit:
                         raise too_large
-                    if self._held + size > BODIES * limit:
+                    if self._buffered + size > BODIES * limit:
                         raise Busy("memory", 1.0)
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            raise Refusal(408, f"the body took over {BODY_SECONDS:g} s", "timeout") from None
+            raise ApiError(
+                408, f"the body took longer than {BODY_SECONDS:g} s", "timeout"
+            ) from None
 
 
 def client_of(request: Request) -> str:
-    """Who asks, for fairness, limits and ownership."""
+    """The client's name, for fair queueing, limits and ownership."""
     return request.state.client_name
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive` that gives a body that was received already, then what comes after it."""
+    """A `receive` that replays a body already read, then continues."""
     left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,8 +1,7 @@
-"""One pipeline, one engine, many clients: what is taken in, in which order, and until when.
+"""One pipeline and one engine, shared by many clients.
 
-The engine's thread owns the device. Everybody else asks here, from any thread; nothing waits but
-`Drawing.result` and `drain`. Checking an order decodes its pictures: not to be done on an event
-loop.
+The engine's thread owns the device. Any thread may call a `Service`; only `Submission.result` and
+`drain` block. Checking a request decodes its images, so do not do it on an event loop.
 """
 
 import math
@@ -21,38 +20,37 @@ from koala.errors import UserError
 from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ticket
 from koala.generation.pipeline import Result
 from koala.serving.admission import Admission, Busy
-from koala.serving.fairness import Fairness, Place
-from koala.serving.image_request import Order
+from koala.serving.fair_queue import FairQueue, QueueEntry
+from koala.serving.image_request import ImageRequest
 from koala.serving.metrics import Metrics
 from koala.serving.settings import Limits
 from koala.serving.uploads import open_upload
 from koala.serving.warmup import warm_up
 
 _LORA_NAME = re.compile(r"\w[\w .+-]{0,127}")
-LARGEST = 4  # times the native size: what a picture may have where the limits do not say
+LARGEST = 4  # default limit of an image, in multiples of the native size
 LONGEST_DEADLINE = 7 * 24 * 3600.0  # seconds
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happens to one picture of an order.
+    """Something that happened to one image of a request.
 
-    Told on the engine's thread, "cancelled" on that of whoever cancels: a handler only puts it
-    somewhere.
+    Callbacks run on the engine's thread ("cancelled": on the canceller's) and must return at once.
     """
 
     kind: str  # "started", "step", "picture", "failed", "cancelled"
-    index: int  # which picture of the order, from 0
+    index: int  # of the image in its request, from 0
     done: int  # steps
     steps: int
-    preview: Callable[[], Image.Image] | None = None  # at a "step": only to be called there
+    preview: Callable[[], Image.Image] | None = None  # for "step"; call it in the callback only
 
 
-Listener = Callable[[Event], None]
+EventCallback = Callable[[Event], None]
 
 
-class Drawing:
-    """The pictures of one order, under way."""
+class Submission:
+    """The images of one accepted request."""
 
     def __init__(self, requests: list[Request], waiting: Callable[[], list[Ticket]]) -> None:
         self.requests = requests
@@ -60,36 +58,35 @@ class Drawing:
         self._waiting = waiting
 
     def position(self) -> int:
-        """How many pictures are ahead of its first waiting one; 0 where none waits."""
+        """How many images are ahead of its first queued one; 0 if none is queued."""
         own = set(self._tickets)
-        there = self._waiting()
-        return next((i for i, ticket in enumerate(there) if ticket in own), 0)
+        return next((i for i, ticket in enumerate(self._waiting()) if ticket in own), 0)
 
     def cancel(self) -> None:
-        """Ends all that is not done; their places are free at the next step."""
+        """Cancels all unfinished images; the engine drops them at its next step."""
         for ticket in self._tickets:
             ticket.cancel()
 
     @property
     def done(self) -> bool:
-        """Whether every picture is drawn, has failed or was cancelled."""
+        """Whether every image is finished, failed or cancelled."""
         return all(ticket.done() for ticket in self._tickets)
 
     def futures(self) -> list[Future[Image.Image]]:
-        """One a picture; `asyncio.wrap_future` makes them awaitable."""
+        """One future an image; `asyncio.wrap_future` makes them awaitable."""
         return list(self._tickets)
 
     def result(self) -> Result:
-        """Waits for all pictures. Raises what the first that failed raised."""
+        """Waits for all images. Raises the error of the first that failed."""
         images = [ticket.result() for ticket in self._tickets]
         return Result(images, [request.settings for request in self.requests])
 
 
 class Service:
-    """What the interfaces submit to.
+    """Accepts requests from every API and runs them on one engine.
 
-    loras: the folder whose LoRAs orders may name. sizes: of the batches that are compiled or
-    captured, all of which are gone through before the first request.
+    loras: folder of the LoRAs that requests may name. sizes: batch sizes to compile or capture
+    during warm-up.
     """
 
     def __init__(
@@ -105,18 +102,18 @@ class Service:
         self.ready = False
         self.max_batch = limits.max_batch or 1  # pictures of the native size
         self._admission = Admission(limits)
-        self._fairness = Fairness(limits.patience)
+        self._fair_queue = FairQueue(limits.patience)
         self._sizes = sizes
         self._draining = False
-        self._idle = threading.Condition()  # told when a picture leaves
-        self._drawings: set[Drawing] = set()
+        self._idle = threading.Condition()  # notified when an image leaves
+        self._submissions: set[Submission] = set()
         self._engine: Engine | None = None
         self.metrics.watch(self._waiting_pictures, self._active_pictures)
 
-    # --- coming and going -------------------------------------------------------------------
+    # --- lifecycle --------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Warms up, which takes as long as it takes, then is ready."""
+        """Warms up (this can take minutes), then sets `ready`."""
         self.max_batch = warm_up(self.pipeline, self.limits.max_batch, self._sizes)
         with self._idle:
             if self._draining:
@@ -125,13 +122,13 @@ class Service:
                 self.pipeline,
                 max_batch=self.max_batch,
                 max_pixels=self.max_batch * self.native * self.native,
-                order=self._fairness.rank,
-                on_pass=self._note_pass,
+                order=self._fair_queue.rank,
+                on_pass=self._on_pass,
             ).start()
         self.ready = True
 
     def drain(self, seconds: float) -> bool:
-        """Takes no more, waits so long for what is there, then cancels it; whether all was done."""
+        """Rejects new requests, waits, then cancels the rest. Returns whether all finished."""
         self._draining, self.ready = True, False
         with self._idle:
             finished = self._idle.wait_for(lambda: not self._admission.pictures, seconds)
@@ -140,12 +137,12 @@ class Service:
         return finished
 
     def cancel(self) -> None:
-        """Cancels everything that waits or is under way."""
-        for drawing in list(self._drawings):
-            drawing.cancel()
+        """Cancels all queued and running images."""
+        for submission in list(self._submissions):
+            submission.cancel()
 
     def close(self) -> None:
-        """Cancels what is left and ends the engine's thread."""
+        """Cancels what is left and stops the engine's thread."""
         with self._idle:
             self._draining, self.ready = True, False
         if self._engine is not None:
@@ -153,7 +150,7 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread is there, as soon as there was one."""
+        """False once the engine's thread has died."""
         return self._engine is None or self._draining or self._engine.working
 
     @property
@@ -162,80 +159,80 @@ class Service:
 
     @property
     def native(self) -> int:
-        """Pixels a side of the model's own size."""
+        """The model's native side in pixels."""
         return self.pipeline.unet.config.sample_size * self.pipeline.factor
 
     @property
     def most_pixels(self) -> int:
-        """Of one picture."""
+        """The largest image allowed."""
         return self.limits.size or LARGEST * self.native * self.native
 
-    # --- orders -----------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------
 
     def loras(self) -> list[str]:
-        """The names that orders may use."""
+        """The LoRA names that requests may use."""
         if self.lora_folder is None:
             return []
         files = self.lora_folder.glob("*.safetensors")
         return sorted(file.stem for file in files if _LORA_NAME.fullmatch(file.stem))
 
-    def requests(self, order: Order) -> list[Request]:
-        """The order's pictures, checked and complete. UserError for a value that is not allowed."""
+    def requests(self, spec: ImageRequest) -> list[Request]:
+        """Checks a request and returns one engine request an image. UserError for a bad value."""
         limits = self.limits
         for name, value, most in (
-            ("n", order.number, limits.pictures), ("steps", order.steps, limits.steps),
+            ("n", spec.number, limits.pictures), ("steps", spec.steps, limits.steps),
         ):  # fmt: skip
             if isinstance(value, int) and value > most:
                 raise UserError(f"{name} is {value}: this server allows at most {most}")
-        _check_deadline(order.deadline)
+        _check_deadline(spec.deadline)
         image, mask = (
             None if data is None else open_upload(data, limits.upload_pixels, what)
-            for data, what in ((order.image, "image"), (order.mask, "mask"))
+            for data, what in ((spec.image, "image"), (spec.mask, "mask"))
         )
-        size = order.size
+        size = spec.size
         if image is not None and size is None:
             size = self._size_for(image)
-        names = [name for name, _ in order.loras]
+        names = [name for name, _ in spec.loras]
         if len(set(names)) < len(names):
-            raise UserError(f"lora: each may be named once, not {', '.join(names)}")
+            raise UserError(f"lora {', '.join(names)}: each may be named once")
         requests = self.pipeline.requests(
-            order.prompt, negative_prompt=order.negative_prompt, steps=order.steps,
-            guidance=order.guidance, guidance_until=order.guidance_until,
-            scheduler=order.scheduler, size=size, number=order.number, seed=order.seed,
-            image=image, strength=order.strength, mask=mask,
-            lora={self._lora_file(name): scale for name, scale in order.loras},
+            spec.prompt, negative_prompt=spec.negative_prompt, steps=spec.steps,
+            guidance=spec.guidance, guidance_until=spec.guidance_until,
+            scheduler=spec.scheduler, size=size, number=spec.number, seed=spec.seed,
+            image=image, strength=spec.strength, mask=mask,
+            lora={self._lora_file(name): scale for name, scale in spec.loras},
         )  # fmt: skip
         if requests[0].pixels > self.most_pixels:
             settings = requests[0].settings
             raise UserError(
-                f"size {settings.width}x{settings.height}: this server draws at most "
-                f"{self.most_pixels:,} pixels a picture, such as {self.native}x{self.native}"
+                f"size {settings.width}x{settings.height}: this server allows at most "
+                f"{self.most_pixels:,} pixels an image, such as {self.native}x{self.native}"
             )
         return requests
 
-    def submit(self, order: Order, on_event: Listener | None = None) -> Drawing:
-        """Takes an order in. UserError for what is not allowed, Busy for what has no room now."""
+    def submit(self, spec: ImageRequest, on_event: EventCallback | None = None) -> Submission:
+        """Queues a request. UserError for a bad value, Busy when a limit is reached."""
         self._check_open()
-        if isinstance(order.number, int):
-            self._admission.check(order.client, min(order.number, self.limits.pictures))
-        requests = self.requests(order)
+        if isinstance(spec.number, int):
+            self._admission.check(spec.client, min(spec.number, self.limits.pictures))
+        requests = self.requests(spec)
         work = [self._work(request) for request in requests]
         self._check_open()
-        self._admission.admit(order.client, requests, sum(work))
+        self._admission.admit(spec.client, requests, sum(work))
         assert self._engine is not None
-        drawing = Drawing(requests, self._queue)
-        self._drawings.add(drawing)
-        listener = on_event or (lambda event: None)
+        submission = Submission(requests, self._queue)
+        self._submissions.add(submission)
+        callback = on_event or (lambda event: None)
         for i, request in enumerate(requests):
-            place = Place(order.client, order.priority, work[i], time.monotonic())
-            drawing._tickets.append(self._enter(request, place, i, order.deadline, listener))
-        for ticket in drawing.futures():
-            ticket.add_done_callback(lambda _: self._forget(drawing))
-        return drawing
+            entry = QueueEntry(spec.client, spec.priority, work[i], time.monotonic())
+            submission._tickets.append(self._enter(request, entry, i, spec.deadline, callback))
+        for ticket in submission.futures():
+            ticket.add_done_callback(lambda _: self._forget(submission))
+        return submission
 
-    def _forget(self, drawing: Drawing) -> None:
-        if drawing.done:
-            self._drawings.discard(drawing)
+    def _forget(self, submission: Submission) -> None:
+        if submission.done:
+            self._submissions.discard(submission)
 
     def _check_open(self) -> None:
         if self._draining:
@@ -244,67 +241,72 @@ class Service:
             raise Busy("starting", 5.0)
 
     def _enter(
-        self, request: Request, place: Place, index: int, deadline: float | None, told: Listener
+        self,
+        request: Request,
+        entry: QueueEntry,
+        index: int,
+        deadline: float | None,
+        on_event: EventCallback,
     ) -> Ticket:
-        """Gives one picture, which is counted in already, to the engine."""
+        """Submits one admitted image to the engine."""
         assert self._engine is not None
         steps = self.pipeline.steps([request])
-        watch = _Watch(index, steps, told, self.metrics)
-        left = [place.work]
+        tracker = _Tracker(index, steps, on_event, self.metrics)
+        left = [entry.work]
 
         def on_start() -> None:
-            self._fairness.start(place)
-            watch.started()
+            self._fair_queue.start(entry)
+            tracker.started()
 
         def on_step(progress: Progress) -> None:
-            left[0] -= place.work / steps
-            self._admission.progress(place.work / steps)
-            watch.stepped(progress)
+            left[0] -= entry.work / steps
+            self._admission.progress(entry.work / steps)
+            tracker.stepped(progress)
 
         def on_done(ticket: Ticket) -> None:
-            self._fairness.leave(place)
-            self._admission.release(place.client, request, left[0])
+            self._fair_queue.leave(entry)
+            self._admission.release(entry.client, request, left[0])
             with self._idle:
                 self._idle.notify_all()
-            watch.ended(ticket)
+            tracker.ended(ticket)
 
-        self._fairness.arrive(place)
-        late = None if deadline is None else place.arrived + deadline
-        ticket = self._engine.submit(request, on_step, on_start, late, tag=place)
+        self._fair_queue.arrive(entry)
+        due = None if deadline is None else entry.arrived + deadline
+        ticket = self._engine.submit(request, on_step, on_start, due, tag=entry)
         ticket.add_done_callback(on_done)  # type: ignore[arg-type]
         return ticket
 
-    # --- small things -----------------------------------------------------------------------
+    # --- helpers ----------------------------------------------------------------------------
 
     def _lora_file(self, name: str) -> Path:
         if self.lora_folder is None:
-            raise UserError(f"lora {name!r}: this server has no folder of LoRAs; leave it out")
+            raise UserError(f"lora {name!r}: this server has no LoRA folder; leave it out")
         if name not in self.loras():
             raise UserError(
-                f"lora {name!r} is not there: allowed are {', '.join(self.loras()) or 'none'}"
+                f"unknown lora {name!r}: allowed are {', '.join(self.loras()) or 'none'}"
             )
         return self.lora_folder / f"{name}.safetensors"
 
     def _size_for(self, image: Image.Image) -> str:
-        """The picture's size, made to fit the model's grid and this server's limit."""
+        """The image's size, rounded to the model's grid and shrunk to this server's limit."""
         grid = self.pipeline.factor
         shrink = min(1.0, math.sqrt(self.most_pixels / (image.width * image.height)))
         sides = (max(2 * grid, int(side * shrink) // grid * grid) for side in image.size)
         return "x".join(map(str, sides))
 
     def _work(self, request: Request) -> float:
-        """Pixels that are evaluated for a picture, over all its steps."""
-        steps, asked = self.pipeline.steps([request]), request.settings
-        guided = math.ceil(asked.guidance_until * steps) if asked.guidance > 1 else 0
+        """Pixels to evaluate for an image over all its steps."""
+        steps, settings = self.pipeline.steps([request]), request.settings
+        guided = math.ceil(settings.guidance_until * steps) if settings.guidance > 1 else 0
         return float(request.pixels * (steps + guided))
 
-    def _note_pass(self, done: Pass) -> None:
-        self._admission.pace.note(done)
+    def _on_pass(self, done: Pass) -> None:
+        self._admission.throughput.update(done)
         self.metrics.passed(done, self.max_batch)
 
     def _queue(self) -> list[Ticket]:
-        """The pictures that wait, in the order in which they will be taken as things are."""
-        return [] if self._engine is None else self._fairness.order(self._engine.waiting())
+        """The queued images in the order in which they will run."""
+        return [] if self._engine is None else self._fair_queue.order(self._engine.waiting())
 
     def _waiting_pictures(self) -> int:
         return 0 if self._engine is None else len(self._engine.waiting())
@@ -313,31 +315,31 @@ class Service:
         return max(0, self._admission.pictures - self._waiting_pictures())
 
 
-class _Watch:
-    """One picture's way, told to its listener and to the metrics."""
+class _Tracker:
+    """Reports one image's progress to its callback and the metrics."""
 
-    def __init__(self, index: int, steps: int, told: Listener, metrics: Metrics) -> None:
-        self.index, self.steps, self.told, self.metrics = index, steps, told, metrics
+    def __init__(self, index: int, steps: int, on_event: EventCallback, metrics: Metrics) -> None:
+        self.index, self.steps, self.on_event, self.metrics = index, steps, on_event, metrics
         self.arrived, self.done, self.previewed = time.monotonic(), 0, False
 
     def started(self) -> None:
         self.metrics.started(time.monotonic() - self.arrived)
-        self._tell("started")
+        self._notify("started")
 
     def stepped(self, progress: Progress) -> None:
         self.done = progress.done
-        self._tell("step", partial(self._preview, progress))
+        self._notify("step", partial(self._preview, progress))
 
     def ended(self, ticket: Ticket) -> None:
         if ticket.cancelled():
             self.metrics.cancelled()
-            self._tell("cancelled")
+            self._notify("cancelled")
         elif error := ticket.exception():
             self.metrics.failed("deadline" if isinstance(error, Late) else "failed")
-            self._tell("failed")
+            self._notify("failed")
         else:
             self.metrics.drawn(time.monotonic() - self.arrived)
-            self._tell("picture")
+            self._notify("picture")
 
     def _preview(self, progress: Progress) -> Image.Image:
         image = progress.preview()
@@ -346,8 +348,8 @@ class _Watch:
             self.metrics.previewed(time.monotonic() - self.arrived)
         return image
 
-    def _tell(self, kind: str, preview: Callable[[], Image.Image] | None = None) -> None:
-        self.told(Event(kind, self.index, self.done, self.steps, preview))
+    def _notify(self, kind: str, preview: Callable[[], Image.Image] | None = None) -> None:
+        self.on_event(Event(kind, self.index, self.done, self.steps, preview))
 
 
 def _check_deadline(deadline: float | None) -> None:
@@ -356,5 +358,5 @@ def _check_deadline(deadline: float | None) -> None:
     numeric = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
     if not numeric or not 0 < deadline <= LONGEST_DEADLINE:
         raise UserError(
-            f"deadline is {deadline!r}: allowed are seconds above 0, up to {LONGEST_DEADLINE:g}"
+            f"deadline is {deadline!r}: allowed are seconds above 0 up to {LONGEST_DEADLINE:g}"
         )

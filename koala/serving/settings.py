@@ -1,6 +1,6 @@
-"""What a server is told when it starts, and how much it lets anybody ask for.
+"""The server's options and limits.
 
-Nothing heavy is imported here: the command line reads it for its defaults.
+This module imports nothing heavy: the command line reads its defaults from here.
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
 from koala.generation import validation
-from koala.serving.keys import Keys
+from koala.serving.keys import ApiKeys
 from koala.utils.device import check_device
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -20,46 +20,46 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server bears. A request over a limit is refused with the limit's name."""
+    """The server's limits. A request over a limit is rejected with the limit's name."""
 
-    queue: int = 256  # pictures of all clients that wait or are on their way
-    client_queue: int = 64  # of one client
-    pictures: int = 10  # of one request
-    pixels: int = 64 * 1024 * 1024  # of all pictures that wait or are on their way
-    steps: int = 200  # of one picture
-    size: int | None = None  # pixels of one picture; None: four times the native size
-    upload_bytes: int = 32 * 1024 * 1024  # of one request's body
-    upload_pixels: int = 16 * 1024 * 1024  # of one picture that is given
-    rate: float = 600.0  # requests a minute of one client, in the long run
-    burst: int = 100  # requests of one client at once
-    patience: float = 30.0  # seconds after which a waiting picture counts one priority higher
-    drain: float = 60.0  # seconds that what is on its way has when the server is told to stop
-    max_batch: int | None = None  # pictures of the native size in one pass; None: measured
+    queue: int = 256  # queued and running images of all clients
+    client_queue: int = 64  # the same of one client
+    pictures: int = 10  # images of one request
+    pixels: int = 64 * 1024 * 1024  # of all queued and running images
+    steps: int = 200  # of one image
+    size: int | None = None  # pixels of one image; None: four times the native size
+    upload_bytes: int = 32 * 1024 * 1024  # of a request body
+    upload_pixels: int = 16 * 1024 * 1024  # of an uploaded image
+    rate: float = 600.0  # sustained requests a minute of one client
+    burst: int = 100  # requests of one client in a burst
+    patience: float = 30.0  # seconds of waiting that raise the priority by one
+    drain: float = 60.0  # seconds to finish running images at shutdown
+    max_batch: int | None = None  # images of native size in one pass; None: measured
 
     def __post_init__(self) -> None:
-        """UserError for a limit under which nothing could be drawn."""
+        """UserError for a limit that is too low to serve anything."""
         least = {"rate": 0, "drain": 0}
         for each in fields(self):
             value, lowest = getattr(self, each.name), least.get(each.name, 1)
             if value is not None and not (math.isfinite(value) and value >= lowest):
                 name = each.name.replace("_", "-")
-                raise UserError(f"--{name} is {value}: allowed are numbers from {lowest} on")
+                raise UserError(f"--{name} is {value}: allowed are numbers from {lowest}")
 
 
 def limits_of(max_size: str | None, **values: float | None) -> Limits:
-    """Limits as the command line names them: `max_size` is WIDTHxHEIGHT. UserError."""
+    """Limits from command-line options; `max_size` is WIDTHxHEIGHT. UserError."""
     pixels = None
     if max_size is not None:
         match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", max_size.strip(), re.ASCII)
         if match is None:
-            raise UserError(f"--max-size {max_size!r}: allowed is WIDTHxHEIGHT, as in 1024x1024")
+            raise UserError(f"--max-size {max_size!r}: give WIDTHxHEIGHT, such as 1024x1024")
         pixels = int(match[1]) * int(match[2])
     return Limits(size=pixels, **values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How `koala serve` was called."""
+    """The options of `koala serve`."""
 
     model: str = "koala-mini"
     host: str = "127.0.0.1"
@@ -72,7 +72,7 @@ class Options:
     graphs: bool = False
     lora_dir: Path | None = None
     data: Path = field(default_factory=lambda: data_folder())
-    gallery_bytes: int = 4 * 1024**3  # the oldest pictures go first
+    gallery_bytes: int = 4 * 1024**3  # the oldest images are deleted first
     gallery_days: float = 30.0
     limits: Limits = Limits()
 
@@ -83,23 +83,23 @@ class Options:
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas there are."""
+    """The range of the number of replicas."""
 
     least: int
     most: int
 
     @staticmethod
     def parse(text: str) -> "Scale":
-        """Of N or LEAST-MOST. UserError."""
+        """Parses N or LEAST-MOST. UserError."""
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text, re.ASCII)
         least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= least <= most:
-            raise UserError(f"--replicas {text!r}: allowed is a number, or two as in 1-4")
+            raise UserError(f"--replicas {text!r}: give a number, or a range such as 1-4")
         return Scale(least, most)
 
 
 def data_folder() -> Path:
-    """$KOALA_DATA, or koala's folder among the user's data ($XDG_DATA_HOME)."""
+    """$KOALA_DATA, else $XDG_DATA_HOME/koala, else ~/.local/share/koala."""
     if "KOALA_DATA" in os.environ:
         return Path(os.environ["KOALA_DATA"])
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
@@ -107,20 +107,20 @@ def data_folder() -> Path:
 
 
 def check(options: Options) -> None:
-    """UserError for options that do not go together or name what is not there."""
+    """UserError for options that are invalid or do not work together."""
     if options.api_key_file is not None:
-        Keys.read(options.api_key_file)
+        ApiKeys.read(options.api_key_file)
     if options.lora_dir is not None:
         if not options.lora_dir.is_dir():
-            raise UserError(f"--lora-dir {options.lora_dir} is no folder: name the LoRAs' one")
+            raise UserError(f"--lora-dir {options.lora_dir} is not a folder: name an existing one")
         others = {
             "--vram": options.vram, "--compile": options.compile, "--graphs": options.graphs,
             "--backend": options.backend not in (None, "torch"),
         }  # fmt: skip
         for name in (name for name, given in others.items() if given):
             raise UserError(
-                f"--lora-dir does not go with {name}: LoRAs that change need the model as PyTorch "
-                "runs it; leave one out"
+                f"--lora-dir does not work with {name}: LoRAs that requests choose need plain "
+                "PyTorch; leave one out"
             )
     check_device(options.device)
     validation.runtime(options.backend, options.compile, options.graphs, options.vram)

@@ -1,6 +1,6 @@
-"""Pictures from strangers: their size is looked at before their pixels, and few formats are read.
+"""Untrusted image uploads: few formats, and the size is checked before the pixels are decoded.
 
-Decoding takes time: it belongs on a thread of its own, never on the event loop's.
+Decoding is slow: call these functions off the event loop.
 """
 
 import base64
@@ -17,9 +17,9 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 
 
 def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Image:
-    """The picture in an upload, upright, its first frame where it has several.
+    """Decodes an uploaded PNG, JPEG or WebP: the first frame, rotated upright.
 
-    UserError that calls it `what` for data that are no PNG, JPEG or WebP, are cut short, or hold
+    UserError, which names the upload `what`, for other formats, truncated files and images of
     more than `most_pixels`.
     """
     try:
@@ -35,7 +35,7 @@ def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Ima
         raise _too_large(what, "huge", most_pixels) from None
     except _UNREADABLE:
         raise UserError(
-            f"{what} cannot be read as a picture: allowed are whole {', '.join(FORMATS)} files"
+            f"{what} cannot be read as an image: allowed are complete {', '.join(FORMATS)} files"
         ) from None
 
 
@@ -44,26 +44,26 @@ def _too_large(what: str, size: str, most_pixels: int) -> UserError:
 
 
 def mask_of_transparency(data: bytes, most_pixels: int) -> bytes:
-    """OpenAI's mask, painted anew where it is transparent, as ours: a PNG, light there.
+    """Converts OpenAI's mask (transparent: repaint) to ours (white: repaint), as PNG bytes.
 
-    UserError for what is no picture, or has no transparency at all.
+    UserError for what is not an image or has no transparency.
     """
     image = open_upload(data, most_pixels, "mask")
     if not image.has_transparency_data:
-        raise UserError("mask has no transparency: make transparent what is to be painted anew")
+        raise UserError("mask has no transparency: make the part to repaint transparent")
     alpha = image.convert("RGBA").getchannel("A")
     file = io.BytesIO()
     alpha.point(lambda opacity: 255 if opacity < 128 else 0).save(file, format="PNG")
     return file.getvalue()
 
 
-def from_text(text: str, what: str) -> bytes:
-    """The bytes of base64, as it is or in a data: URL. UserError that calls it `what`."""
+def decode_base64(text: str, what: str) -> bytes:
+    """The bytes of base64 text or a base64 data: URL. UserError, which names it `what`."""
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
-            raise UserError(f"{what} is a data: URL without base64: encode it so")
+            raise UserError(f"{what} is a data: URL without base64: encode it as base64")
     try:
         return base64.b64decode(text, validate=True)
     except ValueError:
-        raise UserError(f"{what} is no base64 of a picture") from None
+        raise UserError(f"{what} is not valid base64") from None

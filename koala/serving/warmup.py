@@ -1,7 +1,7 @@
-"""Before the first request: everything that happens once has happened, and the batch has a size.
+"""Warm-up before the first request, and the choice of the batch size.
 
-How many pictures one pass should hold is measured: as long as doubling them makes each clearly
-cheaper, they are doubled. More would only make all wait for all.
+The batch size is measured: it doubles as long as that makes each image clearly cheaper. A larger
+batch would only add latency.
 """
 
 import time
@@ -13,23 +13,22 @@ from koala.generation import Engine, Pipeline, Progress
 from koala.generation.denoise import BatchRow, evaluate
 from koala.generation.memory.placement import free_unused, ran_out
 
-GAIN = 1.05  # that a doubled batch must make each picture cheaper
-MOST = 16  # pictures, each of which is two rows
-LONGEST = 2.0  # seconds of a pass that is not worth doubling
+GAIN = 1.05  # least speed-up an image from doubling the batch
+MOST = 16  # images, of two rows each with guidance
+LONGEST = 2.0  # seconds of a pass; beyond it the batch is not doubled
 
 
 def warm_up(pipeline: Pipeline, max_batch: int | None = None, sizes: Sequence[int] = ()) -> int:
-    """Draws once, and returns how many pictures of the native size are worth a pass.
+    """Generates one image, and returns the best batch size in images of native size.
 
-    max_batch: the number, where it is not to be measured. sizes: numbers of rows that a pass may
-    have, where each is compiled or captured on its own: all that such a batch can need are gone
-    through.
+    max_batch: skips the measurement. sizes: numbers of rows that are compiled or captured
+    separately; all that the batch can need are run once.
     """
-    _draw(pipeline)
+    _generate(pipeline)
     guided, plain = (
         pipeline.begin(pipeline.requests("a", steps=2, seed=0, guidance=g)[0]) for g in (2.0, 1.0)
     )
-    best = max_batch or _worth(pipeline, guided)
+    best = max_batch or _best_batch(pipeline, guided)
     for rows in sizes:
         _seconds(pipeline, [plain] * rows, runs=1)
         if rows >= 2 * best:
@@ -37,20 +36,20 @@ def warm_up(pipeline: Pipeline, max_batch: int | None = None, sizes: Sequence[in
     return best
 
 
-def _draw(pipeline: Pipeline) -> None:
-    """A whole picture, with a preview."""
+def _generate(pipeline: Pipeline) -> None:
+    """Generates a complete image with previews."""
 
-    def look(progress: Progress) -> None:
+    def preview(progress: Progress) -> None:
         progress.preview()
 
     engine = Engine(pipeline)
-    ticket = engine.submit(pipeline.requests("a", steps=2, seed=0)[0], look)
+    ticket = engine.submit(pipeline.requests("a", steps=2, seed=0)[0], preview)
     while engine.turn():
         pass
     ticket.result()
 
 
-def _worth(pipeline: Pipeline, row: BatchRow) -> int:
+def _best_batch(pipeline: Pipeline, row: BatchRow) -> int:
     best, cost = 1, _seconds(pipeline, [row])
     while best < MOST and cost * best < LONGEST:
         try:
@@ -59,7 +58,7 @@ def _worth(pipeline: Pipeline, row: BatchRow) -> int:
             if not ran_out(error):
                 raise
             free_unused(pipeline.device)
-            return max(1, best // 2)  # others need memory, too
+            return max(1, best // 2)  # leave memory for others
         if cheaper * GAIN > cost:
             break
         best, cost = 2 * best, cheaper
@@ -68,12 +67,12 @@ def _worth(pipeline: Pipeline, row: BatchRow) -> int:
 
 @torch.inference_mode()
 def _seconds(pipeline: Pipeline, rows: list[BatchRow], runs: int = 3) -> float:
-    """Of one step of the rows, the best of `runs` after one that warms up."""
-    found = []
+    """Seconds of one step of the rows: the best of `runs` after one warm-up."""
+    seconds = []
     for _ in range(runs + 1):
         start = time.perf_counter()
         epsilons = evaluate(pipeline.predict, rows)
         if epsilons[0].device.type == "cuda":
             torch.cuda.synchronize(epsilons[0].device)
-        found.append(time.perf_counter() - start)
-    return min(found[1:])
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])

@@ -118,6 +118,7 @@ def has_bf16() -> bool:
 def hardware() -> str:
     """Processor, cores, accelerator and versions, in one line."""
     import diffusers
+    import torch
 
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (

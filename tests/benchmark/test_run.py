@@ -16,9 +16,9 @@ from koala.architectures.flops import flops
 from koala.architectures.layout import parameters as count
 from koala.architectures.table import ARCHITECTURES
 from koala.benchmark import measure
-from koala.benchmark.cases import CARDS, CASES, Subject, get, subject
+from koala.benchmark.cases import CASES, GPUS, Subject, get, subject
 from koala.benchmark.models import build
-from koala.benchmark.report import Report, Row
+from koala.benchmark.report import BenchmarkReport, BenchmarkRow
 from koala.benchmark.run import benchmark, picture_flops
 from koala.cli import main
 from koala.errors import UserError
@@ -67,7 +67,7 @@ def test_the_same_figures_as_table_csv_json_and_plot(made):
 
 
 def test_the_published_table_is_whole():
-    assert len(CASES) == 9 and all(len(case.published) == len(CARDS) for case in CASES.values())
+    assert len(CASES) == 9 and all(len(case.published) == len(GPUS) for case in CASES.values())
     assert get("koala-lightning-700m").published[2] == (0.66, 8.3)
     assert [name for name, case in CASES.items() if case.published[0] is None] == [
         "sdxl-base-1.0",
@@ -119,21 +119,23 @@ def test_the_peak_is_what_was_held_for_a_moment():
 
 def test_rows_that_did_not_fit_say_so():
     chosen = subject("sdxl-base-1.0")
-    row = Row.out_of_memory("diffusers", chosen)
+    row = BenchmarkRow.out_of_memory("diffusers", chosen)
     assert row.cells()["picture s"] == "OOM" and row.cells()["weights"] == "random"
     ceilings = measure.Ceilings(1e12, 1e11, "float16")
-    fitted = Row("a", "koala", "real", 64, 1, 0, measure.Timing(1, 1, 1, 1), budgets={8: None})
-    report = Report("a card", "cuda", ceilings, [row, fitted], ["ssd-1b"])
+    fitted = BenchmarkRow(
+        "a", "koala", "real", 64, 1, 0, measure.Timing(1, 1, 1, 1), budgets={8: None}
+    )
+    report = BenchmarkReport("a card", "cuda", ceilings, [row, fitted], ["ssd-1b"])
     assert report.ratios() == {}
     table = report.table()
-    assert "OOM" in table and "in 8 GB" in table and "want of time: ssd-1b" in table
+    assert "OOM" in table and "in 8 GB" in table and "out of time: ssd-1b" in table
     assert report.as_dict()["published"]["sdxl-base-1.0"]["4090 24 GB"] == (3.23, 11.9)
 
 
 def test_the_time_is_kept(toy_sdxl, tmp_path):
     report = benchmark([str(toy_sdxl)] * 2, tmp_path / "out", "cpu", runs=1, seconds=0)
     assert report.rows == [] and report.left_out == ["sdxl", "sdxl"]
-    assert "want of time" in (tmp_path / "out" / "benchmark.md").read_text()
+    assert "out of time" in (tmp_path / "out" / "benchmark.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from koala.checkpoints.model_card import Compressed, Evaluated, Licence, ModelCa
 from koala.cli import main
 from koala.errors import UserError
 from koala.evaluation.cards import check_cards, enter
-from koala.evaluation.table import Report, Row
+from koala.evaluation.table import EvaluationReport, EvaluationRow
 
 CUT = Compressed("my-sdxl", "sdxl", 2_567_463_684, "koala-700m", 782_822_724, 676, 1_004, "bottom")
 TRAINED = Trained(
@@ -179,12 +179,12 @@ def test_training_without_a_teacher_is_no_distillation():
 
 def test_a_reports_row_is_entered(tmp_path):
     rows = [
-        Row(
+        EvaluationRow(
             name, "", {m: [value] for m in ("FD-EffLite0", "kernel distance", "R@1", "R@5", "R@10")}
         )
         for name, value in (("real pictures", 0.5), ("mine", 0.25), ("yours", 0.125))
     ]
-    report = Report(rows, {"prompts": 2}, {}, "a laptop", "koala evaluate", ["a", "b"])
+    report = EvaluationReport(rows, {"prompts": 2}, {}, "a laptop", "koala evaluate", ["a", "b"])
     models = {name: tmp_path / name for name in ("mine", "yours")}
     for folder in models.values():
         folder.mkdir()
@@ -201,7 +201,7 @@ def test_a_reports_row_is_entered(tmp_path):
 
 
 def test_only_cards_of_ours_are_written_to(tmp_path):
-    with pytest.raises(UserError, match="koala-mini is no folder with a model card"):
+    with pytest.raises(UserError, match="koala-mini is not a folder with a koala model card"):
         check_cards({"m": "koala-mini"})
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Another's\n")
     with pytest.raises(UserError, match="model card of koala's"):

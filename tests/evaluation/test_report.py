@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
 from koala.evaluation.report import REAL, choose, evaluate
-from koala.evaluation.table import Report, Row
+from koala.evaluation.table import EvaluationReport, EvaluationRow
 from koala.utils.contact_sheet import picture_grid
 from toy import toy_pipeline
 
@@ -192,7 +192,7 @@ def test_a_caption_is_no_prompt_twice(tmp_path):
     real = PictureSet(write_pictures(tmp_path / "doubled", doubled))
     texts = [real.rows[i]["short"] for i in choose(real, 12)[0]]
     assert len(set(texts)) == 12
-    with pytest.raises(UserError, match="holds 12 held-out"):
+    with pytest.raises(UserError, match="has 12 held-out"):
         choose(real, 13)
 
 
@@ -200,7 +200,7 @@ def test_too_little_to_train_a_judge_on_is_told(tmp_path):
     train = [row for row in rows() if row["split"] == "train"]
     held_out = [row for row in rows() if row["split"] != "train"]
     real = PictureSet(write_pictures(tmp_path / "few", held_out + train[:9]))
-    with pytest.raises(UserError, match="holds 9 pictures to train the judge on"):
+    with pytest.raises(UserError, match="has 9 pictures to train the judge on"):
         choose(real, 10)
     assert len(choose(real, 9)[0]) == 9
 
@@ -208,7 +208,7 @@ def test_too_little_to_train_a_judge_on_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"prompts": 13}, "13 prompts were asked for, but"),
+        ({"prompts": 13}, "13 prompts requested, but"),
         ({"prompts": 1}, "at least 2"),
         ({"seeds": ()}, "seeds"),
         ({"seeds": (1, 1)}, "seeds"),
@@ -237,17 +237,17 @@ def test_models_of_two_sizes_are_refused(pictures, model, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_told(pictures, model, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write"):
         evaluate({"one": model}, pictures, tmp_path / "file" / "out", **TOY)
 
 
 def test_a_cell_shows_mean_and_spread():
-    row = Row("m", "", {"R@5": [0.5, 0.7, 0.6], "R@1": [0.25]})
+    row = EvaluationRow("m", "", {"R@5": [0.5, 0.7, 0.6], "R@1": [0.25]})
     assert row.cell("R@5", 2) == "0.60 ± 0.10 (0.50 to 0.70)"
     assert row.cell("R@1", 1, 100) == "25.0"
     measures = {metric: [0.5] for metric in METRICS}
-    rows = [Row(REAL, "", measures), Row("m", "", {**measures, "R@5": [0.25]})]
-    table = Report(rows, {}, {}, "", "", []).table().splitlines()
+    rows = [EvaluationRow(REAL, "", measures), EvaluationRow("m", "", {**measures, "R@5": [0.25]})]
+    table = EvaluationReport(rows, {}, {}, "", "", []).table().splitlines()
     assert table[2].endswith("| 1.00 |")
     assert table[3].endswith("| 0.50 |")
 

@@ -22,9 +22,9 @@ from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import Settings, read_settings
-from koala.serving.jobs.database import FILE, Store
+from koala.serving.jobs.database import FILE, Database
 from koala.serving.jobs.gallery import THUMBNAIL, Gallery
-from koala.serving.jobs.table import Bounds, Ended, Full, Table
+from koala.serving.jobs.table import AlreadyEnded, JobLimits, JobTable, TooManyJobs
 
 SETTINGS = Settings("a red fox, ünd", "", 10, 3.5, 7, 64, 64, "koala-mini", "0.1.0")
 CLIENTS = ("ann", "bob")
@@ -37,7 +37,7 @@ def picture(side: int = 16) -> Image.Image:
 
 
 def gallery_of(folder, most_bytes=LARGE, most_seconds=AGE, clock=time.time) -> Gallery:
-    return Gallery(Store(folder), most_bytes, most_seconds, clock)
+    return Gallery(Database(folder), most_bytes, most_seconds, clock)
 
 
 # --- one operation at a time ----------------------------------------------------------------
@@ -46,7 +46,7 @@ def gallery_of(folder, most_bytes=LARGE, most_seconds=AGE, clock=time.time) -> G
 def test_a_picture_comes_back_as_it_was_also_after_a_restart(tmp_path):
     gallery, image = gallery_of(tmp_path / "new" / "data"), picture(300)
     kept = gallery.add(image, SETTINGS, "ann")
-    gallery.store.close()
+    gallery.database.close()
     gallery = gallery_of(tmp_path / "new" / "data")
     assert gallery.get(kept.id) == kept and kept.settings == json.loads(
         json.dumps(asdict(SETTINGS))
@@ -75,7 +75,7 @@ def test_a_picture_larger_than_the_bound_stays_until_the_next(tmp_path):
     first = gallery.add(picture(), SETTINGS, "ann")
     assert gallery.page(9) == [first]
     second = gallery.add(picture(), SETTINGS, "ann")
-    assert gallery.page(9) == [second] and len(os.listdir(gallery.folder)) == 1
+    assert gallery.page(9) == [second] and os.listdir(gallery.folder) == [f"{second.id}.png"]
 
 
 def test_a_picture_whose_transaction_fails_leaves_nothing(tmp_path):
@@ -89,7 +89,7 @@ def test_a_picture_whose_transaction_fails_leaves_nothing(tmp_path):
 def test_opening_removes_what_a_crash_left_and_nothing_else(tmp_path):
     gallery = gallery_of(tmp_path)
     kept, lost = (gallery.add(picture(), SETTINGS, "ann") for _ in range(2))
-    gallery.store.close()
+    gallery.database.close()
     folder = gallery.folder
     (folder / f".{'a' * 32}.part").write_bytes(b"half")
     (folder / f"{'b' * 32}.png").write_bytes(b"no row")
@@ -102,63 +102,63 @@ def test_opening_removes_what_a_crash_left_and_nothing_else(tmp_path):
 
 def test_a_folder_has_one_server(tmp_path, monkeypatch):
     monkeypatch.setattr("koala.serving.jobs.database.WAIT", 0.1)
-    store = Store(tmp_path)
+    database = Database(tmp_path)
     with pytest.raises(UserError, match="in use by another server"):
-        Store(tmp_path)
-    store.close()
-    Store(tmp_path).close()
+        Database(tmp_path)
+    database.close()
+    Database(tmp_path).close()
 
 
 def test_other_files_and_versions_are_refused_in_one_line(tmp_path):
     (tmp_path / FILE).write_text("no database at all, but long enough to be looked at\n" * 20)
-    with pytest.raises(UserError, match="is no gallery"):
-        Store(tmp_path)
+    with pytest.raises(UserError, match="is not a gallery"):
+        Database(tmp_path)
     (tmp_path / FILE).unlink()
     with sqlite3.connect(tmp_path / FILE) as db:
         db.execute("CREATE TABLE theirs (x)")
     db.close()
-    with pytest.raises(UserError, match="not a gallery of koala's"):
-        Store(tmp_path)
+    with pytest.raises(UserError, match="is not a koala gallery"):
+        Database(tmp_path)
     (tmp_path / FILE).unlink()
-    Store(tmp_path).close()
+    Database(tmp_path).close()
     with sqlite3.connect(tmp_path / FILE) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(UserError, match=r"version 99, this koala writes version 1"):
-        Store(tmp_path)
+    with pytest.raises(UserError, match="has version 99, this koala writes version 1"):
+        Database(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="name a folder you may write to"):
-        Store(tmp_path / "file")
+    with pytest.raises(UserError, match="name a folder that you may write to"):
+        Database(tmp_path / "file")
 
 
 def test_a_job_ends_once_and_takes_nothing_more(tmp_path):
     gallery = gallery_of(tmp_path)
-    table = Table(gallery.store)
+    table = JobTable(gallery.database)
     job = table.accept("ann", {"prompt": "a"}, {"image": "QUJD"}, 2, 10)
     assert table.uploads(job.id) == {"image": "QUJD"}
     first = gallery.add(picture(), SETTINGS, "ann", partial(keep, table, job.id, 0))
-    with pytest.raises(Ended):
+    with pytest.raises(AlreadyEnded):
         gallery.add(picture(), SETTINGS, "ann", partial(keep, table, job.id, 0))
     table.failed(job.id, 1, "no memory", "memory", 2.0)
     found = table.get(job.id)
     assert (found.status, found.message, found.code) == ("failed", "no memory", "memory")
     assert found.ended == {0: first.id, 1: None} and table.uploads(job.id) == {}
-    with pytest.raises(Ended):
+    with pytest.raises(AlreadyEnded):
         table.failed(job.id, 1, "again", "memory", 2.0)
     assert not table.cancel(job.id) and gallery.page(9) == [first]
 
 
 def test_waiting_jobs_are_bounded_in_number_for_each_and_all_and_in_bytes(tmp_path):
-    table = Table(Store(tmp_path), Bounds(jobs=3, jobs_of_client=2, uploads=100))
+    table = JobTable(Database(tmp_path), JobLimits(jobs=3, jobs_of_client=2, uploads=100))
     jobs = [table.accept("ann", {}, {}, 1, 10) for _ in range(2)]
-    with pytest.raises(Full) as full:
+    with pytest.raises(TooManyJobs) as full:
         table.accept("ann", {}, {}, 1, 10)
     assert full.value.mine
-    with pytest.raises(Full) as full:
+    with pytest.raises(TooManyJobs) as full:
         table.accept("bob", {}, {"image": "x" * 100}, 1, 10)
     assert not full.value.mine
     table.accept("bob", {}, {"image": "x" * 80}, 1, 10)
-    with pytest.raises(Full) as full:
+    with pytest.raises(TooManyJobs) as full:
         table.accept("bob", {}, {}, 1, 10)
     assert not full.value.mine
     assert table.cancel(jobs[0].id)
@@ -168,7 +168,7 @@ def test_waiting_jobs_are_bounded_in_number_for_each_and_all_and_in_bytes(tmp_pa
 def test_ended_jobs_are_forgotten_by_age_and_number(tmp_path, monkeypatch):
     monkeypatch.setattr("koala.serving.jobs.table.MOST_ENDED", 2)
     now = [0.0]
-    table = Table(Store(tmp_path), most_seconds=10, clock=lambda: now[0])
+    table = JobTable(Database(tmp_path), most_seconds=10, clock=lambda: now[0])
     jobs = []
     for now[0] in (0, 1, 2, 3):
         jobs.append(table.accept("ann", {}, {}, 1, 10).id)
@@ -225,13 +225,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self):
-        store = Store(self.root / str(self.boots))
-        self.gallery = Gallery(store, self.bound, AGE, lambda: self.now)
-        self.table = Table(store, clock=lambda: self.now)
+        database = Database(self.root / str(self.boots))
+        self.gallery = Gallery(database, self.bound, AGE, lambda: self.now)
+        self.table = JobTable(database, clock=lambda: self.now)
         self.bounds()
 
     def teardown(self):
-        self.gallery.store.close()
+        self.gallery.database.close()
         shutil.rmtree(self.root)
 
     def bounds(self):
@@ -279,7 +279,7 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 found = None
                 self.table.failed(id, place, "broken", "failed", 1.0)
-        except Ended:
+        except AlreadyEnded:
             assert not takes
         else:
             assert takes
@@ -301,7 +301,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self):
-        self.gallery.store.close()
+        self.gallery.database.close()
         self.open()
 
     @rule(leaves=st.booleans())
@@ -309,7 +309,7 @@ class StoreMachine(RuleBasedStateMachine):
         """The files as they are on disk at this moment, perhaps with a picture half written."""
         here, there = self.root / str(self.boots), self.root / str(self.boots + 1)
         shutil.copytree(here, there)
-        self.gallery.store.close()
+        self.gallery.database.close()
         if leaves:
             (there / "pictures" / f".{'a' * 32}.part").write_bytes(b"half")
             (there / "pictures" / f"{'b' * 32}.png").write_bytes(b"without a row")
@@ -361,8 +361,8 @@ TestStore.settings = hypothesis_settings(max_examples=20, stateful_step_count=20
 
 def write(folder, said):
     """Three threads that write jobs and pictures as fast as they can, and say what is done."""
-    store = Store(folder)
-    gallery, table = Gallery(store, 200_000, 1e9), Table(store)
+    database = Database(folder)
+    gallery, table = Gallery(database, 200_000, 1e9), JobTable(database)
 
     def work():
         while True:
@@ -385,17 +385,16 @@ def test_what_was_said_is_there_after_kill_9(tmp_path):
         writer.start()
         os.close(says)
         with open(hears) as lines:
-            assert lines.readline()  # it works
-            time.sleep(0.3 + 0.1 * i)
+            heard = [lines.readline() for _ in range(9 * (i + 1))]
             os.kill(writer.pid, signal.SIGKILL)
-            for line in lines.read().split("\n")[:-1]:
+            for line in [*heard, *lines.read().split("\n")[:-1]]:
                 job, *words = line.split()
                 accepted.add(job)
                 if words:
                     drawn[job, int(words[0])] = words[1]
         writer.join()
         gallery = gallery_of(tmp_path, most_bytes=200_000, most_seconds=1e9)
-        table = Table(gallery.store)
+        table = JobTable(gallery.database)
         jobs = {job.id: job for job in table.page(100_000)}
         assert accepted <= set(jobs)
         assert all(jobs[job].ended[place] == id for (job, place), id in drawn.items())
@@ -407,5 +406,5 @@ def test_what_was_said_is_there_after_kill_9(tmp_path):
                 image.load()
         recorded = [id for job in jobs.values() for id in job.ended.values()]
         assert len(set(recorded)) == len(recorded) and found <= set(recorded)
-        gallery.store.close()
+        gallery.database.close()
     assert len(drawn) > 10

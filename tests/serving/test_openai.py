@@ -127,20 +127,20 @@ def test_fields_without_effect_are_taken_and_size_may_be_auto(client, pipeline):
 @pytest.mark.parametrize(
     ("said", "param", "words"),
     [
-        ({"colour": "red"}, "colour", "there is no field"),
+        ({"colour": "red"}, "colour", "unknown field"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": "2"}, "n", "valid integer"),
         ({"n": 4}, None, "n is 4: this server allows at most 3"),
         ({"steps": 501}, None, "steps is 501: this server allows at most 500"),
         ({"steps": 0}, None, "steps is 0"),
         ({"size": "big"}, None, "is not WIDTHxHEIGHT"),
-        ({"size": "1024x1024"}, None, "draws at most 16,384 pixels"),
+        ({"size": "1024x1024"}, None, "allows at most 16,384 pixels"),
         ({"size": "33x16"}, None, "multiples of 8"),
-        ({"response_format": "url"}, "response_format", "only b64_json"),
+        ({"response_format": "url"}, "response_format", "allowed is b64_json"),
         ({"background": "transparent"}, "background", "opaque"),
         ({"output_format": "gif"}, "output_format", "'png', 'webp' or 'jpeg'"),
-        ({"output_compression": 50}, "output_compression", "for webp and jpeg"),
-        ({"partial_images": 2}, "partial_images", "in a stream only"),
+        ({"output_compression": 50}, "output_compression", "applies to webp and jpeg"),
+        ({"partial_images": 2}, "partial_images", "needs stream"),
         ({"partial_images": 4, "stream": True}, "partial_images", "less than or equal to 3"),
         ({"quality": "best"}, "quality", "'auto'"),
         ({"guidance": 1000}, None, "guidance is 1000"),
@@ -272,14 +272,14 @@ def test_a_large_picture_is_drawn_at_a_size_that_fits(client):
 @pytest.mark.parametrize(
     ("files", "said", "words"),
     [
-        ({"image": b"no picture"}, {}, "image cannot be read as a picture"),
+        ({"image": b"no picture"}, {}, "image cannot be read as an image"),
         ({}, {}, "image is missing"),
         ({"image": None, "mask": None}, {}, "no transparency"),
-        ({"image": None}, {"colour": "red"}, "there is no field 'colour'"),
+        ({"image": None}, {"colour": "red"}, "unknown field 'colour'"),
         ({"image": None}, {"n": "many"}, "valid integer"),
-        ({"image": None}, {"lora": "ink"}, "lora is no JSON"),
-        ({"image": None}, {"mask": "text"}, "mask has to be a file"),
-        ({"prompt": b"a file"}, {}, "prompt has to be text"),
+        ({"image": None}, {"lora": "ink"}, "lora is not valid JSON"),
+        ({"image": None}, {"mask": "text"}, "mask must be a file"),
+        ({"prompt": b"a file"}, {}, "prompt must be text"),
     ],
 )
 def test_edits_that_are_refused(server, photo, files, said, words):
@@ -296,7 +296,7 @@ def test_edits_that_are_refused(server, photo, files, said, words):
 
 
 def test_several_pictures_to_start_from_are_refused(client, photo):
-    with pytest.raises(openai.BadRequestError, match="image is there twice"):
+    with pytest.raises(openai.BadRequestError, match="image is given twice"):
         client.images.edit(image=[png(photo), png(photo)], prompt="a")
 
 
@@ -356,7 +356,7 @@ def test_a_request_ends_when_its_client_goes(server, stream):
 def test_the_pictures_of_synchronous_requests_are_in_the_gallery(client, server):
     answer = client.images.generate(prompt="kept", size=SIZE, extra_body={"steps": 1})
     gallery = server.app.state.gallery
-    server.app.state.keeper.wait()
+    server.app.state.gallery_writer.flush()
     (picture,) = gallery.page(1)
     assert picture.settings["prompt"] == "kept"
     assert gallery.png(picture.id) == base64.b64decode(answer.data[0].b64_json)

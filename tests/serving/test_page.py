@@ -20,6 +20,7 @@ from koala.data.illustrations import art, scenes
 from koala.generation import Settings, read_settings
 from koala.generation.png import parameters, write_png
 from koala.generation.samplers import SAMPLERS
+from koala.serving import errors
 from koala.serving.api import page as served
 from toy_browser import CHROMIUM, DRIVER, PHONE, Page, serving
 from toy_server import running
@@ -151,6 +152,7 @@ def test_the_page_is_whole():
 
 def test_the_files_are_sent_with_the_policy_and_only_when_changed():
     app = FastAPI()
+    errors.install(app, lambda code: None)
     app.include_router(served.router("toy", 64))
     client = TestClient(app)
     about = client.get("/page/about.json").json()
@@ -213,7 +215,7 @@ def test_a_job_is_cancelled(page):
     page.set("number", 1)
     page.click("#draw")
     said = "document.querySelector('.job .said').textContent"
-    second = page.wait(f"{said}.match(/^Waiting, \\d+ pictures? ahead$/) && "
+    second = page.wait(f"{said}.match(/^Queued, \\d+ images? ahead$/) && "
                        "document.querySelector('.job').dataset.job")  # fmt: skip
     assert second != first
     cancel(page, str(second))
@@ -235,9 +237,9 @@ def test_a_running_job_is_found_again_after_a_reload(page):
 
 
 @needs_chromium
-def test_what_the_server_has_against_an_order_is_said(page):
+def test_the_servers_error_is_shown(page):
     page.click("#draw")
-    assert page.find("#error").text == "Say what to draw first."
+    assert page.find("#error").text == "Write a prompt first."
     page.set("prompt", "a fox")
     page.set("steps", 0)
     page.click("#draw")
@@ -313,8 +315,8 @@ def test_a_png_without_settings_is_the_picture_to_start_from(page):
     drop(page, png(size=(640, 320)), "halves.png")
     page.wait("!document.getElementById('given').hidden")
     order = page.later(
-        "const {order} = await import('/page/form.js');"
-        "document.getElementById('prompt').value = 'a fox'; return order()"
+        "const {readForm} = await import('/page/form.js');"
+        "document.getElementById('prompt').value = 'a fox'; return readForm()"
     )
     image = Image.open(io.BytesIO(base64.b64decode(order["image"].split(",")[1]))).convert("RGB")
     assert order["size"] == "184x88" and image.size == (184, 88)  # the usual area, whole eighths
@@ -389,7 +391,7 @@ def test_a_mask_is_painted_and_only_it_is_drawn_anew(page, tmp_path):
     page.set("prompt", "a tree, noto style")
     page.set("strength", 0.9)
     page.set("seed", 3)
-    mask = page.later("const {order} = await import('/page/form.js'); return order().mask")
+    mask = page.later("const {readForm} = await import('/page/form.js'); return readForm().mask")
     light = np.array(Image.open(io.BytesIO(base64.b64decode(mask.split(",")[1]))).convert("L"))
     assert light.shape == (128, 128) and set(np.unique(light)) == {0, 255}
     assert (light == light[::8, ::8].repeat(8, 0).repeat(8, 1)).all()  # in whole places
@@ -403,7 +405,7 @@ def test_a_mask_is_painted_and_only_it_is_drawn_anew(page, tmp_path):
     difference = np.abs(drawn - given).mean(-1)
     assert difference[light > 0].mean() > 2 * difference[:, :48].mean()
     page.click("#unpaint")
-    assert page.later("const {order} = await import('/page/form.js'); return !order().mask")
+    assert page.later("const {readForm} = await import('/page/form.js'); return !readForm().mask")
 
 
 # --- a phone, and a key ---------------------------------------------------------------------
@@ -443,7 +445,7 @@ def test_a_key_is_asked_for_where_one_is_needed(browser, tmp_path):
     pipeline, keys = koala.load("koala-mini"), tmp_path / "keys"
     with running(pipeline, tmp_path / "data", api_key_file=keys) as server:
         browser.open(server.url)
-        for key, why in (("wrong", "Whoever runs it"), ("a-key-of-some-length", "is not right")):
+        for key, why in (("wrong", "operator"), ("a-key-of-some-length", "is not valid")):
             browser.wait("document.getElementById('ask').open")
             browser.wait("document.getElementById('ask-why').textContent.includes(arguments[0])",
                          why)  # fmt: skip

@@ -234,8 +234,8 @@ def test_the_pages_numbers_are_the_defaults():
     [
         (["--model", "nothing-of-the-kind/x/y"], "nothing-of-the-kind"),
         (["--api-key-file", "nothing"], "the key file nothing cannot be read"),
-        (["--lora-dir", "nothing"], "--lora-dir nothing is no folder"),
-        (["--lora-dir", ".", "--graphs"], "--lora-dir does not go with --graphs"),
+        (["--lora-dir", "nothing"], "--lora-dir nothing is not a folder"),
+        (["--lora-dir", ".", "--graphs"], "--lora-dir does not work with --graphs"),
         (["--vram", "1", "--compile"], "--compile has no effect"),
         (["--max-batch", "0"], "--max-batch is 0"),
         (["--queue", "-1"], "--queue is -1"),

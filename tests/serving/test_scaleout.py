@@ -28,9 +28,9 @@ from benchmarks.scaleout import engines  # noqa: E402
 from koala.cli.serve import SERVE  # noqa: E402
 from koala.errors import Failure, UserError  # noqa: E402
 from koala.generation import Late, load  # noqa: E402
-from koala.serving.meta_pipeline import outline  # noqa: E402
-from koala.serving.ray.fleet import DEATHS, Fleet  # noqa: E402
-from koala.serving.ray.replicas import News, ranked  # noqa: E402
+from koala.serving.meta_pipeline import load_meta_pipeline  # noqa: E402
+from koala.serving.ray.remote_engine import DEATHS, RemoteEngine  # noqa: E402
+from koala.serving.ray.replicas import ReplicaUpdate, rank_replicas  # noqa: E402
 from koala.serving.settings import Scale  # noqa: E402
 from toy import toy_pipeline  # noqa: E402
 
@@ -56,9 +56,9 @@ def test_the_pages_commands_are_commands():
     assert [Scale.parse(scale) for scale in scales] == [Scale(4, 4), Scale(1, 8), Scale(16, 16)]
 
 
-def test_an_outline_checks_orders_as_the_model_does(model):
+def test_a_meta_pipeline_checks_requests_as_the_model_does(model):
     asked = {"size": SIZE, "seed": 3, "number": 2, "steps": 4, "scheduler": "dpm++2m"}
-    own, other = load(model, "cpu"), outline(str(model))
+    own, other = load(model, "cpu"), load_meta_pipeline(str(model))
     assert other.requests("a (b:1.2)", **asked) == own.requests("a (b:1.2)", **asked)
     assert other.unet.device.type == "meta"
     with pytest.raises(UserError):
@@ -67,7 +67,7 @@ def test_an_outline_checks_orders_as_the_model_does(model):
 
 def test_sizes_share_replicas_until_others_have_much_less_to_do():
     def first(under_way, size="64x64"):
-        return ranked("ab", under_way, size, apart=4)[0]
+        return rank_replicas("ab", under_way, size, penalty=4)[0]
 
     assert first([]) == "a"
     assert first([("b", "64x64")]) == "b"
@@ -76,7 +76,7 @@ def test_sizes_share_replicas_until_others_have_much_less_to_do():
     assert first([("b", "64x64")] * 5) == "a"
 
 
-# --- the fleet, over replicas that do as they are told -----------------------------------------
+# --- the remote engine, over scripted replicas ----------------------------------------------
 
 
 class Gone(Exception):
@@ -93,7 +93,7 @@ class Scripted:
     def __post_init__(self):
         self.asked, self.left, self.go_on = [], [], threading.Event()
 
-    def room(self):
+    def capacity(self):
         return self.places
 
     def lost(self, error):
@@ -102,9 +102,9 @@ class Scripted:
     @contextlib.asynccontextmanager
     async def draw(self, request, size, seconds):
         self.asked.append((request.settings.seed, size))
-        told = self.script.pop(0) if self.script else [News(image="a picture")]
+        told = self.script.pop(0) if self.script else [ReplicaUpdate(image="a picture")]
 
-        async def news():
+        async def updates():
             for one in told:
                 while one is None and not self.go_on.is_set():
                     await asyncio.sleep(0.01)
@@ -114,15 +114,15 @@ class Scripted:
                     yield one
 
         try:
-            yield news()
+            yield updates()
         finally:
             self.left.append(request.settings.seed)
 
 
 @contextlib.contextmanager
-def fleet(*script, **told):
+def remote_engine(*script, **told):
     scripted = Scripted(list(script), **told)
-    running = Fleet(scripted, order=lambda ticket: ticket.number).start()
+    running = RemoteEngine(scripted, order=lambda ticket: ticket.number).start()
     try:
         yield running, scripted
     finally:
@@ -132,12 +132,15 @@ def fleet(*script, **told):
 
 @pytest.fixture(scope="module")
 def requests(model):
-    return outline(str(model)).requests("a", size=SIZE, steps=4, seed=0, number=4)
+    return load_meta_pipeline(str(model)).requests("a", size=SIZE, steps=4, seed=0, number=4)
 
 
 def test_every_step_is_told_once_though_a_replica_dies(requests):
     steps, begun = [], []
-    with fleet([News(), News(2), Gone()], [News(), News(1), News(4), News(image="a picture")]) as (
+    with remote_engine(
+        [ReplicaUpdate(), ReplicaUpdate(2), Gone()],
+        [ReplicaUpdate(), ReplicaUpdate(1), ReplicaUpdate(4), ReplicaUpdate(image="a picture")],
+    ) as (
         running,
         scripted,
     ):
@@ -151,7 +154,7 @@ def test_every_step_is_told_once_though_a_replica_dies(requests):
 
 def test_what_every_replica_dies_of_is_given_up(requests):
     with (
-        fleet(*[[Gone()] for _ in range(DEATHS)]) as (running, scripted),
+        remote_engine(*[[Gone()] for _ in range(DEATHS)]) as (running, scripted),
         pytest.raises(Failure, match="replicas died"),
     ):
         running.submit(requests[0]).result(30)
@@ -159,7 +162,7 @@ def test_what_every_replica_dies_of_is_given_up(requests):
 
 
 def test_a_pictures_own_failure_is_its_own_and_frees_its_place(requests):
-    with fleet([News(error=Failure("no"))]) as (running, _):
+    with remote_engine([ReplicaUpdate(error=Failure("no"))]) as (running, _):
         first, second = (running.submit(request) for request in requests[:2])
         with pytest.raises(Failure, match="no"):
             first.result(30)
@@ -167,7 +170,7 @@ def test_a_pictures_own_failure_is_its_own_and_frees_its_place(requests):
 
 
 def test_cancelling_reaches_the_replica_and_what_waits(requests):
-    with fleet([News(), None]) as (running, scripted):
+    with remote_engine([ReplicaUpdate(), None]) as (running, scripted):
         begun = threading.Event()
         first = running.submit(requests[0], on_start=begun.set)
         waits, last = (running.submit(request) for request in requests[1:3])
@@ -182,7 +185,7 @@ def test_cancelling_reaches_the_replica_and_what_waits(requests):
 
 
 def test_deadlines_hold_while_a_picture_waits(requests):
-    with fleet([News(), None]) as (running, _):
+    with remote_engine([ReplicaUpdate(), None]) as (running, _):
         held = running.submit(requests[0])
         late = running.submit(requests[1], deadline=time.monotonic() + 0.1)
         with pytest.raises(Late):

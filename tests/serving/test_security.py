@@ -16,8 +16,8 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load
 from koala.serving.admission import Busy
-from koala.serving.keys import Keys
-from koala.serving.security import Rates
+from koala.serving.keys import ApiKeys
+from koala.serving.security import RateLimiter
 from koala.serving.settings import Limits, Options
 from koala.serving.uploads import mask_of_transparency, open_upload
 from toy import toy_pipeline
@@ -99,18 +99,18 @@ def test_rates_are_each_clients_own_and_say_when_to_come_back(locked):
 
 def test_keys_have_a_least_length_and_are_read_once(tmp_path):
     file = tmp_path / "keys"
-    for text, words in (("# none\n", "holds no key"), ("short\n", "is short")):
+    for text, words in (("# none\n", "contains no key"), ("short\n", "is too short")):
         file.write_text(text)
         with pytest.raises(UserError, match=words):
-            Keys.read(file)
+            ApiKeys.read(file)
     with pytest.raises(UserError, match="cannot be read"):
-        Keys.read(tmp_path / "nothing")
+        ApiKeys.read(tmp_path / "nothing")
 
 
 @given(st.lists(st.floats(0, 30), max_size=60))
 def test_a_bucket_gives_no_more_than_its_burst_and_its_rate(pauses):
     now = [0.0]
-    rates, taken = Rates(Limits(rate=60, burst=5), lambda: now[0]), 0
+    rates, taken = RateLimiter(Limits(rate=60, burst=5), lambda: now[0]), 0
     for pause in pauses:
         now[0] += pause
         with contextlib.suppress(Busy):
@@ -159,7 +159,7 @@ def test_the_document_describes_our_errors(open_server):
     document = json.loads(ask(open_server, "/openapi.json")[2])
     for operation in (o for path in document["paths"].values() for o in path.values()):
         assert "422" not in operation["responses"] and "default" in operation["responses"]
-    fields = document["components"]["schemas"]["Generation"]
+    fields = document["components"]["schemas"]["GenerationRequest"]
     assert fields["additionalProperties"] is False and "lora" in fields["properties"]
 
 

@@ -5,11 +5,11 @@ import torch
 
 from koala.generation import load
 from koala.generation.runtime.compile import ROWS, in_fixed_batches
-from koala.serving.image_request import Order
+from koala.serving.image_request import ImageRequest
 from koala.serving.run import loaded
 from koala.serving.service import Service
 from koala.serving.settings import Limits, Options
-from koala.serving.warmup import warm_up
+from koala.serving.warmup import MOST, warm_up
 from toy import toy_pipeline
 
 
@@ -45,13 +45,20 @@ def test_what_is_loaded_draws(folder, options, tmp_path):
     service = Service(pipeline, found.limits)
     service.start()
     try:
-        (image,) = service.submit(Order("a", steps=2, seed=0)).result().images
+        (image,) = service.submit(ImageRequest("a", steps=2, seed=0)).result().images
     finally:
         service.close()
     assert image.size == (64, 64)
     (own,) = load(folder, "cpu")("a", steps=2, seed=0).images
     assert max(abs(a - b) for a, b in zip(image.tobytes(), own.tobytes(), strict=True)) <= 1
     assert bool(told) == bool(options)
+
+
+@pytest.mark.parametrize(("gain", "batch"), [(0.0, MOST), (1e9, 1)])
+def test_the_batch_doubles_as_long_as_that_gains(folder, monkeypatch, gain, batch):
+    monkeypatch.setattr("koala.serving.warmup.GAIN", gain)
+    monkeypatch.setattr("koala.serving.warmup.LONGEST", float("inf"))
+    assert warm_up(load(folder, "cpu")) == batch
 
 
 def test_a_batch_that_memory_does_not_hold_is_left_at_half(folder, monkeypatch):

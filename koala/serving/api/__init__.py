@@ -1,1 +1,1 @@
-"""The HTTP routes: OpenAI's images API, A1111's, jobs, the page."""
+"""HTTP routes: OpenAI's images API, AUTOMATIC1111's API, jobs and the page."""

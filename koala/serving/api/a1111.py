@@ -1,7 +1,7 @@
 """/sdapi/v1: the part of AUTOMATIC1111's API that other programs call.
 
-https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Its progress and interrupt know
-one picture at a time, the server's; here they are about the requests of the client that asks.
+https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. There, progress and interrupt
+concern the server's only running image; here, the requests of the calling client.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import io
 import json
 import threading
 import time
-from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,178 +22,161 @@ from koala.generation.png import parameters
 from koala.serving.api.a1111_fields import (
     OPTIONS,
     SCHEDULES,
-    Asked,
-    FromPicture,
-    FromText,
+    A1111Request,
+    Img2ImgRequest,
+    Txt2ImgRequest,
     check_options,
     inverted,
 )
-from koala.serving.api.streams import cancelled, disconnected
-from koala.serving.errors import Refusal
-from koala.serving.image_request import Order
-from koala.serving.jobs.delivery import deliver
+from koala.serving.api.streams import cancelled_error, wait_for_images
+from koala.serving.image_request import ImageRequest
+from koala.serving.jobs.gallery_writer import encode_and_store
 from koala.serving.security import client_of
-from koala.serving.service import Drawing, Event, Service
+from koala.serving.service import Event, Service, Submission
 from koala.serving.uploads import open_upload
 
 router = APIRouter(prefix="/sdapi/v1")
-WATCHED = 5.0  # seconds after a look at the progress in which previews are made
+PREVIEW_SECONDS = 5.0  # previews are decoded for so long after a progress call
 
 
 @dataclass(eq=False)
-class Work:
-    """One request that is being drawn."""
+class ActiveRequest:
+    """A running request."""
 
     kind: str
-    began: float = field(default_factory=time.time)
-    drawing: Drawing | None = None
+    started: float = field(default_factory=time.time)
+    submission: Submission | None = None
     interrupted: bool = False
-    steps: int = 1  # of a picture
-    done: dict[int, int] = field(default_factory=dict)  # steps by picture
-    ended: int = 0  # pictures
+    steps: int = 1  # of an image
+    done: dict[int, int] = field(default_factory=dict)  # steps by image
+    ended: int = 0  # images
     preview: Image.Image | None = None
-    wanted: float = 0.0  # until when previews are made
+    preview_until: float = 0.0  # Unix seconds
 
-    def note(self, event: Event) -> None:
-        """On the engine's thread: how far a picture is."""
+    def on_event(self, event: Event) -> None:
+        """Records an image's progress; called on the engine's thread."""
         self.steps = event.steps
         self.done[event.index] = event.done
         if event.kind in ("picture", "failed", "cancelled"):
             self.ended += 1
-        if event.preview is not None and time.time() < self.wanted:
+        if event.preview is not None and time.time() < self.preview_until:
             self.preview = event.preview()
 
     def interrupt(self) -> None:
-        """Ends it with the pictures that are done."""
+        """Ends the request with the images that are finished."""
         self.interrupted = True
-        if self.drawing is not None:
-            self.drawing.cancel()
+        if self.submission is not None:
+            self.submission.cancel()
 
 
-class Desk:
-    """The requests that are being drawn, by client, oldest first."""
+class ActiveRequests:
+    """The running requests of each client, oldest first. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._works: dict[str, list[Work]] = {}
+        self._by_client: dict[str, list[ActiveRequest]] = {}
 
-    def add(self, client: str, work: Work) -> None:
+    def add(self, client: str, active: ActiveRequest) -> None:
         with self._lock:
-            self._works.setdefault(client, []).append(work)
+            self._by_client.setdefault(client, []).append(active)
 
-    def remove(self, client: str, work: Work) -> None:
+    def remove(self, client: str, active: ActiveRequest) -> None:
         with self._lock:
-            self._works[client].remove(work)
-            if not self._works[client]:
-                del self._works[client]
+            self._by_client[client].remove(active)
+            if not self._by_client[client]:
+                del self._by_client[client]
 
-    def of(self, client: str) -> list[Work]:
+    def for_client(self, client: str) -> list[ActiveRequest]:
         with self._lock:
-            return list(self._works.get(client, ()))
+            return list(self._by_client.get(client, ()))
 
 
-# --- pictures -------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------
 
 
-@router.post("/txt2img", summary="Draw pictures")
-async def txt2img(asked: FromText, request: Request) -> dict[str, Any]:
-    asked.check(request.app.state.service.pipeline.name)
-    return await _answer(request, asked, asked.order(client_of(request)), "txt2img")
+@router.post("/txt2img", summary="Generate images")
+async def txt2img(body: Txt2ImgRequest, request: Request) -> dict[str, Any]:
+    body.check(request.app.state.service.pipeline.name)
+    return await _respond(request, body, body.to_image_request(client_of(request)), "txt2img")
 
 
-@router.post("/img2img", summary="Draw from a picture")
-async def img2img(asked: FromPicture, request: Request) -> dict[str, Any]:
+@router.post("/img2img", summary="Generate from an image")
+async def img2img(body: Img2ImgRequest, request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
-    asked.check(service.pipeline.name)
-    order = replace(asked.order(client_of(request)), **asked.given())
-    if asked.inpainting_mask_invert and order.mask is not None:
+    body.check(service.pipeline.name)
+    spec = replace(body.to_image_request(client_of(request)), **body.images())
+    if body.inpainting_mask_invert and spec.mask is not None:
         most = service.limits.upload_pixels
-        mask = await asyncio.to_thread(_inverted, order.mask, most)
-        order = replace(order, mask=mask)
-    return await _answer(request, asked, order, "img2img")
+        mask = await asyncio.to_thread(_inverted, spec.mask, most)
+        spec = replace(spec, mask=mask)
+    return await _respond(request, body, spec, "img2img")
 
 
 def _inverted(mask: bytes, most_pixels: int) -> bytes:
     return _png(inverted(open_upload(mask, most_pixels, "mask")))
 
 
-async def _answer(request: Request, asked: Asked, order: Order, kind: str) -> dict[str, Any]:
+async def _respond(
+    request: Request, body: A1111Request, spec: ImageRequest, kind: str
+) -> dict[str, Any]:
     service: Service = request.app.state.service
-    desk: Desk = request.app.state.a1111
-    work = Work(kind)
-    desk.add(order.client, work)
+    active_requests: ActiveRequests = request.app.state.a1111
+    active = ActiveRequest(kind)
+    active_requests.add(spec.client, active)
     try:
-        drawing = work.drawing = await asyncio.to_thread(service.submit, order, work.note)
-        if work.interrupted:
-            drawing.cancel()
-        images = await _drawn(request, service, work, drawing)
+        submission = await asyncio.to_thread(service.submit, spec, active.on_event)
+        active.submission = submission
+        if active.interrupted:
+            submission.cancel()
+        outcomes = await wait_for_images(request, service, submission, return_exceptions=True)
+        images = [_image_or_none(outcome, active, service) for outcome in outcomes]
     finally:
-        desk.remove(order.client, work)
+        active_requests.remove(spec.client, active)
     pairs = [
         (each.settings, image)
-        for each, image in zip(drawing.requests, images, strict=True)
+        for each, image in zip(submission.requests, images, strict=True)
         if image is not None
     ]
-    said = asked.model_dump(exclude=set(asked.model_extra or ()))
-    if isinstance(asked, FromPicture) and not asked.include_init_images:
-        said |= {"init_images": None, "mask": None}
-    kept = None if asked.do_not_save_samples else request.app.state.keeper
-    texts = await asyncio.gather(*(_text(kept, *pair, order.client) for pair in pairs))
-    first = drawing.requests[0].settings
+    echo = body.model_dump(exclude=set(body.model_extra or ()))
+    if isinstance(body, Img2ImgRequest) and not body.include_init_images:
+        echo |= {"init_images": None, "mask": None}
+    writer = None if body.do_not_save_samples else request.app.state.gallery_writer
+    pngs = await asyncio.gather(
+        *(
+            asyncio.to_thread(encode_and_store, writer, image, settings, spec.client)
+            for settings, image in pairs
+        )
+    )
+    texts = [base64.b64encode(png).decode() for png in pngs]
+    first = submission.requests[0].settings
     return {
-        "images": [] if asked.send_images is False else texts,
-        "parameters": said,
-        "info": json.dumps(_info([settings for settings, _ in pairs], first, work, asked)),
+        "images": [] if body.send_images is False else texts,
+        "parameters": echo,
+        "info": json.dumps(_info([settings for settings, _ in pairs], first, active, body)),
     }
 
 
-def _text(gallery: Any, settings: Settings, image: Image.Image, client: str) -> Awaitable[str]:
-    def made() -> str:
-        return base64.b64encode(deliver(gallery, image, settings, client)).decode()
-
-    return asyncio.to_thread(made)
-
-
-async def _drawn(
-    request: Request, service: Service, work: Work, drawing: Drawing
-) -> list[Image.Image | None]:
-    """The pictures; None for those that were interrupted. All are if the client goes.
-
-    Raises what the first that failed raised.
-    """
-    waits = map(asyncio.wrap_future, drawing.futures())
-    pictures = asyncio.gather(*waits, return_exceptions=True)
-    # What becomes of them when the client is gone is nobody's concern.
-    pictures.add_done_callback(lambda done: done.cancelled() or done.exception())
-    gone = asyncio.create_task(disconnected(request.receive))
-    try:
-        first: set[asyncio.Future[Any]] = {pictures, gone}
-        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-        if not pictures.done():
-            raise Refusal(499, "the client is gone", "gone")
-    finally:
-        gone.cancel()
-        drawing.cancel()
-        pictures.cancel()
-    images: list[Image.Image | None] = []
-    for found in pictures.result():
-        if isinstance(found, Image.Image):
-            images.append(found)
-        elif isinstance(found, asyncio.CancelledError) and work.interrupted:
-            images.append(None)
-        else:
-            raise cancelled(service) if isinstance(found, asyncio.CancelledError) else found
-    return images
+def _image_or_none(outcome: Any, active: ActiveRequest, service: Service) -> Image.Image | None:
+    """The image; None if the client interrupted it. Raises any other error."""
+    if isinstance(outcome, asyncio.CancelledError):
+        if active.interrupted:
+            return None
+        raise cancelled_error(service)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
 
 
-def _info(drawn: list[Settings], first: Settings, work: Work, asked: Asked) -> dict[str, Any]:
-    """What AUTOMATIC1111's tells of the pictures; `first` of those asked for."""
-    seeds = [settings.seed for settings in drawn]
+def _info(
+    finished: list[Settings], first: Settings, active: ActiveRequest, body: A1111Request
+) -> dict[str, Any]:
+    """AUTOMATIC1111's `info`. `first`: settings of the first image requested."""
+    seeds = [settings.seed for settings in finished]
     return {
         "prompt": first.prompt,
-        "all_prompts": [settings.prompt for settings in drawn],
+        "all_prompts": [settings.prompt for settings in finished],
         "negative_prompt": first.negative_prompt,
-        "all_negative_prompts": [settings.negative_prompt for settings in drawn],
+        "all_negative_prompts": [settings.negative_prompt for settings in finished],
         "seed": first.seed,
         "all_seeds": seeds,
         "subseed": first.seed,
@@ -205,7 +187,7 @@ def _info(drawn: list[Settings], first: Settings, work: Work, asked: Asked) -> d
         "sampler_name": first.sampler,
         "cfg_scale": first.guidance,
         "steps": first.steps,
-        "batch_size": asked.batch_size,
+        "batch_size": body.batch_size,
         "restore_faces": False,
         "face_restoration_model": None,
         "sd_model_name": first.model,
@@ -217,9 +199,9 @@ def _info(drawn: list[Settings], first: Settings, work: Work, asked: Asked) -> d
         "denoising_strength": first.strength if first.image else None,
         "extra_generation_params": {},
         "index_of_first_image": 0,
-        "infotexts": [parameters(settings) for settings in drawn],
+        "infotexts": [parameters(settings) for settings in finished],
         "styles": [],
-        "job_timestamp": _stamp(work.began),
+        "job_timestamp": _stamp(active.started),
         "clip_skip": 2,
         "is_using_inpainting_conditioning": False,
         "version": f"koala {__version__}",
@@ -229,30 +211,30 @@ def _info(drawn: list[Settings], first: Settings, work: Work, asked: Asked) -> d
 # --- progress -------------------------------------------------------------------------------
 
 
-@router.get("/progress", summary="How far the client's oldest request is")
+@router.get("/progress", summary="Progress of the client's oldest request")
 async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
-    desk: Desk = request.app.state.a1111
-    works = desk.of(client_of(request))
-    work = works[0] if works else Work("")
-    number = len(work.drawing.requests) if work.drawing else 0
-    steps = list(work.done.values())
-    done = sum(steps) / (work.steps * number) if number else 0.0
-    left = (time.time() - work.began) * (1 - done) / done if done else 0.0
+    active_requests: ActiveRequests = request.app.state.a1111
+    running = active_requests.for_client(client_of(request))
+    active = running[0] if running else ActiveRequest("")
+    number = len(active.submission.requests) if active.submission else 0
+    steps = list(active.done.values())
+    done = sum(steps) / (active.steps * number) if number else 0.0
+    left = (time.time() - active.started) * (1 - done) / done if done else 0.0
     image = None
     if not skip_current_image:
-        work.wanted = time.time() + WATCHED
-        if work.preview is not None:
-            image = base64.b64encode(_png(work.preview)).decode()
+        active.preview_until = time.time() + PREVIEW_SECONDS
+        if active.preview is not None:
+            image = base64.b64encode(_png(active.preview)).decode()
     state = {
         "skipped": False,
-        "interrupted": work.interrupted,
+        "interrupted": active.interrupted,
         "stopping_generation": False,
-        "job": work.kind,
+        "job": active.kind,
         "job_count": number,
-        "job_timestamp": _stamp(work.began),
-        "job_no": work.ended,
-        "sampling_step": max((each for each in steps if each < work.steps), default=0),
-        "sampling_steps": work.steps if number else 0,
+        "job_timestamp": _stamp(active.started),
+        "job_no": active.ended,
+        "sampling_step": max((each for each in steps if each < active.steps), default=0),
+        "sampling_steps": active.steps if number else 0,
     }
     return {
         "progress": done, "eta_relative": left, "state": state, "current_image": image,
@@ -260,15 +242,15 @@ async def progress(request: Request, skip_current_image: bool = False) -> dict[s
     }  # fmt: skip
 
 
-@router.post("/interrupt", summary="End the client's requests with the pictures that are done")
+@router.post("/interrupt", summary="End the client's requests with their finished images")
 async def interrupt(request: Request) -> dict[str, Any]:
-    desk: Desk = request.app.state.a1111
-    for work in desk.of(client_of(request)):
-        work.interrupt()
+    active_requests: ActiveRequests = request.app.state.a1111
+    for active in active_requests.for_client(client_of(request)):
+        active.interrupt()
     return {}
 
 
-# --- what there is --------------------------------------------------------------------------
+# --- models and options ---------------------------------------------------------------------
 
 
 @router.get("/sd-models", summary="The model")
@@ -295,21 +277,21 @@ async def schedulers() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-@router.get("/loras", summary="The LoRAs that prompts may name")
+@router.get("/loras", summary="The LoRAs a prompt may name")
 def loras(request: Request) -> list[dict[str, Any]]:
     service: Service = request.app.state.service
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in service.loras()]
 
 
-@router.get("/options", summary="What is set")
+@router.get("/options", summary="Options")
 async def options(request: Request) -> dict[str, Any]:
-    told = {name: values[0] for name, values in OPTIONS.items()}
-    return {"sd_model_checkpoint": request.app.state.service.pipeline.name, **told}
+    current = {name: values[0] for name, values in OPTIONS.items()}
+    return {"sd_model_checkpoint": request.app.state.service.pipeline.name, **current}
 
 
-@router.post("/options", summary="Set what can be set: to what it is")
-async def set_options(asked: dict[str, Any], request: Request) -> None:
-    check_options(asked, request.app.state.service.pipeline.name)
+@router.post("/options", summary="Confirm options; other values are rejected")
+async def set_options(body: dict[str, Any], request: Request) -> None:
+    check_options(body, request.app.state.service.pipeline.name)
 
 
 def _png(image: Image.Image) -> bytes:

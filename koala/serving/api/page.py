@@ -1,8 +1,8 @@
-"""The page: its files, read once, and what it must know of the model before it may ask anything.
+"""The web page: its files, read once, and the model's name, size and samplers.
 
-The files are open to anybody, since the page itself asks for the key. A request's path is only
-looked up among their names. The Content-Security-Policy lets the page load and call nothing but
-this server, and run no script that is not one of these files.
+The files need no key, since the page itself asks for it. Request paths are only looked up among
+the known names. The Content-Security-Policy allows scripts from these files and calls to this
+server only.
 """
 
 import hashlib
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from koala.generation import samplers
+from koala.serving.errors import ApiError
 
 FOLDER = Path(__file__).parents[1] / "page"
 KINDS = {
@@ -41,26 +41,26 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # ask each time whether it has changed
+    "Cache-Control": "no-cache",  # revalidate with the ETag
 }
 
 
 @dataclass(frozen=True)
-class File:
-    """A file of the page as it is sent."""
+class PageFile:
+    """A file of the page."""
 
     content: bytes
     kind: str
-    tag: str  # changes with the content
+    tag: str  # ETag, from the content
 
 
-def files() -> dict[str, File]:
-    """The page's files by name."""
+def files() -> dict[str, PageFile]:
+    """The page's files, by name."""
     return {path.name: _file(path.read_bytes(), path.suffix) for path in sorted(FOLDER.iterdir())}
 
 
 def router(model: str, size: int) -> APIRouter:
-    """`/`, and its files below `/page`. model: its name; size: its usual side in pixels."""
+    """Routes for `/` and the files below `/page`. size: the model's native side in pixels."""
     about = {
         "model": model,
         "size": size,
@@ -71,28 +71,26 @@ def router(model: str, size: int) -> APIRouter:
 
     @routes.get("/")
     def index(request: Request) -> Response:
-        return _answer(known["index.html"], request)
+        return _respond(known["index.html"], request)
 
     @routes.get("/favicon.ico")
     def icon(request: Request) -> Response:
-        return _answer(known["koala.svg"], request)
+        return _respond(known["koala.svg"], request)
 
     @routes.get("/page/{name}")
     def file(name: str, request: Request) -> Response:
         if name not in known:
-            message = f"the page has no file {name!r}"
-            error = {"message": message, "type": "invalid_request_error", "param": None}
-            return JSONResponse({"error": {**error, "code": "not_found"}}, status_code=404)
-        return _answer(known[name], request)
+            raise ApiError(404, f"the page has no file {name!r}", "not_found")
+        return _respond(known[name], request)
 
     return routes
 
 
-def _file(content: bytes, ending: str) -> File:
-    return File(content, KINDS[ending], f'"{hashlib.sha256(content).hexdigest()[:16]}"')
+def _file(content: bytes, ending: str) -> PageFile:
+    return PageFile(content, KINDS[ending], f'"{hashlib.sha256(content).hexdigest()[:16]}"')
 
 
-def _answer(file: File, request: Request) -> Response:
+def _respond(file: PageFile, request: Request) -> Response:
     headers = {**HEADERS, "ETag": file.tag}
     if request.headers.get("if-none-match") == file.tag:
         return Response(status_code=304, headers=headers)

@@ -1,4 +1,4 @@
-"""Answers that wait: until pictures are there, or the client is gone."""
+"""Responses that wait for images, and stop when the client disconnects."""
 
 import asyncio
 import json
@@ -7,14 +7,13 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from PIL import Image
 from starlette.types import Receive, Scope, Send
 
 from koala.serving.admission import Busy
-from koala.serving.errors import Refusal
-from koala.serving.service import Drawing, Service
+from koala.serving.errors import ApiError
+from koala.serving.service import Service, Submission
 
-KEEP_ALIVE = 15.0  # seconds of silence after which a comment is sent
+KEEP_ALIVE = 15.0  # seconds of silence before a comment is sent
 
 
 def event(name: str, data: dict[str, Any]) -> bytes:
@@ -23,7 +22,7 @@ def event(name: str, data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come, to their end; stops them as soon as the client is gone."""
+    """Streams events to their end, or until the client disconnects."""
 
     media_type = "text/event-stream"
 
@@ -36,77 +35,76 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         sending = asyncio.create_task(self._send(send))
-        gone = asyncio.create_task(disconnected(receive))
+        disconnect = asyncio.create_task(disconnected(receive))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         finally:
-            for task in (sending, gone):
+            for task in (sending, disconnect):
                 task.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
+            await asyncio.gather(sending, disconnect, return_exceptions=True)
             await self.events.aclose()
 
     async def _send(self, send: Send) -> None:
-        coming = self._next()
+        pending = self._next()
         try:
             while True:
-                done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE)
-                part = coming.result() if done else b": waiting\n\n"
+                done, _ = await asyncio.wait({pending}, timeout=KEEP_ALIVE)
+                part = pending.result() if done else b": waiting\n\n"
                 if part is None:
                     break
                 await send({"type": "http.response.body", "body": part, "more_body": True})
                 if done:
-                    coming = self._next()
+                    pending = self._next()
         finally:
-            coming.cancel()
-            await asyncio.gather(coming, return_exceptions=True)
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _next(self) -> "asyncio.Task[bytes | None]":
-        async def following() -> bytes | None:
+        async def next_event() -> bytes | None:
             return await anext(self.events, None)
 
-        return asyncio.create_task(following())
+        return asyncio.create_task(next_event())
 
 
 async def disconnected(receive: Receive) -> None:
-    """Returns when the client is gone. To be called when its body has been read."""
+    """Returns when the client disconnects. Call it after the body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def drawn(request: Request, service: Service, drawing: Drawing) -> list[Image.Image]:
-    """The pictures; cancelled if the client goes before they are done.
+async def wait_for_images(
+    request: Request, service: Service, submission: Submission, return_exceptions: bool = False
+) -> list[Any]:
+    """The images in order; the submission is cancelled if the client disconnects first.
 
-    Raises what the first that failed raised.
+    Raises the first error, or, as in `asyncio.gather`, returns each error in its image's place.
     """
-    pictures = asyncio.gather(*map(asyncio.wrap_future, drawing.futures()))
-    # What becomes of them when the client is gone is nobody's concern.
-    pictures.add_done_callback(lambda done: done.cancelled() or done.exception())
-    gone = asyncio.create_task(disconnected(request.receive))
-    both: set[asyncio.Future[Any]] = {pictures, gone}
+    images = asyncio.gather(
+        *map(asyncio.wrap_future, submission.futures()), return_exceptions=return_exceptions
+    )
+    # Marks the exception as retrieved: nobody awaits it after a disconnect.
+    images.add_done_callback(lambda done: done.cancelled() or done.exception())
+    disconnect = asyncio.create_task(disconnected(request.receive))
+    tasks: set[asyncio.Future[Any]] = {images, disconnect}
     try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if pictures.done():
-            return finished(pictures, service)
-        raise Refusal(499, "the client is gone", "gone")
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not images.done():
+            raise ApiError(499, "the client disconnected", "gone")
+        try:
+            return images.result()
+        except asyncio.CancelledError:  # an image was cancelled, not this task
+            raise cancelled_error(service) from None
     finally:
-        gone.cancel()
-        drawing.cancel()
-        pictures.cancel()
+        disconnect.cancel()
+        submission.cancel()
+        images.cancel()
 
 
-def finished(done: "asyncio.Future[Any]", service: Service) -> Any:
-    """The result of a future of the engine's. Where it was cancelled, an error that says so."""
-    try:
-        return done.result()
-    except asyncio.CancelledError:  # it is done: nobody cancels the caller here
-        raise cancelled(service) from None
-
-
-def cancelled(service: Service) -> Exception:
-    """What a client is told whose picture was cancelled by somebody else."""
+def cancelled_error(service: Service) -> Exception:
+    """The error for an image that someone other than its client cancelled."""
     if service.draining:
         return Busy("draining", service.limits.drain)
-    return Refusal(409, "the request was cancelled", "cancelled")
+    return ApiError(409, "the request was cancelled", "cancelled")

@@ -1,8 +1,8 @@
-"""The folder that a server remembers in: one SQLite file, which opens clean after any crash.
+"""The server's data folder: one SQLite file, which survives crashes.
 
-What is promised to a client is committed before it is told so: SQLite writes a log ahead and
-waits for the disk at each commit. One process owns the file; within it one connection, one
-transaction at a time. Pictures lie beside it as files (`koala.serving.jobs.gallery`).
+What a client is told has been committed first: SQLite writes ahead to a log and syncs it at every
+commit. One process owns the file, with one connection and one transaction at a time. The image
+files lie beside it (`koala.serving.jobs.gallery`).
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from pathlib import Path
 from koala.errors import Failure, UserError
 
 FILE = "koala.sqlite3"
-APPLICATION = 0x6B6F616C  # marks the file as ours: "koal"
-VERSION = 1  # of the tables below
-WAIT = 5.0  # seconds for a server that is just ending
+APPLICATION = 0x6B6F616C  # SQLite application_id: "koal"
+VERSION = 1  # of the schema below
+WAIT = 5.0  # seconds to wait for a server that is shutting down
 ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
-# Ids sort in the order of their making. `pictures` are what the gallery keeps; of a job, `parts`
-# remembers which of its pictures have come to an end, whatever the gallery keeps of them.
+# Ids sort by creation. `pictures` are in the gallery; `parts` records which images of a job have
+# ended, even after the gallery deletes them.
 TABLES = """
 CREATE TABLE pictures (
     id TEXT PRIMARY KEY,
@@ -66,14 +66,14 @@ CREATE TABLE parts (
 """
 
 
-class Store:
-    """An open folder. Every method may be called from any thread."""
+class Database:
+    """An open data folder. Thread-safe."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Opens a folder, or makes it.
+        """Opens or creates a folder.
 
-        UserError for one that cannot be written, is in use by another server, or holds a file
-        that is not ours or of another version.
+        UserError if it is not writable, in use by another server, or holds a file that is not
+        ours or of another version.
         """
         self.folder = Path(folder)
         try:
@@ -81,8 +81,8 @@ class Store:
             self._db = _connect(self.folder / FILE)
         except OSError as error:
             raise UserError(
-                f"cannot keep pictures in {folder} ({error.strerror or error}): name a folder "
-                "you may write to"
+                f"cannot write to {folder} ({error.strerror or error}): name a folder that you may "
+                "write to"
             ) from None
         self._lock = threading.RLock()
         last = max(
@@ -92,14 +92,14 @@ class Store:
         self._numbers = itertools.count(int(last[:12], 16) + 1)
 
     def new_id(self) -> str:
-        """32 hexadecimal digits that sort after all before; the last 20 cannot be guessed."""
+        """32 hexadecimal digits that sort after all earlier ids; the last 20 are random."""
         return f"{next(self._numbers):012x}{secrets.token_hex(10)}"
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """A block whose changes are on disk when it ends, or not made at all if it raises.
+        """A transaction: on disk when the block ends, rolled back if it raises.
 
-        Failure if the disk does not take them.
+        Failure if the disk cannot take it.
         """
         with self._lock, _explained():
             self._db.execute("BEGIN IMMEDIATE")
@@ -112,12 +112,12 @@ class Store:
                 raise
 
     def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
-        """All rows of a query that changes nothing."""
+        """All rows of a read-only query."""
         with self._lock, _explained():
             return self._db.execute(query, values).fetchall()
 
     def close(self) -> None:
-        """Closes the file; another server may have the folder."""
+        """Closes the file; another server may then open the folder."""
         with self._lock:
             self._db.close()
 
@@ -146,16 +146,16 @@ def _connect(file: Path) -> sqlite3.Connection:
             raise
         if "locked" in str(error):
             raise UserError(
-                f"{file} is in use by another server: stop that one or name another folder"
+                f"{file} is in use by another server: stop it or name another folder"
             ) from None
         if isinstance(error, sqlite3.OperationalError):
             raise UserError(f"cannot open {file}: {error}") from None
-        raise UserError(f"{file} is no gallery ({error}): name another folder") from None
+        raise UserError(f"{file} is not a gallery ({error}): name another folder") from None
     return db
 
 
 def _check_or_make(db: sqlite3.Connection, file: Path) -> None:
-    """The tables of a new file; UserError for a file with others than ours."""
+    """Creates the tables of a new file. UserError for a file that is not ours."""
     application, version, tables = (
         db.execute(query).fetchone()[0]
         for query in (
@@ -170,16 +170,16 @@ def _check_or_make(db: sqlite3.Connection, file: Path) -> None:
         db.execute(f"PRAGMA application_id = {APPLICATION}")
         db.execute(f"PRAGMA user_version = {VERSION}")
     elif application != APPLICATION:
-        raise UserError(f"{file} is not a gallery of koala's: name another folder")
+        raise UserError(f"{file} is not a koala gallery: name another folder")
     elif version != VERSION:
         raise UserError(
-            f"{file} is of version {version}, this koala writes version {VERSION}: name another "
-            "folder, or use the koala that made it"
+            f"{file} has version {version}, this koala writes version {VERSION}: name another "
+            "folder, or use the koala that wrote it"
         )
 
 
 def _statements(script: str) -> Iterator[str]:
-    """One statement after the other; sqlite3's own `executescript` would commit first."""
+    """Splits a script into statements; sqlite3's `executescript` would commit first."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -190,8 +190,8 @@ def _statements(script: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Says in one line, which names no path, what kept the disk from answering."""
+    """Turns SQLite errors into a one-line Failure that names no path."""
     try:
         yield
     except sqlite3.OperationalError as error:
-        raise Failure(f"cannot keep records of jobs and pictures: {error}") from error
+        raise Failure(f"cannot access the job database: {error}") from error

@@ -1,8 +1,8 @@
-"""The gallery: finished pictures on disk, with their settings, through restarts and crashes.
+"""The gallery: finished images on disk with their settings, safe through restarts and crashes.
 
-A picture is a PNG file and a row. The file is whole and on disk before the row is; what a crash
-left without a row is removed when the gallery is opened. So every row has its picture, and no
-file is there for nothing. The oldest go when they are too many bytes or too old.
+An image is a PNG file and a database row. The file is complete and on disk before the row is
+committed, and files that a crash left without a row are removed when the gallery opens. The oldest
+images are deleted when the gallery grows too large or they too old.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from PIL import Image
 from koala.errors import Failure
 from koala.generation.png import write_png
 from koala.generation.requests import Settings
-from koala.serving.jobs.database import Store, is_id
+from koala.serving.jobs.database import Database, is_id
 
 THUMBNAIL = 256  # pixels of its longer side
 _FILE = re.compile(r"(\.?)([0-9a-f]{32})\.(png|part)", re.ASCII)
@@ -31,33 +31,33 @@ _COLUMNS = "id, client, created, bytes, settings"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the gallery."""
+    """An image in the gallery."""
 
     id: str
-    client: str  # who asked for it
+    client: str  # whose request it was
     created: float  # Unix seconds
-    bytes: int  # what it takes on disk
-    settings: dict[str, Any]  # the fields of `koala.generation.Settings`, as JSON has them
+    bytes: int  # of the file and the thumbnail
+    settings: dict[str, Any]  # of `koala.generation.Settings`, as JSON
 
 
 class Gallery:
-    """Finished pictures, bounded. Every method may be called from any thread.
+    """A bounded set of finished images. Thread-safe.
 
-    most_bytes: of files and thumbnails together; the newest picture stays even if it alone takes
-    more. most_seconds: how old a picture may become. clock: Unix seconds.
-    Where `owner` is given, only that client's pictures are there.
+    most_bytes: of files and thumbnails together; the newest image stays even if it is larger.
+    most_seconds: age at which an image is deleted. clock: Unix seconds. owner, in methods: only
+    that client's images are visible.
     """
 
     def __init__(
         self,
-        store: Store,
+        database: Database,
         most_bytes: int,
         most_seconds: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.store, self.most_bytes, self.most_seconds = store, most_bytes, most_seconds
+        self.database, self.most_bytes, self.most_seconds = database, most_bytes, most_seconds
         self.clock = clock
-        self.folder = store.folder / "pictures"
+        self.folder = database.folder / "pictures"
         with _explained():
             self.folder.mkdir(exist_ok=True)
             self._sweep()
@@ -71,25 +71,25 @@ class Gallery:
         also: Callable[[Connection, str], None] | None = None,
         png: bytes | None = None,
     ) -> Picture:
-        """Keeps a picture; when this returns it is on disk. `png`: its file, where it is made.
+        """Stores an image; it is on disk when this returns. png: the encoded file, if any.
 
-        `also(db, id)` belongs to the same transaction: if it raises, there is no picture.
+        `also(db, id)` runs in the same transaction; if it raises, the image is not stored.
         Failure if the disk is full.
         """
         thumbnail = _thumbnail(image)
-        id = self.store.new_id()
+        id = self.database.new_id()
         size = self._write(id, image, settings, png) + len(thumbnail)
         values = json.dumps(asdict(settings))
         picture = Picture(id, client, self.clock(), size, json.loads(values))
         try:
-            with self.store.transaction() as db:
+            with self.database.transaction() as db:
                 db.execute(
                     f"INSERT INTO pictures ({_COLUMNS}, thumbnail) VALUES (?, ?, ?, ?, ?, ?)",
                     (id, client, picture.created, size, values, thumbnail),
                 )
                 if also is not None:
                     also(db, id)
-                gone = self._let_go(db)
+                gone = self._evict(db)
         except BaseException:
             self._unlink(id)
             raise
@@ -97,10 +97,10 @@ class Gallery:
         return picture
 
     def get(self, id: str, owner: str | None = None) -> Picture | None:
-        """The picture of an id; None if there is none."""
+        """The image with an id, or None."""
         if not is_id(id):
             return None
-        rows = self.store.rows(
+        rows = self.database.rows(
             f"SELECT {_COLUMNS} FROM pictures WHERE id = ? AND client = ifnull(?, client)",
             id,
             owner,
@@ -110,39 +110,39 @@ class Gallery:
     def page(
         self, limit: int, before: str | None = None, owner: str | None = None
     ) -> list[Picture]:
-        """At most `limit` pictures, newest first; those older than `before` if it is given."""
+        """Up to `limit` images, newest first, older than `before`."""
         mine, values = ("", ()) if owner is None else ("AND client = ?", (owner,))
-        rows = self.store.rows(
+        rows = self.database.rows(
             f"SELECT {_COLUMNS} FROM pictures WHERE id < ? {mine} ORDER BY id DESC LIMIT ?",
-            before or "g",  # after every hexadecimal digit
+            before or "g",  # sorts after every hexadecimal digit
             *values,
             limit,
         )
         return [_picture(row) for row in rows]
 
     def png(self, id: str, owner: str | None = None) -> bytes | None:
-        """The file of a picture, settings inside; None if there is none."""
+        """The PNG file with the settings, or None."""
         if self.get(id, owner) is None:
             return None
         try:
             return self._path(id).read_bytes()
-        except FileNotFoundError:  # removed since
+        except FileNotFoundError:  # deleted meanwhile
             return None
 
     def thumbnail(self, id: str, owner: str | None = None) -> bytes | None:
-        """A small WebP of a picture; None if there is none."""
+        """The WebP thumbnail, or None."""
         if not is_id(id):
             return None
-        rows = self.store.rows(
+        rows = self.database.rows(
             "SELECT thumbnail FROM pictures WHERE id = ? AND client = ifnull(?, client)", id, owner
         )
         return rows[0]["thumbnail"] if rows else None
 
     def remove(self, id: str, owner: str | None = None) -> bool:
-        """Removes a picture for good. False if there is none."""
+        """Deletes an image. False if there is none."""
         if not is_id(id):
             return False
-        with self.store.transaction() as db:
+        with self.database.transaction() as db:
             found = db.execute(
                 "DELETE FROM pictures WHERE id = ? AND client = ifnull(?, client)", (id, owner)
             ).rowcount
@@ -151,25 +151,25 @@ class Gallery:
         return bool(found)
 
     def size(self) -> int:
-        """What all pictures take on disk."""
-        return self.store.rows("SELECT bytes FROM total")[0]["bytes"]
+        """Bytes of all images."""
+        return self.database.rows("SELECT bytes FROM total")[0]["bytes"]
 
     def tidy(self) -> None:
-        """Removes what is over the bounds."""
-        with self.store.transaction() as db:
-            gone = self._let_go(db)
+        """Deletes images beyond the bounds."""
+        with self.database.transaction() as db:
+            gone = self._evict(db)
         self._unlink(*gone)
 
     # --- on disk ----------------------------------------------------------------------------
 
-    def _let_go(self, db: Connection) -> list[str]:
-        """Deletes the rows that are over the bounds, oldest first, and returns their ids."""
+    def _evict(self, db: Connection) -> list[str]:
+        """Deletes rows beyond the bounds, oldest first, and returns their ids."""
         total = db.execute("SELECT bytes FROM total").fetchone()["bytes"]
         newest = db.execute("SELECT max(id) AS id FROM pictures").fetchone()["id"]
-        eldest, gone = self.clock() - self.most_seconds, []
+        oldest, gone = self.clock() - self.most_seconds, []
         for row in db.execute("SELECT id, bytes, created FROM pictures ORDER BY id"):
             too_many = total > self.most_bytes and row["id"] != newest
-            if not too_many and row["created"] >= eldest:
+            if not too_many and row["created"] >= oldest:
                 break
             total -= row["bytes"]
             gone.append(row["id"])
@@ -178,7 +178,7 @@ class Gallery:
         return gone
 
     def _write(self, id: str, image: Image.Image, settings: Settings, png: bytes | None) -> int:
-        """Writes the file, and the name into its folder, through to the disk; its bytes."""
+        """Writes the file and syncs it and its folder to disk; returns its size."""
         part = self.folder / f".{id}.part"
         with _explained():
             try:
@@ -199,26 +199,26 @@ class Gallery:
         return size
 
     def _sweep(self) -> None:
-        """Removes files without a row, and rows whose file somebody took away."""
-        known = {row["id"] for row in self.store.rows("SELECT id FROM pictures")}
-        there = set()
+        """Removes files without a row, and rows without a file."""
+        known = {row["id"] for row in self.database.rows("SELECT id FROM pictures")}
+        present = set()
         for entry in os.scandir(self.folder):
             match = _FILE.fullmatch(entry.name)
             if match is None:
                 continue  # not ours
             if match[1] == "" and match[3] == "png" and match[2] in known:
-                there.add(match[2])
+                present.add(match[2])
             else:
                 os.unlink(entry)
-        with self.store.transaction() as db:
-            db.executemany("DELETE FROM pictures WHERE id = ?", [(id,) for id in known - there])
+        with self.database.transaction() as db:
+            db.executemany("DELETE FROM pictures WHERE id = ?", [(id,) for id in known - present])
 
     def _path(self, id: str) -> Path:
-        assert is_id(id)  # ids come from the table, never from a request
+        assert is_id(id)  # callers pass ids of the table only
         return self.folder / f"{id}.png"
 
     def _unlink(self, *ids: str) -> None:
-        """Removes files of pictures that have no row; what cannot be goes at the next opening."""
+        """Removes files without a row; failures are retried when the gallery opens."""
         for id in ids:
             with contextlib.suppress(OSError):
                 os.unlink(self._path(id))
@@ -239,7 +239,7 @@ def _thumbnail(image: Image.Image) -> bytes:
 
 
 def _sync(folder: Path) -> None:
-    """Waits until the names in a folder are on disk."""
+    """Syncs a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -249,8 +249,8 @@ def _sync(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Says in one line, which names no path, what kept the disk from taking a picture."""
+    """Turns OSError into a one-line Failure that names no path."""
     try:
         yield
     except OSError as error:
-        raise Failure(f"cannot keep pictures: {error.strerror}") from error
+        raise Failure(f"cannot store images: {error.strerror}") from error

@@ -1,120 +1,122 @@
-"""The open jobs in memory: what of each waits, is on its way or done, and which comes next.
+"""The open jobs in memory, and which image goes to the service next.
 
-The service's own queue is short, so that it can say no at once; jobs may be many, and wait here.
-They are let into the service as room appears there: the urgent before the patient, then the
-client that has least on its way, then the oldest.
+The service's own queue is short, so that it can reject requests at once; jobs may be many and wait
+here. As the service has room it gets the image with the highest priority, then of the client with
+the fewest submitted images, then of the oldest job.
 """
 
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from koala.serving.jobs.listeners import Listener
+from koala.serving.jobs.subscribers import Subscriber
 from koala.serving.jobs.table import Job
-from koala.serving.service import Drawing
+from koala.serving.service import Submission
 
 
 @dataclass(eq=False)
-class Live:
-    """An open job. Its pictures are known by their places, from 0."""
+class OpenJob:
+    """A job that has not ended. Its images are numbered from 0."""
 
-    job: Job  # as it was when it was taken in
-    waiting: list[int]  # places that the service has not been given
-    drawings: dict[int, Drawing] = field(default_factory=dict)  # those that it has
-    steps: dict[int, int] = field(default_factory=dict)  # done, by place
-    previewed: dict[int, float] = field(default_factory=dict)  # when the last was made
+    job: Job  # as it was accepted
+    waiting: list[int]  # images not yet submitted to the service
+    submissions: dict[int, Submission] = field(default_factory=dict)  # by image
+    steps: dict[int, int] = field(default_factory=dict)  # finished steps, by image
+    previewed: dict[int, float] = field(default_factory=dict)  # time of the last preview, by image
     started: float | None = None  # Unix seconds
-    listeners: set[Listener] = field(default_factory=set)
-    over: bool = False
+    subscribers: set[Subscriber] = field(default_factory=set)
+    ended: bool = False
 
     @staticmethod
-    def of(job: Job) -> "Live":
-        """What is left of a job: all of a new one, after a crash what has had no end."""
-        waiting = [place for place in range(job.number) if place not in job.ended]
+    def of(job: Job) -> "OpenJob":
+        """A job with the images that are unfinished: all of a new job, fewer after a crash."""
+        waiting = [index for index in range(job.number) if index not in job.ended]
         steps = dict.fromkeys(job.ended, job.steps)
-        return Live(job, waiting, steps=steps, started=job.started)
+        return OpenJob(job, waiting, steps=steps, started=job.started)
 
     @property
     def deadline(self) -> float:
-        """Unix seconds; infinity if there is none."""
+        """Unix seconds; infinity without a deadline."""
         seconds = self.job.request.get("deadline")
         return float("inf") if seconds is None else self.job.created + seconds
 
-    def tell(self, what: str, index: int = 0, value: object = None) -> None:
-        """News to all that follow it."""
-        for listener in self.listeners:
-            listener.tell(what, index, value)
+    def notify(self, what: str, index: int = 0, value: object = None) -> None:
+        """Notifies all subscribers."""
+        for subscriber in self.subscribers:
+            subscriber.notify(what, index, value)
 
 
-class Queue:
-    """The open jobs, by id. Not safe by itself: its owner holds a lock.
+class JobQueue:
+    """The open jobs, by id. Not thread-safe: its owner holds a lock.
 
-    patience: seconds after which what waits counts one priority higher.
+    patience: seconds of waiting that raise the priority by one.
     """
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
-        self.jobs: dict[str, Live] = {}
-        self.given = 0  # pictures that the service has
-        self.of_client: Counter[str] = Counter()  # the same by client
-        self._paused: dict[str, float] = {}  # clients, until when; "": everybody
-        self._newest: tuple[Live, int] | None = None  # what the service was given last
+        self.jobs: dict[str, OpenJob] = {}
+        self.submitted = 0  # images in the service
+        self.of_client: Counter[str] = Counter()  # the same, by client
+        self._paused: dict[str, float] = {}  # client ("": all) -> monotonic time
+        self._newest: tuple[OpenJob, int] | None = None  # the last image submitted
 
     def pause(self, client: str, seconds: float) -> None:
-        """Gives nothing of a client's ("": of anybody's) for a while."""
+        """Submits nothing of a client ("": of any client) for some seconds."""
         self._paused[client] = time.monotonic() + seconds
 
-    def take(self, most: int, now: float) -> tuple[Live, int] | None:
-        """The picture that comes next, no longer among those that wait; None if none can.
+    def take(self, most: int, now: float) -> tuple[OpenJob, int] | None:
+        """Removes and returns the next image; None if there is none, or no room.
 
-        The service may have `most` of them at once. One that is past its deadline at `now` (Unix
-        seconds) needs no room.
+        most: images in the service at once; one past its deadline at `now` (Unix seconds) needs
+        no room.
         """
-        waiting = [live for live in self.jobs.values() if live.waiting]
-        late = next((live for live in waiting if live.deadline <= now), None)
-        if late is None:
+        waiting = [open_job for open_job in self.jobs.values() if open_job.waiting]
+        found = next((open_job for open_job in waiting if open_job.deadline <= now), None)
+        if found is None:
             clock = time.monotonic()
-            self._paused = {who: until for who, until in self._paused.items() if until > clock}
-            waiting = [live for live in waiting if live.job.client not in self._paused]
-            if self.given >= most or "" in self._paused or not waiting:
+            self._paused = {
+                client: until for client, until in self._paused.items() if until > clock
+            }
+            waiting = [open_job for open_job in waiting if open_job.job.client not in self._paused]
+            if self.submitted >= most or "" in self._paused or not waiting:
                 return None
-            late = min(waiting, key=lambda live: self._rank(live, now))
-        self.given += 1
-        self.of_client[late.job.client] += 1
-        return late, late.waiting.pop(0)
+            found = min(waiting, key=lambda open_job: self._rank(open_job, now))
+        self.submitted += 1
+        self.of_client[found.job.client] += 1
+        return found, found.waiting.pop(0)
 
-    def gave(self, live: Live, place: int, drawing: Drawing) -> None:
-        """The service has taken a picture."""
-        live.drawings[place] = drawing
-        self._newest = live, place
+    def record(self, open_job: OpenJob, index: int, submission: Submission) -> None:
+        """Records an image that the service accepted."""
+        open_job.submissions[index] = submission
+        self._newest = open_job, index
 
-    def back(self, live: Live, place: int) -> None:
-        """The service has a picture no longer, and it has had no end: it waits again."""
-        live.waiting = sorted([*live.waiting, place])
-        self.left(live, place)
+    def requeue(self, open_job: OpenJob, index: int) -> None:
+        """Puts an unfinished image that left the service back into the queue."""
+        open_job.waiting = sorted([*open_job.waiting, index])
+        self.release(open_job, index)
 
-    def left(self, live: Live, place: int) -> None:
-        """The service has a picture no longer."""
-        live.drawings.pop(place, None)
-        self.given -= 1
-        self.of_client[live.job.client] -= 1
-        if not self.of_client[live.job.client]:
-            del self.of_client[live.job.client]
+    def release(self, open_job: OpenJob, index: int) -> None:
+        """Records that an image left the service."""
+        open_job.submissions.pop(index, None)
+        self.submitted -= 1
+        self.of_client[open_job.job.client] -= 1
+        if not self.of_client[open_job.job.client]:
+            del self.of_client[open_job.job.client]
 
-    def ahead(self, live: Live, now: float) -> int:
-        """How many pictures of other jobs that wait here come before this one's."""
-        own = self._rank(live, now)
-        others = (each for each in self.jobs.values() if each is not live and each.waiting)
+    def ahead(self, open_job: OpenJob, now: float) -> int:
+        """How many waiting images of other jobs come before this job's."""
+        own = self._rank(open_job, now)
+        others = (each for each in self.jobs.values() if each is not open_job and each.waiting)
         return sum(len(each.waiting) for each in others if self._rank(each, now) < own)
 
-    def last(self) -> Drawing | None:
-        """What the service was given last, if it still waits there."""
+    def last(self) -> Submission | None:
+        """The last submission, if it is still queued in the service."""
         if self._newest is None:
             return None
-        live, place = self._newest
-        return None if place in live.steps else live.drawings.get(place)
+        open_job, index = self._newest
+        return None if index in open_job.steps else open_job.submissions.get(index)
 
-    def _rank(self, live: Live, now: float) -> tuple[float, int, str]:
-        aged = (now - live.job.created) // self.patience
-        priority = max(0.0, live.job.request["priority"] - aged)
-        return priority, self.of_client[live.job.client], live.job.id
+    def _rank(self, open_job: OpenJob, now: float) -> tuple[float, int, str]:
+        aged = (now - open_job.job.created) // self.patience
+        priority = max(0.0, open_job.job.request["priority"] - aged)
+        return priority, self.of_client[open_job.job.client], open_job.job.id

@@ -1,9 +1,9 @@
-"""The table of jobs: what was accepted, and which of its pictures have come to an end.
+"""The table of jobs: the accepted jobs, and which of their images have ended.
 
-A job is open from the commit of its acceptance to that of its end. What is between, whether it
-waits or is being drawn, is nobody's business after a crash: all open jobs are queued again, less
-the pictures that have come to an end. A picture's end and its row in the gallery are one
-transaction, and so is the last picture's and the job's. So no picture has two results.
+A job is open from its acceptance to its end. Whether it is queued or running is not stored: after
+a crash all open jobs are queued again, without the images that have ended. An image's end and its
+gallery row are one transaction, and so are the last image's end and the job's: no image is stored
+twice.
 """
 
 import json
@@ -14,66 +14,68 @@ from dataclasses import dataclass, field
 from sqlite3 import Connection, Row
 from typing import Any
 
-from koala.serving.jobs.database import Store, is_id
+from koala.serving.jobs.database import Database, is_id
 
-MOST_ENDED = 10_000  # jobs that are remembered after their end
+MOST_ENDED = 10_000  # ended jobs that are kept
 _COLUMNS = "id, client, status, request, number, steps, created, started, finished, message, code"
 
 
-class Full(Exception):
-    """The table takes no more of this client's jobs, or of anybody's."""
+class TooManyJobs(Exception):
+    """The limit of open jobs is reached, for this client or for all."""
 
     def __init__(self, mine: bool) -> None:
         super().__init__()
-        self.mine = mine  # whether it is this client's share that is full
+        self.mine = mine  # whether it is this client's limit
 
 
-class Ended(Exception):
-    """The job is no longer open, or the picture has had its end: this one came too late."""
+class AlreadyEnded(Exception):
+    """The job or the image has already ended."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the table has it."""
+    """A row of the table."""
 
     id: str
     client: str
     status: str  # open, done, failed, cancelled
-    request: dict[str, Any]  # what was asked for, without the bytes of pictures
-    number: int  # of pictures
+    request: dict[str, Any]  # without images
+    number: int  # of images
     steps: int  # of each
     created: float  # Unix seconds
-    started: float | None  # when the first step of any picture was taken
+    started: float | None  # Unix seconds of the first step
     finished: float | None
-    message: str | None  # what went wrong
+    message: str | None  # of the first error
     code: str | None
-    ended: dict[int, str | None] = field(default_factory=dict)  # place: picture's id, None: failed
+    ended: dict[int, str | None] = field(
+        default_factory=dict
+    )  # index: the image's id; None: failed
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """How much may wait."""
+class JobLimits:
+    """Limits of the open jobs."""
 
     jobs: int = 1_000
     jobs_of_client: int = 200
-    uploads: int = 1 << 30  # bytes of given pictures, as text
+    uploads: int = 1 << 30  # bytes of uploaded images, as base64
 
 
-class Table:
-    """The jobs of a store. Every method may be called from any thread.
+class JobTable:
+    """The jobs in a database. Thread-safe.
 
-    Where `owner` is given, only that client's jobs are there. clock: Unix seconds.
+    clock: Unix seconds. owner, in methods: only that client's jobs are visible.
     """
 
     def __init__(
         self,
-        store: Store,
-        bounds: Bounds | None = None,
+        database: Database,
+        limits: JobLimits | None = None,
         most_seconds: float = float("inf"),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.store, self.bounds, self.most_seconds = store, bounds or Bounds(), most_seconds
-        self.clock = clock
+        self.database, self.limits = database, limits or JobLimits()
+        self.most_seconds, self.clock = most_seconds, clock
 
     def accept(
         self,
@@ -83,62 +85,59 @@ class Table:
         number: int,
         steps: int,
     ) -> Job:
-        """Takes a job; when this returns it is on disk. Full if too much waits."""
-        id, created, given = self.store.new_id(), self.clock(), json.dumps(uploads).encode()
-        with self.store.transaction() as db:
+        """Stores a job; it is on disk when this returns. TooManyJobs if a limit is reached."""
+        id, created, content = self.database.new_id(), self.clock(), json.dumps(uploads).encode()
+        with self.database.transaction() as db:
             waiting = db.execute(
                 "SELECT count(*) AS jobs, ifnull(sum(length(uploads)), 0) AS bytes, "
                 "ifnull(sum(client = ?), 0) AS mine FROM jobs WHERE status = 'open'",
                 (client,),
             ).fetchone()
-            if waiting["mine"] >= self.bounds.jobs_of_client:
-                raise Full(mine=True)
-            much = waiting["bytes"] + len(given) > self.bounds.uploads and uploads
-            if waiting["jobs"] >= self.bounds.jobs or much:
-                raise Full(mine=False)
+            if waiting["mine"] >= self.limits.jobs_of_client:
+                raise TooManyJobs(mine=True)
+            too_large = waiting["bytes"] + len(content) > self.limits.uploads and uploads
+            if waiting["jobs"] >= self.limits.jobs or too_large:
+                raise TooManyJobs(mine=False)
             db.execute(
                 "INSERT INTO jobs (id, client, status, request, uploads, number, steps, "
                 "created) VALUES (?, ?, 'open', ?, ?, ?, ?, ?)",
-                (id, client, json.dumps(request), given, number, steps, created),
+                (id, client, json.dumps(request), content, number, steps, created),
             )
         return Job(id, client, "open", request, number, steps, created, None, None, None, None)
 
     def get(self, id: str, owner: str | None = None) -> Job | None:
-        """The job of an id; None if there is none."""
+        """The job with an id, or None."""
         if not is_id(id):
             return None
         found = self._jobs("id = ? AND client = ifnull(?, client)", id, owner)
         return found[0] if found else None
 
     def page(self, limit: int, before: str | None = None, owner: str | None = None) -> list[Job]:
-        """At most `limit` jobs, newest first; those older than `before` if it is given."""
+        """Up to `limit` jobs, newest first, older than `before`."""
         mine, values = ("", ()) if owner is None else ("AND client = ?", (owner,))
         where = f"id < ? {mine} ORDER BY id DESC LIMIT ?"
         return self._jobs(where, before or "g", *values, limit)
 
     def open(self) -> list[Job]:
-        """All open jobs, oldest first: after a crash, what is to be queued again."""
+        """All open jobs, oldest first."""
         return self._jobs("status = 'open' ORDER BY id")
 
     def uploads(self, id: str) -> dict[str, str]:
-        """The pictures given with an open job, as text; nothing once it has ended."""
-        rows = self.store.rows("SELECT uploads FROM jobs WHERE id = ?", id)
+        """The images uploaded with an open job, as base64; empty once it has ended."""
+        rows = self.database.rows("SELECT uploads FROM jobs WHERE id = ?", id)
         return json.loads(rows[0]["uploads"]) if rows else {}
 
-    # --- what happens to a job --------------------------------------------------------------
+    # --- changes ----------------------------------------------------------------------------
 
-    def drawn(self, db: Connection, id: str, place: int, picture: str, started: float) -> None:
-        """Within the transaction that adds a picture: it is the one of this place.
-
-        Ended if the job is not open or the place has had its end.
-        """
-        self._end_place(db, id, place, picture, started)
+    def drawn(self, db: Connection, id: str, index: int, picture: str, started: float) -> None:
+        """Records a finished image, in the transaction that stores it. AlreadyEnded."""
+        self._end_image(db, id, index, picture, started)
         self._end_if_complete(db, id)
 
-    def failed(self, id: str, place: int, message: str, code: str, started: float | None) -> None:
-        """The picture of this place failed. Ended as for `drawn`."""
-        with self.store.transaction() as db:
-            self._end_place(db, id, place, None, started)
+    def failed(self, id: str, index: int, message: str, code: str, started: float | None) -> None:
+        """Records a failed image. AlreadyEnded."""
+        with self.database.transaction() as db:
+            self._end_image(db, id, index, None, started)
             db.execute(
                 "UPDATE jobs SET message = ?, code = ? WHERE id = ? AND message IS NULL",
                 (message, code, id),
@@ -146,29 +145,29 @@ class Table:
             self._end_if_complete(db, id)
 
     def cancel(self, id: str) -> bool:
-        """Ends an open job; False if it was not open."""
-        with self.store.transaction() as db:
+        """Cancels an open job. False if it was not open."""
+        with self.database.transaction() as db:
             return self._end(db, id, "cancelled")
 
     def tidy(self) -> None:
-        """Forgets ended jobs that are too old or too many; the oldest go first."""
-        with self.store.transaction() as db:
+        """Deletes ended jobs that are too old or too many."""
+        with self.database.transaction() as db:
             db.execute(
                 "DELETE FROM jobs WHERE status != 'open' AND (finished < ? OR id IN (SELECT id "
                 "FROM jobs WHERE status != 'open' ORDER BY finished DESC LIMIT -1 OFFSET ?))",
                 (self.clock() - self.most_seconds, MOST_ENDED),
             )
 
-    def _end_place(
-        self, db: Connection, id: str, place: int, picture: str | None, started: float | None
+    def _end_image(
+        self, db: Connection, id: str, index: int, picture: str | None, started: float | None
     ) -> None:
         found = db.execute(
             "UPDATE jobs SET started = ifnull(started, ?) WHERE id = ? AND status = 'open'",
             (started, id),
         ).rowcount
         new = "INSERT OR IGNORE INTO parts (job, place, picture) VALUES (?, ?, ?)"
-        if not found or not db.execute(new, (id, place, picture)).rowcount:
-            raise Ended
+        if not found or not db.execute(new, (id, index, picture)).rowcount:
+            raise AlreadyEnded
 
     def _end_if_complete(self, db: Connection, id: str) -> None:
         row = db.execute(
@@ -186,10 +185,10 @@ class Table:
         return bool(db.execute(ended, (status, self.clock(), b"{}", id)).rowcount)
 
     def _jobs(self, where: str, *values: object) -> list[Job]:
-        rows = self.store.rows(f"SELECT {_COLUMNS} FROM jobs WHERE {where}", *values)
+        rows = self.database.rows(f"SELECT {_COLUMNS} FROM jobs WHERE {where}", *values)
         ended: dict[str, dict[int, str | None]] = defaultdict(dict)
         marks = ", ".join("?" * len(rows))
-        for part in self.store.rows(
+        for part in self.database.rows(
             f"SELECT job, place, picture FROM parts WHERE job IN ({marks}) ORDER BY place",
             *(row["id"] for row in rows),
         ):

@@ -1,11 +1,11 @@
-// Small tools for elements: find, make, tell.
+// DOM helpers.
 
-/** The element of an id; the page is written so that it is there. */
+/** The element with an id; it always exists. */
 export const $ = (id) => document.getElementById(id);
 
 /**
- * A new element. Properties go by the DOM's names, those with a dash are attributes; children
- * are elements and texts, so nothing that a server or a file says is ever read as HTML.
+ * A new element. Properties use DOM names; names with a dash are attributes. Children are elements
+ * and text, so no string of a server or file is ever parsed as HTML.
  */
 export function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
@@ -17,8 +17,8 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Shows a note for some seconds, over any dialog; screen readers say it. */
-export function tell(text) {
+/** Shows a note for a few seconds, above any dialog; screen readers read it. */
+export function notify(text) {
   const note = make("p", { className: "note" }, text);
   const notes = $("notes");
   if (notes.matches(":popover-open")) notes.hidePopover();
@@ -31,19 +31,19 @@ export function tell(text) {
   }, 4000 + 50 * text.length);
 }
 
-/** Tells screen readers what can be seen already. */
-export function say(text) {
+/** Announces text to screen readers only. */
+export function announce(text) {
   $("spoken").textContent = text;
 }
 
-/** Whether a button that can be pressed in is. */
+/** The state of a toggle button. */
 export const pressed = (button) => button.getAttribute("aria-pressed") === "true";
 
 export function press(button, on) {
   button.setAttribute("aria-pressed", String(on));
 }
 
-/** Buttons marked so, and a click beside it, close their dialog. */
+/** Closes a dialog by its [data-close] buttons and by a click outside. */
 export function closable(dialog) {
   for (const button of dialog.querySelectorAll("[data-close]")) {
     button.addEventListener("click", () => dialog.close());
@@ -53,8 +53,8 @@ export function closable(dialog) {
   });
 }
 
-/** Something kept over reloads, as JSON under one name; nothing where the browser keeps nothing. */
-export const kept = {
+/** JSON values in localStorage; silently empty where the browser forbids it. */
+export const storage = {
   read(name) {
     try {
       return JSON.parse(localStorage.getItem(`koala.${name}`));
@@ -66,7 +66,7 @@ export const kept = {
     try {
       localStorage.setItem(`koala.${name}`, JSON.stringify(value));
     } catch {
-      // full, or forbidden: then it is not kept
+      // full or forbidden
     }
   },
 };

@@ -1,29 +1,29 @@
-// The form: what is asked for. It is remembered over reloads, filled from settings, and read
-// into an order for the server, which checks it: its words about a bad value are shown as they are.
+// The form: the prompt and settings. It survives reloads, can be filled from an image's settings,
+// and is read into a job. The server checks the values; its error messages are shown as they are.
 
-import { $, kept, make, press, tell } from "./dom.js";
-import { given, show as showStart, startOrder } from "./start.js";
+import { $, storage, make, press, notify } from "./dom.js";
+import { hasImage, show as showStart, imageFields } from "./init_image.js";
 
-const USUAL = {
+const DEFAULTS = {
   negative: "", steps: "10", guidance: "3.5", until: "1", scheduler: "euler", seed: "",
   number: "1", size: "", width: "", height: "", strength: "0.6",
 };
-const NAMES = ["prompt", ...Object.keys(USUAL)];
+const NAMES = ["prompt", ...Object.keys(DEFAULTS)];
 const NUMBERS = [1, 2, 3, 4, 6, 8, 10];
-const MOST_SEED = Number.MAX_SAFE_INTEGER; // beyond it JavaScript's numbers skip some
+const MOST_SEED = Number.MAX_SAFE_INTEGER; // larger integers are not exact in JavaScript
 let about = { model: "", size: 64, schedulers: {} };
 let styles = [];
 let loras = []; // [[name, scale]]
 
-/** Builds the form for what the server draws with, and fills in what was there last. */
+/** Builds the form for the server's model, and restores the last values. */
 export function startForm(server, presets) {
   about = server;
   styles = presets.styles;
   fillSelects();
   $("styles").replaceChildren(...styles.map(styleChip));
   for (const range of document.querySelectorAll("input[data-of]")) pairUp(range);
-  setValues({ ...USUAL, ...kept.read("form") });
-  setLoras(kept.read("loras") ?? []);
+  setValues({ ...DEFAULTS, ...storage.read("form") });
+  setLoras(storage.read("loras") ?? []);
   $("form").addEventListener("input", (event) => {
     changed();
     if (["size", "width", "height"].includes(event.target.id)) showStart();
@@ -33,9 +33,9 @@ export function startForm(server, presets) {
     changed();
   });
   $("usual").addEventListener("click", () => {
-    setValues(USUAL);
+    setValues(DEFAULTS);
     setLoras([]);
-    tell("The usual settings are back.");
+    notify("Settings reset.");
   });
 }
 
@@ -51,25 +51,25 @@ function fillSelects() {
     [half, eighths(side * 1.5)],
   ];
   $("size").replaceChildren(
-    new Option(`Usual, ${side} px`, ""),
+    new Option(`Default, ${side} px`, ""),
     ...sizes.slice(1).map(([w, h]) => new Option(`${w} × ${h}`, `${w}x${h}`)),
-    new Option("Another…", "own"),
+    new Option("Custom…", "own"),
   );
 }
 
 const eighths = (pixels) => Math.max(16, 8 * Math.round(pixels / 8));
 
-/** A range beside a number field: each follows the other. The range has no name of its own. */
+/** Links a range input and its number field. */
 function pairUp(range) {
   const field = $(range.dataset.of);
   range.addEventListener("input", () => (field.value = range.value));
   field.addEventListener("input", () => (range.value = field.value));
 }
 
-/** After any change: keeps the values and shows what depends on them. */
+/** Call it after any change: stores the values and updates what depends on them. */
 export function changed() {
-  kept.write("form", values());
-  kept.write("loras", loras);
+  storage.write("form", values());
+  storage.write("loras", loras);
   refresh();
 }
 
@@ -100,10 +100,10 @@ function refresh() {
   $("own-size").hidden = $("size").value !== "own";
 }
 
-/** To be called when there is a picture to start from, or none any more. */
+/** Call it when the image to start from was set or removed. */
 export function startChanged() {
   const side = about.size;
-  $("size").options[0].text = given() ? "Like the picture" : `Usual, ${side} px`;
+  $("size").options[0].text = hasImage() ? "Like the image" : `Default, ${side} px`;
 }
 
 // --- styles ---------------------------------------------------------------------------------
@@ -125,9 +125,9 @@ const parts = () =>
 
 const hasStyle = (style) => parts().includes(style);
 
-// --- in and out -----------------------------------------------------------------------------
+// --- reading and filling --------------------------------------------------------------------
 
-/** The size to draw at, from a picture of a size: the one chosen, or its shape at usual area. */
+/** The output size for an input image: the chosen one, or the image's shape at native area. */
 export function sizeToDraw(width, height) {
   const chosen = chosenSize();
   if (chosen && chosen.every((side) => side >= 16 && side <= 4096)) return chosen.map(eighths);
@@ -141,27 +141,27 @@ function chosenSize() {
   return text ? text.split("x").map(Number) : null;
 }
 
-/** What to send as a job. Throws an Error whose message is for people. */
-export function order() {
+/** The fields of `POST /v1/jobs`. Throws an Error with a message for the user. */
+export function readForm() {
   const prompt = $("prompt").value.trim();
   if (!prompt) {
     $("prompt").focus();
-    throw new Error("Say what to draw first.");
+    throw new Error("Write a prompt first.");
   }
-  const asked = {
+  const fields = {
     prompt, n: Number($("number").value), scheduler: $("scheduler").value,
     steps: read("steps"), guidance: read("guidance"), guidance_until: read("until"),
   };
-  if ($("negative").value.trim()) asked.negative_prompt = $("negative").value.trim();
-  if ($("seed").value.trim()) asked.seed = seed();
+  if ($("negative").value.trim()) fields.negative_prompt = $("negative").value.trim();
+  if ($("seed").value.trim()) fields.seed = seed();
   const size = chosenSize();
   if (size?.some((side) => !(side > 0) || side % 8)) {
-    throw new Error("Give the width and the height in pixels, multiples of 8.");
+    throw new Error("Width and height must be multiples of 8 pixels.");
   }
-  if (size) asked.size = size.join("x");
-  if (loras.length) asked.lora = loras.map(([name, scale]) => ({ name, scale }));
-  if (given()) Object.assign(asked, { strength: read("strength") }, startOrder());
-  return asked;
+  if (size) fields.size = size.join("x");
+  if (loras.length) fields.lora = loras.map(([name, scale]) => ({ name, scale }));
+  if (hasImage()) Object.assign(fields, { strength: read("strength") }, imageFields());
+  return fields;
 }
 
 function read(name) {
@@ -179,7 +179,7 @@ function seed() {
   throw new Error(`The seed must be a whole number from 0 to ${MOST_SEED}.`);
 }
 
-/** Sends a picture's settings back to the form; `from` says in a note where they are from. */
+/** Fills the form with an image's settings; the note begins with `from`. */
 export function fill(settings, from) {
   const notes = [];
   const next = { prompt: settings.prompt, negative: settings.negative_prompt ?? "" };
@@ -189,7 +189,7 @@ export function fill(settings, from) {
   }
   if (settings.seed > MOST_SEED) {
     next.seed = "";
-    notes.push("Its seed is larger than a browser can count.");
+    notes.push("Its seed is too large for this page.");
   }
   if (settings.width && settings.height) {
     const own = settings.width === about.size && settings.height === about.size;
@@ -197,11 +197,11 @@ export function fill(settings, from) {
   }
   const named = Object.entries(about.schedulers).find(([, name]) => name === settings.sampler);
   if (named) next.scheduler = named[0];
-  else if (settings.sampler) notes.push(`There is no sampler ${settings.sampler} here.`);
+  else if (settings.sampler) notes.push(`This server has no sampler ${settings.sampler}.`);
   const fromPicture = settings.source === "A1111" ? settings.strength : settings.image;
   if (fromPicture) {
     next.strength = String(settings.strength);
-    if (!given()) notes.push("It was made from another picture: give that one as well.");
+    if (!hasImage()) notes.push("It was made from another image: add that image too.");
   }
   next.number = "1";
   setValues(next);
@@ -209,7 +209,7 @@ export function fill(settings, from) {
   if (settings.model && settings.source && settings.model !== about.model) {
     notes.push(`It was made with ${settings.model}.`);
   }
-  tell([from, ...notes].join(" "));
+  notify([from, ...notes].join(" "));
 }
 
 function setLoras(next) {
@@ -217,11 +217,11 @@ function setLoras(next) {
   $("loras").hidden = loras.length === 0;
   $("loras").querySelector(".chips").replaceChildren(
     ...loras.map(([name, scale]) => {
-      const chip = make("button", { type: "button", title: "Leave it out" }, `${name} ${scale} ×`);
-      chip.setAttribute("aria-label", `Leave out the LoRA ${name}`);
+      const chip = make("button", { type: "button", title: "Remove" }, `${name} ${scale} ×`);
+      chip.setAttribute("aria-label", `Remove the LoRA ${name}`);
       chip.addEventListener("click", () => setLoras(loras.filter(([other]) => other !== name)));
       return chip;
     }),
   );
-  kept.write("loras", loras);
+  storage.write("loras", loras);
 }

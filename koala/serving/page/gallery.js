@@ -1,21 +1,21 @@
-// The gallery: what was drawn before, newest first, and one picture with its settings.
+// The gallery, newest first, and the viewer of one image with its settings.
 
-import { $, closable, kept, make, press, pressed, tell } from "./dom.js";
+import { $, closable, storage, make, press, pressed, notify } from "./dom.js";
 import { call, fetchBlob } from "./server.js";
 import { address, imagePath, pictureInto, pictureName } from "./pictures.js";
-import { give } from "./start.js";
+import { setImage } from "./init_image.js";
 import { fill } from "./form.js";
 import { forget } from "./jobs.js";
 
 const PAGE = 60;
-let pictures = []; // as the server tells them, newest first
-let viewed = null; // the one in the viewer
+let pictures = []; // as the server sends them, newest first
+let viewed = null; // the image in the viewer
 
-/** Shows the newest pictures and wires the viewer. What jobs have added already stays. */
+/** Loads the newest images and sets up the viewer. Images that jobs added stay. */
 export async function startGallery() {
   closable($("viewer"));
   $("older").addEventListener("click", () => {
-    more(pictures.at(-1)).catch((error) => tell(error.message));
+    more(pictures.at(-1)).catch((error) => notify(error.message));
   });
   $("newer").addEventListener("click", () => move(-1));
   $("next").addEventListener("click", () => move(1));
@@ -25,23 +25,23 @@ export async function startGallery() {
   });
   $("use").addEventListener("click", () => {
     $("viewer").close();
-    fill(viewed.settings, "Its settings are in the form.");
+    fill(viewed.settings, "Its settings are now in the form.");
     toForm($("prompt"));
   });
   $("begin").addEventListener("click", begin);
   $("crisp").addEventListener("click", () => {
     press($("crisp"), !pressed($("crisp")));
-    kept.write("crisp", pressed($("crisp")));
+    storage.write("crisp", pressed($("crisp")));
     fit();
   });
-  press($("crisp"), kept.read("crisp") === true);
+  press($("crisp"), storage.read("crisp") === true);
   $("delete").addEventListener("click", remove);
   $("viewed").addEventListener("load", fit);
   addEventListener("resize", fit);
   await more(null);
 }
 
-/** Shows the next pictures: those older than `last`, or the newest. */
+/** Loads the next page: images older than `last`, or the newest. */
 async function more(last) {
   const { data } = await call(`v1/gallery?limit=${PAGE}${last ? `&before=${last.id}` : ""}`);
   const known = new Set(pictures.map(({ id }) => id));
@@ -52,7 +52,7 @@ async function more(last) {
   refresh();
 }
 
-/** Puts a picture that was just drawn in front. */
+/** Adds a finished image in front. */
 export function add(picture) {
   if (pictures.some(({ id }) => id === picture.id)) return;
   pictures.unshift(picture);
@@ -65,14 +65,14 @@ function refresh() {
   $("welcome").hidden = pictures.length > 0 || $("jobs").childElementCount > 0;
 }
 
-/** To be called when there are more or fewer cards of jobs. */
+/** Call it when job cards were added or removed. */
 export const refreshWelcome = refresh;
 
 function thumbnail(picture) {
   const button = make("button", { type: "button", className: "tile empty" });
   button.dataset.picture = picture.id;
   button.title = picture.settings.prompt;
-  button.setAttribute("aria-label", `Look at ${pictureName(picture)}`);
+  button.setAttribute("aria-label", `View ${pictureName(picture)}`);
   button.addEventListener("click", () => view(picture.id));
   const seen = new IntersectionObserver(([entry]) => {
     if (!entry.isIntersecting) return;
@@ -85,7 +85,7 @@ function thumbnail(picture) {
 
 // --- the viewer -----------------------------------------------------------------------------
 
-/** Opens a picture of the gallery. */
+/** Opens an image of the gallery. */
 export async function view(id) {
   viewed = pictures.find((picture) => picture.id === id);
   if (!viewed) return;
@@ -108,7 +108,7 @@ export async function view(id) {
     $("download").href = url;
     $("download").download = `${slug(settings.prompt)}-${settings.seed}.png`;
   } catch (error) {
-    tell(error.message);
+    notify(error.message);
   }
 }
 
@@ -119,8 +119,8 @@ function described(settings) {
     ["Size", `${settings.width} × ${settings.height}`], ["Steps", settings.steps],
     ["Guidance", settings.guidance], ["Seed", settings.seed], ["Scheduler", settings.sampler],
   );
-  if (settings.guidance_until < 1) rows.push(["Guided share", settings.guidance_until]);
-  if (settings.image) rows.push(["From a picture", `strength ${settings.strength}`]);
+  if (settings.guidance_until < 1) rows.push(["Guidance until", settings.guidance_until]);
+  if (settings.image) rows.push(["From an image", `strength ${settings.strength}`]);
   if (settings.mask) rows.push(["Mask", "yes"]);
   for (const [name, scale] of settings.loras ?? []) rows.push(["LoRA", `${name} ${scale}`]);
   rows.push(["Model", settings.model]);
@@ -128,8 +128,8 @@ function described(settings) {
 }
 
 /**
- * Sizes the picture: small ones are enlarged by a whole factor, so that crisp pixels are all
- * alike; large ones are made to fit. The frame has its size before the picture is there.
+ * Sizes the image: small ones are enlarged by an integer, so that all pixels look alike; large
+ * ones are scaled to fit. The frame has its size before the image has loaded.
  */
 function fit() {
   if (!viewed || !$("viewer").open) return;
@@ -154,44 +154,44 @@ async function begin() {
   try {
     const blob = await fetchBlob(imagePath(picture.id));
     $("viewer").close();
-    await give(new File([blob], "picture.png", { type: "image/png" }));
+    await setImage(new File([blob], "picture.png", { type: "image/png" }));
     toForm($("start"));
-    tell("Drawing starts from this picture now.");
+    notify("The next image starts from this one.");
   } catch (error) {
-    tell(error.message);
+    notify(error.message);
   }
 }
 
 async function remove() {
   if ($("delete").textContent === "Delete") {
-    $("delete").textContent = "Delete for good?";
+    $("delete").textContent = "Delete permanently?";
     return;
   }
   const gone = viewed;
   try {
     await call(`v1/gallery/${gone.id}`, { method: "DELETE" });
   } catch (error) {
-    if (error.status !== 404) return tell(error.message);
+    if (error.status !== 404) return notify(error.message);
   }
   const place = pictures.indexOf(gone);
   pictures = pictures.filter((picture) => picture !== gone);
   $("thumbnails").querySelector(`[data-picture="${gone.id}"]`)?.parentElement.remove();
   forget(gone.id);
   refresh();
-  tell("Deleted.");
+  notify("Deleted.");
   const next = pictures[Math.min(place, pictures.length - 1)];
   if (next) view(next.id);
   else $("viewer").close();
 }
 
-/** Shows the form where it is out of sight, as on a phone. */
+/** Scrolls to the form if it is out of sight, as on a phone. */
 function toForm(part) {
   const { top } = $("form").getBoundingClientRect();
   if (top < 0 || top > innerHeight / 2) $("form").scrollIntoView({ behavior: "smooth" });
   part.scrollIntoView({ behavior: "smooth", block: "nearest" });
 }
 
-/** A file's name that shows the prompt, as koala's own are named. */
+/** A file name from the prompt, as `koala generate` makes it. */
 function slug(prompt) {
   const words = prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "");
   return words.slice(0, 48).replace(/-+$/, "") || "picture";

@@ -1,33 +1,33 @@
-// The jobs on their way: a card each with previews, progress, place in the queue and cancel.
-// They live on the server: a reload finds them again, and a lost connection goes on.
+// The open jobs: a card each with previews, progress, queue position and a cancel button.
+// The jobs live on the server, so they survive a reload and a lost connection.
 
-import { $, make, say, tell } from "./dom.js";
+import { $, make, announce, notify } from "./dom.js";
 import { call, events, ServerError } from "./server.js";
 import { pictureInto, pictureName } from "./pictures.js";
 
 const STREAMS = 2; // browsers open six connections to a server, over all their tabs
-const POLL = 1500; // milliseconds between looks at the jobs that have no stream
+const POLL = 1500; // milliseconds between polls of the jobs without a stream
 const OVER = ["done", "failed", "cancelled"];
 const cards = new Map(); // id -> Card
 let streaming = 0;
 let drawn = () => {};
 let view = () => {};
-let usualSize = 64;
+let nativeSize = 64;
 
-/** Finds the jobs that are on their way. `onPicture(picture)`, `onView(id)` are called back. */
+/** Finds the open jobs. `onPicture(picture)` and `onView(id)` are callbacks. */
 export async function startJobs(side, onPicture, onView) {
-  [usualSize, drawn, view] = [side, onPicture, onView];
-  await look();
+  [nativeSize, drawn, view] = [side, onPicture, onView];
+  await poll();
   setInterval(() => {
-    if (!document.hidden && [...cards.values()].some((card) => card.waits)) look().catch(() => {});
+    if (!document.hidden && [...cards.values()].some((card) => card.waits)) poll().catch(() => {});
   }, POLL);
   document.addEventListener("visibilitychange", () => {
-    if (!document.hidden) look().catch(() => {});
+    if (!document.hidden) poll().catch(() => {});
   });
 }
 
-/** Asks for all recent jobs: new ones get a card, those without a stream are brought up to date. */
-async function look() {
+/** Fetches recent jobs: adds cards for new ones, updates those without a stream. */
+async function poll() {
   const { data } = await call("v1/jobs?limit=50");
   for (const job of data.reverse()) {
     const card = cards.get(job.id);
@@ -37,9 +37,9 @@ async function look() {
   }
 }
 
-/** Sends an order and shows its card. */
-export async function draw(order) {
-  const job = await call("v1/jobs", { method: "POST", json: order });
+/** Submits a job and shows its card. */
+export async function draw(fields) {
+  const job = await call("v1/jobs", { method: "POST", json: fields });
   for (const [id, card] of cards) if (card.over) remove(id);
   return show(job).element;
 }
@@ -57,7 +57,7 @@ function remove(id) {
   cards.delete(id);
 }
 
-/** Takes a picture that was deleted off the cards; a card without pictures goes. */
+/** Removes a deleted image from the cards, and cards without images. */
 export function forget(pictureId) {
   for (const [id, card] of cards) {
     card.element.querySelector(`[data-picture="${pictureId}"]`)?.remove();
@@ -65,7 +65,7 @@ export function forget(pictureId) {
   }
 }
 
-/** Gives free streams to the oldest jobs: they are drawn first. */
+/** Assigns free streams to the oldest jobs, which run first. */
 function fillStreams() {
   for (const card of cards.values()) {
     if (streaming >= STREAMS) return;
@@ -90,7 +90,7 @@ async function follow(card) {
       }
     }
     if (card.over) break;
-    if (pause > 500) card.said.textContent = "No connection, trying again";
+    if (pause > 500) card.said.textContent = "Connection lost, reconnecting";
     await new Promise((resolve) => setTimeout(resolve, pause));
   }
   streaming--;
@@ -104,18 +104,18 @@ class Card {
     this.id = job.id;
     this.over = false;
     this.waits = true; // for a stream
-    this.number = job.order.n ?? 1;
-    this.build(job.order);
+    this.number = job.request.n ?? 1;
+    this.build(job.request);
     this.update(job);
   }
 
-  build(order) {
-    this.words = make("p", { className: "words", title: order.prompt }, order.prompt);
+  build(request) {
+    this.words = make("p", { className: "words", title: request.prompt }, request.prompt);
     this.said = make("p", { className: "said quiet" });
     this.bar = make("progress", { max: 1, value: 0, "aria-label": "Steps done" });
     this.button = make("button", { type: "button", className: "small" }, "Cancel");
     this.button.addEventListener("click", () => this.cancel());
-    const [width, height] = (order.size ?? `${usualSize}x${usualSize}`).split("x").map(Number);
+    const [width, height] = (request.size ?? `${nativeSize}x${nativeSize}`).split("x").map(Number);
     this.tiles = Array.from({ length: this.number }, () => {
       const tile = make("div", { className: "tile empty" });
       tile.style.aspectRatio = `${width} / ${height}`;
@@ -131,7 +131,7 @@ class Card {
       grid);
   }
 
-  /** Takes one event of the server. */
+  /** Handles one event of the server. */
   take(name, data) {
     if (name === "status" || name === "end") this.update(data);
     else if (name === "progress") this.progress(data);
@@ -148,9 +148,9 @@ class Card {
   progress({ done, total, position }) {
     if (this.over) return;
     if (total) this.bar.value = done / total;
-    const ahead = position === 1 ? "1 picture" : `${position} pictures`;
+    const ahead = position === 1 ? "1 image" : `${position} images`;
     if (done) this.said.textContent = `${done} of ${total} steps`;
-    else if (position) this.said.textContent = `Waiting, ${ahead} ahead`;
+    else if (position) this.said.textContent = `Queued, ${ahead} ahead`;
     else this.said.textContent = "Starting";
     title();
   }
@@ -160,7 +160,7 @@ class Card {
     if (!tile || tile.dataset.picture) return;
     let image = tile.querySelector("img");
     if (!image) {
-      image = make("img", { alt: "Being drawn", className: "preview" });
+      image = make("img", { alt: "Preview", className: "preview" });
       tile.replaceChildren(image);
       tile.classList.remove("empty");
     }
@@ -173,8 +173,8 @@ class Card {
     const button = make("button", { type: "button", className: "tile" });
     button.dataset.picture = picture.id;
     button.style.aspectRatio = `${picture.settings.width} / ${picture.settings.height}`;
-    button.setAttribute("aria-label", `Look at ${pictureName(picture)}`);
-    button.append(...tile.childNodes); // the preview stays until the picture is there
+    button.setAttribute("aria-label", `View ${pictureName(picture)}`);
+    button.append(...tile.childNodes); // the preview stays until the image has loaded
     button.addEventListener("click", () => view(picture.id));
     tile.replaceWith(button);
     this.tiles[picture.index] = button;
@@ -187,17 +187,17 @@ class Card {
     this.over = true;
     this.waits = false;
     this.element.classList.add(status);
-    this.button.textContent = "Put away";
+    this.button.textContent = "Dismiss";
     this.button.disabled = false;
     for (const tile of this.tiles) if (!tile.dataset.picture) tile.remove();
     this.bar.value = status === "done" ? 1 : this.bar.value;
     const seconds = job?.finished && job.started ? job.finished - job.started : 0;
     const took = seconds ? ` in ${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s` : "";
     this.said.textContent = {
-      done: `Done${took}`, cancelled: "Cancelled", failed: message ?? "It failed.",
+      done: `Done${took}`, cancelled: "Cancelled", failed: message ?? "Failed.",
     }[status];
     this.said.classList.toggle("error", status === "failed");
-    if (status !== "failed") say(`${this.said.textContent}: ${this.words.textContent}`);
+    if (status !== "failed") announce(`${this.said.textContent}: ${this.words.textContent}`);
     title();
     const empty = !this.element.querySelector(".tile");
     if (status === "cancelled" && empty) setTimeout(() => remove(this.id), 4000);
@@ -210,16 +210,16 @@ class Card {
     try {
       this.update(await call(`v1/jobs/${this.id}/cancel`, { method: "POST" }));
     } catch (error) {
-      tell(error.message);
+      notify(error.message);
       this.button.disabled = false;
     }
   }
 }
 
-/** As many columns as make a grid of n that is about square. */
+/** The columns of a roughly square grid of n. */
 const columns = (n) => (n === 3 ? 3 : Math.ceil(Math.sqrt(n)));
 
-/** The page's title says how far the jobs are, for a tab in the background. */
+/** Shows the progress of all jobs in the page's title. */
 function title() {
   const open = [...cards.values()].filter((card) => !card.over);
   const done = open.reduce((sum, card) => sum + card.bar.value, 0) / open.length;

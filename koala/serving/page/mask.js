@@ -1,20 +1,20 @@
-// The mask: which places of a picture are drawn anew. It is painted in cells of 8 x 8 pixels,
-// since a place of the latent is taken whole: what is shown is what the server will do.
+// The mask: which parts of an image are repainted. It is painted in cells of 8 x 8 pixels, one for
+// each latent position, so what is shown is what the server does.
 
 import { $, make, closable, press, pressed } from "./dom.js";
 
-const CELL = 8; // pixels a side of a latent's place
-const COLOUR = [226, 61, 136]; // of what is painted
+const CELL = 8; // pixels a side of a latent position
+const COLOUR = [226, 61, 136]; // of the painted area
 const VEIL = 165; // its opacity, of 255
 
-let strokes = []; // {points: [[x, y]], width, erase}: shares of the picture's shorter side
+let strokes = []; // {points: [[x, y]], width, erase}, in units of the shorter side
 let [columns, rows] = [8, 8];
-let current = null; // the stroke under way
-let ground = null; // the picture in the painter, a canvas
+let current = null; // the stroke being drawn
+let ground = null; // canvas of the image in the painter
 let done = () => {};
-let cursor = [0.5, 0.5]; // of the keyboard, in shares of width and height
+let cursor = [0.5, 0.5]; // of the keyboard; relative to width and height
 
-/** Sets the size of the picture in pixels; another shape forgets what was painted. */
+/** Sets the image's size in pixels; another aspect ratio clears the mask. */
 export function sizeMask(width, height) {
   const next = [Math.ceil(width / CELL), Math.ceil(height / CELL)];
   if (next[0] * rows !== next[1] * columns) strokes = [];
@@ -25,13 +25,13 @@ export function forgetMask() {
   strokes = [];
 }
 
-/** The share of the cells that is painted. */
+/** The painted share of the cells. */
 export function painted() {
   const on = cells();
   return on.reduce((sum, cell) => sum + cell, 0) / on.length;
 }
 
-/** One number a cell, row by row: 1 where it is painted. */
+/** The cells, row by row: 1 where painted. */
 function cells() {
   const canvas = make("canvas", { width: columns, height: rows });
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -50,7 +50,7 @@ function cells() {
   return Array.from({ length: columns * rows }, (_, i) => Number(data[4 * i + 3] >= 100));
 }
 
-/** The cells as a canvas, a pixel each: `on` and `off` are colours [r, g, b, opacity]. */
+/** A canvas with one pixel a cell; `on` and `off` are [r, g, b, a]. */
 function drawn(on, off) {
   const canvas = make("canvas", { width: columns, height: rows });
   const context = canvas.getContext("2d");
@@ -60,14 +60,14 @@ function drawn(on, off) {
   return canvas;
 }
 
-/** Lays what is painted over a picture that fills a context's canvas. */
+/** Draws the mask over an image that fills the context's canvas. */
 export function paintOver(context) {
   context.imageSmoothingEnabled = false;
   const { width, height } = context.canvas;
   context.drawImage(drawn([...COLOUR, VEIL], [0, 0, 0, 0]), 0, 0, width, height);
 }
 
-/** The mask as a picture of the size to draw, white where it is painted; null without one. */
+/** The mask at output size, white where painted; null without a mask. */
 export function maskPicture() {
   if (!painted()) return null;
   const canvas = make("canvas", { width: columns * CELL, height: rows * CELL });
@@ -80,7 +80,7 @@ export function maskPicture() {
 
 // --- the painter ---------------------------------------------------------------------------
 
-/** Opens the painter over a picture, a canvas; `onDone` is called when it closes. */
+/** Opens the painter over an image (a canvas); `onDone` is called when it closes. */
 export function openPainter(picture, onDone) {
   [ground, done, current] = [picture, onDone, null];
   sizeMask(picture.width, picture.height);
@@ -102,7 +102,7 @@ function refresh(withCursor) {
   $("undo").disabled = $("clear").disabled = strokes.length === 0;
 }
 
-/** The brush's outline, light on dark so that it shows on anything. */
+/** Draws the brush's outline, visible on any background. */
 function ring(context, x, y) {
   const radius = (brushWidth() * Math.min(context.canvas.width, context.canvas.height)) / 2;
   for (const [style, line] of [["#000a", 6], ["#fff", 2]]) {
@@ -115,7 +115,7 @@ function ring(context, x, y) {
 
 const brushWidth = () => $("brush").valueAsNumber / 100;
 
-/** A point in shares of width and height as one in shares of the shorter side. */
+/** Converts a point from relative coordinates to units of the shorter side. */
 function inSides([x, y]) {
   const side = Math.min(columns, rows);
   return [(x * columns) / side, (y * rows) / side];
@@ -162,7 +162,7 @@ function key(event) {
   event.preventDefault();
 }
 
-/** Wires the painter, once. */
+/** Sets up the painter, once. */
 export function startPainter() {
   const canvas = $("canvas");
   closable($("painter"));

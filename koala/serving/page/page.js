@@ -1,15 +1,15 @@
-// The page: starts its parts and joins them.
+// The page: starts and connects its parts.
 
-import { $, make, tell } from "./dom.js";
+import { $, make, notify } from "./dom.js";
 import { call, onKeyWanted } from "./server.js";
-import { fill, changed, order, sizeToDraw, startChanged, startForm } from "./form.js";
-import { give, onBadFile, startPanel } from "./start.js";
+import { fill, changed, readForm, sizeToDraw, startChanged, startForm } from "./form.js";
+import { setImage, onBadFile, startPanel } from "./init_image.js";
 import { startPainter } from "./mask.js";
 import { add, refreshWelcome, startGallery, view } from "./gallery.js";
 import { draw, startJobs } from "./jobs.js";
 import { readSettings } from "./png.js";
 
-const MOST_BYTES = 1 << 28; // of a file whose settings are read
+const MOST_BYTES = 1 << 28; // of a file to read settings from
 
 function complain(text) {
   $("error").textContent = text;
@@ -19,7 +19,7 @@ function complain(text) {
 /** Asks for the key in a dialog; resolves to null if it is closed without one. */
 function askForKey(wrong) {
   $("ask-why").textContent = wrong
-    ? "That key is not right, or no longer." : "Whoever runs it has one for you.";
+    ? "That key is not valid." : "Ask the server's operator for one.";
   $("key").value = "";
   $("ask").returnValue = "";
   $("ask").showModal();
@@ -36,7 +36,7 @@ async function submit() {
   complain("");
   $("draw").disabled = true;
   try {
-    const card = await draw(order());
+    const card = await draw(readForm());
     const box = card.getBoundingClientRect();
     if (box.top < 0 || box.bottom > innerHeight) {
       card.scrollIntoView({ behavior: "smooth", block: "start" });
@@ -48,21 +48,21 @@ async function submit() {
   }
 }
 
-/** A file that was dropped: on the panel it is to start from, elsewhere its settings are read. */
+/** Handles a dropped file: on the panel it is the image to start from, elsewhere its settings. */
 async function dropped(event) {
   event.preventDefault();
   $("dropping").hidden = true;
   const file = event.dataTransfer.files[0];
   if (!file) return;
   complain("");
-  if ($("start").contains(event.target)) return void (await give(file));
+  if ($("start").contains(event.target)) return void (await setImage(file));
   const settings = file.size <= MOST_BYTES && (await readSettings(await file.arrayBuffer()));
-  if (settings) fill(settings, `The settings of ${file.name} are in the form.`);
-  else if (await give(file)) tell(`${file.name} holds no settings: drawing starts from it now.`);
+  if (settings) fill(settings, `The settings of ${file.name} are now in the form.`);
+  else if (await setImage(file)) notify(`${file.name} has no settings: the next image starts from it.`);
 }
 
 function startDropping() {
-  let depth = 0; // of elements that a drag has entered
+  let depth = 0; // of nested elements that the drag has entered
   const files = (event) => event.dataTransfer?.types.includes("Files");
   addEventListener("dragenter", (event) => {
     if (!files(event)) return;
@@ -117,7 +117,7 @@ async function start() {
   const wide = matchMedia("(min-width: 60rem)").matches;
   $("more").open = wide;
   new MutationObserver(refreshWelcome).observe($("jobs"), { childList: true });
-  await startJobs(about.size, add, view); // first: what is done meanwhile is in the gallery
+  await startJobs(about.size, add, view); // first, so that no finished image is missed
   await startGallery();
   document.documentElement.dataset.ready = "true";
 }

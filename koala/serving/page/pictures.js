@@ -1,12 +1,12 @@
-// Pictures of the server: fetched with the key, shown from memory.
+// Images of the server: fetched with the API key, shown as object URLs.
 
 import { make } from "./dom.js";
 import { fetchBlob } from "./server.js";
 
 const urls = new Map(); // path -> promise of an object URL
-const MOST = 400; // pictures that are kept in memory
+const MOST = 400; // images kept in memory
 
-/** An address for an <img>; the picture is fetched once. */
+/** A URL for an <img>; each image is fetched once. */
 export function address(path) {
   if (!urls.has(path)) {
     const url = fetchBlob(path).then((blob) => URL.createObjectURL(blob));
@@ -26,10 +26,10 @@ function drop(path) {
 export const imagePath = (id) => `v1/gallery/${id}/image`;
 const thumbnailPath = (id) => `v1/gallery/${id}/thumbnail`;
 
-/** A picture's name for people. */
+/** A label for an image. */
 export const pictureName = ({ settings }) => `${settings.prompt}, seed ${settings.seed}`;
 
-/** Puts a picture into an element in place of what is there, once it is loaded. */
+/** Replaces an element's content by an image once it has loaded. */
 export async function pictureInto(element, picture, small = false) {
   const path = small ? thumbnailPath(picture.id) : imagePath(picture.id);
   const image = make("img", { alt: pictureName(picture), draggable: false });
@@ -38,7 +38,7 @@ export async function pictureInto(element, picture, small = false) {
     await image.decode();
     element.replaceChildren(image);
   } catch {
-    element.replaceChildren(make("span", { className: "quiet small" }, "gone"));
+    element.replaceChildren(make("span", { className: "quiet small" }, "deleted"));
   }
   element.classList.remove("empty");
 }

@@ -1,8 +1,8 @@
-// What a PNG says about its making: koala's own JSON first, else the text of AUTOMATIC1111's web
-// UI, which most interfaces write. A file may be anything: nothing here trusts its lengths.
+// The generation settings in a PNG: our own JSON, else the text format of AUTOMATIC1111's web UI,
+// which most tools write. Files are untrusted: no length in them is.
 
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
-const MOST_TEXT = 1 << 20; // bytes of one text, unpacked
+const MOST_TEXT = 1 << 20; // bytes of one decompressed text
 
 /**
  * The settings in a PNG's bytes: {prompt, negative_prompt, steps, guidance, guidance_until, seed,
@@ -14,7 +14,7 @@ export async function readSettings(buffer) {
   return fromKoala(texts.get("koala")) ?? fromA1111(texts.get("parameters"));
 }
 
-/** The texts of a PNG by keyword; empty for what is no PNG. Broken chunks are left out. */
+/** The text chunks of a PNG by keyword; empty for other files. Broken chunks are skipped. */
 export async function readTexts(buffer) {
   const bytes = new Uint8Array(buffer);
   const view = new DataView(buffer);
@@ -29,14 +29,14 @@ export async function readTexts(buffer) {
       const found = await textOf(type, data);
       if (found && !texts.has(found[0])) texts.set(found[0], found[1]);
     } catch {
-      // a broken text: the others may be whole
+      // skip a broken chunk
     }
     at += 12 + length;
   }
   return texts;
 }
 
-/** [keyword, text] of a text chunk; null for any other. */
+/** [keyword, text] of a text chunk, else null. */
 async function textOf(type, data) {
   if (type !== "tEXt" && type !== "zTXt" && type !== "iTXt") return null;
   const end = data.indexOf(0);
@@ -61,7 +61,7 @@ async function inflated(bytes) {
     if (done) return new Uint8Array(await new Blob(parts).arrayBuffer());
     parts.push(value);
     size += value.length;
-    if (size > MOST_TEXT) throw new RangeError("too long a text");
+    if (size > MOST_TEXT) throw new RangeError("text too long");
   }
 }
 
@@ -132,7 +132,7 @@ const NUMBERS = [
   "steps", "guidance", "guidance_until", "seed", "width", "height", "strength",
 ];
 
-/** Only what has the type it should have. */
+/** The values that have the right type. */
 function sound(values) {
   const result = {};
   for (const name of TEXTS) if (typeof values[name] === "string") result[name] = values[name];

@@ -1,40 +1,40 @@
-// Calls to the server: the key, errors in plain words, events. Addresses are relative to the
-// page's own, so that it also works under a prefix.
+// Calls to the server: API key, error messages, events. Paths are relative to the page's own, so
+// that it also works under a prefix.
 
-/** What the server, or the way to it, says went wrong: a message for people. */
+/** An error of the server or the connection, with a message for the user. */
 export class ServerError extends Error {
   constructor(message, status) {
     super(message);
-    this.status = status; // of HTTP; 0 where no answer came
+    this.status = status; // HTTP status; 0 without a response
   }
 }
 
 const KEY = "koala.key";
-let asking = null; // the question for a key that is open: one for all calls that wait for it
+let asking = null; // the open key dialog, shared by all waiting calls
 let askForKey = async () => null;
 
-/** `ask(wrong)` resolves to a key or null; it is called only when the server wants one. */
+/** Sets `ask(wrong)`, which resolves to a key or null; called when the server needs one. */
 export function onKeyWanted(ask) {
   askForKey = ask;
 }
 
-/** JSON of a call. Throws a ServerError. */
+/** The JSON response of a call. Throws a ServerError. */
 export async function call(path, options = {}) {
   const response = await request(path, options);
   if (response.status === 204) return null;
   try {
     return await response.json();
   } catch {
-    throw new ServerError("The server's answer cannot be read.", response.status);
+    throw new ServerError("The server's response could not be read.", response.status);
   }
 }
 
-/** A picture of a call, as a Blob. */
+/** The response of a call as a Blob. */
 export async function fetchBlob(path) {
   return (await request(path)).blob();
 }
 
-/** A call's answer, once it is a good one. `json` is sent as the body. */
+/** The successful response of a call. `json` is sent as the body. */
 export async function request(path, { json, ...options } = {}) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
@@ -55,9 +55,9 @@ export async function request(path, { json, ...options } = {}) {
   }
 }
 
-/** Whether there is another key than `old` now. */
+/** Whether there is now a key other than `old`. */
 async function newKey(old) {
-  if (sessionStorage.getItem(KEY) !== old) return true; // given meanwhile
+  if (sessionStorage.getItem(KEY) !== old) return true; // set meanwhile
   asking ??= askForKey(Boolean(old)).finally(() => (asking = null));
   const key = await asking;
   if (!key) return false;
@@ -66,18 +66,18 @@ async function newKey(old) {
 }
 
 async function explained(response) {
-  let message = `The server answered ${response.status} ${response.statusText}`.trim() + ".";
+  let message = `The server responded ${response.status} ${response.statusText}`.trim() + ".";
   try {
     message = (await response.json()).error.message || message;
   } catch {
-    // no JSON of ours: the status has to do
+    // not our JSON: use the status
   }
   const wait = Number(response.headers.get("Retry-After"));
   if (wait > 0) message += ` (Try again in ${Math.ceil(wait)} s.)`;
   return new ServerError(message, response.status);
 }
 
-/** The server-sent events of a path, as {name, data}, until the stream ends. */
+/** Yields the server-sent events of a path as {name, data}. */
 export async function* events(path, signal) {
   const response = await request(path, { signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,1 +1,1 @@
-"""One server over many GPUs or processes, by Ray."""
+"""One server over many GPUs or processes, with Ray Serve."""

@@ -1,8 +1,8 @@
-"""What runs in each replica of a scaled-out server, and which replica gets which picture.
+"""The replica of a scaled-out server, and the router that picks one for each image.
 
-A replica is a step engine in a process of its own, with a GPU of its own where there are GPUs.
-Pictures come one by one; what happens to each is told as a stream. Nothing is kept here: whoever
-sent a picture sends it again if the replica dies.
+A replica is an engine in its own process, with its own GPU if there are GPUs. Images arrive one by
+one, and each is answered with a stream of updates. A replica keeps no state: the sender retries if
+it dies.
 """
 
 import asyncio
@@ -18,23 +18,23 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from koala.generation import Engine, Pass, Progress, Request
 from koala.serving.settings import Options
 
-BETWEEN_PREVIEWS = 0.25  # seconds, of one picture
-BETWEEN_NEWS = 0.05  # seconds, of one picture
+BETWEEN_PREVIEWS = 0.25  # seconds, for each image
+BETWEEN_UPDATES = 0.05  # seconds, for each image
 
 
 @dataclass(frozen=True)
-class News:
-    """What a replica tells of one picture. The last has an image or an error."""
+class ReplicaUpdate:
+    """Progress of one image. The last update has an image or an error."""
 
-    done: int = 0  # steps; the first news has none
+    done: int = 0  # steps
     preview: Image.Image | None = None
-    passes: tuple[Pass, ...] = ()  # of the whole replica, since it last told of any
+    passes: tuple[Pass, ...] = ()  # all of the replica's since the last update
     image: Image.Image | None = None
     error: BaseException | None = None
 
 
 class Replica:
-    """One engine. `options`: as for `koala serve`; the batch has the size they say."""
+    """One engine, with the options of `koala serve` and their batch size."""
 
     def __init__(self, options: Options) -> None:
         from koala.serving.run import loaded
@@ -49,93 +49,93 @@ class Replica:
         ).start()
 
     async def ready(self) -> bool:
-        """True, once it is."""
+        """Returns True once the replica can take images."""
         return True
 
     def check_health(self) -> None:
-        """Raises if nothing would be drawn any more."""
+        """Raises if the engine has died."""
         assert self._engine.working, "the engine's thread has ended"
 
     async def draw(
         self, request: Request, size: str, seconds: float | None
-    ) -> AsyncGenerator[News, None]:
-        """Draws a picture of this size, for which there are so many seconds; ends it if told to."""
-        loop, coming = asyncio.get_running_loop(), asyncio.Queue[News | None]()
-        looked = 0.0
+    ) -> AsyncGenerator[ReplicaUpdate, None]:
+        """Generates an image within `seconds`, and yields its updates; closing cancels it."""
+        loop, updates = asyncio.get_running_loop(), asyncio.Queue[ReplicaUpdate | None]()
+        previewed = 0.0
 
-        def tell(news: News | None) -> None:
-            loop.call_soon_threadsafe(coming.put_nowait, news)
+        def send(update: ReplicaUpdate | None) -> None:
+            loop.call_soon_threadsafe(updates.put_nowait, update)
 
         def on_step(progress: Progress) -> None:
-            nonlocal looked
+            nonlocal previewed
             preview, now = None, time.monotonic()
-            if now - looked >= BETWEEN_PREVIEWS:
-                looked, preview = now, progress.preview()
-            tell(News(progress.done, preview))
+            if now - previewed >= BETWEEN_PREVIEWS:
+                previewed, preview = now, progress.preview()
+            send(ReplicaUpdate(progress.done, preview))
 
         deadline = None if seconds is None else time.monotonic() + seconds
-        ticket = self._engine.submit(request, on_step, lambda: tell(News()), deadline)
-        ticket.add_done_callback(lambda _: tell(None))
+        ticket = self._engine.submit(request, on_step, lambda: send(ReplicaUpdate()), deadline)
+        ticket.add_done_callback(lambda _: send(None))
         done, sent = 0, 0.0
         try:
-            while (news := await coming.get()) is not None:
-                done, now = news.done, time.monotonic()
-                if done and not news.preview and now - sent < BETWEEN_NEWS:
-                    continue  # the next says so, too
+            while (update := await updates.get()) is not None:
+                done, now = update.done, time.monotonic()
+                if done and not update.preview and now - sent < BETWEEN_UPDATES:
+                    continue  # the next update includes it
                 sent = now
-                yield replace(news, passes=self._passed())
+                yield replace(update, passes=self._take_passes())
             error = ticket.exception()
             image = None if error else ticket.result()
-            yield News(done, passes=self._passed(), image=image, error=error)
+            yield ReplicaUpdate(done, passes=self._take_passes(), image=image, error=error)
         finally:
             ticket.cancel()
 
-    def _passed(self) -> tuple[Pass, ...]:
-        found = tuple(self._passes)
-        del self._passes[: len(found)]
-        return found
+    def _take_passes(self) -> tuple[Pass, ...]:
+        passes = tuple(self._passes)
+        del self._passes[: len(passes)]
+        return passes
 
 
-class BySize(RequestRouter):
-    """Sends a picture to the replica with the least to do, where equal sizes share their steps.
+class SizeRouter(RequestRouter):
+    """Routes an image to the least loaded replica, where images of one size share passes.
 
-    A picture of a size that a replica is drawing already joins a pass there; of any other size it
-    asks for passes of its own, which counts as `apart` pictures more.
+    An image of a size that a replica is running joins its passes; another size needs passes of
+    its own and counts as `penalty` more images.
     """
 
-    def initialize_state(self, apart: int) -> None:
-        self._apart = apart
-        self._under_way: dict[str, tuple[ReplicaID, str]] = {}  # by request: where, and its size
+    def initialize_state(self, penalty: int) -> None:
+        self._penalty = penalty
+        self._running: dict[str, tuple[ReplicaID, str]] = {}  # request -> (replica, size)
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """One rank a replica, the best first."""
+        """The replicas, best first, one in each rank."""
         size = _size(pending_request)
-        where = {each.replica_id: each for each in candidate_replicas}
-        best = ranked(list(where), list(self._under_way.values()), size, self._apart)
-        return [[where[id]] for id in best]
+        by_id = {each.replica_id: each for each in candidate_replicas}
+        best = rank_replicas(list(by_id), list(self._running.values()), size, self._penalty)
+        return [[by_id[id]] for id in best]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
         if size := _size(pending_request):
             id = pending_request.metadata.internal_request_id
-            self._under_way[id] = (replica_id, size)
+            self._running[id] = (replica_id, size)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._under_way.pop(internal_request_id, None)
+        self._running.pop(internal_request_id, None)
 
 
-def ranked(
-    replicas: Sequence[Any], under_way: Sequence[tuple[Any, str]], size: str | None, apart: int
+def rank_replicas(
+    replicas: Sequence[Any], running: Sequence[tuple[Any, str]], size: str | None, penalty: int
 ) -> list[Any]:
-    """The replicas, best first for a picture of a size. under_way: (replica, size) of others."""
-    load = Counter(replica for replica, _ in under_way)
-    alike = {replica for replica, other in under_way if other == size}
-    return sorted(replicas, key=lambda one: load[one] + (0 if one in alike else apart))
+    """The replicas, best first for an image size. running: (replica, size) of other images."""
+    load = Counter(replica for replica, _ in running)
+    same_size = {replica for replica, other in running if other == size}
+    return sorted(replicas, key=lambda one: load[one] + (0 if one in same_size else penalty))
 
 
 def _size(pending: PendingRequest | None) -> str | None:

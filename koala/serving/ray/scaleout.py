@@ -1,8 +1,8 @@
-"""`koala serve --replicas`: the same server over many engines, by Ray Serve.
+"""`koala serve --replicas`: one server over many engines, with Ray Serve.
 
-Ray Serve keeps the replicas alive, adds some while pictures queue, and takes them away again. The
-front is one process: it checks, queues and keeps all jobs and pictures, as `koala serve` does, and
-answers the same requests. If it dies it is started again and goes on with the jobs on its disk.
+Ray Serve keeps the replicas alive, adds some while images queue, and removes them again. The
+front end is one process: it checks and queues requests and stores jobs and images, with the same
+API as `koala serve`. If it dies, it is restarted and continues with the jobs on its disk.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from koala.errors import UserError
 from koala.serving.settings import Options, Scale, check
 
 try:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is called
-    os.environ.setdefault("RAY_worker_niceness", "0")  # drawing is what the machine is for
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    os.environ.setdefault("RAY_worker_niceness", "0")  # do not lower the replicas' priority
     import ray
     from ray import serve as ray_serve
     from ray.exceptions import RayError, RayTaskError
@@ -31,21 +31,21 @@ except ImportError:
 
 from koala.generation import Pass, Request
 from koala.serving.app import create_app
-from koala.serving.jobs.database import Store
-from koala.serving.meta_pipeline import outline
-from koala.serving.ray.fleet import Fleet
+from koala.serving.jobs.database import Database
+from koala.serving.meta_pipeline import load_meta_pipeline
+from koala.serving.ray.remote_engine import RemoteEngine
 from koala.serving.ray.replicas import Replica
 from koala.serving.service import Service
 
 APP, REPLICAS = "koala", "replicas"
-BATCH = 8  # pictures of a pass, where the limits do not say
-AHEAD = 2  # batches that a replica may have, so that it never waits for the next picture
-UP, DOWN = 5.0, 120.0  # seconds that a queue must be long or short before replicas change
-OBJECTS = 256 * 2**20  # bytes that Ray holds for pictures on their way
+BATCH = 8  # default batch size in images
+AHEAD = 2  # batches in a replica at once, so that it never idles
+UP, DOWN = 5.0, 120.0  # seconds of load before replicas are added or removed
+OBJECTS = 256 * 2**20  # bytes of Ray's object store
 
 
-class Reached:
-    """The replicas, as the front reaches them (`koala.serving.ray.fleet.Replicas`)."""
+class RayReplicas:
+    """The replicas, reached through Ray (`koala.serving.ray.remote_engine.Replicas`)."""
 
     def __init__(self, handle: Any, batch: int) -> None:
         self.handle, self.batch = handle.options(stream=True), batch
@@ -54,71 +54,73 @@ class Reached:
     async def draw(
         self, request: Request, size: str, seconds: float | None
     ) -> AsyncIterator[AsyncIterator[Any]]:
-        coming = self.handle.draw.remote(request=request, size=size, seconds=seconds)
+        updates = self.handle.draw.remote(request=request, size=size, seconds=seconds)
         try:
-            yield coming
+            yield updates
         finally:
-            coming.cancel()
+            updates.cancel()
 
     def lost(self, error: BaseException) -> bool:
         return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         deployments = ray_serve.status().applications[APP].deployments
         return AHEAD * self.batch * deployments[REPLICAS].replica_states.get("RUNNING", 0)
 
 
 class ScaledService(Service):
-    """A service whose engine is a fleet."""
+    """A service whose engine runs on replicas."""
 
     def __init__(self, options: Options, handle: Any) -> None:
-        super().__init__(outline(options.model), options.limits, options.lora_dir)
+        super().__init__(load_meta_pipeline(options.model), options.limits, options.lora_dir)
         assert options.limits.max_batch is not None
         self.handle, self.batch, self.replicas = handle, options.limits.max_batch, 1
 
     def start(self) -> None:
-        """Ready as soon as one replica is."""
+        """Waits for the first replica, then sets `ready`."""
         self.handle.ready.remote().result()
         with self._idle:
             if self._draining:
                 return
-            reached = Reached(self.handle, self.batch)
-            fleet = Fleet(reached, self._fairness.rank, self._note_pass, self._note_room).start()
-            self._engine = fleet  # type: ignore[assignment]
+            reached = RayReplicas(self.handle, self.batch)
+            remote_engine = RemoteEngine(
+                reached, self._fair_queue.rank, self._on_pass, self._on_capacity
+            ).start()
+            self._engine = remote_engine  # type: ignore[assignment]
         self.ready = True
 
-    def _note_room(self, room: int) -> None:
-        """So that jobs fill all replicas."""
-        self.replicas = max(1, room // (AHEAD * self.batch))
+    def _on_capacity(self, capacity: int) -> None:
+        """Scales the batch size, so that jobs fill all replicas."""
+        self.replicas = max(1, capacity // (AHEAD * self.batch))
         self.max_batch = self.replicas * self.batch
 
-    def _note_pass(self, done: Pass) -> None:
-        """A pass of one replica, beside which the others have theirs."""
-        self._admission.pace.note(replace(done, seconds=done.seconds / self.replicas))
+    def _on_pass(self, done: Pass) -> None:
+        """Records a pass of one of the parallel replicas."""
+        self._admission.throughput.update(replace(done, seconds=done.seconds / self.replicas))
         self.metrics.passed(done, self.batch)
 
 
-class Front:
-    """What answers: one process, with the queue, the jobs and the gallery."""
+class Frontend:
+    """The front-end process, with the queue, the jobs and the gallery."""
 
     def __init__(self, options: Options, handle: Any) -> None:
-        self.store = Store(options.data)
+        self.database = Database(options.data)
         self.service = ScaledService(options, handle)
-        self.answering = create_app(self.service, self.store, options)
+        self.app = create_app(self.service, self.database, options)
         threading.Thread(target=self.service.start, daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.answering
+        return self.app
 
     async def drain(self, seconds: float) -> bool:
-        """Takes no more and finishes what is under way; whether all was done in this time."""
+        """Rejects new requests and finishes the running ones. Returns whether all finished."""
         done = await asyncio.to_thread(self.service.drain, seconds)
-        await asyncio.to_thread(self.answering.state.jobs.close)
+        await asyncio.to_thread(self.app.state.jobs.close)
         return done
 
 
 def application(options: Options, scale: Scale, gpus: bool) -> "ray_serve.Application":
-    """The front and its replicas, for `ray.serve.run`; each replica has a GPU or a CPU."""
+    """The front end and its replicas, for `ray.serve.run`; each replica gets a GPU or a CPU."""
     batch = options.limits.max_batch or BATCH
     options = replace(options, limits=replace(options.limits, max_batch=batch))
     number: dict[str, Any] = {"num_replicas": scale.least}
@@ -134,26 +136,26 @@ def application(options: Options, scale: Scale, gpus: bool) -> "ray_serve.Applic
         Replica, name=REPLICAS, **number, max_ongoing_requests=AHEAD * batch,
         ray_actor_options={"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1},
         request_router_config=RequestRouterConfig(
-            request_router_class="koala.serving.ray.replicas.BySize",
-            request_router_kwargs={"apart": max(1, batch // 2)},
+            request_router_class="koala.serving.ray.replicas.SizeRouter",
+            request_router_kwargs={"penalty": max(1, batch // 2)},
         ),
         health_check_period_s=2, graceful_shutdown_timeout_s=options.limits.drain,
     )  # fmt: skip
-    here = f"node:{ray.util.get_node_ip_address()}"  # where the data folder is
+    here = f"node:{ray.util.get_node_ip_address()}"  # the node with the data folder
     front = ray_serve.deployment(
-        ray_serve.ingress()(Front), name="front", max_ongoing_requests=4096,
+        ray_serve.ingress()(Frontend), name="front", max_ongoing_requests=4096,
         ray_actor_options={"num_cpus": 0, "resources": {here: 0.001}},
     )  # fmt: skip
     return front.bind(options, replicas.bind(options))
 
 
 def serve(options: Options, scale: Scale, say: Callable[[str], None]) -> None:
-    """Serves until SIGTERM or SIGINT; joins the cluster of $RAY_ADDRESS, or makes one here.
+    """Serves until SIGTERM or SIGINT, on the cluster at $RAY_ADDRESS or on a new local one.
 
-    UserError for what it cannot be started with.
+    UserError for options it cannot start with.
     """
     check(options)
-    told = threading.Event()
+    stop = threading.Event()
     started_here = "RAY_ADDRESS" not in os.environ
     if started_here:
         cpus = max(os.cpu_count() or 1, scale.most)
@@ -163,17 +165,17 @@ def serve(options: Options, scale: Scale, say: Callable[[str], None]) -> None:
         )  # fmt: skip
     else:
         ray.init(logging_level="warning", log_to_driver=False)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in their place
-        signal.signal(number, lambda *_: told.set())
+    for number in (signal.SIGINT, signal.SIGTERM):  # replaces Ray's handlers
+        signal.signal(number, lambda *_: stop.set())
     try:
         gpus = options.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         ray_serve.start(http_options={"host": options.host, "port": options.port})
         front = ray_serve.run(application(options, scale, gpus), name=APP, route_prefix="/")
         say(f"{options.model} is ready on http://{options.host}:{options.port}")
-        told.wait()
-        say("stopping: no new requests; what is under way is finished")
+        stop.wait()
+        say("stopping: no new requests; finishing the running ones")
         if not front.drain.remote(options.limits.drain).result():
-            say("what was not finished has been cancelled")
+            say("unfinished requests were cancelled")
         ray_serve.delete(APP)
     finally:
         if started_here:

@@ -1,24 +1,24 @@
-// The picture to start from: given as a file, cut to the size that is drawn, shown with its mask.
-// What is shown is what is sent, pixel for pixel; a photograph's place and camera stay here.
+// The image to start from: read from a file, cropped to the output size, shown with its mask.
+// The pixels shown are the pixels sent; a photograph's metadata is not.
 
 import { $, make } from "./dom.js";
 import { painted, paintOver, sizeMask, forgetMask, maskPicture, openPainter } from "./mask.js";
 
-let bitmap = null; // the picture as it came
-let sizeFor = () => [64, 64]; // (width, height of a picture) -> size to draw at
+let bitmap = null; // the original image
+let sizeFor = () => [64, 64]; // (width, height of an image) -> output size
 let changed = () => {};
 
-/** Whether there is a picture to start from. */
-export const given = () => bitmap !== null;
+/** Whether there is an image to start from. */
+export const hasImage = () => bitmap !== null;
 
-/** Wires the panel. `size(width, height)` says what is drawn from a picture of that size. */
+/** Sets up the panel. `size(width, height)` returns the output size for an image. */
 export function startPanel(size, onChange) {
   [sizeFor, changed] = [size, onChange];
   $("file").addEventListener("change", () => {
-    if ($("file").files[0]) give($("file").files[0]);
+    if ($("file").files[0]) setImage($("file").files[0]);
     $("file").value = "";
   });
-  $("ungive").addEventListener("click", () => give(null));
+  $("ungive").addEventListener("click", () => setImage(null));
   $("paint").addEventListener("click", () => openPainter(cut(), show));
   $("given-picture").addEventListener("click", () => openPainter(cut(), show));
   $("unpaint").addEventListener("click", () => {
@@ -28,14 +28,14 @@ export function startPanel(size, onChange) {
   });
 }
 
-/** Takes a file as the picture to start from, null for none. False if it is no picture. */
-export async function give(file) {
+/** Sets the image to start from, or removes it (null). False if the file is not an image. */
+export async function setImage(file) {
   let next = null;
   try {
     if (file) next = await createImageBitmap(file);
   } catch {
     const name = file.name || "This file";
-    complain(`${name} cannot be read as a picture: choose a PNG, JPEG or WebP.`);
+    complain(`${name} cannot be read as an image: choose a PNG, JPEG or WebP.`);
     return false;
   }
   bitmap?.close();
@@ -48,17 +48,17 @@ export async function give(file) {
 
 let complain = () => {};
 
-/** `f(text)` is told of files that are no pictures. */
+/** Sets `f(text)`, called for files that are not images. */
 export function onBadFile(f) {
   complain = f;
 }
 
-/** Shows the panel as things are; to be called when the size has changed, too. */
+/** Updates the panel; call it also when the size has changed. */
 export function show() {
-  $("drop").hidden = given();
-  $("given").hidden = !given();
+  $("drop").hidden = hasImage();
+  $("given").hidden = !hasImage();
   changed();
-  if (!given()) return;
+  if (!hasImage()) return;
   const [width, height] = sizeFor(bitmap.width, bitmap.height);
   sizeMask(width, height);
   const shown = $("given-picture");
@@ -70,11 +70,11 @@ export function show() {
   const share = painted();
   $("unpaint").hidden = share === 0;
   $("mask-note").hidden = share === 0;
-  $("mask-note").textContent = `${Math.max(1, Math.round(100 * share))} % is drawn anew.`;
+  $("mask-note").textContent = `${Math.max(1, Math.round(100 * share))} % will be repainted.`;
   $("paint").textContent = share ? "Edit mask" : "Paint mask";
 }
 
-/** The picture as a canvas of the size that is drawn: its middle, on white. */
+/** The image on a white canvas of the output size, centred and cropped. */
 function cut() {
   const [width, height] = sizeFor(bitmap.width, bitmap.height);
   const canvas = make("canvas", { width, height });
@@ -88,14 +88,14 @@ function cut() {
   return canvas;
 }
 
-/** What goes into a job: {image, mask, size}; nothing without a picture. */
-export function startOrder() {
-  if (!given()) return {};
+/** The fields {image, mask, size} of a job; empty without an image. */
+export function imageFields() {
+  if (!hasImage()) return {};
   const picture = cut();
-  const order = {
+  const fields = {
     image: picture.toDataURL("image/png"), size: `${picture.width}x${picture.height}`,
   };
   const mask = maskPicture();
-  if (mask) order.mask = mask.toDataURL("image/png");
-  return order;
+  if (mask) fields.mask = mask.toDataURL("image/png");
+  return fields;
 }

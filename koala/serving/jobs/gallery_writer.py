@@ -1,0 +1,79 @@
+"""Encodes finished images and stores them. All of it is slow: call it off the event loop."""
+
+import io
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+
+from koala.errors import Failure
+from koala.generation.png import write_png
+from koala.generation.requests import Settings
+from koala.serving.jobs.gallery import Gallery
+
+DEFAULT_QUALITY = 90  # of WebP and JPEG
+_MOST_WAITING = 32  # images that wait for the disk
+
+_log = logging.getLogger(__name__)
+
+
+class GalleryWriter:
+    """Stores images in the gallery in the background, after the response."""
+
+    def __init__(self, gallery: Gallery) -> None:
+        self.gallery = gallery
+        self._thread = ThreadPoolExecutor(1, "koala-gallery-writer")
+        self._room = threading.Semaphore(_MOST_WAITING)
+
+    def write(self, image: Image.Image, settings: Settings, client: str, png: bytes | None) -> None:
+        """Queues an image; blocks while the queue is full. png: the encoded file, if any."""
+        self._room.acquire()
+        self._thread.submit(self._write, image, settings, client, png)
+
+    def flush(self) -> None:
+        """Waits until everything queued so far is stored."""
+        self._thread.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Flushes and stops."""
+        self._thread.shutdown()
+
+    def _write(
+        self, image: Image.Image, settings: Settings, client: str, png: bytes | None
+    ) -> None:
+        try:
+            self.gallery.add(image, settings, client, png=png)
+        except Failure as error:  # the client has its image anyway
+            _log.error("image not stored in the gallery: %s", error)
+        finally:
+            self._room.release()
+
+
+def encode_and_store(
+    writer: GalleryWriter | None,
+    image: Image.Image,
+    settings: Settings,
+    client: str,
+    format: str = "png",
+    quality: int | None = None,
+) -> bytes:
+    """Encodes an image for the client, and passes it to the writer, if any."""
+    data = encode(image, settings, format, quality)
+    if writer is not None:
+        writer.write(image, settings, client, data if format == "png" else None)
+    return data
+
+
+def encode(
+    image: Image.Image, settings: Settings | None, format: str = "png", quality: int | None = None
+) -> bytes:
+    """The image as png, webp or jpeg; a PNG holds the settings, if given."""
+    file = io.BytesIO()
+    if format == "png" and settings is not None:
+        write_png(image, settings, file)
+    elif format == "png":
+        image.save(file, "PNG")
+    else:
+        image.save(file, format.upper(), quality=DEFAULT_QUALITY if quality is None else quality)
+    return file.getvalue()

@@ -1,0 +1,70 @@
+"""Every example of `--help`, typed in: what is told there works."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
+from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.convert import convert
+from koala.cli import COMMANDS, main
+from koala.lora.names import base_of
+from toy_lora import toy_lora
+from toy_sources import pictures, write_folder
+
+# What needs more than a desk has: GPUs, hours, or packages that are fetched. Their pages' commands
+# are rehearsed in tests/serving, tests/data, tests/evaluation and tests/benchmark.
+ELSEWHERE = ("koala serve", "koala prepare illustrations-small", "koala evaluate",
+             "koala benchmark koala-lightning-700m")  # fmt: skip
+SMALLER = {  # what makes the others a matter of seconds
+    "prepare": ["--size", "64", "--held-out", "0.3", "--workers", "1"],
+    "distill": [
+        "--set", "training.samples=8", "training.batch=4", "training.validate_every=8",
+        "training.preview_every=1000", "pixels=64", "hardware.compile=",
+    ],
+    "benchmark": ["--runs", "1"],
+}  # fmt: skip
+ORDER = ("generate", "inspect", "compress", "convert", "architectures", "prepare", "distill",
+         "evaluate", "benchmark", "serve")  # fmt: skip
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """What the examples name: an SDXL as a single file, here `sdxl-mini`, a LoRA, images."""
+    model = shutil.copytree(
+        BUNDLED / "koala-mini", tmp_path / "model", ignore=shutil.ignore_patterns("unet")
+    )
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**unet_config(get("sdxl-mini")))
+    unet.save_pretrained(model / "unet")
+    convert(model, "single-file", tmp_path / "sdxl.safetensors")
+    toy_lora(tmp_path / "style.safetensors", base_of(model))
+    shutil.rmtree(model)
+    write_folder(tmp_path / "path" / "to" / "images", pictures(24, [(70, 70)]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KOALA_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_the_examples_work_in_their_order(desk, capsys):
+    assert set(ORDER) == set(COMMANDS)
+    examples = [example for name in ORDER for example in COMMANDS[name].examples]
+    done = [example for example in examples if not example.startswith(ELSEWHERE)]
+    assert len(done) == 19
+    for example in done:
+        name, *given = shlex.split(example)[1:]
+        if "--dry-run" not in given:
+            if name == "prepare" and "--size" in given:
+                del given[given.index("--size") : given.index("--size") + 2]
+            given += SMALLER.get(name, [])
+        assert main([name, *given]) == 0, (example, capsys.readouterr().err)
+    for made in ("fox.png", "fish.png", "runs/student", "student.safetensors", "runs/smaller",
+                 "student-style.safetensors", "data/index.arrow", "runs/koala/model",
+                 "runs/turbo/model", "benchmark-mini/benchmark.json"):  # fmt: skip
+        assert (desk / made).exists(), made
+    assert len(list((desk / "drawn").glob("*.png"))) == 8

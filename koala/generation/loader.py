@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 import koala
@@ -123,10 +124,10 @@ def load(
         dtype = torch.float32 if place.type == "cpu" else torch.float16
     own = torch_dtype(dtype) if isinstance(dtype, str) else dtype
 
-    def put(part: str, models: Sequence[nn.Module]) -> None:
+    def put(_: str, models: Sequence[nn.Module]) -> None:
         for each in models:
-            if part == VAE and place.type != "cpu" and not each.config.force_upcast:
-                each.to(own)
+            if isinstance(each, AutoencoderKL) and place.type != "cpu":
+                each.to(torch.float32 if each.config.force_upcast else own)
             each.to(place)
 
     pipeline = _read(folder, name, own, put)

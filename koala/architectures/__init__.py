@@ -1,1 +1,1 @@
-"""What a U-Net of each kind is, as data, and all that follows from it without torch."""
+"""U-Net architectures as data, and everything that follows from them without torch."""

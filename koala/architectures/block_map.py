@@ -1,7 +1,7 @@
-"""Which teacher block each student block starts from, as data.
+"""The teacher block that each student block inherits from.
 
-Computed from the two architectures alone, so the rule that turns SDXL into KOALA turns SDXL-mini
-into KOALA-mini, and distillation pairs the same blocks.
+The map is computed from the two architectures alone, so one rule makes KOALA of SDXL and
+KOALA-mini of SDXL-mini, and distillation pairs the same blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import UNetArchitecture
 from koala.errors import UserError, unknown
 
-# Teacher block that student block k of s starts from, out of the teacher's t (KOALA, table 4):
+# Block of the teacher's t that student block k of s inherits from (KOALA, table 4):
 DEPTH_RULES: dict[str, Callable[[int, int, int], int]] = {
     "bottom": lambda k, s, t: k,  # the first s; the paper's choice
     "interleave": lambda k, s, t: k * t // s,  # evenly spaced from the first: 0, 2, 4, ... of 2s
@@ -27,7 +27,7 @@ def check_depth_rule(rule: str) -> None:
 
 
 def _check_pair(teacher: UNetArchitecture, student: UNetArchitecture) -> None:
-    """Raises `UserError` unless every block of `student` has one of its size in `teacher`."""
+    """Raises `UserError` unless every student block has a teacher block of its size."""
     fits = (
         student.widths == teacher.widths
         and student.layers <= teacher.layers
@@ -44,7 +44,7 @@ def _check_pair(teacher: UNetArchitecture, student: UNetArchitecture) -> None:
 
 
 def _depth_pairs(teacher: UNetArchitecture, student: UNetArchitecture) -> Iterator[tuple[int, int]]:
-    """Depths of every student resnet's transformer and of the teacher's one it comes from."""
+    """Depths of every student transformer and of the teacher's that it inherits from."""
     yield from zip(student.depths, teacher.depths, strict=True)
     for own, theirs in zip(student.up, teacher.up, strict=True):
         for j, depth in enumerate(own):
@@ -52,7 +52,7 @@ def _depth_pairs(teacher: UNetArchitecture, student: UNetArchitecture) -> Iterat
 
 
 def _up_layer(j: int, teacher: UNetArchitecture, student: UNetArchitecture) -> int:
-    """Teacher's resnet in an up block for the student's resnet j.
+    """The teacher's resnet in an up block for the student's resnet j.
 
     The last one joins the skip of the stage above, whose width differs, so it must come from
     the teacher's last; the others keep their index.
@@ -68,7 +68,7 @@ def block_map(
     Prefixes are of whole blocks: "conv_in", "up_blocks.0.resnets.1", "up_blocks.0.attentions.1"
     (its norm and projections), "up_blocks.0.attentions.1.transformer_blocks.3", ... A tensor
     belongs to the longest prefix of its name. Raises `UserError` if the depth rule is unknown or
-    `student` is no cut of `teacher`.
+    `student` is not a cut of `teacher`.
     """
     check_depth_rule(depth_rule)
     if len(student.depths) != len(teacher.depths):

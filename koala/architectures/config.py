@@ -1,4 +1,4 @@
-"""A U-Net's description as diffusers' `UNet2DConditionModel` configures it, there and back."""
+"""Converts architectures to diffusers' `UNet2DConditionModel` configs, and back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def unet_config(arch: UNetArchitecture) -> dict[str, Any]:
         "layers_per_block": arch.layers,
         # A stage without attention has the entry 1, as in the published SDXL configuration.
         "transformer_layers_per_block": [max(1, depth) for depth in arch.depths],
-        "attention_head_dim": list(arch.heads),  # by an old slip of that class: number of heads
+        "attention_head_dim": list(arch.heads),  # a misnomer of that class: number of heads
         "cross_attention_dim": arch.context,
         "norm_num_groups": arch.groups,
         "use_linear_projection": arch.linear,
@@ -50,7 +50,7 @@ def unet_config(arch: UNetArchitecture) -> dict[str, Any]:
     return config
 
 
-# Settings that change the computation and that no row can express: they must be as in SDXL.
+# Settings that change the computation and that no row expresses: they must be SDXL's.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "_class_name": (None, "UNet2DConditionModel"),
     "in_channels": (LATENT_CHANNELS,),
@@ -68,7 +68,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_type": (None, "default"),
     "mid_block_type": (None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
 }
-_CLASS_DEFAULTS: dict[str, Any] = {  # diffusers' defaults of keys that a config may leave out
+_CLASS_DEFAULTS: dict[str, Any] = {  # diffusers' defaults for keys that a config may omit
     "in_channels": 4,
     "out_channels": 4,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -85,22 +85,22 @@ def _per_stage(value: Any, stages: int) -> list[Any]:
 
 
 def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with diffusers' defaults; `UserError` for what no row can express."""
+    """The config with diffusers' defaults; `UserError` for settings that no row expresses."""
     config = {**_CLASS_DEFAULTS, **config}
     for key, allowed in _FIXED.items():
         if config.get(key) not in allowed:
             names = " or ".join(repr(a) for a in allowed if a is not None) or "none"
-            raise UserError(f"U-Net setting {key} is {config.get(key)!r}; must be {names}")
+            raise UserError(f"U-Net setting {key} is {config.get(key)!r}; it must be {names}")
     missing = [k for k in ("block_out_channels", "cross_attention_dim") if k not in config]
     if missing:
-        raise UserError(f"U-Net configuration lacks {', '.join(missing)}")
+        raise UserError(f"U-Net config lacks {', '.join(missing)}")
     return config
 
 
 def from_unet_config(config: Mapping[str, Any]) -> UNetArchitecture:
-    """The architecture that a U-Net's `config.json` describes, named if it is a known one.
+    """The architecture of a U-Net's `config.json`, with its name if it is a known one.
 
-    Raises `UserError` naming the setting if it is no U-Net of this kind.
+    Raises `UserError` naming the setting if it is not an SDXL-class U-Net.
     """
     config = _checked(config)
     widths = tuple(config["block_out_channels"])
@@ -108,20 +108,22 @@ def from_unet_config(config: Mapping[str, Any]) -> UNetArchitecture:
     down_types = config.get("down_block_types") or ()
     up_types = config.get("up_block_types") or ()
     if len(down_types) != stages or len(up_types) != stages:
-        raise UserError(f"U-Net configuration has {stages} widths but other numbers of blocks")
+        raise UserError(f"U-Net config has {stages} widths but another number of blocks")
     strange = {*down_types, *up_types} - {
         "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
     }  # fmt: skip
     if strange:
-        raise UserError(f"U-Net block type {min(strange)!r} is none of SDXL's")
+        raise UserError(f"U-Net block type {min(strange)!r} is not one of SDXL's")
     layers, per_stage = config["layers_per_block"], config["transformer_layers_per_block"]
     heads = _per_stage(config.get("num_attention_heads") or config["attention_head_dim"], stages)
     per_stage = _per_stage(per_stage, stages)
     if not isinstance(layers, int) or not all(isinstance(d, int) for d in per_stage):
-        raise UserError("U-Net layers_per_block must be one number, depths one number a stage")
+        raise UserError(
+            "U-Net layers_per_block must be one number, and depths one number per stage"
+        )
     reverse = config.get("reverse_transformer_layers_per_block") or per_stage[::-1]
     if not len(heads) == len(per_stage) == len(reverse) == stages:
-        raise UserError(f"U-Net configuration has {stages} widths but other numbers of depths")
+        raise UserError(f"U-Net config has {stages} widths but another number of depths")
     has_attention = [kind.startswith("CrossAttn") for kind in down_types]
     up = tuple(
         tuple(_per_stage(depth, layers + 1))
@@ -130,7 +132,7 @@ def from_unet_config(config: Mapping[str, Any]) -> UNetArchitecture:
         for kind, depth in zip(up_types, reverse, strict=True)
     )
     if any(len(stage) != layers + 1 for stage in up):
-        raise UserError(f"U-Net up blocks have {layers + 1} layers but other numbers of depths")
+        raise UserError(f"U-Net up blocks have {layers + 1} layers but another number of depths")
     mid = {None: None, "UNetMidBlock2D": 0}.get(config["mid_block_type"], per_stage[-1])
     time_ids = config.get("addition_time_embed_dim") or 0
     has_addition = config.get("addition_embed_type") == "text_time"

@@ -1,4 +1,4 @@
-"""What one forward of a U-Net costs, and the table that `koala architectures` prints."""
+"""The cost of a U-Net's forward pass, and the table that `koala architectures` prints."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from koala.architectures.table import ARCHITECTURES, FACTOR, UNetArchitecture
 
 
 def flops(arch: UNetArchitecture, height: int, width: int, tokens: int) -> int:
-    """Floating-point operations of one forward for one picture of `height` x `width` pixels.
+    """Floating-point operations of one forward pass for one image of `height` x `width` pixels.
 
-    A multiply and its add count as two. Counted are convolutions, linear layers and the two
-    products of every attention; norms, activations, additions and softmax are not, as in
-    `torch.utils.flop_counter`.
+    A multiply-add counts as two. As in `torch.utils.flop_counter`, convolutions, linear layers and
+    both products of every attention are counted; norms, activations, additions and softmax are not.
     """
     sides = [(math.ceil(height / FACTOR), math.ceil(width / FACTOR))]
     while len(sides) < len(arch.widths):  # a downsampler rounds an odd side up
@@ -33,7 +32,7 @@ def flops(arch: UNetArchitecture, height: int, width: int, tokens: int) -> int:
 
 
 def table() -> list[dict[str, Any]]:
-    """One row an architecture: what `koala architectures` prints; JSON-able."""
+    """One row per architecture, as `koala architectures` prints; JSON-serialisable."""
     rows = []
     for arch in ARCHITECTURES.values():
         count, side = parameters(arch), arch.sample * FACTOR
@@ -53,7 +52,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `table()` as aligned text for a terminal, one line each under a heading."""
+    """The rows of `table()` as aligned text for the terminal, with a heading."""
     head = ("U-Net", "parameters", "fp32 GB", "Tx blocks, DW", "mid", "pixels", "TFLOP a forward")
     mids = {None: "none", 0: "one resnet"}
     cells = [head] + [

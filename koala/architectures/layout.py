@@ -1,8 +1,8 @@
-"""Every tensor of a U-Net, from its description alone.
+"""Every tensor of a U-Net, computed from its architecture.
 
-`koala.architectures.table` says what a U-Net is; this walks through it from input to output and
-yields the modules that diffusers' `UNet2DConditionModel` would build. Names, shapes, parameter
-counts and costs all come from this one walk, without torch.
+`modules` walks through the U-Net from input to output and yields the modules that diffusers'
+`UNet2DConditionModel` would build. Names, shapes, parameter counts and FLOPs all come from this
+walk, without torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Module(NamedTuple):
     path: str
     weight: tuple[int, ...]  # shape; () for an attention product
     bias: int  # length; 0: none
-    at: int | str  # stage whose positions it works on, or "text", or "vector" (once a picture)
+    at: int | str  # stage whose positions it processes, or "text", or "vector" (once per image)
     attends: str = ""  # "self" or "cross": query-key and value products of width `bias`
 
 
@@ -56,7 +56,7 @@ def _transformer(
 
 
 def modules(arch: UNetArchitecture) -> Iterator[Module]:
-    """Every module of the U-Net that has tensors or multiplies, from input to output."""
+    """Every module of the U-Net with tensors or products, from input to output."""
     widths, stages = arch.widths, len(arch.widths)
     first, time = widths[0], 4 * widths[0]
 

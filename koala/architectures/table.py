@@ -1,11 +1,10 @@
-"""What a U-Net of each kind is, as data: one row each, visible on one screen.
+"""The table of U-Net architectures, one row each.
 
-Everything else about a U-Net follows from its row and is computed in plain Python, so that
-`koala architectures` answers at once: the diffusers configuration (`config`), the name and shape of
-every tensor and the parameter count (`layout`), the cost of one forward (`flops`). A student is
-not written down twice: it is its teacher's row and a `Cut`.
+Everything else about a U-Net is computed from its row in plain Python: the diffusers config
+(`config`), the name and shape of every tensor and the parameter count (`layout`), the cost of a
+forward pass (`flops`). A student is defined as its teacher's row and a `Cut`.
 
-Depths are transformer blocks per resnet of a stage; 0 means the stage has no attention.
+Depths are transformer blocks per resnet of a stage; 0: the stage has no attention.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ FACTOR = 8  # pixels along one side of a latent position: every VAE of the famil
 class UNetArchitecture:
     """One U-Net, in diffusers' `UNet2DConditionModel` terms.
 
-    Two rows are equal when every tensor of theirs has the same name, shape and use: `name`,
-    `sample` and `tokens` are labels, and SDXL-Turbo (64) is the same U-Net as SDXL (128).
+    Two rows are equal if all their tensors have the same name, shape and use. `name`, `sample` and
+    `tokens` are labels: SDXL-Turbo (64) is the same U-Net as SDXL (128).
     """
 
     name: str = field(compare=False)
@@ -95,7 +94,7 @@ _ORDER = (
 
 
 def teacher_faults(teacher: UNetArchitecture) -> list[str]:
-    """What keeps `teacher` from being an SDXL U-Net, one phrase a fault; empty if nothing does."""
+    """Why `teacher` is not an SDXL U-Net, one phrase per fault; empty if it is one."""
     faults = []
     if not teacher.pooled:
         faults.append("has no addition embedding (pooled text and size), an SDXL U-Net has one")
@@ -114,12 +113,12 @@ def teacher_faults(teacher: UNetArchitecture) -> list[str]:
 
 
 def student_of(teacher: UNetArchitecture, to: str) -> UNetArchitecture:
-    """The student that `to` makes of `teacher`: the same rule at every size.
+    """The student that the cut `to` makes of `teacher`; the same rule at every size.
 
-    to: a name in `CUTS`, or depths of one's own, "0,2,4": transformer blocks per resnet of each
-    stage, one layer a block; ",no-mid" at the end leaves the mid block out, which else is as deep
-    as the last stage. Raises `UserError` if `to` is neither, the teacher is not an SDXL U-Net, or
-    has not that many blocks.
+    to: a name in `CUTS`, or custom depths such as "0,2,4": transformer blocks per resnet of each
+    stage, with one layer per block. The suffix ",no-mid" removes the mid block, which otherwise is
+    as deep as the last stage. Raises `UserError` if `to` is neither, the teacher is not an SDXL
+    U-Net, or it has fewer blocks.
     """
     if faults := teacher_faults(teacher):
         raise UserError(f"{teacher.name} cannot be the teacher: {'; '.join(faults)}")
@@ -153,14 +152,14 @@ def check_student(to: str) -> None:
 
 
 def _own_depths(to: str, teacher: UNetArchitecture) -> tuple[int, ...]:
-    """The depths in "0,2,4" or "0,2,4,no-mid"; `UserError` if they are none for `teacher`."""
+    """The depths in "0,2,4" or "0,2,4,no-mid"; `UserError` if `teacher` has fewer."""
     check_student(to)
     depths = tuple(map(int, to.removesuffix(_NO_MID).split(",")))
     pairs = zip(depths, teacher.depths, strict=False)
     if len(depths) != len(teacher.depths) or not any(depths) or any(s > t for s, t in pairs):
         most = ",".join(map(str, teacher.depths))
         raise UserError(
-            f"depths {','.join(map(str, depths))} cannot be cut out of {most}: needed are "
+            f"depths {','.join(map(str, depths))} cannot be cut from {most}: give "
             f"{len(teacher.depths)} numbers, none above the teacher's, not all 0"
         )
     return depths

@@ -1,1 +1,1 @@
-"""Everything from disk to disk: weights files, model folders, single files, model cards."""
+"""Checkpoints on disk: weights files, model folders, single files, model cards."""

@@ -1,6 +1,6 @@
-"""A student's U-Net out of its teacher's weights, by `koala.architectures.block_map`.
+"""Builds a student's U-Net from its teacher's weights, by `koala.architectures.block_map`.
 
-Weights go from file to file one tensor at a time: neither model is ever in memory.
+Tensors are copied from file to file one at a time; neither model is ever loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from koala.errors import UserError
 from koala.utils.atomic import check_new, new_folder
 
 _SCHEDULER_FILE = "scheduler/scheduler_config.json"
-_SCHEDULE = (  # what the student keeps of its teacher's scheduler: the noise it was trained on
+_SCHEDULE = (  # what the student keeps of its teacher's scheduler: the noise schedule
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr",
 )  # fmt: skip
@@ -35,8 +35,8 @@ class CompressReport:
     student: str
     teacher_parameters: int  # of the U-Nets
     student_parameters: int
-    inherited: int  # teacher tensors that the student starts from
-    dropped: int  # teacher tensors that it does not
+    inherited: int  # teacher tensors that the student inherits
+    dropped: int  # teacher tensors that it does not inherit
     bytes: int  # of the student's U-Net weights
     out: Path
 
@@ -50,7 +50,7 @@ class CompressReport:
 
 
 def _pipeline_files(contents: Contents, student: UNetArchitecture) -> dict[str, bytes]:
-    """The teacher's small files, with the student's U-Net and the scheduler of KOALA's recipe."""
+    """The teacher's small files, with the student's U-Net config and KOALA's scheduler."""
     config = {**contents.config("unet/config.json"), **unet_config(student)}
     index = contents.config("model_index.json")
     for of in (config, index):
@@ -77,15 +77,14 @@ def compress(
     dtype: str | None = None,
     depth_rule: str = "bottom",
 ) -> CompressReport:
-    """Writes the pipeline folder `out`: `teacher`, its U-Net cut down and otherwise as it is.
+    """Writes the pipeline folder `out`: `teacher` with a smaller U-Net, otherwise unchanged.
 
     teacher: name, folder, Hub id or single file of an SDXL pipeline. to: a cut ("koala-700m",
-    "koala-1b", "bk-sdxl") or depths of one's own, see `student_of`. dtype: of all weights, "fp32",
+    "koala-1b", "bk-sdxl") or custom depths, see `student_of`. dtype: of all weights, "fp32",
     "fp16" or "bf16"; None keeps each as it is. depth_rule: which of the teacher's transformer
-    blocks stay, see `DEPTH_RULES`. Every tensor of the student is one of the teacher's. Raises
-    `UserError` if the teacher is no SDXL pipeline, a setting is unknown, a weight does not fit
-    the dtype, or `out` exists and is not empty or cannot be written; `Failure` if the disk is
-    full.
+    blocks are kept, see `DEPTH_RULES`. Every tensor of the student is copied from the teacher.
+    Raises `UserError` if the teacher is not an SDXL pipeline, a setting is unknown, a weight does
+    not fit the dtype, or `out` is not empty or cannot be written; `Failure` if the disk is full.
     """
     kind, out = float_dtype(dtype), Path(out).expanduser()
     check_student(to)
@@ -120,13 +119,13 @@ def compress(
 def adopt(
     student: str | Path, teacher: str | Path, to: str, out: str | Path, depth_rule: str = "bottom"
 ) -> None:
-    """Writes the pipeline folder `out` in fp32: `teacher`, with the U-Net of `student` in it.
+    """Writes the pipeline folder `out` in fp32: `teacher` with the U-Net of `student`.
 
-    So a student that has been distilled before goes on, from any teacher that it is a cut of:
-    KOALA-700M, say, from somebody's own SDXL. student: name, folder, Hub id or single file; VAE
-    and text encoders of its own are left out. teacher, to, depth_rule: as of `compress`. Raises
-    `UserError` if `student` is not `teacher` cut so, or what it predicts is not what `teacher`
-    does, and as `compress` does.
+    A distilled student can thus be distilled further, from any teacher that it is a cut of:
+    KOALA-700M from a fine-tuned SDXL, for example. student: name, folder, Hub id or single file;
+    its VAE and text encoders are not used. teacher, to, depth_rule: as in `compress`. Raises
+    `UserError` if `student` is not that cut of `teacher` or has another prediction type, and as
+    `compress` does.
     """
     out = Path(out).expanduser()
     check_new(out)
@@ -134,19 +133,19 @@ def adopt(
     cut = student_of(contents.architecture, to)
     if other.architecture != cut:
         raise UserError(
-            f"{other.source} has a U-Net {other.architecture.name}, the student is to be "
-            f"{cut.name}: take another model to go on from, or none"
+            f"{other.source} has the U-Net {other.architecture.name}, but this recipe trains "
+            f"{cut.name}: give another --student, or none"
         )
     mine, theirs = (_predicts(of) for of in (other, contents))
     if mine != theirs:
         raise UserError(
-            f"{other.source} predicts {mine}, the teacher {contents.source} {theirs}: take a pair "
-            "that predicts the same"
+            f"{other.source} predicts {mine}, but the teacher {contents.source} predicts {theirs}: "
+            "choose two models with one prediction type"
         )
     known = _known(other)
     if known.cut and known.cut.depth_rule != depth_rule:
         raise UserError(
-            f"{other.source} was cut by depth rule {known.cut.depth_rule!r}, this recipe pairs its "
+            f"{other.source} was cut by depth rule {known.cut.depth_rule!r}, but this recipe pairs "
             f"blocks by {depth_rule!r}: add --set settings.depth_rule={known.cut.depth_rule}"
         )
     tensors = {**contents.tensors, "unet": other.tensors["unet"]}
@@ -178,7 +177,7 @@ def _card(
 
 
 def _known(contents: Contents) -> model_card.ModelCard:
-    """What a folder's card or a single file's metadata say."""
+    """The model card of a folder, or of a single file's metadata."""
     if contents.source.is_dir():
         return model_card.read(contents.source)
     return model_card.read_metadata(contents.source, contents.metadata)

@@ -1,7 +1,7 @@
-"""Models from one format to another: a folder in diffusers' layout, or one file in SDXL's own.
+"""Converts models between a folder in diffusers' layout and a single file in SDXL's own layout.
 
-Both open everywhere: diffusers and what builds on it read the folder, A1111, ComfyUI and others
-the file. Weights are copied bit for bit unless another dtype is asked for.
+diffusers and tools built on it read the folder; A1111, ComfyUI and others read the file. Weights
+are copied bit for bit unless another dtype is requested.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class ConvertReport:
     to: str  # one of TARGETS
     dtypes: tuple[str, ...]  # of the weights written, as safetensors names them
     bytes: int  # of all weights
-    left_out: tuple[str, ...]  # tensors of a single file that no pipeline has a use for
+    left_out: tuple[str, ...]  # tensors of a single file that no pipeline uses
     out: Path
 
     def line(self) -> str:
-        """For a person."""
+        """One line for the terminal."""
         left = f"; {len(self.left_out)} unused tensors left out" if self.left_out else ""
         return (
             f"{self.architecture} ({self.parameters:,} parameters in the U-Net), "
@@ -55,7 +55,7 @@ def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = Non
         raise unknown("format", to, TARGETS)
     out, kind = Path(out).expanduser(), float_dtype(dtype)
     if to == "single-file" and out.suffix != ".safetensors":
-        raise UserError(f"a single file must be called something.safetensors, not {out.name}")
+        raise UserError(f"the name of a single file must end in .safetensors, not {out.name}")
     if to == "single-file" and out.exists():
         raise UserError(f"{out} exists; name a new file")
     check_new(out)
@@ -77,7 +77,7 @@ def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = Non
 
 
 def _licence(contents: Contents) -> Mapping[str, str]:
-    """The licence of a folder's card, as single files state theirs."""
+    """The licence on a folder's card, in the form used in a single file's metadata."""
     if "modelspec.license" in contents.metadata or not contents.source.is_dir():
         return {}
     licence = model_card.read(contents.source).licence

@@ -1,9 +1,8 @@
-"""What a weights file is, from the names and shapes of its tensors alone.
+"""Detects what a weights file holds from the names and shapes of its tensors alone.
 
-No configuration is asked. The U-Net's row is read off the shapes and then held against the whole
-list of tensors that such a row has, so nothing is taken for an SDXL U-Net that is not one, and
-what is missing or too much is named. Everything else that people have on their disks is refused
-by its own name.
+No configuration is read. The U-Net's architecture is inferred from the shapes and then checked
+against the complete list of its tensors, so missing and unexpected tensors are named. Other kinds
+of model are refused by name.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from koala.checkpoints import ldm_keys
 from koala.checkpoints.validate import Shapes, tensor_faults
 from koala.errors import UserError
 
-HEAD, GROUPS, TIME_WIDTH = 64, 32, 256  # SDXL's, where shapes cannot tell
+HEAD, GROUPS, TIME_WIDTH = 64, 32, 256  # SDXL's; shapes do not show them
 _UNET_ENDS = {  # layout -> the one tensor that every U-Net has, first stage, first resnet
     "diffusers": "down_blocks.0.resnets.0.time_emb_proj.weight",
     "ldm": "input_blocks.1.0.emb_layers.1.weight",
@@ -31,7 +30,7 @@ _PART_ENDS = {  # the same for the other components of a single file
     "text_encoder": "embedders.0.transformer.text_model.final_layer_norm.weight",
     "text_encoder_2": "embedders.1.model.ln_final.weight",
 }
-# What a file is that has a tensor whose name contains the mark. The first that fits counts.
+# Kind of file -> substrings of tensor names that identify it. The first match wins.
 _FOREIGN = (
     ("a LoRA, which is applied to a model with `koala generate --lora`", (
         ".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.",
@@ -54,12 +53,12 @@ _FOREIGN = (
     ("a Stable Cascade model", ("clip_txt_mapper.", "clip_txt_pooled_mapper.")),
     ("a Hunyuan-DiT transformer", ("mlp_t5.0.",)),
     ("a Lumina or Z-Image transformer", ("cap_embedder.",)),
-    ("Playground v2.5, whose noise schedule is another", ("edm_mean",)),
+    ("Playground v2.5, which has another noise schedule", ("edm_mean",)),
     ("a video transformer", ("head.modulation", "patchify_proj.", "txt_in.individual_token")),
     ("a tiny autoencoder (TAESD)", ("decoder.layers.1.", "taesd_decoder.")),
     ("an upscaler (ESRGAN)", ("RRDB_trunk", "body.0.rdb1.")),
 )  # fmt: skip
-_FAMILIES = {768: "SD 1.5", 1024: "SD 2"}  # U-Nets without addition embedding, by text width
+_FAMILIES = {768: "SD 1.5", 1024: "SD 2"}  # U-Nets without an addition embedding, by text width
 
 
 @dataclass(frozen=True)
@@ -86,33 +85,33 @@ def foreign(shapes: Shapes) -> str:
             "encoder.layers.0.self_attn.q_proj.")  # fmt: skip
     if any(mark in name for name in shapes for mark in text):
         return "a text encoder alone"
-    return "no model of a kind that is known here"
+    return "an unknown kind of model"
 
 
-def detect(shapes: Shapes, said: UNetArchitecture | None = None) -> Detected:
-    """What a file holds whose tensors have these names and shapes.
+def detect(shapes: Shapes, stated: UNetArchitecture | None = None) -> Detected:
+    """Detects what a file holds from the names and shapes of its tensors.
 
-    `said`: what the file's own metadata say that its U-Net is; believed if it has exactly the
-    tensors of that. Raises `UserError` naming the file's kind if it is not an SDXL-class U-Net,
-    alone or with the rest of a pipeline, or what its U-Net lacks or has too much.
+    `stated`: the U-Net according to the file's own metadata; accepted if the tensors match it.
+    Raises `UserError` naming the kind of file if it has no SDXL-class U-Net, or the U-Net's
+    missing and unexpected tensors.
     """
     if kind := foreign(shapes):
-        raise UserError(f"this is {kind}; needed is a Stable Diffusion XL model")
+        raise UserError(f"this is {kind}, not a Stable Diffusion XL model")
     layout, end = next((k, e) for k, e in _UNET_ENDS.items() if _find(shapes, [e]))
     prefix = _find(shapes, [end]).removesuffix(end)
     unet = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
-    if not prefix:  # of a whole pipeline, if need be: what belongs to others is no U-Net's
+    if not prefix:  # a pipeline whose U-Net has no prefix: skip the other components
         unet = {
             n: s for n, s in unet.items() if not n.startswith(tuple(ldm_keys.PREFIXES.values()))
         }
-    arch = said or _described(unet, layout)
+    arch = stated or _described(unet, layout)
     _compare(unet, arch, layout)
     found = [component for component, end in _PART_ENDS.items() if _find(shapes, [end])]
     return Detected(arch, layout, prefix, ("unet", *found))
 
 
 def _find(shapes: Shapes, ends: Iterable[str]) -> str:
-    """The shortest name that is or ends with one of `ends` after a dot; "" if there is none."""
+    """The shortest name that equals or ends with ".END" for one of `ends`; "" if there is none."""
     found = (n for n in shapes for end in ends if n == end or n.endswith("." + end))
     return min(found, key=len, default="")
 
@@ -121,11 +120,11 @@ def _find(shapes: Shapes, ends: Iterable[str]) -> str:
 
 
 class _Reader:
-    """A U-Net's tensors by their paths in diffusers, whichever layout they are stored in."""
+    """A U-Net's tensors by their diffusers paths, in either layout."""
 
     def __init__(self, shapes: Shapes, layout: str):
         self.shapes, self.layout = shapes, layout
-        self.paths: set[str] = set()  # of every module that has tensors or whose children have
+        self.paths: set[str] = set()  # of every module with tensors, its own or a child's
         for name in shapes:
             while (name := name.rpartition(".")[0]) and name not in self.paths:
                 self.paths.add(name)
@@ -136,7 +135,7 @@ class _Reader:
             self.layers = self._count("down_blocks.0.resnets")
 
     def _count(self, path: str) -> int:
-        """How many children of a module are there, numbered from 0."""
+        """Number of a module's children, numbered from 0."""
         n = 0
         while f"{path}.{n}" in self.paths:
             n += 1
@@ -155,14 +154,14 @@ class _Reader:
 
 
 def _described(unet: Shapes, layout: str) -> UNetArchitecture:
-    """The row that the shapes tell; `UserError` if they are of no U-Net of SDXL's kind."""
+    """The architecture inferred from the shapes; `UserError` if it is not an SDXL-class U-Net."""
     reader = _Reader(unet, layout)
     conv_in = reader.shape("conv_in")
     stages = 0
     while reader.layers and len(reader.shape(f"down_blocks.{stages}.resnets.0.conv1")) == 4:
         stages += 1
     if not stages or len(conv_in) != 4:
-        raise UserError("this is a U-Net of no known kind: its blocks are not those of SDXL")
+        raise UserError("this is an unknown kind of U-Net: its blocks are not those of SDXL")
     _refuse_other_inputs(conv_in[1])
     widths = tuple(reader.shape(f"down_blocks.{i}.resnets.0.conv1")[0] for i in range(stages))
     depths = tuple(reader.depth(f"down_blocks.{i}.attentions.0") for i in range(stages))
@@ -192,26 +191,26 @@ def _refuse_other_inputs(channels: int) -> None:
     kind = {9: "an inpainting U-Net", 8: "an instruct-pix2pix U-Net"}.get(channels)
     if channels != LATENT_CHANNELS:
         raise UserError(
-            f"this is {kind or 'a U-Net of no known kind'}: it reads {channels} channels, SDXL's "
-            f"reads {LATENT_CHANNELS}"
+            f"this is {kind or 'an unknown kind of U-Net'}: it has {channels} input channels, "
+            f"SDXL's has {LATENT_CHANNELS}"
         )
 
 
 def _refuse_relatives(widths: tuple[int, ...], context: int, added: int) -> None:
     if widths[0] == 384 and context == 1280:
-        raise UserError("this is the SDXL refiner; needed is a Stable Diffusion XL base model")
+        raise UserError("this is the SDXL refiner, not a Stable Diffusion XL base model")
     if not added:
-        kind = _FAMILIES.get(context, "a U-Net of no known kind")
+        kind = _FAMILIES.get(context, "an unknown kind of U-Net")
         raise UserError(
             f"this is {kind}: its U-Net has no addition embedding (pooled text and size), SDXL's "
             "has one"
         )
     if not context:
-        raise UserError("this is a U-Net of no known kind: it has no attention")
+        raise UserError("this is an unknown kind of U-Net: it has no attention")
 
 
 def _unseen(widths: tuple[int, ...], context: int, added: int) -> tuple:
-    """What shapes do not show: a known row's of the same widths, else SDXL's proportions.
+    """Settings that shapes do not show: a known row's of the same widths, else SDXL's.
 
     (pooled, time_ids, heads, groups, sample, tokens), see `UNetArchitecture`.
     """
@@ -222,9 +221,9 @@ def _unseen(widths: tuple[int, ...], context: int, added: int) -> tuple:
     pooled = added - TIME_IDS * TIME_WIDTH
     if pooled <= 0 or any(width % HEAD or not width for width in widths):
         raise UserError(
-            f"this is a U-Net of no known kind: widths {list(widths)} and an addition embedding "
-            f"of {added} are no known model's, nor heads of {HEAD} channels and size embeddings "
-            f"of {TIME_WIDTH}; use its folder, where config.json tells"
+            f"this is an unknown kind of U-Net: widths {list(widths)} and an addition embedding "
+            f"of {added} match no known model, nor heads of {HEAD} channels and size embeddings "
+            f"of {TIME_WIDTH}; use its folder with config.json instead"
         )
     return pooled, TIME_WIDTH, tuple(width // HEAD for width in widths), GROUPS, 128, 77
 
@@ -238,7 +237,7 @@ def unet_shapes(arch: UNetArchitecture, layout: str) -> dict[str, tuple[int, ...
 
 
 def _compare(unet: Shapes, arch: UNetArchitecture, layout: str) -> None:
-    """Raises `UserError` unless `unet` has every tensor of its row and no other."""
+    """Raises `UserError` unless `unet` has exactly the tensors of `arch`."""
     if not tensor_faults(unet_shapes(arch, layout), unet):
         return
     rows = [arch, *ARCHITECTURES.values()]

@@ -1,7 +1,7 @@
-"""What a weights file or a model is, said without loading it.
+"""Describes a weights file or a model without loading it.
 
-Headers and small files are read, nothing else, and no torch: so it answers at once for any size.
-A file that koala cannot work with is described all the same; only what is damaged is refused.
+Only headers and small files are read, without torch, so any size is inspected at once. Files that
+koala cannot use are described as well; only damaged ones are refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from koala.checkpoints.single_file import FILES, open_file
 from koala.checkpoints.tensors import Stored, read_header, read_metadata
 from koala.checkpoints.validate import WEIGHTS, read_tensors, unet_architecture
 
-_SHOWN = 300  # letters of one piece of metadata
+_SHOWN = 300  # characters of one metadata value
 
 
 @dataclass(frozen=True)
 class PartSummary:
-    """One network of a model, or all of a file whose networks are not known."""
+    """One network of a model, or a whole file whose networks are unknown."""
 
     tensors: int
     parameters: int
@@ -35,24 +35,24 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found."""
+    """The result of `inspect`."""
 
     model: str
-    kind: str  # a U-Net's architecture, or what else it is
-    layout: str | None  # "diffusers" or "ldm"; None where that is not known
+    kind: str  # the U-Net's architecture, or another kind of file
+    layout: str | None  # "diffusers" or "ldm"; None if unknown
     depths: tuple[int, ...] | None  # of the U-Net, see `UNetArchitecture`
     up: tuple[tuple[int, ...], ...] | None
     mid: int | None
     unet_parameters: int | None
     parts: dict[str, PartSummary]
     licence: str | None
-    metadata: dict[str, str]  # what the file says of itself
+    metadata: dict[str, str]  # of a single file
 
     def text(self) -> str:
         """For a terminal."""
         lines = [f"{self.model}: {self.kind}"]
         if self.unet_parameters is not None:
-            mid = {None: "no mid block", 0: "mid of one resnet"}.get(
+            mid = {None: "no mid block", 0: "mid block of one resnet"}.get(
                 self.mid, f"mid depth {self.mid}"
             )
             lines.append(f"  U-Net     {self.unet_parameters:,} parameters, depths "
@@ -60,22 +60,26 @@ class Inspection:
             lines.append(f"  layout    {self.layout}")
         for name, part in self.parts.items():
             lines.append(
-                f"  {name:<14} {part.tensors:>5,} tensors {part.parameters:>14,} numbers "
+                f"  {name:<14} {part.tensors:>5,} tensors {part.parameters:>14,} parameters "
                 f"{part.bytes / 1e6:>10,.1f} MB  {' '.join(part.dtypes)}"
             )
         lines.append(f"  licence   {self.licence or 'not stated'}")
         for key, value in self.metadata.items():
-            cut = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}... ({len(value):,} letters)"
+            cut = (
+                value
+                if len(value) <= _SHOWN
+                else f"{value[:_SHOWN]}... ({len(value):,} characters)"
+            )
             lines.append(f"  {key}: {cut!r}")
         return "\n".join(lines)
 
 
 def inspect(model: str | Path) -> Inspection:
-    """What a single file or a model is.
+    """Describes a single file or a model.
 
     model: a .safetensors file of any kind, a bundled name, folder or Hub id. Raises `UserError` if
-    a file is damaged or no safetensors file, a folder is no whole model, or a U-Net is nearly a
-    known one but lacks tensors or has others.
+    a file is damaged or not a safetensors file, a folder is not a complete model, or a U-Net has
+    missing or unexpected tensors.
     """
     if file := single_file_path(model):
         return _of_file(file)
@@ -88,18 +92,18 @@ def inspect(model: str | Path) -> Inspection:
 def _of_file(file: Path) -> Inspection:
     header, metadata = read_header(file), read_metadata(file)
     licence = model_card.read_metadata(file, metadata).licence
-    said = {key: value for key, value in metadata.items() if key != FILES}
+    stated = {key: value for key, value in metadata.items() if key != FILES}
     if kind := foreign({name: stored.shape for name, stored in header.items()}):
         whole = {"all": _part(header.values())}
         return Inspection(
-            str(file), kind, None, None, None, None, None, whole, _named(licence), said
+            str(file), kind, None, None, None, None, None, whole, _named(licence), stated
         )
     opened = open_file(file)
     parts = {component: _part(of.values()) for component, of in opened.parts.items()}
     if opened.rest:
         parts["other"] = _part(opened.rest.values())
     arch, layout = opened.found.architecture, opened.found.layout
-    return _described(str(file), arch, layout, parts, _named(licence), said)
+    return _described(str(file), arch, layout, parts, _named(licence), stated)
 
 
 def _described(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from koala.architectures.table import LATENT_CHANNELS
 
-_SCALING_FACTOR = 0.18215  # diffusers' default, where a VAE's config does not say
+_SCALING_FACTOR = 0.18215  # diffusers' default, if a VAE's config states none
 
 
 class LatentScale:

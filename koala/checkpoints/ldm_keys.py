@@ -1,9 +1,9 @@
-"""The original layout of SDXL's single files ("LDM keys"), beside diffusers' own.
+"""Tensor names of SDXL's original single-file layout ("LDM keys") and of diffusers' layout.
 
-Other programs (A1111, ComfyUI and others) read one file with the names of Stability's code; a
-diffusers folder has other names for the same tensors, splits one of them in three and stores two
-kinds in another shape. All of it is said once here, as a list of `Pair`s computed from what a
-component is, and used in both directions. Names here have no prefix; `PREFIXES` are theirs.
+A1111, ComfyUI and others read a single file with the names of Stability's code. diffusers names
+the same tensors differently, splits one of them in three, and stores two kinds in another shape.
+The mapping is a list of `Pair`s computed from a component's architecture and is used in both
+directions. Names here have no prefix; `PREFIXES` lists the prefixes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Pair(NamedTuple):
 
 
 def join(pair: Pair, tensors: Mapping[str, View]) -> View:
-    """The original layout's tensor, out of diffusers' by name."""
+    """The original layout's tensor, built from diffusers' by name."""
     views = [tensors[name] for name in pair.parts]
     stored = tuple(part for view in views for part in view.parts)
     if pair.pointwise:
@@ -43,7 +43,7 @@ def join(pair: Pair, tensors: Mapping[str, View]) -> View:
 
 
 def fits(pair: Pair, shape: tuple[int, ...]) -> bool:
-    """Whether the original layout's tensor of that shape can hold what the pair says."""
+    """Whether a tensor of that shape in the original layout can be split by the pair."""
     if pair.pointwise:
         return len(shape) == 4 and shape[2:] == (1, 1)
     if pair.transposed:
@@ -52,7 +52,7 @@ def fits(pair: Pair, shape: tuple[int, ...]) -> bool:
 
 
 def split(pair: Pair, stored: Stored) -> dict[str, View]:
-    """Diffusers' tensors by name, out of the original layout's, whose shape `fits`."""
+    """Diffusers' tensors by name, from the original layout's, whose shape `fits`."""
     if pair.pointwise:
         stored = stored._replace(shape=stored.shape[:2])
     count = len(pair.parts)
@@ -95,9 +95,9 @@ _BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(\w+?)s\.(\d+)\.(.+)")
 def unet_module(path: str, layers: int, attends: bool = True) -> str:
     """The original layout's path of a U-Net module.
 
-    path: in diffusers, as `layout.modules` gives it; layers: resnets of a down block;
-    attends: whether the last layer of the module's up block has attention, which an upsampler
-    comes after.
+    path: in diffusers, as `layout.modules` yields it. layers: resnets of a down block.
+    attends: whether the last layer of the module's up block has attention, which precedes an
+    upsampler.
     """
     if path in _ENDS:
         return _ENDS[path]
@@ -120,7 +120,7 @@ def unet_module(path: str, layers: int, attends: bool = True) -> str:
 
 
 def unet_modules(arch: UNetArchitecture) -> dict[str, str]:
-    """Diffusers' path -> the original layout's path, of every module that has tensors."""
+    """Diffusers' path -> the original layout's path, for every module with tensors."""
     paths = {}
     for module in modules(arch):
         if not module.attends:
@@ -146,7 +146,7 @@ def unet_pairs(arch: UNetArchitecture) -> list[Pair]:
 def vae_pairs(widths: Sequence[int], layers: int) -> list[Pair]:
     """Every tensor of an `AutoencoderKL`.
 
-    widths: channels of each level, the largest picture first (`block_out_channels`);
+    widths: channels of each level, the highest resolution first (`block_out_channels`);
     layers: resnets of an encoder level (`layers_per_block`); a decoder level has one more.
     """
     pairs = [*_both("quant_conv", "quant_conv"), *_both("post_quant_conv", "post_quant_conv")]
@@ -187,7 +187,7 @@ def _vae_resnet(single: str, part: str, changes_width: bool = False) -> Iterator
 
 
 def clip_pairs(layers: int) -> list[Pair]:
-    """Every tensor of the first text encoder, CLIP-L, whose names are those of transformers."""
+    """Every tensor of the first text encoder, CLIP-L; both layouts use transformers' names."""
     names = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
     leaves = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
     attention = tuple(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out"))
@@ -197,7 +197,7 @@ def clip_pairs(layers: int) -> list[Pair]:
 
 
 def open_clip_pairs(layers: int) -> list[Pair]:
-    """Every tensor of the second text encoder, OpenCLIP bigG, which joins query, key and value."""
+    """Every tensor of the second text encoder, OpenCLIP bigG, which fuses query, key and value."""
     model = "text_model"
     pairs = [
         Pair("token_embedding.weight", (f"{model}.embeddings.token_embedding.weight",)),

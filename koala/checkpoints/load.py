@@ -1,4 +1,4 @@
-"""The parts of a checked model folder, loaded: U-Net, VAE, text side, noise schedule."""
+"""Loads the components of a checked model folder: U-Net, VAE, text encoders, noise schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def _load(model_class: Any, folder: Path, component: str, **options: Any) -> Any:
-    """A component in evaluation mode through its library's class, every tensor accounted for."""
+    """Loads a component in evaluation mode; `UserError` unless its weights fit its config."""
     read_tensors(folder, component)
     model, info = model_class.from_pretrained(
         folder / component,
@@ -47,7 +47,7 @@ def _load_diffusers(
 ) -> Any:
     import torch
 
-    # Without accelerate, which is no dependency, diffusers can only load in the plain way.
+    # low_cpu_mem_usage needs accelerate, which is not a dependency.
     dtype = dtype or torch.float32
     return _load(model_class, folder, component, torch_dtype=dtype, low_cpu_mem_usage=False)
 
@@ -55,7 +55,7 @@ def _load_diffusers(
 def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
     """The U-Net of a checked model folder, on the CPU; `dtype` None means float32.
 
-    Tensor by tensor: diffusers' own way, without accelerate, holds every weight twice.
+    Tensor by tensor: without accelerate, diffusers' own loader holds every weight twice.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -65,7 +65,7 @@ def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DCondition
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
     kind = dtype or torch.float32
-    # A copy, so that the memory is torch's own and aligned as it likes it.
+    # A copy, so that torch owns the memory and aligns it.
     weights = {name: load_tensor(one).to(kind, copy=True) for name, one in stored.items()}
     unet.load_state_dict(weights, assign=True)
     return unet.eval()
@@ -100,7 +100,7 @@ def load_text(
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Keeps transformers' bar for every small file off the terminal, and leaves it as it was."""
+    """Disables transformers' progress bars inside the block."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -113,7 +113,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def load_scheduler_config(folder: Path) -> dict[str, Any]:
-    """The noise schedule's settings, as diffusers writes them."""
+    """The scheduler config, as diffusers writes it."""
     return read_json(folder / "scheduler" / "scheduler_config.json")
 
 

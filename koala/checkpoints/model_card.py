@@ -1,10 +1,9 @@
-"""The model card, README.md of a model folder: what it is, where it comes from, how to use it.
+"""The model card (README.md of a model folder): what the model is, its origin, how to use it.
 
-Everything a card says is kept as data in its front matter, under `koala`, and the text is made of
-that alone. So a distilled model's card goes on from its student's, an evaluation can be entered
-later, and nothing is said that nobody recorded. The licence is the teacher's: it is read from the
-teacher's own card, or from the metadata of its single file, and is "unknown" where neither names
-one.
+The card's facts are stored in its front matter, under `koala`, and the text is generated from them
+alone. So training extends the card of the student it started from, and an evaluation can be added
+later. The licence is the teacher's, read from its card or from the metadata of its single file;
+it is "unknown" if neither names one.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 FILE = "README.md"
-RUN_FOLDERS = ("model", "start")  # of a run: its result and the student before distillation
+RUN_FOLDERS = ("model", "start")  # of a run: the result, and the student before distillation
 _HUB_LICENCES = (  # the Hub's identifiers
     "openrail++", "openrail", "creativeml-openrail-m", "apache-2.0", "mit", "cc0-1.0",
     "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "agpl-3.0",
@@ -37,9 +36,9 @@ _TITLES = {  # other names of these licences
 
 @dataclass(frozen=True)
 class Licence:
-    """What a model may be used for, in the Hub's terms."""
+    """A model's licence, in the Hub's terms."""
 
-    identifier: str = "unknown"  # as the Hub lists them; "other" where name and link say more
+    identifier: str = "unknown"  # in the Hub's list; "other" with a name and a link
     name: str | None = None
     link: str | None = None
 
@@ -53,8 +52,8 @@ class Compressed:
     teacher_parameters: int
     architecture: str
     parameters: int
-    inherited: int  # tensors that the student has from its teacher
-    dropped: int  # tensors of the teacher that it has not
+    inherited: int  # teacher tensors that the student inherits
+    dropped: int  # teacher tensors that it does not inherit
     depth_rule: str
 
 
@@ -66,10 +65,10 @@ class Trained:
     settings: dict[str, Any]  # the whole recipe
     samples: dict[str, int]  # what was trained -> samples it has seen
     data: dict[str, Any]  # "pictures" to train on, and what the prepared folder says of itself
-    teacher: str | None  # whose VAE and text encoders it has; None where it started from nothing
+    teacher: str | None  # of its VAE and text encoders; None: trained from scratch
     distilled: bool  # some loss compares with that teacher
     student: str | None = None  # whose U-Net it went on from; None: the teacher's, cut
-    before: int = 0  # samples that one had seen, as far as its own card says
+    before: int = 0  # samples that student had seen, according to its card
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,15 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """All that is known of a model; None where nothing is."""
+    """All that is known of a model; None: unknown."""
 
     title: str
     licence: Licence = field(default_factory=Licence)
-    base_model: str | None = None  # Hub id of the model that it was made from
+    base_model: str | None = None  # Hub id of the model that it derives from
     cut: Compressed | None = None
     trained: Trained | None = None
     evaluated: Evaluated | None = None
-    ours: bool = True  # False: the file was written by others
+    ours: bool = True  # False: not written by koala
 
     def metadata(self) -> ModelCardData:
         """The front matter."""
@@ -112,7 +111,7 @@ class ModelCard:
         )
 
     def text(self, where: str = ".") -> str:
-        """The whole file; `where` is what its snippets load: a folder or a Hub id."""
+        """The complete file. where: the folder or Hub id that its snippets load."""
         sections = (
             f"# {self.title}\n\n{_about(self)}",
             _use(where),
@@ -124,7 +123,7 @@ class ModelCard:
         return f"---\n{self.metadata().to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Writes README.md into `folder`, whole or not at all."""
+        """Writes README.md into `folder`."""
         write_text(folder / FILE, self.text())
 
 
@@ -136,9 +135,9 @@ _FACTS = {"cut": Compressed, "trained": Trained, "evaluated": Evaluated}
 
 
 def name_of(model: str | Path) -> str:
-    """What a card calls a model: a Hub id or bundled name as it is, of a path no more than a name.
+    """A model's name on a card: a Hub id or bundled name unchanged, a path's last part.
 
-    The result of a run, RUN/model, is called RUN: where things lie on a disk is nobody's business.
+    The result of a run, RUN/model, is called RUN. Local paths never appear on a card.
     """
     path = Path(model).expanduser()
     if isinstance(model, str) and not path.exists():
@@ -149,10 +148,10 @@ def name_of(model: str | Path) -> str:
 
 
 def read(folder: Path) -> ModelCard:
-    """The card of a model folder, ours or another's; an empty one where it has none.
+    """The card of a model folder; an empty one if it has none.
 
-    Of another's card only licence and base model are taken. UserError where the front matter
-    cannot be read: its licence would be lost.
+    Of cards not written by koala, only licence and base model are read. UserError if the front
+    matter cannot be read, since its licence would be lost.
     """
     title, file = name_of(folder), folder / FILE
     if not file.is_file():
@@ -173,8 +172,8 @@ def read(folder: Path) -> ModelCard:
         )
     except (OSError, ValueError, TypeError, AttributeError, YAMLError) as error:
         raise UserError(
-            f"{file}: its front matter cannot be read ({error}); mend it, or remove the file if "
-            "the licence that it names need not be carried over"
+            f"{file}: its front matter cannot be read ({error}); fix it, or remove the file if "
+            "its licence need not be carried over"
         ) from error
 
 
@@ -182,15 +181,15 @@ def _licence_in(data: Mapping[str, Any]) -> Licence:
     keys = ("license", "license_name", "license_link")
     values = [data.get(key) for key in keys]
     if odd := [k for k, v in zip(keys, values, strict=True) if not isinstance(v, str | None)]:
-        raise ValueError(f"{odd[0]} is {data[odd[0]]!r}, must be a string")
+        raise ValueError(f"{odd[0]} is {data[odd[0]]!r}; it must be a string")
     identifier, name, link = values
     return Licence(identifier or "unknown", name, link)
 
 
 def read_metadata(file: Path, metadata: Mapping[str, str]) -> ModelCard:
-    """The card of a single file, by its safetensors metadata (the ModelSpec's `modelspec.license`).
+    """The card of a single file, from its safetensors metadata (`modelspec.license`).
 
-    A licence that is not among the Hub's is "other", with its title as name.
+    A licence that the Hub does not list is "other", with its title as name.
     """
     title = metadata.get("modelspec.license", "").strip()
     known = _TITLES.get(title.lower(), title.lower())
@@ -203,13 +202,13 @@ def read_metadata(file: Path, metadata: Mapping[str, str]) -> ModelCard:
 
 
 def student_of(teacher: ModelCard, name: str, title: str, cut: Compressed) -> ModelCard:
-    """The card of a compressed model: the teacher's licence, and what was cut."""
+    """The card of a compressed model: the teacher's licence, and how it was compressed."""
     base = "/".join(name.split("/")[:2]) if "/" in name else teacher.base_model  # not its file
     return ModelCard(title, teacher.licence, base, cut)
 
 
 def adopted_of(student: ModelCard, teacher: ModelCard, title: str) -> ModelCard:
-    """The card of a student's U-Net beside a teacher's VAE and text encoders: both licences."""
+    """The card of a student's U-Net with a teacher's VAE and text encoders: both licences."""
     licence = _both(student.licence, teacher.licence)
     return replace(student, title=title, licence=licence, evaluated=None, ours=True)
 
@@ -224,7 +223,7 @@ def _both(unet: Licence, rest: Licence) -> Licence:
 
 
 def trained_of(start: ModelCard, title: str, trained: Trained) -> ModelCard:
-    """The card of a trained model: that of the model it started from, and the training."""
+    """The card of a trained model: the card it started from, and the training."""
     return replace(start, title=title, trained=trained, evaluated=None, ours=True)
 
 
@@ -232,22 +231,23 @@ def trained_of(start: ModelCard, title: str, trained: Trained) -> ModelCard:
 
 
 def _about(card: ModelCard) -> str:
-    kind = "A text-to-image pipeline of Stable Diffusion XL's kind"
+    kind = "A text-to-image pipeline in the Stable Diffusion XL family"
     if c := card.cut:
         share = c.parameters / c.teacher_parameters
-        since = "not trained since"
+        since = "not trained"
         if card.trained:
             since = "then distilled" if card.trained.distilled else "then trained without a teacher"
         return (
-            f"{kind}, made small with {_PAPER}'s method: the "
+            f"{kind}, compressed with {_PAPER}'s method: the "
             f"U-Net of **{c.teacher}** ({c.teacher_architecture}, {c.teacher_parameters:,} "
             f"parameters) cut to **{c.architecture}** ({c.parameters:,}, {share:.0%}), {since}."
         )
     if card.trained and card.trained.student:
         return (
-            f"{kind}, made small with {_PAPER}'s method, that went on from {card.trained.student}."
+            f"{kind}, compressed with {_PAPER}'s method and trained further from "
+            f"{card.trained.student}."
         )
-    return f"{kind}, {'trained from nothing' if card.trained else 'of unrecorded origin'}."
+    return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
 
 
 def _use(where: str) -> str:
@@ -279,9 +279,9 @@ def _making(card: ModelCard) -> str:
     parts = ["## How it was made"]
     if c := card.cut:
         parts.append(
-            f"The student started from {c.inherited:,} of its teacher's U-Net tensors; "
-            f"{c.dropped:,} were left out (depth rule `{c.depth_rule}`: which transformer blocks "
-            "stay). Text encoders, VAE and tokenizers are the teacher's."
+            f"The student inherits {c.inherited:,} of its teacher's U-Net tensors; {c.dropped:,} "
+            f"were dropped (depth rule `{c.depth_rule}` chooses the transformer blocks that stay). "
+            "Text encoders, VAE and tokenizers are the teacher's."
         )
     if t := card.trained:
         samples = ", ".join(f"{what} {number:,}" for what, number in t.samples.items())
@@ -290,13 +290,13 @@ def _making(card: ModelCard) -> str:
         recipe = f"`{t.recipe}`" + (f", {role} {t.teacher}" if t.teacher else "")
         earlier = ""
         if t.student:
-            seen = f"{t.before:,} samples" if t.before else "a number of samples not recorded"
-            earlier = f"- went on from: {t.student}, after {seen}\n"
+            seen = f"{t.before:,} samples" if t.before else "an unrecorded number of samples"
+            earlier = f"- trained further from: {t.student}, after {seen}\n"
         parts += [
             f"- recipe: {recipe}\n"
             f"{earlier}"
             f"- samples seen: {samples}\n"
-            f"- data: {t.data['pictures']:,} captioned pictures to train on, prepared with",
+            f"- data: {t.data['pictures']:,} captioned training images, prepared with",
             _json(data),
             "All settings of the recipe:",
             _json(t.settings),
@@ -318,40 +318,38 @@ def _evaluation(card: ModelCard) -> str:
 
 {e.table}
 
-By `koala evaluate` ({settings}), on {e.hardware}. The distances compare only with others of the
-same settings and pictures."""
+Measured by `koala evaluate` ({settings}), on {e.hardware}. Distances are comparable only between
+models evaluated with the same settings and images."""
 
 
 def _limits(card: ModelCard) -> str:
     limits = []
     if card.cut and not card.trained:
         limits.append(
-            "It has not been distilled: until it is, its pictures are noise-like. It is a start "
-            "for `koala distill`, not a model to draw with."
+            "It has not been distilled, and until it is, its images are noise. It is a starting "
+            "point for `koala distill`, not a model to generate with."
         )
     if card.trained:
-        limits.append(
-            "It draws what its training pictures (above) hold, and little else can be expected."
-        )
+        limits.append("It can draw what its training images (above) show; do not expect much else.")
     if card.cut or (card.trained and card.trained.student):
         limits.append(
-            "KOALA's authors name as limits of such students: long legible text, hands, and "
-            "prompts with several attributes or relations."
+            "According to KOALA's authors, such students struggle with long legible text, hands, "
+            "and prompts with several attributes or relations."
         )
-    limits.append("For research. What it draws is no statement about people or events.")
+    limits.append("It is meant for research. Its images make no statement about people or events.")
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
 def _licence(card: ModelCard) -> str:
-    own, source = card.licence, "its teacher" if card.cut else "the model it was made from"
+    own, source = card.licence, "its teacher" if card.cut else "the model it derives from"
     if own.identifier == "unknown":
-        said = (
-            f"Unknown: {source} names none. Ask its authors before you pass this model on."
+        statement = (
+            f"Unknown: {source} names none. Ask its authors before you redistribute this model."
             if card.cut or not card.trained
             else "None has been stated."
         )
     else:
-        said = f"{own.name or own.identifier}, carried over from {source}"
-        said += f": {own.link}" if own.link else "."
-    files = "Files named LICENSE or NOTICE, where there are any, hold further terms and credits."
-    return f"## Licence\n\n{said} {files}"
+        statement = f"{own.name or own.identifier}, carried over from {source}"
+        statement += f": {own.link}" if own.link else "."
+    files = "Files named LICENSE or NOTICE, if any, hold further terms and credits."
+    return f"## Licence\n\n{statement} {files}"

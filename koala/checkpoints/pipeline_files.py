@@ -1,8 +1,7 @@
-"""What a pipeline is made of, wherever it lies: tensors to copy from, and small files.
+"""The contents of a pipeline: tensors to copy from, and small files.
 
-A folder and a single file are read into the same `Contents`, by diffusers' names, without reading
-a weight; what is written (a student, another format, another dtype) is written from that. So
-there is one way from disk to disk, and it streams.
+Folders and single files are both read into `Contents`, by diffusers' names, without reading a
+weight. Students, other formats and other dtypes are all written from it, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from koala.checkpoints.validate import (
 from koala.errors import UserError
 from koala.utils.atomic import new_folder
 
-_CREDITS = ("README.md", "NOTICE", "LICENSE")  # beginnings of file names
-_VISIBLE = 100_000_000  # bytes that take long enough for a progress bar
+_CREDITS = ("README.md", "NOTICE", "LICENSE")  # file name prefixes
+_VISIBLE = 100_000_000  # bytes from which writing shows a progress bar
 
 # SDXL's noise schedule (Rombach et al. 2022) and the scale of its VAE's latents.
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -41,17 +40,17 @@ Tensors = Mapping[str, View]  # by diffusers' name
 
 @dataclass(frozen=True)
 class Contents:
-    """A whole SDXL pipeline."""
+    """A complete SDXL pipeline."""
 
     source: Path  # the folder or the file
     architecture: UNetArchitecture
     tensors: Mapping[str, Tensors]  # by component with weights, `validate.WEIGHTS`
-    files: Mapping[str, bytes]  # by path in a model folder: configurations, tokenizers, credits
+    files: Mapping[str, bytes]  # by path in a model folder: configs, tokenizers, credits
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a single file, for a single file
-    left_out: tuple[str, ...] = ()  # tensors of a single file that no pipeline has a use for
+    left_out: tuple[str, ...] = ()  # tensors of a single file that no pipeline uses
 
     def config(self, path: str) -> dict[str, Any]:
-        """One of the files that hold a JSON object. Raises `UserError` if it holds none."""
+        """The JSON object in one of the files. Raises `UserError` if it holds none."""
         return parse_object(self.files[path], f"{self.source}: {path}")
 
 
@@ -61,7 +60,7 @@ def as_file(value: Mapping[str, Any]) -> bytes:
 
 
 def from_folder(folder: Path) -> Contents:
-    """The contents of a model folder that `validate.check_folder` has found whole."""
+    """The contents of a model folder that passed `validate.check_folder`."""
     tensors = {
         component: {
             name: View((stored,)) for name, stored in read_tensors(folder, component).items()
@@ -81,7 +80,7 @@ def from_folder(folder: Path) -> Contents:
 
 
 def pipeline_index() -> dict[str, Any]:
-    """model_index.json of a pipeline whose parts are of the usual classes."""
+    """model_index.json of an SDXL pipeline with the usual classes."""
     return {
         "_class_name": PIPELINE,
         "force_zeros_for_empty_prompt": True,
@@ -98,23 +97,23 @@ def pipeline_index() -> dict[str, Any]:
 
 
 def is_credit(name: str) -> bool:
-    """Whether a file of that name says whose the model is and what it may be used for."""
+    """Whether a file of that name states authors or licence."""
     return name.startswith(_CREDITS)
 
 
 def check_dtypes(source: Path, tensors: Mapping[str, Tensors]) -> None:
-    """Raises `UserError` if weights are of a dtype that is no float of 16 bits or more."""
+    """Raises `UserError` if weights are not floats of at least 16 bits."""
     for component, of in tensors.items():
-        parts = (part for name, v in of.items() if not is_ballast(name) for part in v.parts)
+        parts = (part for name, v in of.items() if not is_obsolete(name) for part in v.parts)
         if strange := {part.dtype for part in parts} - {*FLOATS}:
             raise UserError(
-                f"{source}: {component} holds {some(sorted(strange))} weights; must be "
+                f"{source}: {component} holds {some(sorted(strange))} weights; they must be "
                 "fp32, fp16 or bf16"
             )
 
 
-def is_ballast(name: str) -> bool:
-    """Whether a tensor of that name is a constant that older programs saved along."""
+def is_obsolete(name: str) -> bool:
+    """Whether a tensor of that name is a constant that older programs saved too."""
     return name.endswith(("position_ids", "logit_scale"))
 
 
@@ -135,7 +134,7 @@ def write_tensors(
 
 
 def kinds_of(tensors: Tensors, dtype: str | None) -> dict[str, str]:
-    """The dtype of every tensor to be: floats become `dtype` (safetensors' name) if it is given."""
+    """The dtype each tensor is written in: `dtype` for floats, if given (safetensors' name)."""
     return {
         name: dtype if dtype and view.parts[0].dtype in FLOATS else view.dtype
         for name, view in tensors.items()
@@ -172,7 +171,7 @@ def write_folder(
 def write_pipeline(contents: Contents, out: Path, dtype: str | None = None) -> int:
     """Writes the model folder `out` and returns the bytes of all weights; `dtype`: see above.
 
-    It gets a model card if it has none. Raises as `write_folder` and `atomic.new_folder` do.
+    Adds a model card if there is none. Raises as `write_folder` and `atomic.new_folder` do.
     """
     with new_folder(out) as part:
         written = sum(write_folder(part, contents.tensors, contents.files, dtype).values())
@@ -182,14 +181,14 @@ def write_pipeline(contents: Contents, out: Path, dtype: str | None = None) -> i
 
 
 def bytes_of(tensors: Tensors, dtype: str | None) -> int:
-    """Bytes of all tensors, once they are of `dtype`."""
+    """Bytes of all tensors, converted to `dtype`."""
     kinds = kinds_of(tensors, dtype)
     return sum(size_of(kinds[name], view.shape) for name, view in tensors.items())
 
 
 @contextlib.contextmanager
 def visible_progress(total: int) -> Iterator[Callable[[int], object]]:
-    """Yields advance(bytes); a bar on standard error if there is much to write."""
+    """Yields advance(bytes); shows a progress bar on stderr if there is much to write."""
     if total < _VISIBLE:
         yield lambda size: None
         return

@@ -1,4 +1,4 @@
-"""Where a model comes from: a bundled name, a folder, a single file, or the Hugging Face Hub."""
+"""Resolves a model's name: bundled, a folder, a single file, or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from koala.checkpoints import single_file
 from koala.checkpoints.bundled import BUNDLED, bundled_names
@@ -31,11 +32,10 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """The checked folder of a model.
 
     `name_or_path`: a bundled name ("koala-mini"), the path of a folder, a Hub id ("org/name"),
-    which is fetched unless the local Hugging Face cache has it, or a single file in SDXL's
-    original layout, here or on the Hub ("org/name/FILE.safetensors"), which is unpacked into
-    koala's cache once. A bundled name wins over a folder of the same name in the working directory
-    (write ./koala-mini for that). Raises `UserError` if it is none of these or the model is no
-    whole SDXL pipeline.
+    downloaded unless the local Hugging Face cache has it, or a single file in SDXL's original
+    layout, local or on the Hub ("org/name/FILE.safetensors"), unpacked once into koala's cache. A
+    bundled name wins over a folder of that name in the working directory (write ./koala-mini).
+    Raises `UserError` if it is none of these or the model is not a complete SDXL pipeline.
     """
     name = str(name_or_path)
     if file := single_file_path(name_or_path):
@@ -47,7 +47,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
     elif isinstance(name_or_path, str) and HUB_ID.fullmatch(name):
         folder = _hub_folder(name)
     elif name.endswith(".safetensors"):
-        raise UserError(f"model {name} is not there: name a file that is, a folder or a Hub id")
+        raise UserError(f"model {name} does not exist: give an existing file, a folder or a Hub id")
     else:
         raise unknown(
             "model", name, bundled_names(), ", a folder in diffusers' SDXL layout, a single "
@@ -58,7 +58,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
 
 
 def check_name(model: str) -> None:
-    """UserError as `resolve_model` raises it, as far as it goes without fetching or unpacking."""
+    """UserError as in `resolve_model`, but without downloading or unpacking."""
     path = Path(model).expanduser()
     of_hub = not path.exists() and (HUB_ID.fullmatch(model) or _HUB_FILE.fullmatch(model))
     if not (path.is_file() or of_hub):
@@ -66,9 +66,9 @@ def check_name(model: str) -> None:
 
 
 def single_file_path(model: str | Path) -> Path | None:
-    """The path of the single file that a model's name means; None if it means something else.
+    """The path of the single file that a model's name refers to; None if it is no single file.
 
-    One of the Hub is fetched unless the local Hugging Face cache has it; UserError if it cannot be.
+    A file on the Hub is downloaded unless the local cache has it; UserError if that fails.
     """
     path = Path(model).expanduser()
     if str(model) in bundled_names() or path.is_dir():
@@ -79,12 +79,12 @@ def single_file_path(model: str | Path) -> Path | None:
 
 
 def _hub_folder(hub_id: str) -> Path:
-    """Where the local cache has a model of the Hub; fetched only if it is not whole there."""
+    """A Hub model's folder in the local cache, downloaded only if it is not complete there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    files = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*.fp16*"]}
-    with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not here, or not all of it
+    files: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*.fp16*"]}
+    with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not there, or incomplete
         folder = Path(snapshot_download(hub_id, **files, local_files_only=True))
         check_folder(folder)
         return folder
@@ -92,25 +92,24 @@ def _hub_folder(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, **files))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"model {hub_id!r} is no local folder and cannot be had from the Hub "
-            f"({_first_line(error)}); "
-            f"bundled are: {some(bundled_names()) or 'none'}"
+            f"model {hub_id!r} is not a local folder and cannot be downloaded from the Hub "
+            f"({_first_line(error)}); bundled models: {some(bundled_names()) or 'none'}"
         ) from None
 
 
 def _hub_file(hub_id: str, file: str) -> Path:
-    """Where the local cache has a file of the Hub; fetched only if it is not there."""
+    """A Hub file's path in the local cache, downloaded only if it is not there."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not here
+    with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not in the cache
         return Path(hf_hub_download(hub_id, file, local_files_only=True))
     try:
         return Path(hf_hub_download(hub_id, file))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"model {f'{hub_id}/{file}'!r} is no local file and cannot be had from the Hub "
-            f"({_first_line(error)})"
+            f"model {f'{hub_id}/{file}'!r} is not a local file and cannot be downloaded from the "
+            f"Hub ({_first_line(error)})"
         ) from None
 
 
@@ -129,16 +128,16 @@ def read_model(model: str | Path) -> Contents:
 
 
 def unpacked(file: Path) -> Path:
-    """The model folder of a single file, in the cache; written when it is not there yet.
+    """The model folder of a single file, unpacked into the cache if it is not there yet.
 
     Raises as `single_file.read` and `write_pipeline` do.
     """
     state = file.stat()
-    told = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
-    name = f"{file.stem}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
+    name = f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder = cache_folder().parent / "models" / name
     if not folder.is_dir():
-        contents = single_file.read(file)  # refuses what it must before anything is said
+        contents = single_file.read(file)  # first, so that an invalid file prints only its error
         print(f"koala: unpacking {file} into {folder}, once", file=sys.stderr)
         write_pipeline(contents, folder)
     return folder

@@ -1,8 +1,8 @@
-"""A whole pipeline in one safetensors file, in SDXL's original layout.
+"""A complete pipeline in one safetensors file, in SDXL's original layout.
 
-Such a file holds four networks and no configuration. Ours carry the small files of a model folder
-in their metadata (`koala.files`), so that nothing is lost on the way there and back; of others'
-files, shapes and what is known of SDXL say the rest.
+Such a file holds four networks and no configuration. Files written by koala carry the small files
+of a model folder in their metadata (`koala.files`), so a round trip loses nothing. For others'
+files the configuration is inferred from the shapes and from SDXL's defaults.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from koala.checkpoints.pipeline_files import (
     as_file,
     bytes_of,
     check_dtypes,
-    is_ballast,
     is_credit,
+    is_obsolete,
     pipeline_index,
     visible_progress,
     write_tensors,
@@ -45,14 +45,14 @@ from koala.checkpoints.validate import (
 from koala.errors import UserError
 
 FILES = "koala.files"  # key of the metadata: JSON, path in a model folder -> content
-VOCABULARY = 49408  # tokens of CLIP; its tokenizer's files are bundled and need no carrying
-CREDIT = "NOTICE.modelspec.txt"  # what others' files say of themselves, for a folder
-_LONG = 4000  # letters: a picture, not a credit
+VOCABULARY = 49408  # tokens of CLIP; its tokenizer files are bundled, so single files omit them
+CREDIT = "NOTICE.modelspec.txt"  # metadata of others' files, in a folder
+_LONG = 4000  # characters: an embedded image, not a credit
 _TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 _EMBEDDING = "text_model.embeddings.token_embedding.weight"
 _MARKS: dict[
     str, dict[str, Any]
-] = {  # tensors without a value, by which fine-tuners say how the noise is to be read
+] = {  # empty tensors that state the noise schedule of a fine-tuned model
     "v_pred": {"prediction_type": "v_prediction"},
     "ztsnr": {"rescale_betas_zero_snr": True},
 }
@@ -63,27 +63,27 @@ _MARKS: dict[
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A weights file with an SDXL-class U-Net, and whatever else it has."""
+    """A weights file with an SDXL-class U-Net, and everything else in it."""
 
     found: Detected
     parts: Mapping[str, Mapping[str, Stored]]  # component -> tensors, without the prefix
-    rest: Mapping[str, Stored]  # what is of none of them
+    rest: Mapping[str, Stored]  # tensors of no component
     metadata: Mapping[str, str]
     files: Mapping[str, bytes]  # of a model folder, carried in the metadata; empty in others' files
 
 
 def open_file(file: Path) -> SingleFile:
-    """What a file holds, from its header alone, whole pipeline or not.
+    """What a file holds, from its header alone; it need not be a complete pipeline.
 
-    Raises `UserError` if it is damaged, a pickle, another kind of model (which it names), or lacks
-    some of its U-Net's tensors.
+    Raises `UserError` if it is damaged, a pickle, another kind of model (named in the message), or
+    has missing or unexpected U-Net tensors.
     """
     header, metadata = read_header(file), read_metadata(file)
-    files, said = _carried(file, metadata), None
+    files, stated = _carried(file, metadata), None
     try:
         if config := files.get("unet/config.json"):
-            said = from_unet_config(parse_object(config, "its unet/config.json"))
-        found = detect({name: stored.shape for name, stored in header.items()}, said)
+            stated = from_unet_config(parse_object(config, "its unet/config.json"))
+        found = detect({name: stored.shape for name, stored in header.items()}, stated)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     parts: dict[str, dict[str, Stored]] = {component: {} for component in found.components}
@@ -91,26 +91,26 @@ def open_file(file: Path) -> SingleFile:
     rest = {}
     for name, stored in header.items():
         fitting = [c for c, prefix in prefixes.items() if name.startswith(prefix)]
-        if not fitting or is_ballast(name):
+        if not fitting or is_obsolete(name):
             rest[name] = stored
-        else:  # the longest prefix, for the U-Net may have none
+        else:  # the longest prefix: the U-Net may have none
             component = max(fitting, key=lambda c: len(prefixes[c]))
             parts[component][name.removeprefix(prefixes[component])] = stored
     return SingleFile(found, parts, rest, metadata, files)
 
 
 def read(file: Path) -> Contents:
-    """The contents of a single file that holds a whole pipeline, from its header alone.
+    """The contents of a single file with a complete pipeline, from its header alone.
 
     Raises `UserError` as `open_file` does, and if a component or some of its tensors are missing.
     """
     opened = open_file(file)
     found, parts = opened.found, opened.parts
     if found.layout != "ldm" or set(parts) != set(WEIGHTS):
-        lacking = [part for part in WEIGHTS if part not in parts]
+        missing = [part for part in WEIGHTS if part not in parts]
         raise UserError(
-            f"{file}: a U-Net in the {found.layout} layout, without {some(lacking)}; "
-            "needed is a whole checkpoint, or a folder in diffusers' layout"
+            f"{file}: a U-Net in the {found.layout} layout, without {some(missing)}; use a "
+            "complete checkpoint, or a folder in diffusers' layout"
         )
     pairs = _pairs(found.architecture, parts)
     tensors = {c: _split(file, c, pairs[c], parts[c]) for c in WEIGHTS}
@@ -120,7 +120,7 @@ def read(file: Path) -> Contents:
         try:
             files = _known_files(found.architecture, tensors, opened.rest)
         except (ValueError, LookupError) as error:
-            raise UserError(f"{file} holds what SDXL has not: {error}") from None
+            raise UserError(f"{file} is not an SDXL pipeline: {error}") from None
     files |= _vocabularies(file, files, tensors)
     kept = {k: v for k, v in opened.metadata.items() if k.startswith("modelspec.")}
     if kept and CREDIT not in files:
@@ -130,7 +130,7 @@ def read(file: Path) -> Contents:
 
 
 def _carried(file: Path, metadata: Mapping[str, str]) -> dict[str, bytes]:
-    """The small files in a file's metadata. Only those that a model folder may have are taken."""
+    """The small files in a file's metadata, if each is one that a model folder may have."""
     if FILES not in metadata:
         return {}
     where = f"{file}: {FILES} in its metadata"
@@ -140,20 +140,20 @@ def _carried(file: Path, metadata: Mapping[str, str]) -> dict[str, bytes]:
         plain = "/" not in folder and "\\" not in path and name == Path(name).name
         known = folder in CONFIGS and name.endswith((".json", ".txt"))
         if not plain or not (known or path == "model_index.json" or is_credit(path)):
-            raise UserError(f"{where} holds {path!r}, which is no file of a model folder")
+            raise UserError(f"{where} holds {path!r}, which is not a file of a model folder")
         if not isinstance(content, str):
             raise UserError(f"{where}: {path} must be text")
         files[path] = content.encode()
     needed = {f"{part}/{name}" for part, name in CONFIGS.items()} | {"model_index.json"}
-    if lacking := sorted(needed - files.keys()):
-        raise UserError(f"{where} lacks {some(lacking)}")
+    if missing := sorted(needed - files.keys()):
+        raise UserError(f"{where} lacks {some(missing)}")
     return files
 
 
 def _pairs(
     arch: UNetArchitecture, parts: Mapping[str, Mapping[str, Stored]]
 ) -> dict[str, list[ldm_keys.Pair]]:
-    """The pairs of every component, as large as the tensors say that it is."""
+    """The pairs of every component, in the sizes that its tensors show."""
     widths: list[int] = []
     while stored := parts["vae"].get(f"encoder.down.{len(widths)}.block.0.conv1.weight"):
         widths.append(stored.shape[0] if stored.shape else 0)
@@ -171,7 +171,7 @@ def _pairs(
 
 
 def _count(names: Mapping[str, Stored], path: str) -> int:
-    """How many children of a module have tensors."""
+    """Number of a module's children with tensors."""
     start = path + "."
     return len({name[len(start) :].split(".")[0] for name in names if name.startswith(start)})
 
@@ -179,7 +179,7 @@ def _count(names: Mapping[str, Stored], path: str) -> int:
 def _split(
     file: Path, component: str, pairs: list[ldm_keys.Pair], stored: Mapping[str, Stored]
 ) -> Tensors:
-    """Diffusers' tensors of a component. Raises `UserError` naming what is not as it must be."""
+    """Diffusers' tensors of a component. Raises `UserError` naming those at fault."""
     expected = {pair.single: pair for pair in pairs}
     faults = describe_faults(
         [name for name in expected if name not in stored],
@@ -204,10 +204,10 @@ def _split(
 def _known_files(
     arch: UNetArchitecture, tensors: Mapping[str, Tensors], names: Collection[str]
 ) -> dict[str, bytes]:
-    """The configurations of a file that has none: SDXL's, in the sizes that its shapes tell.
+    """The configs of a file that carries none: SDXL's, in the sizes that its shapes show.
 
-    `names`: of the tensors beside them. Raises `ValueError` or `LookupError` if a VAE or a text
-    encoder is none of SDXL's.
+    `names`: of the other tensors in the file. Raises `ValueError` or `LookupError` if the VAE or a
+    text encoder is not SDXL's.
     """
     schedule: dict[str, Any] = {
         "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, **BETAS,
@@ -231,7 +231,7 @@ def _known_files(
 
 
 def _bundled(tokenizer: str) -> Path:
-    """The folder of a tokenizer of the bundled model, whose vocabulary is CLIP's."""
+    """The folder of a tokenizer of the bundled model; its vocabulary is CLIP's."""
     return BUNDLED / "koala-mini" / tokenizer
 
 
@@ -240,7 +240,7 @@ def _vae_config(tensors: Tensors) -> dict[str, Any]:
     while view := tensors.get(f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight"):
         widths.append(view.shape[0])
     if any(width % GROUPS for width in widths):
-        raise ValueError(f"a VAE of widths {widths}; SDXL's are multiples of {GROUPS}")
+        raise ValueError(f"the VAE has widths {widths}; they must be multiples of {GROUPS}")
     layers = sum(
         f"encoder.down_blocks.0.resnets.{j}.conv1.weight" in tensors for j in range(len(tensors))
     )
@@ -262,10 +262,10 @@ def _vae_config(tensors: Tensors) -> dict[str, Any]:
 
 
 def _text_config(tensors: Tensors, activation: str, pad: int) -> dict[str, Any]:
-    """Of CLIP-L and OpenCLIP bigG, whose heads are 64 wide."""
+    """The config of CLIP-L or OpenCLIP bigG, whose heads are 64 wide."""
     tokens, width = tensors[_EMBEDDING].shape
     if width not in (768, 1280):
-        raise ValueError(f"a text encoder of width {width}; SDXL's are 768 and 1280 wide")
+        raise ValueError(f"a text encoder is {width} wide; SDXL's are 768 and 1280 wide")
     positions = tensors["text_model.embeddings.position_embedding.weight"].shape[0]
     projection = tensors.get("text_projection.weight")
     layers = 0
@@ -295,7 +295,7 @@ def _text_config(tensors: Tensors, activation: str, pad: int) -> dict[str, Any]:
 def _vocabularies(
     file: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensors]
 ) -> dict[str, bytes]:
-    """CLIP's own vocabulary for the tokenizers that a file does not bring."""
+    """CLIP's vocabulary for tokenizers that the file does not carry."""
     added = {}
     for component, encoder in _TOKENIZERS.items():
         names = {path.rpartition("/")[2] for path in files if path.startswith(f"{component}/")}
@@ -303,8 +303,8 @@ def _vocabularies(
             continue
         if (tokens := tensors[encoder][_EMBEDDING].shape[0]) != VOCABULARY:
             raise UserError(
-                f"{file}: its {encoder} has {tokens:,} tokens, CLIP has {VOCABULARY:,}; which "
-                "they are a single file does not tell: use the folder it was made from"
+                f"{file}: {encoder} has {tokens:,} tokens, CLIP has {VOCABULARY:,}; the file does "
+                "not say which: use the folder that it was made from"
             )
         added[f"{component}/tokenizer.json"] = (_bundled(component) / "tokenizer.json").read_bytes()
     return added
@@ -316,9 +316,8 @@ def _vocabularies(
 def write(contents: Contents, out: Path, dtype: str | None, metadata: Mapping[str, str]) -> int:
     """Writes the single file and returns its size in bytes.
 
-    `dtype`: safetensors' name, of all weights; `metadata`: more of it, text by name. Raises
-    `UserError` if a component has tensors that the original layout has no place for, and as
-    `tensors.write` does.
+    `dtype`: safetensors' name, of all weights; `metadata`: additional entries. Raises `UserError`
+    if a component has tensors unknown to the original layout, and as `tensors.write` does.
     """
     tensors = _joined(contents)
     metadata = {**contents.metadata, **metadata, FILES: json.dumps(_carriable(contents))}
@@ -327,7 +326,7 @@ def write(contents: Contents, out: Path, dtype: str | None, metadata: Mapping[st
 
 
 def _joined(contents: Contents) -> dict[str, View]:
-    """Every tensor by its name in the original layout."""
+    """All tensors by their names in the original layout."""
     vae = contents.config("vae/config.json")
     try:
         pairs = {
@@ -341,10 +340,12 @@ def _joined(contents: Contents) -> dict[str, View]:
             ),
         }
     except KeyError as error:
-        raise UserError(f"{contents.source}: a config.json lacks {error}") from None
+        raise UserError(f"{contents.source}: a config.json has no {error}") from None
     joined = {}
     for component, of in contents.tensors.items():
-        tensors = {_published(component, name): v for name, v in of.items() if not is_ballast(name)}
+        tensors = {
+            _published(component, name): v for name, v in of.items() if not is_obsolete(name)
+        }
         shapes = {name: view.shape for name, view in tensors.items()}
         expected = {n: shapes.get(n, ()) for pair in pairs[component] for n in pair.parts}
         if faults := tensor_faults(expected, shapes):
@@ -355,13 +356,13 @@ def _joined(contents: Contents) -> dict[str, View]:
 
 
 def _published(component: str, name: str) -> str:
-    """CLIP-L's names as SDXL's own, which transformers shortens since its version 5.6."""
+    """CLIP-L's names as SDXL spells them; transformers shortens them since version 5.6."""
     short = component == "text_encoder" and not name.startswith("text_model.")
     return f"text_model.{name}" if short else name
 
 
 def _carriable(contents: Contents) -> dict[str, str]:
-    """The small files that a single file takes along: all but CLIP's own vocabulary."""
+    """The small files that a single file carries: all but CLIP's own vocabulary."""
     files = {}
     for path, content in contents.files.items():
         component, _, name = path.partition("/")

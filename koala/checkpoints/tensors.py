@@ -1,9 +1,9 @@
-"""Safetensors files: what is in one, reading a tensor, writing a file tensor by tensor.
+"""Safetensors files: reads headers and tensors, writes files tensor by tensor.
 
-Everything that touches weights goes through here, and nothing is held in memory beyond a few
-MiB: a tensor is a place in a file (`Stored`) or a few of them joined (`View`), and is copied in
-pieces, its dtype converted on the way. Headers come from strangers: whatever is wrong with one is
-a `UserError` that names the file, and no claim of a header is believed before it is checked.
+All access to weights goes through this module, and it holds no more than a few MiB in memory. A
+tensor is a place in a file (`Stored`) or several of them joined (`View`); it is copied in pieces,
+and its dtype is converted on the way. Headers are untrusted: every entry is checked before use,
+and whatever is wrong with one is a `UserError` that names the file.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from koala.utils.atomic import new_file
 if TYPE_CHECKING:
     import torch
 
-# Bytes an element, of the types that safetensors names.
+# Bytes per element of safetensors' dtypes.
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
 }  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16")  # what weights come in and can be converted between
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that can be converted into each other
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # our names, and safetensors' own
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
 _AXES_LIMIT, _SIDE_LIMIT = 32, 2**48
@@ -36,7 +36,7 @@ _PICKLE_MAGIC = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(
 
 
 class Stored(NamedTuple):
-    """One tensor of a safetensors file: where its bytes lie and what they are."""
+    """One tensor of a safetensors file: location, dtype and shape."""
 
     file: Path
     dtype: str  # safetensors' name, a key of DTYPE_BYTES
@@ -47,7 +47,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """A tensor made of stored ones: joined along axis 0, then transposed if two-dimensional."""
+    """A tensor made of stored ones: joined along axis 0, then optionally transposed (2-D)."""
 
     parts: tuple[Stored, ...]
     transposed: bool = False
@@ -58,14 +58,14 @@ class View:
         dtypes = {part.dtype for part in self.parts}
         if len(dtypes) > 1:
             raise UserError(
-                f"{self.parts[0].file}: tensors that belong in one have the dtypes "
-                f"{', '.join(sorted(dtypes))}; name the one they shall have"
+                f"{self.parts[0].file}: tensors to be joined have different dtypes, "
+                f"{', '.join(sorted(dtypes))}; choose one with --dtype"
             )
         return self.parts[0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole."""
+        """Of the joined tensor."""
         first = self.parts[0].shape
         if len(self.parts) > 1:
             first = (sum(part.shape[0] for part in self.parts), *first[1:])
@@ -87,7 +87,7 @@ def rows(stored: Stored, begin: int, end: int) -> Stored:
 
 
 def float_dtype(name: str | None) -> str | None:
-    """safetensors' name of the dtype that users call fp32, fp16 or bf16; None stays None.
+    """safetensors' name for fp32, fp16 or bf16; None stays None.
 
     Raises `UserError` for any other name.
     """
@@ -105,10 +105,10 @@ def size_of(dtype: str, shape: Iterable[int]) -> int:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, without reading them, in the header's order.
+    """The tensors of a safetensors file, from its header alone, in the header's order.
 
-    Raises `UserError` if the file is no safetensors file, is a pickle, or is not exactly what
-    its header says: tensors side by side from the header to the end of the file.
+    Raises `UserError` if the file is not a safetensors file, is a pickle, or its tensors do not
+    fill it without gaps from the header to the end, as the header says.
     """
     header, start, length = _header(file)
     header.pop("__metadata__", None)
@@ -124,7 +124,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     if length != end:
         state = "truncated" if length < end else "damaged"
         raise UserError(
-            f"{file} is {state}: {length:,} bytes, its header says {end:,}; fetch it again"
+            f"{file} is {state}: {length:,} bytes, its header says {end:,}; download it again"
         )
     return tensors
 
@@ -138,7 +138,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def _bad(file: Path, reason: str) -> UserError:
-    return UserError(f"{file} is no safetensors file: bad header ({reason[:200]})")
+    return UserError(f"{file} is not a valid safetensors file: bad header ({reason[:200]})")
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
@@ -153,13 +153,13 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
                 _refuse_pickle(file, start)
             if not fits:
                 raise UserError(
-                    f"{file} has {length:,} bytes: truncated, or no safetensors file; "
-                    "fetch it again"
+                    f"{file} has {length:,} bytes: truncated, or not a safetensors file; "
+                    "download it again"
                 )
             if start[8:] != b"{":
-                raise _bad(file, "it does not begin with a JSON object")
+                raise _bad(file, "it does not start with a JSON object")
             if size > _HEADER_LIMIT:
-                raise _bad(file, f"{size:,} bytes long, at most {_HEADER_LIMIT:,} are read")
+                raise _bad(file, f"{size:,} bytes, more than the limit of {_HEADER_LIMIT:,}")
             text = b"{" + stream.read(size - 1)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
@@ -173,15 +173,15 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
 def _refuse_pickle(file: Path, start: bytes) -> None:
     if file.suffix.lower() in _PICKLE_ENDINGS or start.startswith(_PICKLE_MAGIC):
         raise UserError(
-            f"{file} is a pickle, which can run code when it is opened, and is never opened "
-            "here; fetch the .safetensors of the same model, or convert it in a sandbox with a "
-            "tool that you trust"
+            f"{file} is a pickle, which can run code when opened, so koala never opens it; "
+            "download the model's .safetensors, or convert it in a sandbox with a tool that you "
+            "trust"
         )
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for text in (text for pair in pairs for text in pair if isinstance(text, str)):
-        text.encode()  # half a surrogate pair could not be printed
+        text.encode()  # a lone surrogate could not be printed
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name occurs twice")
@@ -189,7 +189,7 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
-    """One entry of a header, believed only where it is possible. Raises `ValueError` and such."""
+    """One entry of a header. Raises `ValueError`, `KeyError` or `TypeError` if it is invalid."""
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*shape, begin, end]
     if (
@@ -211,7 +211,7 @@ def pieces(tensor: Stored | View, dtype: str | None = None) -> Iterator[bytearra
     """A tensor's bytes, row-major and little-endian, in pieces of a few MiB.
 
     `dtype`: safetensors' name of the float type to convert to; None leaves it as it is. Raises
-    `UserError` if a finite value is too large for it or the tensor holds no floats.
+    `UserError` if a finite value is too large for it or the tensor is not of floats.
     """
     view = tensor if isinstance(tensor, View) else View((tensor,))
     dtype = dtype or view.dtype
@@ -226,12 +226,12 @@ def _plain(stored: Stored) -> Iterator[tuple[Stored, bytearray]]:
         for begin in range(0, stored.size, _PIECE):
             piece = bytearray(min(_PIECE, stored.size - begin))
             if stream.readinto(piece) != len(piece):
-                raise UserError(f"{stored.file} became shorter while it was read; run again")
+                raise UserError(f"{stored.file} shrank while it was read; run again")
             yield stored, piece
 
 
 def _transposed(view: View) -> Iterator[tuple[Stored, bytearray]]:
-    """A transposed tensor by groups of its rows, which are columns of what is stored."""
+    """A transposed tensor in groups of rows, which are columns of the stored tensor."""
     import numpy as np
 
     (stored,) = view.parts
@@ -247,12 +247,12 @@ def _transposed(view: View) -> Iterator[tuple[Stored, bytearray]]:
 
 def _converted(piece: bytearray, stored: Stored, dtype: str) -> memoryview:
     if stored.dtype not in FLOATS or dtype not in FLOATS:
-        raise UserError(f"{stored.file} holds {stored.dtype} weights; cannot be made {dtype}")
+        raise UserError(f"{stored.file}: cannot convert {stored.dtype} weights to {dtype}")
     import torch
 
     source = torch.frombuffer(piece, dtype=_torch_dtype(stored.dtype))
     tensor = source.to(_torch_dtype(dtype))
-    all_finite = tensor.abs().max().isfinite()  # ten times quicker than asking every element
+    all_finite = tensor.abs().max().isfinite()  # ten times faster than testing every element
     if not all_finite and not torch.equal(tensor.isfinite(), source.isfinite()):
         raise UserError(f"{stored.file} holds values too large for {dtype}; use fp32 or bf16")
     return tensor.view(torch.uint8).numpy().data
@@ -271,12 +271,12 @@ def _torch_dtype(dtype: str) -> torch.dtype:
 
 
 def read(tensor: Stored | View, dtype: str | None = None) -> bytes:
-    """A whole tensor's bytes; `dtype` and errors as in `pieces`."""
+    """A tensor's bytes; `dtype` and errors as in `pieces`."""
     return b"".join(pieces(tensor, dtype))
 
 
 def load_tensor(tensor: Stored | View, dtype: str | None = None) -> torch.Tensor:
-    """A whole tensor on the CPU, in memory of its own; `dtype` and errors as in `pieces`."""
+    """A tensor on the CPU, in its own memory; `dtype` and errors as in `pieces`."""
     import torch
 
     kind = _torch_dtype(dtype or tensor.dtype)
@@ -297,14 +297,13 @@ def write(
 ) -> int:
     """Writes a safetensors file piece by piece and returns its size in bytes.
 
-    `tensors`: name -> (dtype as safetensors names it, shape); `source(name)`: where the tensor
-    comes from, converted to that dtype on the way, or its bytes; `metadata`: text by name;
-    `advance(n)`: told of every n bytes written. The format: eight bytes with the header's length,
-    the header as JSON, then the bytes of all tensors without a gap. Raises `UserError` if the
-    file cannot be written, a value does not fit its dtype or a source is damaged; `Failure` if
-    the disk is full. Nothing is left under the name of `file` then.
+    `tensors`: name -> (safetensors dtype, shape). `source(name)`: the tensor to copy, converted to
+    that dtype, or its bytes. `metadata`: text by name. `advance(n)`: called for every n bytes
+    written. Format: eight bytes with the header's length, the header as JSON, then the bytes of
+    all tensors without gaps. Raises `UserError` if the file cannot be written, a value does not
+    fit its dtype or a source is damaged; `Failure` if the disk is full. `file` is then unchanged.
     """
-    # Wide elements first, so that every tensor is aligned to the size of its elements.
+    # Wide elements first, so that every tensor is aligned to its element size.
     order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0

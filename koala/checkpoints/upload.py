@@ -1,7 +1,6 @@
-"""`--push-to-hub`: a finished model on the Hugging Face Hub, by huggingface_hub.
+"""`--push-to-hub`: uploads a finished model to the Hugging Face Hub.
 
-Whether that can work is asked before the long work starts (`check_target`), for a token that is
-missed after hours of training helps nobody.
+`check_target` checks the token before the long work starts, not after hours of training.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from koala.errors import Failure, UserError
 
 
 def check_target(target: str) -> None:
-    """Asks the Hub whether it knows our token. Creates and uploads nothing.
+    """Checks the token with the Hub. Creates and uploads nothing.
 
-    target: "ORG/NAME". UserError if it has another form, or the token is missing or refused;
+    target: "ORG/NAME". UserError if it has another form or the token is missing or rejected;
     Failure if the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
@@ -26,26 +25,26 @@ def check_target(target: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     if not HUB_ID.fullmatch(target):
-        raise UserError(f"--push-to-hub {target!r}: must be ORG/NAME, such as my-name/my-model")
+        raise UserError(f"--push-to-hub {target!r}: it must be ORG/NAME, such as my-name/my-model")
     try:
         validate_repo_id(target)
     except HFValidationError as error:
         raise UserError(f"--push-to-hub {target!r}: {error}") from None
     if not get_token():
         raise UserError(
-            f"--push-to-hub {target}: no token; run `hf auth login` or set HF_TOKEN to one "
-            "that may write"
+            f"--push-to-hub {target}: no token; run `hf auth login` or set HF_TOKEN to "
+            "a token with write access"
         )
     with _explained(target):
         HfApi().whoami()
 
 
 def push(model: str | Path, target: str) -> str:
-    """Uploads a model folder, or a single file, in one commit and returns its address.
+    """Uploads a model folder or a single file in one commit and returns its URL.
 
-    The repository is made if it is not there. A card of ours is uploaded with snippets that load
-    `target`; the one in the folder stays as it is. UserError if the Hub refuses, Failure if it
-    cannot be reached.
+    The repository is created if needed. A model card written by koala is uploaded with snippets
+    that load `target`; the local card is unchanged. UserError if the Hub rejects the upload,
+    Failure if it cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -69,7 +68,7 @@ def push(model: str | Path, target: str) -> str:
 
 @contextlib.contextmanager
 def _explained(target: str) -> Iterator[None]:
-    """Says in one line what the Hub or the way to it would not do."""
+    """Turns errors of the Hub and of the network into one line."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     try:
@@ -79,11 +78,11 @@ def _explained(target: str) -> Iterator[None]:
         reason = f"the Hub answers {status}: {error.server_message or error}"
         if 400 <= status < 500 and status != 429:
             raise UserError(
-                f"--push-to-hub {target}: {reason}; check the token (`hf auth whoami`) and that it "
-                "may write there"
+                f"--push-to-hub {target}: {reason}; check the token (`hf auth whoami`) and its "
+                "write access"
             ) from error
         raise Failure(f"--push-to-hub {target}: {reason}; try again later") from error
-    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of the upload's own client
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: from the upload client
         raise Failure(
             f"--push-to-hub {target}: the Hub cannot be reached ({error}); check the network"
         ) from error

@@ -1,8 +1,8 @@
-"""Whether a model is whole: its folder, its configurations, its weights files.
+"""Checks that a model is complete: its folder, its configs, its weights files.
 
-A model is a folder in the layout of diffusers' `StableDiffusionXLPipeline`. Everything that can be
-wrong with one is found here, from its JSON files and the headers of its safetensors files, before
-a single weight is read. Pickled weights are never opened.
+A model is a folder in the layout of diffusers' `StableDiffusionXLPipeline`. Faults are found in
+its JSON files and in the headers of its safetensors files, before any weight is read. Pickled
+weights are never opened.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from koala.errors import UserError
 
 PIPELINE = "StableDiffusionXLPipeline"
 _DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
-WEIGHTS = {  # components with weights: stem of the file's name
+WEIGHTS = {  # component with weights -> stem of the file name
     "unet": _DIFFUSERS,
     "vae": _DIFFUSERS,
     "text_encoder": _TRANSFORMERS,
     "text_encoder_2": _TRANSFORMERS,
 }
-CONFIGS = {  # the file without which a component is not there
+CONFIGS = {  # component -> the config file that it must have
     **dict.fromkeys(WEIGHTS, "config.json"),
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
@@ -43,28 +43,28 @@ def some(names: Iterable[str]) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `UserError` if it is missing or is none."""
+    """The object in a JSON file. Raises `UserError` if the file is missing or holds none."""
     try:
         return parse_object(file.read_bytes(), str(file))
     except FileNotFoundError:
-        raise UserError(f"{file} is missing; is this a whole model folder?") from None
+        raise UserError(f"{file} is missing; is this a complete model folder?") from None
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}; fetch it again") from None
+        raise UserError(f"{file} cannot be read: {error}; download it again") from None
 
 
 def parse_object(content: bytes | str, where: str) -> dict[str, Any]:
-    """The JSON object in a file's content. Raises `UserError` if there is none."""
+    """The JSON object in a file's content. Raises `UserError` if it is something else."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} cannot be read: {error}; fetch it again") from None
+        raise UserError(f"{where} cannot be read: {error}; download it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{where} must hold a JSON object, not {type(value).__name__}")
     return value
 
 
 def weights_files(folder: Path, component: str) -> list[Path]:
-    """The safetensors files of a component, one or the shards that its index names.
+    """The safetensors files of a component: one, or the shards in its index.
 
     Raises `UserError` if there are none.
     """
@@ -74,10 +74,10 @@ def weights_files(folder: Path, component: str) -> list[Path]:
     if (index := place / f"{stem}.safetensors.index.json").is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index} has no weight_map; fetch it again")
+            raise UserError(f"{index} has no weight_map; download it again")
         shards = sorted({str(shard) for shard in weight_map.values()})
         if outside := [shard for shard in shards if Path(shard).name != shard]:
-            raise UserError(f"{index} names {outside[0]!r}, which lies outside its folder")
+            raise UserError(f"{index} names {outside[0]!r}, which is outside its folder")
         return [place / shard for shard in shards]
     others = sorted(p.name for p in place.glob(f"*{stem}*"))
     found = f"; found only {some(others)}" if others else ""
@@ -85,7 +85,7 @@ def weights_files(folder: Path, component: str) -> list[Path]:
 
 
 def read_tensors(folder: Path, component: str) -> dict[str, Stored]:
-    """Every tensor of a component by name, from the headers alone. Raises `UserError`."""
+    """All tensors of a component by name, from the headers alone. Raises `UserError`."""
     tensors: dict[str, Stored] = {}
     for file in weights_files(folder, component):
         tensors |= read_header(file)
@@ -93,28 +93,28 @@ def read_tensors(folder: Path, component: str) -> dict[str, Stored]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `UserError` naming what keeps `folder` from being a whole SDXL pipeline."""
+    """Raises `UserError` if `folder` is not a complete SDXL pipeline, naming the fault."""
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is no model: it has no model_index.json of a {PIPELINE}")
+        raise UserError(f"{folder} is not a model: it has no model_index.json")
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind != PIPELINE:
         why = ""
         if kind == "StableDiffusionPipeline":
-            why = " (SD 1 or 2, whose U-Net has no addition embedding)"
-        raise UserError(f"{folder} is a {kind}{why}; must be a {PIPELINE}")
+            why = " (SD 1 or 2; its U-Net has no addition embedding)"
+        raise UserError(f"{folder} is a {kind}{why}; it must be a {PIPELINE}")
     for component, file in CONFIGS.items():
         if not (folder / component / file).is_file():
-            raise UserError(f"{folder} lacks {component}/{file}, a part of every {PIPELINE}")
+            raise UserError(f"{folder} lacks {component}/{file}, which every {PIPELINE} has")
     stored = {component: read_tensors(folder, component) for component in WEIGHTS}
     arch = unet_architecture(folder)
     if not arch.pooled:
-        raise UserError(f"{folder}/unet has no addition embedding, an SDXL U-Net has one")
+        raise UserError(f"{folder}/unet has no addition embedding; an SDXL U-Net has one")
     check_unet(arch, stored["unet"], folder)
     _check_widths(folder, arch)
 
 
 def unet_architecture(folder: Path) -> UNetArchitecture:
-    """What the U-Net of a model folder is, by its configuration. Raises `UserError`."""
+    """The architecture of a model folder's U-Net, by its config. Raises `UserError`."""
     file = folder / "unet" / "config.json"
     try:
         return from_unet_config(read_json(file))
@@ -123,7 +123,7 @@ def unet_architecture(folder: Path) -> UNetArchitecture:
 
 
 def check_unet(arch: UNetArchitecture, stored: dict[str, Stored], folder: Path) -> None:
-    """Raises `UserError` unless `stored` has exactly the tensors of `arch`, in its shapes."""
+    """Raises `UserError` unless `stored` has exactly the tensors of `arch`."""
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     if faults := tensor_faults(tensor_shapes(arch), shapes):
         raise UserError(f"{folder}/unet: the weights do not fit config.json: {faults}")
@@ -145,7 +145,7 @@ def tensor_faults(expected: Shapes, found: Shapes) -> str:
 def describe_faults(
     missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str]
 ) -> str:
-    """What is wrong with a component's tensors, as the end of an error; "" if nothing is."""
+    """The faults of a component's tensors, for an error message; "" if there are none."""
     kinds = {
         "missing tensors": missing,
         "unexpected tensors": unexpected,
@@ -155,7 +155,7 @@ def describe_faults(
 
 
 def _check_widths(folder: Path, arch: UNetArchitecture) -> None:
-    """The widths on which the parts of a pipeline must agree."""
+    """Raises `UserError` if the components of a pipeline disagree on a width."""
     text, text_2, vae = (
         read_json(folder / part / "config.json")
         for part in ("text_encoder", "text_encoder_2", "vae")
@@ -177,7 +177,7 @@ def _check_widths(folder: Path, arch: UNetArchitecture) -> None:
             ),
         }
     except KeyError as error:
-        raise UserError(f"{folder}: a config.json lacks {error}") from None
+        raise UserError(f"{folder}: a config.json has no {error}") from None
     for what, (own, other, whose) in agreements.items():
         if own != other:
-            raise UserError(f"{folder}: the U-Net's {what} is {own}, {whose} give {other}")
+            raise UserError(f"{folder}: the U-Net's {what} is {own}, but {whose} give {other}")

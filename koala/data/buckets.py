@@ -1,8 +1,8 @@
-"""Aspect buckets: sizes of about one area, so that pictures of any shape lose little to the crop.
+"""Aspect-ratio buckets: sizes of about equal area, so that cropping any image loses little.
 
 SDXL's list (arXiv 2307.01952, appendix I) follows from a rule: sides are multiples of 64 pixels,
 the area is 90 % to 100 % of the square's, the longer side at most four times the shorter. (The rule
-gives 1344 x 704 besides, which the list leaves out although it has 704 x 1344.)
+also gives 1344 x 704, which the list omits although it has 704 x 1344.)
 
 Sizes are (height, width) in pixels.
 """
@@ -11,13 +11,13 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from koala.architectures.table import FACTOR
 from koala.errors import UserError
 
-FACTOR = 8  # pixels of a latent, as in `koala.architectures`
 STEP = 64  # pixels
 LEAST_AREA = 0.9  # of the square's
 MOST_ASPECT = 4  # longer side over shorter
-FEWEST_STEPS = 8  # a square of fewer steps has no neighbours worth having: it stands alone
+FEWEST_STEPS = 8  # a smaller square is the only bucket
 
 Size = tuple[int, int]
 
@@ -26,12 +26,12 @@ Size = tuple[int, int]
 def buckets(side: int, step: int = STEP) -> tuple[Size, ...]:
     """The buckets around a square of `side` pixels: 41 at 1024, 11 at 512.
 
-    Below 512 the square stands alone. UserError where the side is no multiple of 64, or, for a
-    square alone, of 8.
+    Below 512 the square is the only bucket. UserError unless the side is a multiple of 64, or of 8
+    below 512.
     """
     unit = step if side >= FEWEST_STEPS * step else FACTOR
     if side < FACTOR or side % unit:
-        raise UserError(f"size {side}: must be a multiple of {unit} pixels")
+        raise UserError(f"size {side}: it must be a multiple of {unit} pixels")
     if side < FEWEST_STEPS * step:
         return ((side, side),)
     area = side * side
@@ -47,16 +47,16 @@ def buckets(side: int, step: int = STEP) -> tuple[Size, ...]:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a picture comes to a bucket: resized to cover it, then cut from the middle."""
+    """How an image fits its bucket: resized to cover it, then centre-cropped."""
 
     resized: Size
-    top: int  # of the crop, in the resized picture: SDXL's crop conditioning
+    top: int  # of the crop, in the resized image: SDXL's crop conditioning
     left: int
     target: Size  # the bucket
 
 
 def fit(size: Size, side: int, step: int = STEP, upscale: bool = False) -> Fit | None:
-    """The bucket of the nearest aspect ratio; None where reaching it would enlarge the picture."""
+    """The bucket with the nearest aspect ratio; None if the image would need enlarging."""
     height, width = size
     target = min(
         buckets(side, step), key=lambda b: (abs(math.log(b[0] * width / (b[1] * height))), b)

@@ -1,11 +1,11 @@
-"""Captions: which fields make one, how many tokens it has, and how a long one is told.
+"""Captions: composes them from fields, counts tokens, and fits long ones to the text encoders.
 
-CLIP reads 77 tokens; the captions KOALA trained on have 81 words on average. Here none is cut in
-silence: whatever is too long is counted while data are prepared, and told in parts while a model
-learns. Either way a sample is told by whole sentences that fit.
+CLIP reads 77 tokens; the captions KOALA trained on have 81 words on average. None is truncated
+silently: captions that are too long are counted when data are prepared, and a training shows whole
+sentences that fit, by one of two policies:
 
-    sentences   some of them, drawn anew each time, in their order
-    chunks      one run of neighbours, drawn anew each time; together the runs are the whole caption
+    sentences   a random selection of sentences each time, in their order
+    chunks      a random chunk of consecutive sentences each time; the chunks cover the caption
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from koala.errors import UserError, unknown
 if TYPE_CHECKING:
     import numpy as np
 
-CLIP_TOKENS = 77  # what CLIP reads, where a tokenizer does not say
+CLIP_TOKENS = 77  # CLIP's limit, if a tokenizer states none
 POLICIES = ("sentences", "chunks")
 _END = re.compile(r"(?<=[.!?;])\s+")
 
 
 def compose(expression: str, fields: dict[str, str]) -> str:
-    """The caption that "alt_txt+llava_caption" asks for: the fields one after the other.
+    """The caption for an expression such as "alt_txt+llava_caption": its fields, joined.
 
-    Absent fields are left out; "" where all are. Each but the last ends as a sentence does.
+    Missing fields are skipped; "" if all are missing. Each but the last gets a full stop if needed.
     """
     texts = [" ".join(fields[f].split()) for f in expression.split("+") if fields.get(f)]
     ended = [t if t[-1] in ".!?;," else f"{t}." for t in texts[:-1]]
@@ -38,22 +38,22 @@ def compose(expression: str, fields: dict[str, str]) -> str:
 
 
 def check_expressions(expressions: Sequence[str], fields: Sequence[str]) -> None:
-    """Raises UserError where an expression names a field that the source does not have."""
+    """Raises UserError if an expression names a field that the source lacks."""
     for expression in expressions:
         if missing := [f for f in expression.split("+") if f not in fields]:
             raise UserError(
                 f"caption {expression!r}: the source has no {', '.join(missing)}; its first "
-                f"picture has {', '.join(fields) or 'no captions'}"
+                f"image has {', '.join(fields) or 'no captions'}"
             )
     if len({*expressions}) != len(expressions):
-        raise UserError(f"captions {', '.join(expressions)}: one is named twice")
+        raise UserError(f"captions {', '.join(expressions)}: one is given twice")
 
 
 class CaptionFitter:
-    """How captions are told to encoders that read no more than `limit` tokens."""
+    """Fits captions to encoders that read at most `limit` tokens."""
 
     def __init__(self, count: Callable[[str], int], limit: int, policy: str):
-        """count: a text's tokens, start and end included. UserError for an unknown policy."""
+        """count: a text's tokens, special tokens included. UserError for an unknown policy."""
         if policy not in POLICIES:
             raise unknown("policy for long captions", policy, POLICIES)
         self.count = lru_cache(maxsize=65_536)(count)
@@ -61,12 +61,12 @@ class CaptionFitter:
 
     @classmethod
     def of(cls, model: Path, policy: str) -> CaptionFitter:
-        """As the text side of a model folder reads: the longer of its two tokenizers' counts."""
+        """For the text encoders of a model folder, by the larger of its tokenizers' counts."""
         parts = [model / part for part in ("tokenizer", "tokenizer_2")]
         limits = [read_json(p / "tokenizer_config.json").get("model_max_length") for p in parts]
 
         @cache
-        def tokenizers() -> list[Any]:  # loaded when the first long text comes
+        def tokenizers() -> list[Any]:  # loaded for the first long text
             from transformers import CLIPTokenizer
 
             return [CLIPTokenizer.from_pretrained(p, local_files_only=True) for p in parts]
@@ -77,8 +77,8 @@ class CaptionFitter:
         return cls(count, min(limit or CLIP_TOKENS for limit in limits), policy)
 
     def is_long(self, caption: str) -> bool:
-        """Whether the encoders would leave some of it unread."""
-        # A token has at least one character, so most captions need no tokenizer.
+        """Whether the encoders would truncate it."""
+        # A token has at least one character, so most captions need no tokenizing.
         return len(caption) + 2 > self.limit and self.count(caption) > self.limit
 
     def fit(self, caption: str, rng: np.random.Generator) -> str:
@@ -99,14 +99,14 @@ class CaptionFitter:
         return self.count(text) <= self.limit
 
     def _pieces(self, caption: str) -> list[str]:
-        """Sentences; one that does not fit falls into runs of words, as long as they can be."""
+        """Sentences; one that does not fit is split into runs of words, as long as possible."""
         pieces: list[str] = []
         for sentence in _END.split(caption):
             pieces += [sentence] if self._fits(sentence) else self._pack(sentence.split())
         return pieces
 
     def _pack(self, pieces: Sequence[str]) -> list[str]:
-        """Neighbours joined for as long as they fit; a word that does not is halved."""
+        """Joins neighbours while they fit; a word that does not fit is halved."""
         runs: list[str] = []
         for piece in pieces:
             if runs and self._fits(f"{runs[-1]} {piece}"):

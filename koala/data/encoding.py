@@ -1,4 +1,4 @@
-"""What the VAE (and, where asked for, the text side) makes of samples: latents a U-Net learns from.
+"""Encodes samples with the VAE and, on request, the text encoders, into a U-Net's training data.
 
 Shapes: n samples, h x w pixels; latents [n, 4, h/8, w/8].
 """
@@ -22,20 +22,20 @@ from koala.data.captions import CaptionFitter
 from koala.data.preprocess import Dropped, Preparation, Sample
 from koala.text_conditioning import TextConditioner
 
-BATCH_PIXELS = 4 << 20  # that the VAE encodes at once: four pictures at 1024 x 1024
-BATCH = 64  # pictures, at most
-MIRRORED = "mirrored_"  # before the names of a mirrored picture's tensors
+BATCH_PIXELS = 4 << 20  # that the VAE encodes at once: four images at 1024 x 1024
+BATCH = 64  # images, at most
+MIRRORED = "mirrored_"  # name prefix of a mirrored image's tensors
 _SEEN = np.empty((0, 0, 3), dtype=np.uint8)
 
 
 def to_pixels(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
-    """RGB pictures of one size as float32 [n, 3, h, w] in [-1, 1]."""
+    """RGB images of one size as float32 [n, 3, h, w] in [-1, 1]."""
     pixels = np.stack([np.asarray(i, dtype=np.float32) for i in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def encoder_hash(model: Path) -> str:
-    """What names a model's latents: a hash of all that makes them (not the decoder), in fp16."""
+    """Identifies a model's latents: a hash of the encoder and the normalisation, in fp16."""
     digest = hashlib.sha256()
     for name, stored in sorted(read_tensors(model, "vae").items()):
         if name.startswith(("encoder.", "quant_conv.")):
@@ -49,38 +49,38 @@ def encoder_hash(model: Path) -> str:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample without its pixels, and its tensors: one row of a shard."""
+    """A sample without its pixels, with its tensors: one row of a shard."""
 
     sample: Sample
-    tensors: dict[str, Tensor]  # bf16, on the CPU, without the batch's axis
+    tensors: dict[str, Tensor]  # bf16, on the CPU, without batch axis
 
     @property
     def group(self) -> tuple[str, str, Size]:
-        """What its shard has in common: split, kind, bucket."""
+        """What all samples of a shard share: split, kind, bucket."""
         factor = 1 if "pixels" in self.tensors else 8
         height, width = (factor * side for side in next(iter(self.tensors.values())).shape[-2:])
         return self.sample.split, self.sample.kind, (height, width)
 
 
 class Moments:
-    """A model's VAE on a device, in fp32 on a CPU and under bf16 autocast on anything else."""
+    """A model's VAE on a device, in fp32 on a CPU, under bf16 autocast elsewhere."""
 
     def __init__(self, model: Path, device: str | torch.device):
         self.device = torch.device(device)
         self.vae = load_vae(model).to(self.device, memory_format=torch.channels_last)
         self.scale = LatentScale(self.vae.config, self.device)
 
-    @torch.inference_mode(False)  # a training learns from what comes of it
+    @torch.inference_mode(False)  # a training uses the result
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the posterior, float32 [n, 4, h/8, w/8], in the U-Net's units.
+        """Mean and standard deviation of the posterior, float32 [n, 4, h/8, w/8], normalised.
 
-        pixels: of one size, as `to_pixels` gives them; a few pictures are encoded at once.
+        pixels: of one size, as returned by `to_pixels`; encoded a few images at a time.
         """
         at_once = max(1, BATCH_PIXELS // (pixels.shape[-1] * pixels.shape[-2]))
         parts = [self._encode(part) for part in pixels.split(at_once)]
-        means, deviations = zip(*parts, strict=True)
-        return torch.cat(means), torch.cat(deviations)
+        means, stds = zip(*parts, strict=True)
+        return torch.cat(means), torch.cat(stds)
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         pixels = pixels.to(self.device, memory_format=torch.channels_last)
@@ -91,12 +91,12 @@ class Moments:
 
 
 class Encoder:
-    """What becomes of read pictures, with a model's VAE on a device."""
+    """Encodes samples with a model's VAE on a device."""
 
     def __init__(
         self, model: Path, device: str | torch.device, preparation: Preparation, seed: int
     ):
-        """seed: of the draws."""
+        """seed: of the draws from the posterior."""
         self.posterior, self.mirror, self.seed = preparation.posterior, preparation.mirror, seed
         self.moments = None if self.posterior == "pixels" else Moments(model, device)
         text = preparation.text
@@ -105,10 +105,10 @@ class Encoder:
     def unit(
         self, results: Iterable[Sample | Dropped], fitter: CaptionFitter
     ) -> tuple[list[EncodedSample], list[Dropped]]:
-        """What becomes of a unit's items, both in their order.
+        """The encoded and the dropped items of a unit, each in order.
 
-        fitter: how the caption of an embedding is told; the sample's caption is what was told. A
-        sample whose latents are not finite is left out.
+        fitter: fits the captions of stored embeddings; the samples keep the fitted captions.
+        Samples whose latents are not finite are dropped.
         """
         waiting: dict[Size, list[tuple[int, Sample]]] = {}
         encoded: dict[int, EncodedSample | Dropped] = {}
@@ -148,12 +148,12 @@ class Encoder:
     def _tensors(self, samples: list[Sample]) -> dict[str, Tensor]:
         """bfloat16 [n, 4, h/8, w/8] on the CPU: "mean" and "deviation", or "draw".
 
-        With `mirror` those of the mirrored pictures too, under `MIRRORED` and the name. Or
-        "pixels", uint8 [n, 3, h, w], which need no encoding to be mirrored.
+        With `mirror` also those of the mirrored images, with the name prefix `MIRRORED`. Or
+        "pixels", uint8 [n, 3, h, w], which can be mirrored without encoding.
         """
         if self.moments is None:
-            pixels = np.stack([sample.pixels for sample in samples])
-            return {"pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
+            stacked = np.stack([sample.pixels for sample in samples])
+            return {"pixels": torch.from_numpy(stacked).permute(0, 3, 1, 2)}
         pixels = to_pixels([sample.pixels for sample in samples])
         tensors = self._latents(self.moments, pixels, samples)
         if self.mirror:
@@ -164,13 +164,13 @@ class Encoder:
     def _latents(
         self, moments: Moments, pixels: Tensor, samples: list[Sample]
     ) -> dict[str, Tensor]:
-        mean, deviation = (tensor.cpu() for tensor in moments(pixels))
+        mean, std = (tensor.cpu() for tensor in moments(pixels))
         if self.posterior == "moments":
-            return {"mean": mean.bfloat16(), "deviation": deviation.bfloat16()}
+            return {"mean": mean.bfloat16(), "deviation": std.bfloat16()}
         noise = [
             np.random.default_rng((self.seed, sample.digest)).standard_normal(
                 mean.shape[1:], dtype=np.float32
             )
             for sample in samples
         ]
-        return {"draw": (mean + deviation * torch.from_numpy(np.stack(noise))).bfloat16()}
+        return {"draw": (mean + std * torch.from_numpy(np.stack(noise))).bfloat16()}

@@ -1,9 +1,9 @@
-"""Reads a prepared folder, local or remote: its shard table at once, rows and tensors on demand.
+"""Reads a prepared folder, local or remote: the shard table at once, rows and tensors on demand.
 
-Nothing here grows with the number of samples: the index stays on disk (memory-mapped), and the
-shard table has a line for some hundred samples. A remote folder (any URL that fsspec knows, such
-as s3://bucket/data) has its tables copied at the start, and its shards, whole, in the background
-before they are wanted, and removed when they are told to be.
+Memory does not grow with the number of samples: the index stays on disk (memory-mapped), and the
+shard table has one row per few hundred samples. The tables of a remote folder (any fsspec URL,
+such as s3://bucket/data) are downloaded at the start, its shards in the background before they
+are needed; they are removed on request.
 """
 
 import json
@@ -37,11 +37,11 @@ from koala.data.shards import (
 )
 from koala.errors import Failure, UserError
 
-FETCHERS = 8  # shards of a remote folder that are fetched at once
+FETCHERS = 8  # concurrent downloads of shards
 
 
 class Files:
-    """A folder's files under local names; those of a remote one are fetched."""
+    """A folder's files under local paths; those of a remote folder are downloaded."""
 
     def __init__(self, folder: str | Path):
         self.folder = str(folder).rstrip("/")
@@ -54,13 +54,13 @@ class Files:
             self._numbers = count()
 
     def table(self, name: str) -> Path:
-        """Where one of the folder's tables lies here. FileNotFoundError where it has none."""
+        """The local path of one of the folder's tables. FileNotFoundError if it is missing."""
         return self._fetch(name) if self.remote else self._there(name)
 
     def shard(self, name: str) -> Path:
-        """Where a shard lies here, fetched if need be. FileNotFoundError where it is gone.
+        """The local path of a shard, downloaded if necessary. FileNotFoundError if it is missing.
 
-        `Failure` where it cannot be fetched.
+        `Failure` if it cannot be downloaded.
         """
         if not self.remote:
             return self._there(name)
@@ -70,22 +70,22 @@ class Files:
             raise
         except OSError as error:
             raise Failure(
-                f"{self.folder}: {name} cannot be fetched ({error}); run again to go on"
+                f"{self.folder}: cannot download {name} ({error}); run again to continue"
             ) from error
 
-    def foretell(self, names: Iterable[str]) -> None:
-        """Says which shards will be wanted, in what order: remote ones are fetched meanwhile."""
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Starts downloading the shards that will be needed, in this order."""
         for name in names if self.remote else ():
             self._coming(name)
 
     def forget(self, name: str) -> None:
-        """Removes what was fetched of a shard."""
+        """Removes a downloaded shard."""
         if (coming := self._fetched.pop(name, None)) is not None:
             coming.cancel()
             coming.add_done_callback(_remove)
 
     def names(self, folder: str) -> Iterable[str]:
-        """Names of the files in one of its folders; none where it has no such folder."""
+        """Names of the files in one of its folders; none if there is no such folder."""
         if self.remote:
             try:
                 listed = self._fs.ls(f"{self._root}/{folder}", detail=False)
@@ -97,7 +97,7 @@ class Files:
                 yield from (entry.name for entry in entries)
 
     def close(self) -> None:
-        """Stops fetching and removes what was fetched."""
+        """Stops downloads and removes downloaded files."""
         if self.remote:
             self._fetchers.shutdown(cancel_futures=True)
             self._scratch.cleanup()
@@ -109,13 +109,13 @@ class Files:
         return path
 
     def _fetch(self, name: str) -> Path:
-        # A name of its own, since an earlier copy may be about to be removed.
+        # A unique name: an earlier copy may be about to be removed.
         there = Path(self._scratch.name, f"{next(self._numbers)}+{Path(name).name}")
         self._fs.get_file(f"{self._root}/{name}", str(there))
         return there
 
     def _coming(self, name: str) -> Future[Path]:
-        """The fetching of a shard, begun if it is not there."""
+        """The download of a shard, started if necessary."""
         coming = self._fetched.get(name)
         if coming is None or (coming.done() and coming.exception()):
             coming = self._fetched[name] = self._fetchers.submit(self._fetch, name)
@@ -128,10 +128,10 @@ def _remove(fetched: Future[Path]) -> None:
 
 
 class Index:
-    """The shards of a prepared folder and the rows of each."""
+    """The shards of a prepared folder and their rows."""
 
     def __init__(self, folder: str | Path):
-        """UserError where the folder is not prepared to the end, or lacks a shard."""
+        """UserError if the folder is not completely prepared, or a shard is missing."""
         self.files = Files(folder)
         try:
             table = pa.ipc.open_file(pa.memory_map(str(self.files.table(SHARDS))))
@@ -141,8 +141,8 @@ class Index:
             )
         except FileNotFoundError as error:
             raise UserError(
-                f"{folder}: not prepared to its end ({error.args[0]} is missing); run "
-                f"`koala prepare ... --model M --out {folder}` to its end first"
+                f"{folder} is not completely prepared ({error.args[0]} is missing); run "
+                f"`koala prepare ... --model M --out {folder}` until it finishes"
             ) from None
         self.summary = summary_of(table.schema)
         self._table = table.read_all()
@@ -162,14 +162,14 @@ class Index:
         return len(self.rows)
 
     def select(self, split: str, kind: str | None = None) -> np.ndarray:
-        """int [n]: the shards of a split and, where it is given, of a kind."""
+        """int [n]: the shards of a split, and of a kind if given."""
         chosen = pc.equal(self._table["split"], split)
         if kind is not None:
             chosen = pc.and_(chosen, pc.equal(self._table["kind"], kind))
         return np.flatnonzero(chosen.to_numpy())
 
     def bucket(self, shard: int) -> Size:
-        """(height, width) in pixels of a shard's pictures."""
+        """(height, width) in pixels of a shard's images."""
         return int(self.height[shard]), int(self.width[shard])
 
     def name(self, shard: int) -> str:
@@ -186,9 +186,9 @@ class Index:
         return self.fact(shard, row, CAPTION + name)
 
     def tensors(self, shard: int, row: int) -> dict[str, Tensor]:
-        """A sample's tensors as they are stored, without the shard's axis, read from its file.
+        """A sample's tensors as stored, without the batch axis.
 
-        `Failure` where the shard is gone or its latents are not finite.
+        `Failure` if the shard is missing or its latents are not finite.
         """
         name, at = self.name(shard), self.fact(shard, row, "row")
         try:
@@ -198,11 +198,13 @@ class Index:
                 for key, stored in self._headers(name).items()
             }
         except FileNotFoundError:
-            raise Failure(f"{self.files.folder}: shard {name} is gone; prepare it again") from None
+            raise Failure(
+                f"{self.files.folder}: shard {name} is missing; prepare it again"
+            ) from None
         if not all(torch.isfinite(tensor).all() for tensor in found.values()):
             id = self.fact(shard, row, "id")
             raise Failure(
-                f"{self.files.folder}: {id} in {name} is not finite; remove that shard's unit "
+                f"{self.files.folder}: {id} in {name} has NaN or infinite values; remove its unit "
                 f"(units/{name[8:14]}.arrow) and {SHARDS}, and prepare again"
             )
         return found
@@ -211,13 +213,13 @@ class Index:
         return read_header(self.files.shard(name))
 
     def _check_shards(self) -> None:
-        """By one number a shard: there may be a million of them."""
+        """Raises UserError for missing shards; vectorised, as there may be a million of them."""
         wanted = self.unit.astype(np.int64) * GROUPS + self.group
         found = (shard_number(name) for name in self.files.names("latents"))
         there = np.fromiter((number for number in found if number is not None), np.int64)
         missing = np.flatnonzero(~np.isin(wanted, there))
         if len(missing):
             raise UserError(
-                f"{self.files.folder}: {len(missing)} shards are missing, first "
-                f"{self.name(int(missing[0]))}; bring them back, or prepare into another folder"
+                f"{self.files.folder}: {len(missing)} shards are missing, the first is "
+                f"{self.name(int(missing[0]))}; restore them, or prepare into another folder"
             )

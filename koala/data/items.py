@@ -1,7 +1,7 @@
-"""What a source of captioned pictures gives, and what it is asked.
+"""The interface of sources of captioned images, and the items that they yield.
 
-A source knows where pictures, captions and scores lie; what becomes of them is not its business.
-It is pickled to the processes that read pictures, so it holds settings and nothing open.
+A source locates images, captions and scores, and does nothing else with them. It is pickled to the
+worker processes, so it holds settings and no open files.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 KINDS = ("folder", "webdataset", "parquet", "ye-pop")  # of sources, as `--as` calls them
-SCORES = {  # our name of a score -> what collections call it; the first that is there counts
+SCORES = {  # our name of a score -> names in data sets; the first one present counts
     "nsfw": ("nsfw", "nsfw_prediction", "punsafe"),
     "similarity": ("similarity", "alt_txt_similarity", "clip_similarity"),
 }
@@ -21,38 +21,38 @@ NOT_CAPTIONS = frozenset(
 
 @dataclass(frozen=True)
 class Item:
-    """One captioned picture, not yet read."""
+    """One captioned image, not yet read."""
 
-    id: str  # nothing else in the source has it
-    read: Callable[[], bytes]  # the picture's file; OSError where it cannot be read
+    id: str  # unique in the source
+    read: Callable[[], bytes]  # the image file's bytes; OSError if it cannot be read
     captions: dict[str, str]  # by field
     scores: dict[str, float] = field(default_factory=dict)  # by the keys of SCORES
-    split: str | None = None  # where the source has its own: "train", "test-pair", ...
+    split: str | None = None  # if the source has its own: "train", "test-pair", ...
     kind: str = "picture"
 
 
 class Source(Protocol):
-    """Captioned pictures in parts (files, as a rule), each with its items in a fixed order."""
+    """Captioned images in parts (usually files), each with its items in a fixed order."""
 
     @property
     def name(self) -> str:
-        """As `--as` calls it."""
+        """Its name for `--as`."""
         ...
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """What `prepare` takes where no caption is asked for; () for all that there are."""
+        """The captions that `prepare` uses by default; () for all."""
         ...
 
     def parts(self) -> dict[str, int]:
-        """The parts in order, each with a number that changes when the part does, as its bytes.
+        """The parts in order, each with a number that changes with its content, such as its size.
 
-        Cheap. UserError where there are none.
+        Must be cheap. UserError if there are none.
         """
         ...
 
     def count(self, part: str) -> int:
-        """How many items a part has. May read its table of contents; UserError if it cannot."""
+        """Number of items of a part. May read its table of contents; UserError if it cannot."""
         ...
 
     def items(self, part: str, first: int, count: int) -> Iterator[Item]:
@@ -61,7 +61,7 @@ class Source(Protocol):
 
 
 def captions_of(record: dict[str, Any]) -> dict[str, str]:
-    """The fields of a record that may be captions: text, and no bookkeeping."""
+    """The fields of a record that may be captions: text that is not metadata."""
     return {
         name: value.strip()
         for name, value in record.items()
@@ -70,7 +70,7 @@ def captions_of(record: dict[str, Any]) -> dict[str, str]:
 
 
 def scores_of(record: dict[str, Any]) -> dict[str, float]:
-    """The scores that a record has, by our names."""
+    """The scores of a record, by our names."""
     found = {}
     for score, names in SCORES.items():
         values = [record[n] for n in names if isinstance(record.get(n), int | float)]

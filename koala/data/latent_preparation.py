@@ -1,9 +1,9 @@
-"""One run of `koala prepare`: a source's pictures become shards of latents with an index.
+"""One run of `koala prepare`: encodes a source's images into shards of latents with an index.
 
-The work is cut into units (`koala.data.units`): their items are read, filtered, resized and
-cropped on all cores, encoded on the device, and written unit by unit (`koala.data.shards`). A unit
-that is done is never done again, so a killed run is taken up by the same command; under torchrun
-every process does its share of the units, and whoever finds them all done makes the index.
+The work is divided into units (`koala.data.units`): their items are read, filtered, resized and
+cropped on all cores, encoded on the device, and written unit by unit (`koala.data.shards`). A
+finished unit is never repeated, so the same command resumes a killed run. Under torchrun each
+process does its share of the units, and the one that finds all of them finished writes the index.
 """
 
 import json
@@ -32,8 +32,8 @@ from koala.errors import UserError
 from koala.utils.atomic import claim
 from koala.utils.progress import progress
 
-PEEK = 64  # items that are asked which captions and scores there are
-SEED = 0  # of the draws from the posterior, where those are stored
+PEEK = 64  # items inspected for captions and scores
+SEED = 0  # of the draws from the posterior, if stored
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def prepare_latents(
     workers = workers or own_cores()
     with pool_of(workers) as pool:
         plan = plan_units(source, out, preparation.unit, pool)
-        own = preparation.posterior != "pixels"  # which any VAE may encode
+        own = preparation.posterior != "pixels"  # pixels suit any VAE
         encoder_name = encoder_hash(model) if own else None
         made_with = {"encoder": encoder_name, "source": source.name, **asdict(preparation)}
         _claim(out, made_with)
@@ -71,14 +71,14 @@ def prepare_latents(
 
 
 def _finish(out: Path, plan: UnitPlan, preparation: Preparation) -> Summary:
-    """Index and report, where all units are there; UserError where no picture is left."""
+    """Writes index and report once all units are finished; UserError if no image is left."""
     left = sum(not unit_file(out, unit).exists() for unit in range(plan.units))
     if left:
         return Summary(units_left=left)
     summary = read_summary(out) or merge(out, plan.units, preparation.filters.keep_duplicates)
     if not summary.kept:
         counts = ", ".join(f"{n:,} {why}" for why, n in summary.dropped.items())
-        raise UserError(f"no picture is left of {plan.items:,} ({counts}): see {out}/report.jsonl")
+        raise UserError(f"none of {plan.items:,} images is left ({counts}): see {out}/report.jsonl")
     return summary
 
 
@@ -91,7 +91,7 @@ def _counted(results: Iterable[T], advance: Callable[[int], object]) -> Iterator
 def _long(
     encoded: Sequence[EncodedSample], captions: Sequence[str], fitter: CaptionFitter
 ) -> dict[str, int]:
-    """How many of each caption the encoders cannot read whole."""
+    """How many captions of each name the encoders would truncate."""
     return {
         name: sum(fitter.is_long(row.sample.captions[i]) for row in encoded)
         for i, name in enumerate(captions)
@@ -102,22 +102,22 @@ def _long(
 
 
 def _with_captions(source: Source, preparation: Preparation) -> Preparation:
-    """The preparation with its captions named; UserError where the source lacks what is asked."""
+    """The preparation with its captions resolved; UserError if the source lacks one."""
     part = next(iter(source.parts()))
     first = list(islice(source.items(part, 0, PEEK), PEEK))
     fields = list(dict.fromkeys(name for item in first for name in item.captions))
     captions = preparation.captions or source.captions or tuple(fields)
     check_expressions(captions, fields)
     if not captions and first:
-        raise UserError(f"the first {len(first)} pictures of the source have no captions")
+        raise UserError(f"the first {len(first)} images of the source have no captions")
     for score in preparation.filters.scores:
         if first and not any(score in item.scores for item in first):
-            raise UserError(f"{score}: the first {len(first)} pictures have no such score")
+            raise UserError(f"the first {len(first)} images of the source have no score {score}")
     return replace(preparation, captions=captions)
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Writes what the folder's latents are made with; `UserError` if that was another VAE or so."""
+    """Records what the latents are made with; `UserError` for another VAE or settings."""
     path = out / "latents.json"
     found = json.loads(path.read_text()) if path.exists() else settings
     if found.get("encoder") != settings["encoder"]:

@@ -1,7 +1,7 @@
-"""Prepared latents as an endless, ordered stream of batches: what every U-Net learns from.
+"""Prepared latents as an endless, ordered stream of batches: the training data of every U-Net.
 
-Which samples a batch holds is `koala.data.sampler`'s business, where they lie `koala.data.index`'s;
-here are the batch itself, its captions and draws, and the thread that reads ahead.
+`koala.data.sampler` chooses a batch's samples and `koala.data.index` reads them; this module builds
+the batch with its captions and draws, and reads ahead in a thread.
 """
 
 import re
@@ -23,21 +23,20 @@ from koala.data.shard_cache import BatchShare, ShardCache
 from koala.errors import UserError
 from koala.text_conditioning import time_ids
 
-AHEAD = 4  # batches that are read before they are asked for
-SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)  # captions that a mirror would make untrue
+AHEAD = 4  # batches read ahead
+SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)  # captions that mirroring would falsify
 
 Wanted = tuple[int, int, int, int]  # first, count, rank, world
 
 
 class LatentSet:
-    """A split of a prepared folder. Its state is one number: the samples seen.
+    """A split of a prepared folder. Its only state is the number of samples seen.
 
-    A batch's samples, captions and draws from the posterior follow from the seed and from the
-    samples' numbers in the stream, whatever came before and however many processes share it.
+    A batch's samples, captions and draws from the posterior depend only on the seed and on the
+    samples' numbers in the stream, whatever was read before and however many processes share it.
 
-    Where a folder was prepared with `mirror`, half of the samples of "train" are their pictures'
-    mirror images, except under a caption that says left or right. Crops are central, so their
-    coordinates stay.
+    If the folder was prepared with `mirror`, half of the "train" samples are mirrored, except
+    under a caption that says left or right. Crops are central, so their coordinates stay.
     """
 
     def __init__(
@@ -53,22 +52,22 @@ class LatentSet:
         long_captions: str = "sentences",
         window: int = WINDOW,
     ):
-        """Opens a folder that `koala prepare` made, or a URL of one that fsspec knows.
+        """Opens a folder made by `koala prepare`, or the fsspec URL of one.
 
         Args:
-            model: a model folder, whose VAE must be the one that made the latents, and whose
-                tokenizers say which captions are too long.
+            model: a model folder; its VAE must be the one that made the latents, and its
+                tokenizers decide which captions are too long.
             mix: how often an epoch shows the samples of each kind, e.g. {"emoji": 3, "scene": 1};
-                kinds that it does not name are left out. None: all once.
-            captions: captions to choose from, with weights. None: the only one there is.
-            split: "train", or one that is held out.
-            size: pixels that the training wants (side of the square bucket); None takes any.
-            long_captions: how a caption that is too long is told, see `koala.data.captions`.
-            window: shards whose samples are shuffled together, see `koala.data.sampler`. Of a
-                remote folder these are on this disk, for every bucket, and some that come next.
+                other kinds are not shown. None: all once.
+            captions: captions to choose from, with weights. None: the only one.
+            split: "train", or a held-out split.
+            size: required size in pixels (side of the square bucket); None accepts any.
+            long_captions: policy for captions that are too long, see `koala.data.captions`.
+            window: shards whose samples are shuffled together, see `koala.data.sampler`. For a
+                remote folder this many shards per bucket are cached locally, and a few more.
 
         Raises:
-            UserError: the folder is not whole, of another VAE or size, or has no such samples.
+            UserError: the folder is incomplete, of another VAE or size, or has no such samples.
         """
         self.index = Index(folder)
         self.captions = self._chosen_captions(captions)
@@ -95,12 +94,12 @@ class LatentSet:
 
     @property
     def pictures(self) -> bool:
-        """Whether the folder holds pictures, to be encoded by the training, and no latents."""
+        """Whether the folder holds images, which the training encodes, instead of latents."""
         return self.index.made_with["encoder"] is None
 
     @property
     def epoch_length(self) -> int:
-        """Samples of an epoch, copies counted."""
+        """Samples of an epoch, counting copies."""
         return self.order.epoch_length
 
     def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
@@ -110,12 +109,12 @@ class LatentSet:
         shares of all ranks, side by side, are the batch of one.
 
         Returns:
-            "latents": float32 [n, 4, h/8, w/8], n = count / world, or where the folder holds
-            pictures "pixels": uint8 [n, 3, h, w]; "captions": n strings; "time_ids": float32
-            [n, 6]; and "text" [n, t, d] and "pooled" [n, p], float32, where it holds embeddings.
+            "latents": float32 [n, 4, h/8, w/8], n = count / world, or "pixels": uint8
+            [n, 3, h, w] if the folder holds images; "captions": n strings; "time_ids": float32
+            [n, 6]; and "text" [n, t, d] and "pooled" [n, p], float32, if it holds embeddings.
 
         Raises:
-            Failure: a shard is gone, or a latent is not finite.
+            Failure: a shard is missing, or a latent is not finite.
         """
         assert first % count == 0 and count % world == 0 and 0 <= rank < world
         wanted = [(first + i * count, count, rank, world) for i in range(AHEAD + 1)]
@@ -127,14 +126,14 @@ class LatentSet:
         return self._coming.pop(wanted[0]).result()
 
     def close(self) -> None:
-        """Ends the reading ahead, and removes what was fetched from a remote folder."""
+        """Stops reading ahead and removes downloaded shards."""
         self._reader.shutdown(cancel_futures=True)
         self.index.files.close()
 
     def _read(self, first: int, count: int, rank: int, world: int) -> dict[str, Any]:
         share = count // world
         part = BatchShare(count, rank, world)
-        self._cache.reach(first // count, part)
+        self._cache.advance_to(first // count, part)
         places = part.of(self.order.batch(first // count, count))
         pictures, latents, text, captions, sizes = [], [], [], [], []
         for number, (shard, row) in enumerate(places, first + rank * share):
@@ -182,8 +181,8 @@ class LatentSet:
                             f"there are {', '.join(there)}")  # fmt: skip
         if not captions or min(captions.values()) < 0 or not sum(captions.values()) > 0:
             raise UserError(
-                f"{self.index.files.folder} has the captions {', '.join(there)}: weights must say "
-                "how often each is shown"
+                f"{self.index.files.folder} has the captions {', '.join(there)}: give "
+                "each a weight, 0 or more, not all 0"
             )
         return dict(captions)
 
@@ -202,7 +201,7 @@ class LatentSet:
 
 
 def _latents(tensors: dict[str, Tensor], noise: Tensor | None, which: str) -> Tensor:
-    """float32 [4, h/8, w/8]: the stored draw, or one from the stored moments. which: a prefix."""
+    """float32 [4, h/8, w/8]: the stored draw, or one from the moments. which: name prefix."""
     if noise is None:
         return tensors[which + "draw"].float()
     return tensors[which + "mean"].float() + tensors[which + "deviation"].float() * noise

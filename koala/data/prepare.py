@@ -1,4 +1,4 @@
-"""`koala prepare`: from a source to latents with an index, and a sheet to look at.
+"""`koala prepare`: from a source to latents with an index, and a contact sheet.
 
 A path's source is recognised by `koala.data.sources` and encoded by
 `koala.data.latent_preparation`. The illustration set is rendered first
@@ -25,23 +25,23 @@ from koala.utils.contact_sheet import contact_sheet
 from koala.utils.device import check_device, pick_device
 
 CAPTIONS = ("short", "subject", "long", "everyday")  # of the illustration set
-SHEET = 60  # pictures on the contact sheet
+SHEET = 60  # images on the contact sheet
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What lies in the folder now."""
+    """The contents of the prepared folder."""
 
     out: Path
-    pictures: dict[str, int]  # rendered illustrations: "split kind" -> how many
-    latents: Summary | None  # None where no model was given
+    pictures: dict[str, int]  # rendered illustrations: "split kind" -> number
+    latents: Summary | None  # None if no model was given
     sheet: Path | None
 
     def lines(self) -> list[str]:
         """For the terminal."""
         lines = []
         if self.pictures:
-            lines.append(f"{sum(self.pictures.values()):7,} pictures in {self.out}")
+            lines.append(f"{sum(self.pictures.values()):7,} images in {self.out}")
             lines += [f"{n:7,} {what}" for what, n in sorted(self.pictures.items())]
         if self.latents:
             lines += self.latents.lines(self.out)
@@ -49,10 +49,10 @@ class PrepareReport:
 
 
 def preparation_of(source: str, settings: Mapping[str, Any]) -> Preparation | None:
-    """The preparation of a source by those settings that are given; None where none is.
+    """The preparation of a source with the given settings; None if none is given.
 
-    settings: fields of `Preparation` and of `Filters` by name; None and False are not given. The
-    illustrations are of their own size where none is. UserError for a value that is not allowed.
+    settings: fields of `Preparation` and `Filters` by name; None and False count as not given. The
+    illustrations have a default size. UserError for an invalid value.
     """
     given = {n: v for n, v in settings.items() if v is not None and v is not False}
     names = {field.name for field in fields(Filters)}
@@ -74,23 +74,23 @@ def prepare(
     kind: str | None = None,
     preparation: Preparation | None = None,
 ) -> PrepareReport:
-    """Encodes the captioned pictures of `source` with the VAE of `model` into the folder `out`.
+    """Encodes the captioned images of `source` with the VAE of `model` into the folder `out`.
 
-    source: a path (see `koala.data.sources`; `kind` says what lies there if that is not clear), or
-    "illustrations" or "illustrations-small", which are rendered first, and only rendered where no
-    model is given. preparation: size, captions, filters; None for the defaults; of the
-    illustrations size and mirroring alone can be chosen. workers: processes that read pictures
-    (default: every core). sheet: a PNG to write, some pictures of the set.
+    source: a path (see `koala.data.sources`; `kind` resolves ambiguity), or "illustrations" or
+    "illustrations-small", which are rendered first, and only rendered if no model is given.
+    preparation: size, captions, filters; None: the defaults; illustrations accept only size and
+    mirroring. workers: processes that read images (default: all cores). sheet: PNG of a contact
+    sheet to write.
 
-    Run again, it goes on where it was. UserError for an unknown source, a data package that
-    cannot be had, a folder made with other settings or another VAE, workers below 1; Failure
-    where the disk is full.
+    The same call resumes an interrupted run. UserError for an unknown source, an asset package
+    that cannot be downloaded, a folder made with other settings or another VAE, workers below 1;
+    Failure if the disk is full.
     """
     if workers is not None and workers < 1:
-        raise UserError(f"{workers} workers: at least 1")
+        raise UserError(f"{workers} workers: must be at least 1")
     check_device(device)
     if device is not None and model is None:
-        raise UserError(f"--device {device} is for encoding latents: give --model too")
+        raise UserError(f"--device {device} applies to encoding: give --model too")
     out = Path(out)
     if source in ILLUSTRATIONS:
         settings = ILLUSTRATIONS[source]
@@ -99,21 +99,21 @@ def prepare(
         mirror = preparation is not None and preparation.mirror
         if kind or preparation not in (None, Preparation(settings.size, mirror=mirror)):
             raise UserError(
-                f"{source} is prepared as it is: give only --size, --mirror, --model, --device, "
+                f"{source} has fixed settings: give only --size, --mirror, --model, --device, "
                 "--sheet"
             )
         if mirror and model is None:
-            raise UserError("--mirror is of latents: give --model too")
+            raise UserError("--mirror applies to latents: give --model too")
         return _prepare_illustrations(settings, out, model, workers, device, sheet, mirror)
     if not Path(source).expanduser().exists() and (close := did_you_mean(source, ILLUSTRATIONS)):
-        raise UserError(f"source {source!r} is not there{close}")
+        raise UserError(f"source {source!r} does not exist{close}")
     found = recognise(source, kind)
     if model is None:
-        raise UserError(f"source {source} has pictures already: give --model to encode them")
+        raise UserError(f"source {source} has images already: give --model to encode them")
     if sheet is not None:
-        raise UserError(f"--sheet {sheet}: is drawn of the illustration set only; leave it out")
+        raise UserError(f"--sheet {sheet}: only the illustration set has a sheet; leave it out")
     folder = resolve_model(model)
-    from koala.data.latent_preparation import prepare_latents  # loads torch: not before all checks
+    from koala.data.latent_preparation import prepare_latents  # loads torch: after all checks
 
     place = _device(device)
     summary = prepare_latents(found, out, folder, preparation or Preparation(), workers, place)
@@ -121,7 +121,7 @@ def prepare(
 
 
 def facts_of(folder: str | Path) -> dict[str, Any]:
-    """What a model card says of the data: "pictures" to train on, and what they were made with."""
+    """The data's facts for a model card: number of training "pictures", and the settings."""
     if (Path(folder) / "set.json").exists():
         return {"pictures": len(PictureSet(folder).select("train")), **settings_of(Path(folder))}
     from koala.data.index import Index
@@ -147,7 +147,7 @@ def _prepare_illustrations(
 def encode_pictures(
     folder: Path, model: Path, device: str = "cpu", workers: int | None = 1, mirror: bool = False
 ) -> Summary:
-    """Encodes the illustrations that were rendered into `folder`, beside them: every one."""
+    """Encodes all illustrations rendered into `folder`; the latents go to the same folder."""
     from koala.data.latent_preparation import prepare_latents
 
     source = Parquet(folder, CAPTIONS, "pictures-*.parquet")
@@ -168,7 +168,7 @@ def _draw_sheet(pictures: PictureSet, sheet: str | Path | None) -> Path | None:
 
 
 def _device(asked: str | None) -> str:
-    """The device asked for or the best; under torchrun every process has a GPU of its own."""
+    """The requested device or the best one; under torchrun each process has its own GPU."""
     import torch
 
     if asked is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():

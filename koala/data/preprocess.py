@@ -1,7 +1,7 @@
-"""From an item to a sample: filters, captions, bucket and crop. Everything but the encoding.
+"""Turns items into samples: filters, captions, bucket and crop, everything but the encoding.
 
-This runs in the processes that read pictures, so it imports no torch. An item becomes either a
-`Sample` or a `Dropped` with its reason; nothing about one item can stop the run.
+This runs in the worker processes, so it does not import torch. An item becomes a `Sample`, or a
+`Dropped` with a reason; no single item can stop the run.
 """
 
 import hashlib
@@ -19,89 +19,91 @@ from koala.data.captions import compose
 from koala.data.items import SCORES, Item, Source
 from koala.errors import UserError
 
-PAPER = (255, 255, 255)  # what lies under transparent pictures
+PAPER = (255, 255, 255)  # background of transparent images
 Stored = Literal["moments", "draw", "pixels"]
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which items are left out. None: the filter is off."""
+    """Which items are dropped. None: the filter is off."""
 
     min_side: int | None = None  # pixels of the shorter side
     max_aspect: float | None = 4.0  # longer side over shorter
     min_words: int | None = None  # of every caption
     max_words: int | None = None
-    max_nsfw: float | None = None  # an item without the score is left out too
-    min_similarity: float | None = None  # likewise
+    max_nsfw: float | None = None  # items without the score are dropped too
+    min_similarity: float | None = None  # same for items without the score
     keep_duplicates: bool = False  # of the file's bytes
 
     def __post_init__(self) -> None:
         if self.max_aspect is not None and self.max_aspect < 1:
-            raise UserError(f"aspect {self.max_aspect}: longer over shorter side, at least 1")
+            raise UserError(
+                f"aspect {self.max_aspect}: longer over shorter side, must be at least 1"
+            )
         for name in ("min_side", "min_words", "max_words"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name.replace('_', ' ')} {value}: at least 1")
+                raise UserError(f"{name.replace('_', ' ')} {value}: must be at least 1")
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """The scores that it asks for."""
+        """The scores that the filters need."""
         asked = {"nsfw": self.max_nsfw, "similarity": self.min_similarity}
         return tuple(score for score in SCORES if asked[score] is not None)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """All that decides what a folder of latents holds, besides the source and the encoder."""
+    """Everything that determines a folder of latents, besides the source and the encoder."""
 
     size: int = 1024  # pixels of the square bucket's side
     captions: tuple[str, ...] = ()  # fields, or fields joined by "+"; one column each
     filters: Filters = Filters()
-    upscale: bool = False  # whether pictures smaller than their bucket are enlarged
-    mirror: bool = False  # whether a training shows half of the pictures left to right
-    # The posterior's mean and deviation; one draw from it, half the bytes; or the cropped pictures,
-    # twelve times the bytes, which a training encodes itself.
+    upscale: bool = False  # enlarge images smaller than their bucket
+    mirror: bool = False  # let a training mirror half of the images
+    # The posterior's mean and standard deviation; one draw from it, half the bytes; or the cropped
+    # images, twelve times the bytes, which a training encodes itself.
     posterior: Stored = "moments"
-    text: bool = False  # whether the captions' embeddings are stored
-    long_captions: str | None = None  # how stored embeddings tell them; None: by sentences
-    held_out: float = 0.002  # share of the pictures that becomes the split "test"
-    unit: int = 4096  # items that are worked off at once: what a killed run loses at most
+    text: bool = False  # store the captions' embeddings
+    long_captions: str | None = None  # policy for stored embeddings; None: sentences
+    held_out: float = 0.002  # share of the images in the split "test"
+    unit: int = 4096  # items per unit; a killed run loses at most one
     step: int = STEP  # pixels between the sides of neighbouring buckets
 
     def __post_init__(self) -> None:
         buckets(self.size, self.step)
         if not 0 <= self.held_out < 1:
-            raise UserError(f"held out {self.held_out}: a share, at least 0 and below 1")
+            raise UserError(f"held out {self.held_out}: must be a share, at least 0 and below 1")
         if self.unit < 1:
-            raise UserError(f"unit {self.unit}: at least 1 item")
+            raise UserError(f"unit {self.unit}: must be at least 1 item")
         if self.long_captions is not None and not self.text:
             raise UserError(
-                f"long captions {self.long_captions!r}: says how embeddings are made, and none are "
-                "asked for (--text); otherwise the training decides"
+                f"long captions {self.long_captions!r}: applies to stored embeddings only; add "
+                "--text, or set it in the training"
             )
         if self.text and len(self.captions) > 1:
             raise UserError(
-                f"embeddings are of one caption, not of {', '.join(self.captions)}: name one"
+                f"embeddings need one caption, not {', '.join(self.captions)}: choose one"
             )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture as the VAE wants it, and what the index says of it."""
+    """An image ready for the VAE, with its entries in the index."""
 
     id: str
     split: str
     kind: str
     captions: tuple[str, ...]  # in the order of Preparation.captions
     digest: int  # 64 bits of a hash of the file
-    original: Size  # of the upright picture, pixels
+    original: Size  # of the upright image, pixels
     crop: Size  # top, left
     pixels: np.ndarray  # uint8 [h, w, 3]
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """An item that was left out. `reason` is one of a few, `detail` says more."""
+    """A dropped item. `reason` is one of a few, `detail` says more."""
 
     id: str
     reason: str
@@ -116,7 +118,7 @@ def read_samples(
 
 
 def sample_of(item: Item, preparation: Preparation) -> Sample | Dropped:
-    """What becomes of an item."""
+    """The sample of an item, or why it is dropped."""
     captions = tuple(compose(expression, item.captions) for expression in preparation.captions)
     for reason, detail in _faults(item, captions, preparation.filters):
         return Dropped(item.id, reason, detail)
@@ -125,7 +127,7 @@ def sample_of(item: Item, preparation: Preparation) -> Sample | Dropped:
         image = upright(data)
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
+    except Exception as error:  # decoders raise anything on damaged files
         return Dropped(item.id, "undecodable", f"{type(error).__name__}: {error}")
     filters, size = preparation.filters, (image.height, image.width)
     if filters.min_side is not None and min(size) < filters.min_side:
@@ -134,7 +136,7 @@ def sample_of(item: Item, preparation: Preparation) -> Sample | Dropped:
         return Dropped(item.id, "aspect", f"{image.width}x{image.height}")
     way = fit(size, preparation.size, preparation.step, preparation.upscale)
     if way is None:
-        return Dropped(item.id, "small", f"{image.width}x{image.height}, less than its bucket")
+        return Dropped(item.id, "small", f"{image.width}x{image.height}, smaller than its bucket")
     image = image.resize(way.resized[::-1], Image.Resampling.LANCZOS)
     bottom, right = way.top + way.target[0], way.left + way.target[1]
     pixels = np.asarray(image.crop((way.left, way.top, right, bottom)))
@@ -145,9 +147,9 @@ def sample_of(item: Item, preparation: Preparation) -> Sample | Dropped:
 
 
 def upright(data: bytes) -> Image.Image:
-    """A picture's first frame as RGB, turned as its EXIF says, on white where transparent.
+    """An image's first frame as RGB, rotated by its EXIF orientation, on white if transparent.
 
-    Raises whatever Pillow raises on a file that is none.
+    Raises what Pillow raises on invalid files.
     """
     with Image.open(io.BytesIO(data)) as opened:
         image = ImageOps.exif_transpose(opened)
@@ -159,7 +161,7 @@ def upright(data: bytes) -> Image.Image:
 
 
 def _faults(item: Item, captions: tuple[str, ...], filters: Filters) -> Iterator[tuple[str, str]]:
-    """(reason, detail) of all that can be known before the picture is read."""
+    """(reason, detail) of the faults known before the image is read."""
     nsfw, similarity = item.scores.get("nsfw"), item.scores.get("similarity")
     for score in filters.scores:
         if score not in item.scores or math.isnan(item.scores[score]):

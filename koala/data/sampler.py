@@ -1,18 +1,17 @@
-"""The order in which a training sees its samples: a function of the seed, without any state.
+"""The order in which a training sees its samples: a stateless function of the seed.
 
-Every bucket is an endless stream of its own: its epochs, one after the other, each in a new order.
-In an epoch the bucket's shards are shuffled, and then the samples within every window of so many
-neighbouring shards; a batch is the next stretch of one bucket's stream. A batch may reach from one
-epoch of its bucket into the next, so nothing is left over: **a bucket's tail joins its next epoch**
-and no sample is lost or shown twice in an epoch of its bucket. (A bucket of fewer samples than a
-batch fills it with several of its epochs; it comes up that much more seldom.)
+Each bucket is an endless stream of epochs, each in a new order. In an epoch the bucket's shards are
+shuffled, and then the samples within every window of neighbouring shards. A batch is the next
+stretch of one bucket's stream and may span two epochs, so nothing is left over: **a bucket's tail
+joins its next epoch**, and each epoch of a bucket shows every sample exactly once. (A bucket with
+fewer samples than a batch fills it with several epochs and comes up less often.)
 
-After E epochs of everything, bucket b with N_b samples has given floor(E N_b / B) batches of B. The
-batches between E and E + 1 epochs are shuffled over the buckets. So what the n-th batch holds is
-found from n alone, at a cost that depends on the number of shards and batches, not of samples.
+After E epochs, bucket b with N_b samples has given floor(E N_b / B) batches of size B. The batches
+between E and E + 1 epochs are shuffled over the buckets. So the n-th batch follows from n alone, at
+a cost that depends on the number of shards and batches, not of samples.
 
-What a batch takes from a window stands in it by shard and row, so that processes that share batches
-share out the shards too: each meets few of a window's.
+Samples of one window are sorted by shard and row within a batch, so processes that share batches
+also share the shards: each reads few of a window's.
 """
 
 from functools import lru_cache
@@ -23,7 +22,7 @@ WINDOW = 64  # shards
 
 
 def shuffled(length: int, first: int, count: int, seed: int) -> list[int]:
-    """Samples first..first+count-1 of an endless stream: every epoch a permutation of its own."""
+    """Samples first..first+count-1 of an endless stream; every epoch is another permutation."""
     orders = {
         e: np.random.default_rng((seed, e)).permutation(length)
         for e in range(first // length, (first + count - 1) // length + 1)
@@ -32,14 +31,14 @@ def shuffled(length: int, first: int, count: int, seed: int) -> list[int]:
 
 
 class BatchOrder:
-    """Which samples of which shards make the n-th batch."""
+    """The samples of the n-th batch."""
 
     def __init__(
         self, shards: np.ndarray, rows: np.ndarray, buckets: np.ndarray, seed: int,
         window: int = WINDOW,
     ):  # fmt: skip
-        """int [s] each: shards to show in an epoch (one that stands twice is shown twice), their
-        rows, all above 0, and their buckets, 0, 1, ... without a gap.
+        """int [s] each: shards of an epoch (repeated shards are shown repeatedly), their numbers of
+        rows, all above 0, and their buckets, 0, 1, ... without gaps.
         """
         assert len(shards) and rows.min() > 0 and window > 0
         self.seed, self.window = seed, window
@@ -48,7 +47,7 @@ class BatchOrder:
         ends = np.cumsum(np.bincount(buckets))
         self._shards = np.split(shards[by_bucket], ends[:-1])
         self._rows = np.split(rows[by_bucket].astype(np.int64), ends[:-1])
-        # Remembered: orders of the epochs and windows that the latest batches came from.
+        # Cached: the orders of the latest epochs and windows.
         many = 2 * len(self.sizes)
         self._labels = lru_cache(maxsize=2)(self._buckets_of_epoch)
         self._epochs = lru_cache(maxsize=many)(self._shards_of_epoch)
@@ -64,9 +63,9 @@ class BatchOrder:
         return self._stretch(*self._place_of(number, size), size)
 
     def windows(self, number: int, size: int) -> list[tuple[int, int, int]]:
-        """(bucket, epoch, window) of each window that a batch takes samples from, in their order.
+        """(bucket, epoch, window) of each window that a batch takes samples from, in order.
 
-        A bucket's windows come one after the other, and none comes again.
+        A bucket's windows follow one another, and none is repeated.
         """
         bucket, first = self._place_of(number, size)
         found, at = [], first
@@ -78,7 +77,7 @@ class BatchOrder:
         return found
 
     def _place_of(self, number: int, size: int) -> tuple[int, int]:
-        """A batch's bucket, and the sample of the bucket's stream that it begins with."""
+        """A batch's bucket, and its first sample in the bucket's stream."""
         epoch, start = self._epoch_of(number, size)
         labels, ordinals = self._labels(epoch, size)
         bucket = int(labels[number - start])
@@ -86,14 +85,14 @@ class BatchOrder:
         return bucket, int(first)
 
     def _window_at(self, bucket: int, epoch: int, place: int) -> tuple[int, int]:
-        """The window of a sample of a bucket's epoch, and the sample that it ends before."""
+        """The window of a sample of a bucket's epoch, and the end of that window."""
         starts = self._epochs(bucket, epoch)[2]
         window = int(np.searchsorted(starts, place, "right")) - 1
         last = window + 1 == len(starts)
         return window, int(self.sizes[bucket] if last else starts[window + 1])
 
     def _given(self, epochs: int, size: int) -> np.ndarray:
-        """int [buckets]: batches that each bucket has given after so many epochs."""
+        """int [buckets]: batches that each bucket has given after that many epochs."""
         return epochs * self.sizes // size
 
     def _epoch_of(self, number: int, size: int) -> tuple[int, int]:
@@ -104,7 +103,7 @@ class BatchOrder:
         return epoch, int(self._given(epoch, size).sum())
 
     def _buckets_of_epoch(self, epoch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Each batch's bucket, and which of the bucket's in this epoch it is."""
+        """Each batch's bucket, and its number among the bucket's batches of this epoch."""
         batches = self._given(epoch + 1, size) - self._given(epoch, size)
         labels = np.repeat(np.arange(len(batches), dtype=np.int16), batches)
         np.random.default_rng((self.seed, 0, epoch)).shuffle(labels)
@@ -129,7 +128,7 @@ class BatchOrder:
     def _shards_of_epoch(
         self, bucket: int, epoch: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The bucket's shards in the epoch's order, their rows, and where the windows begin."""
+        """The bucket's shards in the epoch's order, their rows, and the starts of the windows."""
         rng = np.random.default_rng((self.seed, 1, bucket, epoch))
         order = rng.permutation(len(self._shards[bucket]))
         shards, rows = self._shards[bucket][order], self._rows[bucket][order]

@@ -1,8 +1,8 @@
-"""Which shards of a remote folder are on this disk: those of the windows that are being read.
+"""The local cache of a remote folder's shards: those of the windows being read.
 
-Every bucket begins a window of shards now and then and wants nearly all of them at once, so shards
-are fetched many batches before they are read. A window that a bucket has left is not read again:
-its shards go, unless another window wants them.
+A bucket that starts a window of shards needs nearly all of them at once, so shards are downloaded
+many batches before they are read. A window is never read again once its bucket has left it: its
+shards are then removed, unless another window needs them.
 """
 
 from collections import Counter
@@ -18,51 +18,51 @@ Window = tuple[int, int, int]  # bucket, epoch, number
 
 
 class BatchShare(NamedTuple):
-    """Which part of every batch a process reads."""
+    """The share of every batch that one process reads."""
 
     size: int  # samples of a batch
     rank: int
     world: int
 
     def of(self, batch: list[T]) -> list[T]:
-        """The part's samples."""
-        share = self.size // self.world
-        return batch[self.rank * share : (self.rank + 1) * share]
+        """The samples of this share."""
+        count = self.size // self.world
+        return batch[self.rank * count : (self.rank + 1) * count]
 
 
 class ShardCache:
-    """Keeps the shards of the next batches at hand. For one thread."""
+    """Caches the shards of the next batches. Not thread-safe."""
 
     def __init__(self, index: Index, order: BatchOrder):
         self._index, self._order = index, order
-        self._part: BatchShare | None = None
-        self._named = range(0)  # batches whose shards were named
+        self._share: BatchShare | None = None
+        self._requested = range(0)  # batches whose shards were requested
         self._held: dict[Window, set[str]] = {}
-        self._wanted: Counter[str] = Counter()  # by how many windows
+        self._wanted: Counter[str] = Counter()  # shard -> windows that need it
 
-    def reach(self, number: int, part: BatchShare) -> None:
-        """A batch is to be read: names those after it, and lets go what the batches before held."""
+    def advance_to(self, number: int, share: BatchShare) -> None:
+        """Before a batch is read: requests the next batches' shards and releases earlier ones."""
         if not self._index.files.remote:
             return
-        if part != self._part or not self._named.start <= number <= self._named.stop:
-            self._leave([*self._held])
-            self._part, self._named = part, range(number, number)
-        for coming in range(self._named.stop, number + FAR_AHEAD):
-            self._name(coming, part)
-        self._named = range(number, number + FAR_AHEAD)
-        bucket, *now = self._order.windows(number, part.size)[0]
-        self._leave([w for w in self._held if w[0] == bucket and [*w[1:]] < now])
+        if share != self._share or not self._requested.start <= number <= self._requested.stop:
+            self._release([*self._held])
+            self._share, self._requested = share, range(number, number)
+        for coming in range(self._requested.stop, number + FAR_AHEAD):
+            self._request(coming, share)
+        self._requested = range(number, number + FAR_AHEAD)
+        bucket, *now = self._order.windows(number, share.size)[0]
+        self._release([w for w in self._held if w[0] == bucket and [*w[1:]] < now])
 
-    def _name(self, number: int, part: BatchShare) -> None:
-        places = part.of(self._order.batch(number, part.size))
+    def _request(self, number: int, share: BatchShare) -> None:
+        places = share.of(self._order.batch(number, share.size))
         names = [self._index.name(shard) for shard in dict.fromkeys(s for s, _ in places)]
-        # The last one where it reaches over two: what is of the first stays a little longer.
-        held = self._held.setdefault(self._order.windows(number, part.size)[-1], set())
+        # A batch over two windows counts for the last: the first's shards stay a little longer.
+        held = self._held.setdefault(self._order.windows(number, share.size)[-1], set())
         self._wanted.update(name for name in names if name not in held)
         held.update(names)
-        self._index.files.foretell(names)
+        self._index.files.prefetch(names)
 
-    def _leave(self, windows: list[Window]) -> None:
+    def _release(self, windows: list[Window]) -> None:
         for window in windows:
             for name in self._held.pop(window):
                 self._wanted[name] -= 1

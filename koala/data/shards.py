@@ -1,16 +1,16 @@
-"""What a prepared folder holds, and how it is written: shards, units, and the index of them all.
+"""The files of a prepared folder, and how they are written: shards, units, and their index.
 
     latents.json                   what the latents were made with (see `koala.data.prepare`)
     latents/UUUUUU-GGG.safetensors a shard: group G of unit U, samples of one split, kind and bucket
-    units/UUUUUU.arrow             that unit U is done: its rows, its groups, what was left out
-    index.arrow                    a row a sample, one record batch a unit; a unit's rows by group
-    shards.arrow                   a row a shard: where its rows lie in the index; written last
-    report.jsonl                   a line an item that was left out, with the reason
+    units/UUUUUU.arrow             a finished unit U: its rows, its groups, dropped items
+    index.arrow                    one row per sample, one record batch per unit, ordered by group
+    shards.arrow                   one row per shard: its place in the index; written last
+    report.jsonl                   one line per dropped item, with the reason
 
-Tensors of a shard, bfloat16, n samples of h x w pixels: `mean` and `deviation` of the VAE's
-posterior, or one `draw`, each [n, 4, h/8, w/8] in the units that the U-Net sees, and the same of
-the mirror images as `mirrored_mean` and so on where they were asked for; `text` [n, t, d] and
-`pooled` [n, p] where embeddings were. Or, in the place of latents, `pixels`: uint8 [n, 3, h, w].
+Tensors of a shard, bfloat16, n samples of h x w pixels: `mean` and `deviation` (the standard
+deviation) of the VAE's posterior, or one `draw`, each [n, 4, h/8, w/8] and normalised for the
+U-Net. If requested, `mirrored_mean` and so on for the mirrored images, and the embeddings `text`
+[n, t, d] and `pooled` [n, p]. Instead of latents there may be `pixels`: uint8 [n, 3, h, w].
 """
 
 import json
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from koala.data.encoding import EncodedSample
 
 INDEX, SHARDS, REPORT = "index.arrow", "shards.arrow", "report.jsonl"
-GROUPS = 1 << 16  # more than a unit can have
+GROUPS = 1 << 16  # above the number of groups in any unit
 _SHARD_FILE = re.compile(r"(\d+)-(\d+)\.safetensors")
-CAPTION = "caption "  # what the index's caption columns begin with
+CAPTION = "caption "  # prefix of the index's caption columns
 _FACTS: list[tuple[str, pa.DataType]] = [
     ("id", pa.string()),
     ("row", pa.int32()),  # in the shard
     ("digest", pa.uint64()),
-    ("height", pa.int32()),  # of the picture before it was resized
+    ("height", pa.int32()),  # of the image before resizing
     ("width", pa.int32()),
     ("top", pa.int32()),  # of the crop
     ("left", pa.int32()),
@@ -65,42 +65,42 @@ def shard_name(unit: int, group: int) -> str:
 
 
 def shard_number(file: str) -> int | None:
-    """unit * GROUPS + group of a shard's file name, without its folder; None of another file's."""
+    """unit * GROUPS + group of a shard's file name, without its folder; None for other files."""
     found = _SHARD_FILE.fullmatch(file)
     return int(found[1]) * GROUPS + int(found[2]) if found else None
 
 
 def unit_file(out: Path, unit: int) -> Path:
-    """The file that says that a unit is done."""
+    """The file that marks a unit as finished."""
     return out / "units" / f"{unit:06d}.arrow"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a source; all numbers are of pictures."""
+    """The result of preparing a source; all numbers count images."""
 
     samples: dict[str, int] = field(default_factory=dict)  # by split and kind: "train picture"
     buckets: dict[str, int] = field(default_factory=dict)  # by "WIDTHxHEIGHT"
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
-    long: dict[str, int] = field(default_factory=dict)  # by caption: more than the encoders read
-    units_left: int = 0  # to the other processes of this run
+    long: dict[str, int] = field(default_factory=dict)  # by caption name: too long for the encoders
+    units_left: int = 0  # for the other processes of this run
 
     @property
     def kept(self) -> int:
-        """All that are in the index."""
+        """All images in the index."""
         return sum(self.samples.values())
 
     def lines(self, out: Path) -> list[str]:
         """For the terminal."""
         if self.units_left:
-            return [f"{out}: {self.units_left} units are left to the other processes"]
+            return [f"{out}: {self.units_left} units are left for the other processes"]
         many = f"{len(self.buckets)} buckets" if len(self.buckets) > 1 else "one bucket"
         return [
-            f"latents of {self.kept:,} pictures in {many} in {out}",
+            f"latents of {self.kept:,} images in {many} in {out}",
             *(f"{n:7,} {what}" for what, n in sorted(self.samples.items())),
-            *(f"{n:7,} left out: {why}" for why, n in sorted(self.dropped.items())),
+            *(f"{n:7,} dropped: {why}" for why, n in sorted(self.dropped.items())),
             *(
-                f"{n:7,} captions {what!r} are longer than the text encoders read: told in parts"
+                f"{n:7,} captions {what!r} exceed the text encoders' limit: shown in parts"
                 for what, n in sorted(self.long.items())
                 if n
             ),
@@ -114,10 +114,10 @@ def write_unit(
     out: Path, unit: int, encoded: "Sequence[EncodedSample]", dropped: Sequence[Dropped],
     long: Mapping[str, int],
 ) -> None:  # fmt: skip
-    """Writes a unit's shards and then its file, each whole or not at all.
+    """Writes a unit's shards and then its file, each atomically.
 
-    long: names of the samples' captions, and how many of each the encoders cannot read whole.
-    `Failure` where the disk is full.
+    long: names of the samples' captions, and how many of each are too long for the encoders.
+    `Failure` if the disk is full.
     """
     groups: dict[tuple[str, str, Size], list[EncodedSample]] = {}
     for one in encoded:
@@ -148,7 +148,7 @@ def index_schema(captions: Sequence[str]) -> pa.Schema:
 
 
 def remove_parts(out: Path, units: Container[int]) -> None:
-    """Removes what killed processes left half-written of these units."""
+    """Removes partial files of these units, left by killed processes."""
     for part in (*out.glob("latents/.*.part"), *out.glob("units/.*.part")):
         if int(part.name[1:7]) in units:
             part.unlink()
@@ -175,7 +175,7 @@ def _write_batches(stream: IO[bytes], schema: pa.Schema, batches: Iterator[pa.Re
 
 
 def read_unit(out: Path, unit: int) -> tuple[pa.RecordBatch, dict[str, Any]]:
-    """A unit's rows, memory-mapped, and what else its file says."""
+    """A unit's rows, memory-mapped, and its other facts."""
     reader = pa.ipc.open_file(pa.memory_map(str(unit_file(out, unit))))
     return reader.get_batch(0), json.loads(reader.schema.metadata[b"unit"])
 
@@ -186,7 +186,7 @@ def read_unit(out: Path, unit: int) -> tuple[pa.RecordBatch, dict[str, Any]]:
 def merge(out: Path, units: int, keep_duplicates: bool) -> Summary:
     """Writes report, index and shard table of finished units; returns the summary.
 
-    Of files of the same bytes the first in the source's order stays.
+    Of files with identical bytes, the first in the source's order is kept.
     """
     first = _first_of_each(out, units, keep_duplicates)
     samples, buckets, dropped, long = (Counter[str]() for _ in range(4))
@@ -222,14 +222,14 @@ def merge(out: Path, units: int, keep_duplicates: bool) -> Summary:
 
 
 def write_table(out: Path, table: dict[str, list[Any]], summary: Summary) -> None:
-    """Writes the shard table, which makes the folder whole."""
+    """Writes the shard table, which completes the folder."""
     schema = _SHARD.with_metadata({"summary": json.dumps(asdict(summary))})
     with new_file(out / SHARDS) as part, part.open("wb") as stream:
         _write_batches(stream, schema, iter([pa.RecordBatch.from_pydict(table, schema)]))
 
 
 def read_summary(out: Path) -> Summary | None:
-    """The summary of a whole folder; None of one that is not."""
+    """The summary of a complete folder; None for an incomplete one."""
     if not (out / SHARDS).exists():
         return None
     return summary_of(pa.ipc.open_file(pa.memory_map(str(out / SHARDS))).schema)
@@ -249,7 +249,7 @@ def _first_of_each(out: Path, units: int, keep_duplicates: bool) -> np.ndarray:
 
 
 def _shards(unit: int, groups: list[list[Any]], kept: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Lines of the shard table; shards of which nothing is kept are left out."""
+    """Rows of the shard table; shards without kept samples are skipped."""
     start = first = 0
     for number, (split, kind, height, width, count) in enumerate(groups):
         rows = int(kept[start : start + count].sum())

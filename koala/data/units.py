@@ -1,8 +1,7 @@
-"""How a source is cut into units of work.
+"""Divides a source into units of work.
 
-A unit is a run of so many items in the source's order, and what is written for it depends on those
-items alone. So units can be done by anybody, in any order, and a killed run loses only those that
-were under way.
+A unit is a fixed number of consecutive items, and its output depends on those items alone. So any
+process can do any unit, in any order, and a killed run loses only the units in progress.
 """
 
 import json
@@ -22,19 +21,19 @@ Piece = tuple[str, int, int]  # part, first item, number of items
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """The parts with their numbers of items, and how many items make a unit."""
+    """The parts of a source with their numbers of items, and the items per unit."""
 
     parts: dict[str, int]
     unit: int
 
     @property
     def items(self) -> int:
-        """Of the whole source."""
+        """Items of the whole source."""
         return sum(self.parts.values())
 
     @property
     def units(self) -> int:
-        """How many there are."""
+        """Number of units."""
         return -(-self.items // self.unit)
 
     def size(self, unit: int) -> int:
@@ -52,35 +51,35 @@ class UnitPlan:
                 for first in range(low, high, CHUNK):
                     yield unit, (part, first - start, min(CHUNK, high - first))
                 if high < unit * self.unit + self.size(unit):
-                    break  # it goes on in the next part
+                    break  # continued in the next part
                 unit = next(wanted, None)
             start += count
 
 
 def plan_units(source: Source, out: Path, unit: int, pool: Executor | None) -> UnitPlan:
-    """The plan, from `out`/plan.json where it stands there already (counting takes a while).
+    """The plan of a source, cached in `out`/plan.json because counting takes a while.
 
-    UserError where the source is no longer what it was planned from.
+    UserError if the source has changed since it was planned.
     """
     path, there = out / "plan.json", source.parts()
     if path.exists():
         kept = json.loads(path.read_text())
         if changed := _changed(kept["parts"], there):
             raise UserError(
-                f"{out} was begun when the source's part {changed} was another: prepare what is "
-                "there now into another folder"
+                f"{out} was started before the source's part {changed} changed: prepare the "
+                "source as it is now into another folder"
             )
         return UnitPlan(kept["counts"], unit)
     counts = (pool.map if pool else map)(source.count, there)
     plan = UnitPlan(dict(zip(there, counts, strict=True)), unit)
     if not plan.items:
-        raise UserError(f"the source holds no pictures: {', '.join(there)}")
+        raise UserError(f"the source has no images: {', '.join(there)}")
     write_text(path, json.dumps({"parts": there, "counts": plan.parts}) + "\n")
     return plan
 
 
 def _changed(before: dict[str, int], now: dict[str, int]) -> str | None:
-    """The first part that is new, gone or different."""
+    """The first part that is new, missing or different."""
     for part in sorted({*before, *now}):
         if before.get(part) != now.get(part):
             return part

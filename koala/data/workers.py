@@ -1,4 +1,4 @@
-"""The processes that read pictures, ahead of the device that encodes them."""
+"""Processes that read images ahead of the device that encodes them."""
 
 import multiprocessing
 import os
@@ -16,37 +16,37 @@ from koala.data.preprocess import Dropped, Preparation, Sample, read_samples
 from koala.data.units import UnitPlan
 from koala.errors import Failure
 
-AHEAD = 4  # chunks of items a process, read before they are wanted
+AHEAD = 4  # chunks of items read ahead, per process
 
 
 def own_cores() -> int:
-    """This process's share of the cores that it may use."""
+    """This process's share of the available cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
 def pool_of(workers: int) -> Iterator[Executor | None]:
-    """Processes that read pictures; one worker is this process itself."""
+    """A pool of processes that read images; None for one worker: this process itself."""
     if workers == 1:
         yield None
         return
-    # Not forked from here: this process has threads, and maybe a GPU.
+    # Not forked directly: this process has threads and perhaps a GPU.
     context = multiprocessing.get_context("forkserver")
     pool = ProcessPoolExecutor(workers, context, _end_with_parent)
     try:
         yield pool
     except BrokenProcessPool:
         raise Failure(
-            "a process that reads pictures was killed (memory?); run again to go on, with fewer "
-            "--workers"
+            "a process that reads images was killed (out of memory?); run again with fewer "
+            "--workers to continue"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for ever; it ends instead."""
+    """Ends this worker when its parent dies; it would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -61,7 +61,7 @@ def read_ahead(
     source: Source, plan: UnitPlan, units: list[int], preparation: Preparation,
     pool: Executor | None, workers: int,
 ) -> Iterator[tuple[int, list[Sample | Dropped]]]:  # fmt: skip
-    """(unit, what became of some of its items), in order; some are read before they are wanted."""
+    """(unit, results of some of its items), in order; reads ahead."""
     pieces = plan.pieces(units)
     if pool is None:
         for unit, piece in pieces:

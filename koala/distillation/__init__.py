@@ -1,5 +1,5 @@
-"""Training: tasks (what is learnt), taps (features compared), EMA, and the loop that runs them.
+"""Training: tasks (named losses), taps (features compared), EMA, and the training loop.
 
-Import the module you need (`koala.distillation.tasks`, `koala.distillation.loop`); importing this
-package alone loads nothing heavy.
+Import the module you need (`koala.distillation.tasks`, `koala.distillation.loop`). Importing this
+package alone is cheap.
 """

@@ -1,9 +1,8 @@
-"""Checkpoints of a training: everything that going on from there needs, and nothing half-written.
+"""Checkpoints of a training: everything needed to resume it.
 
 A checkpoint is a folder `checkpoints/<samples seen>` with `state.safetensors` (weights, averages,
-optimiser) and `state.json` (samples seen, the log's open sums). It is written beside its name and
-renamed when whole, so whatever has the name can be trusted. Tensors are whole and fp32 whatever
-shards they came from, so that any number of processes can go on from it.
+optimiser) and `state.json` (samples seen, the log's open sums). It is written atomically. Tensors
+are stored whole and in fp32 even if they are sharded, so any number of processes can resume.
 """
 
 import json
@@ -29,14 +28,14 @@ from koala.utils.atomic import new_folder
 
 @dataclass(frozen=True)
 class State:
-    """What a step changes."""
+    """The state that a step changes."""
 
     module: nn.Module
     averages: list[EMA]
     optimizer: torch.optim.Optimizer
 
     def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, tensor as it lies here, what it is sharded like) of all that is saved."""
+        """(name, local tensor, tensor with its sharding) of everything that is saved."""
         parameters = dict(self.module.named_parameters())
         for name, parameter in parameters.items():
             yield f"weights.{name}", parameter, parameter
@@ -50,7 +49,7 @@ class State:
 
 
 def newest(run: Path) -> Path | None:
-    """The checkpoint to go on from, or None at the beginning."""
+    """The newest checkpoint, or None."""
     found = _whole(run / "checkpoints")
     return found[-1] if found else None
 
@@ -62,9 +61,9 @@ def _whole(folder: Path) -> list[Path]:
 def save(
     run: Path, seen: int, state: State, log: dict[str, Any], settings: Training, write: bool = True
 ) -> None:
-    """Writes the state after `seen` samples; Failure where the disk does not take it.
+    """Writes the state after `seen` samples; Failure if it cannot be written.
 
-    Every process must call this, since shards are gathered; the one that may `write` does.
+    Every process must call this, since shards are gathered; only one may `write`.
     """
     tensors = {}
     for name, tensor, like in state.tensors():
@@ -74,7 +73,7 @@ def save(
     if not write:
         return
     folder = run / "checkpoints" / f"{seen:012d}"
-    for leftover in folder.parent.glob(".*"):  # of a run that was killed while it wrote
+    for leftover in folder.parent.glob(".*"):  # of a run killed while writing
         shutil.rmtree(leftover)
     try:
         with new_folder(folder) as part:
@@ -82,7 +81,7 @@ def save(
             (part / "state.json").write_text(json.dumps({"samples": seen, "log": log}))
     except (UserError, Failure, SafetensorError) as error:
         raise Failure(
-            f"{folder}: cannot write the checkpoint ({error}); run again to go on from the last one"
+            f"{folder}: cannot write the checkpoint ({error}); run again to resume"
         ) from error
     _rotate(folder.parent, settings)
 
@@ -91,7 +90,7 @@ def _rotate(folder: Path, settings: Training) -> None:
     for old in _whole(folder)[: -settings.keep]:
         if settings.keep_every and int(old.name) % settings.keep_every < settings.batch:
             continue  # the first one at or after a multiple
-        going = old.with_name(f".{old.name}.old")  # never half of one under a checkpoint's name
+        going = old.with_name(f".{old.name}.old")  # never a partial checkpoint under a final name
         os.rename(old, going)
         shutil.rmtree(going)
 
@@ -100,12 +99,12 @@ def _rotate(folder: Path, settings: Training) -> None:
 def load(checkpoint: Path, state: State) -> tuple[int, dict[str, Any]]:
     """Restores the state; returns the samples seen and the log's open sums.
 
-    Failure when the files are damaged.
+    Failure if the files are damaged.
     """
     try:
         with safe_open(checkpoint / "state.safetensors", "pt") as file:
             saved = set(file.keys())
-            named = state.module.named_parameters()  # what is at rest has no moments
+            named = state.module.named_parameters()  # frozen parameters have no moments
             moving = [value for name, value in named if f"optimizer.{name}.step" in saved]
             make_moments(state.optimizer, moving)
             for name, tensor, like in state.tensors():
@@ -114,7 +113,7 @@ def load(checkpoint: Path, state: State) -> tuple[int, dict[str, Any]]:
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise Failure(
             f"{checkpoint}: the checkpoint is damaged ({error}); remove this folder and run again "
-            "to go on from the one before"
+            "to resume from the one before"
         ) from error
     return about["samples"], about["log"]
 

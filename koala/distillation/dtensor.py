@@ -1,6 +1,6 @@
-"""Tensors of which each process may hold a part (FSDP2's DTensors): the part, the whole, and back.
+"""Sharded tensors (FSDP2's DTensors): to the local part, to the whole tensor, and back.
 
-All else in the package works on the part that lies here, or on the whole as it lies on the disk.
+The rest of the package works on local parts, or on whole tensors as stored in checkpoints.
 """
 
 import torch
@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that lies in this process, sharing its memory; a plain tensor is its own part."""
+    """This process's part, sharing memory; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor, like: Tensor) -> Tensor:
-    """The whole of what is sharded as `like` is: fp32 on the CPU, contiguous, its own memory.
+    """The whole of a tensor sharded like `like`: fp32 on the CPU, contiguous, its own memory.
 
     tensor: the local part, or a DTensor. Every process must call this.
     """
@@ -28,7 +28,7 @@ def whole(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """The local part of `full`, the same in every process, sharded as `like` is."""
+    """The local part of `full` (equal in all processes), sharded like `like`."""
     if isinstance(like, DTensor):
         full = full.to(like.device)
         return distribute_tensor(

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from koala.distillation.dtensor import local
 from koala.errors import UserError
 
-# Early in a run the half-life is at most this share of the samples seen, so that the average
-# forgets the initial weights at once and not only after several half-lives.
+# Early in a run the half-life is limited to this share of the samples seen, so that the average
+# forgets the initial weights quickly.
 RAMP_UP = 0.05
 
 
 def ema_decay(batch: int, seen: int, half_life: float) -> float:
-    """Factor in [0, 1) that the old average keeps: 0.5 ** (batch / half-life).
+    """Weight of the old average, in [0, 1): 0.5 ** (batch / half-life).
 
     batch: samples of this update, at least 1. seen: samples seen so far, this batch included.
     half_life: in samples; limited to `RAMP_UP * seen`.
@@ -30,11 +30,11 @@ def ema_decay(batch: int, seen: int, half_life: float) -> float:
 
 
 class EMA:
-    """fp32 running average of a module's parameters, of sharded ones the part that lies here.
+    """fp32 running average of a module's parameters; of sharded ones, the local part.
 
-    module: its parameters are the start of the average. It may not have persistent buffers.
-    half_life: samples after which a weight counts half; above 0, else UserError.
-    on_cpu: keep the average in main memory instead of beside the parameters.
+    module: its parameters start the average. It must not have persistent buffers.
+    half_life: samples after which a weight counts half; UserError unless above 0.
+    on_cpu: keep the average in main memory instead of on the parameters' device.
     """
 
     def __init__(self, module: nn.Module, half_life: float, on_cpu: bool = False) -> None:
@@ -53,7 +53,7 @@ class EMA:
     def update(self, module: nn.Module, batch: int, seen: int) -> None:
         """Moves the average towards the weights of `module`, after a step on `batch` samples.
 
-        seen: samples seen so far, these included.
+        seen: samples seen so far, including these.
         """
         parts = _parts(module)
         assert parts.keys() == self._weights.keys()
@@ -71,7 +71,7 @@ class EMA:
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
-        """Exchanges the average and the fp32 parameters of `module`; twice is as before."""
+        """Exchanges the average and the fp32 parameters of `module`; a second call reverts it."""
         parts = _parts(module)
         assert parts.keys() == self._weights.keys()
         for name, weight in self._weights.items():
@@ -81,10 +81,10 @@ class EMA:
             weight.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights by parameter name, fp32: the local parts themselves, not copies."""
+        """The averaged weights by parameter name, fp32: the local parts, not copies."""
         return dict(self._weights)
 
 
 def _parts(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters' parts that lie in this process, by name."""
+    """The parameters' local parts by name."""
     return {name: local(parameter.detach()) for name, parameter in module.named_parameters()}

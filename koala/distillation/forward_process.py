@@ -1,8 +1,8 @@
-"""The forward process: what noise a sample gets, and how much.
+"""The forward process: noise schedule, and the random draws of each sample.
 
-Every draw belongs to one sample and comes from a generator that (seed, the sample's number) alone
-give. So a sample meets the same noise, timestep and fate of its caption however its batch is
-divided over processes and parts, and each process draws only what it needs.
+Each sample has its own generator, seeded by (seed, sample number). So a sample gets the same noise,
+timestep and caption dropout however its batch is divided over processes and parts, and each process
+draws only what it needs.
 
 Shapes: n samples, c latent channels, h x w latent pixels, L tokens, D text width, P pooled width.
 """
@@ -22,7 +22,7 @@ class NoiseSchedule:
     """SDXL's discrete forward process: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps.
 
     config: a diffusers scheduler config as a dict (`koala.checkpoints.load.load_scheduler_config`).
-    UserError where it describes another process than scaled-linear betas with epsilon prediction.
+    UserError if it describes a process other than scaled-linear betas with epsilon prediction.
     Source: Ho et al. 2020, eq. 4.
     """
 
@@ -36,8 +36,8 @@ class NoiseSchedule:
         for key, value in expected.items():
             if config.get(key, value) != value:
                 raise UserError(
-                    f"scheduler config: {key} is {config[key]!r}, training knows only {value!r}; "
-                    "take a model with SDXL's schedule"
+                    f"scheduler config: {key} is {config[key]!r}, training needs {value!r}; "
+                    "use a model with SDXL's schedule"
                 )
         self.steps: int = config["num_train_timesteps"]
         self.alphas_cumprod = alphas_cumprod(config)
@@ -50,7 +50,7 @@ class NoiseSchedule:
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """w_t = min(SNR_t, gamma) / SNR_t for epsilon prediction, fp32 [n], in (0, 1].
 
-        SNR_t = abar_t / (1 - abar_t): nearly clean samples, easy and many, count less.
+        SNR_t = abar_t / (1 - abar_t): nearly clean samples, easy and numerous, count less.
         Source: Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy".
         """
         abar = self.alphas_cumprod.to(timesteps.device)[timesteps]
@@ -58,10 +58,10 @@ class NoiseSchedule:
 
 
 def generators_at(seed: int, first: int, count: int) -> list[torch.Generator]:
-    """CPU generators of the samples number first..first+count-1, one each.
+    """CPU generators of samples first..first+count-1, one each.
 
-    torch's CPU generator reads only the lower 32 bits of its seed, so both numbers are hashed into
-    that many.
+    torch's CPU generator reads only the lower 32 bits of its seed, so seed and number are hashed to
+    32 bits.
     """
     return [
         torch.Generator().manual_seed(
@@ -74,15 +74,15 @@ def generators_at(seed: int, first: int, count: int) -> list[torch.Generator]:
 
 
 class Draws(NamedTuple):
-    """What chance gives each sample of a batch, on the CPU."""
+    """The random draws of a batch's samples, on the CPU."""
 
     noise: Tensor  # eps, fp32 [n, c, h, w]
     timesteps: Tensor  # int64 [n] in [0, steps)
-    share: Tensor  # fp32 [n] in [0, 1): captions with one below the dropout are dropped
+    share: Tensor  # fp32 [n] in [0, 1): captions with a share below the dropout are dropped
 
 
 def draw_noise(shape: Sequence[int], steps: int, generators: Sequence[torch.Generator]) -> Draws:
-    """Draws for latents of `shape` [n,c,h,w], those of sample i from generators[i] alone."""
+    """Draws for latents of `shape` [n,c,h,w], sample i's from generators[i] alone."""
     assert shape[0] == len(generators), (shape, len(generators))
     each = [
         (
@@ -96,7 +96,7 @@ def draw_noise(shape: Sequence[int], steps: int, generators: Sequence[torch.Gene
 
 
 class Noised(NamedTuple):
-    """A batch as a U-Net takes it, with the noise that it has to find."""
+    """A noised batch, ready for a U-Net, with the noise to predict."""
 
     noisy: Tensor  # z_t, fp32 [n, 4, h, w]
     noise: Tensor  # eps, fp32 [n, 4, h, w]
@@ -107,7 +107,7 @@ class Noised(NamedTuple):
 
 
 def predict(unet: nn.Module, batch: Noised, dtype: torch.dtype) -> Tensor:
-    """The U-Net's prediction of eps, fp32 [n,4,h,w]; its inputs are given in `dtype`."""
+    """The U-Net's prediction of eps, fp32 [n,4,h,w]; its inputs are cast to `dtype`."""
     return unet(
         batch.noisy.to(dtype),
         batch.timesteps,

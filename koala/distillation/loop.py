@@ -1,10 +1,10 @@
-"""The training loop, one for everything that learns: VAE, text side, teacher, student.
+"""The training loop of every model: VAE, text encoders, teacher, student.
 
-What is learnt is the task's business (named losses), what is learnt from the data's (a batch is a
-function of the sample's number), who computes what the layout's; here are order, optimiser, EMA,
-checkpoints and what one sees while it runs. Randomness is a function of (seed, number of the
-sample), so a run that is stopped and started again by the same command ends in the same weights,
-bit for bit on a CPU; with other processes or another division of the batch, up to rounding.
+The task defines the named losses, the data a batch as a function of the sample's number, and the
+layout the distribution over processes. The loop owns the order of events, optimiser, EMA,
+checkpoints and records. Randomness is a function of (seed, sample number), so a run that is stopped
+and resumed ends in the same weights, bit for bit on a CPU; with another number of processes or
+another division of the batch, up to rounding.
 """
 
 import math
@@ -34,14 +34,14 @@ from koala.errors import UserError
 from koala.utils.atomic import claim, new_file
 from koala.utils.progress import progress
 
-VALIDATION_SEED = 2**40  # noise and timesteps of the validation: no run's own, the same in all
+VALIDATION_SEED = 2**40  # of the validation's noise and timesteps: the same in every run
 
 
 class Task(Protocol):
-    """What the loop asks of a task; see `koala.distillation.tasks`."""
+    """The interface of a task; see `koala.distillation.tasks`."""
 
-    trainable: nn.Module
-
+    @property
+    def trainable(self) -> nn.Module: ...
     def losses(
         self, batch: dict[str, Any], generators: Sequence[torch.Generator]
     ) -> dict[str, Tensor]: ...
@@ -71,17 +71,17 @@ def train(
     loggers: Sequence[str] = (),
     flops: float | None = None,
 ) -> nn.Module:
-    """Trains to the end, going on from the newest checkpoint in `run`; returns the EMA weights.
+    """Trains to the end, from the newest checkpoint in `run` if any; returns the EMA weights.
 
     run: folder for `run.json` (settings and `note`), `stats.jsonl`, `previews/`, `checkpoints/`,
-      and `validation.jsonl` where there are samples `validation`: a batch of the data's kind.
-    layout: of several processes, or of other hardware (`koala.distillation.parallel`); None is
-      this process and the device where the task is.
+      and `validation.jsonl` if there is a `validation` batch, of the data's format.
+    layout: of several processes, or of other hardware (`koala.distillation.parallel`); None: this
+      process and the task's device.
     loggers: "tensorboard", "wandb". flops: of one sample's step, to show the share of the peak.
 
-    SIGTERM and Ctrl-C save and stop (a second one ends at once). UserError when the folder belongs
-    to a run with other settings, or a setting cannot be; Failure when a loss or the gradient is not
-    finite (the last good checkpoint stays), or when the run was stopped before its end.
+    SIGTERM and Ctrl-C save and stop; a second one stops at once. UserError if the folder belongs
+    to a run with other settings, or a setting is invalid; Failure if a loss or the gradient is not
+    finite (the last good checkpoint is kept), or the run was stopped before its end.
     """
     module = task.trainable.train()
     layout = layout or Layout()
@@ -123,7 +123,7 @@ def train(
             for average in averages:
                 average.update(module, settings.batch, seen)
 
-            # What one sees of it, and what is kept.
+            # Records, previews, checkpoints.
             done = seen >= settings.samples
             due = _due(seen, settings)
             if done or due(settings.log_every):
@@ -145,7 +145,7 @@ def train(
                     checkpoint.save(run, seen, state, log.open_sums(), settings, world.first)
                 saved = time.monotonic()
             if stop and not done:
-                raise world.failure(f"{run}: stopped after {seen} samples; run again to go on")
+                raise world.failure(f"{run}: stopped after {seen} samples; run again to continue")
     averages[0].copy_to(module)
     return module.eval()
 
@@ -153,9 +153,9 @@ def train(
 def gradients(
     task: Task, layout: Layout, batch: dict[str, Any], generators: Sequence[torch.Generator]
 ) -> dict[str, Tensor]:
-    """Adds a batch's gradients to the module's, part by part; returns the means of its losses.
+    """Accumulates the gradients of a batch, part by part; returns the means of its losses.
 
-    batch: this process's share of a step's; generators: one for each of its samples.
+    batch: this process's share of a step. generators: one per sample.
     """
     device = next(task.trainable.parameters()).device
     parts, sums = layout.hardware.accumulate, dict[str, Tensor]()
@@ -174,13 +174,13 @@ def gradients(
 def _check(settings: Training, layout: Layout, validation: dict[str, Any] | None) -> None:
     if settings.optimizer == "adamw-8bit" and layout.hardware.sharding == "fsdp":
         raise UserError(
-            "optimizer adamw-8bit does not go with sharding=fsdp: its codes are of whole tensors; "
-            "take adamw, whose moments are sharded too"
+            "optimizer adamw-8bit does not support sharding=fsdp: its moments are not sharded; "
+            "use adamw"
         )
     if bool(settings.validate_every) != (validation is not None):
         raise UserError(
-            f"validate_every is {settings.validate_every} and there are "
-            f"{'no' if validation is None else 'some'} held-out samples: take both or neither"
+            f"validate_every is {settings.validate_every} but there are "
+            f"{'no' if validation is None else 'some'} validation samples: give both or neither"
         )
 
 
@@ -190,16 +190,16 @@ def _cut(batch: dict[str, Any], part: int, size: int) -> dict[str, Any]:
 
 
 def _due(seen: int, settings: Training) -> Callable[[int], bool]:
-    """Whether the step that ended after `seen` samples passed a multiple of so many; 0: never."""
+    """Whether the step that ended after `seen` samples passed a multiple of a number; 0: never."""
     return lambda every: every > 0 and seen // every > (seen - settings.batch) // every
 
 
 def _agree(
     layout: Layout, values: dict[str, Tensor], wishes: list[float]
 ) -> tuple[dict[str, float], list[bool]]:
-    """Means over the processes, and whether any of them has each wish: one transfer, one message.
+    """Means over the processes, and whether any process has each wish, in one all-reduce.
 
-    So all processes stop and save after the same step.
+    All processes thus stop and save after the same step.
     """
     stacked = torch.stack([value.detach().float() for value in values.values()])
     vector = layout.world.mean(torch.cat([stacked.cpu(), torch.tensor(wishes)])).tolist()
@@ -208,25 +208,25 @@ def _agree(
 
 
 def _check_finite(layout: Layout, values: dict[str, float], seen: int, run: Path) -> None:
-    """Raises Failure that names the first tap, term or norm that is no number, and how many are."""
+    """Raises Failure naming the first tap, term or norm that is not finite, and their number."""
     bad = [name for name, number in values.items() if not math.isfinite(number)]
     if bad:
         others = f" (and {len(bad) - 1} more are not finite)" if len(bad) > 1 else ""
         raise layout.world.failure(
             f"{run}: {bad[0]!r} is {values[bad[0]]} after {seen} samples{others}; the last "
-            "checkpoint is kept: lower the learning rate and begin a new run"
+            "checkpoint is kept: lower the learning rate and start a new run"
         )
 
 
 @torch.no_grad()
 def _validate(task: Task, validation: dict[str, Any], size: int) -> dict[str, float]:
-    """Means of the task's losses on held-out samples, always with the same noise and timesteps.
+    """Means of the task's losses on the validation batch, always with the same noise.
 
-    Every process computes all of them: shards of a model are gathered for all alike.
+    Every process computes all of it, since sharded models need every process.
     """
     count = len(next(iter(validation.values())))
     sums: dict[str, float] = {}
-    with torch.compiler.set_stance("force_eager"):  # not worth compiling for
+    with torch.compiler.set_stance("force_eager"):  # not worth compiling
         for first in range(0, count, size):
             batch = _cut(validation, first // size, size)
             number = min(size, count - first)
@@ -237,7 +237,7 @@ def _validate(task: Task, validation: dict[str, Any], size: int) -> dict[str, fl
 
 
 def _preview(task: Task, average: EMA) -> Image.Image | None:
-    """Draws with the averaged weights, then puts the trained ones back."""
+    """Draws a preview with the averaged weights, then restores the trained ones."""
     module = task.trainable
     average.swap(module)
     with torch.compiler.set_stance("force_eager"):
@@ -254,7 +254,7 @@ def _write_image(image: Image.Image, path: Path) -> None:
 
 @contextmanager
 def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and Ctrl-C ask the loop to save and stop, instead of dying between checkpoints."""
+    """Lets SIGTERM and Ctrl-C request that the loop saves and stops."""
     asked = []
 
     def ask(number: int, frame: object) -> None:

@@ -1,7 +1,7 @@
-"""Optimisers: AdamW, fused or with moments in 8 bits, and the little that the loop asks of them.
+"""Optimisers: AdamW, fused or with 8-bit moments, and the operations that the loop needs.
 
-torchao's keeps its rate in a tensor and its moments in a kind of their own; nothing else needs to
-know.
+torchao's optimiser keeps its learning rate in a tensor and its moments in a tensor subclass; only
+this module knows.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from koala.errors import UserError
 
 
 def new_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) by the settings; UserError where it is not installed."""
+    """AdamW (Loshchilov & Hutter 2019) from the settings; UserError if torchao is missing."""
     common: dict[str, Any] = {
         "lr": settings.lr,
         "betas": settings.betas,
@@ -33,18 +33,18 @@ def new_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimize
 
 
 def plain_parts(moment: Tensor) -> dict[str, Tensor]:
-    """The tensors of which a moment is made, by what they add to its name.
+    """The tensors of a moment, by name suffix.
 
-    A plain or a sharded one is its own; torchao's has ".codes", their ".scale" and a ".qmap".
+    A plain or sharded moment is one tensor, ""; torchao's has ".codes", ".scale" and ".qmap".
     """
     if isinstance(moment, DTensor) or type(moment) is Tensor:
         return {"": moment}
-    names, _ = moment.__tensor_flatten__()
+    names, _ = moment.__tensor_flatten__()  # type: ignore[attr-defined]  # of wrapper subclasses
     return {f".{name}": getattr(moment, name) for name in names}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Makes `rate` the learning rate of the next steps."""
+    """Sets the learning rate of the next steps."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -53,10 +53,10 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def make_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Lets a new optimiser lay out the state of these parameters as it likes it, without a step.
+    """Makes a new optimiser allocate its state for these parameters, without changing weights.
 
-    What it lays out may be of other types and orders in memory than plain tensors: it is filled,
-    not replaced. The weights stay as they are: a step at rate 0 along no gradient.
+    The state may use special tensor types and memory formats, so loading fills it instead of
+    replacing it. Takes a step at learning rate 0 with zero gradients.
     """
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

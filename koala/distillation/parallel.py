@@ -1,7 +1,7 @@
-"""Processes and devices of a training: who takes part, and how models are laid over them.
+"""Processes and devices of a training, and the distribution of models over them.
 
-Everything of the kind is here and is done to a model from outside, in the one order of `lay_out`;
-tasks and models know nothing of it, and the loop asks a `Layout` what it has to.
+All of it is applied to a model from outside, in the order of `lay_out`. Tasks and models know
+nothing of it; the loop uses a `Layout`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from koala.utils.device import cpu_name, has_bf16, pick_device
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as one of them sees it."""
+    """The processes of a run, as seen by one of them."""
 
     rank: int = 0
     size: int = 1
@@ -38,23 +38,23 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over the processes of fp32 values on the CPU, the same in all of them."""
+        """Mean of fp32 CPU values over the processes; the same in all of them."""
         if self.size > 1:
             distributed.all_reduce(values)
             values /= self.size
         return values
 
     def failure(self, message: str) -> Failure:
-        """What to raise where all processes fail alike: the first one says why."""
+        """The exception for a failure of all processes; only the first one prints the message."""
         return Failure(message) if self.first else FailedElsewhere(message)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in one process fails in all, and the lowest that failed says why."""
+        """Makes a failure of one process fail all; the lowest failed rank prints the reason."""
         mine: Exception | None = None
         try:
             yield
@@ -73,10 +73,10 @@ class World:
 
 @contextmanager
 def joined(device: str | None = None) -> Iterator[World]:
-    """Joins the processes that torchrun started, each on a device of its own; else this one alone.
+    """Joins the processes started by torchrun, each on its own device; else a single process.
 
-    device: "cpu" or "cuda"; None picks the best there is. UserError where a machine has fewer GPUs
-    than processes, or where one GPU is named for several processes.
+    device: "cpu" or "cuda"; None picks the best one. UserError if the machine has fewer GPUs than
+    processes, or one GPU is given for several processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     picked = pick_device(device)
@@ -88,22 +88,22 @@ def joined(device: str | None = None) -> Iterator[World]:
         wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if picked.index is not None or wanted > there:
             raise UserError(
-                f"{wanted} processes on this machine need a GPU each, {device or 'cuda'} gives "
-                f"{there if picked.index is None else 1}: start as many processes as there are "
-                "GPUs, with --device cuda or none"
+                f"{wanted} processes on this machine need one GPU each, but {device or 'cuda'} has "
+                f"{there if picked.index is None else 1}: start one process per GPU, with "
+                "--device cuda or without --device"
             )
         picked = torch.device("cuda", here)
         torch.cuda.set_device(picked)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
     yield World(rank, size, picked)
-    distributed.destroy_process_group()  # not after an error: others may still wait for this one
+    distributed.destroy_process_group()  # not after an error: others may still be waiting
 
 
 class Laid(Protocol):
-    """What `lay_out` asks of a task; see `koala.distillation.tasks`."""
+    """The interface of a task for `lay_out`; see `koala.distillation.tasks`."""
 
-    trainable: nn.Module
-
+    @property
+    def trainable(self) -> nn.Module: ...
     @property
     def teacher(self) -> UNet2DConditionModel | None: ...
     def call_through(self, wrapped: nn.Module) -> None: ...
@@ -111,28 +111,28 @@ class Laid(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a training is laid out; by default in this process, on the device where it is."""
+    """The distribution of a training; by default this process and the model's device."""
 
     world: World = World()
     hardware: Hardware = PLAIN
     replicas: DistributedDataParallel | None = None
 
     def computing(self, last: bool) -> AbstractContextManager:
-        """Around each part of a step; replicas exchange gradients in the `last` one alone."""
+        """Context of each part of a step; replicas exchange gradients only in the `last`."""
         if self.replicas is None or last:
             return contextlib.nullcontext()
         return self.replicas.no_sync()
 
 
 def lay_out(task: Laid, hardware: Hardware, world: World) -> Layout:
-    """Lays a task's models over the processes and devices. UserError for what cannot be.
+    """Distributes a task's models over processes and devices. UserError for invalid settings.
 
     The order matters:
-    1. taps sit on the raw modules already, since the task was made;
+    1. taps are attached to the raw modules when the task is created;
     2. memory format;
-    3. compiling of each region, its features being outputs of it;
-    4. checkpointing around what was compiled;
-    5. FSDP2 or DDP around all.
+    3. compiling of each region, with its features as outputs;
+    4. checkpointing around the compiled regions;
+    5. FSDP2 or DDP around everything.
     """
     with world.together():
         _check(task, hardware, world)
@@ -165,9 +165,9 @@ def lay_out(task: Laid, hardware: Hardware, world: World) -> Layout:
 
 
 def alone(device: str, cpu_bf16: bool) -> Layout:
-    """The layout of a training in one process whose only setting is `Hardware.cpu_bf16`.
+    """The layout of a training in one process, with `Hardware.cpu_bf16` as its only setting.
 
-    UserError where that is no use.
+    UserError if that setting is useless here.
     """
     world, hardware = World(device=torch.device(device)), Hardware(cpu_bf16=cpu_bf16)
     if cpu_bf16:
@@ -180,38 +180,40 @@ def _check(task: Laid, hardware: Hardware, world: World) -> None:
         for name, value in (("sharding", "fsdp"), ("teacher", "sharded")):
             if getattr(hardware, name) == value:
                 raise UserError(
-                    f"{name}={value} needs several processes: start with "
+                    f"{name}={value} needs several processes: start it with "
                     "`torchrun --nproc-per-node N -m koala distill ...`, or leave it out"
                 )
     if hardware.teacher != "whole" and task.teacher is None:
-        raise UserError(f"teacher={hardware.teacher}: no teacher runs here; leave it out")
+        raise UserError(f"teacher={hardware.teacher}: this training has no teacher; leave it out")
     if hardware.teacher == "offloaded" and world.device.type == "cpu":
-        raise UserError("teacher=offloaded: on the CPU it is in main memory anyway; leave it out")
+        raise UserError(
+            "teacher=offloaded: on the CPU the teacher is in main memory anyway; leave it out"
+        )
     if hardware.cpu_bf16:
         _check_cpu_bf16(hardware, world)
     if hardware.compile and hardware.compile not in torch._dynamo.list_backends(exclude_tags=()):
         raise UserError(
-            f"compile={hardware.compile}: there are "
-            f"{', '.join(torch._dynamo.list_backends(exclude_tags=()))}; inductor is usual"
+            f"compile={hardware.compile}: choose one of "
+            f"{', '.join(torch._dynamo.list_backends(exclude_tags=()))}; usually inductor"
         )
 
 
 def _check_cpu_bf16(hardware: Hardware, world: World) -> None:
     if world.device.type == "cuda":
-        raise UserError("cpu_bf16=true: on a GPU a training is in bf16 anyway; leave it out")
+        raise UserError("cpu_bf16=true: training on a GPU uses bf16 anyway; leave it out")
     if not has_bf16():
         raise UserError(
-            f"cpu_bf16=true: {cpu_name()} does not multiply bf16 (avx512_bf16, amx_bf16 or "
-            "bf16 among its flags), so it would be slower; leave it out"
+            f"cpu_bf16=true: {cpu_name()} has no bf16 instructions (avx512_bf16, amx_bf16 or "
+            "bf16), so it would be slower; leave it out"
         )
     if hardware.checkpointing or hardware.compile:
         raise UserError(
-            "cpu_bf16=true goes neither with checkpointing nor with compile: leave out one of them"
+            "cpu_bf16=true supports neither checkpointing nor compile: leave out one of them"
         )
 
 
 def _to_channels_last(unet: nn.Module, sharded: bool) -> None:
-    """Images as [n, h, w, c] in memory; weights too, unless FSDP2 has them, which cannot."""
+    """Channels-last memory format for images, and for weights unless FSDP2 shards them."""
     if not sharded:
         unet.to(memory_format=torch.channels_last)
         return
@@ -223,8 +225,8 @@ def _to_channels_last(unet: nn.Module, sharded: bool) -> None:
 
 
 def _compile(found: list[Region], backend: str) -> None:
-    """Compiles each region by itself; those of one shape share the result."""
-    torch._dynamo.config.recompile_limit = 256  # all regions are one function to it
+    """Compiles each region separately; regions of one shape share the code."""
+    torch._dynamo.config.recompile_limit = 256  # all regions are one function
     torch._dynamo.config.accumulated_recompile_limit = 256
     torch._dynamo.config.optimize_ddp = False  # regions are smaller than DDP's buckets
     for region in found:
@@ -232,7 +234,7 @@ def _compile(found: list[Region], backend: str) -> None:
 
 
 def _checkpoint(found: list[Region]) -> None:
-    """Keeps no activations inside the regions: the backward pass computes them again."""
+    """Drops activations inside the regions: the backward pass recomputes them."""
     for region in found:
         region.compute = partial(
             checkpoint, region.compute, use_reentrant=False, preserve_rng_state=False
@@ -240,16 +242,16 @@ def _checkpoint(found: list[Region]) -> None:
 
 
 def _shard(unet: nn.Module, world: World) -> None:
-    """FSDP2: parameters lie in shards, and each region gathers its own when it computes."""
+    """FSDP2: parameters are sharded, and each region gathers its own when it runs."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     for region in regions(unet):
         fully_shard(region.block, mesh=mesh)
-    # The rest too, after every pass: where no backward pass follows, nothing else would.
+    # Reshard the rest after every forward pass: a backward pass may not follow.
     fully_shard(unet, mesh=mesh, reshard_after_forward=True)
 
 
 def _offload(block: nn.Module, device: torch.device) -> None:
-    """Keeps a frozen block's parameters in main memory except while it computes."""
+    """Keeps a frozen block's parameters in main memory except while it runs."""
     resting = {}
     for parameter in block.parameters():
         there = parameter.data.to("cpu")

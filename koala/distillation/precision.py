@@ -1,8 +1,8 @@
-"""The precision a training computes in: under bf16 autocast on a GPU, in float32 on a processor.
+"""The precision of a training: bf16 autocast on a GPU, float32 on a CPU.
 
-A processor with bf16 instructions of its own may take autocast too (`Hardware.cpu_bf16`). PyTorch's
-attention and group norm are slower there in bf16 than in float32, the first by eight times in the
-backward pass, so these two stay in float32.
+A CPU with bf16 instructions may use autocast too (`Hardware.cpu_bf16`). PyTorch's attention and
+group norm are slower there in bf16 than in float32 (attention's backward pass eight times), so
+these two stay in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 @contextmanager
 def computing(device: torch.device, cpu_bf16: bool = False) -> Iterator[None]:
-    """Around a forward pass: autocast where the device computes in bf16. Weights stay float32."""
+    """Context of a forward pass: autocast if the device computes in bf16. Weights stay float32."""
     on_cpu = device.type == "cpu"
     low = cpu_bf16 if on_cpu else device.type == "cuda"
     with torch.autocast(device.type, torch.bfloat16, enabled=low):
@@ -32,7 +32,7 @@ def computing(device: torch.device, cpu_bf16: bool = False) -> Iterator[None]:
 
 
 class _Float32Where(TorchFunctionMode):
-    """Attention and group norm in float32, their result in the dtype of their input."""
+    """Attention and group norm in float32, with the result in the input's dtype."""
 
     _THESE = (F.scaled_dot_product_attention, F.group_norm)
 

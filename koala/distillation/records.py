@@ -1,7 +1,7 @@
-"""What a run's folder says of it: `run.json`, `stats.jsonl`, `validation.jsonl`, and loggers.
+"""The records of a run: `stats.jsonl`, `validation.jsonl`, and loggers.
 
-Lines are for programs and always there; loggers (TensorBoard, wandb) show the same numbers to those
-who ask for them. Only the first process of a run writes.
+The JSON lines are always written; loggers (TensorBoard, wandb) get the same numbers on request.
+Only the first process of a run writes.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ FILES = {"train": "stats.jsonl", "validation": "validation.jsonl"}
 
 
 class Logger(Protocol):
-    """Where numbers are shown besides the lines."""
+    """A further destination of the numbers."""
 
-    def show(self, group: str, seen: int, values: dict[str, float]) -> None: ...
+    def log(self, group: str, seen: int, values: dict[str, float]) -> None: ...
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the run's folder."""
+    """Event files in the run's folder `tensorboard/`."""
 
     def __init__(self, run: Path, seen: int) -> None:
         try:
@@ -35,14 +35,14 @@ class TensorBoard:
             raise UserError("--log tensorboard needs `pip install tensorboard`") from error
         self._writer = SummaryWriter(run / "tensorboard", purge_step=seen + 1)
 
-    def show(self, group: str, seen: int, values: dict[str, float]) -> None:
+    def log(self, group: str, seen: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(f"{group}/{name}", value, seen)
         self._writer.flush()
 
 
 class Wandb:
-    """The run at Weights & Biases, in the project "koala"; run again, it goes on there."""
+    """The run at Weights & Biases, in the project "koala"; a resumed run continues there."""
 
     def __init__(self, run: Path, seen: int) -> None:
         try:
@@ -59,7 +59,7 @@ class Wandb:
             config=json.loads(settings),
         )
 
-    def show(self, group: str, seen: int, values: dict[str, float]) -> None:
+    def log(self, group: str, seen: int, values: dict[str, float]) -> None:
         self._run.log({f"{group}/{name}": value for name, value in values.items()}, step=seen)
 
 
@@ -71,9 +71,9 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def open_loggers(names: Sequence[str], run: Path, seen: int) -> list[Logger]:
-    """The loggers of these names; UserError for another name, or for one that is not installed.
+    """The loggers of these names; UserError for unknown names and missing packages.
 
-    seen: samples that the run has seen; what a logger shows beyond them is shown again.
+    seen: samples that the run has seen; later values in a logger are overwritten.
     """
     kinds: dict[str, Callable[[Path, int], Logger]] = {
         "tensorboard": TensorBoard,
@@ -84,14 +84,14 @@ def open_loggers(names: Sequence[str], run: Path, seen: int) -> list[Logger]:
 
 
 class Lines:
-    """A JSONL file with a line for each group of samples, in their order."""
+    """A JSONL file with one line per group of samples, in order."""
 
     def __init__(self, path: Path, seen: int) -> None:
-        """Lines beyond the samples `seen` are removed: they will be written again."""
+        """Removes lines beyond the samples `seen`: they will be written again."""
         self.path = path
         if path.exists():
             text = path.read_text()
-            whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last line
+            whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may truncate the last line
             kept = [line for line in whole if json.loads(line)["samples"] <= seen]
             write_text(path, "".join(f"{line}\n" for line in kept))
 
@@ -101,7 +101,7 @@ class Lines:
 
 
 class Record:
-    """All that a run writes of its course: a file of lines for each group, and loggers."""
+    """Everything that a run records: a file of lines per group, and loggers."""
 
     def __init__(self, run: Path, seen: int, loggers: Sequence[str]) -> None:
         self._lines = {group: Lines(run / file, seen) for group, file in FILES.items()}
@@ -111,14 +111,14 @@ class Record:
         """group: "train" or "validation"."""
         self._lines[group].write(seen, values)
         for logger in self._loggers:
-            logger.show(group, seen, values)
+            logger.log(group, seen, values)
 
 
 class Log:
-    """Means of every named loss since the line before.
+    """Means of every named loss since the previous line.
 
-    The sums of the line that is not yet written go into checkpoints, so that the lines of a
-    resumed run are those of an uninterrupted one.
+    The sums of the next line are stored in checkpoints, so a resumed run writes the same lines as
+    an uninterrupted one.
     """
 
     def __init__(self, open_sums: dict[str, Any] | None) -> None:
@@ -130,7 +130,7 @@ class Log:
 
     @property
     def seconds(self) -> float:
-        """Of training since its very beginning, without the pauses between runs."""
+        """Seconds of training since the start, without pauses between runs."""
         return time.monotonic() - self._started
 
     def add(self, values: dict[str, float]) -> None:
@@ -143,7 +143,7 @@ class Log:
         return {"sums": dict(self.sums), "count": self.count, "seconds": self.seconds}
 
     def means(self) -> dict[str, float]:
-        """The means so far; the next line begins."""
+        """Returns the means and starts the next line."""
         means = {name: total / self.count for name, total in self.sums.items()}
         self.sums, self.count = {}, 0
         return means

@@ -1,9 +1,9 @@
-"""The settings of a training: what is done (`Training`), how machines share it (`Hardware`), and
-what is learnt from a teacher (`DistillationSettings`).
+"""The settings of a training: what is done (`Training`), how it is distributed (`Hardware`), and
+the loss of a distillation (`DistillationSettings`).
 
-The first two are apart because the first decides the result and belongs to the run for good, while
-the second changes it by rounding alone: a run may go on with other processes, another division of
-the batch, or another compiler. Importing this loads nothing heavy.
+`Training` determines the result and is fixed for a run. `Hardware` changes it by rounding alone, so
+a run may be resumed with other processes, another division of the batch, or another compiler.
+Importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ STAGES = ("DW-1", "DW-2", "DW-3", "Mid", "UP-1", "UP-2", "UP-3")
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast. Everything is counted in samples."""
+    """Length, optimiser and records of a training. Everything is counted in samples."""
 
     samples: int
     batch: int  # of one step, over all processes
-    lr: float  # constant after the warm-up, or falling to 0 where `decay`
+    lr: float  # constant after the warm-up, or decaying to 0 if `decay`
     warmup: int = 0  # samples
     decay: bool = False  # linearly to zero over the whole run
     optimizer: str = "adamw"  # fused; "adamw-8bit" keeps its moments in 8 bits (torchao)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
-    clip: float = 1.0  # largest norm of the gradient
-    ema_half_life: int = 10_000  # samples; the average that is drawn from and exported
-    ema_others: tuple[int, ...] = ()  # further half-lives, kept and exported beside it
+    clip: float = 1.0  # maximum norm of the gradient
+    ema_half_life: int = 10_000  # samples; of the average used for previews and exported
+    ema_others: tuple[int, ...] = ()  # further half-lives, exported too
     seed: int = 0
     log_every: int = 1_024  # samples
     validate_every: int = 0  # samples; 0: never
     preview_every: int = 20_000  # samples
     save_every: float = 45.0  # seconds
     keep: int = 2  # newest checkpoints
-    keep_every: int = 0  # samples; the checkpoint at each multiple stays for good; 0: none
+    keep_every: int = 0  # samples; checkpoints at multiples are kept for good; 0: none
 
     def __post_init__(self) -> None:
         above_0 = ("samples", "batch", "lr", "clip", "log_every", "preview_every", "keep")
@@ -63,36 +63,36 @@ class Training:
             raise UserError(f"betas are {self.betas}: both must be at least 0 and below 1")
         if self.samples % self.batch:
             raise UserError(
-                f"{self.samples} samples are no multiple of the batch {self.batch}: "
-                f"take {math.ceil(self.samples / self.batch) * self.batch}"
+                f"{self.samples} samples are not a multiple of the batch {self.batch}: "
+                f"use {math.ceil(self.samples / self.batch) * self.batch}"
             )
 
     @property
     def half_lives(self) -> tuple[int, ...]:
-        """Every EMA's, that of the exported one first."""
+        """The half-life of every EMA, that of the exported one first."""
         return (self.ema_half_life, *self.ema_others)
 
     def lr_at(self, seen: int) -> float:
-        """Learning rate of the step that begins after `seen` samples."""
+        """Learning rate of the step that starts after `seen` samples."""
         warm = min(1.0, (seen + self.batch) / self.warmup) if self.warmup else 1.0
         return self.lr * warm * ((1 - seen / self.samples) if self.decay else 1.0)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """How processes and devices share a training; the result differs by rounding alone.
+    """How processes and devices share a training; this changes the result by rounding alone.
 
-    Several processes are what torchrun starts. `sharding` and a "sharded" teacher need them.
+    torchrun starts several processes; `sharding` and a "sharded" teacher need them.
     """
 
-    accumulate: int = 1  # parts of a process's share of the batch, computed one after the other
-    sharding: str = "ddp"  # student and optimiser: "ddp" whole in each process, "fsdp" in shards
-    teacher: str = "whole"  # "sharded" over processes, or "offloaded": in main memory, by blocks
-    checkpointing: bool = False  # compute activations of blocks again in the backward pass
-    compile: str = ""  # backend of torch.compile for each block, as "inductor"; "": no compiling
+    accumulate: int = 1  # gradient accumulation: parts of a process's share of the batch
+    sharding: str = "ddp"  # of student and optimiser: "ddp" replicates, "fsdp" shards
+    teacher: str = "whole"  # or "sharded" over processes, or "offloaded" to main memory, by block
+    checkpointing: bool = False  # recompute the blocks' activations in the backward pass
+    compile: str = ""  # torch.compile backend for each block, e.g. "inductor"; "": eager
     channels_last: bool = True
-    ema_on_cpu: bool = False  # averages in main memory, 4 bytes a parameter each
-    cpu_bf16: bool = False  # bf16 on a processor that has it, as always on a GPU
+    ema_on_cpu: bool = False  # averages in main memory, 4 bytes per parameter each
+    cpu_bf16: bool = False  # bf16 on a CPU that supports it, as always on a GPU
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
@@ -103,7 +103,7 @@ class Hardware:
                 raise unknown(name, value, allowed)
 
     def micro_batch(self, batch: int, processes: int) -> int:
-        """Samples computed at once; UserError where a batch does not divide so."""
+        """Samples computed at once; UserError if the batch does not divide evenly."""
         parts = processes * self.accumulate
         if batch % parts:
             raise UserError(
@@ -126,9 +126,9 @@ class Tap:
     location: "sa", "ca", "ffn": output of self-attention, cross-attention, feed-forward net of
       each transformer block, [n, tokens, width], before it is added to the residual stream.
       "residual": output of each resnet, [n, c, h, w].
-      "lf": last feature, the hidden state that a stage hands to the next one, [n, c, h, w]:
-      after the down- or upsampler where the stage has one.
-    stages: names out of `STAGES`; None means every stage that has such a feature.
+      "lf": last feature, the hidden state that a stage passes to the next, [n, c, h, w]:
+      after the down- or upsampler if the stage has one.
+    stages: names from `STAGES`; None: every stage with such a feature.
     """
 
     location: str
@@ -140,7 +140,9 @@ class Tap:
         if self.stages is None:
             return
         if isinstance(self.stages, str) or not self.stages:
-            raise UserError(f"tap stages {self.stages!r}: give a tuple out of {', '.join(STAGES)}")
+            raise UserError(
+                f"tap stages {self.stages!r}: give a tuple of names from {', '.join(STAGES)}"
+            )
         for stage in self.stages:
             if stage not in STAGES:
                 raise unknown("tap stage", stage, STAGES)
@@ -153,7 +155,7 @@ PAPER_TAPS = (Tap("sa"), Tap("lf", ("DW-1", "UP-3")))
 def check_dropout(caption_dropout: float) -> None:
     """UserError unless it is a share of the samples."""
     if not 0.0 <= caption_dropout <= 1.0:
-        raise UserError(f"caption dropout {caption_dropout}: it must lie between 0 and 1")
+        raise UserError(f"caption dropout {caption_dropout}: it must be between 0 and 1")
 
 
 def check_min_snr(gamma: float | None) -> None:
@@ -164,18 +166,18 @@ def check_min_snr(gamma: float | None) -> None:
 
 @dataclass(frozen=True)
 class DistillationSettings:
-    """What researchers vary. A weight of 0 means that the term is not computed at all.
+    """Settings of the loss. A term with weight 0 is not computed.
 
     task_weight, output_weight, feature_weight: w_task, w_out, w_feat; finite, 0 or more. The
-      paper prints none; 1/1/1 is our reading.
+      paper states none; 1/1/1 is our reading.
     min_snr: gamma of the min-SNR weights (`min_snr_weights`) of L_task, and of no other term;
-      None weights all timesteps alike, as the paper does.
-    taps: features of L_featKD; empty exactly when feature_weight is 0.
+      None weights all timesteps equally, as the paper does.
+    taps: features of L_featKD; empty if and only if feature_weight is 0.
     depth_rule: how transformer blocks are paired: "bottom" (the paper's best), "interleave", "up".
     normalise: divide each tap's error of a sample by the mean square of the teacher's feature
       (as LAPTOP-Diff, 2404.11098, does), so that no tap outweighs the others by its scale.
     caption_dropout: as in `Denoising`.
-    UserError on anything else, also on a setting that would have no effect.
+    UserError for anything else, and for a setting without effect.
     """
 
     task_weight: float = 1.0
@@ -224,5 +226,5 @@ class DistillationSettings:
 
     @property
     def learns_from_teacher(self) -> bool:
-        """Whether any term compares with the teacher."""
+        """Whether any term uses the teacher."""
         return self.output_weight > 0 or self.feature_weight > 0

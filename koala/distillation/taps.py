@@ -1,9 +1,9 @@
-"""Taps: which features of student and teacher are compared, and how they are captured.
+"""Taps: the features of student and teacher that are compared, and their capture.
 
-The paper varies the location of the compared feature (table 4 and 5): the outputs of
-self-attention in every transformer block, with the last features of DW-1 and UP-3, are its best
-recipe (`PAPER_TAPS`). Student and teacher features are paired through the same block map that
-gave the student its weights, so the two always have equal shapes.
+The paper varies the location of the compared features (tables 4 and 5). Its best recipe compares
+the self-attention outputs of every transformer block and the last features of DW-1 and UP-3
+(`PAPER_TAPS`). Student and teacher features are paired through the block map that the student
+inherited its weights by, so their shapes are always equal.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from koala.architectures.config import from_unet_config
 from koala.distillation.settings import STAGES, Tap
 from koala.errors import UserError
 
-# Location -> the module inside a transformer block, whose output is the feature.
+# Location -> module of a transformer block whose output is the feature.
 _IN_TRANSFORMER = {"sa": "attn1", "ca": "attn2", "ffn": "ff"}
 
-# Stage -> the module of a U-Net with three resolutions.
+# Stage -> module of a U-Net with three resolutions.
 _STAGE_PATHS = {
     **{f"DW-{n + 1}": f"down_blocks.{n}" for n in range(3)},
     "Mid": "mid_block",
@@ -38,7 +38,7 @@ def _points_in_stage(unet: nn.Module, stage: str, location: str) -> list[str]:
     path = _STAGE_PATHS[stage]
     try:
         block = unet.get_submodule(path)
-    except AttributeError:  # the model has no such stage, as KOALA-700M has no mid block
+    except AttributeError:  # no such stage, as KOALA-700M has no mid block
         return []
     if location == "lf":
         return [path]
@@ -53,8 +53,8 @@ def _points_in_stage(unet: nn.Module, stage: str, location: str) -> list[str]:
 def tap_points(unet: nn.Module, taps: Sequence[Tap]) -> list[str]:
     """Module paths in `unet` whose outputs the taps capture, in the order of taps and stages.
 
-    unet: a `UNet2DConditionModel` of SDXL's kind; on the meta device too.
-    UserError: a named stage without such a feature, or a feature that two taps ask for.
+    unet: an SDXL-class `UNet2DConditionModel`; the meta device is fine.
+    UserError for a named stage without such a feature, or a feature tapped twice.
     """
     points: list[str] = []
     for tap in taps:
@@ -87,7 +87,7 @@ def paired_points(
     """For each tapped module path of the student, the teacher's module it is compared with.
 
     The pairing is the block map of `koala compress` under `depth_rule`; a stage's last feature
-    is paired with the same stage's. UserError where `student` is no cut of `teacher`.
+    is paired with the same stage's. UserError if `student` is not a cut of `teacher`.
     """
     student_kind = from_unet_config(dict(student.config))
     teacher_kind = from_unet_config(dict(teacher.config))
@@ -110,11 +110,11 @@ def paired_points(
 
 
 class Region:
-    """A transformer block or resnet: what is compiled, and computed again, in one piece.
+    """A transformer block or resnet: the unit of compiling and activation checkpointing.
 
-    It stands in for the `forward` of its block and changes no module, name or weight. The features
-    tapped inside the block leave it as further outputs and go to their listeners outside, so that
-    compiling or checkpointing `compute` neither hides a feature nor hears it twice.
+    It replaces the `forward` of its block and changes no module, name or weight. Features tapped
+    inside the block are returned as further outputs and passed to their listeners outside, so
+    compiling or checkpointing `compute` neither hides a feature nor captures it twice.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -132,7 +132,7 @@ class Region:
         return output
 
     def listen(self, child: str, listener: Callable[[Tensor], None]) -> None:
-        """Gives `listener` the output of the block's `child` in every pass from now on."""
+        """Calls `listener` with the output of the block's `child` in every pass from now on."""
         if child not in self.inside:
             self.inside = (*self.inside, child)
             self.block.get_submodule(child).register_forward_hook(_keep)
@@ -150,40 +150,40 @@ def compute(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """What the block's own `forward` returns, and the features of its children `inside`.
+    """The result of the block's own `forward`, and the features of its children `inside`.
 
-    One function for all blocks, so that those of one shape share what torch.compile makes of it.
+    One function for all blocks, so that blocks of one shape share the compiled code.
     """
     children = [getattr(block, name) for name in inside]
     try:
         output = forward(block, *args, **kwargs)
         return output, [child.tapped for child in children]
-    finally:  # also when a checkpoint has seen enough and stops half-way
+    finally:  # also when checkpointing stops early
         for child in children:
             child.tapped = None
 
 
 def regions(unet: nn.Module) -> list[Region]:
-    """The regions of a U-Net in the order of its modules; made once, then the same ones."""
+    """The regions of a U-Net in module order, created on the first call."""
     found = []
     for module in unet.modules():
         if isinstance(module, (BasicTransformerBlock, ResnetBlock2D)):
             if not isinstance(module.forward, Region):
-                module.forward = Region(module)
+                module.forward = Region(module)  # type: ignore[method-assign]  # what it is for
             found.append(module.forward)
     return found
 
 
 class Features:
-    """Captures module outputs of a U-Net, from the raw modules and before anything wraps them.
+    """Captures module outputs of a U-Net. Create it before the modules are wrapped.
 
     >>> features = Features(unet, points)
     >>> with features.capture() as captured:
     ...     unet(...)
     >>> captured  # features by point, still on the graph
 
-    Nothing is kept by passes outside the `with`: neither sampling nor a checkpoint's second
-    computation holds features alive.
+    Passes outside the `with` keep nothing: neither sampling nor checkpointing's recomputation
+    holds features alive.
     """
 
     def __init__(self, unet: nn.Module, points: Sequence[str]) -> None:

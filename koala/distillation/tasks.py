@@ -1,13 +1,13 @@
-"""What is learnt: small objects that turn a batch of latents into named losses.
+"""Tasks: small objects that turn a batch of latents into named losses.
 
-`Denoising` trains a U-Net on L_task alone (a teacher from scratch, a fine-tuning, a baseline).
-`Distillation` adds the two terms that compare the student with its teacher (KOALA A.5):
+`Denoising` trains a U-Net on L_task alone (a teacher from scratch, fine-tuning, a baseline).
+`Distillation` adds two terms that compare the student with its teacher (KOALA A.5):
 
     L = w_task L_task + w_out L_outKD + w_feat L_featKD
 
-A task owns the trainable module, knows how to draw a preview and how to write the finished
-model; it knows nothing of optimisers, checkpoints or progress, which are the loop's. Every loss is
-a mean over samples of what each sample gives alone, so that a batch may be computed in parts.
+A task owns the trainable module, draws previews and writes the finished model. Optimisers,
+checkpoints and progress belong to the loop. Every loss is a mean over independent samples, so a
+batch may be computed in parts.
 
 Shapes: n samples, 4 latent channels, h x w latent pixels, L tokens, D text width, P pooled width.
 """
@@ -33,30 +33,30 @@ from koala.errors import UserError
 from koala.text_conditioning import TextConditioner
 from koala.utils.atomic import new_folder
 
-# Draws one sheet: (U-Net, prompts, seed) -> picture, or None where nothing can be drawn.
+# Draws one sheet: (U-Net, prompts, seed) -> image, or None if nothing can be drawn.
 Draw = Callable[[nn.Module, Sequence[str], int], Image.Image | None]
-# The VAE: fp32 pictures [n, 3, 8h, 8w] in [-1, 1] to mean and deviation of the posterior, fp32
-# [n, 4, h, w] in the U-Net's units.
+# The VAE: fp32 images [n, 3, 8h, 8w] in [-1, 1] to mean and standard deviation of the posterior,
+# fp32 [n, 4, h, w], normalised.
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-PREVIEW_SEED = 0  # the same noise in every preview, so that sheets of a run can be compared
+PREVIEW_SEED = 0  # the same noise in every preview, so that a run's previews are comparable
 
 
 def squared_error(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mean squared error of each sample, in fp32 whatever autocast says: [n, ...] to [n]."""
+    """Mean squared error of each sample, in fp32 even under autocast: [n, ...] to [n]."""
     return (ours.float() - theirs.float()).square().flatten(1).mean(1)
 
 
 class Denoising(nn.Module):
-    """L_task alone: ||eps - eps_S(z_t, t, c)||^2, for a U-Net of SDXL's kind.
+    """L_task alone: ||eps - eps_S(z_t, t, c)||^2, for an SDXL-class U-Net.
 
-    unet: what is trained, float32. conditioner: the frozen text side.
+    unet: the trainable U-Net, float32. conditioner: the frozen text encoders.
     base: pipeline folder that `export` copies, with its U-Net replaced; it must exist (UserError).
     caption_dropout: share of samples whose text is replaced by the zeros that the pipeline uses
-      for an empty negative prompt, so that guidance works; 0 to 1, else UserError.
-    min_snr: gamma of `NoiseSchedule.min_snr_weights`, or None: all timesteps count alike.
+      for an empty negative prompt, for classifier-free guidance; 0 to 1, else UserError.
+    min_snr: gamma of `NoiseSchedule.min_snr_weights`, or None: all timesteps have equal weight.
     draw, prompts: how and what `preview` draws; without `draw` there is no preview.
-    encode: the VAE, where batches bring pictures and no latents.
+    encode: the VAE, if batches hold images instead of latents.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Denoising(nn.Module):
         check_dropout(caption_dropout)
         check_min_snr(min_snr)
         if draw is not None and not prompts:
-            raise UserError("previews need prompts: give at least one, or no way to draw")
+            raise UserError("previews need prompts: give at least one, or no `draw`")
         self.base = Path(base)
         if not (self.base / "model_index.json").is_file():
             raise UserError(f"{base}: not a pipeline folder (no model_index.json)")
@@ -87,7 +87,7 @@ class Denoising(nn.Module):
         self.prompts = tuple(prompts)
         self._draw = draw
         self._encode = encode
-        # No submodules, these: they have no place in state dicts or in .train().
+        # Not submodules: excluded from state dicts and .train().
         self._apart: dict[str, Any] = {"conditioner": conditioner, "called": unet}
 
     @property
@@ -96,7 +96,7 @@ class Denoising(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """Tokens that the text side reads."""
+        """Number of tokens that the text encoders read."""
         return self._apart["conditioner"].tokens
 
     @property
@@ -105,22 +105,22 @@ class Denoising(nn.Module):
         return None
 
     def call_through(self, wrapped: nn.Module) -> None:
-        """Calls the trainable module through `wrapped` from now on, as DDP must be."""
+        """Calls the trainable module through `wrapped` from now on, as DDP requires."""
         self._apart["called"] = wrapped
 
     def noised(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> Noised:
         """Draws eps, t and the dropped captions of each sample from its own generator.
 
-        batch: {"latents": float [n,4,h,w] scaled as the U-Net sees them, "captions": n strings,
-        "time_ids": float [n,6]}, and where they are prepared "text" [n,L,D] and "pooled" [n,P];
-        instead of latents "pixels": uint8 [n,3,8h,8w], which are encoded here, a draw from the
-        posterior each. generators: n, on the CPU (`koala.distillation.forward_process`).
+        batch: {"latents": float [n,4,h,w] normalised, "captions": n strings,
+        "time_ids": float [n,6]}, and "text" [n,L,D] and "pooled" [n,P] if prepared; instead of
+        latents "pixels": uint8 [n,3,8h,8w], encoded here with one draw from the posterior each.
+        generators: n, on the CPU (`koala.distillation.forward_process`).
         """
-        latents, deviation = self._moments(batch)
+        latents, std = self._moments(batch)
         drawn = draw_noise(latents.shape, self.schedule.steps, generators)
-        if deviation is not None:
+        if std is not None:
             own = [torch.randn(latents.shape[1:], generator=g) for g in generators]
-            latents = latents + deviation * torch.stack(own).to(self.device)
+            latents = latents + std * torch.stack(own).to(self.device)
         noise, timesteps = drawn.noise.to(self.device), drawn.timesteps.to(self.device)
         text, pooled = self._condition(batch)
         kept = (drawn.share >= self.caption_dropout).to(self.device)  # the others get zeros
@@ -135,10 +135,10 @@ class Denoising(nn.Module):
 
     @torch.no_grad()
     def _moments(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """The latents and None; or of pictures, mean and deviation of their posterior."""
+        """The latents and None; for images, mean and standard deviation of the posterior."""
         if "pixels" not in batch:
             return batch["latents"].to(self.device, torch.float32), None
-        assert self._encode is not None, "pictures need a VAE"
+        assert self._encode is not None, "images need a VAE"
         return self._encode(batch["pixels"].to(self.device).float() / 127.5 - 1)
 
     @torch.no_grad()
@@ -174,8 +174,8 @@ class Denoising(nn.Module):
     def export(self, trainable: nn.Module, folder: str | Path) -> None:
         """Writes a pipeline folder: `base` with the weights and config of `trainable` as U-Net.
 
-        The folder appears under its name only when it is whole; an earlier one is replaced. The
-        base's model card stays behind: the run writes another (`koala.checkpoints.model_card`).
+        Written atomically; an existing folder is replaced. The base's model card is not copied: the
+        run writes another (`koala.checkpoints.model_card`).
         """
         assert isinstance(trainable, UNet2DConditionModel)
         folder = Path(folder)
@@ -186,12 +186,12 @@ class Denoising(nn.Module):
             trainable.save_pretrained(part / "unet", safe_serialization=True)
             config_file = part / "unet" / "config.json"
             config = json.loads(config_file.read_text())
-            config.pop("_name_or_path", None)  # where the weights once lay on this disk
+            config.pop("_name_or_path", None)  # a local path
             config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def teacher_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware computes in it, else float32."""
+    """bf16 if the device supports it, else float32."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
@@ -205,7 +205,7 @@ class Distillation(Denoising):
 
     student: trained, float32. teacher: frozen, evaluated without gradient in `teacher_dtype`; it
     follows the student to its device. Both see the same z_t, t and text. Other arguments as in
-    `Denoising`. UserError where the student is no cut of the teacher or a tap does not exist.
+    `Denoising`. UserError if the student is not a cut of the teacher or a tap does not exist.
     """
 
     def __init__(
@@ -248,20 +248,20 @@ class Distillation(Denoising):
         return self._apart["teacher"]
 
     def _place_teacher(self) -> None:
-        # Not diffusers' own `to`, which warns of modules to keep in fp32 where there are none.
+        # Not diffusers' own `to`, which warns needlessly about fp32 modules.
         nn.Module.to(self.teacher, self.device, teacher_dtype(self.device))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Distillation:
-        super()._apply(*args, **kwargs)  # what .to() and .cuda() call: the teacher comes along
+        super()._apply(*args, **kwargs)  # called by .to() and .cuda(): the teacher follows
         self._place_teacher()
         return self
 
     def losses(
         self, batch: dict[str, Any], generators: Sequence[torch.Generator]
     ) -> dict[str, Tensor]:
-        """The computed ones of {"task", "out", "feat"}, unweighted, and their weighted "loss".
+        """The computed terms of {"task", "out", "feat"}, unweighted, and their weighted "loss".
 
-        And, without gradient, each tap's part of "feat" as "tap PATH" by the student's module.
+        Also each tap's part of "feat", without gradient, as "tap PATH" by the student's module.
         """
         settings = self.settings
         noised = self.noised(batch, generators)

@@ -1,6 +1,6 @@
-"""How fast a training is and how fast it could be: rate, memory, share of the matmul peak.
+"""A training's throughput: samples per second, memory, and share of the matmul peak.
 
-The ceiling is measured on the machine itself, in the same run: what one large bf16 product reaches.
+The peak is measured on the same device, in the same run, by one large bf16 matrix product.
 """
 
 import resource
@@ -10,7 +10,7 @@ import torch
 
 from koala.distillation.parallel import World
 
-PEAK_SIDE = 8192  # of the matrices, random ones: zeros would be multiplied faster
+PEAK_SIDE = 8192  # of the matrices; random, because zeros would be faster
 PEAK_TIMES = 20
 
 
@@ -33,14 +33,14 @@ def matmul_peak(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: of the GPU's memory, on the CPU of main memory."""
+    """Peak bytes of this process: of GPU memory, or of main memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Meter:
-    """Rate and memory of a run, and its share of the peak where FLOP of a sample are known."""
+    """Throughput and memory of a run, and its share of the peak if a sample's FLOPs are known."""
 
     def __init__(self, world: World, seen: int, flops: float | None) -> None:
         """flops: of one sample's step, forward and backward, teacher included."""
@@ -49,7 +49,7 @@ class Meter:
         self.note = ""
 
     def read(self, seen: int) -> dict[str, float]:
-        """Since the last reading: samples a second of all processes, GiB, share of the peak."""
+        """Since the last reading: samples per second of all processes, GiB, share of the peak."""
         now = time.monotonic()
         rate = (seen - self._seen) / max(now - self._at, 1e-9)
         self._seen, self._at = seen, now

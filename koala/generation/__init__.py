@@ -36,9 +36,10 @@ __all__ = [
     "save",
 ]
 
+if not TYPE_CHECKING:  # as in koala/__init__.py
 
-def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(import_module(f"koala.generation.{module}"), name)
-    raise AttributeError(f"module 'koala.generation' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        for module, names in _HOME.items():
+            if name in names:
+                return getattr(import_module(f"koala.generation.{module}"), name)
+        raise AttributeError(f"module 'koala.generation' has no attribute {name!r}")

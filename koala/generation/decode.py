@@ -17,7 +17,7 @@ from koala.checkpoints.tensors import load_tensor, read_header
 from koala.checkpoints.validate import read_json
 from koala.errors import Failure, UserError
 from koala.generation.row_tiling import POSITIONS, decode_tiled
-from koala.utils.device import whereabouts
+from koala.utils.device import device_and_dtype
 
 # Latents [n, 4, h, w] as the U-Net sees them -> images float32 [n, 3, 8h, 8w] in 0..1.
 Decode = Callable[[Tensor], Tensor]
@@ -66,7 +66,7 @@ def _finite(model: nn.Module, run: Decode, prepared: Decode) -> Decode:
 
 def computed(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """run(x), float32: computed in the model's dtype, and in float32 if that overflows."""
-    device, dtype = whereabouts(model)
+    device, dtype = device_and_dtype(model)
     y = run(x.to(device, dtype)).float()
     if dtype != torch.float32 and not y.isfinite().all():
         nn.Module.to(model, torch.float32)  # diffusers' own `to` warns where nothing is wrong

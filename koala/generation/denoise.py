@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from koala.generation.samplers import Sampler
-from koala.utils.device import sent, whereabouts
+from koala.utils.device import device_and_dtype, to_device
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ def predictor(unet: UNet2DConditionModel) -> Predict:
     """The U-Net run by PyTorch, on its device and in its dtype."""
 
     def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        device, dtype = whereabouts(unet)
+        device, dtype = device_and_dtype(unet)
         own = condition.to(device, dtype)
         (epsilon,) = unet(
             x.to(device, dtype),
-            sent(timesteps, device),
+            to_device(timesteps, device),
             encoder_hidden_states=own.text,
             added_cond_kwargs={"text_embeds": own.pooled, "time_ids": own.time_ids},
             return_dict=False,

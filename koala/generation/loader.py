@@ -158,7 +158,7 @@ def placed(
     pipeline.encode = placement.encode
     pipeline.decode = placement.guarded(placement.decode)
     # Text and images are encoded in it. A retry begins the request anew, from its seed.
-    pipeline.begin = placement.guarded(pipeline.begin)  # type: ignore[method-assign]
+    pipeline.begin = placement.guarded(pipeline.begin)  # type: ignore[method-assign]  # for this pipeline
     return pipeline
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from koala.utils.device import sent
+from koala.utils.device import to_device
 
 
 class Noise:
@@ -18,4 +18,4 @@ class Noise:
 
     def draw(self) -> Tensor:
         """The next noise, float32 of the shape, on the device."""
-        return sent(torch.randn(self.shape, generator=self.generator), self.device)
+        return to_device(torch.randn(self.shape, generator=self.generator), self.device)

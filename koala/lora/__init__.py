@@ -1,1 +1,1 @@
-"""SDXL's LoRAs on SDXL and on its students: read, carried over, applied, converted."""
+"""LoRAs of SDXL on SDXL and on its students: reads, maps, applies and converts them."""

@@ -1,8 +1,8 @@
-"""A LoRA on a live model: beside its weights, with a scale that can change, or merged into them."""
+"""Applies a LoRA to a loaded model: attached, with a variable scale, or merged into the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,30 +15,31 @@ from koala.errors import UserError
 from koala.lora.names import PARTS, Target
 from koala.lora.reading import Adapter, Lora
 
-Modules = Mapping[Target, nn.Module]
+Layer = nn.Linear | nn.Conv2d
+Modules = Mapping[Target, Layer]
 
 
 def modules_of(unet: nn.Module, text_encoder: nn.Module, text_encoder_2: nn.Module) -> Modules:
-    """Every module of a pipeline that a LoRA may change, by the name a LoRA's reader gives it."""
-    found: dict[Target, nn.Module] = {}
+    """Every module of a pipeline that a LoRA may change, by its `Target`."""
+    found: dict[Target, Layer] = {}
     for part, model in zip(PARTS, (unet, text_encoder, text_encoder_2), strict=True):
         for path, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                # As of version 5 of transformers the first encoder's have no "text_model.".
+            if isinstance(module, Layer):
+                # Since transformers 5 the first encoder's paths lack "text_model.".
                 short = part != "unet" and path.startswith("encoder.")
                 found[Target(part, f"text_model.{path}" if short else path)] = module
     return found
 
 
 class Attached:
-    """A LoRA that works beside the weights of a model until it is removed.
+    """A LoRA attached to a model through forward hooks, until it is removed.
 
-    Each module adds scale * factor * up(mid(down(x))) to what it gives. `scale` may be set at any
-    time; the weights are not touched, so removing leaves no trace.
+    Each module adds scale * factor * up(mid(down(x))) to its output. `scale` may be set at any
+    time. The weights are unchanged, so `remove` restores the model exactly.
     """
 
     def __init__(
-        self, modules: Modules, lora: Lora, scale: float = 1.0, put_on: bool = True
+        self, modules: Modules, lora: Lora, scale: float = 1.0, attach: bool = True
     ) -> None:
         self.scale = scale
         self._hooks = [
@@ -46,25 +47,25 @@ class Attached:
             for target, adapter in lora.adapters.items()
         ]
         self._handles: list[RemovableHandle] = []
-        if put_on:
-            self.put_on()
+        if attach:
+            self.attach()
 
-    def _hook(self, module: nn.Module, adapter: Adapter, lora: Lora):
+    def _hook(self, module: Layer, adapter: Adapter, lora: Lora) -> Callable[..., Tensor]:
         weight = module.weight
         matrices = [t.to(weight.device, weight.dtype) for t in _load(adapter, module, lora)]
 
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def add(module: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output + self.scale * adapter.factor * _through(matrices, module, inputs[0])
 
         return add
 
-    def put_on(self) -> None:
-        """Has the LoRA work from now on, after those that do already."""
+    def attach(self) -> None:
+        """Activates the LoRA, after those that are attached already."""
         assert not self._handles
         self._handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
 
     def remove(self) -> None:
-        """Takes the LoRA off the model again; its matrices stay at hand for `put_on`."""
+        """Deactivates the LoRA; its matrices stay loaded for `attach`."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -72,31 +73,31 @@ class Attached:
 
 @dataclass(frozen=True)
 class Merged:
-    """A LoRA that has become part of the weights, for good."""
+    """A LoRA merged into the weights; this cannot be undone."""
 
     scale: float
 
 
 @torch.no_grad()
 def merge(modules: Modules, lora: Lora, scale: float = 1.0) -> Merged:
-    """Adds scale * factor * up @ down to the weights, in float32, and leaves their dtype.
+    """Adds scale * factor * up @ down to the weights, in float32, and keeps their dtype.
 
-    Raises `UserError` if a sum is too large for the dtype (the model is then of no use), or the
+    Raises `UserError` if a sum overflows the dtype (the model must then be loaded again), or the
     weights are quantised.
     """
     for target, adapter in lora.adapters.items():
         weight = modules[target].weight
         if not isinstance(weight, nn.Parameter):
             raise UserError(
-                f"{lora.file} cannot be merged into weights of 8 bits: merge it before they are "
-                "quantised, or leave it beside the weights"
+                f"{lora.file} cannot be merged into quantised weights: merge it before "
+                "quantising, or attach it unmerged"
             )
         matrices = [t.to(weight.device) for t in _load(adapter, modules[target], lora)]
         change = scale * adapter.factor * product(matrices).reshape(weight.shape)
         weight.copy_(weight.float() + change)
         if not weight.isfinite().all():
             raise UserError(
-                f"{lora.file} at scale {scale:g} makes weights of {target.path} infinite"
+                f"{lora.file} at scale {scale:g} overflows the weights of {target.path}"
             )
     return Merged(scale)
 
@@ -109,8 +110,8 @@ def product(matrices: list[Tensor]) -> Tensor:
     return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
-def _through(matrices: list[Tensor], module: nn.Module, x: Tensor) -> Tensor:
-    """What the module would give of x with `product(matrices)` as its weight and no bias."""
+def _through(matrices: list[Tensor], module: Layer, x: Tensor) -> Tensor:
+    """The module's output for x with `product(matrices)` as its weight and no bias."""
     down, *mid, up = matrices
     if isinstance(module, nn.Linear):
         return F.linear(F.linear(x, down), up)
@@ -121,8 +122,8 @@ def _through(matrices: list[Tensor], module: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, up)
 
 
-def _load(adapter: Adapter, module: nn.Module, lora: Lora) -> list[Tensor]:
-    """float32 [down, up] or [down, mid, up] on the CPU, of as many axes as the module's weight.
+def _load(adapter: Adapter, module: Layer, lora: Lora) -> list[Tensor]:
+    """float32 [down, up] or [down, mid, up] on the CPU, with as many axes as the module's weight.
 
     Raises `UserError` for values that are not finite.
     """
@@ -135,5 +136,5 @@ def _load(adapter: Adapter, module: nn.Module, lora: Lora) -> list[Tensor]:
         up.reshape(outer, adapter.rank, *ones),
     ]
     if not all(matrix.isfinite().all() for matrix in matrices):
-        raise UserError(f"{lora.file} holds values that are not finite; fetch it again")
+        raise UserError(f"{lora.file} has NaN or infinite values; download it again")
     return matrices

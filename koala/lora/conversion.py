@@ -1,4 +1,4 @@
-"""A LoRA's file for a student, out of one for its teacher, so that other programs load it there."""
+"""Converts a teacher's LoRA file to one for its student, for use in other programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from koala.utils.atomic import check_new, new_file
 
 
 def convert_lora(file: str | Path, model: str, out: str | Path) -> LoraReport:
-    """Writes what of the LoRA `file` has a place in `model` to the new file `out`.
+    """Writes the part of the LoRA `file` that fits `model` to the new file `out`.
 
     `model`: an architecture ("koala-700m"), a bundled name, a folder or a Hub id. Raises
     `UserError` as `read` and `write_converted` do.
@@ -25,10 +25,10 @@ def convert_lora(file: str | Path, model: str, out: str | Path) -> LoraReport:
 
 
 def write_converted(lora: Lora, out: Path) -> None:
-    """Writes a LoRA's file anew for the model that it was read for.
+    """Writes a LoRA file for the model that the LoRA was read for.
 
-    Modules take the names that they have in that model, in the file's own spelling; dtypes and
-    metadata stay as they are. PEFT's settings follow, in a file of their own if they were in one.
+    Modules get their names in that model, in the file's own spelling; dtypes and metadata are
+    unchanged. PEFT's settings are adapted, in a separate file if they were in one.
     Raises `UserError` if `out` exists or cannot be written.
     """
     settings = peft.read_settings(lora.file).moved(_unet_adapters(lora))
@@ -37,8 +37,8 @@ def write_converted(lora: Lora, out: Path) -> None:
     if settings.beside:
         if out.name != peft.WEIGHTS:
             raise UserError(
-                f"{out}: PEFT finds an adapter's settings by its file's name; "
-                f"write to a {peft.WEIGHTS} in a folder of its own"
+                f"{out}: PEFT finds an adapter's settings by its file name; "
+                f"name the output {peft.WEIGHTS}, in its own folder"
             )
         check_new(beside)
     elif settings.parts:
@@ -53,7 +53,7 @@ def write_converted(lora: Lora, out: Path) -> None:
 
 
 def _tensors(lora: Lora) -> dict[str, Stored]:
-    """The tensors that stay, by their names in the model's own terms."""
+    """The tensors that fit, by their names in the model."""
     names, tensors = spellings(lora.base), {}
     for source, target in lora.moves.items():
         entry = lora.entries[source]

@@ -1,8 +1,8 @@
-"""What the tensors of a LoRA are called, in every spelling that SDXL's LoRAs come in.
+"""Names of a LoRA's tensors, in every spelling that SDXL's LoRAs use.
 
-Kohya's names have underscores in the place of dots and so cannot be taken apart again. They need
-not be: a name is looked up in a table that is made from the model's own list of modules, once for
-every spelling. The same tables, read the other way, name the tensors of a converted file.
+Kohya's names replace dots by underscores, so they cannot be parsed. Instead, each name is looked up
+in a table computed from the model's list of modules, one per spelling. The inverted tables name
+the tensors of a converted file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from koala.checkpoints.validate import read_json
 from koala.errors import UserError
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
-ROLES = {  # how a tensor's name ends: what it is
+ROLES = {  # suffix of a tensor's name -> its role
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
     ".lora_mid.weight": "mid",  # the kernel of a Tucker-decomposed convolution (LyCORIS)
@@ -49,12 +49,12 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """As much of a CLIP text encoder as a LoRA's names and shapes depend on."""
+    """The sizes of a CLIP text encoder that a LoRA's names and shapes depend on."""
 
     layers: int
     width: int
     inner: int  # width between the two layers of its MLP
-    projection: int  # width of its projected output; 0: it has none
+    projection: int  # width of its projected output; 0: none
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Weight shape of every linear module, by path."""
@@ -78,7 +78,7 @@ SDXL_TEXT = (  # CLIP ViT-L and OpenCLIP ViT-bigG (arXiv 2307.01952, table 1)
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The networks that a LoRA is made for or put on, as far as its names and shapes go."""
+    """The networks that a LoRA is made for or applied to, as far as names and shapes go."""
 
     unet: UNetArchitecture
     text_encoders: tuple[TextEncoder, TextEncoder]
@@ -87,7 +87,7 @@ class BaseModel:
     def from_configs(
         cls, unet: Mapping[str, Any], text: Mapping[str, Any], text_2: Mapping[str, Any]
     ) -> BaseModel:
-        """From the three `config.json`. Raises `UserError` for no U-Net of SDXL's kind."""
+        """From the three `config.json`. Raises `UserError` unless the U-Net is SDXL-class."""
         first, second = (
             TextEncoder(c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], p)
             for c, p in ((text, 0), (text_2, text_2["projection_dim"]))
@@ -110,9 +110,9 @@ def shapes(base: BaseModel) -> dict[Target, tuple[int, ...]]:
 
 @lru_cache(maxsize=8)
 def spellings(base: BaseModel) -> dict[str, dict[Target, str]]:
-    """Spelling -> target -> the tensor's name without its ending, a key of `ROLES`.
+    """Spelling -> target -> the tensor's name without its suffix, a key of `ROLES`.
 
-    Spellings of the U-Net and of the text encoders are apart: files combine them.
+    The U-Net and the text encoders have separate spellings, which files combine.
     """
     original = ldm_keys.unet_modules(base.unet)
     unet = [target for target in shapes(base) if target.part == "unet"]
@@ -127,7 +127,7 @@ def spellings(base: BaseModel) -> dict[str, dict[Target, str]]:
             t: f"unet.{_processor(t.path)}" for t in unet if ".attn" in t.path
         },
         "diffusers, text": {t: f"{t.part}.{t.path}" for t in text},
-        # As of version 5 of transformers the first encoder's modules have no "text_model.".
+        # Since transformers 5 the first encoder's modules lack "text_model.".
         "diffusers, short text": {
             t: f"{t.part}.{short}"
             for t in text
@@ -145,13 +145,13 @@ def _flat(path: str) -> str:
 
 
 def _processor(path: str) -> str:
-    """`...attn1.to_out.0` -> `...attn1.processor.to_out`, whose ending is `_lora.down.weight`."""
+    """`...attn1.to_out.0` -> `...attn1.processor.to_out`, with the suffix `_lora.down.weight`."""
     block, _, projection = path.removesuffix(".0").rpartition(".")
     return f"{block}.processor.{projection}"
 
 
 def _old_text(path: str) -> str:
-    """`...self_attn.q_proj` -> `...self_attn.to_q`, whose ending is `_lora.down.weight`."""
+    """`...self_attn.q_proj` -> `...self_attn.to_q`, with the suffix `_lora.down.weight`."""
     for old, new in _PROJECTIONS.items():
         if path.endswith(f".self_attn.{new}"):
             return path.removesuffix(new) + old
@@ -160,7 +160,7 @@ def _old_text(path: str) -> str:
 
 @lru_cache(maxsize=8)
 def targets(base: BaseModel) -> dict[str, tuple[str, Target]]:
-    """Name without its ending -> (spelling, target): the tables of `spellings`, inverted."""
+    """Name without its suffix -> (spelling, target): the tables of `spellings`, inverted."""
     return {
         stem: (spelling, target)
         for spelling, stems in spellings(base).items()
@@ -169,7 +169,7 @@ def targets(base: BaseModel) -> dict[str, tuple[str, Target]]:
 
 
 def split(key: str) -> tuple[str, str] | None:
-    """A tensor's name as (stem, ending), ending a key of `ROLES`; None if it has none of them."""
+    """A tensor's name as (stem, suffix), the suffix a key of `ROLES`; None if it has none."""
     for ending in ROLES:
         if key.endswith(ending):
             return key.removesuffix(ending), ending
@@ -177,17 +177,16 @@ def split(key: str) -> tuple[str, str] | None:
 
 
 def base_named(name: str) -> BaseModel:
-    """What a LoRA for `name` is for: an architecture of SDXL's widths, or a model.
+    """The base model called `name`: an architecture with SDXL's text encoders, or a model.
 
-    A model is a bundled name, a folder or a Hub id. Raises `UserError` if it is none of them.
+    A model is a bundled name, a folder or a Hub id. Raises `UserError` if it is none of these.
     """
     row = ARCHITECTURES.get(name)
     if row and row.context == sum(encoder.width for encoder in SDXL_TEXT):
         return BaseModel(row, SDXL_TEXT)
     if row and name not in bundled_names():
         raise UserError(
-            f"{name} is known as an architecture only, and its text encoders vary; "
-            "name the folder of a model"
+            f"{name} is an architecture whose text encoders vary; give the folder of a model"
         )
     return base_of(resolve_model(name))
 

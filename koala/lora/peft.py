@@ -1,8 +1,8 @@
-"""PEFT's settings of a LoRA: where they lie, what they say of alpha, and how they are rewritten.
+"""PEFT's settings of a LoRA: reads them, derives alpha from them, and rewrites them.
 
-PEFT keeps alpha out of the weights: diffusers puts its settings into the file's metadata, PEFT
-itself into an `adapter_config.json` beside `adapter_model.safetensors`. Without either alpha is
-the rank.
+PEFT does not store alpha with the weights. diffusers writes the settings to the file's metadata,
+PEFT itself to an `adapter_config.json` beside `adapter_model.safetensors`. Without either, alpha
+is the rank.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's n
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """PEFT's configuration of each part of the pipeline that has one."""
+    """PEFT's config of each part of the pipeline that has one."""
 
     parts: dict[str, dict[str, Any]]
-    prefixed: bool = True  # in the metadata every name begins with its part: "unet.r"
-    beside: bool = False  # in a file of their own
+    prefixed: bool = True  # names in the metadata start with the part: "unet.r"
+    beside: bool = False  # in a separate file
 
     def factor(self, target: Target, rank: int) -> float:
-        """What up @ down is multiplied with: alpha / rank (its root if rank-stabilised)."""
+        """The factor of up @ down: alpha / rank, or alpha / sqrt(rank) if rank-stabilised."""
         config = self.parts.get(target.part, {})
         patterns = config.get("alpha_pattern") or {}
         found = (alpha for name, alpha in patterns.items() if _names(name, target))
@@ -40,26 +40,26 @@ class PeftSettings:
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def check(self, file: Path, targets: Collection[Target]) -> None:
-        """Raises `UserError` for settings that cannot be followed to the letter."""
+        """Raises `UserError` for unsupported settings."""
         for part, config in self.parts.items():
             if (kind := config.get("peft_type", "LORA")) != "LORA":
-                raise UserError(f"{file} is a PEFT adapter of type {kind}; must be LORA")
+                raise UserError(f"{file} is a PEFT adapter of type {kind}; it must be LORA")
             if config.get("use_dora"):
-                raise UserError(f"{file} is a DoRA (use_dora); only LoRA and LoCon can be read")
+                raise UserError(f"{file} is a DoRA (use_dora); only LoRA and LoCon are supported")
             patterns = config.get("alpha_pattern") or {}
             if not isinstance(patterns, dict):
                 raise UserError(f"{file}: PEFT's alpha_pattern must be an object")
             for value in (config.get("lora_alpha", 1), *patterns.values()):
                 if not isinstance(value, (int, float)) or isinstance(value, bool):
-                    raise UserError(f"{file}: PEFT's lora_alpha is {value!r}; must be a number")
+                    raise UserError(f"{file}: PEFT's lora_alpha is {value!r}; it must be a number")
             own = [target for target in targets if target.part == part]
             if strange := [p for p in patterns if not any(_names(p, target) for target in own)]:
-                raise UserError(f"{file}: PEFT's alpha_pattern names no module: {some(strange)}")
+                raise UserError(f"{file}: PEFT's alpha_pattern matches no module: {some(strange)}")
 
     def moved(self, adapters: Mapping[str, tuple[int, float]]) -> PeftSettings:
         """The same settings for the U-Net modules `adapters`: path -> (rank, factor).
 
-        What chose modules by rules is put as the list of these modules, which says the same.
+        Rules that select modules are replaced by the list of these modules.
         """
         if "unet" not in self.parts:
             return self
@@ -81,7 +81,7 @@ class PeftSettings:
         return PeftSettings({**self.parts, "unet": unet}, self.prefixed, self.beside)
 
     def text(self) -> str:
-        """The settings as the JSON text that is written where they were read."""
+        """The settings as JSON, in the form in which they were read."""
         if self.beside or not self.prefixed:
             return json.dumps(self.parts["unet"], indent=2, sort_keys=True)
         flat = {f"{part}.{k}": v for part, config in self.parts.items() for k, v in config.items()}
@@ -89,7 +89,7 @@ class PeftSettings:
 
 
 def read_settings(file: Path) -> PeftSettings:
-    """PEFT's settings of a LoRA's file, without any if it has none. Raises `UserError`."""
+    """PEFT's settings of a LoRA file; empty if it has none. Raises `UserError`."""
     text = read_metadata(file).get(METADATA_KEY)
     if text is None:
         beside = file.with_name(CONFIG)
@@ -99,7 +99,7 @@ def read_settings(file: Path) -> PeftSettings:
     try:
         flat = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: its {METADATA_KEY} is no JSON ({error})") from None
+        raise UserError(f"{file}: its {METADATA_KEY} is not valid JSON ({error})") from None
     if not isinstance(flat, dict):
         raise UserError(f"{file}: its {METADATA_KEY} must be a JSON object")
     parts: dict[str, dict[str, Any]] = {}
@@ -111,5 +111,5 @@ def read_settings(file: Path) -> PeftSettings:
 
 
 def _names(name: str, target: Target) -> bool:
-    """Whether a name in PEFT's settings, whole or only its end, means the module."""
+    """Whether a name in PEFT's settings, a full path or a suffix, matches the module."""
     return target.path == name or target.path.endswith(f".{name}")

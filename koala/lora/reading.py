@@ -1,9 +1,9 @@
-"""A LoRA's file: which modules it changes, and where they are in the model at hand.
+"""Reads a LoRA file: the modules it changes, and their counterparts in the model at hand.
 
-A LoRA adds `alpha / rank * up @ down` to a weight (arXiv 2106.09685); LoCon does the same to
-convolutions. One that was made for a student's teacher is carried over by weight inheritance: a
-student's block takes what was learnt for the teacher's block that it came from, and what is left
-has no place and is dropped, counted and reported. Only the file's header is read here.
+A LoRA adds `alpha / rank * up @ down` to a weight (arXiv 2106.09685); LoCon does the same for
+convolutions. A LoRA of a student's teacher is mapped by weight inheritance: each student block
+takes the adapter of the teacher block that it inherits from. Adapters without a counterpart are
+dropped, counted and reported. Only the file's header is read here.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from koala.errors import UserError
 from koala.lora import peft
 from koala.lora.names import PARTS, ROLES, BaseModel, Target, shapes, split, targets
 
-_OTHER_ADAPTERS = {  # what follows the module in the names of kinds that are not LoRA
+_OTHER_ADAPTERS = {  # substrings of tensor names in other kinds of adapter
     ".hada_": "LoHa", ".lokr_": "LoKr", ".dora_scale": "DoRA", ".lora_magnitude_vector": "DoRA",
     ".on_input": "IA3", ".ia3_l": "IA3", ".oft_": "OFT", ".diff": "full difference",
 }  # fmt: skip
-_OTHER_MODELS = {  # how names begin in LoRAs of other models
+_OTHER_MODELS = {  # prefixes of tensor names in LoRAs of other models
     "lora_te_": "SD 1.5 or SD 2",
     "lora_unet_double_blocks": "Flux",
     "lora_unet_single_blocks": "Flux",
@@ -44,7 +44,7 @@ _CONTEXTS = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # widths of the text em
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is added to one weight, scale aside: factor * up(mid(down(x)))."""
+    """The adapter of one weight: factor * up(mid(down(x))), without the scale."""
 
     down: Stored  # [rank, in, *kernel]; with mid [rank, in, 1, 1]
     up: Stored  # [out, rank], or [out, rank, 1, 1]
@@ -61,7 +61,7 @@ class Entry:
     """The tensors of one module in the file."""
 
     stem: str  # their common name
-    tensors: dict[str, Stored]  # by ending, a key of ROLES
+    tensors: dict[str, Stored]  # by suffix, a key of ROLES
 
     def role(self, role: str) -> Stored | None:
         return next((s for ending, s in self.tensors.items() if ROLES[ending] == role), None)
@@ -69,11 +69,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What became of a LoRA's modules."""
+    """Which of a LoRA's modules were applied."""
 
-    name: str  # of the LoRA: the file's, without its ending
+    name: str  # of the file, without its suffix
     made_for: str  # architecture
-    put_on: str  # architecture
+    applied_to: str  # architecture
     spellings: list[str]
     modules: int  # in the file
     applied: int
@@ -86,26 +86,26 @@ class LoraReport:
         text = f"LoRA {self.name}, made for {self.made_for}: {self.applied} of {self.modules}"
         reasons = (f"{sum(blocks.values())} {why}" for why, blocks in self.dropped.items())
         lost = f"; dropped: {', '.join(reasons)}" if self.dropped else ""
-        return f"{text} modules fit {self.put_on}{lost}"
+        return f"{text} modules fit {self.applied_to}{lost}"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA's file, understood: what to add where in `base`."""
+    """A LoRA file mapped to `base`."""
 
     file: Path
     base: BaseModel
     made_for: BaseModel
-    entries: dict[Target, Entry]  # by module of `made_for`, all of the file
-    moves: dict[Target, Target]  # module of `made_for` -> module of `base`, where there is one
+    entries: dict[Target, Entry]  # by module of `made_for`; the whole file
+    moves: dict[Target, Target]  # module of `made_for` -> module of `base`, if there is one
     adapters: dict[Target, Adapter]  # by module of `base`
     report: LoraReport
 
 
 def teacher_of(student: UNetArchitecture) -> UNetArchitecture | None:
-    """The known architecture that `student` is a cut of, if there is one.
+    """The known architecture that `student` is a cut of, or None.
 
-    A known student has its own teacher; a custom one has the row whose blocks it can inherit.
+    For a custom student, the first architecture whose blocks it can inherit.
     """
     rows = [row for row in ARCHITECTURES.values() if not teacher_faults(row) and row != student]
     if student.name in ARCHITECTURES:
@@ -122,11 +122,11 @@ def _inherits(student: UNetArchitecture, teacher: UNetArchitecture) -> bool:
 
 
 def read(file: Path, base: BaseModel, teacher: UNetArchitecture | None = None) -> Lora:
-    """Reads what `file` says about the modules of `base`.
+    """Reads a LoRA `file` for the model `base`.
 
-    `teacher`: the U-Net that the base's was cut from, by default the one of `teacher_of`. A LoRA
-    whose every tensor fits `base` is taken as made for it, any other as made for the teacher.
-    Raises `UserError` if the file is no LoRA or LoCon, or is one for another kind of model.
+    `teacher`: the U-Net that the base's was cut from, by default `teacher_of(base.unet)`. A LoRA is
+    taken as made for `base` if all its tensors fit, else as made for the teacher. Raises
+    `UserError` if the file is not a LoRA or LoCon, or is for another kind of model.
     """
     entries, settings = _entries(file), peft.read_settings(file)
     _check_kind(file, entries, base)
@@ -139,14 +139,14 @@ def read(file: Path, base: BaseModel, teacher: UNetArchitecture | None = None) -
         raise UserError(f"{file} does not fit {made_for.unet.name}: {faults[0]}")
     of_file = {targets(made_for)[entry.stem][1]: entry for entry in entries}
     if len(of_file) < len(entries):
-        raise UserError(f"{file} spells a module in two ways; a LoRA names each module once")
+        raise UserError(f"{file} names a module twice, in two spellings")
     settings.check(file, of_file)
     moves = {t: m for t, m in _moves(made_for, base).items() if t in of_file}
     adapters = {moves[t]: _adapter(of_file[t], t, settings) for t in moves}
     report = LoraReport(
         name=file.stem,
         made_for=made_for.unet.name,
-        put_on=base.unet.name,
+        applied_to=base.unet.name,
         spellings=sorted({targets(made_for)[entry.stem][0] for entry in entries}),
         modules=len(of_file),
         applied=len(adapters),
@@ -155,7 +155,7 @@ def read(file: Path, base: BaseModel, teacher: UNetArchitecture | None = None) -
         dropped=_dropped([t for t in of_file if t not in moves], made_for, base),
     )
     if not adapters:
-        raise UserError(f"{file}: nothing of it has a place; {report.line()}")
+        raise UserError(f"{file}: none of its modules fits; {report.line()}")
     return Lora(file, base, made_for, of_file, moves, adapters, report)
 
 
@@ -163,32 +163,34 @@ def read(file: Path, base: BaseModel, teacher: UNetArchitecture | None = None) -
 
 
 def _entries(file: Path) -> list[Entry]:
-    """The file's tensors by module. Raises `UserError` if it is no LoRA, or half of one."""
+    """The file's tensors by module. Raises `UserError` if it is not a complete LoRA."""
     tensors: dict[str, dict[str, Stored]] = {}
-    foreign = []
+    unexpected = []
     for key, stored in read_header(file).items():
         for mark, kind in _OTHER_ADAPTERS.items():
             if mark in key:
-                raise UserError(f"{file} is a {kind} ({key}); only LoRA and LoCon can be read")
+                raise UserError(f"{file} is a {kind} ({key}); only LoRA and LoCon are supported")
         if parts := split(key):
             tensors.setdefault(parts[0], {})[parts[1]] = stored
         else:
-            foreign.append(key)
+            unexpected.append(key)
     if not any(ROLES[ending] != "alpha" for endings in tensors.values() for ending in endings):
-        raise UserError(f"{file} is no LoRA: none of its {len(foreign)} tensors is named as in one")
-    if foreign:
-        raise UserError(f"{file} holds what is no part of a LoRA: {some(foreign)}")
+        raise UserError(
+            f"{file} is not a LoRA: none of its {len(unexpected)} tensors is named like one"
+        )
+    if unexpected:
+        raise UserError(f"{file} has tensors that are not part of a LoRA: {some(unexpected)}")
     entries = [Entry(stem, endings) for stem, endings in tensors.items()]
     if half := [e.stem for e in entries if not (e.role("down") and e.role("up"))]:
-        raise UserError(f"{file} lacks the one or the other matrix of {some(half)}")
+        raise UserError(f"{file} lacks the up or down matrix of {some(half)}")
     kinds = {s.dtype for e in entries for s in e.tensors.values()}
     if strange := kinds - {*FLOATS}:
-        raise UserError(f"{file} holds {some(sorted(strange))} tensors; must be floats")
+        raise UserError(f"{file} holds {some(sorted(strange))} tensors; they must be floats")
     return entries
 
 
 def _check_kind(file: Path, entries: list[Entry], base: BaseModel) -> None:
-    """Raises `UserError` if the LoRA is for another model, as far as one can tell by its like."""
+    """Raises `UserError` if the LoRA is recognisably for another model."""
     own = base.unet.context
     for entry in entries:
         for beginning, model in _OTHER_MODELS.items():
@@ -200,26 +202,26 @@ def _check_kind(file: Path, entries: list[Entry], base: BaseModel) -> None:
             if context != own:
                 model = _CONTEXTS.get(context, "another model")
                 raise UserError(
-                    f"{file} is a LoRA for {model}, whose text is {context} wide; "
-                    f"that of {base.unet.name} is {own}"
+                    f"{file} is a LoRA for {model}, whose text embeddings are {context} wide; "
+                    f"those of {base.unet.name} are {own} wide"
                 )
 
 
 def _faults(entries: Iterable[Entry], base: BaseModel) -> list[str]:
-    """What keeps the entries from being a LoRA for `base`, gravest first; empty if nothing."""
+    """Why the entries are not a LoRA for `base`, worst first; empty if they are one."""
     known, sizes = targets(base), shapes(base)
     unknown = [e.stem for e in entries if e.stem not in known]
     misshapen = [
-        f"{e.stem} for a weight {list(sizes[known[e.stem][1]])}"
+        f"{e.stem}, expected {list(sizes[known[e.stem][1]])}"
         for e in entries
         if e.stem in known and not _fits(e, sizes[known[e.stem][1]])
     ]
-    named = {"it has no module for": unknown, "misshapen are": misshapen}
-    return [f"{what} {some(stems)}" for what, stems in named.items() if stems]
+    named = {"unknown modules": unknown, "wrong shape": misshapen}
+    return [f"{what}: {some(stems)}" for what, stems in named.items() if stems]
 
 
 def _fits(entry: Entry, weight: tuple[int, ...]) -> bool:
-    """Whether up @ down has the shape of the weight, and alpha is one number."""
+    """Whether up @ down has the weight's shape, and alpha is a single number."""
     down, up, mid, alpha = (entry.role(role) for role in ("down", "up", "mid", "alpha"))
     assert down and up
     rank = down.shape[0] if down.shape else 0
@@ -233,7 +235,7 @@ def _fits(entry: Entry, weight: tuple[int, ...]) -> bool:
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 kernel is a matrix."""
+    """A 1x1 kernel as a matrix."""
     return shape[:2] if all(side == 1 for side in shape[2:]) else shape
 
 
@@ -268,7 +270,7 @@ def _moves(made_for: BaseModel, base: BaseModel) -> dict[Target, Target]:
 def _dropped(
     lost: Iterable[Target], made_for: BaseModel, base: BaseModel
 ) -> dict[str, dict[str, int]]:
-    """Why the modules have no place: reason -> the teacher's block -> number of modules."""
+    """Why modules were dropped: reason -> teacher block -> number of modules."""
     kept = set(block_map(made_for.unet, base.unet).values()) if made_for != base else set()
     counts: dict[str, Counter[str]] = {}
     for target in lost:
@@ -278,7 +280,7 @@ def _dropped(
 
 
 def _gone(path: str, kept: set[str]) -> tuple[str, str]:
-    """(teacher's block that a module lies in, why the student has no place for it)."""
+    """(teacher block of a module, why the student lacks it)."""
     found = re.match(r"(.+?\.(?:attentions|resnets)\.\d+)(\.transformer_blocks\.\d+)?", path)
     assert found, path
     layer, block = found[1], found[2] or ""

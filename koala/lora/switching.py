@@ -1,4 +1,4 @@
-"""LoRAs that change from one step to the next, as requests with different ones take turns."""
+"""Switches LoRAs between steps, as requests with different LoRAs take turns."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -7,11 +7,11 @@ from pathlib import Path
 from koala.lora.adapters import Attached, Modules
 from koala.lora.reading import Lora
 
-KEPT = 8  # LoRAs whose matrices stay loaded: those worn last
+KEPT = 8  # LoRAs kept loaded: those used last
 
 
 class LoraSwitcher:
-    """What a model wears besides its weights; `read` says what a file's LoRA does to it."""
+    """The active LoRAs of a model. read: reads a LoRA file for that model."""
 
     def __init__(self, modules: Callable[[], Modules], read: Callable[[Path], Lora]) -> None:
         self._modules, self._read = modules, read
@@ -19,9 +19,9 @@ class LoraSwitcher:
         self._active: tuple[tuple[Path, float], ...] = ()
 
     def switch(self, loras: Sequence[tuple[Path, float]]) -> bool:
-        """Puts these on, in this order, and takes all others off; whether that changed anything.
+        """Activates exactly these, in this order; returns whether that changed anything.
 
-        UserError for a file that cannot be read; all stays as it was then.
+        UserError for a file that cannot be read; then nothing changes.
         """
         wanted = tuple(loras)
         if wanted == self._active:
@@ -31,14 +31,14 @@ class LoraSwitcher:
             self._loaded[path].remove()
         for attached, scale in found:
             attached.scale = scale
-            attached.put_on()
+            attached.attach()
         self._active = wanted
         while len(self._loaded) > max(KEPT, len(wanted)):
-            self._loaded.popitem(last=False)  # not worn: those wanted were the last to be got
+            self._loaded.popitem(last=False)  # not active: the active ones were used last
         return True
 
     def _get(self, path: Path) -> Attached:
         if path not in self._loaded:
-            self._loaded[path] = Attached(self._modules(), self._read(path), put_on=False)
+            self._loaded[path] = Attached(self._modules(), self._read(path), attach=False)
         self._loaded.move_to_end(path)
         return self._loaded[path]

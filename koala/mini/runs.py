@@ -1,4 +1,4 @@
-"""Runs of what the mini family makes itself and SDXL gets from others: VAE, text side, tiny VAE."""
+"""Training runs of the mini family's VAE, text encoders and tiny autoencoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from koala.architectures.config import unet_config
@@ -24,7 +24,7 @@ from koala.distillation.parallel import alone
 from koala.errors import UserError
 from koala.generation.decode import TINY
 from koala.mini.sentence_encoder import SentenceEncoder
-from koala.mini.settings import Autoencoder, MiniBase, Tiny
+from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.mini.text import (
     TextData,
     TextDistillation,
@@ -38,8 +38,8 @@ from koala.mini.vae import SHOWN, Autoencoding, PictureData, measure_latents, ne
 from koala.utils.atomic import new_folder
 
 
-def run_base(recipe: MiniBase, data: Path, out: Path, device: str, loggers: Sequence[str]) -> Path:
-    """VAE, then text side, then a pipeline folder with the two and an untrained U-Net."""
+def run_base(recipe: Base, data: Path, out: Path, device: str, loggers: Sequence[str]) -> Path:
+    """Trains VAE and text encoders; writes a pipeline folder with them and an untrained U-Net."""
     pictures = PictureSet(data)
     seen = pictures.select("train")
     torch.manual_seed(recipe.vae.seed)
@@ -72,9 +72,9 @@ def run_autoencoder(
     device: str,
     loggers: Sequence[str],
 ) -> Path:
-    """The VAE, going on, then the teacher's folder with it; its card stays the teacher's.
+    """Trains the VAE further and writes the teacher's folder with it; the card is the teacher's.
 
-    Latents are others from then on: prepared ones have to be prepared again.
+    This changes the latents: prepared folders have to be prepared again.
     """
     layout = alone(device, recipe.cpu_bf16)
     source, pictures = resolve_model(teacher), PictureSet(data)
@@ -90,35 +90,36 @@ def run_autoencoder(
     )
     note = {"recipe": asdict(recipe)}
     trained = train(task, painted, recipe.training, out, note, layout=layout, loggers=loggers)
+    assert isinstance(trained, AutoencoderKL)
     measure_latents(trained, _sample(painted).to(device))
     return _with_part(source, "vae", lambda folder: task.export(trained, folder), out / "model")
 
 
 def _painted(pictures: PictureSet, kinds: dict[str, int], seed: int) -> PictureData:
-    """The training pictures, so many copies of each kind in an epoch; UserError where none is."""
+    """The training images, with copies of each kind in an epoch; UserError if there are none."""
     epoch = [i for kind, n in kinds.items() for i in pictures.select("train", kind) * n]
     if not epoch:
         raise UserError(
-            f"{pictures.folder} has no training pictures for an epoch of {kinds}: raise a number, "
-            "or prepare pictures of these kinds"
+            f"{pictures.folder} has no training images for an epoch of {kinds}: raise a number, "
+            "or prepare images of these kinds"
         )
     return PictureData(pictures, epoch, seed)
 
 
 def _sample(painted: PictureData) -> Tensor:
-    """At most a thousand of the pictures."""
+    """At most a thousand of the images."""
     return painted.every(len(painted.pixels) // 1000 + 1)
 
 
 def _shown(pictures: PictureSet) -> Tensor:
-    """Held-out pictures of the previews."""
+    """Held-out images for previews."""
     return to_pixels([pictures.image(i) for i in pictures.select("test-pair")[:SHOWN]])
 
 
 def run_tiny(
     recipe: Tiny, data: str | Path, out: Path, teacher: str, device: str, loggers: Sequence[str]
 ) -> Path:
-    """The tiny autoencoder, then the teacher's folder with it; its card stays the teacher's."""
+    """Trains the tiny autoencoder and writes the teacher's folder with it and the same card."""
     layout = alone(device, recipe.cpu_bf16)
     source, seed = resolve_model(teacher), recipe.training.seed
     latents = LatentSet(data, source, recipe.kinds, {"short": 1.0}, seed)
@@ -134,7 +135,7 @@ def run_tiny(
 
 
 def _with_part(source: Path, name: str, export: Callable[[Path], None], model: Path) -> Path:
-    """The pipeline folder `model`: that of `source`, with its part of this name exported anew."""
+    """Writes the pipeline folder `model`: `source` with the component `name` exported anew."""
     with new_folder(model, replace=True) as part:
         shutil.copytree(source, part, ignore=shutil.ignore_patterns(name), dirs_exist_ok=True)
         export(part / name)
@@ -142,7 +143,7 @@ def _with_part(source: Path, name: str, export: Callable[[Path], None], model: P
 
 
 def assemble(model: Path, vae_task: Autoencoding, text_task: TextDistillation, data: Path) -> Path:
-    """Writes the pipeline folder with `sdxl-mini`'s U-Net as initialised; replaces an older one."""
+    """Writes the pipeline folder with an untrained `sdxl-mini` U-Net; replaces an older one."""
     with new_folder(model, replace=True) as part:
         vae_task.export(vae_task.trainable, part / "vae")
         text_task.export(text_task.trainable, part)

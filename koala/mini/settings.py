@@ -1,4 +1,4 @@
-"""Configurations of the runs that make a VAE, a text side or a tiny VAE."""
+"""Configurations of the runs that train a VAE, text encoders or a tiny autoencoder."""
 
 from dataclasses import dataclass
 
@@ -6,31 +6,31 @@ from koala.distillation.settings import Training
 
 
 @dataclass(frozen=True)
-class MiniBase:
-    """VAE and text side from nothing, with a U-Net as initialised: what a teacher starts from."""
+class Base:
+    """VAE and text encoders from scratch, with an untrained U-Net: the start of a teacher."""
 
-    kinds: dict[str, int]  # copies of each kind of picture in an epoch of the VAE's
+    kinds: dict[str, int]  # copies of each kind of image in the VAE's epoch
     vae: Training
-    decoder: Training  # goes on from `vae` with the encoder at rest
+    decoder: Training  # continues `vae` with a frozen encoder
     text: Training
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """A VAE that goes on by itself, with noise on its latents as `Autoencoding` says."""
+    """Further training of a VAE, with noise on its latents (see `Autoencoding`)."""
 
-    kinds: dict[str, int]  # copies of each kind of picture in an epoch
+    kinds: dict[str, int]  # copies of each kind of image in an epoch
     training: Training
     perceptual: float  # weight of the perceptual error
-    drift: float  # greatest deviation of the noise, in deviations of the latents
-    colour: float  # pull of three latent channels towards the mean colour below them
+    drift: float  # maximum standard deviation of the noise, relative to the latents'
+    colour: float  # weight of the colour term on three latent channels
     cpu_bf16: bool = False  # as in `Hardware`
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny autoencoder that learns from a model's VAE; the model gets it as `vae_tiny`."""
+    """A tiny autoencoder distilled from a model's VAE, stored as the model's `vae_tiny`."""
 
-    kinds: dict[str, int] | None  # copies of each kind of picture in an epoch; None: all once
+    kinds: dict[str, int] | None  # copies of each kind of image in an epoch; None: all once
     training: Training
     cpu_bf16: bool = False  # as in `Hardware`

@@ -1,11 +1,11 @@
-"""The mini family's text side: SDXL's two CLIP encoders in small, taught by a sentence encoder.
+"""The mini family's text encoders: SDXL's two CLIP encoders at small size, distilled from MiniLM.
 
-Captions hold a few hundred nouns; people know many more words. So the encoders learn what a
-sentence encoder (MiniLM) makes of captions *and* of every word in CLIP's vocabulary: the pooled
-output predicts its embedding of the text, each word's hidden state its state of that word. A word
-that no caption holds ("scarlet", "puppy") then lies where its neighbours lie.
+Captions use a few hundred nouns; people use many more words. So the encoders learn a sentence
+encoder's (MiniLM's) embeddings of captions *and* of all words in CLIP's vocabulary: the pooled
+output predicts the embedding of the text, each word's hidden state MiniLM's state of that word.
+Words in no caption ("scarlet", "puppy") then end up near their synonyms.
 
-Tokens start at the principal components of MiniLM's embedding of the token's own text.
+Token embeddings start at the principal components of MiniLM's embeddings of the tokens' texts.
 
 Letters: n texts, t tokens read, d1 and d2 the encoders' widths, W MiniLM's width (384).
 """
@@ -20,27 +20,38 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
 
 from koala.mini.sentence_encoder import WIDTH, SentenceEncoder
 from koala.utils.asset_packages import package
 
-TOKENS = 32  # read by the encoders, start and end included; SDXL reads 77
+TOKENS = 32  # including special tokens; SDXL reads 77
 WIDTHS = (64, 96)
 LAYERS = (3, 4)
 START, END = "<|startoftext|>", "<|endoftext|>"
-MERGES = 49_152 - 256 - 2  # of the file's merges CLIP uses so many
+MERGES = 49_152 - 256 - 2  # merges of the file that CLIP uses
 
 
 def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer, 49,408 tokens, from the vocabulary that open-clip ships."""
+    """CLIP's byte-pair tokenizer, 49,408 tokens, from open-clip's vocabulary."""
     path = package("open-clip-torch") / "open_clip" / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : MERGES + 1]
     merges = [tuple(line.split()) for line in lines if line]
     letters = _byte_letters()
     tokens = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), START, END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=TOKENS)
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,  # type: ignore[arg-type]  # pairs are what it reads; it says lines
+        pad_token=pad,
+        model_max_length=TOKENS,
+    )
 
 
 def _byte_letters() -> list[str]:
@@ -51,7 +62,7 @@ def _byte_letters() -> list[str]:
 
 
 def new_text_encoders(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
-    """Both encoders, untrained, with the names that they have in a pipeline folder."""
+    """Both encoders, untrained, by their names in a pipeline folder."""
 
     def config(width: int, layers: int) -> CLIPTextConfig:
         return CLIPTextConfig(
@@ -77,7 +88,9 @@ def new_text_encoders(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
 
 
 @torch.no_grad()
-def start_from_words(encoders: nn.ModuleDict, tokenizer: CLIPTokenizer, teacher: SentenceEncoder):
+def start_from_words(
+    encoders: nn.ModuleDict, tokenizer: CLIPTokenizer, teacher: SentenceEncoder
+) -> None:
     """Token embeddings := principal components of the teacher's embedding of each token's text."""
     vocabulary = tokenizer.get_vocab()
     texts = [t.removesuffix("</w>") or t for t in sorted(vocabulary, key=vocabulary.__getitem__)]
@@ -85,19 +98,21 @@ def start_from_words(encoders: nn.ModuleDict, tokenizer: CLIPTokenizer, teacher:
     meaning = meaning - meaning.mean(0)
     _, _, components = torch.linalg.svd(meaning[::7], full_matrices=False)
     for encoder in encoders.values():
+        assert isinstance(encoder, PreTrainedModel)
         table = encoder.get_input_embeddings().weight
+        assert isinstance(table, Tensor)
         values = meaning @ components[: table.shape[1]].T
         table.copy_(0.1 * values / values.std())
 
 
 class TextData:
-    """Texts to learn from: captions, captions with a word exchanged, and words of CLIP's own."""
+    """Training texts: captions, captions with one word replaced, and words of CLIP's vocabulary."""
 
     def __init__(self, captions: Sequence[str], words: Sequence[str], seed: int):
         self.captions, self.words, self.seed = captions, words, seed
 
     def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """{"texts": list of `count` strings}; one process learns from them."""
+        """{"texts": list of `count` strings}; for a single process."""
         assert world == 1
         rng = random.Random(f"{self.seed} {first}")
         return {"texts": [self._one(rng) for _ in range(count)]}
@@ -115,13 +130,13 @@ class TextData:
 
 
 def vocabulary_words(tokenizer: CLIPTokenizer) -> list[str]:
-    """The whole words among the tokens, three letters or more."""
+    """The tokens that are whole words of three letters or more."""
     words = (t.removesuffix("</w>") for t in tokenizer.get_vocab() if t.endswith("</w>"))
     return sorted(w for w in words if w.isascii() and w.isalpha() and len(w) > 2)
 
 
 class TextDistillation(nn.Module):
-    """Cosine distance of texts and of words to the sentence encoder's, through linear heads."""
+    """Cosine distance of texts and words to the sentence encoder's, through linear heads."""
 
     def __init__(self, encoders: nn.ModuleDict, tokenizer: CLIPTokenizer, teacher: SentenceEncoder):
         super().__init__()
@@ -162,10 +177,12 @@ class TextDistillation(nn.Module):
         return None
 
     def export(self, trainable: nn.Module, folder: Path) -> None:
-        """Writes text_encoder, text_encoder_2 and their tokenizers below `folder`."""
+        """Writes text_encoder, text_encoder_2 and their tokenizers into `folder`."""
         assert isinstance(trainable, nn.ModuleDict)
         for name in ("text_encoder", "text_encoder_2"):
-            trainable[name].save_pretrained(folder / name)
+            encoder = trainable[name]
+            assert isinstance(encoder, PreTrainedModel)
+            encoder.save_pretrained(folder / name)
         clip_tokenizer().save_pretrained(folder / "tokenizer")
         clip_tokenizer(pad="!").save_pretrained(folder / "tokenizer_2")
 
@@ -173,7 +190,7 @@ class TextDistillation(nn.Module):
 def _word_ends(
     texts: Sequence[str], ours: Tensor, theirs: Tensor
 ) -> tuple[list[int], list[int], list[int]]:
-    """Where each word ends: its text, the position of its last token here and at the teacher."""
+    """The end of each word: its text, the position of its last token here and in the teacher."""
     rows, here, there = [], [], []
     for n, text in enumerate(texts):
         ends = {i + 1 for i, c in enumerate(text) if not c.isspace() and text[i + 1 : i + 2] in " "}

@@ -1,10 +1,10 @@
-"""A tiny autoencoder for the mini family: a decoder of little work, and its inverse.
+"""The mini family's tiny autoencoder: a cheap decoder, and its inverse.
 
-diffusers' `AutoencoderTiny`, the class of TAESD, at a third of its width. It takes latents as the
-U-Net sees them and learns from the VAE alone: from latents what the VAE draws of them, and from
-that picture the latents again. So it needs no pictures, only what `koala prepare --model` made.
+diffusers' `AutoencoderTiny`, the class of TAESD, at a third of its width. It works on normalised
+latents and is distilled from the VAE alone: it decodes latents to the VAE's image, and encodes that
+image to the latents. So it needs no images, only the latents made by `koala prepare --model`.
 
-Shapes: n samples, latents [n, 4, h, w], pictures [n, 3, 8h, 8w].
+Shapes: n samples, latents [n, 4, h, w], images [n, 3, 8h, 8w].
 """
 
 import json
@@ -27,7 +27,7 @@ PERCEPTUAL = 0.25  # weight of the perceptual error
 
 
 def new_tiny() -> AutoencoderTiny:
-    """The untrained autoencoder, fp32: some 160,000 parameters, most of them the decoder's."""
+    """The untrained autoencoder, fp32: about 160,000 parameters, most of them in the decoder."""
     return AutoencoderTiny(
         encoder_block_out_channels=(16,) * 4,
         decoder_block_out_channels=(24,) * 4,
@@ -37,28 +37,29 @@ def new_tiny() -> AutoencoderTiny:
 
 
 class TinyDistillation(nn.Module):
-    """What the VAE draws, drawn again: L1 + L2 + perceptual error; and the way back: L2.
+    """Decoding like the VAE: L1 + L2 + perceptual error; encoding back: L2.
 
-    tiny: what is trained. vae: the frozen teacher. shown: latents [n, 4, h, w] of the preview.
+    tiny: the trainable autoencoder. vae: the frozen teacher. shown: the preview's latents
+    [n, 4, h, w].
     """
 
     def __init__(self, tiny: AutoencoderTiny, vae: AutoencoderKL, shown: Tensor) -> None:
         super().__init__()
         self.trainable = tiny
         self.shown = shown
-        # Outside the module's own, so that they are neither trained nor saved.
-        self._frozen = {"vae": vae.requires_grad_(False).eval(), "net": MobileNetV2.pretrained()}
+        # Not submodules, so neither trained nor saved.
+        self._frozen = (vae.requires_grad_(False).eval(), MobileNetV2.pretrained())
 
     def losses(
         self, batch: dict[str, Any], generators: Sequence[torch.Generator]
     ) -> dict[str, Tensor]:
-        """Named scalars for {"latents": [n, 4, h, w]}; nothing is left to chance."""
+        """Named scalars for {"latents": [n, 4, h, w]}; deterministic."""
         z = batch["latents"].to(next(self.trainable.parameters()).device)
         target = self.drawn(z)
         y = self.trainable.decode(z).sample
         error = opponent(y - target)
         pixel = error.abs().mean() + error.square().mean()
-        seen = self._frozen["net"].to(z.device).distance(y, target)
+        seen = self._frozen[1].to(z.device).distance(y, target)
         latent = F.mse_loss(self.trainable.encode(target).latents, z)
         loss = pixel + PERCEPTUAL * seen + latent
         return {"pixel": pixel, "perceptual": seen, "latent": latent, "loss": loss}
@@ -66,12 +67,12 @@ class TinyDistillation(nn.Module):
     @torch.no_grad()
     def drawn(self, z: Tensor) -> Tensor:
         """The VAE's pictures of latents as the U-Net sees them, in [-1, 1]."""
-        vae = self._frozen["vae"]
+        vae = self._frozen[0]
         return vae.decode(LatentScale(vae.config, z.device).denormalise(z)).sample.clamp(-1, 1)
 
     @torch.no_grad()
     def preview(self, trainable: nn.Module) -> Image.Image:
-        """The VAE's pictures above the tiny one's."""
+        """The VAE's images above the tiny autoencoder's."""
         assert isinstance(trainable, AutoencoderTiny)
         z = self.shown.to(next(trainable.parameters()).device)
         images = to_images(torch.cat([self.drawn(z), trainable.decode(z).sample]))
@@ -84,5 +85,5 @@ class TinyDistillation(nn.Module):
         trainable.save_pretrained(folder)
         file = folder / "config.json"
         config = json.loads(file.read_text())
-        del config["block_out_channels"]  # diffusers writes it and then warns that it is there
+        del config["block_out_channels"]  # diffusers writes it and then warns about it
         file.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,10 +1,10 @@
 """The mini family's VAE: SDXL's f8, four-channel autoencoder at a tenth of the width.
 
-Learnt on the illustration set with an absolute error, a perceptual error and a slight pull towards
-a unit normal. The latents' mean and deviation a channel go into the VAE's config, where diffusers'
-SDXL pipeline looks for them, so that the U-Net sees latents of mean 0 and deviation 1.
+It is trained on the illustration set with an absolute error, a perceptual error and a small KL
+term. The latents' mean and standard deviation per channel are stored in the VAE's config, where
+diffusers' SDXL pipeline reads them, so the U-Net sees latents with mean 0 and standard deviation 1.
 
-Shapes: n pictures, h x w pixels; latents [n, 4, h/8, w/8].
+Shapes: n images, h x w pixels; latents [n, 4, h/8, w/8].
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from koala.data.sampler import shuffled
 from koala.mini.perceptual import MobileNetV2
 from koala.utils.contact_sheet import contact_sheet
 
-SHOWN = 16  # pictures of a preview
-HUE = 3.0  # weight of hue beside lightness: illustrations vary so much less in it
-CROPPED = 0.9  # share of `vae`'s steps on crops of half the side: they cost a quarter
+SHOWN = 16  # images of a preview
+HUE = 3.0  # weight of hue relative to lightness, in which illustrations vary more
+CROPPED = 0.9  # share of `vae`'s steps on crops of half the side, at a quarter of the cost
 
 
 def new_vae(side: int) -> AutoencoderKL:
-    """The untrained VAE for pictures of side x side pixels, fp32."""
+    """The untrained VAE for images of side x side pixels, fp32."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -80,20 +80,19 @@ def opponent(rgb: Tensor) -> Tensor:
 class Autoencoding(nn.Module):
     """L1 + L2 + perceptual error + KL, which weighs little (Rombach et al. 2022, app. G).
 
-    Errors are taken in opponent colours with hue weighted up, and a slight term draws the first
-    three latent channels towards the mean colour of their 8 x 8 pixels. Without the two, encoder
-    and decoder take thousands of steps to agree on a code for hue at all (`docs/log.md`); and
-    latents that look like a small picture are easy to denoise.
+    Errors are measured in opponent colours with hue weighted up, and a small term pulls the first
+    three latent channels towards the mean colour of their 8 x 8 pixels. Without both, encoder and
+    decoder take thousands of steps to agree on any code for hue (`docs/log.md`); and latents that
+    look like a small image are easy to denoise.
 
-    Most steps are on crops: steps count, and small ones do.
+    Most steps use crops: the number of steps matters, and small ones are cheap.
 
-    `sharpening` is the second half of the training: the encoder rests, so that latents keep their
-    meaning, the perceptual error weighs more, and pictures are whole, since what a latent means is
-    seen from all of them.
+    `sharpening` is the second half of the training: the encoder is frozen, so that latents keep
+    their meaning, the perceptual error weighs more, and images are not cropped.
 
-    With `drift`, noise of up to so many of the latents' deviations lies on them, drawn anew for
-    each picture: what a U-Net draws is never quite a latent of a picture. The encoder learns to
-    say what matters, eyes say, where noise does not drown it, and the decoder to read it there.
+    With `drift`, each image's latents get noise of up to that many of their standard deviations:
+    the latents that a U-Net generates are never exactly an image's. The encoder learns to store
+    important details, such as eyes, robustly, and the decoder to read them under noise.
     Source: Yang et al. 2025, "Latent Denoising Makes Good Visual Tokenizers", with noise added
     where they interpolate.
     """
@@ -113,7 +112,7 @@ class Autoencoding(nn.Module):
     def losses(
         self, batch: dict[str, Any], generators: Sequence[torch.Generator]
     ) -> dict[str, Tensor]:
-        """Named scalars; all chance comes from the first sample's generator."""
+        """Named scalars; all randomness comes from the first sample's generator."""
         generator = generators[0]
         device = next(self.trainable.parameters()).device
         x = batch["pixels"].to(device)
@@ -135,13 +134,14 @@ class Autoencoding(nn.Module):
     def sharpening(self) -> "Autoencoding":
         """The same task for the decoder alone."""
         for part in (self.trainable.encoder, self.trainable.quant_conv):
+            assert part is not None
             part.requires_grad_(False)
         return Autoencoding(
             self.trainable, self.shown, perceptual=0.5, kl=self.kl, colour=self.colour, cropped=0.0
         )
 
     def _drifts(self, z: Tensor, generator: torch.Generator) -> Tensor | float:
-        """Noise of 0 to `drift` of the batch's own deviations for each of z [n, 4, h/8, w/8]."""
+        """Noise of 0 to `drift` standard deviations of the batch for each of z [n, 4, h/8, w/8]."""
         if not self.drift:
             return 0.0
         share = torch.rand(len(z), 1, 1, 1, generator=generator)
@@ -149,7 +149,7 @@ class Autoencoding(nn.Module):
         return self.drift * z.std((0, 2, 3), keepdim=True) * (share * noise).to(z.device)
 
     def _cropped(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """All pictures, or the same half-sided window of all."""
+        """All images, or the same half-sided window of all."""
         half = x.shape[-1] // 2
         draws = torch.rand(3, generator=generator)
         if draws[0] >= self.cropped:
@@ -159,7 +159,7 @@ class Autoencoding(nn.Module):
 
     @torch.no_grad()
     def preview(self, trainable: nn.Module) -> Image.Image:
-        """Pictures above their reconstructions."""
+        """Images above their reconstructions."""
         assert isinstance(trainable, AutoencoderKL)
         x = self.shown.to(next(trainable.parameters()).device)
         y = trainable.decode(trainable.encode(x).latent_dist.mode()).sample
@@ -174,7 +174,7 @@ class Autoencoding(nn.Module):
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Writes mean and deviation of the latents of fp32 [n, 3, h, w] into the VAE's config."""
+    """Stores mean and std of the latents of fp32 [n, 3, h, w] in the VAE's config."""
     latents = torch.cat([vae.encode(x).latent_dist.mode() for x in pixels.split(64)])
     vae.register_to_config(
         latents_mean=[round(v, 5) for v in latents.mean((0, 2, 3)).tolist()],

@@ -1,21 +1,21 @@
-"""Recipes: functions that return the whole configuration of a run. `koala distill NAME` runs one.
+"""Recipes: functions that return the full configuration of a run. `koala distill NAME` runs one.
 
     name                 makes                                        of
-    mini-base            VAE and text side of the mini family         prepared pictures
-    mini-vae             the VAE, going on on 128 pixels              mini-base, pictures
-    sdxl-mini-64         its SDXL U-Net, from nothing, on 64 pixels   mini-vae, latents
-    sdxl-mini-128        the same, going on on 128 pixels             sdxl-mini-64, latents
-    sdxl-mini            the same, to its end                         sdxl-mini-128, latents
+    mini-base            VAE and text encoders of the mini family     prepared images
+    mini-vae             the VAE, continued at 128 pixels             mini-base, images
+    sdxl-mini-64         its SDXL U-Net, from scratch, at 64 pixels   mini-vae, latents
+    sdxl-mini-128        the same, continued at 128 pixels            sdxl-mini-64, latents
+    sdxl-mini            the same, completed                          sdxl-mini-128, latents
     koala-mini-first     the student, by self-attention distillation  sdxl-mini, latents
-    koala-mini           the same, to its end                         sdxl-mini, koala-mini-first
-    koala-mini-sa        the same in 24,000 samples                   (for comparison with)
+    koala-mini           the same, completed                          sdxl-mini, koala-mini-first
+    koala-mini-sa        the same in 24,000 samples                   (for comparison)
     koala-mini-task      the same, L_task alone                       (a control)
     koala-mini-task-out  the same, L_task + L_outKD                   (a control)
     tiny-mini            a tiny autoencoder beside the VAE            any of them, latents
 
-and the paper's runs at full size, which `koala.recipes.paper` lists, a row each.
+and the paper's runs at full size, one row each in `koala.recipes.paper`.
 
-Importing this package loads nothing heavy; `koala.recipes.train` does the work.
+Importing this package is cheap; `koala.recipes.train` does the work.
 """
 
 from collections.abc import Callable, Sequence

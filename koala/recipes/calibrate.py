@@ -1,8 +1,8 @@
-"""How fast a device does a training's work: from a card's data sheet, or by a short trial.
+"""A device's training throughput: from a GPU's data sheet, or measured by a short trial.
 
-The trial takes a few real steps, forward and backward with teacher and taps, of random models.
-Where these do not fit or would take too long, a matrix product is timed instead and the training
-assumed to reach `cards.SHARE` of its rate.
+The trial takes a few real steps, forward and backward with teacher and taps, on random models. If
+they do not fit in memory or would take too long, a matrix product is timed instead, and the
+training is assumed to reach `gpus.SHARE` of its rate.
 """
 
 from __future__ import annotations
@@ -22,62 +22,64 @@ from koala.distillation.throughput import matmul_peak
 from koala.recipes import gpus
 from koala.recipes.memory import TrainingSetup, batch_of, blank_unet, task_of
 
-PATIENCE = 30.0  # seconds that a trial may take
-STEPS = 5  # at most, after one that warms up
-SIDE = 2048  # of the matrices that are multiplied on a CPU
+PATIENCE = 30.0  # seconds, at most, of a trial
+STEPS = 5  # at most, after one warm-up step
+SIDE = 2048  # of the matrices multiplied on a CPU
 
 
 @dataclass(frozen=True)
-class Throughput:
-    """What a device does."""
+class DeviceThroughput:
+    """The training throughput of a device."""
 
-    flops: float  # FLOP/s of one device on this kind of work
-    basis: str  # how that is known
+    flops: float  # FLOP/s of one device in training
+    basis: str  # how it was determined
     device: str
-    room: float  # GiB
+    room: float  # GiB of memory
 
 
-def assumed(card: str) -> Throughput:
-    """A named card's, by its data sheet. UserError for an unknown one."""
+def assumed(card: str) -> DeviceThroughput:
+    """Of a GPU by name, from its data sheet. UserError for an unknown name."""
     gib, tflops = gpus.get(card)
     basis = f"{gpus.SHARE:.0%} of {card}'s {tflops:,.0f} TFLOP/s assumed"
-    return Throughput(gpus.SHARE * tflops * 1e12, basis, card, gib)
+    return DeviceThroughput(gpus.SHARE * tflops * 1e12, basis, card, gib)
 
 
-def measured(setup: TrainingSetup, device: torch.device, memory: int, flops: int) -> Throughput:
-    """That of `device`, measured now, in half a minute at most.
+def measured(
+    setup: TrainingSetup, device: torch.device, memory: int, flops: int
+) -> DeviceThroughput:
+    """Of `device`, measured in at most half a minute.
 
-    memory: bytes that a step is expected to take. flops: of a sample.
+    memory: expected bytes of a step. flops: of a sample.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     free, room = _room(device)
     rate = matmul_peak(device) or _matmul_rate(device)
     expected = flops * setup.micro_batch / (gpus.SHARE * rate)
     if memory > free or expected * 2 > PATIENCE:
-        why = "a step does not fit" if memory > free else "a step takes too long to try"
+        why = "a step does not fit" if memory > free else "a step takes too long to time"
         basis = f"{gpus.SHARE:.0%} of a matrix product's {rate / 1e12:.3g} TFLOP/s assumed, {why}"
-        return Throughput(gpus.SHARE * rate, basis, name, room)
+        return DeviceThroughput(gpus.SHARE * rate, basis, name, room)
     seconds, steps = _time_steps(setup, device)
     achieved = flops * setup.micro_batch / seconds
     share = f"{achieved / rate:.0%} of a matrix product's rate"
     basis = f"{steps} steps of {setup.micro_batch} measured, {share}"
-    return Throughput(achieved, basis, name, room)
+    return DeviceThroughput(achieved, basis, name, room)
 
 
 def _room(device: torch.device) -> tuple[float, float]:
-    """(free bytes, GiB in all) of the device's memory."""
+    """(free bytes, total GiB) of the device's memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free, total / 2**30
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages / 2, pages / 2**30  # others want some of it
+    return pages / 2, pages / 2**30  # other processes need some
 
 
 def _matmul_rate(device: torch.device) -> float:
     """FLOP/s on an fp32 matrix product."""
     a, b = (torch.randn(SIDE, SIDE, device=device) for _ in range(2))
     times = []
-    for _ in range(3):  # the first warms up
+    for _ in range(3):  # the first is a warm-up
         start = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - start)
@@ -85,7 +87,7 @@ def _matmul_rate(device: torch.device) -> float:
 
 
 def _time_steps(setup: TrainingSetup, device: torch.device) -> tuple[float, int]:
-    """(seconds of a step, steps that were timed) on random models, uncompiled, in one process."""
+    """(seconds per step, timed steps) on random models, uncompiled, in one process."""
     student = _random_unet(setup.student, device)
     teacher = None if setup.teacher is None else _random_unet(setup.teacher, device)
     task = task_of(setup, student, teacher)

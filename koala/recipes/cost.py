@@ -1,10 +1,10 @@
-"""What a run will cost, told before it is begun: `koala distill RECIPE --dry-run`.
+"""Estimates the cost of a run before it starts: `koala distill RECIPE --dry-run`.
 
-FLOP of a sample are counted from the architectures: the teacher's forward and three times the
-student's (a backward pass is two forwards' work), four times where activations are computed again;
-and the VAE's, where the data are pictures that the training encodes.
-Memory is `koala.recipes.memory`'s. Time follows from a rate of the device: that of a named card,
-at an assumed share of its peak, or one measured here (`koala.recipes.calibrate`).
+The FLOPs of a sample follow from the architectures: the teacher's forward pass and three times the
+student's (a backward pass costs two forward passes), four times with activation checkpointing; and
+the VAE's, if the training encodes images. Memory comes from `koala.recipes.memory`. Time follows
+from the device's throughput: a named GPU's, at an assumed share of its peak, or one measured here
+(`koala.recipes.calibrate`).
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from koala.utils.device import pick_device
 MINI = get("sdxl-mini")
 SDXL_TEXT = 123_060_480 + 694_659_840  # parameters of its two text encoders
 SDXL_VAE = 83_653_863
-ENCODE = 4.65e6  # FLOP that its encoder takes for a pixel, at 1024 x 1024; 8 % fewer at 512 x 512
+ENCODE = 4.65e6  # FLOPs of its encoder per pixel, at 1024 x 1024; 8 % fewer at 512 x 512
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a whole run. Memory in GiB of one device, or of one process's main memory."""
+    """The cost of a run. Memory in GiB of one device, or of one process's main memory."""
 
     student: str
     teacher: str | None
@@ -56,15 +56,15 @@ class Estimate:
     processes: int
     micro_batch: int
     pixels: int
-    tflop_a_sample: float  # teacher's forward and three of the student's
-    tflop_again: float  # more, where activations are computed again
+    tflop_a_sample: float  # one teacher forward pass, three student ones
+    tflop_again: float  # extra, if activations are recomputed
     device: str
     room: float  # of the device
     memory: dict[str, float]
     main_memory: dict[str, float]
-    advice: str  # what to set where it does not fit, or where more would
+    advice: str  # settings if it does not fit, or if more would fit
     samples_per_second: float
-    basis: str  # how the rate is known
+    basis: str  # how the throughput was determined
     days: float
     device_hours: float
 
@@ -80,7 +80,7 @@ class Estimate:
     def text(self) -> str:
         """For the terminal."""
         taps = " + ".join(f"{n} {location}" for location, n in self.taps.items()) or "none"
-        again = f" + {self.tflop_again:.4g} computed again" if self.tflop_again else ""
+        again = f" + {self.tflop_again:.4g} recomputed" if self.tflop_again else ""
         lines = [
             f"student       {self.student}, {self.trained:,} parameters trained",
             f"teacher       {self.teacher or 'none'}; {self.frozen:,} parameters frozen",
@@ -88,11 +88,11 @@ class Estimate:
             f"samples       {self.samples:,} of {self.pixels} px, {self.batch} a step: "
             f"{self.processes} x {self.micro_batch} at once",
             f"a sample      {self.tflop_a_sample:.4g} TFLOP{again}",
-            f"memory        {self.total:.2f} of {self.room:.1f} GiB of each {self.device}, namely",
+            f"memory        {self.total:.2f} of {self.room:.1f} GiB of each {self.device}:",
             *(f"{size:14.2f} {part}" for part, size in self.memory.items()),
             *(f"{size:14.2f} in main memory: {n}" for n, size in self.main_memory.items()),
             *([f"              {self.advice}"] if self.advice else []),
-            f"speed         {self.samples_per_second:.3g} samples/s (estimate: {self.basis})",
+            f"throughput    {self.samples_per_second:.3g} samples/s (estimate: {self.basis})",
             f"whole run     {self.days:.3g} days, {self.device_hours:,.4g} device-hours (estimate)",
         ]
         return "\n".join(lines)
@@ -129,16 +129,16 @@ def estimate(
     processes: int = 1,
     device: str | None = None,
 ) -> Estimate:
-    """What the recipe's run takes on `processes` devices.
+    """The estimated cost of the recipe's run on `processes` devices.
 
-    teacher: where it is a folder or a file here, it is looked at; else the recipe says what it is.
-    data: a prepared folder, which says how large the pictures are where the recipe does not, and
-    whether the text side runs; without it, it does.
-    card: a name of `koala.recipes.gpus`; None measures `device` for half a minute at most.
-    UserError for a recipe without a U-Net, an unknown card, or a batch that does not divide.
+    teacher: inspected if it is a local folder or file; otherwise taken from the recipe.
+    data: a prepared folder, which states the image size if the recipe does not, and whether text
+    embeddings are stored; by default they are not.
+    card: a name in `koala.recipes.gpus`; None measures `device` for at most half a minute.
+    UserError for a recipe without a U-Net, an unknown GPU, or a batch that does not divide evenly.
     """
     if not isinstance(recipe, Student | Teacher):
-        raise UserError("a dry run reckons U-Nets alone; this recipe makes a VAE and a text side")
+        raise UserError("a dry run covers U-Nets only; this recipe trains a VAE or text encoders")
     check_dry_run(recipe, processes, card, device, data)
     made_with = Index(data).made_with if data is not None else {}
     known = assumed(card) if card is not None else None
@@ -147,7 +147,7 @@ def estimate(
     setup = _setup(recipe, teacher, processes, on_gpu, made_with.get("size"))
     again, flops = _flops(setup)
     frozen = _frozen(teacher, setup)
-    memory = device_memory(setup) | _beside(frozen, on_gpu, made_with.get("text", False))
+    memory = device_memory(setup) | _other_memory(frozen, on_gpu, made_with.get("text", False))
     speed = known or measured(setup, here, sum(memory.values()), again + flops)
     if made_with.get("posterior") == "pixels":
         flops += _encoding(teacher, setup)
@@ -181,9 +181,9 @@ def estimate(
 def _setup(
     recipe: Student | Teacher, teacher: str | None, processes: int, on_gpu: bool, size: int | None
 ) -> TrainingSetup:
-    """The recipe with its sizes: the teacher's own where it lies here, else the recipe's.
+    """The recipe with its sizes: a local teacher's own, else the recipe's.
 
-    size: pixels of the data's square bucket, where the recipe does not say; None: the native ones.
+    size: pixels of the data's square bucket, if the recipe states none; None: the native size.
     """
     common: dict[str, Any] = {
         "training": recipe.training,
@@ -202,19 +202,19 @@ def _setup(
 
 
 def _folder(teacher: str | None) -> Path | None:
-    """The teacher's folder if it is one of this machine."""
+    """The teacher's folder if it is local."""
     here = teacher is not None and (teacher in bundled_names() or Path(teacher).is_dir())
     return resolve_model(teacher) if teacher is not None and here else None
 
 
 def _small_parts(teacher: str | None, setup: TrainingSetup) -> Path | None:
-    """A folder with the VAE and the text encoders of the run; None where they are SDXL's own."""
+    """A folder with the run's VAE and text encoders; None if they are SDXL's."""
     of_the_family = setup.student.context == MINI.context
     return _folder(teacher) or (BUNDLED / "koala-mini" if of_the_family else None)
 
 
 def _encoding(teacher: str | None, setup: TrainingSetup) -> int:
-    """FLOP of a picture's way through the VAE, where pictures are prepared and no latents."""
+    """FLOPs of encoding an image with the VAE."""
     folder = _small_parts(teacher, setup)
     if folder is None:
         return int(ENCODE * setup.pixels**2)
@@ -225,7 +225,7 @@ def _encoding(teacher: str | None, setup: TrainingSetup) -> int:
 
 
 def _frozen(teacher: str | None, setup: TrainingSetup) -> dict[str, int]:
-    """Parameters of what is not trained, by part."""
+    """Frozen parameters by part."""
     folder = _small_parts(teacher, setup)
     parts = {"text encoders": SDXL_TEXT, "VAE": SDXL_VAE}
     if folder is not None:
@@ -242,18 +242,18 @@ def _frozen(teacher: str | None, setup: TrainingSetup) -> dict[str, int]:
     return parts
 
 
-def _beside(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> dict[str, int]:
-    """Bytes on the device of what a run keeps there besides the U-Nets."""
+def _other_memory(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> dict[str, int]:
+    """Bytes on the device of a run's VAE and text encoders."""
     parts = {"VAE, for previews": 4 * frozen["VAE"]}
     if not text_stored:
         parts["text encoders"] = (2 if on_gpu else 4) * frozen["text encoders"]
         if not on_gpu:
-            parts["embeddings of captions, at most"] = CAPTION_CACHE
+            parts["cached caption embeddings, at most"] = CAPTION_CACHE
     return parts
 
 
 def _flops(setup: TrainingSetup) -> tuple[int, int]:
-    """FLOP of a sample's step: computed again by checkpointing, and all the rest."""
+    """FLOPs of a sample's step: recomputed by checkpointing, and all others."""
     side = setup.pixels
     own = forward_flops(setup.student, side, side, setup.student.tokens)
     rest = 3 * own
@@ -270,7 +270,7 @@ def _taps(recipe: Student | Teacher, student: UNetArchitecture) -> dict[str, int
 
 
 def _advice(setup: TrainingSetup, memory: Mapping[str, int], room: float) -> str:
-    """What to set where the run does not fit into `room` GiB, or would with larger parts."""
+    """Settings to change if the run does not fit in `room` GiB, or could use larger parts."""
     fixed, per_sample = sum(memory.values()), memory["activations"] / setup.micro_batch
     fixed -= memory["activations"]
     share = setup.training.batch // setup.world
@@ -289,7 +289,7 @@ def _advice(setup: TrainingSetup, memory: Mapping[str, int], room: float) -> str
 
 
 def _remedies(setup: TrainingSetup, memory: Mapping[str, int]) -> str:
-    """What saves memory and is not yet done."""
+    """Settings that save memory and are not yet set."""
     hardware, training = setup.hardware, setup.training
     undone = {
         "hardware.checkpointing=true": not hardware.checkpointing,
@@ -301,5 +301,5 @@ def _remedies(setup: TrainingSetup, memory: Mapping[str, int]) -> str:
     settings = " ".join(name for name, is_undone in undone.items() if is_undone)
     ways = [f"--set {settings}"] if settings else []
     if "text encoders" in memory:
-        ways.append("--data whose embeddings are stored (koala prepare --text)")
-    return " or ".join([*ways, "larger cards, or more of them"])
+        ways.append("--data with stored embeddings (koala prepare --text)")
+    return " or ".join([*ways, "larger or more GPUs"])

@@ -1,14 +1,14 @@
-"""Graphics cards by name: what a dry run reckons with where the card itself is not at hand.
+"""GPUs by name, for dry runs without the GPU itself.
 
-Memory in GiB as the driver shows it; peak in TFLOP/s of dense bf16 products summed in fp32, from
-the makers' data sheets (of GeForce cards twice their fp32 rate, as the white papers have it).
+Memory in GiB as reported by the driver; peak in TFLOP/s of dense bf16 products accumulated in fp32,
+from data sheets (for GeForce cards twice the fp32 rate, as in the white papers).
 """
 
 from typing import NamedTuple
 
 from koala.errors import unknown
 
-SHARE = 0.35  # of the peak that a training is assumed to reach; nothing of ours was measured yet
+SHARE = 0.35  # of the peak that a training is assumed to reach; not yet measured
 
 
 class Gpu(NamedTuple):
@@ -34,7 +34,7 @@ GPUS = {
 
 
 def get(name: str) -> Gpu:
-    """The card of that name; `UserError` lists the names."""
+    """The GPU of that name; `UserError` lists the names."""
     if name not in GPUS:
         raise unknown("card", name, GPUS)
     return GPUS[name]

@@ -1,13 +1,13 @@
-"""What a training takes of a device's memory, part by part, before it is begun.
+"""Estimates the memory of a training by part, before it starts.
 
-What stays (weights, optimiser, averages, teacher) is counted. What a step makes is found by making
-one: the real task runs forward and backward on the meta device, where tensors have shapes and no
-numbers (`koala.generation.memory.peak`), and what is alive at its fullest moment is added up. So
-taps, checkpointing and the division of the batch are as they are, at any size.
+Persistent parts (weights, optimiser, averages, teacher) are counted. The memory of a step is found
+by running one: the real task runs forward and backward on the meta device, where tensors have
+shapes but no data (`koala.generation.memory.peak`), and the tensors alive at the peak are added up.
+So taps, checkpointing and gradient accumulation are exact at any size.
 
-Not seen: the libraries' own workspaces and the device's context (`OVERHEAD` stands for them), the
-gaps of the allocator, and previews, which are drawn when a step's activations are gone. Compiled
-blocks keep less than is counted here.
+Not included: library workspaces and the device's context (estimated by `OVERHEAD`), fragmentation
+of the allocator, and previews, which are drawn after a step's activations are freed. Compiled
+blocks need less than is counted here.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from koala.distillation.tasks import Denoising, Distillation
 from koala.generation.memory.peak import Alive, FusedAttention
 
 OVERHEAD = 2**30  # bytes of a GPU: context, cuDNN's and cuBLAS's workspaces; assumed
-STATES_8BIT = (4096, 256)  # torchao: least size of a tensor kept in 8 bits, numbers with one scale
-AHEAD = 2  # regions that FSDP2 has gathered at once: one computes, one comes
+STATES_8BIT = (4096, 256)  # torchao: smallest tensor kept in 8 bits, values per scale
+AHEAD = 2  # regions gathered by FSDP2 at once: one running, one prefetched
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """A training as its memory sees it; sizes of pictures in pixels."""
+    """The facts that determine a training's memory; image sizes in pixels."""
 
     student: UNetArchitecture
-    teacher: UNetArchitecture | None  # None: L_task alone, no teacher runs
+    teacher: UNetArchitecture | None  # None: L_task alone, no teacher
     settings: DistillationSettings | None  # None: a `Denoising`
     training: Training
     hardware: Hardware
@@ -60,15 +60,15 @@ class TrainingSetup:
 
     @property
     def micro_batch(self) -> int:
-        """Samples computed at once; UserError where the batch does not divide so."""
+        """Samples computed at once; UserError if the batch does not divide evenly."""
         return self.hardware.micro_batch(self.training.batch, self.world)
 
 
 def device_memory(setup: TrainingSetup) -> dict[str, int]:
-    """Bytes on each device at the fullest moment of a step, by part; text side and VAE apart.
+    """Bytes on each device at the peak of a step, by part; without text encoders and VAE.
 
-    Under DDP and accumulation all gradients are there from the start; else they come while
-    activations go, and those are counted that are there at that moment.
+    With DDP or accumulation all gradients exist from the start. Otherwise they are allocated while
+    activations are freed, and those alive at the peak are counted.
     """
     student = blank_unet(setup.student)
     shares = setup.world if setup.hardware.sharding == "fsdp" else 1
@@ -92,11 +92,11 @@ def device_memory(setup: TrainingSetup) -> dict[str, int]:
 
 
 def main_memory(setup: TrainingSetup) -> dict[str, int]:
-    """Bytes of main memory that the first process takes, by part; the others write nothing."""
+    """Bytes of main memory in the first process, by part; only it writes checkpoints."""
     weights, lengths = 4 * parameters(setup.student), len(setup.training.half_lives)
     parts = {
         "averages": lengths * weights if setup.hardware.ema_on_cpu else 0,
-        "a checkpoint while it is written": (1 + 2 + lengths) * weights,  # moments and averages too
+        "a checkpoint while it is written": (1 + 2 + lengths) * weights,  # moments and averages
     }
     if setup.teacher is not None and setup.hardware.teacher == "offloaded":
         parts["teacher"] = 2 * parameters(setup.teacher)
@@ -104,7 +104,7 @@ def main_memory(setup: TrainingSetup) -> dict[str, int]:
 
 
 def optimiser_bytes(sizes: Iterable[int], optimizer: str) -> int:
-    """Bytes of AdamW's two moments for tensors of so many numbers."""
+    """Bytes of AdamW's two moments for tensors of these sizes."""
     total = 0
     least, block = STATES_8BIT
     for n in sizes:
@@ -120,7 +120,7 @@ def blank_unet(arch: UNetArchitecture) -> UNet2DConditionModel:
 
 
 def _gathered(unet: nn.Module, regions_at_once: int) -> int:
-    """Bytes of fp32 parameters that are whole at once: those outside the regions always are."""
+    """Bytes of fp32 parameters gathered at once; those outside the regions always are."""
     inside = [sum(p.numel() for p in region.block.parameters()) for region in regions(unet)]
     every = sum(p.numel() for p in unet.parameters())
     return 4 * (every - sum(inside) + regions_at_once * max(inside))
@@ -144,9 +144,9 @@ def _teacher_bytes(setup: TrainingSetup) -> int:
 def _step(
     setup: TrainingSetup, student: UNet2DConditionModel, kept_gradients: bool
 ) -> dict[str, int]:
-    """Bytes that a step has made and holds at its fullest moment: gradients, copies, activations.
+    """Bytes allocated by a step and alive at its peak: gradients, copies, activations.
 
-    kept_gradients: the gradients are there before and are added to.
+    kept_gradients: the gradients exist already and are accumulated.
     """
     teacher = None if setup.teacher is None else blank_unet(setup.teacher)
     task = task_of(setup, student, teacher)
@@ -156,7 +156,7 @@ def _step(
     autocast = _Autocast(ledger)
     in_bf16 = setup.on_gpu or setup.hardware.cpu_bf16
     modes = [FusedAttention(), *([autocast] if in_bf16 else [])]
-    for region in regions(student):  # there too when it is computed again, in the backward pass
+    for region in regions(student):  # applied to the recomputation in the backward pass too
         region.compute = partial(_within, modes, region.compute)
     alone = replace(setup.hardware, compile="", sharding="ddp", teacher="whole")
     lay_out(task, alone, World(device=META))
@@ -176,7 +176,7 @@ def _step(
 def _within(
     modes: Sequence[TorchFunctionMode], compute: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """What `compute` gives under the modes."""
+    """The result of `compute` under the modes."""
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
@@ -186,11 +186,11 @@ def _within(
 def task_of(
     setup: TrainingSetup, student: UNet2DConditionModel, teacher: UNet2DConditionModel | None
 ) -> Denoising:
-    """The setup's own task for models without weights of their own; batches must bring their text.
+    """The setup's task for models without weights; batches must hold text embeddings.
 
-    It can neither preview nor be exported.
+    It can neither draw previews nor export.
     """
-    base = BUNDLED / "koala-mini"  # any pipeline folder: a task copies its own when it exports
+    base = BUNDLED / "koala-mini"  # any pipeline folder: used by export alone
     no_text: Any = None
     schedule = NoiseSchedule(load_scheduler_config(base))
     if teacher is None:
@@ -200,7 +200,7 @@ def task_of(
 
 
 def batch_of(setup: TrainingSetup, device: torch.device) -> dict[str, Any]:
-    """As many samples as are computed at once, all zeros, with their text."""
+    """A micro-batch of zeros with text embeddings."""
     n, side, arch = setup.micro_batch, setup.pixels // FACTOR, setup.student
     return {
         "latents": torch.zeros(n, LATENT_CHANNELS, side, side, device=device),
@@ -212,12 +212,12 @@ def batch_of(setup: TrainingSetup, device: torch.device) -> dict[str, Any]:
 
 
 class _Ledger(Alive):
-    """Keeps a book of all storages made, to tell afterwards what was alive at the peak."""
+    """Records all storages, to find out what was alive at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._sizes: list[int] = []  # by number of the storage, in the order of their making
-        self._events: list[int] = []  # a number: it was made; its complement: it died
+        self._sizes: list[int] = []  # by storage number, in order of creation
+        self._events: list[int] = []  # a storage number: created; its complement: freed
         self._numbers = WeakIdKeyDictionary()
         self._names: dict[int, str] = {}
 
@@ -231,13 +231,13 @@ class _Ledger(Alive):
             weakref.finalize(storage, self._events.append, ~number)
 
     def name(self, tensor: Tensor, name: str) -> None:
-        """Says what a tensor is for; without a name it is an activation."""
+        """Names a tensor's part; unnamed tensors are activations."""
         number = self._numbers.get(tensor.untyped_storage())
         if number is not None:
             self._names[number] = name
 
     def fullest(self) -> dict[str, int]:
-        """Bytes by name at the moment when most were alive."""
+        """Bytes by part at the peak."""
         changes = (self._sizes[e] if e >= 0 else -self._sizes[~e] for e in self._events)
         held = list(accumulate(changes))
         peak = max(range(len(held)), key=held.__getitem__)
@@ -251,7 +251,7 @@ class _Ledger(Alive):
 
 
 class _Autocast(TorchFunctionMode):
-    """What bf16 autocast does on CUDA to the operations of a U-Net, for tensors of no device."""
+    """CUDA's bf16 autocast for a U-Net's operations, on the meta device."""
 
     _IN_BF16 = ("linear", "conv2d", "scaled_dot_product_attention")
     _IN_FP32 = ("group_norm", "layer_norm")
@@ -259,10 +259,10 @@ class _Autocast(TorchFunctionMode):
     def __init__(self, ledger: _Ledger) -> None:
         super().__init__()
         self._ledger = ledger
-        self._copies: dict[Tensor, Tensor] | None = {}  # of weights, until the forward is over
+        self._copies: dict[Tensor, Tensor] | None = {}  # of weights, until the forward pass ends
 
     def forget(self) -> None:
-        """The forward is over: copies that no gradient needs die, and none is kept any more."""
+        """The forward pass has ended: drops copies, unless a gradient needs them."""
         self._copies = None
 
     def __torch_function__(

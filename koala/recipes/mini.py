@@ -1,15 +1,15 @@
-"""The mini family's runs, sized for two CPU cores, from pictures to student in an afternoon.
+"""The mini family's runs, sized for two CPU cores, from images to student in an afternoon.
 
-Pictures are 128 x 128 pixels, so latents are 16 x 16; the set is `illustrations-small`. The VAE,
-the text side and the teacher's first part learn from the same set at 64 pixels, where a sample
-costs a quarter: what an 8 x 8 patch looks like and what words mean is much the same. Then the VAE
-goes on at 128.
+Images are 128 x 128 pixels, so latents are 16 x 16; the set is `illustrations-small`. The VAE,
+the text encoders and the teacher's first part are trained on the same set at 64 pixels, where a
+sample costs a quarter: the look of an 8 x 8 patch and the meaning of words are much the same. Then
+the VAE is trained further at 128.
 """
 
 from dataclasses import replace
 
 from koala.distillation.settings import DistillationSettings, Training
-from koala.mini.settings import Autoencoder, MiniBase, Tiny
+from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes.recipe import Mixture, Student, Teacher
 
 # Of the samples 42 % are emoji, 15 % painted ones, 12 % icons, 31 % scenes. Other captions than the
@@ -24,9 +24,9 @@ SHOWN = {"emoji": 6, "painted": 1, "icon": 1, "scene": 1}  # to the VAE; caption
 SELF_ATTENTION = DistillationSettings(feature_weight=0.05, normalise=True, min_snr=1.0)
 
 
-def mini_base() -> MiniBase:
-    """The VAE and the text side."""
-    return MiniBase(
+def mini_base() -> Base:
+    """The VAE and the text encoders."""
+    return Base(
         kinds=SHOWN,
         vae=Training(
             samples=112_000, batch=8, lr=1.5e-3, warmup=1_600, decay=True,
@@ -44,11 +44,11 @@ def mini_base() -> MiniBase:
 
 
 def mini_vae() -> Autoencoder:
-    """The VAE, going on at 128 pixels, with latents as rough as a U-Net draws them.
+    """The VAE, trained further at 128 pixels, with noisy latents like those of a U-Net.
 
-    Noise alone makes a code of the latents, which nothing but this decoder understands: 40 % of
-    their variance at more than 6 cycles a side, 7 % before, and a U-Net learns them half as well.
-    The pull towards colour keeps three channels smooth (`docs/log.md`).
+    Noise alone turns the latents into a code that only this decoder understands: 40 % of their
+    variance above 6 cycles per side (7 % before), and a U-Net learns them half as well. The colour
+    term keeps three channels smooth (`docs/log.md`).
     """
     return Autoencoder(
         kinds=SHOWN,
@@ -63,9 +63,9 @@ def mini_vae() -> Autoencoder:
 
 
 def sdxl_mini_64() -> Teacher:
-    """The teacher's first part, on pictures of 64 pixels: what things are, at a third of the cost.
+    """The teacher's first part, at 64 pixels: learns what things are at a third of the cost.
 
-    SNR of at least 1 counts alike (min-SNR with gamma 1): shapes are decided at the noisy half
+    min-SNR with gamma 1 limits the weight of clean timesteps: shapes are decided at the noisy half
     of the timesteps, which a plain mean weighs lightly.
     """
     return Teacher(
@@ -81,15 +81,15 @@ def sdxl_mini_64() -> Teacher:
 
 
 def sdxl_mini_128() -> Teacher:
-    """The teacher's second part, from `sdxl-mini-64` on, at its own size: most of what it learns.
+    """The teacher's second part, from `sdxl-mini-64`, at full size: most of its training.
 
-    The rate is constant, so that the part may be as long as there is time for.
+    The learning rate is constant, so this part may be as long as time permits.
     """
     return _further(samples=2_560_000, decay=False, seed=1)
 
 
 def sdxl_mini() -> Teacher:
-    """The teacher, from `sdxl-mini-128` on, its rate falling to zero."""
+    """The teacher, from `sdxl-mini-128`, with the learning rate decaying to zero."""
     return _further(samples=1_024_000, decay=True, seed=2)
 
 
@@ -97,24 +97,24 @@ def koala_mini_first() -> Student:
     """The student's first part: L_task + L_outKD + L_featKD on SA everywhere, LF at DW-1 and UP-3.
 
     Deviations from the paper: 592,000 samples with `koala-mini` (64 M there), each part at lr
-    1.4e-3 falling to zero (1e-5 constant), since the model has 4.8 M parameters and is given
-    minutes; min-SNR in L_task, as its teacher learnt. Each tap's error is divided by the teacher
-    feature's mean square (LAPTOP-Diff), so that no tap counts for more by its scale, and their sum
-    is weighted so that it is about as large as L_outKD at the end: at full weight it led the loss
-    and cost more than it brought (`docs/log.md`). The paper's plain sum has not been tried here.
+    1.4e-3 decaying to zero (1e-5 constant), since the model has 4.8 M parameters and trains for
+    minutes; min-SNR in L_task, as for its teacher. Each tap's error is divided by the teacher
+    feature's mean square (LAPTOP-Diff), so that no tap dominates by its scale, and their sum is
+    weighted to be about as large as L_outKD at the end: at full weight it dominated the loss and
+    made results worse (`docs/log.md`). The paper's plain sum has not been tried here.
     """
     return _student(SELF_ATTENTION, samples=192_000, batch=64, lr=1.4e-3)
 
 
 def koala_mini() -> Student:
-    """The student, going on from `koala-mini-first` (`--student`): other noise."""
+    """The student, trained further from `koala-mini-first` (`--student`), with other noise."""
     first = koala_mini_first()
     training = replace(first.training, samples=400_000, preview_every=40_000, seed=4)
     return replace(first, training=training)
 
 
 def koala_mini_sa() -> Student:
-    """`koala-mini-first` in as many samples as the controls: what the losses are compared by."""
+    """`koala-mini-first` with the controls' number of samples, to compare the losses."""
     return _student(SELF_ATTENTION)
 
 
@@ -131,7 +131,7 @@ def koala_mini_task_out() -> Student:
 
 
 def tiny_mini() -> Tiny:
-    """The tiny autoencoder, from the VAE of any model of the family: small batches, many steps."""
+    """The tiny autoencoder of any model's VAE: small batches, many steps."""
     return Tiny(
         kinds=MIXTURE.kinds,
         training=Training(

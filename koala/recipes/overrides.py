@@ -1,9 +1,8 @@
-"""Settings of a recipe replaced from the command line, as in `--set training.batch=64`.
+"""Overrides a recipe's settings from the command line, as in `--set training.batch=64`.
 
-A name is the path to a field of the recipe's dataclasses, a value is read as that field's type
-says. Lists are separated by commas. Taps are written as in the paper's tables and in
-`koala.recipes.paper`: "sa+lf@DW-1,UP-3" is self-attention everywhere and the last feature of two
-stages.
+A name is the path to a field of the recipe's dataclasses; a value is parsed by the field's type.
+Lists are separated by commas. Taps are written as in `koala.recipes.paper`: "sa+lf@DW-1,UP-3" is
+self-attention everywhere and the last feature of two stages.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ T = TypeVar("T")
 
 
 def overridden(recipe: T, given: Sequence[str]) -> T:
-    """The recipe with its "name=value" settings replaced.
+    """The recipe with "name=value" settings replaced.
 
-    UserError on a name that it does not have (all that there are are listed), one given twice, a
-    value of another type, and whatever the settings themselves refuse.
+    UserError for an unknown name (the message lists all names), a repeated one, a value of
+    another type, and values that the settings reject.
     """
     kinds = dict(_settings(recipe))
     values: dict[str, Any] = {}
@@ -34,13 +33,13 @@ def overridden(recipe: T, given: Sequence[str]) -> T:
         if name not in kinds:
             raise unknown("--set name", name, kinds)
         if name in values:
-            raise UserError(f"--set {name} is given twice: name each setting once")
+            raise UserError(f"--set {name} is given twice")
         values[name] = _read(name, value, kinds[name])
     return _replaced(recipe, values)
 
 
 def taps_of(text: str) -> tuple[Tap, ...]:
-    """Taps as they are written: "" is none, "sa+lf@DW-1,UP-3" two kinds. UserError for others."""
+    """Parses taps: "" is none, "sa+lf@DW-1,UP-3" two kinds. UserError if invalid."""
     taps = []
     for part in text.split("+") if text else ():
         location, at, stages = part.partition("@")
@@ -62,7 +61,7 @@ def _settings(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _replaced(node: T, values: dict[str, Any]) -> T:
-    """The dataclass with the values, by path; all of one dataclass at once, as it checks them."""
+    """The dataclass with the values, by path; each dataclass is replaced, and checked, once."""
     inner: dict[str, dict[str, Any]] = {}
     changes: dict[str, Any] = {}
     for path, value in values.items():
@@ -72,7 +71,7 @@ def _replaced(node: T, values: dict[str, Any]) -> T:
         else:
             changes[name] = value
     changes |= {name: _replaced(getattr(node, name), below) for name, below in inner.items()}
-    return replace(node, **changes)  # type: ignore[type-var]
+    return replace(node, **changes)  # type: ignore[type-var]  # T: of any dataclass
 
 
 # --- values ---------------------------------------------------------------------------------
@@ -82,7 +81,7 @@ def _truth(text: str) -> bool:
     return {"true": True, "false": False}[text]
 
 
-_PLAIN: dict[type, tuple[Callable[[str], Any], str]] = {  # how a type is read, and what it is
+_PLAIN: dict[type, tuple[Callable[[str], Any], str]] = {  # parser and description of a type
     int: (int, "a whole number"),
     float: (float, "a number"),
     bool: (_truth, "true or false"),
@@ -91,7 +90,7 @@ _PLAIN: dict[type, tuple[Callable[[str], Any], str]] = {  # how a type is read, 
 
 
 def _read(name: str, text: str, kind: Any) -> Any:
-    """`text` as a value of the type `kind`; UserError saying what it must be."""
+    """Parses `text` as the type `kind`; UserError says what it must be."""
     if kind == tuple[Tap, ...]:
         return taps_of(text)
     origin, inner = get_origin(kind), get_args(kind)

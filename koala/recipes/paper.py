@@ -1,32 +1,32 @@
-"""The paper's runs, a row each, and what of them fits on one smaller card.
+"""The paper's runs, one row each, and versions of them for one smaller GPU.
 
 Every row trains a student cut out of an SDXL by L_task + L_outKD + L_featKD (weights 1/1/1) with
 AdamW at a constant 1e-5 (KOALA, appendix A). Which row makes which table of the paper:
 
     koala-turbo-*, koala-lightning-*   the final models
     koala-1b, koala-700m               the first models (25 steps); the teacher study's SDXL-Base;
-                                       the data study: the set is what --data holds
+                                       the data study: --data chooses the set
     study-turbo, study-lightning       the teacher study's other teachers
     ablation-*                         location, stage and depth rule of the features, at equal cost
     bk-sdxl-sa                         self-attention distillation on BK-SDXL's student
-    *-24gb, *-12gb                     one card of so much memory, fewer samples
+    *-24gb, *-12gb                     one GPU with that much memory, fewer samples
 
-Where the paper is silent or we deviate:
+Where the paper is silent, or we deviate:
 
 - EMA: none is mentioned. Here the exported weights are an average whose half-life is a fiftieth of
-  the run. Caption dropout: none is mentioned. Here 0.1, so that guidance has something to go by.
-- Loss weights: none are printed; 1/1/1 is how the formula reads.
-- The paper trains in fp16, we under bf16 autocast, whose range no feature leaves.
-- Prompts beyond 77 tokens, as most of LAION-POP's are: the paper does not say; here whole
-  sentences are drawn that fit (`koala.data.captions`).
+  the run. Caption dropout: none is mentioned. Here 0.1, for classifier-free guidance.
+- Loss weights: none are stated; 1/1/1 is our reading of the formula.
+- The paper trains in fp16, we under bf16 autocast, whose range no feature exceeds.
+- Prompts beyond 77 tokens, as most of LAION-POP's are: the paper does not say; here a
+  random selection of whole sentences that fit is shown (`koala.data.captions`).
 - The students of ablations and of the teacher study are not taken from the paper: KOALA-1B for the
   ablations, since it alone has a mid block, KOALA-700M for the teachers. Neither are the samples
   of the first models: they are the studies'.
 - Betas, weight decay and clipping are those of diffusers' SDXL fine-tuning script, which the
   authors built on; no warm-up, as there.
-- *-24gb and *-12gb see 3.2 M samples, not 64 M: what one card does in weeks, not in a year.
+- *-24gb and *-12gb see 3.2 M samples, not 64 M: what one GPU does in weeks instead of a year.
 
-Importing this loads nothing heavy.
+Importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ HARDWARE = {
     "24 GB": Hardware(accumulate=8, checkpointing=True, ema_on_cpu=True),
     "12 GB": Hardware(accumulate=32, checkpointing=True, ema_on_cpu=True, teacher="offloaded"),
 }
-EIGHT_BIT = ("24 GB", "12 GB")  # keep AdamW's moments in 8 bits
+EIGHT_BIT = ("24 GB", "12 GB")  # with AdamW's moments in 8 bits
 
 _BEST = "sa+lf@DW-1,UP-3"
 _SPREAD, _UPPER = ("sa", "in 4", "interleave"), ("sa", "in 4", "up")  # depth rules of their own
@@ -103,7 +103,7 @@ _ROWS: tuple[tuple, ...] = (
 )
 # fmt: on
 PRESETS = {name: Preset(*row) for name, *row in _ROWS}
-PROMPTS = (  # of previews: what the paper says such models find hard, and some that they should not
+PROMPTS = (  # of previews: some that the paper calls hard for such models, some easy
     "a portrait photo of a golden retriever",
     "a bowl of ramen on a wooden table, steam rising, soft window light",
     "an old lighthouse on a cliff, storm clouds, oil painting",
@@ -116,7 +116,7 @@ PROMPTS = (  # of previews: what the paper says such models find hard, and some 
 
 
 def student(name: str) -> Student:
-    """The run of that row of the table."""
+    """The recipe of a row of the table."""
     row = PRESETS[name]
     samples = 1000 * row.steps * row.batch
     weight = 1.0 if row.taps else 0.0  # of both terms that need the teacher

@@ -1,4 +1,4 @@
-"""What a U-Net's training shows of itself: a sheet of pictures drawn with the weights so far."""
+"""Previews of a U-Net's training: contact sheets drawn with the current weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +14,14 @@ from koala.generation.pipeline import Pipeline
 from koala.text_conditioning import TextConditioner
 from koala.utils.contact_sheet import contact_sheet
 
-SMALL = 128  # pixels: pictures up to here are shown twice as large, larger ones
-LARGEST = 512  # at most so large
+SMALL = 128  # pixels: images up to this size are enlarged twice
+LARGEST = 512  # pixels: larger images are reduced to this size
 
 
 def drawing(model: Path, conditioner: TextConditioner, device: torch.device | str) -> Draw:
-    """Draws with any U-Net and the VAE of `model`, which goes to `device` in fp32.
+    """A function that draws with any U-Net and the VAE of `model`, on `device` in fp32.
 
-    conditioner: the training's own; the text side is not loaded a second time.
+    conditioner: the training's own, so the text encoders are not loaded twice.
     """
     vae = load_vae(model).to(device).eval()
     schedule = load_scheduler_config(model)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from koala.distillation.settings import PLAIN, DistillationSettings, Hardware, Training
-from koala.mini.settings import Autoencoder, MiniBase, Tiny
+from koala.mini.settings import Autoencoder, Base, Tiny
 
 MINI_PROMPTS = (  # of previews
     "a red apple, noto style",
@@ -28,9 +28,9 @@ MINI_PROMPTS = (  # of previews
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a U-Net is shown: copies of each kind in an epoch, weights of the caption columns.
+    """A U-Net's training data: copies of each kind in an epoch, weights of the caption columns.
 
-    None: everything once; the only column there is.
+    None: everything once; the only column.
     """
 
     kinds: dict[str, int] | None = None
@@ -39,7 +39,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A U-Net by L_task: from nothing, or `further` from the U-Net of the model given."""
+    """A U-Net trained by L_task: from scratch, or `further` from the given model's U-Net."""
 
     architecture: str
     training: Training
@@ -59,14 +59,14 @@ class Student:
     settings: DistillationSettings
     mixture: Mixture
     hardware: Hardware = PLAIN
-    teacher: str | None = None  # the model to learn from where --teacher names none
-    of: str = "sdxl-mini"  # architecture of a teacher that is not here, for a dry run
-    pixels: int | None = None  # side of the square bucket; data of another size are refused
+    teacher: str | None = None  # the default for --teacher
+    of: str = "sdxl-mini"  # the teacher's architecture, for dry runs without the teacher
+    pixels: int | None = None  # side of the square bucket; other data are rejected
     prompts: tuple[str, ...] = MINI_PROMPTS  # of previews
 
 
-Recipe = MiniBase | Autoencoder | Teacher | Student | Tiny
-ALONE = (MiniBase, Autoencoder, Tiny)  # train in one process, without settings of hardware
+Recipe = Base | Autoencoder | Teacher | Student | Tiny
+ALONE = (Base, Autoencoder, Tiny)  # train in one process, without `Hardware`
 
 
 def described(recipe: Recipe) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What running a recipe means: build task and data from its configuration, train, export.
+"""Runs a recipe: builds task and data from its configuration, trains, exports.
 
-Every run leaves its finished pipeline folder in `<out>/model`; run again, it goes on where it was.
+A run writes its finished pipeline folder to `<out>/model`; the same call resumes it.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from koala.distillation.parallel import World, joined, lay_out
 from koala.distillation.tasks import Denoising, Distillation, Encode
 from koala.errors import UserError
 from koala.mini.runs import run_autoencoder, run_base, run_tiny
-from koala.mini.settings import Autoencoder, MiniBase, Tiny
+from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes import configured
 from koala.recipes.previews import drawing
 from koala.recipes.recipe import ALONE, MINI_PROMPTS, Recipe, Student, Teacher
@@ -37,11 +37,11 @@ from koala.recipes.validation import check, teacher_of
 from koala.text_conditioning import TextConditioner
 
 CAPTION_CACHE = 2**31  # bytes of embeddings cached by a training on the CPU: the whole mini set's
-VALIDATION_BATCH = 64  # samples of the validation
-VALIDATION_SPLITS = ("test", "test-pair")  # the first that a folder has
+VALIDATION_BATCH = 64  # samples
+VALIDATION_SPLITS = ("test", "test-pair")  # the first one present
 
 
-UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run goes on
+UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run is resumed
 
 
 def distill(
@@ -56,26 +56,26 @@ def distill(
 ) -> Path:
     """Runs a recipe to its end and returns the folder of the finished pipeline, `out`/model.
 
-    recipe: a name of `koala.recipes` or a configuration. data: a folder that `koala prepare` made,
-    or for U-Nets a URL of one.
-    teacher: the model to learn from (for `Teacher`, the one whose VAE and text side it takes);
-    recipes of the paper name their own.
-    device: the GPU where there is one, else the CPU; of the processes that torchrun starts, each
-    takes a GPU of its own. settings: "name=value", replacing the recipe's (`overrides`).
-    loggers: "tensorboard", "wandb". student: a model of the recipe's cut to go on from, for
-    `Student`; None: the teacher, cut. Run again, it goes on where it was, also on other hardware.
-    UserError where something is unknown, missing or of no use; Failure where the training fails.
+    recipe: a name in `koala.recipes` or a configuration. data: a folder made by `koala prepare`, or
+    for U-Nets the URL of one.
+    teacher: the model to learn from (for `Teacher`, the one that provides VAE and text encoders);
+    the paper's recipes have a default.
+    device: by default the GPU if there is one, else the CPU; under torchrun each process gets its
+    own GPU. settings: "name=value", replacing the recipe's (`overrides`). loggers: "tensorboard",
+    "wandb". student: for `Student`, a model of the recipe's cut to train further; None: the
+    teacher, cut. The same call resumes a run, also on other hardware.
+    UserError if something is unknown, missing or without effect; Failure if the training fails.
     """
-    name = recipe if isinstance(recipe, str) else "of one's own"
+    name = recipe if isinstance(recipe, str) else "custom"
     out = Path(out)
     with joined(device) as world:
         with world.together():
             recipe = configured(recipe, settings)
             check(recipe, data, teacher, student, device, loggers)
             if isinstance(recipe, ALONE) and world.size > 1:
-                raise UserError("this recipe trains in one process: start it without torchrun")
+                raise UserError("this recipe trains in one process: run it without torchrun")
             teacher = teacher_of(recipe, teacher)
-        if isinstance(recipe, MiniBase):
+        if isinstance(recipe, Base):
             models = [run_base(recipe, Path(data), out, str(world.device), loggers)]
         elif isinstance(recipe, Autoencoder):
             assert teacher is not None
@@ -101,7 +101,7 @@ def _run(
     world: World,
     loggers: Sequence[str],
 ) -> list[Path]:
-    """Trains and exports a U-Net: with each average, the main one first."""
+    """Trains a U-Net and exports it with each average, the main one first."""
     training = recipe.training
     with world.together():
         source = resolve_model(teacher)
@@ -144,7 +144,7 @@ def _run(
 
 
 def _validation_batch(latents: LatentSet, recipe: Teacher | Student, model: Path) -> dict[str, Any]:
-    """A batch of pictures that the training is not shown, for its validation."""
+    """A batch of held-out samples, for validation."""
     folder, captions = latents.index.files.folder, recipe.mixture.captions
     for split in VALIDATION_SPLITS:
         if len(latents.index.select(split)):
@@ -153,15 +153,15 @@ def _validation_batch(latents: LatentSet, recipe: Teacher | Student, model: Path
             there.close()
             return batch
     raise UserError(
-        f"{folder} has no held-out pictures to validate with: prepare with --held-out, or take "
-        "a recipe whose validate_every is 0"
+        f"{folder} has no validation split: prepare with --held-out, or use a "
+        "recipe with validate_every 0"
     )
 
 
 def _flops(task: Denoising, latents: LatentSet) -> float:
-    """FLOP of one sample's step: the teacher's forward pass, and the student's three times.
+    """FLOPs of one sample's step: the teacher's forward pass, and three times the student's.
 
-    A backward pass is two forward passes' work. Buckets have about the area of the square one.
+    A backward pass costs two forward passes. All buckets have about the same area.
     """
     side = latents.index.made_with["size"]
     networks = [(3, task.trainable)]
@@ -181,9 +181,9 @@ def _card(
     teacher: str | None,
     student: str | None,
 ) -> model_card.ModelCard:
-    """The finished model's card: that of what it started from, and this training."""
+    """The finished model's card: the card of the model it started from, and this training."""
     start = model_card.ModelCard("")
-    if isinstance(recipe, MiniBase):
+    if isinstance(recipe, Base):
         trained = {"VAE": recipe.vae, "decoder": recipe.decoder, "text encoders": recipe.text}
     else:
         assert teacher is not None
@@ -206,13 +206,13 @@ def _card(
 
 
 def _conditioner(model: Path, device: torch.device, latents: LatentSet) -> TextConditioner:
-    """The text side: on the device, or on the CPU where only previews need it."""
+    """The text encoders: on the device, or on the CPU if only previews need them."""
     if latents.index.made_with["text"] or device.type == "cpu":
         arch = unet_architecture(model)
         return TextConditioner.from_folder(
             model, cache_size=CAPTION_CACHE // (4 * arch.tokens * arch.context)
         )
-    # Encoding again is quicker here than remembering, and few captions come twice.
+    # On a GPU encoding is faster than a cache, and few captions are repeated.
     return TextConditioner.from_folder(model, torch.float16, device, cache_size=0)
 
 
@@ -228,8 +228,8 @@ def _teaching(
     if recipe.further:
         if (found := unet_architecture(base)) != arch:
             raise UserError(
-                f"{base} has a U-Net {found.name}, this recipe goes on from {arch.name}: "
-                "give the model that the recipe before it made"
+                f"{base} has the U-Net {found.name}, but this recipe continues {arch.name}: "
+                "give the model made by the recipe before it"
             )
         unet = load_unet(base)
     else:
@@ -255,10 +255,10 @@ def _distilling(
     device: torch.device,
     encode: Encode | None,
 ) -> Distillation:
-    """The student begins as `start`, which stays as it was before distillation."""
+    """Distils a copy of `start`, the student before distillation."""
     return Distillation(
         load_unet(start).to(device),
-        load_unet(teacher),  # the task casts it before it takes it along
+        load_unet(teacher),  # the task casts it and moves it to the device
         conditioner,
         NoiseSchedule(load_scheduler_config(teacher)),
         recipe.settings,

@@ -1,4 +1,4 @@
-"""What a run is refused for before torch is loaded."""
+"""Checks the arguments of a run before torch is loaded."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from koala.checkpoints.resolve import check_name
 from koala.distillation.records import check_loggers
 from koala.errors import UserError
-from koala.mini.settings import MiniBase
+from koala.mini.settings import Base
 from koala.recipes import gpus
 from koala.recipes.recipe import Recipe, Student, Teacher
 from koala.utils.device import check_device
@@ -20,14 +20,14 @@ def check(
     device: str | None = None,
     loggers: Sequence[str] = (),
 ) -> None:
-    """UserError for arguments of `distill` that do not do for the recipe, or are not there.
+    """UserError for arguments of `distill` that do not fit the recipe, or do not exist.
 
-    Nothing is fetched: of the Hub's models and of data at a URL only the form is looked at.
+    Nothing is downloaded: Hub ids and URLs are only checked for their form.
     """
     check_device(device)
     check_loggers(loggers)
     if student is not None and not isinstance(recipe, Student):
-        raise UserError(f"--student {student}: this recipe trains none; leave it out")
+        raise UserError(f"--student {student}: this recipe trains no student; leave it out")
     for model in (teacher_of(recipe, teacher), student):
         if model is not None:
             check_name(model)
@@ -41,7 +41,7 @@ def check_dry_run(
     device: str | None = None,
     data: str | Path | None = None,
 ) -> None:
-    """UserError for what an estimate of the recipe's cost, or a run of it, would refuse."""
+    """UserError for settings that a cost estimate or a run of the recipe would reject."""
     check_device(device)
     if card is not None:
         gpus.get(card)
@@ -58,15 +58,15 @@ def check_dry_run(
 
 def _check_data(data: str | Path) -> None:
     if "://" not in str(data) and not Path(data).exists():
-        raise UserError(f"--data {data} is not there: name a folder that `koala prepare` made")
+        raise UserError(f"--data {data} does not exist: give a folder made by `koala prepare`")
 
 
 def teacher_of(recipe: Recipe, given: str | None) -> str | None:
-    """The teacher's name: the given one, else the recipe's own; None where none is needed."""
-    if isinstance(recipe, MiniBase) and given is not None:
-        raise UserError(f"--teacher {given}: this recipe starts from nothing; leave it out")
+    """The teacher's name: the given one, else the recipe's; None if none is needed."""
+    if isinstance(recipe, Base) and given is not None:
+        raise UserError(f"--teacher {given}: this recipe trains from scratch; leave it out")
     teacher = given or (recipe.teacher if isinstance(recipe, Student) else None)
-    if not isinstance(recipe, MiniBase) and teacher is None:
+    if not isinstance(recipe, Base) and teacher is None:
         raise UserError(
             "this recipe needs --teacher: the folder or name of the model to learn from"
         )

@@ -263,7 +263,7 @@ class Service:
             self._admission.progress(entry.work / steps)
             tracker.stepped(progress)
 
-        def on_done(ticket: Ticket) -> None:
+        def on_done(_: object) -> None:
             self._fair_queue.leave(entry)
             self._admission.release(entry.client, request, left[0])
             with self._idle:
@@ -273,7 +273,7 @@ class Service:
         self._fair_queue.arrive(entry)
         due = None if deadline is None else entry.arrived + deadline
         ticket = self._engine.submit(request, on_step, on_start, due, tag=entry)
-        ticket.add_done_callback(on_done)  # type: ignore[arg-type]
+        ticket.add_done_callback(on_done)
         return ticket
 
     # --- helpers ----------------------------------------------------------------------------
@@ -338,7 +338,7 @@ class _Tracker:
             self.metrics.failed("deadline" if isinstance(error, Late) else "failed")
             self._notify("failed")
         else:
-            self.metrics.drawn(time.monotonic() - self.arrived)
+            self.metrics.finished(time.monotonic() - self.arrived)
             self._notify("picture")
 
     def _preview(self, progress: Progress) -> Image.Image:

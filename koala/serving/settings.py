@@ -54,7 +54,7 @@ def limits_of(max_size: str | None, **values: float | None) -> Limits:
         if match is None:
             raise UserError(f"--max-size {max_size!r}: give WIDTHxHEIGHT, such as 1024x1024")
         pixels = int(match[1]) * int(match[2])
-    return Limits(size=pixels, **values)  # type: ignore[arg-type]
+    return Limits(size=pixels, **values)  # type: ignore[arg-type]  # Limits checks them
 
 
 @dataclass(frozen=True)

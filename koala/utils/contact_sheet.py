@@ -1,7 +1,7 @@
-"""Contact sheets: many pictures with their captions on one page, for people to look at.
+"""Contact sheets: many images with captions on one page.
 
-The demo and the previews of a training show `contact_sheet`s; the evaluation's report shows a
-`picture_grid`, one row of pictures a model, one column a prompt.
+The demo and training previews use `contact_sheet`; the evaluation's report uses `picture_grid`,
+with one row per model and one column per prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 24  # pixels around the sheet
 GAP = 20  # between columns, and between rows
-CAPTION_GAP = 8  # between a picture and its caption
-NARROWEST = 96  # pixels of a cell: a caption needs some room, however small its picture
-CELL = 128  # pixels of a picture's side in a grid; small pictures are enlarged to it
+CAPTION_GAP = 8  # between an image and its caption
+NARROWEST = 96  # pixels: minimum width of a cell, for its caption
+CELL = 128  # pixels: side of a grid's cells; images are scaled to it
 CELL_GAP = 8
 CELL_FONT, CELL_LINE = 15, 18
-LABEL = 170  # pixels for the rows' names on the left of a grid
+LABEL = 170  # pixels: width of the row names in a grid
 INK = (40, 40, 40)
 PAPER = (255, 255, 255)
 
@@ -31,8 +31,8 @@ def contact_sheet(
 ) -> Image.Image:
     """A white RGB sheet of `images`, row by row in `columns`, a wrapped caption under each.
 
-    `scale` enlarges every picture by that whole factor (Lanczos). Transparent pictures lie on
-    white. Pictures of different sizes are centred in cells of the largest one's width.
+    scale: integer factor that enlarges every image (Lanczos). Transparent images are shown on
+    white. Images of different sizes are centred in cells of the largest width.
     """
     assert images and len(images) == len(captions) and columns >= 1 and scale >= 1
     pictures = [_prepared(image, scale) for image in images]
@@ -68,9 +68,9 @@ def contact_sheet(
 
 
 def picture_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
-    """A white RGB sheet: names of `rows` on the left, `captions` above, pictures in the cells.
+    """A white RGB sheet: names of `rows` on the left, `captions` above, images in the cells.
 
-    Each row has one picture for each caption. Pictures are fitted into square cells.
+    Each row has one image per caption. Images are scaled to fit square cells.
     """
     assert rows
     assert captions
@@ -84,7 +84,7 @@ def picture_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[s
     sheet = Image.new("RGB", (width, top + step * len(rows) - CELL_GAP + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, lines in enumerate(headings):
-        start = top - CELL_GAP - CELL_LINE * len(lines)  # captions stand on their pictures
+        start = top - CELL_GAP - CELL_LINE * len(lines)  # captions are aligned to the images below
         for i, line in enumerate(lines):
             draw.text((left + step * column, start + CELL_LINE * i), line, fill=INK, font=font)
     for r, (name, pictures) in enumerate(rows.items()):
@@ -100,7 +100,7 @@ def picture_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[s
 
 
 def wrap(text: str, font: Font, width: int) -> list[str]:
-    """`text` in lines at most `width` pixels wide; a word wider than that is cut."""
+    """`text` in lines at most `width` pixels wide; longer words are split."""
     lines: list[str] = []
     for paragraph in text.splitlines():
         line = ""
@@ -119,7 +119,7 @@ def wrap(text: str, font: Font, width: int) -> list[str]:
 
 
 def _cut(word: str, font: Font, width: int) -> list[str]:
-    """`word` in pieces at most `width` pixels wide, none of them empty."""
+    """`word` in non-empty pieces at most `width` pixels wide."""
     pieces = [word[0]]
     for letter in word[1:]:
         if font.getlength(pieces[-1] + letter) <= width:
@@ -130,7 +130,7 @@ def _cut(word: str, font: Font, width: int) -> list[str]:
 
 
 def _prepared(image: Image.Image, scale: int) -> Image.Image:
-    """The picture on white, enlarged."""
+    """The image on white, enlarged."""
     rgba = image.convert("RGBA")
     flat = Image.new("RGBA", rgba.size, (*PAPER, 255))
     flat.alpha_composite(rgba)
@@ -142,7 +142,7 @@ def _prepared(image: Image.Image, scale: int) -> Image.Image:
 
 
 def _font_size(width: int) -> int:
-    """Readable under a picture of that width: about 16 px under 192 px."""
+    """Font size for images of that width: 16 px for 192 px."""
     return max(11, min(24, width // 12))
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "cuda", "mps")
 _INFO = Path("/proc/cpuinfo")
-FREE_SHARE = 0.9  # of the free memory that a model may take
+FREE_SHARE = 0.9  # of the free memory, for a model
 
 
 def check_device(asked: str | None) -> None:
@@ -30,7 +30,7 @@ def check_device(asked: str | None) -> None:
 
 
 def pick_device(asked: torch.device | str | None = None) -> torch.device:
-    """The device asked for, if it is there (else UserError); None means the best one."""
+    """The requested device, UserError if it is not available; None chooses the best one."""
     import torch
 
     there = ["cpu"]
@@ -45,12 +45,14 @@ def pick_device(asked: torch.device | str | None = None) -> torch.device:
     except RuntimeError:
         found = None
     if found is None or found.type not in there:
-        raise UserError(f"device {str(asked)!r} is not there: this machine has {', '.join(there)}")
+        raise UserError(
+            f"device {str(asked)!r} is not available: this machine has {', '.join(there)}"
+        )
     return found
 
 
 def free_bytes(device: torch.device) -> int:
-    """What of the device's memory a model may take: measured now, a tenth left to others."""
+    """Memory on the device that a model may use: nine tenths of what is free now."""
     import torch
 
     if device.type == "cuda":
@@ -66,7 +68,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _left_to_group() -> int:
-    """What a container may still take (Linux, control groups of version 2)."""
+    """Memory left to this container (Linux, cgroups v2)."""
     group = Path("/sys/fs/cgroup")
     try:
         most, now = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
@@ -75,21 +77,18 @@ def _left_to_group() -> int:
         return 2**63
 
 
-def whereabouts(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a model, by its first parameter.
 
-    diffusers' own properties look through every module each time, which costs more at each step
-    than to launch some layers.
+    diffusers' own properties visit every module on each access, which costs more per step than
+    launching some layers.
     """
     first = next(model.parameters())
     return first.device, first.dtype
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. To CUDA the host does not wait until it is there.
-
-    For that it goes from pinned memory: from any other the copy waits for all work before it.
-    """
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. Copies to CUDA are asynchronous, through pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -97,7 +96,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _facts() -> dict[str, str]:
-    """The first processor's lines of /proc/cpuinfo; nothing where there is no such file."""
+    """The first CPU's entries in /proc/cpuinfo; empty if there is no such file."""
     if not _INFO.is_file():
         return {}
     first = _INFO.read_text().split("\n\n")[0].splitlines()
@@ -106,17 +105,17 @@ def _facts() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """As the operating system calls it, such as "AMD EPYC"."""
+    """The CPU's name according to the operating system, such as "AMD EPYC"."""
     return _facts().get("model name") or platform.processor() or platform.machine()
 
 
 def has_bf16() -> bool:
-    """Whether it multiplies bfloat16 itself; others emulate it, slower than float32."""
+    """Whether the CPU has bfloat16 instructions; emulation is slower than float32."""
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & {*_facts().get("flags", "").split()})
 
 
 def hardware() -> str:
-    """Processor, cores, accelerator and versions, in one line."""
+    """CPU, cores, accelerator and versions, in one line."""
     import diffusers
     import torch
 

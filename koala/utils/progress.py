@@ -1,4 +1,4 @@
-"""One progress bar for everything that works long: share, rate and time left."""
+"""The progress bar of all long-running work: share, rate and time left."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +28,9 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(what: str, total: int, unit: str, done: int = 0, silent: bool = False) -> Iterator:
-    """Yields advance(n, note=""), to be called as work gets done; drawn on standard error.
+    """Yields advance(n, note=""), to call as work is done; drawn on stderr.
 
-    silent: draws nothing, as in all processes of a run but the first.
+    silent: draws nothing, as in all but the first process of a run.
     """
     columns = (
         TextColumn("{task.description}"),

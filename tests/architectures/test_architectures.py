@@ -103,9 +103,9 @@ def test_labels_do_not_change_identity():
     [
         ({"in_channels": 9}, "in_channels is 9"),
         ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
-        ({"up_block_types": ["UpBlock2D"]}, "other numbers of blocks"),
+        ({"up_block_types": ["UpBlock2D"]}, "another number of blocks"),
         ({"down_block_types": ["AttnDownBlock2D"] * 3}, "'AttnDownBlock2D'"),
-        ({"attention_head_dim": [5, 10]}, "other numbers of depths"),
+        ({"attention_head_dim": [5, 10]}, "another number of depths"),
         ({"reverse_transformer_layers_per_block": [[1], 1, 1]}, "up blocks have 3 layers"),
         ({"layers_per_block": [1, 2, 2]}, "layers_per_block must be one number"),
         ({"_class_name": "FluxTransformer2DModel"}, "_class_name is 'FluxTransformer2DModel'"),

@@ -51,7 +51,7 @@ def test_a_lora_is_trained_carried_and_measured(teacher, tmp_path):
     lora = tmp_path / lora_carry.LORA
     figures, sheet = lora_carry.compare(models, lora, data, Colours(), things=2, seeds=1)
     carried = figures["student"]["lora"]
-    assert (carried["made_for"], carried["put_on"]) == ("sdxl-mini", "koala-mini")
+    assert (carried["made_for"], carried["applied_to"]) == ("sdxl-mini", "koala-mini")
     assert carried["applied"] < carried["modules"] == figures["teacher"]["lora"]["applied"]
     assert all(figures[name]["shift"] != 0 for name in models)
     assert sheet.width > sheet.height / 5

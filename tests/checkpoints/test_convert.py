@@ -308,7 +308,7 @@ def test_tensors_that_are_missing_extra_or_misshapen(toy_file, tmp_path):
 
     refused(
         changed(toy_file, tmp_path / "d.safetensors", only_unet),
-        "a U-Net in the ldm layout, without vae, text_encoder, text_encoder_2; needed is a whole",
+        "a U-Net in the ldm layout, without vae, text_encoder, text_encoder_2; use a complete",
     )
 
     def integers(tensors):
@@ -329,10 +329,10 @@ def test_tensors_that_are_missing_extra_or_misshapen(toy_file, tmp_path):
     [
         ("nothing", "cannot be read"),
         ("[]", "must hold a JSON object, not list"),
-        ('{"../../evil": "x"}', r"holds '../../evil', which is no file of a model folder"),
-        ('{"/etc/passwd": "x"}', "no file of a model folder"),
-        ('{"unet/../x.json": "x"}', "no file of a model folder"),
-        ('{"unet/run.py": "x"}', "no file of a model folder"),
+        ('{"../../evil": "x"}', r"holds '../../evil', which is not a file of a model folder"),
+        ('{"/etc/passwd": "x"}', "not a file of a model folder"),
+        ('{"unet/../x.json": "x"}', "not a file of a model folder"),
+        ('{"unet/run.py": "x"}', "not a file of a model folder"),
         ('{"LICENSE": 3}', "LICENSE must be text"),
         ('{"unet/config.json": "{}"}', "lacks model_index.json, scheduler/scheduler_config.json"),
     ],
@@ -344,11 +344,11 @@ def test_forged_small_files(toy_file, tmp_path, carried, message):
 
 def test_a_file_without_configurations_must_be_sdxls(toy_file, tmp_path):
     save_file(load_file(toy_file), tmp_path / "x.safetensors")
-    refused(tmp_path / "x.safetensors", "this is a U-Net of no known kind: widths")
+    refused(tmp_path / "x.safetensors", "this is an unknown kind of U-Net: widths")
     tensors = published("koala-700m")
     more = {n: (50000, *s[1:]) for n, s in tensors.items() if n.endswith("token_embedding.weight")}
     file = sparse(tmp_path / "y.safetensors", {**tensors, **more})
-    refused(file, r"its text_encoder has 50,000 tokens, CLIP has 49,408; .*use the folder")
+    refused(file, r"text_encoder has 50,000 tokens, CLIP has 49,408; .*use the folder")
     narrow = {n: (64, *s[1:]) for n, s in tensors.items() if n.endswith("0.conv1.weight")}
     file = sparse(tmp_path / "z.safetensors", {**tensors, **narrow, "v_pred": (0,)})
     with pytest.raises(UserError):
@@ -360,7 +360,7 @@ def test_wrong_settings(toy_sdxl, toy_file, tmp_path):
     model = tmp_path / "model"
     refused(model, "unknown format 'onnx': choose diffusers, single-file", to="onnx")
     refused(model, "unknown dtype 'int8': choose fp32, fp16, bf16", dtype="int8")
-    refused(model, "something.safetensors, not out.ckpt", to="single-file", name="out.ckpt")
+    refused(model, "must end in .safetensors, not out.ckpt", to="single-file", name="out.ckpt")
     taken = tmp_path / "taken.safetensors"
     taken.write_text("mine")
     refused(model, "taken.safetensors exists; name a new", to="single-file", name=taken.name)

@@ -130,18 +130,18 @@ FOREIGN = {
                            "encoder.layers.0.self_attn.q_proj.weight",
                            "transformer.resblocks.0.ln_1.weight",
                            "encoder.block.0.layer.0.SelfAttention.q.weight"],
-    "no model of a kind that is known": ["weight", ""],
+    "an unknown kind of model": ["weight", ""],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "name"), [(k, n) for k, names in FOREIGN.items() for n in names])
 def test_other_files_are_refused_by_name(kind, name):
     assert kind in foreign({name: (1, 1)})
-    refused({name: (1, 1)}, f"^this is .*{kind}.*; needed is a Stable Diffusion XL model$")
+    refused({name: (1, 1)}, f"^this is .*{kind}.*, not a Stable Diffusion XL model$")
 
 
 def test_an_empty_file_is_no_model():
-    refused({}, "no model of a kind that is known")
+    refused({}, "an unknown kind of model")
 
 
 def test_no_model_of_ours_is_taken_for_another():
@@ -157,15 +157,15 @@ def relative(context: int, linear: bool, **changes) -> dict[str, tuple[int, ...]
 def test_relatives_are_refused_by_name():
     refused(relative(768, False), r"^this is SD 1.5: .*no addition embedding")
     refused(relative(1024, True), r"^this is SD 2: ")
-    refused(relative(512, True), r"^this is a U-Net of no known kind: ")
+    refused(relative(512, True), r"^this is an unknown kind of U-Net: ")
     refused(shapes("sdm-v2.0", "diffusers"), "^this is SD 2: ")
     refiner = relative(1280, True, widths=(384, 768, 1536, 1536), pooled=1280, time_ids=256)
     refused(refiner, "^this is the SDXL refiner")
     inpainting = shapes("sdxl", "ldm", "model.diffusion_model.")
     inpainting["model.diffusion_model.input_blocks.0.0.weight"] = (320, 9, 3, 3)
-    refused(inpainting, "^this is an inpainting U-Net: it reads 9 channels")
+    refused(inpainting, "^this is an inpainting U-Net: it has 9 input channels")
     toy = {n: tuple(t.shape) for n, t in toy_unet("koala").state_dict().items()}
-    refused(toy, r"no known kind: widths \[16, 32, 32\] .*config.json tells")
+    refused(toy, r"unknown kind of U-Net: widths \[16, 32, 32\] .*config.json instead")
     blind = replace(get("sdxl"), depths=(0, 0, 0), up=((0,) * 3,) * 3, mid=0)
     refused(unet_shapes(blind, "ldm"), "it has no attention")
     refused({"input_blocks.1.0.emb_layers.1.weight": (1, 1)}, "its blocks are not those of SDXL")

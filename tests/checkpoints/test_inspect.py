@@ -43,7 +43,7 @@ def test_licence_and_metadata(tmp_path, toy_sdxl):
     assert {**found.metadata, **said} == found.metadata
     assert "koala.files" not in found.metadata
     assert "\x1b" not in found.text()  # what strangers wrote does not reach the terminal as it is
-    assert "(409 letters)" in found.text()
+    assert "(409 characters)" in found.text()
 
 
 def test_other_files_are_described_too(tmp_path):

@@ -161,14 +161,14 @@ def test_training_goes_on_from_the_students_card(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "seen"), [(192_000, "192,000 samples"), (0, "a number of samples not recorded")]
+    ("before", "seen"), [(192_000, "192,000 samples"), (0, "an unrecorded number of samples")]
 )
 def test_a_student_that_went_on_says_from_what(before, seen):
     """Also one that others cut, of which no more is known."""
     text = ModelCard("mine", trained=replace(TRAINED, student="koala-700m", before=before)).text()
-    assert f"- went on from: koala-700m, after {seen}\n" in text
-    assert "method, that went on from koala-700m." in text
-    assert "trained from nothing" not in text and "long legible text" in text
+    assert f"- trained further from: koala-700m, after {seen}\n" in text
+    assert "method and trained further from koala-700m." in text
+    assert "trained from scratch" not in text and "long legible text" in text
 
 
 def test_training_without_a_teacher_is_no_distillation():
@@ -204,7 +204,7 @@ def test_only_cards_of_ours_are_written_to(tmp_path):
     with pytest.raises(UserError, match="koala-mini is not a folder with a koala model card"):
         check_cards({"m": "koala-mini"})
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Another's\n")
-    with pytest.raises(UserError, match="model card of koala's"):
+    with pytest.raises(UserError, match="a koala model card"):
         check_cards({"m": tmp_path})
 
 

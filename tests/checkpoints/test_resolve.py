@@ -1,4 +1,4 @@
-"""Formats: what is a model, and what is said of a folder that is none."""
+"""Names of models and where they resolve to; incomplete and foreign models are refused."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ def test_hub_id_that_cannot_be_had(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="'nobody/nothing' is no local folder") as error:
+    with pytest.raises(UserError, match="'nobody/nothing' is not a local folder") as error:
         resolve_model("nobody/nothing")
     assert "\n" not in str(error.value)
 
@@ -111,7 +111,7 @@ def test_a_single_file_of_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     found = single_file_path("some/teacher/four_steps.safetensors")
     assert found == snapshot / "four_steps.safetensors"
-    with pytest.raises(UserError, match=r"'some/teacher/one.safetensors' is no local file"):
+    with pytest.raises(UserError, match=r"'some/teacher/one.safetensors' is not a local file"):
         resolve_model("some/teacher/one.safetensors")
 
 
@@ -124,7 +124,7 @@ def refused(folder: Path, message: str) -> None:
 def test_folders_that_are_no_model(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no model_index.json")
-    refused(folder / "model_index.json", "truncated, or no safetensors file")
+    refused(folder / "model_index.json", "truncated, or not a safetensors file")
     edit(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     refused(folder, "is a StableDiffusionPipeline .*no addition embedding.*StableDiffusionXLPip")
     (folder / "model_index.json").write_text("[]")
@@ -144,7 +144,7 @@ def test_missing_component(folder, component):
 def test_truncated_weights(folder, file, keep):
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[:keep])
-    refused(folder, rf"{Path(file).name} .*(truncated|no safetensors).*fetch it again")
+    refused(folder, rf"{Path(file).name} .*(truncated|safetensors).*download it again")
 
 
 def test_damaged_weights(folder):
@@ -152,9 +152,9 @@ def test_damaged_weights(folder):
     (folder / UNET).write_bytes(content + b"\0")
     refused(folder, "damaged")
     (folder / UNET).write_bytes(b"\x80\x02" + content[2:])
-    refused(folder, "truncated|no safetensors")
+    refused(folder, "truncated|not a valid safetensors")
     (folder / UNET).write_bytes(content[:8] + b"!" * (len(content) - 8))
-    refused(folder, "no safetensors file: bad header")
+    refused(folder, "not a valid safetensors file: bad header")
 
 
 def test_absent_weights_name_what_is_there(folder):

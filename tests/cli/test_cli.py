@@ -1,7 +1,6 @@
 """The command line: what it prints, what it refuses, and how fast it answers."""
 
 import json
-import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +9,11 @@ import pytest
 from PIL import Image
 
 import koala
-from koala.cli import COMMANDS, command_named, main
+from koala.cli import COMMANDS, main
 from koala.data.illustrations.scenes import SMALL
 from koala.generation import read_settings
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -167,7 +165,7 @@ def test_distill_and_prepare_and_evaluate_refuse(tmp_path, capsys):
     assert "illustrations-small" in refused(capsys, "prepare", "photos", "--out", str(tmp_path))
     report = ["--pictures", str(tmp_path), "--out", str(tmp_path / "report")]
     assert "two models" in refused(capsys, "evaluate", "a=x", "a=y", *report)
-    assert "no prepared pictures" in refused(capsys, "evaluate", "koala-mini", *report)
+    assert "no prepared images" in refused(capsys, "evaluate", "koala-mini", *report)
     mirrored = ["prepare", "illustrations-small", "--mirror", "--out", str(tmp_path)]
     assert "give --model" in refused(capsys, *mirrored)
     assert not list(tmp_path.iterdir())
@@ -182,21 +180,3 @@ def test_a_dry_run_shows_the_recipe(capsys):
     assert student["cut"] == "koala-700m"
     taps = {tap["location"]: tap["stages"] for tap in student["settings"]["taps"]}
     assert taps == {"sa": None, "lf": ["DW-1", "UP-3"]}  # self-attention everywhere
-
-
-def commands_of(page: Path) -> list[str]:
-    """The `koala ...` lines of a page's shell blocks, continuation lines joined."""
-    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith("koala ")]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_the_pages_commands_are_commands(page):
-    for line in commands_of(page):
-        name, *arguments = shlex.split(line, comments=True)[1:]
-        command_named(name).parse(arguments)
-
-
-def test_the_readme_has_commands():
-    assert len(commands_of(ROOT / "README.md")) >= 5

@@ -56,13 +56,13 @@ def distil(
         ({"changes": ["training.batches=4"]}, "training.batch"),
         ({"changes": ["settings.feature_weight=0"]}, "taps is given but feature_weight is 0"),
         ({"changes": ["hardware.accumulate=3"]}, "does not divide into 3 equal parts"),
-        ({"changes": ["training.batch=5"]}, "16 samples are no multiple of the batch 5: take 20"),
+        ({"changes": ["training.batch=5"]}, "16 samples are not a multiple of the batch 5: use 20"),
         ({"changes": ["pixels=128"]}, "latents for 64 pixels, this training is for 128"),
         ({"teacher": "vae"}, "latents of another VAE"),
         ({"teacher": "student"}, "koala"),
-        ({"student": "vae"}, "has a U-Net custom, the student is to be koala-1b of custom"),
+        ({"student": "vae"}, "has the U-Net custom, but this recipe trains koala-1b of custom"),
         ({"student": "nowhere"}, "nowhere"),
-        ({"data": "nowhere"}, "nowhere is not there: name a folder that `koala prepare` made"),
+        ({"data": "nowhere"}, "nowhere does not exist: give a folder made by `koala prepare`"),
     ],
 )
 def test_what_is_known_before_the_first_step(given, said, data, others, toy_sdxl, tmp_path, capsys):
@@ -89,7 +89,9 @@ def test_a_missing_shard_and_a_latent_that_is_no_number(data, toy_sdxl, tmp_path
     save_file(spoilt, shard)
     assert distil(tmp_path / "run", copy, toy_sdxl) == 1
     shown = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"in latents/{shard.name} is not finite" in shown and "prepare again" in shown
+    assert (
+        f"in latents/{shard.name} has NaN or infinite values" in shown and "prepare again" in shown
+    )
     save_file(tensors, shard)
     assert distil(tmp_path / "run", copy, toy_sdxl) == 0  # the same command goes on
 

@@ -235,12 +235,10 @@ def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     prepare_latents(recognise(there), whole, toy_sdxl, preparation, workers=1)
     rng = random.Random(0)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parents[1] / "toy_prepare.py"
     with subprocess.Popen(
-        [sys.executable, str(script)], env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as job:  # fmt: skip
+        [sys.executable, str(script)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as job:
         assert job.stdin is not None and job.stdout is not None
 
         def run(workers: int) -> int:
@@ -253,9 +251,8 @@ def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
         while kills < 20:
             pid = run(workers=2 if kills in (4, 12) else 1)
             before, more = len(list(broken.glob("units/*"))), rng.randrange(3)
-            deadline = time.monotonic() + 60
             while len(list(broken.glob("units/*"))) < before + more:
-                assert time.monotonic() < deadline, (kills, before, more)
+                os.kill(pid, 0)  # it is at work, however slow the machine is
                 time.sleep(0.001)
             time.sleep(rng.random() * 0.005)
             os.killpg(pid, signal.SIGKILL)
@@ -302,7 +299,7 @@ def test_a_folder_made_otherwise_is_refused(folder, files, prepared, toy_sdxl, t
         with pytest.raises(UserError, match=said):
             prepare_latents(recognise(folder), out, toy_sdxl, replace(PREPARATION, **change), 1)
     more = write_folder(tmp_path / "more", [*files, picture(99)])
-    with pytest.raises(UserError, match=r"the source's part \. was another"):
+    with pytest.raises(UserError, match=r"the source's part \. changed"):
         prepare_latents(recognise(more), out, toy_sdxl, PREPARATION, 1)
 
 
@@ -311,15 +308,15 @@ def test_what_the_source_lacks_is_refused_before_the_work(folder, toy_sdxl, tmp_
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "one.jpg").write_bytes(picture(1))
     for place, change, said in (
-        (folder, {"captions": ("title",)}, "no title; its first picture has text"),
-        (folder, {"filters": Filters(max_nsfw=0.5)}, "nsfw: .* no such score"),
+        (folder, {"captions": ("title",)}, "no title; its first image has text"),
+        (folder, {"filters": Filters(max_nsfw=0.5)}, "have no score nsfw"),
         (tmp_path / "bare", {"captions": ()}, "no captions"),
     ):
         with pytest.raises(UserError, match=said):
             prepare_latents(recognise(place), out, toy_sdxl, replace(PREPARATION, **change), 1)
     assert not out.exists()
     few = replace(PREPARATION, filters=Filters(min_words=9))
-    with pytest.raises(UserError, match=r"no picture is left of 30 \(30 few words\)"):
+    with pytest.raises(UserError, match=r"none of 30 images is left \(30 few words\)"):
         prepare_latents(recognise(folder), out, toy_sdxl, few, 1)
     for arguments, said in (
         ({"model": None}, "give --model"),
@@ -338,7 +335,7 @@ def test_latents_that_are_not_finite_cost_the_pictures(folder, toy_sdxl, tmp_pat
     tensors = load_file(file)
     tensors["encoder.conv_in.weight"].fill_(torch.nan)
     save_file(tensors, file)
-    with pytest.raises(UserError, match=r"no picture is left of 30 \(30 not finite\)"):
+    with pytest.raises(UserError, match=r"none of 30 images is left \(30 not finite\)"):
         prepare_latents(recognise(folder), tmp_path / "out", broken, PREPARATION, workers=1)
     report = (tmp_path / "out" / "report.jsonl").read_text()
     assert '"id": "0004.jpg", "reason": "not finite"' in report

@@ -87,7 +87,7 @@ def test_a_picture_that_is_not_there_costs_itself(files, tmp_path):
     data = (tars / "00000.tar").read_bytes().replace(b'"punsafe": 0.2', b'"punsafe": ...')
     (tars / "00000.tar").write_bytes(data)
     items = all_items(recognise(tars))
-    with pytest.raises(OSError, match="json is no JSON"):
+    with pytest.raises(OSError, match="json is not valid JSON"):
         items[2].read()
     assert items[3].read() == files[3]
 
@@ -99,12 +99,12 @@ def test_what_is_no_source_is_refused(files, tmp_path):
     cut = write_tars(tmp_path / "cut", files)
     (cut / "00001.tar").write_bytes((cut / "00001.tar").read_bytes()[:5000])
     for place, kind, said in (
-        (tmp_path / "nowhere", None, "is not there.*ye-pop"),
+        (tmp_path / "nowhere", None, "does not exist.*ye-pop"),
         (tmp_path / "empty", None, "none of folder"),
         (both, None, "may be webdataset or folder.*--as"),
         (both, "zip", "unknown kind of source .zip.: choose folder"),
-        (both, "parquet", "no column of pictures.*url"),
-        (cut, None, "00001.tar is no whole tar"),
+        (both, "parquet", "has no image column.*url"),
+        (cut, None, "00001.tar is not a complete tar"),
     ):
         with pytest.raises(UserError, match=said):
             all_items(recognise(place, kind))
@@ -115,5 +115,5 @@ def test_metadata_that_cannot_be_read_is_named(files, tmp_path):
     root = write_folder(tmp_path / "there", files[:3], "jsonl")
     lines = (root / "metadata.jsonl").read_text().splitlines()
     (root / "metadata.jsonl").write_text("\n".join([lines[0], "{broken", lines[2]]))
-    with pytest.raises(UserError, match="line 2 is no JSON"):
+    with pytest.raises(UserError, match="line 2 is not valid JSON"):
         all_items(recognise(root))

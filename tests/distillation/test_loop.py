@@ -84,7 +84,7 @@ def test_stopped_and_run_again_equals_uninterrupted_bit_for_bit(
 ) -> None:
     run, settings = tmp_path / "run", replace(SETTINGS, save_every=10**6)
     before, handler = SignalledStream(28, number), signal.getsignal(number)
-    with pytest.raises(Failure, match="stopped after 32 samples; run again to go on"):
+    with pytest.raises(Failure, match="stopped after 32 samples; run again to continue"):
         train(toy_task(base), before, settings, run)
     assert checkpoints(run) == ["000000000032"]
     assert signal.getsignal(number) == handler
@@ -283,7 +283,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(base: Path, tmp_path: Path)
         ({"lr": float("nan")}, "lr is nan: it must be above 0"),
         ({"seed": -1}, "seed is -1: it must be 0 or more"),
         ({"betas": (0.9, 1.0)}, "betas are"),
-        ({"samples": 42}, "42 samples are no multiple of the batch 4: take 44"),
+        ({"samples": 42}, "42 samples are not a multiple of the batch 4: use 44"),
         ({"keep": 0}, "keep is 0: it must be above 0"),
         ({"optimizer": "sgd"}, "unknown optimizer 'sgd': choose adamw, adamw-8bit"),
         ({"ema_others": (0,)}, r"half-lives are \(32, 0\): each must be above 0"),

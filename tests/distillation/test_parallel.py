@@ -275,8 +275,8 @@ def test_a_run_goes_on_with_other_processes(folder: Path, course: Path, base: Pa
         (Hardware(accumulate=3), "a batch of 4 does not divide into 3 equal parts"),
         (Hardware(sharding="fsdp"), "sharding=fsdp needs several processes: start with `torchrun"),
         (Hardware(teacher="sharded"), "teacher=sharded needs several processes"),
-        (Hardware(teacher="offloaded"), "on the CPU it is in main memory anyway"),
-        (Hardware(compile="fast"), "compile=fast: there are .*inductor"),
+        (Hardware(teacher="offloaded"), "on the CPU the teacher is in main memory anyway"),
+        (Hardware(compile="fast"), "compile=fast: choose one of .*inductor"),
     ],
 )
 def test_hardware_that_cannot_be_is_refused_before_the_first_step(
@@ -288,7 +288,7 @@ def test_hardware_that_cannot_be_is_refused_before_the_first_step(
 
 
 def test_a_setting_for_a_teacher_needs_one(base: Path) -> None:
-    with pytest.raises(UserError, match="teacher=offloaded: no teacher runs here"):
+    with pytest.raises(UserError, match="teacher=offloaded: this training has no teacher"):
         lay_out(toy_task(base), Hardware(teacher="offloaded"), World())
 
 

@@ -85,9 +85,9 @@ def norm(tensors: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize(
     ("hardware", "device", "message"),
     [
-        (Hardware(cpu_bf16=True), "cuda", "on a GPU a training is in bf16 anyway"),
-        (Hardware(cpu_bf16=True, checkpointing=True), "cpu", "goes neither with checkpointing"),
-        (Hardware(cpu_bf16=True, compile="aot_eager"), "cpu", "nor with compile"),
+        (Hardware(cpu_bf16=True), "cuda", "training on a GPU uses bf16 anyway"),
+        (Hardware(cpu_bf16=True, checkpointing=True), "cpu", "supports neither checkpointing"),
+        (Hardware(cpu_bf16=True, compile="aot_eager"), "cpu", "nor compile"),
     ],
 )
 def test_where_it_cannot_be_it_is_refused(base, hardware, device, message) -> None:
@@ -96,14 +96,14 @@ def test_where_it_cannot_be_it_is_refused(base, hardware, device, message) -> No
 
 
 def test_a_training_of_its_own_is_asked_the_same() -> None:
-    with pytest.raises(UserError, match="on a GPU a training is in bf16 anyway"):
+    with pytest.raises(UserError, match="training on a GPU uses bf16 anyway"):
         alone("cuda", cpu_bf16=True)
     assert not alone("cuda", cpu_bf16=False).hardware.cpu_bf16
 
 
 def test_a_processor_without_bf16_is_named(base, monkeypatch) -> None:
     monkeypatch.setattr("koala.distillation.parallel.has_bf16", lambda: False)
-    with pytest.raises(UserError, match="does not multiply bf16"):
+    with pytest.raises(UserError, match="has no bf16 instructions"):
         lay_out(toy_task(base), Hardware(cpu_bf16=True), World(device=CPU))
-    with pytest.raises(UserError, match="does not multiply bf16"):
+    with pytest.raises(UserError, match="has no bf16 instructions"):
         alone("cpu", cpu_bf16=True)

@@ -117,9 +117,9 @@ def test_previews_are_drawn_while_it_trains_and_at_the_end(tmp_path: Path) -> No
 
 
 def test_validation_needs_samples_and_samples_need_validation(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="validate_every is 20 and there are no held-out samples"):
+    with pytest.raises(UserError, match="validate_every is 20 but there are no validation samples"):
         train(toy_task(base), Stream(), replace(SETTINGS, validate_every=20), tmp_path)
-    with pytest.raises(UserError, match="validate_every is 0 and there are some held-out"):
+    with pytest.raises(UserError, match="validate_every is 0 but there are some validation"):
         train(toy_task(base), Stream(), SETTINGS, tmp_path, validation=Stream().batch(90, 4))
 
 

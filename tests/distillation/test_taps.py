@@ -125,9 +125,9 @@ def test_settings_that_mean_nothing_are_refused_by_what_is_allowed(
         Tap("xa")
     with pytest.raises(UserError, match="'DW-4': choose DW-1, DW-2, DW-3, Mid, UP-1"):
         Tap("sa", ("DW-4",))
-    with pytest.raises(UserError, match="give a tuple out of DW-1"):
+    with pytest.raises(UserError, match="give a tuple of names from DW-1"):
         Tap("sa", ())
-    with pytest.raises(UserError, match="give a tuple out of DW-1"):
+    with pytest.raises(UserError, match="give a tuple of names from DW-1"):
         Tap("sa", "DW-1")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="'sa' at DW-1: the student has no such feature"):
         tap_points(koala_700m, [Tap("sa", ("DW-1",))])

@@ -358,7 +358,7 @@ def test_another_forward_process_is_refused(key: str, value: str) -> None:
         ({**NO_FEATURES, "depth_rule": "up"}, "depth_rule is given but feature_weight is 0"),
         ({"taps": ()}, "feature_weight 1.0 without taps"),
         ({"depth_rule": "top"}, "'top': choose bottom, interleave, up"),
-        ({"caption_dropout": 1.5}, "caption dropout 1.5: it must lie between 0 and 1"),
+        ({"caption_dropout": 1.5}, "caption dropout 1.5: it must be between 0 and 1"),
         ({"min_snr": 0.0}, "min_snr 0.0: it must be above 0"),
         ({"min_snr": 5.0, "task_weight": 0.0}, "min_snr 5.0 is given but task_weight is 0"),
     ],

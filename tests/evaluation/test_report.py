@@ -70,6 +70,7 @@ def rows() -> list[dict]:
                     "subject": name,
                     "short": f"{name}, {style}",
                     "long": f"a {name} in {style} style",
+                    "everyday": f"{name} please",
                 }
             )
     return found

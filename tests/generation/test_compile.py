@@ -20,7 +20,7 @@ from koala.generation.runtime.compile import (
 )
 from koala.generation.runtime.dtypes import check_dtype
 from koala.generation.samplers import SAMPLERS
-from koala.utils.device import whereabouts
+from koala.utils.device import device_and_dtype
 from toy import toy_pipeline, toy_unet
 
 
@@ -117,8 +117,10 @@ def test_pictures_are_decoded_one_by_one():
 
 
 def test_a_model_is_where_its_first_parameter_is(unet):
-    assert whereabouts(unet) == (unet.device, unet.dtype) == (torch.device("cpu"), torch.float32)
-    assert whereabouts(unet.half().to("meta")) == (torch.device("meta"), torch.float16)
+    assert (
+        device_and_dtype(unet) == (unet.device, unet.dtype) == (torch.device("cpu"), torch.float32)
+    )
+    assert device_and_dtype(unet.half().to("meta")) == (torch.device("meta"), torch.float16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -180,12 +180,12 @@ def test_half_precision_merges_in_single(sdxl, tmp_path):
 def test_what_cannot_be_merged_is_said(sdxl, tmp_path):
     file = toy_lora(tmp_path / "a.safetensors", SDXL)
     models = [model.to(torch.float16) for model in models_of(sdxl)]
-    with pytest.raises(UserError, match=r"a\.safetensors at scale 1e\+09 makes .* infinite"):
+    with pytest.raises(UserError, match=r"a\.safetensors at scale 1e\+09 overflows"):
         merge(modules_of(*models), read(file, SDXL), 1e9)
     tensors = load_file(file)
     tensors[next(n for n in tensors if n.endswith("up.weight"))][0, 0] = float("nan")
     save_file(tensors, file)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="has NaN or infinite"):
         merge(modules_of(*models_of(sdxl)), read(file, SDXL))
 
 
@@ -281,7 +281,7 @@ def test_a_peft_folder_is_read_and_carried_with_its_settings(sdxl, koala, tmp_pa
     file, encoders = tmp_path / "peft" / "adapter_model.safetensors", models_of(sdxl)[1:]
     assert difference(our_outputs(sdxl, file, SDXL), outputs(trained, *encoders)) < 1e-5
     lora = read(file, KOALA, SDXL.unet)
-    with pytest.raises(UserError, match=r"write to a adapter_model\.safetensors"):
+    with pytest.raises(UserError, match=r"name the output adapter_model\.safetensors"):
         write_converted(lora, tmp_path / "b.safetensors")
     write_converted(lora, tmp_path / "out" / "adapter_model.safetensors")
     student = PeftModel.from_pretrained(models_of(koala)[0], tmp_path / "out")

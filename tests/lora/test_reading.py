@@ -276,7 +276,7 @@ def test_a_file_is_converted_once(tmp_path):
     assert (tmp_path / "b0.safetensors").read_bytes() == (tmp_path / "b1.safetensors").read_bytes()
     with pytest.raises(UserError, match=r"b1\.safetensors is a file; name a new one"):
         convert_lora(file, "koala-1b", out)
-    with pytest.raises(UserError, match="its text encoders vary; name the folder of a model"):
+    with pytest.raises(UserError, match="text encoders vary; give the folder of a model"):
         convert_lora(file, "koala-mini-1b", tmp_path / "c.safetensors")
     with pytest.raises(UserError, match="unknown model 'koala-7b'"):
         convert_lora(file, "koala-7b", tmp_path / "c.safetensors")
@@ -305,37 +305,37 @@ PEFT_PAIR = {
 @pytest.mark.parametrize(
     ("extra", "told"),
     [
-        ({f"{QUERY}.hada_w1_a": torch.zeros(1)}, "is a LoHa .*; only LoRA and LoCon can be read"),
+        ({f"{QUERY}.hada_w1_a": torch.zeros(1)}, "is a LoHa .*; only LoRA and LoCon are supported"),
         ({f"{QUERY}.lokr_w1": torch.zeros(1)}, "is a LoKr"),
         ({f"{QUERY}.dora_scale": torch.zeros(1)}, "is a DoRA"),
         ({f"{PEFT_STEM}.lora_magnitude_vector": torch.zeros(1)}, "is a DoRA"),
         ({f"{QUERY}.on_input": torch.zeros(1)}, "is a IA3"),
         ({f"{QUERY}.diff": torch.zeros(1)}, "is a full difference"),
-        ({"emb_params": torch.zeros(1)}, "holds what is no part of a LoRA: emb_params"),
-        ({f"{KEY}.lora_up.weight": torch.zeros(640, 2)}, f"lacks the one or the other .* {KEY}"),
-        (tensors(KEY, context=768), "is a LoRA for SD 1.5, whose text is 768 wide; .* is 2048"),
+        ({"emb_params": torch.zeros(1)}, "tensors that are not part of a LoRA: emb_params"),
+        ({f"{KEY}.lora_up.weight": torch.zeros(640, 2)}, f"lacks the up or down matrix .* {KEY}"),
+        (tensors(KEY, context=768), "for SD 1.5, whose text embeddings are 768 wide; .* 2048"),
         (tensors(KEY, context=1024), "is a LoRA for SD 2"),
         (tensors("lora_te_text_model_encoder_layers_0_mlp_fc1"), "for SD 1.5 or SD 2 .*not for SD"),
         (tensors("lora_unet_double_blocks_0_img_attn_proj"), "is a LoRA for Flux"),
         (tensors("transformer.blocks.0.attn"), "is a LoRA for a diffusion transformer"),
         (
             {k: v for n in range(12) for k, v in tensors(f"lora_unet_blocks_{n}").items()},
-            "does not fit sdxl: it has no module for lora_unet_blocks_0, .* and 2 more$",
+            "does not fit sdxl: unknown modules: lora_unet_blocks_0, .* and 2 more$",
         ),
-        (tensors(KEY, context=2048, width=320), r"misshapen are .* for a weight \[640, 2048\]"),
+        (tensors(KEY, context=2048, width=320), r"wrong shape: .*, expected \[640, 2048\]"),
         (
             {**tensors(KEY, context=2048), f"{KEY}.lora_up.weight": torch.zeros(640, 3)},
-            "misshapen are",
+            "wrong shape",
         ),
-        ({f"{QUERY}.alpha": torch.zeros(2)}, "misshapen are"),
+        ({f"{QUERY}.alpha": torch.zeros(2)}, "wrong shape"),
         ({f"{QUERY}.alpha": torch.tensor(float("nan"))}, "alpha of .* is nan"),
         (
             tensors("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"),
-            "spells a module in two ways",
+            "names a module twice",
         ),
         (
             {k: v.int() for k, v in tensors(KEY, context=2048).items()},
-            "holds I32 tensors; must be floats",
+            "holds I32 tensors; they must be floats",
         ),
     ],
 )
@@ -351,29 +351,29 @@ def test_other_files_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read(file, SDXL)
     save_file({"conv_in.weight": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match="is no LoRA: none of its 1 tensors is named as in one"):
+    with pytest.raises(UserError, match="is not a LoRA: none of its 1 tensors is named like one"):
         read(file, SDXL)
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(UserError, match="truncated"):
         read(file, SDXL)
     save_file(tensors("lora_unet_middle_block_1_proj_in", 1280, 1280), file)
-    with pytest.raises(UserError, match=r"has a place; .* 0 of 1 .* dropped: 1 of the mid block"):
+    with pytest.raises(UserError, match=r"modules fits; .* 0 of 1 .* dropped: 1 of the mid block"):
         read(file, base_named("koala-700m"))
     save_file(tensors(), file)
-    with pytest.raises(UserError, match=r"does not fit sdxl-mini: misshapen are"):
+    with pytest.raises(UserError, match=r"does not fit sdxl-mini: wrong shape"):
         read(file, base_named("koala-mini"))
 
 
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ("no json", "is no JSON"),
+        ("no json", "is not valid JSON"),
         ("[1]", "must be a JSON object"),
-        ({"unet.peft_type": "LOHA"}, "adapter of type LOHA; must be LORA"),
+        ({"unet.peft_type": "LOHA"}, "adapter of type LOHA; it must be LORA"),
         ({"unet.use_dora": True}, "is a DoRA"),
-        ({"unet.lora_alpha": "4"}, "lora_alpha is '4'; must be a number"),
+        ({"unet.lora_alpha": "4"}, "lora_alpha is '4'; it must be a number"),
         ({"unet.alpha_pattern": [1]}, "alpha_pattern must be an object"),
-        ({"unet.alpha_pattern": {"to_q.*": 4}}, r"names no module: to_q\.\*"),
+        ({"unet.alpha_pattern": {"to_q.*": 4}}, r"matches no module: to_q\.\*"),
     ],
 )
 def test_settings_of_peft_that_cannot_be_followed_are_refused(tmp_path, config, told):

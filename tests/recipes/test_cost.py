@@ -201,7 +201,7 @@ def test_advice():
 def test_the_recipes_of_small_cards_fit(name, card):
     plan = cost._setup(recipes.get(name), None, 1, True, None)
     # The page asks for prepared embeddings on the smaller one.
-    beside = cost._beside(cost._frozen(None, plan), on_gpu=True, text_stored=card == "3060")
+    beside = cost._other_memory(cost._frozen(None, plan), on_gpu=True, text_stored=card == "3060")
     needed = sum(memory_of(plan).values()) + sum(beside.values())
     assert 0.75 * gpus.get(card).gib < needed / GIB < gpus.get(card).gib
 

@@ -1,4 +1,4 @@
-"""The art: which sets of drawings there are, how each looks in words, and one drawing as pixels."""
+"""The art sets: their styles in words, and their drawings as pixels."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from koala.utils.asset_packages import package
 
 @dataclass(frozen=True)
 class ArtSet:
-    """A set of drawings by one hand. `style` is how a caption names the look."""
+    """A set of drawings by one artist. `style`: its name in captions."""
 
     name: str
     package: str
@@ -57,13 +57,13 @@ def _iconify(art: str) -> dict:
 
 
 def _plain(hexcode: str) -> str:
-    """Code points without the variation selector, which vendors use at will."""
+    """Code points without the variation selector, which vendors use inconsistently."""
     return "-".join(p.lstrip("0") for p in hexcode.lower().split("-") if p != "fe0f")
 
 
 @cache
 def by_code_point(art: str) -> dict[str, str]:
-    """Emoji code points ('1f98a') -> the name under which `picture` finds the drawing."""
+    """Emoji code points ('1f98a') -> the drawing's name for `picture`."""
     folder = package(ART_SETS[art].package)
     if (folder / "chars.json").is_file():
         return {_plain(h): n for h, n in json.loads((folder / "chars.json").read_text()).items()}
@@ -71,9 +71,9 @@ def by_code_point(art: str) -> dict[str, str]:
 
 
 def drawing_of(art: str, hexcode: str, label: str) -> str | None:
-    """The drawing of an emoji in an art set, or None where the set lacks it.
+    """The name of an emoji's drawing in an art set, or None if the set lacks it.
 
-    By code points; sets that do not list theirs name drawings after Unicode's labels.
+    Found by code points, or by Unicode's label in sets that do not list code points.
     """
     if by_code_point(art):
         return by_code_point(art).get(_plain(hexcode))
@@ -89,7 +89,7 @@ def names(art: str) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def picture(art: str, name: str, side: int, colour: str | None = None) -> Image.Image:
-    """A drawing as RGBA, side x side pixels; `colour` (css) for sets of one colour."""
+    """A drawing as RGBA, side x side pixels; `colour` (CSS) for one-colour sets."""
     import resvg_py
 
     assets = package(ART_SETS[art].package) / "assets"
@@ -119,7 +119,7 @@ def _from_pixels(path: Path, side: int) -> Image.Image:
 
 
 def notice(arts: list[str]) -> str:
-    """The credit that the licences of these sets ask for, as the text of a NOTICE file."""
+    """The credits required by the licences of these sets, as the text of a NOTICE file."""
     lines = ["Trained on drawings of these openly licensed sets:", ""]
     for art in (ART_SETS[a] for a in arts):
         lines.append(f"- {art.name}: {art.author}, {art.licence} (npm package {art.package})")

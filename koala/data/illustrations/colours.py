@@ -1,13 +1,13 @@
-"""Colours by name, and a drawing's main colour turned to one of them.
+"""Named colours, and recolouring of a drawing's main colour.
 
-Colours are compared and turned in Oklab (Ottosson 2020), whose distances are close to what the eye
-sees: lightness in [0, 1], and two opponent axes whose length is the chroma.
+Colours are compared and changed in Oklab (Ottosson 2020), whose distances are close to
+perception: lightness in [0, 1], and two opponent axes whose length is the chroma.
 """
 
 import numpy as np
 from PIL import Image, ImageColor
 
-INKS = {  # of one-colour icons, and of things that a caption gives a colour
+INKS = {  # of one-colour icons, and of things with a colour in their caption
     "red": "#d92b2b", "orange": "#f08419", "yellow": "#f2c21a", "green": "#2f9e44",
     "blue": "#2563d9", "purple": "#8338c9", "pink": "#ec5fa4", "brown": "#8a5a32",
     "black": "#1c1c1c", "grey": "#868e96", "teal": "#11999e", "white": "#f6f6f6",
@@ -18,7 +18,7 @@ BACKGROUNDS = {
     "yellow": "#ffd83d", "green": "#4cb85c", "blue": "#3f86e8", "pink": "#ff9ac8",
     "red": "#e2473f", "orange": "#f9993a", "purple": "#9a5fd6", "grey": "#9aa1a8",
 }  # fmt: skip
-OTHER_WORDS = {  # that people have for these
+OTHER_WORDS = {  # synonyms of these
     "red": ("scarlet", "crimson"), "purple": ("violet",), "grey": ("gray",), "teal": ("turquoise",),
     "yellow": ("golden",), "brown": ("chocolate brown",), "blue": ("bright blue",),
 }  # fmt: skip
@@ -33,7 +33,7 @@ _TO_LAB = np.array(
 )  # fmt: skip
 GREY = 0.045  # chroma below which an eye sees no hue
 NEAR = 0.6  # radians of hue within which a colour is a shade of another
-MAIN = 0.3  # of the drawing: less than this in one hue is no main colour
+MAIN = 0.3  # share of the drawing; a hue below it is not the main colour
 
 
 def oklab(rgb: np.ndarray) -> np.ndarray:
@@ -55,16 +55,16 @@ def named(name: str) -> np.ndarray:
 
 
 def apart(ink: str, background: str) -> bool:
-    """Whether one can see a thing of this colour on this background."""
+    """Whether a thing of this colour is visible on this background."""
     there = oklab(np.array(ImageColor.getrgb(BACKGROUNDS[background])) / 255)
     return float(np.linalg.norm(named(ink) - there)) > 0.16
 
 
 def repainted(drawing: Image.Image, ink: str) -> Image.Image:
-    """The drawing with its main colour turned to `ink`: shading and other colours stay.
+    """The drawing with its main colour changed to `ink`; shading and other colours are kept.
 
-    The main colour is the hue of which there is most, or grey; where none has MAIN of the
-    drawing, all of it but the near-black is turned. drawing: RGBA.
+    The main colour is the most frequent hue, or grey. If none has a share of MAIN, everything
+    but near-black is changed. drawing: RGBA.
     """
     pixels = np.asarray(drawing, dtype=np.float64) / 255
     lab, alpha = oklab(pixels[..., :3]), pixels[..., 3]
@@ -77,7 +77,7 @@ def repainted(drawing: Image.Image, ink: str) -> Image.Image:
         return drawing
     mean = (lab * (share * alpha)[..., None]).sum((0, 1)) / weight
     goal = named(ink)
-    turned = goal + (lab - mean) * (0.8, 0.35, 0.35)  # shades of lightness stay, of hue less
+    turned = goal + (lab - mean) * (0.8, 0.35, 0.35)  # keeps shades of lightness, fewer of hue
     turned[..., 0] = turned[..., 0].clip(0.02, 1)
     mixed = lab + share[..., None] * (turned - lab)
     shown = np.concatenate([srgb(mixed), alpha[..., None]], axis=-1)
@@ -90,7 +90,7 @@ def _main(lab: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     bins = np.linspace(-np.pi, np.pi, 37)
     vivid = alpha * (chroma > GREY)
     counts, _ = np.histogram(hue, bins, weights=vivid)
-    around = sum(np.roll(counts, k) for k in (-2, -1, 0, 1, 2))
+    around = sum((np.roll(counts, k) for k in (-2, -1, 0, 1, 2)), np.zeros(len(counts)))
     grey = alpha * (chroma <= GREY) * (lab[..., 0] > 0.35)
     if grey.sum() > around.max():
         return (1 - _rise(chroma, GREY, 2 * GREY)) * _rise(lab[..., 0], 0.25, 0.45)

@@ -1,15 +1,16 @@
-"""What the drawings show: emoji concepts with the words people use for them."""
+"""Emoji concepts, with the words people use for them."""
 
 import hashlib
 import json
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from koala.data.illustrations.colours import INKS
 from koala.utils.asset_packages import package
 
-# What a person would say where Unicode's label is a clerk's.
+# Common names for Unicode's formal labels.
 COMMON_NAMES = {
     "automobile": "car",
     "hot beverage": "cup of coffee",
@@ -160,7 +161,7 @@ MASS = {
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that several hands have drawn. `key` unites its faces and variants."""
+    """A thing drawn in several art sets. `key` unites its faces and variants."""
 
     hexcode: str
     label: str  # Unicode's: "fox", "hot beverage"
@@ -171,7 +172,7 @@ class Concept:
 
     @property
     def key(self) -> str:
-        """The base concept, by which train and test are split."""
+        """The base concept, which decides the split."""
         return base_concept(self.name)
 
     @property
@@ -181,7 +182,7 @@ class Concept:
 
     @property
     def thing(self) -> str:
-        """Without a colour: "red apple" -> "apple"; what another colour is said of."""
+        """Without a colour: "red apple" -> "apple", so that another colour can be named."""
         first, _, rest = self.name.partition(" ")
         return rest if rest and first.lower() in INKS else self.name
 
@@ -192,7 +193,7 @@ def base_concept(name: str) -> str:
 
 
 @cache
-def _inflect():
+def _inflect() -> Any:
     import inflect
 
     return inflect.engine()
@@ -228,14 +229,14 @@ def plural(name: str) -> str:
 
 
 def hashed(*words: object) -> float:
-    """A number in [0, 1) that depends on the words alone: the splits never move."""
+    """A number in [0, 1) that depends on the words alone, so splits are stable."""
     digest = hashlib.sha256("\x1f".join(map(str, words)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 @cache
 def concepts() -> tuple[Concept, ...]:
-    """All emoji that are no flag, no skin-tone variant and no component, in Unicode's order."""
+    """All emoji except flags, skin-tone variants and components, in Unicode's order."""
     folder = package("emojibase-data")
     data = json.loads((folder / "en" / "data.json").read_text())
     meta = json.loads((folder / "meta" / "groups.json").read_text())

@@ -1,6 +1,6 @@
-"""The things of the small set: what people type first, as far as several hands have drawn it.
+"""The things of the small set: what people type first, if several art sets have drawn it.
 
-Named as `koala.data.illustrations.concepts` names them, by Unicode's subgroup.
+By Unicode's subgroup, with the names of `koala.data.illustrations.concepts`.
 """
 
 EVERYDAY = {
@@ -112,7 +112,7 @@ EVERYDAY = {
 
 NAMES = tuple(name for names in EVERYDAY.values() for name in names.split(", "))
 
-# Never shown to a model of the small set, in any style: what it makes of a word alone.
+# Held out of the small set in every style: tests what a model makes of a word alone.
 UNSEEN = (
     "otter", "badger", "hyacinth", "hibiscus", "squid", "oyster", "chestnut", "burrito",
     "bubble tea", "monorail", "banjo", "briefcase", "floppy disk", "spool of thread",

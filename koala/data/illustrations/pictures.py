@@ -1,8 +1,8 @@
-"""Pictures with captions in parquet shards: rendered once, on all cores, and read by everybody.
+"""Renders captioned images into parquet shards, once and on all cores, and reads them.
 
-A folder holds `set.json` (what it was made with) and `pictures-NNNNN.parquet`, one row a picture:
-PNG bytes in the column `image` and the text columns of `scenes.PlannedImage`. A shard
-appears under its name when it is whole, so a killed run is taken up by the same command.
+A folder holds `set.json` (what it was made with) and `pictures-NNNNN.parquet`, one row per image:
+PNG bytes in the column `image` and the text columns of `scenes.PlannedImage`. Shards are
+written atomically, so the same command resumes a killed run.
 """
 
 import io
@@ -24,7 +24,7 @@ from koala.errors import UserError
 from koala.utils.atomic import claim, new_file, write_text
 from koala.utils.progress import progress
 
-SHARD = 256  # pictures: some five seconds of one core
+SHARD = 256  # images: about five seconds of one core
 TEXT_COLUMNS = (
     "id", "kind", "concept", "style", "split", "subject", "short", "long", "everyday",
 )  # fmt: skip
@@ -32,7 +32,7 @@ NOTICE = "NOTICE.txt"
 
 
 def render(row: PlannedImage, size: int) -> Image.Image:
-    """A planned picture as RGB, size x size pixels."""
+    """Renders a planned image as RGB, size x size pixels."""
     canvas = Image.new("RGBA", (size, size), BACKGROUNDS[row.background])
     for layer in row.layers:
         left, top, side = (round(size * share) for share in layer.box)
@@ -41,7 +41,7 @@ def render(row: PlannedImage, size: int) -> Image.Image:
 
 
 def _drawn(layer: Layer, side: int) -> Image.Image:
-    """A layer's drawing as RGBA, in its ink where it has one."""
+    """A layer's drawing as RGBA, in its ink if it has one."""
     if layer.ink is None:
         return art.picture(layer.art, layer.name, side)
     if art.ART_SETS[layer.art].kind == "icon":
@@ -50,9 +50,9 @@ def _drawn(layer: Layer, side: int) -> Image.Image:
 
 
 def prepare_pictures(settings: Illustrations, out: Path, workers: int | None = None) -> int:
-    """Renders the set that `settings` describe into `out`; returns the number of pictures.
+    """Renders the set described by `settings` into `out`; returns the number of images.
 
-    Run again, it goes on where it was; with other settings it refuses (UserError).
+    The same call resumes an interrupted run; UserError for a folder made with other settings.
     """
     claim(out / "set.json", {"source": "illustrations", **asdict(settings)})
     rows = plan(settings)
@@ -62,7 +62,7 @@ def prepare_pictures(settings: Illustrations, out: Path, workers: int | None = N
     done = len(rows) - sum(len(s) for s, _ in todo)
     drawn = sorted({layer.art for row in rows for layer in row.layers})
     for name in drawn:
-        art.package(art.ART_SETS[name].package)  # fetched before the workers want it
+        art.package(art.ART_SETS[name].package)  # downloaded before the workers need it
     with (
         progress("rendering", len(rows), "pictures", done) as advance,
         ProcessPoolExecutor(workers or os.cpu_count()) as pool,
@@ -87,31 +87,31 @@ def _write_shard(rows: list[PlannedImage], path: Path, size: int) -> None:
 
 
 def settings_of(folder: Path) -> dict:
-    """What a prepared folder was made with: its source and the settings of that."""
+    """The source and settings that a prepared folder was made with."""
     return json.loads((folder / "set.json").read_text())
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The picture shards of a prepared folder, in order."""
+    """The image shards of a prepared folder, in order."""
     return sorted(folder.glob("pictures-*.parquet"))
 
 
 def shards_at(place: str | Path) -> list[Path]:
-    """The shards of a folder, or the shard itself. UserError where there are none."""
+    """The shards of a folder, or the shard itself. UserError if there are none."""
     shards = [Path(place)] if Path(place).is_file() else shards_of(Path(place))
     if not shards:
         raise UserError(
-            f"{place}: no prepared pictures there (pictures-*.parquet); "
+            f"{place} has no prepared images (pictures-*.parquet); "
             "make them with `koala prepare illustrations --out DIR`"
         )
     return shards
 
 
 class PictureSet:
-    """Reads a folder of picture shards, or one shard; pictures stay PNG bytes until asked for."""
+    """Reads a folder of image shards, or one shard; images are decoded on access."""
 
     def __init__(self, folder: str | Path):
-        """Raises UserError where there are no prepared pictures."""
+        """Raises UserError if there are no prepared images."""
         self.folder = Path(folder)
         table = pa.concat_tables(pq.read_table(s) for s in shards_at(self.folder))
         self._images = table.column("image")
@@ -121,7 +121,7 @@ class PictureSet:
         return len(self.rows)
 
     def image(self, i: int) -> Image.Image:
-        """Picture i, RGB."""
+        """Image i, RGB."""
         return Image.open(io.BytesIO(self._images[i].as_py()["bytes"])).convert("RGB")
 
     def select(

@@ -1,7 +1,7 @@
-"""The illustration set, planned: every picture as a row that says what is drawn and how it is told.
+"""Plans the illustration set: one `PlannedImage` per image, with its drawing and captions.
 
-Five kinds. An *emoji* is one drawing on white; a *colour-icon* likewise; a *painted* emoji has its
-main colour turned to a named one; an *icon* is a drawing of one colour, which we choose; a *scene*
+Five kinds. An *emoji* is one drawing on white; so is a *colour-icon*; a *painted* emoji has its
+main colour changed to a named one; an *icon* is a drawing of one colour, which we choose; a *scene*
 is one to four emoji whose number, place, background and, in some, colour we choose. So the captions
 of the last three are true by construction. Planning draws nothing and depends on the settings
 alone; `koala.data.illustrations.pictures` renders.
@@ -40,7 +40,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 @dataclass(frozen=True)
 class Illustrations:
-    """What the set holds. The defaults are the whole set; `SMALL` is what a CPU can learn well."""
+    """Settings of the set. The defaults are the full set; a CPU can learn `SMALL` well."""
 
     styles: tuple[str, ...] = tuple(
         s.name for s in art.ART_SETS.values() if s.kind == "emoji" and not s.share_alike
@@ -54,7 +54,7 @@ class Illustrations:
     scenes: int = 40_000
     size: int = 128  # pixels a side
     test_concepts: float = 0.05  # share of base concepts held out
-    unseen: tuple[str, ...] = ()  # base concepts held out besides
+    unseen: tuple[str, ...] = ()  # further base concepts to hold out
     test_pairs: float = 0.5  # share of seen concepts of which one style is held out
     seed: int = 0
 
@@ -74,19 +74,22 @@ SMALL = Illustrations(
 ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
 
 
+Box = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class Layer:
-    """A drawing in a box of the picture; box in shares of the side: left, top, side."""
+    """A drawing in a box of the image; box in shares of the side: left, top, side."""
 
     art: str
     name: str
-    box: tuple[float, float, float]
-    ink: str | None = None  # that an icon has, and that an emoji's main colour is turned to
+    box: Box
+    ink: str | None = None  # of an icon, or the new main colour of an emoji
 
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One picture to be. `subject` is the bare thing; `everyday` says it as people type it."""
+    """One planned image. `subject` is the bare thing; `everyday` is phrased as people type."""
 
     id: str
     kind: str
@@ -102,7 +105,7 @@ class PlannedImage:
 
 
 FULL = (0.06, 0.06, 0.88)
-# Where 1 to 4 things stand: boxes as in Layer.
+# Where 1 to 4 things stand.
 PLACES = {
     1: [(0.14, 0.14, 0.72)],
     2: [(0.04, 0.27, 0.45), (0.51, 0.27, 0.45)],
@@ -114,7 +117,7 @@ STACKED = [(0.27, 0.04, 0.45), (0.27, 0.51, 0.45)]
 
 
 def plan(settings: Illustrations) -> list[PlannedImage]:
-    """All rows of the set, in an order and with ids that depend on the settings alone."""
+    """All images of the set; their order and ids depend on the settings alone."""
     chosen = [
         c
         for c in concepts()
@@ -153,7 +156,7 @@ def _split_of_concept(settings: Illustrations, key: str) -> str:
 
 
 def _everyday(word: str, style: str, *seed: object) -> str:
-    """A thing under one of its names, in one of the ways in which people ask for it."""
+    """A thing under one of its names, phrased in one of the ways people ask for it."""
     look = style.replace(" fluent", "") if hashed("look", *seed) < 0.5 else style
     name = _one_of([word, *OTHER_NAMES.get(word, ())], "name", *seed)
     subject = with_article(name)
@@ -241,7 +244,7 @@ def _an(style: str) -> str:
 def _painted(
     settings: Illustrations, chosen: list[Concept], seen: set[tuple[str, str]]
 ) -> list[PlannedImage]:
-    """Emoji on white with their main colour turned to a named one, drawn from all there can be."""
+    """Emoji on white with their main colour changed to a named one, sampled from all possible."""
     drawings = [(c, s) for c in chosen for s in settings.styles if (c.name, s) in seen]
     rng = random.Random(settings.seed + 2)
     colours = [ink for ink in INKS if apart(ink, "white")]
@@ -385,8 +388,8 @@ class _Thing:
         return with_article(self.name)
 
 
-def _pair(rng: random.Random, one: _Thing, other: _Thing):
-    """Two different things: how it is said, what is drawn, and where."""
+def _pair(rng: random.Random, one: _Thing, other: _Thing) -> tuple[str, list[_Thing], list[Box]]:
+    """Two different things: caption, drawings and boxes."""
     a, b = one.subject, other.subject
     said, boxes = rng.choice(
         [

@@ -1,9 +1,10 @@
-"""Where captioned pictures come from: one small class a kind, recognised from what lies there.
+"""Sources of captioned images: one small class per kind, recognised from the files.
 
-Adding one: a class as `koala.data.items.Source` wants it, in a module of its own, and its line in
-`_KINDS` and `_found`.
+To add one, write a class with the interface of `koala.data.items.Source` in its own module, and add
+it to `_KINDS` and `_found`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from koala.data.items import KINDS, Source
@@ -13,32 +14,34 @@ from koala.data.sources.webdataset import WebDataset
 from koala.data.sources.yepop import YePop, chunk_files
 from koala.errors import UserError, unknown
 
-_KINDS = dict(zip(KINDS, (Folder, WebDataset, Parquet, YePop), strict=True))
+_KINDS: dict[str, Callable[[Path], Source]] = dict(
+    zip(KINDS, (Folder, WebDataset, Parquet, YePop), strict=True)
+)
 
 
 def recognise(place: str | Path, kind: str | None = None) -> Source:
-    """The source that lies at `place`: a folder, a tar or a parquet file.
+    """The source at `place`: a folder, a tar or a parquet file.
 
-    kind: one of KINDS, where the place holds more than one. UserError where there is nothing, or
-    nothing that is known, or more than one kind and none is named.
+    kind: one of KINDS, if the place holds several. UserError if there is no known kind, or several
+    and none is named.
     """
     root = Path(place).expanduser()
     if kind is not None and kind not in _KINDS:
         raise unknown("kind of source", kind, KINDS)
     if not root.exists():
         raise UserError(
-            f"source {str(place)!r} is not there; a source is a path of one of the kinds "
+            f"source {str(place)!r} does not exist; give a path of one of the kinds "
             f"{', '.join(KINDS)}, or illustrations or illustrations-small"
         )
     found = [kind] if kind else _found(root)
     if len(found) != 1:
         what = f"may be {' or '.join(found)}" if found else f"holds none of {', '.join(KINDS)}"
-        raise UserError(f"source {root} {what}: name its own folder, or say which with --as KIND")
+        raise UserError(f"source {root} {what}: give its own folder, or choose with --as KIND")
     return _KINDS[found[0]](root)
 
 
 def _found(root: Path) -> list[str]:
-    """The kinds that lie at `root`. A parquet beside the tar of its name is img2dataset's log."""
+    """The kinds found at `root`. A parquet beside a tar of its name is img2dataset's log."""
     if root.is_file():
         return {".tar": ["webdataset"], ".parquet": ["parquet"]}.get(root.suffix, [])
     if chunk_files(root):

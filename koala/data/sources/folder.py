@@ -1,6 +1,6 @@
-"""A folder of pictures: captions in a `.txt` beside each, or in one metadata.jsonl or .csv.
+"""A folder of images: captions in a `.txt` beside each, or in one metadata.jsonl or .csv.
 
-The metadata's column `file_name` names the picture, relative to the folder; its text columns are
+The metadata's column `file_name` names the image, relative to the folder; its text columns are
 captions. Order: by path.
 """
 
@@ -21,24 +21,24 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Folder:
-    """Pictures below `root`, as one part."""
+    """Images below `root`, as one part."""
 
     root: Path
     name = "folder"
     captions = ()
 
     def parts(self) -> dict[str, int]:
-        """One, the folder itself, with its number of pictures. UserError where there is none."""
+        """One: the folder itself, with its number of images. UserError if there are none."""
         if not (pictures := _pictures(self.root)):
-            raise UserError(f"{self.root}: no picture there ({', '.join(SUFFIXES)})")
+            raise UserError(f"{self.root} has no images ({', '.join(SUFFIXES)})")
         return {".": len(pictures)}
 
     def count(self, part: str) -> int:
-        """The number of pictures."""
+        """Number of images."""
         return len(_pictures(self.root))
 
     def items(self, part: str, first: int, count: int) -> Iterator[Item]:
-        """A picture that the metadata does not name has no captions but its .txt's."""
+        """Images that the metadata does not name have only the caption in their .txt."""
         metadata = _metadata(self.root)
         for path in _pictures(self.root)[first : first + count]:
             id = path.relative_to(self.root).as_posix()
@@ -56,10 +56,10 @@ def _pictures(root: Path) -> list[Path]:
 
 @lru_cache(maxsize=2)
 def _metadata(root: Path) -> dict[str, dict[str, Any]]:
-    """Records by the picture they are of; UserError where a line cannot be read."""
+    """Records by file name; UserError if a line cannot be read."""
     found = [root / name for name in METADATA if (root / name).is_file()]
     if len(found) > 1:
-        raise UserError(f"{root} has both {' and '.join(METADATA)}: keep the one that counts")
+        raise UserError(f"{root} has both {' and '.join(METADATA)}: keep one")
     if not found:
         return {}
     (path,) = found
@@ -82,14 +82,14 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     yield json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path}: line {number} is no JSON ({error})") from None
+                raise UserError(f"{path}: line {number} is not valid JSON ({error})") from None
 
 
 _NUMBERS = {name for names in SCORES.values() for name in names}
 
 
 def _number(text: str | None) -> float | None:
-    """A score of a csv; None where the cell holds none."""
+    """A score in a csv cell; None if it is not a number."""
     try:
         return float(text or "")
     except ValueError:

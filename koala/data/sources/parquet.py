@@ -1,9 +1,9 @@
-"""Parquet files: pictures embedded as bytes or named by path, captions in the text columns.
+"""Parquet files: images embedded as bytes or named by path, captions in the text columns.
 
-The picture is the column `image` (bytes, or Hugging Face's {bytes, path}), `jpg`, `png`, `webp` or
+The image is the column `image` (bytes, or Hugging Face's {bytes, path}), `jpg`, `png`, `webp` or
 `bytes`; else the path in `path`, `file_name` or `image_path`, relative to the file's folder. Order:
-files by name, rows as they come. A row group is read whole, so groups of some hundred rows are
-best. The illustration set lies in such files, with its own splits and kinds.
+files by name, rows as they come. A row group is read at once, so groups of a few hundred rows
+are best. The illustration set is stored in such files, with its own splits and kinds.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ PATHS = ("path", "file_name", "image_path")
 
 @dataclass(frozen=True)
 class Parquet:
-    """The parquet files below `root` that `pattern` fits; a part is a file."""
+    """The parquet files below `root` that match `pattern`; a part is a file."""
 
     root: Path
     captions: tuple[str, ...] = ()
@@ -32,20 +32,20 @@ class Parquet:
     name = "parquet"
 
     def parts(self) -> dict[str, int]:
-        """Paths of the files relative to `root`, with their bytes. UserError where none are."""
+        """Paths of the files relative to `root`, with their sizes. UserError if there are none."""
         found = [self.root] if self.root.is_file() else sorted(self.root.rglob(self.pattern))
         if not found:
-            raise UserError(f"{self.root}: no {self.pattern} there")
+            raise UserError(f"{self.root} has no {self.pattern}")
         return {p.relative_to(self.root).as_posix(): p.stat().st_size for p in found}
 
     def count(self, part: str) -> int:
-        """Rows, by the file's footer."""
+        """Number of rows, from the file's footer."""
         file = _file(self.root / part)
         _picture_column(self.root / part, file.schema_arrow.names)
         return file.metadata.num_rows
 
     def items(self, part: str, first: int, count: int) -> Iterator[Item]:
-        """The id is the column `id` or `key`, else the file's name and the row's number."""
+        """The id is the column `id` or `key`, else file name and row number."""
         path = self.root / part
         column = _picture_column(path, _file(path).schema_arrow.names)
         for number, record in _records(path, first, count):
@@ -73,7 +73,9 @@ def _file(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no whole parquet file ({error}): fetch it again") from None
+        raise UserError(
+            f"{path} is not a complete parquet file ({error}): download it again"
+        ) from None
 
 
 @lru_cache(maxsize=1)
@@ -86,8 +88,8 @@ def _picture_column(path: Path, names: list[str]) -> str:
         if name in names:
             return name
     raise UserError(
-        f"{path}: no column of pictures; bytes go by {', '.join(EMBEDDED)}, paths by "
-        f"{', '.join(PATHS)}; it has {', '.join(names)}"
+        f"{path} has no image column: {', '.join(EMBEDDED)} for bytes, or "
+        f"{', '.join(PATHS)} for paths; it has {', '.join(names)}"
     )
 
 
@@ -97,5 +99,5 @@ def _read(path: Path, picture: Any) -> bytes:
     if isinstance(picture, bytes):
         return picture
     if not picture:
-        raise OSError("no picture in this row")
+        raise OSError("no image in this row")
     return (path.parent / picture).read_bytes()

@@ -1,7 +1,7 @@
 """Webdataset tars in img2dataset's layout: KEY.jpg, KEY.txt (the caption) and KEY.json.
 
-Pictures are read where they lie; a tar's table of contents is walked once by each process, which
-takes a second or two for ten thousand pictures. Order: tars by name, keys as they come.
+Images are read in place. Each process scans a tar's headers once, which takes a second or two for
+ten thousand images. Order: tars by name, keys as they come.
 """
 
 import json
@@ -20,17 +20,17 @@ Place = tuple[int, int]  # offset and bytes in the tar
 
 @dataclass(frozen=True)
 class WebDataset:
-    """The tars below `root`, or the one that it is; a part is a tar."""
+    """The tars below `root`, or `root` itself; a part is a tar."""
 
     root: Path
     name = "webdataset"
     captions = ()
 
     def parts(self) -> dict[str, int]:
-        """Paths of the tars relative to `root`, with their bytes. UserError where none are."""
+        """Paths of the tars relative to `root`, with their sizes. UserError if there are none."""
         found = [self.root] if self.root.is_file() else sorted(self.root.rglob("*.tar"))
         if not found:
-            raise UserError(f"{self.root}: no .tar there (compressed ones: unpack them first)")
+            raise UserError(f"{self.root} has no .tar (decompress compressed ones first)")
         return {p.relative_to(self.root).as_posix(): p.stat().st_size for p in found}
 
     def count(self, part: str) -> int:
@@ -45,7 +45,7 @@ class WebDataset:
             try:
                 record = json.loads(_read(path, files[".json"])) if ".json" in files else {}
             except ValueError:
-                record, read = {}, partial(_refuse, f"{key}.json is no JSON")
+                record, read = {}, partial(_refuse, f"{key}.json is not valid JSON")
             if ".txt" in files:
                 record["text"] = _read(path, files[".txt"]).decode("utf-8", errors="replace")
             yield Item(f"{path.stem}/{key}", read, captions_of(record), scores_of(record))
@@ -67,9 +67,11 @@ def _contents(path: Path) -> list[tuple[str, dict[str, Place]]]:
                     place = (member.offset_data, member.size)
                     keys.setdefault(key, {})[(dot + suffix).lower()] = place
         if _read(path, (end, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it has no end")  # which tarfile takes for an end
+            raise tarfile.ReadError("no end marker")  # tarfile accepts that
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path} is no whole tar ({error}): fetch it again or remove it") from None
+        raise UserError(
+            f"{path} is not a complete tar ({error}): download it again or remove it"
+        ) from None
     return list(keys.items())
 
 
@@ -79,7 +81,7 @@ def _refuse(why: str) -> bytes:
 
 def _read(path: Path, place: Place | None) -> bytes:
     if place is None:
-        raise OSError("no picture under this key")
+        raise OSError("no image under this key")
     with path.open("rb") as file:
         file.seek(place[0])
         return file.read(place[1])

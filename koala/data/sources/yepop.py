@@ -1,8 +1,8 @@
-"""ye-pop chunks: chunk_N.zip with pictures, and chunk_N.0.json, which tells of them by id.
+"""ye-pop chunks: chunk_N.zip with images, and chunk_N.0.json with their records by id.
 
 Fields of a record: filename, url, cogvlm_caption, llava_caption, alt_txt, alt_txt_similarity,
-nsfw_prediction, width, height, ... An unpacked zip will do as well: its pictures beside the JSON
-or in a folder chunk_N. Order: chunks by number, records as they come.
+nsfw_prediction, width, height, ... An unpacked zip works too: its images beside the JSON or in
+a folder chunk_N. Order: chunks by number, records as they come.
 """
 
 import json
@@ -24,7 +24,7 @@ _JSON = re.compile(r"(chunk_(\d+))\.\d+\.json")
 class YePop:
     """The chunks below `root`; a part is a JSON file.
 
-    The default caption is as the paper's: a synthetic one appended to the original.
+    The default caption is the paper's: a synthetic one appended to the original.
     """
 
     root: Path
@@ -32,9 +32,9 @@ class YePop:
     captions = ("alt_txt+cogvlm_caption",)
 
     def parts(self) -> dict[str, int]:
-        """Paths of the JSON files relative to `root`, with their bytes. UserError without any."""
+        """Paths of the JSON files relative to `root`, with their sizes. UserError if none."""
         if not (found := chunk_files(self.root)):
-            raise UserError(f"{self.root}: no chunk_N.0.json there")
+            raise UserError(f"{self.root} has no chunk_N.0.json")
         return {p.relative_to(self.root).as_posix(): p.stat().st_size for p in found}
 
     def count(self, part: str) -> int:
@@ -42,7 +42,7 @@ class YePop:
         return len(_records(self.root / part))
 
     def items(self, part: str, first: int, count: int) -> Iterator[Item]:
-        """The record's `filename` says which picture it is of."""
+        """A record's `filename` names its image."""
         path = self.root / part
         chunk = path.name.split(".")[0]
         for id, record in _records(path)[first : first + count]:
@@ -61,15 +61,15 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         records = json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): fetch it again") from None
+        raise UserError(f"{path} cannot be read ({error}): download it again") from None
     if not isinstance(records, dict) or not all(isinstance(r, dict) for r in records.values()):
-        raise UserError(f"{path} must be a dict of records by id")
+        raise UserError(f"{path} must be a JSON object of records by id")
     return list(records.items())
 
 
 @lru_cache(maxsize=1)
 def _zip(path: Path) -> tuple[zipfile.ZipFile, dict[str, str]]:
-    """The open zip, and its members by their bare names."""
+    """The open zip, and its members by base name."""
     archive = zipfile.ZipFile(path)
     return archive, {name.rpartition("/")[2]: name for name in archive.namelist()}
 
@@ -77,7 +77,7 @@ def _zip(path: Path) -> tuple[zipfile.ZipFile, dict[str, str]]:
 def _read(path: Path, filename: str) -> bytes:
     bare = filename.rpartition("/")[2]
     if not bare:
-        raise OSError("the record names no picture")
+        raise OSError("the record names no image")
     chunk = path.name.split(".")[0]
     for place in (path.parent / bare, path.parent / chunk / bare):
         if place.is_file():

@@ -19,7 +19,7 @@ from toy import toy_pipeline
 from toy_family import toy_mini_base
 from toy_packages import toy_packages
 
-# A cache of the tests' own but for the data packages: which back end this machine's user has had
+# A cache of the tests' own but for the data packages: which backend this machine's user has had
 # measured must not decide what draws here (OpenVINO and a training in one process: docs/log.md).
 cache_folder().mkdir(parents=True, exist_ok=True)
 CACHE = Path(tempfile.mkdtemp(prefix="koala-tests-"))

@@ -27,6 +27,12 @@ from toy_family import TINY, Letters
 from toy_sources import pictures, write_folder
 
 
+@pytest.fixture(autouse=True)
+def one_prompt(monkeypatch):
+    """Previews take most of a toy run's time: one image is enough."""
+    monkeypatch.setattr("koala.recipes.train.MINI_PROMPTS", ("a fox",))
+
+
 def test_the_whole_chain(base_parts, tmp_path, packages):
     data, base = base_parts
     first = replace(recipes.get("sdxl-mini-64"), training=TINY)
@@ -36,7 +42,7 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     unet = "unet/diffusion_pytorch_model.safetensors"  # goes on from its weights: no step moves any
     assert_close(load_file(master / unet), load_file(begun / unet), rtol=0, atol=1e-7)
     assert not torch.equal(*(load_file(m / unet)["conv_in.weight"] for m in (base, begun)))
-    student = replace(recipes.get("koala-mini"), training=TINY)
+    student = replace(recipes.get("koala-mini"), training=TINY, prompts=("a fox",))
     small = distill(student, data, tmp_path / "student", str(master), "cpu")
     lines = (tmp_path / "student" / "stats.jsonl").read_text().splitlines()
     assert [json.loads(line)["samples"] for line in lines] == [4, 8]

@@ -1,6 +1,6 @@
-"""Prompts to pictures: encode, denoise and decode as plain functions, and a pipeline of them.
+"""Prompts to images: encode, denoise and decode as plain functions, and a pipeline of them.
 
-Names are imported when they are first used: what only checks a request loads no torch.
+Names are imported when first used, so that checking a request loads no torch.
 """
 
 from importlib import import_module

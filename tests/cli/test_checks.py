@@ -36,7 +36,7 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     ([*GENERATE, "--lora", "gone.safetensors"], "gone.safetensors cannot be read"),
     ([*GENERATE, "--image", "gone.png"], "gone.png cannot be read as a picture"),
     ([*GENERATE, "--image", "black.png", "--mask", "black.png"], "the mask is dark everywhere"),
-    ([*GENERATE, "--backend", "openvion"], "unknown back end 'openvion': .* mean openvino?"),
+    ([*GENERATE, "--backend", "openvion"], "unknown backend 'openvion': .* mean openvino?"),
     ([*GENERATE, "--weights", "fp61"], "unknown weights 'fp61': .*; did you mean fp16?"),
     ([*GENERATE, "--decode", "tild"], "unknown decoder 'tild': .*; did you mean tiled?"),
     ([*GENERATE, "--vram", "lots"], "vram is 'lots'"),
@@ -48,7 +48,7 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     ([*GENERATE, "--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
     # serve
     (["serve", "--model", "koala-mni"], "did you mean koala-mini?"),
-    (["serve", "--backend", "atuo"], "unknown back end 'atuo'"),
+    (["serve", "--backend", "atuo"], "unknown backend 'atuo'"),
     (["serve", "--replicas", "4-1"], "--replicas '4-1'"),
     (["serve", "--replicas", "2", "--api-key-file", "gone"], "key file gone cannot be read"),
     (["serve", "--lora-dir", "gone"], "--lora-dir gone is no folder"),

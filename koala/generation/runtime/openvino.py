@@ -248,7 +248,7 @@ def refuse_hooks(unet: nn.Module) -> None:
     """UserError for a LoRA beside the weights, which a copy of the weights would not have."""
     if any(module._forward_hooks for module in unet.modules()):
         raise UserError(
-            "a LoRA lies beside the weights, where this back end does not see it: merge it, as "
+            "a LoRA lies beside the weights, where this backend does not see it: merge it, as "
             "koala.load(lora=..., backend=...) does"
         )
 

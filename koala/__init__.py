@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from koala.generation.loader import load
     from koala.generation.pipeline import Pipeline, Result
     from koala.generation.requests import Request, Settings
-    from koala.mini.settings import Autoencoder, MiniBase, Tiny
+    from koala.mini.settings import Autoencoder, Base, Tiny
     from koala.recipes.recipe import Mixture, Recipe, Student, Teacher
     from koala.recipes.train import distill
 
@@ -42,12 +42,13 @@ _HOME = {
     "generation.loader": ("load",),
     "generation.pipeline": ("Pipeline", "Result"),
     "generation.requests": ("Request", "Settings"),
-    "mini.settings": ("Autoencoder", "MiniBase", "Tiny"),
+    "mini.settings": ("Autoencoder", "Base", "Tiny"),
     "recipes.recipe": ("Mixture", "Recipe", "Student", "Teacher"),
     "recipes.train": ("distill",),
 }
 __all__ = [
     "Autoencoder",
+    "Base",
     "CompressReport",
     "ConvertReport",
     "DistillationSettings",
@@ -56,7 +57,6 @@ __all__ = [
     "Filters",
     "Hardware",
     "Inspection",
-    "MiniBase",
     "Mixture",
     "Pipeline",
     "Preparation",

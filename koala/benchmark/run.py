@@ -188,7 +188,7 @@ def _unet_seconds(
 
 
 def _under(budget: int, draw: Draw, device: torch.device) -> float | None:
-    """Seconds an image with the allocator limited to `budget` GB; None: out of memory."""
+    """Seconds per image with the allocator limited to `budget` GB; None: out of memory."""
     total = torch.cuda.get_device_properties(device).total_memory
     measure.release(device)
     torch.cuda.set_per_process_memory_fraction(budget * GB / total, device)

@@ -33,7 +33,7 @@ class Busy(Exception):
 
 
 class ThroughputEstimate:
-    """An estimate of the pixels evaluated a second, from recent passes."""
+    """An estimate of the pixels evaluated per second, from recent passes."""
 
     def __init__(self) -> None:
         self._pixels = self._seconds = 0.0

@@ -73,7 +73,7 @@ class Submission:
         return all(ticket.done() for ticket in self._tickets)
 
     def futures(self) -> list[Future[Image.Image]]:
-        """One future an image; `asyncio.wrap_future` makes them awaitable."""
+        """One future per image; `asyncio.wrap_future` makes them awaitable."""
         return list(self._tickets)
 
     def result(self) -> Result:
@@ -177,7 +177,7 @@ class Service:
         return sorted(file.stem for file in files if _LORA_NAME.fullmatch(file.stem))
 
     def requests(self, spec: ImageRequest) -> list[Request]:
-        """Checks a request and returns one engine request an image. UserError for a bad value."""
+        """Checks a request and returns one engine request per image. UserError for a bad value."""
         limits = self.limits
         for name, value, most in (
             ("n", spec.number, limits.pictures), ("steps", spec.steps, limits.steps),
@@ -206,7 +206,7 @@ class Service:
             settings = requests[0].settings
             raise UserError(
                 f"size {settings.width}x{settings.height}: this server allows at most "
-                f"{self.most_pixels:,} pixels an image, such as {self.native}x{self.native}"
+                f"{self.most_pixels:,} pixels per image, such as {self.native}x{self.native}"
             )
         return requests
 

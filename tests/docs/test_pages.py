@@ -118,7 +118,7 @@ def test_memory(tmp_path, monkeypatch, capsys):
     (python,) = re.findall(r"```python\n(.*?)```", (DOCS / "memory.md").read_text(), re.DOTALL)
     names: dict = {}
     exec(compile(python, "memory.md", "exec"), names)
-    assert names["image"].size == (128, 128) and names["plan"].peak <= 4 * 2**30
+    assert names["image"].size == (128, 128) and names["pipeline"].plan.peak <= 4 * 2**30
 
 
 def test_the_pages_commands_are_commands():

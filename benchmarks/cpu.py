@@ -2,7 +2,7 @@
 
 `python -m benchmarks.cpu [--out benchmarks/cpu] [--only mini | --only full-size]`
 
-First the bundled model by `koala benchmark`: with the back end that is measured to be the faster of
+First the bundled model by `koala benchmark`: with the backend that is measured to be the faster of
 the exact ones, and in bfloat16 where the processor has it. Then KOALA-700M at full size, random
 weights, 512 x 512 pixels, 10 steps, guidance 3.5: each way in a process of its own, so that its
 peak memory is its own; the ways take turns, round after round, so that a machine that changes its
@@ -43,7 +43,7 @@ from koala.utils.device import hardware, has_bf16
 CASE = "koala-turbo-700m"
 STOCK = "diffusers fp32"
 VRAM = 4.2  # GiB that our plan may take: 6 GB with the interpreter and its libraries
-MINI = {"exact": "auto", "bfloat16": "openvino-bf16"}  # folder of the report, back end
+MINI = {"exact": "auto", "bfloat16": "openvino-bf16"}  # folder of the report, backend
 CUT = {"guidance_until": 0.5}
 EXACT = {"plan": {"weights": "fp32"}}
 TINY_FP32 = {"plan": {"weights": "fp32", "decode": "tiny"}}

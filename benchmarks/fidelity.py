@@ -162,7 +162,7 @@ def psnr(one: Tensor, other: Tensor, peak: float) -> float | None:
 def means(
     images: Sequence[Image.Image], seeds: int, evaluator: Evaluator, extractor: nn.Module
 ) -> dict[str, float]:
-    """The yardstick's measures, their mean over the seeds."""
+    """The metrics, as the mean over the seeds."""
     features = extract(extractor, images).chunk(seeds)
     every = [evaluator.measure(of_seed) for of_seed in features]
     return {name: sum(each[name] for each in every) / seeds for name in every[0]}

@@ -3,25 +3,74 @@
     import koala
     koala.load("koala-mini")("a red fox, flat twemoji style", seed=7).images[0].save("fox.png")
 
-The functions mirror the commands of `koala --help`; each is imported when it is first used, so
-that importing this package costs nothing.
+The functions mirror the commands of `koala --help`; beside them are the types that they take and
+return. Each is imported when it is first used, so that importing this package costs nothing.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from koala.checkpoints.compress import CompressReport, compress
+    from koala.checkpoints.convert import ConvertReport, convert
+    from koala.checkpoints.inspect import Inspection, inspect
+    from koala.data.prepare import PrepareReport, prepare
+    from koala.data.preprocess import Filters, Preparation
+    from koala.distillation.settings import DistillationSettings, Hardware, Tap, Training
+    from koala.errors import Failure, UserError
+    from koala.evaluation.report import evaluate
+    from koala.evaluation.table import EvaluationReport
+    from koala.generation.loader import load
+    from koala.generation.pipeline import Pipeline, Result
+    from koala.generation.requests import Request, Settings
+    from koala.mini.settings import Autoencoder, Base, Tiny
+    from koala.recipes.recipe import Mixture, Recipe, Student, Teacher
+    from koala.recipes.train import distill
 
 __version__ = "0.1.0"
 
-_HOME = {  # function -> where it lives
-    "load": "koala.generation.loader",
-    "inspect": "koala.checkpoints.inspect",
-    "compress": "koala.checkpoints.compress",
-    "convert": "koala.checkpoints.convert",
-    "prepare": "koala.data.prepare",
-    "distill": "koala.recipes.train",
-    "evaluate": "koala.evaluation.report",
+_HOME = {
+    "checkpoints.compress": ("CompressReport", "compress"),
+    "checkpoints.convert": ("ConvertReport", "convert"),
+    "checkpoints.inspect": ("Inspection", "inspect"),
+    "data.prepare": ("PrepareReport", "prepare"),
+    "data.preprocess": ("Filters", "Preparation"),
+    "distillation.settings": ("DistillationSettings", "Hardware", "Tap", "Training"),
+    "errors": ("Failure", "UserError"),
+    "evaluation.report": ("evaluate",),
+    "evaluation.table": ("EvaluationReport",),
+    "generation.loader": ("load",),
+    "generation.pipeline": ("Pipeline", "Result"),
+    "generation.requests": ("Request", "Settings"),
+    "mini.settings": ("Autoencoder", "Base", "Tiny"),
+    "recipes.recipe": ("Mixture", "Recipe", "Student", "Teacher"),
+    "recipes.train": ("distill",),
 }
 __all__ = [
+    "Autoencoder",
+    "Base",
+    "CompressReport",
+    "ConvertReport",
+    "DistillationSettings",
+    "EvaluationReport",
+    "Failure",
+    "Filters",
+    "Hardware",
+    "Inspection",
+    "Mixture",
+    "Pipeline",
+    "Preparation",
+    "PrepareReport",
+    "Recipe",
+    "Request",
+    "Result",
+    "Settings",
+    "Student",
+    "Tap",
+    "Teacher",
+    "Tiny",
+    "Training",
+    "UserError",
     "__version__",
     "compress",
     "convert",
@@ -32,8 +81,10 @@ __all__ = [
     "prepare",
 ]
 
+if not TYPE_CHECKING:  # a type checker knows the names above, and no others
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    def __getattr__(name: str) -> Any:
+        for module, names in _HOME.items():
+            if name in names:
+                return getattr(import_module(f"koala.{module}"), name)
         raise AttributeError(f"module 'koala' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)

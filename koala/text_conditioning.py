@@ -60,6 +60,7 @@ class TextConditioner:
         )
         self.tokens = _tokens(self.tokenizers, self.encoders)
         self.width = sum(encoder.config.hidden_size for encoder in self.encoders)
+        assert text_encoder_2.config.projection_dim is not None
         self.pooled_width: int = text_encoder_2.config.projection_dim
         self._cache_size = cache_size
         self._cache: OrderedDict[Ids, tuple[Tensor, Tensor]] = OrderedDict()

@@ -6,8 +6,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# One thread, here and in what is started: toys are too small to share, and threads that wait for
+# each other made the suite several times as slow beside other work (docs/log.md). torch reads this
+# when it is imported, for all threads of the process.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
-import torch
 
 from koala.data.illustrations import art, concepts
 from koala.utils.asset_packages import cache_folder
@@ -15,12 +19,7 @@ from toy import toy_pipeline
 from toy_family import toy_mini_base
 from toy_packages import toy_packages
 
-# One thread, here and in what is started: toys are too small to share, and threads that wait for
-# each other made the suite several times as slow on a machine with other work (docs/log.md).
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
-
-# A cache of the tests' own but for the data packages: which back end this machine's user has had
+# A cache of the tests' own but for the data packages: which backend this machine's user has had
 # measured must not decide what draws here (OpenVINO and a training in one process: docs/log.md).
 cache_folder().mkdir(parents=True, exist_ok=True)
 CACHE = Path(tempfile.mkdtemp(prefix="koala-tests-"))

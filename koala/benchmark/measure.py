@@ -100,8 +100,8 @@ def _status(key: str) -> int | None:
 class Ceilings:
     """The measured limits of the device."""
 
-    flops: float  # operations a second of a large matrix product in `dtype`
-    bytes: float  # a second, read plus written, of a large copy
+    flops: float  # operations per second of a large matrix product in `dtype`
+    bytes: float  # per second, read plus written, of a large copy
     dtype: str
 
 

@@ -5,6 +5,9 @@ report marks rows with random weights. Random pipelines are built directly on th
 requested precision, with the published configurations of the text encoders and the VAE.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -24,12 +27,16 @@ from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
 from koala.text_conditioning import TextConditioner
 
-_CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
-_CLIP_L = {
+Model = TypeVar("Model", bound=nn.Module)
+
+_CLIP: dict[str, Any] = {
+    "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+_CLIP_L: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "hidden_act": "quick_gelu", "projection_dim": 768,
 }  # fmt: skip
-_BIG_G = {
+_BIG_G: dict[str, Any] = {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
     "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280,
 }  # fmt: skip
@@ -114,7 +121,7 @@ def _unet(arch: UNetArchitecture) -> UNet2DConditionModel:
     return model
 
 
-def _random(make, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _random(make: Callable[[], Model], device: torch.device, dtype: torch.dtype) -> Model:
     """The model with its default initialisation, created on the device in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

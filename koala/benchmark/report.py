@@ -139,7 +139,7 @@ def write(report: BenchmarkReport, out: Path) -> None:
 
 
 def plot(report: BenchmarkReport, file: Path) -> None:
-    """Plots seconds an image (bars) and peak memory (dots) of both engines."""
+    """Plots seconds per image (bars) and peak memory (dots) of both engines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -163,7 +163,7 @@ def plot(report: BenchmarkReport, file: Path) -> None:
             if row.picture is None:
                 seconds.text(names.index(row.name) + shift, 0, "OOM", ha="center", va="bottom")
     seconds.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
-    seconds.set_ylabel("seconds an image (bars)")
+    seconds.set_ylabel("seconds per image (bars)")
     memory.set_ylabel("peak memory, GB (dots)")
     memory.set_ylim(bottom=0)
     figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from koala.architectures.config import from_unet_config
@@ -148,7 +150,7 @@ def _row(
     )
 
 
-def _stock_draw(pipe, chosen: Subject) -> Draw:
+def _stock_draw(pipe: Callable[..., Any], chosen: Subject) -> Draw:
     case, numbers = chosen.case, count()
     return lambda: pipe(
         prompt=f"a fox, number {next(numbers)}",
@@ -186,7 +188,7 @@ def _unet_seconds(
 
 
 def _under(budget: int, draw: Draw, device: torch.device) -> float | None:
-    """Seconds an image with the allocator limited to `budget` GB; None: out of memory."""
+    """Seconds per image with the allocator limited to `budget` GB; None: out of memory."""
     total = torch.cuda.get_device_properties(device).total_memory
     measure.release(device)
     torch.cuda.set_per_process_memory_fraction(budget * GB / total, device)
@@ -208,6 +210,7 @@ def picture_flops(pipeline: Pipeline, chosen: Subject) -> int:
         vae = type(pipeline.vae).from_config(pipeline.vae.config)
         side = case.pixels // pipeline.factor
         latents = torch.empty(1, pipeline.unet.config.in_channels, side, side)
+    assert isinstance(vae, AutoencoderKL)
     with FlopCounterMode(display=False) as counter:
         vae.decode(latents)
     return case.steps * case.rows * one + counter.get_total_flops()

@@ -7,6 +7,7 @@ import hashlib
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from koala.checkpoints import single_file
 from koala.checkpoints.bundled import BUNDLED, bundled_names
@@ -82,7 +83,7 @@ def _hub_folder(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    files = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*.fp16*"]}
+    files: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*.fp16*"]}
     with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not there, or incomplete
         folder = Path(snapshot_download(hub_id, **files, local_files_only=True))
         check_folder(folder)

@@ -152,8 +152,8 @@ class Encoder:
         "pixels", uint8 [n, 3, h, w], which can be mirrored without encoding.
         """
         if self.moments is None:
-            pixels = np.stack([sample.pixels for sample in samples])
-            return {"pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
+            stacked = np.stack([sample.pixels for sample in samples])
+            return {"pixels": torch.from_numpy(stacked).permute(0, 3, 1, 2)}
         pixels = to_pixels([sample.pixels for sample in samples])
         tensors = self._latents(self.moments, pixels, samples)
         if self.mirror:

@@ -55,6 +55,8 @@ def preparation_of(source: str, settings: Mapping[str, Any]) -> Preparation | No
     illustrations have a default size. UserError for an invalid value.
     """
     given = {n: v for n, v in settings.items() if v is not None and v is not False}
+    if "captions" in given:
+        given["captions"] = tuple(given["captions"])
     names = {field.name for field in fields(Filters)}
     filters = {name: given.pop(name) for name in names & given.keys()}
     if not given and not filters:

@@ -40,8 +40,8 @@ VALIDATION_SEED = 2**40  # of the validation's noise and timesteps: the same in 
 class Task(Protocol):
     """The interface of a task; see `koala.distillation.tasks`."""
 
-    trainable: nn.Module
-
+    @property
+    def trainable(self) -> nn.Module: ...
     def losses(
         self, batch: dict[str, Any], generators: Sequence[torch.Generator]
     ) -> dict[str, Tensor]: ...

@@ -39,7 +39,7 @@ def plain_parts(moment: Tensor) -> dict[str, Tensor]:
     """
     if isinstance(moment, DTensor) or type(moment) is Tensor:
         return {"": moment}
-    names, _ = moment.__tensor_flatten__()
+    names, _ = moment.__tensor_flatten__()  # type: ignore[attr-defined]  # of wrapper subclasses
     return {f".{name}": getattr(moment, name) for name in names}
 
 

@@ -102,8 +102,8 @@ def joined(device: str | None = None) -> Iterator[World]:
 class Laid(Protocol):
     """The interface of a task for `lay_out`; see `koala.distillation.tasks`."""
 
-    trainable: nn.Module
-
+    @property
+    def trainable(self) -> nn.Module: ...
     @property
     def teacher(self) -> UNet2DConditionModel | None: ...
     def call_through(self, wrapped: nn.Module) -> None: ...

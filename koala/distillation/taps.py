@@ -169,7 +169,7 @@ def regions(unet: nn.Module) -> list[Region]:
     for module in unet.modules():
         if isinstance(module, (BasicTransformerBlock, ResnetBlock2D)):
             if not isinstance(module.forward, Region):
-                module.forward = Region(module)
+                module.forward = Region(module)  # type: ignore[method-assign]  # what it is for
             found.append(module.forward)
     return found
 

@@ -1,6 +1,6 @@
-"""Prompts to pictures: encode, denoise and decode as plain functions, and a pipeline of them.
+"""Prompts to images: encode, denoise and decode as plain functions, and a pipeline of them.
 
-Names are imported when they are first used: what only checks a request loads no torch.
+Names are imported when first used, so that checking a request loads no torch.
 """
 
 from importlib import import_module
@@ -36,9 +36,10 @@ __all__ = [
     "save",
 ]
 
+if not TYPE_CHECKING:  # as in koala/__init__.py
 
-def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(import_module(f"koala.generation.{module}"), name)
-    raise AttributeError(f"module 'koala.generation' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        for module, names in _HOME.items():
+            if name in names:
+                return getattr(import_module(f"koala.generation.{module}"), name)
+        raise AttributeError(f"module 'koala.generation' has no attribute {name!r}")

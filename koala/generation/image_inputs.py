@@ -1,6 +1,6 @@
-"""Pictures that are given, as pixels and as latents; and previews.
+"""Images to start from, as pixels and as latents; and previews of unfinished ones.
 
-`koala.generation.image_files` opens them.
+`koala.generation.image_files` opens the files.
 """
 
 import numpy as np

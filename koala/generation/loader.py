@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 import koala
@@ -88,13 +89,14 @@ def load(
     decode: "full", "tiled" (by rows) or "tiny" (a tiny autoencoder); by default what fits.
     tiny_vae: folder or Hub id of the tiny autoencoder; by default the model's own.
     size, pictures, from_image: what the plan must hold: the images' size as in
-        `Pipeline.requests`, how many will be asked for at once, and whether they start from others.
+        `Pipeline.requests`, how many will be asked for at once, and whether they start from
+        others. Without a plan they are not used.
 
-    say: called with a line for each LoRA that is merged, a back end that was chosen, and a plan
+    say: called with a line for each LoRA that is merged, a backend that was chosen, and a plan
         that was given up because memory ran out.
 
     Raises UserError for a model that is not found or damaged, a device that is not there, a value
-    that is not allowed, arguments that exclude each other, a back end that is not installed, and
+    that is not allowed, arguments that exclude each other, a backend that is not installed, and
     a budget that nothing fits into.
     """
     planned = validation.runtime(
@@ -122,10 +124,10 @@ def load(
         dtype = torch.float32 if place.type == "cpu" else torch.float16
     own = torch_dtype(dtype) if isinstance(dtype, str) else dtype
 
-    def put(part: str, models: Sequence[nn.Module]) -> None:
+    def put(_: str, models: Sequence[nn.Module]) -> None:
         for each in models:
-            if part == VAE and place.type != "cpu" and not each.config.force_upcast:
-                each.to(own)
+            if isinstance(each, AutoencoderKL) and place.type != "cpu":
+                each.to(torch.float32 if each.config.force_upcast else own)
             each.to(place)
 
     pipeline = _read(folder, name, own, put)
@@ -156,7 +158,7 @@ def placed(
     pipeline.encode = placement.encode
     pipeline.decode = placement.guarded(placement.decode)
     # Text and images are encoded in it. A retry begins the request anew, from its seed.
-    pipeline.begin = placement.guarded(pipeline.begin)  # type: ignore[method-assign]
+    pipeline.begin = placement.guarded(pipeline.begin)  # type: ignore[method-assign]  # for this pipeline
     return pipeline
 
 
@@ -214,7 +216,7 @@ def set_runtime(
         pipeline.batch_sizes = ROWS
     if backend != "remembered" or chosen.name != "torch":
         cost = _COST if chosen.name in validation.ROUNDED else ""
-        say(f"back end {chosen.name} ({chosen.why}){cost}")
+        say(f"backend {chosen.name} ({chosen.why}){cost}")
 
 
 @torch.inference_mode()

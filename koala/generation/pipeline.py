@@ -155,7 +155,7 @@ class Pipeline:
         if lora and self.predict is not self._plain:
             raise UserError(
                 "a LoRA for single requests needs a model that plain PyTorch runs: leave it out, "
-                "or load the model without compile, graphs, a memory plan or another back end"
+                "or load the model without compile, graphs, a memory plan or another backend"
             )
         asked = checked(
             self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,

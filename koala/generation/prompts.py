@@ -8,6 +8,7 @@ w (e - e0), as in ComfyUI and, for weights above 1, in compel. AUTOMATIC1111 sca
 restores the mean over the prompt, so that each weighted word changes all the others.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -77,7 +78,7 @@ def _chunks(
     return chunks
 
 
-def _word_end(tokens: list[str]) -> int:
+def _word_end(tokens: Sequence[str]) -> int:
     """How many of the first tokens form whole words."""
     return max((i + 1 for i, token in enumerate(tokens) if token.endswith("</w>")), default=0)
 

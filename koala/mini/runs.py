@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from koala.architectures.config import unet_config
@@ -90,6 +90,7 @@ def run_autoencoder(
     )
     note = {"recipe": asdict(recipe)}
     trained = train(task, painted, recipe.training, out, note, layout=layout, loggers=loggers)
+    assert isinstance(trained, AutoencoderKL)
     measure_latents(trained, _sample(painted).to(device))
     return _with_part(source, "vae", lambda folder: task.export(trained, folder), out / "model")
 

@@ -20,7 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
 
 from koala.mini.sentence_encoder import WIDTH, SentenceEncoder
 from koala.utils.asset_packages import package
@@ -40,7 +46,12 @@ def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
     letters = _byte_letters()
     tokens = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), START, END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=TOKENS)
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,  # type: ignore[arg-type]  # pairs are what it reads; it says lines
+        pad_token=pad,
+        model_max_length=TOKENS,
+    )
 
 
 def _byte_letters() -> list[str]:
@@ -77,7 +88,9 @@ def new_text_encoders(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
 
 
 @torch.no_grad()
-def start_from_words(encoders: nn.ModuleDict, tokenizer: CLIPTokenizer, teacher: SentenceEncoder):
+def start_from_words(
+    encoders: nn.ModuleDict, tokenizer: CLIPTokenizer, teacher: SentenceEncoder
+) -> None:
     """Token embeddings := principal components of the teacher's embedding of each token's text."""
     vocabulary = tokenizer.get_vocab()
     texts = [t.removesuffix("</w>") or t for t in sorted(vocabulary, key=vocabulary.__getitem__)]
@@ -85,7 +98,9 @@ def start_from_words(encoders: nn.ModuleDict, tokenizer: CLIPTokenizer, teacher:
     meaning = meaning - meaning.mean(0)
     _, _, components = torch.linalg.svd(meaning[::7], full_matrices=False)
     for encoder in encoders.values():
+        assert isinstance(encoder, PreTrainedModel)
         table = encoder.get_input_embeddings().weight
+        assert isinstance(table, Tensor)
         values = meaning @ components[: table.shape[1]].T
         table.copy_(0.1 * values / values.std())
 
@@ -165,7 +180,9 @@ class TextDistillation(nn.Module):
         """Writes text_encoder, text_encoder_2 and their tokenizers into `folder`."""
         assert isinstance(trainable, nn.ModuleDict)
         for name in ("text_encoder", "text_encoder_2"):
-            trainable[name].save_pretrained(folder / name)
+            encoder = trainable[name]
+            assert isinstance(encoder, PreTrainedModel)
+            encoder.save_pretrained(folder / name)
         clip_tokenizer().save_pretrained(folder / "tokenizer")
         clip_tokenizer(pad="!").save_pretrained(folder / "tokenizer_2")
 

@@ -48,7 +48,7 @@ class TinyDistillation(nn.Module):
         self.trainable = tiny
         self.shown = shown
         # Not submodules, so neither trained nor saved.
-        self._frozen = {"vae": vae.requires_grad_(False).eval(), "net": MobileNetV2.pretrained()}
+        self._frozen = (vae.requires_grad_(False).eval(), MobileNetV2.pretrained())
 
     def losses(
         self, batch: dict[str, Any], generators: Sequence[torch.Generator]
@@ -59,15 +59,15 @@ class TinyDistillation(nn.Module):
         y = self.trainable.decode(z).sample
         error = opponent(y - target)
         pixel = error.abs().mean() + error.square().mean()
-        seen = self._frozen["net"].to(z.device).distance(y, target)
+        seen = self._frozen[1].to(z.device).distance(y, target)
         latent = F.mse_loss(self.trainable.encode(target).latents, z)
         loss = pixel + PERCEPTUAL * seen + latent
         return {"pixel": pixel, "perceptual": seen, "latent": latent, "loss": loss}
 
     @torch.no_grad()
     def drawn(self, z: Tensor) -> Tensor:
-        """The VAE's images of normalised latents, in [-1, 1]."""
-        vae = self._frozen["vae"]
+        """The VAE's pictures of latents as the U-Net sees them, in [-1, 1]."""
+        vae = self._frozen[0]
         return vae.decode(LatentScale(vae.config, z.device).denormalise(z)).sample.clamp(-1, 1)
 
     @torch.no_grad()

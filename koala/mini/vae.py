@@ -134,6 +134,7 @@ class Autoencoding(nn.Module):
     def sharpening(self) -> "Autoencoding":
         """The same task for the decoder alone."""
         for part in (self.trainable.encoder, self.trainable.quant_conv):
+            assert part is not None
             part.requires_grad_(False)
         return Autoencoding(
             self.trainable, self.shown, perceptual=0.5, kl=self.kl, colour=self.colour, cropped=0.0

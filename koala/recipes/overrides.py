@@ -71,7 +71,7 @@ def _replaced(node: T, values: dict[str, Any]) -> T:
         else:
             changes[name] = value
     changes |= {name: _replaced(getattr(node, name), below) for name, below in inner.items()}
-    return replace(node, **changes)  # type: ignore[type-var]
+    return replace(node, **changes)  # type: ignore[type-var]  # T: of any dataclass
 
 
 # --- values ---------------------------------------------------------------------------------

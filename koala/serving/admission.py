@@ -32,8 +32,8 @@ class Busy(Exception):
         self.retry_after = retry_after  # seconds
 
 
-class Throughput:
-    """An estimate of the pixels evaluated a second, from recent passes."""
+class ThroughputEstimate:
+    """An estimate of the pixels evaluated per second, from recent passes."""
 
     def __init__(self) -> None:
         self._pixels = self._seconds = 0.0
@@ -53,7 +53,7 @@ class Admission:
     """Counts the queued and running images. Thread-safe."""
 
     def __init__(self, limits: Limits) -> None:
-        self.limits, self.throughput = limits, Throughput()
+        self.limits, self.throughput = limits, ThroughputEstimate()
         self._lock = threading.Lock()
         self._clients: Counter[str] = Counter()
         self._pixels = 0

@@ -109,7 +109,7 @@ def _document(app: FastAPI) -> None:
             operation["responses"]["default"] = {"description": "an error", "content": content}
         return schema
 
-    app.openapi = documented  # type: ignore[method-assign]
+    app.openapi = documented  # type: ignore[method-assign]  # FastAPI's own way
 
 
 _TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}

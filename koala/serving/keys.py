@@ -18,14 +18,14 @@ class ApiKeys:
 
     @staticmethod
     def read(file: Path) -> "ApiKeys":
-        """Reads one key a line; empty lines and # comments are skipped. UserError."""
+        """Reads one key per line; empty lines and # comments are skipped. UserError."""
         try:
             lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"the key file {file} cannot be read: {error}") from None
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
-            raise UserError(f"the key file {file} contains no key: write one key a line")
+            raise UserError(f"the key file {file} contains no key: write one key per line")
         if min(map(len, keys)) < SHORTEST_KEY:
             raise UserError(
                 f"a key in {file} is too short: use at least {SHORTEST_KEY} characters, such as "

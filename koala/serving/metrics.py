@@ -67,7 +67,7 @@ class Metrics:
     def previewed(self, seconds: float) -> None:
         self._preview.observe(seconds)
 
-    def drawn(self, seconds: float) -> None:
+    def finished(self, seconds: float) -> None:
         self._pictures.inc()
         self._picture.observe(seconds)
 

@@ -28,7 +28,7 @@ _REMEMBERED = 10_000  # clients whose rate is tracked
 
 
 class RateLimiter:
-    """Token buckets: bursts of `limits.burst` requests, `limits.rate` a minute sustained."""
+    """Token buckets: bursts of `limits.burst` requests, `limits.rate` per minute sustained."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits, self.clock = limits, clock

@@ -73,7 +73,7 @@ class Submission:
         return all(ticket.done() for ticket in self._tickets)
 
     def futures(self) -> list[Future[Image.Image]]:
-        """One future an image; `asyncio.wrap_future` makes them awaitable."""
+        """One future per image; `asyncio.wrap_future` makes them awaitable."""
         return list(self._tickets)
 
     def result(self) -> Result:
@@ -177,7 +177,7 @@ class Service:
         return sorted(file.stem for file in files if _LORA_NAME.fullmatch(file.stem))
 
     def requests(self, spec: ImageRequest) -> list[Request]:
-        """Checks a request and returns one engine request an image. UserError for a bad value."""
+        """Checks a request and returns one engine request per image. UserError for a bad value."""
         limits = self.limits
         for name, value, most in (
             ("n", spec.number, limits.pictures), ("steps", spec.steps, limits.steps),
@@ -206,7 +206,7 @@ class Service:
             settings = requests[0].settings
             raise UserError(
                 f"size {settings.width}x{settings.height}: this server allows at most "
-                f"{self.most_pixels:,} pixels an image, such as {self.native}x{self.native}"
+                f"{self.most_pixels:,} pixels per image, such as {self.native}x{self.native}"
             )
         return requests
 
@@ -263,7 +263,7 @@ class Service:
             self._admission.progress(entry.work / steps)
             tracker.stepped(progress)
 
-        def on_done(ticket: Ticket) -> None:
+        def on_done(_: object) -> None:
             self._fair_queue.leave(entry)
             self._admission.release(entry.client, request, left[0])
             with self._idle:
@@ -273,7 +273,7 @@ class Service:
         self._fair_queue.arrive(entry)
         due = None if deadline is None else entry.arrived + deadline
         ticket = self._engine.submit(request, on_step, on_start, due, tag=entry)
-        ticket.add_done_callback(on_done)  # type: ignore[arg-type]
+        ticket.add_done_callback(on_done)
         return ticket
 
     # --- helpers ----------------------------------------------------------------------------
@@ -338,7 +338,7 @@ class _Tracker:
             self.metrics.failed("deadline" if isinstance(error, Late) else "failed")
             self._notify("failed")
         else:
-            self.metrics.drawn(time.monotonic() - self.arrived)
+            self.metrics.finished(time.monotonic() - self.arrived)
             self._notify("picture")
 
     def _preview(self, progress: Progress) -> Image.Image:

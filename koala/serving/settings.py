@@ -30,7 +30,7 @@ class Limits:
     size: int | None = None  # pixels of one image; None: four times the native size
     upload_bytes: int = 32 * 1024 * 1024  # of a request body
     upload_pixels: int = 16 * 1024 * 1024  # of an uploaded image
-    rate: float = 600.0  # sustained requests a minute of one client
+    rate: float = 600.0  # sustained requests per minute of one client
     burst: int = 100  # requests of one client in a burst
     patience: float = 30.0  # seconds of waiting that raise the priority by one
     drain: float = 60.0  # seconds to finish running images at shutdown
@@ -54,7 +54,7 @@ def limits_of(max_size: str | None, **values: float | None) -> Limits:
         if match is None:
             raise UserError(f"--max-size {max_size!r}: give WIDTHxHEIGHT, such as 1024x1024")
         pixels = int(match[1]) * int(match[2])
-    return Limits(size=pixels, **values)  # type: ignore[arg-type]
+    return Limits(size=pixels, **values)  # type: ignore[arg-type]  # Limits checks them
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from koala.generation import Engine, Pipeline, Progress
 from koala.generation.denoise import BatchRow, evaluate
 from koala.generation.memory.placement import free_unused, ran_out
 
-GAIN = 1.05  # least speed-up an image from doubling the batch
+GAIN = 1.05  # least speed-up per image from doubling the batch
 MOST = 16  # images, of two rows each with guidance
 LONGEST = 2.0  # seconds of a pass; beyond it the batch is not doubled
 

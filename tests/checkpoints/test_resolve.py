@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from koala.checkpoints.bundled import BUNDLED, bundled_names
 from koala.checkpoints.load import load_scheduler_config, load_text, load_unet, load_vae
-from koala.checkpoints.resolve import resolve_model, single_file_path
+from koala.checkpoints.resolve import check_name, resolve_model, single_file_path
 from koala.checkpoints.validate import CONFIGS
 from koala.errors import UserError
 from toy import toy_pipeline
@@ -73,6 +73,15 @@ def test_loads_as_float32_whatever_is_stored(whole, folder):
 def test_unknown_names_list_what_is_allowed(name):
     with pytest.raises(UserError, match=r"unknown model .*koala-mini.*folder.*Hub id"):
         resolve_model(name)
+
+
+def test_a_name_is_checked_without_fetching_anything(whole, folder):
+    for name in (str(whole), "koala-mini", "nobody/nothing", "nobody/nothing/x.safetensors"):
+        check_name(name)
+    (folder / UNET).unlink()
+    for name, said in (("koala-mni", "did you mean koala-mini"), (str(folder), "lacks")):
+        with pytest.raises(UserError, match=said):
+            check_name(name)
 
 
 def test_hub_id_that_cannot_be_had(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """`koala distill` on bad input: one line that says what it is, exit status 2 or 1, nothing lost."""
 
+import json
 import resource
 import shutil
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_a_missing_shard_and_a_latent_that_is_no_number(data, toy_sdxl, tmp_path
     tensors = load_file(shard)
     shard.unlink()
     assert distil(tmp_path / "run", copy, toy_sdxl) == 2
-    assert f"1 shards are missing, first latents/{shard.name}" in capsys.readouterr().err
+    assert f"1 shards are missing, the first is latents/{shard.name}" in capsys.readouterr().err
     spoilt = {name: torch.full_like(value, torch.nan) for name, value in tensors.items()}
     save_file(spoilt, shard)
     assert distil(tmp_path / "run", copy, toy_sdxl) == 1
@@ -94,6 +95,9 @@ def test_a_missing_shard_and_a_latent_that_is_no_number(data, toy_sdxl, tmp_path
     )
     save_file(tensors, shard)
     assert distil(tmp_path / "run", copy, toy_sdxl) == 0  # the same command goes on
+    capsys.readouterr()
+    assert distil(tmp_path / "run", copy, toy_sdxl, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"model": str(tmp_path / "run" / "model")}
 
 
 def test_a_full_disk_loses_nothing(data, toy_sdxl, tmp_path, capsys):

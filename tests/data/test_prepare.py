@@ -27,7 +27,7 @@ from koala.data.encoding import Moments, to_pixels
 from koala.data.index import Index
 from koala.data.latent_preparation import prepare_latents
 from koala.data.latents import LatentSet
-from koala.data.prepare import facts_of, prepare
+from koala.data.prepare import facts_of, preparation_of, prepare
 from koala.data.preprocess import Filters, Preparation, upright
 from koala.data.shards import shard_name
 from koala.data.sources import recognise
@@ -342,6 +342,19 @@ def test_latents_that_are_not_finite_cost_the_pictures(folder, toy_sdxl, tmp_pat
 
 
 # --- the command ----------------------------------------------------------------------------
+
+
+def test_settings_that_are_given_make_a_preparation():
+    assert preparation_of("folder", {"size": None, "text": False, "min_side": None}) is None
+    given = {"size": 64, "captions": ["a", "b"], "mirror": True, "held_out": 0.0, "max_nsfw": 0.0}
+    assert preparation_of("folder", given) == Preparation(
+        64, ("a", "b"), Filters(max_nsfw=0.0), mirror=True, held_out=0.0
+    )
+    own = preparation_of("illustrations-small", {"mirror": True, "size": None})
+    assert own == Preparation(size=128, mirror=True)
+    assert preparation_of("folder", {"keep_duplicates": True}).size == Preparation().size
+    with pytest.raises(UserError, match="size 500"):
+        preparation_of("folder", {"size": 500})
 
 
 def test_the_command_prepares_and_reports(folder, toy_sdxl, tmp_path, capsys):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from koala.data.illustrations.pictures import PictureSet
 from koala.errors import UserError
+from koala.evaluation.models import by_name
 from koala.evaluation.report import REAL, choose, evaluate
 from koala.evaluation.table import EvaluationReport, EvaluationRow
 from koala.utils.contact_sheet import picture_grid
@@ -70,6 +71,7 @@ def rows() -> list[dict]:
                     "subject": name,
                     "short": f"{name}, {style}",
                     "long": f"a {name} in {style} style",
+                    "everyday": f"{name} please",
                 }
             )
     return found
@@ -224,6 +226,12 @@ def test_a_users_mistake_is_told_before_anything_is_drawn(wrong, says, pictures,
     with pytest.raises(UserError, match=says):
         evaluate(**given, out=tmp_path / "out", extractor=Colours(), sentences=letters)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_models_are_called_by_their_names_or_by_themselves():
+    assert by_name(["koala-mini", "b=a=c"]) == {"koala-mini": "koala-mini", "b=a": "c"}
+    with pytest.raises(UserError, match="two models are called 'a'"):
+        by_name(["a=x", "a"])
 
 
 def test_models_of_two_sizes_are_refused(pictures, model, tmp_path):

@@ -227,7 +227,7 @@ def test_whoever_joins_and_leaves_whenever_each_picture_is_its_own(pipeline, alo
     there: list[tuple[int, Ticket]] = []
 
     class Watched:
-        predict, wear = staticmethod(pipeline.predict), pipeline.wear
+        predict, use_loras = staticmethod(pipeline.predict), pipeline.use_loras
         begin, preview = pipeline.begin, pipeline.preview
 
         def finish(self, rows):
@@ -307,7 +307,7 @@ def test_a_request_that_fails_while_it_begins_leaves_the_others_alone(pipeline):
 
     class Broken:
         predict = staticmethod(pipeline.predict)
-        finish, preview, wear = pipeline.finish, pipeline.preview, pipeline.wear
+        finish, preview, use_loras = pipeline.finish, pipeline.preview, pipeline.use_loras
 
         def begin(self, request):
             if request is bad:
@@ -447,7 +447,7 @@ def test_an_exception_in_the_callers_block_cancels_what_is_left(pipeline):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_ever_if_the_worker_dies(pipeline):
     class Dies:
-        predict, wear = staticmethod(pipeline.predict), pipeline.wear
+        predict, use_loras = staticmethod(pipeline.predict), pipeline.use_loras
 
         def begin(self, request) -> BatchRow:
             raise SystemExit
@@ -560,7 +560,6 @@ def test_a_lora_that_cannot_be_read_fails_its_own_request(pipeline, loras, tmp_p
     [
         ({"nowhere.safetensors": 1.0}, "nowhere"),
         ({"ink": 1000}, "LoRA scale is 1000"),
-        ({"a/ink.safetensors": 1, "b/ink.safetensors": 1}, "two LoRAs are called 'ink'"),
     ],
 )
 def test_loras_of_a_request_that_are_refused(pipeline, lora, words):
@@ -568,7 +567,14 @@ def test_loras_of_a_request_that_are_refused(pipeline, lora, words):
         request_of(pipeline, lora=lora)
 
 
+def test_two_loras_of_one_name_are_refused(pipeline, loras, tmp_path):
+    other = tmp_path / loras[0].name
+    other.write_bytes(loras[0].read_bytes())
+    with pytest.raises(UserError, match="two LoRAs are called 'ink'"):
+        request_of(pipeline, lora={loras[0]: 1.0, other: 1.0})
+
+
 def test_what_does_not_run_the_model_plainly_takes_no_loras(watched, loras):
     pipeline, _ = watched
-    with pytest.raises(UserError, match="PyTorch's plain way"):
+    with pytest.raises(UserError, match="that plain PyTorch runs"):
         request_of(pipeline, lora={loras[0]: 1.0})

@@ -247,7 +247,7 @@ def test_koala_generate_takes_the_back_end_asked_for(folder, tmp_path, cache, ca
     for backend in ("torch", "openvino"):
         out = tmp_path / backend
         assert main([*given, "--backend", backend, "--out", str(out)]) == 0
-        assert f"back end {backend}" in capsys.readouterr().err
+        assert f"backend {backend}" in capsys.readouterr().err
         (path,) = out.glob("*.png")
         drawn[backend] = np.asarray(Image.open(path), dtype=np.int16)
     assert np.abs(drawn["torch"] - drawn["openvino"]).max() <= 1  # of 255: the same but rounding

@@ -176,7 +176,7 @@ def test_files_without_our_settings_are_refused(tmp_path):
     plain, text = tmp_path / "plain.png", tmp_path / "text.png"
     Image.new("RGB", (4, 4)).save(plain)
     text.write_text("no picture")
-    with pytest.raises(UserError, match="no settings of ours"):
+    with pytest.raises(UserError, match="no settings of koala's"):
         read_settings(plain)
     for bad in (text, tmp_path / "missing.png"):
         with pytest.raises(UserError, match="cannot be read"):

@@ -238,6 +238,12 @@ def test_what_the_command_refuses(capsys):
         assert said in capsys.readouterr().err
 
 
+def test_a_recipe_without_a_u_net_is_shown_without_a_cost():
+    shown = cost.dry_run(recipes.get("mini-base"), card="h200")
+    assert shown.cost is None and "cost" not in shown.as_dict()
+    assert "(no estimate: this recipe trains no U-Net)" in shown.text()
+
+
 def test_only_u_nets_are_reckoned():
     with pytest.raises(UserError, match="U-Nets"):
         estimate(recipes.get("mini-base"), card="h200")

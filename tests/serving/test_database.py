@@ -139,12 +139,12 @@ def test_a_job_ends_once_and_takes_nothing_more(tmp_path):
     first = gallery.add(picture(), SETTINGS, "ann", partial(keep, table, job.id, 0))
     with pytest.raises(AlreadyEnded):
         gallery.add(picture(), SETTINGS, "ann", partial(keep, table, job.id, 0))
-    table.failed(job.id, 1, "no memory", "memory", 2.0)
+    table.image_failed(job.id, 1, "no memory", "memory", 2.0)
     found = table.get(job.id)
     assert (found.status, found.message, found.code) == ("failed", "no memory", "memory")
     assert found.ended == {0: first.id, 1: None} and table.uploads(job.id) == {}
     with pytest.raises(AlreadyEnded):
-        table.failed(job.id, 1, "again", "memory", 2.0)
+        table.image_failed(job.id, 1, "again", "memory", 2.0)
     assert not table.cancel(job.id) and gallery.page(9) == [first]
 
 
@@ -182,7 +182,7 @@ def test_ended_jobs_are_forgotten_by_age_and_number(tmp_path, monkeypatch):
 
 
 def keep(table, job, place, db, id):
-    table.drawn(db, job, place, id, started=1.0)
+    table.image_finished(db, job, place, id, started=1.0)
 
 
 # --- against a model ------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class StoreMachine(RuleBasedStateMachine):
                 found = self.add(job.client, partial(keep, self.table, id, place))
             else:
                 found = None
-                self.table.failed(id, place, "broken", "failed", 1.0)
+                self.table.image_failed(id, place, "broken", "failed", 1.0)
         except AlreadyEnded:
             assert not takes
         else:

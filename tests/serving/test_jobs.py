@@ -214,7 +214,7 @@ def test_pictures_and_masks_are_given_as_base64_or_data_urls_and_not_kept(client
         ({"n": 0}, "n"),
         ({"n": 1000}, "at most"),
         ({"size": "17x16"}, "size 17x16"),
-        ({"scheduler": "euler_"}, "scheduler 'euler_' is not there"),
+        ({"scheduler": "euler_"}, "unknown scheduler 'euler_'"),
         ({"colour": "red"}, "unknown field 'colour'"),
         ({"image": "no base64"}, "image is not valid base64"),
         ({"image": "data:image/png,abc"}, "data: URL without base64"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from koala.errors import UserError
 from koala.generation import Late, Pass, load
-from koala.serving.admission import Admission, Busy, Throughput
+from koala.serving.admission import Admission, Busy, ThroughputEstimate
 from koala.serving.fair_queue import FairQueue, QueueEntry
 from koala.serving.image_request import ImageRequest
 from koala.serving.service import Service
@@ -222,7 +222,7 @@ def test_how_long_to_wait_follows_from_the_pace_and_from_what_has_to_go():
 
 
 def test_the_throughput_estimate_follows_recent_passes():
-    throughput = Throughput()
+    throughput = ThroughputEstimate()
     assert throughput.seconds(1e9) == 1.0  # no passes yet: the shortest
     for seconds in (1.0, 3.0):
         for _ in range(500):

@@ -90,7 +90,7 @@ def _main(lab: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     bins = np.linspace(-np.pi, np.pi, 37)
     vivid = alpha * (chroma > GREY)
     counts, _ = np.histogram(hue, bins, weights=vivid)
-    around = sum(np.roll(counts, k) for k in (-2, -1, 0, 1, 2))
+    around = sum((np.roll(counts, k) for k in (-2, -1, 0, 1, 2)), np.zeros(len(counts)))
     grey = alpha * (chroma <= GREY) * (lab[..., 0] > 0.35)
     if grey.sum() > around.max():
         return (1 - _rise(chroma, GREY, 2 * GREY)) * _rise(lab[..., 0], 0.25, 0.45)

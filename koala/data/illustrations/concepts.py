@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from koala.data.illustrations.colours import INKS
 from koala.utils.asset_packages import package
@@ -192,7 +193,7 @@ def base_concept(name: str) -> str:
 
 
 @cache
-def _inflect():
+def _inflect() -> Any:
     import inflect
 
     return inflect.engine()

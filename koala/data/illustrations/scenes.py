@@ -74,13 +74,16 @@ SMALL = Illustrations(
 ILLUSTRATIONS = {"illustrations": Illustrations(), "illustrations-small": SMALL}
 
 
+Box = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class Layer:
     """A drawing in a box of the image; box in shares of the side: left, top, side."""
 
     art: str
     name: str
-    box: tuple[float, float, float]
+    box: Box
     ink: str | None = None  # of an icon, or the new main colour of an emoji
 
 
@@ -102,7 +105,7 @@ class PlannedImage:
 
 
 FULL = (0.06, 0.06, 0.88)
-# Where 1 to 4 things stand: boxes as in Layer.
+# Where 1 to 4 things stand.
 PLACES = {
     1: [(0.14, 0.14, 0.72)],
     2: [(0.04, 0.27, 0.45), (0.51, 0.27, 0.45)],
@@ -385,7 +388,7 @@ class _Thing:
         return with_article(self.name)
 
 
-def _pair(rng: random.Random, one: _Thing, other: _Thing):
+def _pair(rng: random.Random, one: _Thing, other: _Thing) -> tuple[str, list[_Thing], list[Box]]:
     """Two different things: caption, drawings and boxes."""
     a, b = one.subject, other.subject
     said, boxes = rng.choice(

@@ -4,6 +4,7 @@ To add one, write a class with the interface of `koala.data.items.Source` in its
 it to `_KINDS` and `_found`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from koala.data.items import KINDS, Source
@@ -13,7 +14,9 @@ from koala.data.sources.webdataset import WebDataset
 from koala.data.sources.yepop import YePop, chunk_files
 from koala.errors import UserError, unknown
 
-_KINDS = dict(zip(KINDS, (Folder, WebDataset, Parquet, YePop), strict=True))
+_KINDS: dict[str, Callable[[Path], Source]] = dict(
+    zip(KINDS, (Folder, WebDataset, Parquet, YePop), strict=True)
+)
 
 
 def recognise(place: str | Path, kind: str | None = None) -> Source:

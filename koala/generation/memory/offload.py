@@ -81,7 +81,7 @@ class Unit:
             place.copy_(tensor)
         if device.type == "cpu":
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the unit lives)
-            self._file.write(memoryview(flat.numpy()))
+            self._file.write(flat.numpy().data)
             self._host = None
         else:
             self._host = flat.pin_memory() if device.type == "cuda" else flat
@@ -93,7 +93,7 @@ class Unit:
             buffer.copy_(self._host, non_blocking=True)
         else:
             self._file.seek(0)
-            self._file.readinto(memoryview(buffer.numpy()))
+            self._file.readinto(buffer.numpy().data)
 
     def use(self, buffer: Tensor) -> None:
         """Makes those in `buffer` the module's weights."""

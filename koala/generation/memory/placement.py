@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from koala.errors import Failure
@@ -53,12 +54,14 @@ class Placement:
             return
         first = models
         if part == VAE:  # is not called as a whole: each of its halves begins with a convolution
-            first = [half.conv_in for vae in models for half in (vae.encoder, vae.decoder)]
+            halves = ("encoder", "decoder")
+            first = [vae.get_submodule(f"{half}.conv_in") for vae in models for half in halves]
         self._device.add(_PLACES[mode.place_of(part)](models, device), first)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """`encode_picture` by the plan."""
         (vae,) = self._models[VAE]
+        assert isinstance(vae, AutoencoderKL)
         return encode_picture(vae, pixels, tiled=self.plan.mode.encoder == "tiled")
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -71,6 +74,7 @@ class Placement:
     def _decoder(self, how: str) -> Decode:
         if how != "tiny":
             (vae,) = self._models[VAE]
+            assert isinstance(vae, AutoencoderKL)
             return {"full": full, "tiled": tiled}[how](vae)
         assert self.planner.tiny is not None, "no mode is tiny without a tiny autoencoder"
         model = load_tiny(self.planner.tiny, DTYPES[self.plan.mode.dtype])

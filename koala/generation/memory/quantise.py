@@ -45,11 +45,11 @@ class _Quantised(nn.Module):
         self.register_buffer("scale", scale)
 
 
-class QuantisedLinear(_Quantised, nn.Linear):
+class QuantisedLinear(_Quantised, nn.Linear):  # type: ignore[override]  # weight: read, never set
     """A linear layer with an 8-bit weight."""
 
 
-class QuantisedConv2d(_Quantised, nn.Conv2d):
+class QuantisedConv2d(_Quantised, nn.Conv2d):  # type: ignore[override]  # weight: as above
     """A convolution with an 8-bit weight."""
 
 

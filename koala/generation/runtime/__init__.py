@@ -1,1 +1,1 @@
-"""What runs the networks: PyTorch, OpenVINO, compiled, in 8 bits."""
+"""What runs the networks: PyTorch, OpenVINO, compiled blocks, CUDA graphs."""

@@ -1,8 +1,8 @@
-"""Back ends on a CPU: PyTorch, or OpenVINO if it was measured to be faster.
+"""Backends on a CPU: PyTorch, or OpenVINO if it was measured to be faster.
 
 Which is faster depends on the CPU, the model and its size. So `choose` times one evaluation of
 each, once, and keeps the result for this machine, these versions and this architecture in the
-cache folder. "auto" chooses among the back ends that give the same image within 1e-4, "fastest"
+cache folder. "auto" chooses among the backends that give the same image within 1e-4, "fastest"
 also among those that round to bfloat16 or to 8 bits.
 """
 
@@ -34,7 +34,7 @@ from koala.utils.atomic import new_file
 from koala.utils.device import cpu_name, free_bytes, has_bf16
 
 _RUNS = 5  # timed evaluations of each; the median counts
-_MARGIN = 1.1  # another back end must be this much faster than PyTorch
+_MARGIN = 1.1  # another backend must be this much faster than PyTorch
 _CONVERTING = 4.5  # memory that OpenVINO's conversion takes, in sizes of the U-Net
 
 
@@ -54,17 +54,17 @@ def choose(
     asked: str = "remembered",
     samples: Calibration | None = None,
 ) -> Backend:
-    """The back end asked for; "auto" and "fastest" measure which it is, unless that is known.
+    """The backend asked for; "auto" and "fastest" measure which it is, unless that is known.
 
     "remembered" takes what an earlier "auto" found and never measures: who did not ask for it
     does not wait for a conversion. Without `samples` nothing is quantised to 8 bits.
-    UserError for a back end that is unknown, not installed, not for this device or dtype, or
+    UserError for a backend that is unknown, not installed, not for this device or dtype, or
     too large for this machine; "auto" and "fastest" leave such a one out.
     """
     validation.runtime(asked, False, False)
     if asked in (*EXACT, *ROUNDED):
         if reason := _lacking(asked, unet, samples):
-            raise UserError(f"back end {asked!r}: {reason}")
+            raise UserError(f"backend {asked!r}: {reason}")
         return _made(asked, "as asked", unet, vae, samples)
     among = (*EXACT, *ROUNDED) if asked == "fastest" else EXACT
     fitting = [one for one in among if one == "torch" or not _lacking(one, unet, samples)]
@@ -86,7 +86,7 @@ def choose(
 
 
 def _lacking(backend: str, unet: UNet2DConditionModel, samples: Calibration | None) -> str | None:
-    """Why a back end cannot run the U-Net here; None if it can."""
+    """Why a backend cannot run the U-Net here; None if it can."""
     engine, _, precision = backend.partition("-")
     dtype = str(unet.dtype).removeprefix("torch.")
     if backend == "torch":
@@ -128,7 +128,7 @@ def _made(
 
 
 def _predictor(backend: str, unet: UNet2DConditionModel, samples: Calibration | None) -> Predict:
-    """The back end's `Predict`; the U-Net is not changed."""
+    """The backend's `Predict`; the U-Net is not changed."""
     engine, _, precision = backend.partition("-")
     if engine == "openvino":
         precision = precision or ("bf16" if unet.dtype == torch.bfloat16 else "fp32")
@@ -153,7 +153,7 @@ def _in_bfloat16(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def _measured(
     unet: UNet2DConditionModel, among: Iterable[str], samples: Calibration | None
 ) -> dict[str, float]:
-    """Seconds of one evaluation of two rows at the model's native size, by back end."""
+    """Seconds of one evaluation of two rows at the model's native size, by backend."""
     return {one: seconds_of(_predictor(one, unet, samples), unet) for one in among}
 
 

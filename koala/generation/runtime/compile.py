@@ -10,6 +10,7 @@ and `koala.serving.warmup.warm_up` runs each of them once.
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -46,8 +47,9 @@ def fuse_projections(unet: nn.Module) -> None:
     for block in blocks:
         _fuse(block.attn1, ("to_q", "to_k", "to_v"))
         _fuse(block.attn2, ("to_k", "to_v"))
-        block.attn1.set_processor(_SelfAttention())
-        block.attn2.set_processor(_CrossAttention())
+        # diffusers names one class of processors for what any callable may be.
+        block.attn1.set_processor(_SelfAttention())  # type: ignore[arg-type]
+        block.attn2.set_processor(_CrossAttention())  # type: ignore[arg-type]
 
 
 def _check_plain(attention: Attention) -> None:
@@ -58,6 +60,12 @@ def _check_plain(attention: Attention) -> None:
                 "projections that are fused, quantised or under a LoRA cannot be fused: merge the "
                 "LoRA, fuse, then quantise"
             )
+
+
+class _Fused(Attention):
+    """What `_fuse` makes of an attention, for the type checker."""
+
+    to_fused: nn.Linear
 
 
 def _fuse(attention: Attention, names: Sequence[str]) -> None:
@@ -73,7 +81,7 @@ def _fuse(attention: Attention, names: Sequence[str]) -> None:
 class _SelfAttention:
     """diffusers' processor of an attention with `to_fused` = queries, keys, values."""
 
-    def __call__(self, attention: Attention, hidden_states: Tensor, *_, **__) -> Tensor:
+    def __call__(self, attention: _Fused, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         query, key, value = attention.to_fused(hidden_states).chunk(3, dim=-1)
         return _attended(attention, query, key, value)
 
@@ -82,7 +90,12 @@ class _CrossAttention:
     """The same with `to_fused` = keys, values; queries have a projection of their own."""
 
     def __call__(
-        self, attention: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, *_, **__
+        self,
+        attention: _Fused,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        *_: Any,
+        **__: Any,
     ) -> Tensor:
         key, value = attention.to_fused(encoder_hidden_states).chunk(2, dim=-1)
         return _attended(attention, attention.to_q(hidden_states), key, value)
@@ -144,7 +157,7 @@ class _Graph:
     """One captured evaluation, with its own input and output buffers."""
 
     def __init__(
-        self, predict: Predict, inputs: Sequence[Tensor], device: torch.device, pool: object
+        self, predict: Predict, inputs: Sequence[Tensor], device: torch.device, pool: Any
     ) -> None:
         self.inputs = [tensor.to(device, copy=True) for tensor in inputs]
         x, timesteps, *parts = self.inputs

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from koala.architectures.config import pooled_width
@@ -34,7 +34,7 @@ from koala.generation.denoise import Condition, Predict
 from koala.utils.asset_packages import cache_folder
 
 # OpenVINO and NNCF report their use through this package, if it can be imported.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not there
 
 PRECISIONS = ("fp32", "bf16", "int8")
 CACHE_BYTES = 16 << 30  # of all models in the cache folder
@@ -248,14 +248,14 @@ def refuse_hooks(unet: nn.Module) -> None:
     """UserError for a LoRA beside the weights, which a copy of the weights would not have."""
     if any(module._forward_hooks for module in unet.modules()):
         raise UserError(
-            "a LoRA lies beside the weights, where this back end does not see it: merge it, as "
+            "a LoRA lies beside the weights, where this backend does not see it: merge it, as "
             "koala.load(lora=..., backend=...) does"
         )
 
 
 def _fingerprint(module: nn.Module, kind: str) -> str:
     """A hash of a module's weights and configuration, and of `kind`."""
-    settings = [settings_of(part) for part in module.children()]
+    settings = [settings_of(part) for part in module.children() if isinstance(part, ConfigMixin)]
     weights = _hash([tuple(tensor for _, tensor in sorted(module.state_dict().items()))])
     return digest([json.dumps(settings, sort_keys=True), weights, kind])
 
@@ -263,7 +263,7 @@ def _fingerprint(module: nn.Module, kind: str) -> str:
 def _hash(samples: Iterable[tuple[Tensor, ...]]) -> str:
     state = hashlib.sha256()
     for tensor in chain.from_iterable(samples):
-        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -271,7 +271,7 @@ def _flat(samples: Iterable[UNetInputs]) -> list[tuple[Tensor, ...]]:
     return [(x, t, c.text, c.pooled, c.time_ids) for x, t, c in samples]
 
 
-def settings_of(model: nn.Module) -> dict[str, Any]:
+def settings_of(model: ConfigMixin) -> dict[str, Any]:
     """A model's configuration without private keys, such as the folder it was read from."""
     return {key: value for key, value in model.config.items() if not key.startswith("_")}
 

@@ -1,1 +1,1 @@
-"""Images drawn in the background: the queue, its database, the gallery."""
+"""Background jobs: the queue, its database and the gallery."""

@@ -268,10 +268,10 @@ class Jobs:
                 retry = not open_job.ended
             elif error := future.exception():
                 failure = to_api_error(error)
-                self.table.failed(id, index, failure.message, failure.code, open_job.started)
+                self.table.image_failed(id, index, failure.message, failure.code, open_job.started)
             else:
                 assert settings is not None and open_job.started is not None
-                also = partial(self._drawn, open_job, index)
+                also = partial(self._on_stored, open_job, index)
                 self.gallery.add(future.result(), settings, open_job.job.client, also)
         except AlreadyEnded:
             pass  # cancelled meanwhile
@@ -293,9 +293,9 @@ class Jobs:
         if job is not None and job.status != "open":
             self._finish(id)
 
-    def _drawn(self, open_job: OpenJob, index: int, db: Any, picture: str) -> None:
+    def _on_stored(self, open_job: OpenJob, index: int, db: Any, picture: str) -> None:
         assert open_job.started is not None
-        self.table.drawn(db, open_job.job.id, index, picture, open_job.started)
+        self.table.image_finished(db, open_job.job.id, index, picture, open_job.started)
 
     def _finish(self, id: str) -> None:
         """Drops an ended job and cancels its images in the service."""

@@ -129,12 +129,16 @@ class JobTable:
 
     # --- changes ----------------------------------------------------------------------------
 
-    def drawn(self, db: Connection, id: str, index: int, picture: str, started: float) -> None:
+    def image_finished(
+        self, db: Connection, id: str, index: int, picture: str, started: float
+    ) -> None:
         """Records a finished image, in the transaction that stores it. AlreadyEnded."""
         self._end_image(db, id, index, picture, started)
         self._end_if_complete(db, id)
 
-    def failed(self, id: str, index: int, message: str, code: str, started: float | None) -> None:
+    def image_failed(
+        self, id: str, index: int, message: str, code: str, started: float | None
+    ) -> None:
         """Records a failed image. AlreadyEnded."""
         with self.database.transaction() as db:
             self._end_image(db, id, index, None, started)

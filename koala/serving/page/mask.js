@@ -3,7 +3,7 @@
 
 import { $, make, closable, press, pressed } from "./dom.js";
 
-const CELL = 8; // pixels a side of a latent position
+const CELL = 8; // pixels per side of a latent position
 const COLOUR = [226, 61, 136]; // of the painted area
 const VEIL = 165; // its opacity, of 255
 
@@ -50,7 +50,7 @@ function cells() {
   return Array.from({ length: columns * rows }, (_, i) => Number(data[4 * i + 3] >= 100));
 }
 
-/** A canvas with one pixel a cell; `on` and `off` are [r, g, b, a]. */
+/** A canvas with one pixel per cell; `on` and `off` are [r, g, b, a]. */
 function drawn(on, off) {
   const canvas = make("canvas", { width: columns, height: rows });
   const context = canvas.getContext("2d");

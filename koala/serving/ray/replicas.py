@@ -103,7 +103,8 @@ class SizeRouter(RequestRouter):
     its own and counts as `penalty` more images.
     """
 
-    def initialize_state(self, penalty: int) -> None:
+    # Ray passes on the keywords of its configuration, which are `penalty` alone.
+    def initialize_state(self, penalty: int) -> None:  # type: ignore[override]
         self._penalty = penalty
         self._running: dict[str, tuple[ReplicaID, str]] = {}  # request -> (replica, size)
 

@@ -7,6 +7,7 @@ API as `koala serve`. If it dies, it is restarted and continues with the jobs on
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -65,7 +66,8 @@ class RayReplicas:
 
     def capacity(self) -> int:
         deployments = ray_serve.status().applications[APP].deployments
-        return AHEAD * self.batch * deployments[REPLICAS].replica_states.get("RUNNING", 0)
+        states = deployments[REPLICAS].replica_states
+        return AHEAD * self.batch * states.get("RUNNING", 0)  # type: ignore[call-overload]  # keys: an enum of str
 
 
 class ScaledService(Service):
@@ -86,7 +88,7 @@ class ScaledService(Service):
             remote_engine = RemoteEngine(
                 reached, self._fair_queue.rank, self._on_pass, self._on_capacity
             ).start()
-            self._engine = remote_engine  # type: ignore[assignment]
+            self._engine = remote_engine  # type: ignore[assignment]  # has Engine's methods
         self.ready = True
 
     def _on_capacity(self, capacity: int) -> None:
@@ -136,7 +138,7 @@ def application(options: Options, scale: Scale, gpus: bool) -> "ray_serve.Applic
         Replica, name=REPLICAS, **number, max_ongoing_requests=AHEAD * batch,
         ray_actor_options={"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1},
         request_router_config=RequestRouterConfig(
-            request_router_class="koala.serving.ray.replicas.SizeRouter",
+            request_router_class="koala.serving.ray.replicas.SizeRouter",  # type: ignore[arg-type]  # Ray annotates its keywords as dict
             request_router_kwargs={"penalty": max(1, batch // 2)},
         ),
         health_check_period_s=2, graceful_shutdown_timeout_s=options.limits.drain,
@@ -146,7 +148,7 @@ def application(options: Options, scale: Scale, gpus: bool) -> "ray_serve.Applic
         ray_serve.ingress()(Frontend), name="front", max_ongoing_requests=4096,
         ray_actor_options={"num_cpus": 0, "resources": {here: 0.001}},
     )  # fmt: skip
-    return front.bind(options, replicas.bind(options))
+    return front.bind(options, replicas.bind(options))  # type: ignore[attr-defined]  # annotated as a decorator
 
 
 def serve(options: Options, scale: Scale, say: Callable[[str], None]) -> None:
@@ -161,10 +163,10 @@ def serve(options: Options, scale: Scale, say: Callable[[str], None]) -> None:
         cpus = max(os.cpu_count() or 1, scale.most)
         ray.init(
             num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECTS,
-            logging_level="warning", log_to_driver=False,
+            logging_level=logging.WARNING, log_to_driver=False,
         )  # fmt: skip
     else:
-        ray.init(logging_level="warning", log_to_driver=False)
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # replaces Ray's handlers
         signal.signal(number, lambda *_: stop.set())
     try:

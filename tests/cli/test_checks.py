@@ -51,11 +51,11 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     (["serve", "--backend", "atuo"], "unknown back end 'atuo'"),
     (["serve", "--replicas", "4-1"], "--replicas '4-1'"),
     (["serve", "--replicas", "2", "--api-key-file", "gone"], "key file gone cannot be read"),
-    (["serve", "--lora-dir", "gone"], "--lora-dir gone is no folder"),
+    (["serve", "--lora-dir", "gone"], "--lora-dir gone is not a folder"),
     (["serve", "--port", "70000"], "port 70000"),
     # models
     (["inspect", "koala-mni"], "did you mean koala-mini?"),
-    (["inspect", "gone.safetensors"], "gone.safetensors is not there"),
+    (["inspect", "gone.safetensors"], "model gone.safetensors does not exist"),
     (["compress", "koala-mni", "--to", "koala-700m", "--out", "x"], "did you mean koala-mini?"),
     (["compress", "org/name", "--to", "koala-700", "--out", "x"], "did you mean koala-700m?"),
     (["compress", "org/name", "--to", "koala-1b", "--out", "x", "--depth-rule", "botom"],
@@ -84,7 +84,7 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     (["distill", "koala-mini", "--dry-run", "--card", "h20"], "unknown card 'h20'"),
     (["distill", "koala-mini", "--dry-run", "--gpus", "0"], "--gpus 0"),
     # measuring
-    (["evaluate", "a=x", "a=y", "--pictures", "x", "--out", "y"], "two models are called 'a'"),
+    (["evaluate", "a=x", "a=y", "--pictures", "x", "--out", "y"], "two models are named 'a'"),
     (["evaluate", "koala-mini", "--pictures", "gone", "--out", "y"], "no prepared images"),
     (["evaluate", "koala-mini", "--pictures", "x", "--out", "y", "--steps", "0"], "steps is 0"),
     (["benchmark", "koala-turbo-700"], "did you mean koala-turbo-700m?"),

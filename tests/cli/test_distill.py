@@ -85,7 +85,7 @@ def test_a_missing_shard_and_a_latent_that_is_no_number(data, toy_sdxl, tmp_path
     tensors = load_file(shard)
     shard.unlink()
     assert distil(tmp_path / "run", copy, toy_sdxl) == 2
-    assert f"1 shards are missing, first latents/{shard.name}" in capsys.readouterr().err
+    assert f"1 shards are missing, the first is latents/{shard.name}" in capsys.readouterr().err
     spoilt = {name: torch.full_like(value, torch.nan) for name, value in tensors.items()}
     save_file(spoilt, shard)
     assert distil(tmp_path / "run", copy, toy_sdxl) == 1

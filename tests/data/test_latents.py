@@ -273,7 +273,7 @@ def test_what_a_training_cannot_use_is_refused(folder, copied, toy_sdxl):
         ({"split": "validation"}, "no samples of the split validation; .* train picture"),
         ({"mix": {"photo": 1}}, "of the kinds photo"),
         ({"captions": {"title": 1.0}}, "no captions title; there are text"),
-        ({"captions": {"text": 0.0}}, "weights"),
+        ({"captions": {"text": 0.0}}, "give each a weight"),
         ({"long_captions": "cut"}, "sentences, chunks"),
     ):
         with pytest.raises(UserError, match=said):

@@ -177,7 +177,7 @@ def test_captions_are_appended_mixed_and_counted(files, toy_sdxl, tmp_path):
         path.write_text("it is a very long caption. " * 3)
     summary = prepare_latents(recognise(long), tmp_path / "o", toy_sdxl, PREPARATION, workers=1)
     assert summary.long == {"text": 3}
-    assert "told in parts" in " ".join(summary.lines(out))
+    assert "shown in parts" in " ".join(summary.lines(out))
 
 
 def test_a_draw_takes_half_the_bytes_and_embeddings_are_of_what_is_told(
@@ -362,7 +362,7 @@ def test_the_command_prepares_and_reports(folder, toy_sdxl, tmp_path, capsys):
     given = ["prepare", str(folder), "--model", str(toy_sdxl), "--out", str(out), "--size", "64"]
     given += ["--workers", "1", "--caption", "text", "--held-out", "0", "--max-words", "9"]
     assert main(given) == 0
-    assert f"latents of {NUMBER} pictures in one bucket" in capsys.readouterr().out
+    assert f"latents of {NUMBER} images in one bucket" in capsys.readouterr().out
     assert main([*given, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["latents"]["samples"] == {"train picture": NUMBER}
     assert facts_of(out)["pictures"] == NUMBER

@@ -230,7 +230,7 @@ def test_a_users_mistake_is_told_before_anything_is_drawn(wrong, says, pictures,
 
 def test_models_are_called_by_their_names_or_by_themselves():
     assert by_name(["koala-mini", "b=a=c"]) == {"koala-mini": "koala-mini", "b=a": "c"}
-    with pytest.raises(UserError, match="two models are called 'a'"):
+    with pytest.raises(UserError, match="two models are named 'a'"):
         by_name(["a=x", "a"])
 
 

@@ -52,7 +52,7 @@ def test_fusing_refuses_what_it_would_drop(unet):
     assert torch.equal(answer(unet), before)  # nothing was fused before it was refused
     handle.remove()
     fuse_projections(unet)
-    with pytest.raises(UserError, match="twice"):
+    with pytest.raises(UserError, match="projections that are fused"):
         fuse_projections(unet)
 
 

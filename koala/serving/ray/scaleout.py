@@ -108,16 +108,16 @@ class Frontend:
     def __init__(self, options: Options, handle: Any) -> None:
         self.database = Database(options.data)
         self.service = ScaledService(options, handle)
-        self.app = create_app(self.service, self.database, options)
+        self.api = create_app(self.service, self.database, options)
         threading.Thread(target=self.service.start, daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.app
+        return self.api
 
     async def drain(self, seconds: float) -> bool:
         """Rejects new requests and finishes the running ones. Returns whether all finished."""
         done = await asyncio.to_thread(self.service.drain, seconds)
-        await asyncio.to_thread(self.app.state.jobs.close)
+        await asyncio.to_thread(self.api.state.jobs.close)
         return done
 
 

@@ -133,9 +133,8 @@ def _conv(conv: nn.Conv2d, tiles: Iterable[Tensor]) -> Iterator[Tensor]:
 def _with_neighbours(tiles: Iterable[Tensor]) -> Iterator[Tensor]:
     """Every tile with the row above and the row below it, zeros outside the image."""
     coming = iter(tiles)
-    first = next(coming)
-    above = torch.zeros_like(first[:, :, :1])  # outside the image
-    x: Tensor | None = first
+    x: Tensor | None = next(coming)
+    above = torch.zeros_like(x[:, :, :1])  # outside the image
     while x is not None:
         after = next(coming, None)
         below = torch.zeros_like(above) if after is None else after[:, :, :1]

@@ -3,7 +3,7 @@
 `OMP_NUM_THREADS=1 python -m benchmarks.scaleout [--model M] [--replicas 2] [--jobs 64]`
 
 `koala serve` by itself and with `--replicas`, one after the other, are each given jobs at once;
-then again, while one engine is killed. Needs `koala-diffusion[ray]` and a core or a GPU for each.
+then again, while one engine is killed. Needs the extra `ray` and a core or a GPU for each.
 """
 
 import argparse

@@ -7,6 +7,7 @@ from pathlib import Path
 from koala.checkpoints.tensors import DTYPES
 from koala.cli.command import Command, Parser, listed, number, show, whole
 from koala.generation.validation import BACKENDS
+from koala.utils.extras import require
 
 
 def _evaluate_arguments(p: Parser) -> None:
@@ -31,6 +32,7 @@ def _evaluate_arguments(p: Parser) -> None:
 
 
 def _evaluate(o: argparse.Namespace) -> None:
+    require("koala evaluate", "evaluate", "pyarrow", "efficientnet_lite_pytorch")
     from koala.evaluation.cards import check_cards, enter
     from koala.evaluation.models import by_name, check
 

@@ -21,6 +21,7 @@ from koala.data.items import KINDS
 from koala.distillation.records import LOGGERS
 from koala.errors import UserError
 from koala.recipes.gpus import GPUS
+from koala.utils.extras import require
 
 PREPARATION = ("size", "captions", "upscale", "mirror", "posterior", "text", "long_captions",
                "held_out")  # fmt: skip
@@ -105,6 +106,7 @@ def _prepare_arguments(p: Parser) -> None:
 
 
 def _prepare(o: argparse.Namespace) -> None:
+    require("koala prepare", "train", "pyarrow")
     from koala.data.prepare import preparation_of, prepare
 
     given = {name: getattr(o, name) for name in (*PREPARATION, *FILTERS)}
@@ -153,6 +155,7 @@ def _distill_arguments(p: Parser) -> None:
 
 
 def _distill(o: argparse.Namespace) -> None:
+    require("koala distill", "train", "pyarrow")
     from koala.recipes.validation import check, check_dry_run
 
     recipe = recipes.configured(o.recipe, o.set)

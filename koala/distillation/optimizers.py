@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from koala.distillation.settings import Training
-from koala.errors import UserError
+from koala.utils.extras import require
 
 
 def new_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimizer:
@@ -25,10 +25,9 @@ def new_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimize
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(module.parameters(), **common, fused=True)
     assert settings.optimizer == "adamw-8bit"
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise UserError(f"optimizer {settings.optimizer} needs `pip install torchao`") from error
+    require(f"optimizer {settings.optimizer}", "torchao", "torchao")
+    from torchao.optim import AdamW8bit
+
     return AdamW8bit(module.parameters(), **common)
 
 

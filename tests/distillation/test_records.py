@@ -22,7 +22,9 @@ from toy_training import SETTINGS, SignalledStream, Stream, toy_task
 LOGGERS = ("tensorboard", "wandb")
 INSTALLED = [name for name in LOGGERS if importlib.util.find_spec(name) is not None]
 MISSING = [
-    (name, f"--log {name} needs `pip install {name}`") for name in LOGGERS if name not in INSTALLED
+    (name, rf"--log {name}: {name} is not installed; run pip install -e '\.\[{name}\]'")
+    for name in LOGGERS
+    if name not in INSTALLED
 ]
 
 

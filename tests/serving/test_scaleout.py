@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-ray = pytest.importorskip("ray", reason="needs Ray: pip install 'koala-diffusion[ray]'")
+ray = pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
 
 from benchmarks.scaleout import engines  # noqa: E402
 from koala.cli.serve import SERVE  # noqa: E402

@@ -22,6 +22,7 @@ from koala.data.illustrations.colours import BACKGROUNDS, INKS, repainted
 from koala.data.illustrations.scenes import Illustrations, Layer, PlannedImage, plan
 from koala.errors import UserError
 from koala.utils.atomic import claim, new_file, write_text
+from koala.utils.extras import require
 from koala.utils.progress import progress
 
 SHARD = 256  # images: about five seconds of one core
@@ -54,6 +55,7 @@ def prepare_pictures(settings: Illustrations, out: Path, workers: int | None = N
 
     The same call resumes an interrupted run; UserError for a folder made with other settings.
     """
+    require("illustrations", "family", "inflect", "resvg_py")
     claim(out / "set.json", {"source": "illustrations", **asdict(settings)})
     rows = plan(settings)
     shards = [rows[i : i + SHARD] for i in range(0, len(rows), SHARD)]

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from koala.text_conditioning import time_ids
 from koala.utils.asset_packages import cache_folder
 from koala.utils.atomic import new_file
 from koala.utils.device import cpu_name, free_bytes, has_bf16
+from koala.utils.extras import absent
 
 _RUNS = 5  # timed evaluations of each; the median counts
 _MARGIN = 1.1  # another backend must be this much faster than PyTorch
@@ -99,8 +99,8 @@ def _lacking(backend: str, unet: UNet2DConditionModel, samples: Calibration | No
         return "this CPU has no bfloat16; choose openvino or torch"
     needed = {"torch": (), "openvino": ("openvino",)}[engine]
     needed += ("nncf",) if precision == "int8" else ()
-    if missing := [one for one in needed if find_spec(one) is None]:
-        return f"{' and '.join(missing)} not installed: pip install 'koala-diffusion[openvino]'"
+    if lacking := absent("openvino", *needed):
+        return lacking
     if precision == "int8" and samples is None:
         return "it needs samples of the U-Net's inputs"
     size = sum(p.numel() * p.element_size() for p in unet.parameters())

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,6 +31,7 @@ from koala.errors import UserError
 from koala.generation.decode import Decode, finished, vae_latents
 from koala.generation.denoise import Condition, Predict
 from koala.utils.asset_packages import cache_folder
+from koala.utils.extras import require
 
 # OpenVINO and NNCF report their use through this package, if it can be imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not there
@@ -237,10 +237,7 @@ def _check(precision: str, samples: Sequence[UNetInputs] | Calibration) -> None:
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r}: OpenVINO takes {', '.join(PRECISIONS)}")
     needed = ("openvino", "nncf") if precision == "int8" else ("openvino",)
-    if missing := [name for name in needed if find_spec(name) is None]:
-        raise UserError(
-            f"{' and '.join(missing)} not installed: pip install 'koala-diffusion[openvino]'"
-        )
+    require(f"precision {precision}", "openvino", *needed)
     assert bool(samples) == (precision == "int8"), "int8, and only int8, needs samples"
 
 

@@ -15,20 +15,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
-from koala.errors import UserError
-from koala.serving.settings import Options, Scale, check
-
-try:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
-    os.environ.setdefault("RAY_worker_niceness", "0")  # do not lower the replicas' priority
-    import ray
-    from ray import serve as ray_serve
-    from ray.exceptions import RayError, RayTaskError
-    from ray.serve.config import AutoscalingConfig, RequestRouterConfig
-except ImportError:
-    raise UserError(
-        "koala serve --replicas needs more packages: pip install 'koala-diffusion[ray]'"
-    ) from None
+import ray
+from ray import serve as ray_serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from koala.generation import Pass, Request
 from koala.serving.app import create_app
@@ -37,6 +27,7 @@ from koala.serving.meta_pipeline import load_meta_pipeline
 from koala.serving.ray.remote_engine import RemoteEngine
 from koala.serving.ray.replicas import Replica
 from koala.serving.service import Service
+from koala.serving.settings import Options, Scale, check
 
 APP, REPLICAS = "koala", "replicas"
 BATCH = 8  # default batch size in images

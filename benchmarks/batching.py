@@ -90,13 +90,13 @@ def static(bench: Bench, arrivals: list[float]) -> list[float]:
 WAYS: dict[str, Callable[[Bench, list[float]], list[float]]] = {"static": static, "steps": by_steps}
 
 
-def compare(pipeline: Pipeline, rounds: int, pictures: int) -> dict[str, Any]:
+def compare(pipeline: Pipeline, rounds: int, images: int) -> dict[str, Any]:
     """Rounds of both ways at the same Poisson arrivals, and the medians of their ratios."""
     found, bench = [], Bench(pipeline)
     bench.capacity(1)  # what happens once
     for seed in range(rounds):
         able, chance, when = bench.capacity(), random.Random(seed), 0.0
-        gaps = [chance.expovariate(LOAD * able) for _ in range(pictures)]
+        gaps = [chance.expovariate(LOAD * able) for _ in range(images)]
         arrivals = [when := when + gap for gap in gaps]
         one: dict[str, Any] = {"capacity": able}
         for name in sorted(WAYS, reverse=bool(seed % 2)):
@@ -106,7 +106,7 @@ def compare(pipeline: Pipeline, rounds: int, pictures: int) -> dict[str, Any]:
             one[name] = {
                 "median": statistics.median(took),
                 "p95": took[int(0.95 * len(took))],
-                "throughput": pictures / (max(ends) - arrivals[0]),
+                "throughput": images / (max(ends) - arrivals[0]),
             }
         found.append(one)
         print(one, flush=True)
@@ -116,6 +116,6 @@ def compare(pipeline: Pipeline, rounds: int, pictures: int) -> dict[str, Any]:
     }
     clock = "seconds" if pipeline.device.type == "cuda" else "processor seconds"
     return {
-        "arrivals": f"Poisson, {LOAD:.0%} of full batches' pace; {pictures} pictures a round",
+        "arrivals": f"Poisson, {LOAD:.0%} of full batches' pace; {images} pictures a round",
         "clock": clock, "rounds": found, "steps to static, median of rounds": ratios,
     }  # fmt: skip

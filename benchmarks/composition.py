@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from koala.data.illustrations.colours import BACKGROUNDS, INKS, named, oklab
 from koala.data.illustrations.concepts import with_article
-from koala.data.illustrations.pictures import PictureSet, render, settings_of
+from koala.data.illustrations.images import ImageSet, render, settings_of
 from koala.data.illustrations.scenes import (
     BESIDE,
     PLACES,
@@ -72,35 +72,35 @@ class Grader:
     extractor: nn.Module
     sentences: Sentences
 
-    def grade(self, row: PlannedImage, picture: Image.Image) -> dict[str, bool]:
+    def grade(self, row: PlannedImage, image: Image.Image) -> dict[str, bool]:
         """Of everything that the row's caption says, whether the picture shows it."""
         right = {}
         if row.background in row.short:
-            right["ground"] = _nearest(_ground(picture), BACKGROUNDS) == row.background
+            right["ground"] = _nearest(_ground(image), BACKGROUNDS) == row.background
         what = aspect(row)
         if what == "colour":
-            return right | {"colour": _main_colour(picture) == row.layers[0].ink}
+            return right | {"colour": _main_colour(image) == row.layers[0].ink}
         if what == "ink":
-            right["ink"] = _nearest(_ink(picture), INKS) == row.layers[0].ink
+            right["ink"] = _nearest(_ink(image), INKS) == row.layers[0].ink
             return right
-        layout = LAYOUTS[int((_taken(picture) @ self.layout).argmax())]
+        layout = LAYOUTS[int((_taken(image) @ self.layout).argmax())]
         boxes = [layer.box for layer in row.layers]
         if what == "number":
             right["number"] = len(layout) == len(boxes)
         else:
             right["layout"] = sorted(layout) == sorted(boxes)
-            right["place"] = best_order(self._likeness(row, picture)) == boxes
+            right["place"] = best_order(self._likeness(row, image)) == boxes
         return right
 
     @torch.no_grad()
-    def _likeness(self, row: PlannedImage, picture: Image.Image) -> Tensor:
+    def _likeness(self, row: PlannedImage, image: Image.Image) -> Tensor:
         """[4, 2]: how much each of SPOTS is like each of the row's two things."""
-        side = picture.width
+        side = image.width
         spots = [
             tuple(round(side * x) for x in (left, top, left + box, top + box))
             for left, top, box in SPOTS
         ]
-        parts = [picture.crop(spot).resize((side, side)) for spot in spots]
+        parts = [image.crop(spot).resize((side, side)) for spot in spots]
         texts = [f"{with_article(name)}, {row.style}" for name in row.concept.split(" + ")]
         shown = self.judge.picture(extract(self.extractor, parts))
         return shown @ self.judge.text(self.sentences(texts).float()).T
@@ -147,42 +147,42 @@ def _says_where(row: PlannedImage) -> bool:
     return own and any(side in row.subject for side in sides)
 
 
-def fit_layout(rows: Iterable[PlannedImage], pictures: Iterable[Image.Image]) -> Tensor:
+def fit_layout(rows: Iterable[PlannedImage], images: Iterable[Image.Image]) -> Tensor:
     """A ridge regression [cells + 1, layouts] from what stands out where to one of LAYOUTS."""
     ways = [sorted(layout) for layout in LAYOUTS]
     way = torch.tensor([ways.index(sorted(layer.box for layer in row.layers)) for row in rows])
-    x = torch.stack([_taken(picture) for picture in pictures])
+    x = torch.stack([_taken(image) for image in images])
     y = nn.functional.one_hot(way, len(LAYOUTS)).float()
     return torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y)
 
 
-def _ground(picture: Image.Image) -> np.ndarray:
-    pixels = np.asarray(picture)
+def _ground(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
     edge = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     return np.median(np.concatenate([part.reshape(-1, 3) for part in edge]), axis=0)
 
 
-def _stands_out(picture: Image.Image) -> np.ndarray:
+def _stands_out(image: Image.Image) -> np.ndarray:
     """bool [h, w]"""
-    return np.abs(np.asarray(picture) - _ground(picture)).max(-1) > APART
+    return np.abs(np.asarray(image) - _ground(image)).max(-1) > APART
 
 
-def _ink(picture: Image.Image) -> np.ndarray:
-    shown = np.asarray(picture)[_stands_out(picture)]
-    return np.median(shown, axis=0) if len(shown) else _ground(picture)
+def _ink(image: Image.Image) -> np.ndarray:
+    shown = np.asarray(image)[_stands_out(image)]
+    return np.median(shown, axis=0) if len(shown) else _ground(image)
 
 
-def _main_colour(picture: Image.Image) -> str | None:
+def _main_colour(image: Image.Image) -> str | None:
     """The ink that most of what stands out is nearest to, in Oklab; None where nothing does."""
-    shown = oklab(np.asarray(picture)[_stands_out(picture)] / 255)  # [pixels, 3]
+    shown = oklab(np.asarray(image)[_stands_out(image)] / 255)  # [pixels, 3]
     inks = np.stack([named(ink) for ink in INKS])
     nearest = np.linalg.norm(shown[:, None] - inks, axis=-1).argmin(1)
     return [*INKS][np.bincount(nearest).argmax()] if len(shown) else None
 
 
-def _taken(picture: Image.Image) -> Tensor:
+def _taken(image: Image.Image) -> Tensor:
     """[cells + 1]: the share of each cell that stands out, and a one."""
-    mask = Image.fromarray(np.uint8(255) * _stands_out(picture).astype(np.uint8))
+    mask = Image.fromarray(np.uint8(255) * _stands_out(image).astype(np.uint8))
     cells = np.asarray(mask.resize((CELLS, CELLS), Image.Resampling.BOX), dtype=np.float32) / 255
     return torch.cat([torch.from_numpy(cells.flatten()), torch.ones(1)])
 
@@ -195,23 +195,23 @@ def shares(
     grader: Grader, rows: Sequence[PlannedImage], drawn: Sequence[Image.Image]
 ) -> dict[str, float]:
     """Of all pictures of which something was asked, the share that shows it."""
-    grades = [grader.grade(row, picture) for row, picture in zip(rows, drawn, strict=True)]
+    grades = [grader.grade(row, image) for row, image in zip(rows, drawn, strict=True)]
     asked = dict.fromkeys(what for grade in grades for what in grade)
     return {
         what: round(float(np.mean([g[what] for g in grades if what in g])), 3) for what in asked
     }
 
 
-def grader_of(pictures: PictureSet, settings: Illustrations) -> Grader:
+def grader_of(images: ImageSet, settings: Illustrations) -> Grader:
     """Learnt from a folder of real pictures and what they were planned as."""
     extractor, sentences = EffLite0(), SentenceEncoder()
     size = (settings.size, settings.size)
-    chosen = choose(pictures, JUDGED_BY)
-    judge = build_evaluator(pictures, *chosen, size, extractor, sentences, None).judge
+    chosen = choose(images, JUDGED_BY)
+    judge = build_evaluator(images, *chosen, size, extractor, sentences, None).judge
     planned = {row.id: row for row in plan(settings)}
-    scenes = pictures.select(split="train", kind="scene")
+    scenes = images.select(split="train", kind="scene")
     layout = fit_layout(
-        (planned[pictures.rows[i]["id"]] for i in scenes), (pictures.image(i) for i in scenes)
+        (planned[images.rows[i]["id"]] for i in scenes), (images.image(i) for i in scenes)
     )
     return Grader(layout, judge, extractor, sentences)
 
@@ -227,14 +227,14 @@ def main() -> None:
     settings = Illustrations(
         **{name: tuple(v) if isinstance(v, list) else v for name, v in made_with.items()}
     )
-    grader = grader_of(PictureSet(options.pictures), settings)
+    grader = grader_of(ImageSet(options.pictures), settings)
     rows = prompts(settings)
     texts = [row.short for row in rows]
     found = {"rendered": shares(grader, rows, [render(row, settings.size) for row in rows])}
     for model in options.models:
         pipeline = load(model)
         drawn = [pipeline(texts, seed=seed * len(rows)).images for seed in SEEDS]
-        of_seeds = [shares(grader, rows, pictures) for pictures in drawn]
+        of_seeds = [shares(grader, rows, images) for images in drawn]
         found[model] = {what: [s[what] for s in of_seeds] for what in of_seeds[0]}
         if options.sheet:
             contact_sheet(drawn[0], texts, columns=10).save(options.sheet, optimize=True)

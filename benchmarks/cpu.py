@@ -178,7 +178,7 @@ def draw(way: str, folder: Path, pixels: int) -> dict[str, float]:
         )
         pipe.set_progress_bar_config(disable=True)
 
-        def picture(steps: int) -> None:
+        def image(steps: int) -> None:
             pipe(
                 "a fox", num_inference_steps=steps, guidance_scale=3.5, height=pixels, width=pixels
             )
@@ -188,12 +188,12 @@ def draw(way: str, folder: Path, pixels: int) -> dict[str, float]:
         else:
             ours = load(folder, "cpu", backend=asked["backend"])
 
-        def picture(steps: int) -> None:
+        def image(steps: int) -> None:
             ours("a fox", steps=steps, size=(pixels, pixels), seed=0, **asked.get("ask", {}))
 
-    picture(1)
+    image(1)
     start, worked = time.perf_counter(), time.process_time()
-    picture(10)
+    image(10)
     seconds, processor = time.perf_counter() - start, time.process_time() - worked
     peak = peak_bytes(torch.device("cpu"))
     return {

@@ -231,7 +231,7 @@ def remote(batches: int = 1200, faster: float = 2.0) -> dict[str, Any]:
     return figures
 
 
-def reading(pictures: int = 40) -> dict[str, float]:
+def reading(images: int = 40) -> dict[str, float]:
     """Pictures a second that one core decodes, resizes and crops for 1024 pixels."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (46, 40, 3), dtype=np.uint8))
@@ -240,10 +240,10 @@ def reading(pictures: int = 40) -> dict[str, float]:
     item = Item("one", buffer.getvalue, {"text": CAPTION})
     preparation = Preparation(captions=("text",))
     start = time.process_time()
-    for _ in range(pictures):
+    for _ in range(images):
         assert isinstance(sample_of(item, preparation), Sample)
     seconds = time.process_time() - start
-    return {"pictures_per_core_s": round(pictures / seconds, 1), "bytes": buffer.tell()}
+    return {"pictures_per_core_s": round(images / seconds, 1), "bytes": buffer.tell()}
 
 
 def encoding(side: int = 512) -> dict[str, float]:
@@ -252,10 +252,10 @@ def encoding(side: int = 512) -> dict[str, float]:
 
     torch.set_num_threads(1)
     vae = new_vae(torch.device("cpu"), torch.float32)
-    picture = torch.zeros(1, 3, side, side).to(memory_format=torch.channels_last)
+    image = torch.zeros(1, 3, side, side).to(memory_format=torch.channels_last)
     start = time.process_time()
     with torch.inference_mode():
-        vae.encode(picture)
+        vae.encode(image)
     seconds = time.process_time() - start
     return {"pixels": side, "pictures_per_core_s": float(f"{1 / seconds:.3g}")}
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from koala.checkpoints.resolve import resolve_model
-from koala.data.illustrations.pictures import PictureSet
+from koala.data.illustrations.images import ImageSet
 from koala.errors import Failure, UserError
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.judge import Judge
@@ -92,7 +92,7 @@ def main() -> None:
 
 def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
     """A row of figures for each way that this machine and model have; the others say why not."""
-    real = PictureSet(o.pictures)
+    real = ImageSet(o.pictures)
     chosen, reference, train = choose(real, o.prompts)
     side = load(o.model, "cpu").requests("x")[0].settings.width
     extractor = EffLite0().to(o.device)

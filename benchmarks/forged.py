@@ -208,8 +208,8 @@ _HEADERS = (
 
 def with_image(chance: random.Random) -> Shot:
     """A request with a picture that is good, broken, or something else altogether."""
-    data = picture(chance)
-    mask = picture(chance) if chance.random() < 0.3 else None
+    data = image(chance)
+    mask = image(chance) if chance.random() < 0.3 else None
     text = base64.b64encode(data).decode()
     if chance.random() < 0.2:
         text = f"data:{chance.choice(('image/png', 'text/html', ''))};base64,{text}"
@@ -250,7 +250,7 @@ def _edit(asked: dict[str, Any], data: bytes, mask: bytes | None, chance: random
     return Shot("image", "POST", "/v1/images/edits", headers, body, _patience(chance))
 
 
-def picture(chance: random.Random) -> bytes:
+def image(chance: random.Random) -> bytes:
     """Bytes that may be a picture."""
     side = chance.choice((1, 7, SIDE, SIDE, SIDE, 300))
     mode = chance.choice(("RGB", "RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"))
@@ -272,13 +272,13 @@ def picture(chance: random.Random) -> bytes:
         case 4:
             return bomb(*chance.choice(((50_000, 50_000), (2**31 - 1, 1), (0, 0), (30_000, 500))))
         case 5:
-            return chance.choice(_NO_PICTURES)
+            return chance.choice(_NO_IMAGES)
         case 6:
             return data + chance.randbytes(1000)
     return data
 
 
-_NO_PICTURES = (
+_NO_IMAGES = (
     b"", b"\x00", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7\n", b"GIF89a",
     b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x00\x00\x00\x00WEBP", b"%!PS-Adobe-3.0 EPSF-3.0",
     b"BM", b"II*\x00", b"{}", b"PK\x03\x04", b"\x1f\x8b" * 500, b"P6 9999999 9999999 255\n",

@@ -16,7 +16,7 @@ from koala.benchmark import measure
 from koala.benchmark.cases import CASES, Subject
 from koala.benchmark.measure import GB
 from koala.benchmark.models import build, stock
-from koala.benchmark.run import benchmark, picture_flops
+from koala.benchmark.run import benchmark, image_flops
 from koala.errors import UserError
 from koala.generation.decode import tiny
 from koala.generation.denoise import predictor
@@ -31,7 +31,7 @@ def ladder(run: Run) -> Rows:
     """One optimisation after the other, each on top of those before."""
     half = torch.float32 if run.toy else torch.float16
     pipeline = build(run.chosen, run.device, half)
-    floor = picture_flops(pipeline, run.chosen) / run.ceilings.flops
+    floor = image_flops(pipeline, run.chosen) / run.ceilings.flops
     plain = stock_drawn(run, pipeline)
     yield {"rung": "stock diffusers", **plain, "x_roofline": plain["picture_s"] / floor}
     pipeline.unet.to(memory_format=torch.channels_last)
@@ -83,7 +83,7 @@ def few_steps(run: Run) -> Rows:
     dtype = torch.float32 if run.toy else torch.bfloat16
     pipeline = pipeline_in(run, chosen, dtype)
     small = AutoencoderTiny().to(run.device, dtype).eval().requires_grad_(False)
-    arithmetic = picture_flops(pipeline, chosen)
+    arithmetic = image_flops(pipeline, chosen)
     yield {"decode": "full", **drawn(run, pipeline, arithmetic / run.ceilings.flops, 4, 0.0)}
     pipeline.decode = tiny(small)
     yield {"decode": "tiny", **drawn(run, pipeline, None, 4, 0.0)}
@@ -96,7 +96,7 @@ def few_steps(run: Run) -> Rows:
 def throughput(run: Run) -> Rows:
     """Pictures a second through the engine, by rows in its batch."""
     pipeline = fast(run)
-    floor = picture_flops(pipeline, run.chosen) / run.ceilings.flops
+    floor = image_flops(pipeline, run.chosen) / run.ceilings.flops
     for batch in (1, 2) if run.toy else (1, 2, 4, 8, 16, 32):
         if run.left < 0:
             return

@@ -26,12 +26,12 @@ from koala.data.sources import recognise
 from koala.data.workers import own_cores
 
 MODEL = BUNDLED / "koala-mini"
-PICTURES, SIZE = 512, (1274, 1457)  # LAION-POP's mean size
+IMAGES, SIZE = 512, (1274, 1457)  # LAION-POP's mean size
 
 
 def preparing(run: Run) -> Rows:
     """Pictures a second of the VAE alone and of the whole command; samples of the loader."""
-    side, pictures = (64, 8) if run.toy else (1024, PICTURES)
+    side, images = (64, 8) if run.toy else (1024, IMAGES)
     vae = load_vae(MODEL) if run.toy else new_vae(run.device, torch.float32)
     vae = vae.to(run.device, memory_format=torch.channels_last)
     batch = 2 if run.toy else BATCH_PIXELS // side**2
@@ -46,7 +46,7 @@ def preparing(run: Run) -> Rows:
         vae.to("cpu", memory_format=torch.contiguous_format)  # the command loads its own
         vae.save_pretrained(model / "vae")
         measure.release(run.device)
-        _draw(source, pictures, (80, 91) if run.toy else SIZE)
+        _draw(source, images, (80, 91) if run.toy else SIZE)
         start = time.perf_counter()
         workers = 1 if run.toy else own_cores()
         summary = prepare_latents(

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from koala.checkpoints.load import load_scheduler_config, load_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.art import ART_SETS
-from koala.data.illustrations.pictures import PictureSet, prepare_pictures
+from koala.data.illustrations.images import ImageSet, prepare_images
 from koala.data.illustrations.scenes import SMALL
 from koala.data.latents import LatentSet
-from koala.data.prepare import encode_pictures
+from koala.data.prepare import encode_images
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.tasks import Denoising
 from koala.errors import UserError
@@ -88,8 +88,8 @@ def prepare(training: Training, teacher: Path, out: Path) -> Path:
         test_concepts=training.held_out,
         test_pairs=0,
     )
-    prepare_pictures(settings, out, workers=1)
-    encode_pictures(out, teacher)
+    prepare_images(settings, out, workers=1)
+    encode_images(out, teacher)
     return out
 
 
@@ -155,7 +155,7 @@ def compare(
     models: dict[str, str], lora: Path, data: Path, extractor: nn.Module, things: int, seeds: int
 ) -> tuple[dict, Image.Image]:
     """What the LoRA does to every model (figures by name), and a sheet of it."""
-    real = PictureSet(data)
+    real = ImageSet(data)
     held_out = evenly(real.select("test-concept"), things)
     prompts = [real.rows[i]["short"] for i in held_out]
     figures, rows, captions = {}, [], []

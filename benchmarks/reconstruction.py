@@ -22,7 +22,7 @@ from torch import Tensor
 from koala.checkpoints.load import load_vae
 from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
-from koala.data.illustrations.pictures import PictureSet
+from koala.data.illustrations.images import ImageSet
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.report import build_evaluator, choose
 from koala.mini.sentence_encoder import SentenceEncoder
@@ -35,10 +35,10 @@ NOISES = (0.2, 0.4)
 
 
 @torch.inference_mode()
-def encoded(pictures: PictureSet, indices: list[int], vae: AutoencoderKL) -> Tensor:
+def encoded(images: ImageSet, indices: list[int], vae: AutoencoderKL) -> Tensor:
     """The pictures of `indices` as the VAE's means, [n, 4, h/8, w/8]."""
     parts = [indices[start : start + BATCH] for start in range(0, len(indices), BATCH)]
-    pixels = (to_pixels([pictures.image(i) for i in part]) for part in parts)
+    pixels = (to_pixels([images.image(i) for i in part]) for part in parts)
     return torch.cat([vae.encode(some).latent_dist.mode() for some in pixels])
 
 
@@ -55,15 +55,15 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--model", default="koala-mini")
     options = parser.parse_args()
-    pictures = PictureSet(options.pictures)
-    chosen, reference, train = choose(pictures, PROMPTS)
-    size = pictures.image(0).size
+    images = ImageSet(options.pictures)
+    chosen, reference, train = choose(images, PROMPTS)
+    size = images.image(0).size
     extractor = EffLite0()
     evaluator = build_evaluator(
-        pictures, chosen, reference, train, size, extractor, SentenceEncoder(), None
+        images, chosen, reference, train, size, extractor, SentenceEncoder(), None
     )
     vae = load_vae(resolve_model(options.model), torch.float32).eval()
-    latents = encoded(pictures, chosen, vae)
+    latents = encoded(images, chosen, vae)
 
     def rebuilt(noise: float) -> dict[str, float]:
         features = extract(extractor, decoded(latents, vae, noise))

@@ -236,9 +236,9 @@ def look(data: Path, told: Told, before: dict[str, Job], faults: Counter[str]) -
         with contextlib.closing(Database(copy)) as database:
             gallery, table = Gallery(database, LARGE, LARGE), JobTable(database)
             jobs = {job.id: job for job in table.page(LARGE)}
-            pictures = {one.id: one for one in gallery.page(LARGE)}
+            images = {one.id: one for one in gallery.page(LARGE)}
         files = {path.stem for path in gallery.folder.iterdir()}
-        faults[FILES] += len(files ^ set(pictures))
+        faults[FILES] += len(files ^ set(images))
         faults[BROKEN] += sum(not whole(gallery.folder / f"{id}.png") for id in files)
         with contextlib.closing(sqlite3.connect(copy / FILE)) as db:
             faults[BROKEN] += db.execute("PRAGMA integrity_check").fetchone()[0] != "ok"
@@ -249,8 +249,8 @@ def look(data: Path, told: Told, before: dict[str, Job], faults: Counter[str]) -
     faults[REVIVED] += sum(jobs[id].status != "cancelled" for id in told.cancelled)
     for job in jobs.values():
         faults[UNENDED] += job.status == "done" and len(job.ended) < job.number
-        for place, picture in job.ended.items():
-            found = pictures.get(picture or "")
+        for place, image in job.ended.items():
+            found = images.get(image or "")
             faults[LOST] += found is None
             faults[SEEDS] += found is not None and (
                 found.settings["seed"] != job.request["seed"] + place

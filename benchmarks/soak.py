@@ -99,7 +99,7 @@ class Crowd:
 
     def __init__(self, client: httpx2.AsyncClient, asked: list[dict[str, Any]]) -> None:
         self.client, self.asked = client, asked
-        self.pictures: dict[int, dict[str, bytes]] = defaultdict(dict)  # by kind, then by hash
+        self.images: dict[int, dict[str, bytes]] = defaultdict(dict)  # by kind, then by hash
         self.counts: Counter[str] = Counter()
         self.errors: list[str] = []
 
@@ -123,7 +123,7 @@ class Crowd:
                 self.counts[f"pictures by {way.__name__.removeprefix('_')}"] += 1
                 with Image.open(io.BytesIO(data)) as image:
                     pixels = image.tobytes()
-                self.pictures[kind][hashlib.sha256(pixels).hexdigest()] = data
+                self.images[kind][hashlib.sha256(pixels).hexdigest()] = data
 
     async def _direct(self, asked: dict[str, Any], leaves: float | None) -> bytes | None:
         try:
@@ -207,9 +207,9 @@ def _resident(pid: int) -> float:
 def compare(model: str, device: str | None, found: Crowd) -> dict[str, Any]:
     """Every picture beside that of its kind drawn alone."""
     pipeline, worst, wrong, exact, seen = koala.load(model, device), [], [], 0, 0
-    for kind, pictures in sorted(found.pictures.items()):
+    for kind, images in sorted(found.images.items()):
         own = np.asarray(pipeline(**found.asked[kind]).images[0], np.int16)
-        for data in pictures.values():
+        for data in images.values():
             seen += 1
             with Image.open(io.BytesIO(data)) as image:
                 worst.append(int(np.abs(np.asarray(image, np.int16) - own).max()))
@@ -218,7 +218,7 @@ def compare(model: str, device: str | None, found: Crowd) -> dict[str, Any]:
                 wrong.append({"asked": found.asked[kind], "difference": worst[-1]})
     return {
         "tolerance, of 255": TOLERANCE, "largest difference": max(worst, default=None),
-        "kinds": len(found.pictures), "different pictures": seen, "equal in every bit": exact,
+        "kinds": len(found.images), "different pictures": seen, "equal in every bit": exact,
         "over the tolerance": wrong,
     }  # fmt: skip
 
@@ -232,9 +232,9 @@ def run(model: str, device: str | None, seconds: float) -> dict[str, Any]:
         found, memory = asyncio.run(crowd(url, pid, seconds, asked))
     settled = [point for point in memory if point[0] >= SETTLED * seconds / 60]
     slope = statistics.linear_regression(*zip(*settled, strict=True)).slope if settled[1:] else None
-    pictures = sum(number for name, number in found.counts.items() if name != "cancelled")
+    images = sum(number for name, number in found.counts.items() if name != "cancelled")
     return {
-        "clients": CLIENTS, "seconds": seconds, "pictures": pictures,
+        "clients": CLIENTS, "seconds": seconds, "pictures": images,
         "cancelled": found.counts["cancelled"], "by": dict(found.counts),
         "errors": len(found.errors), "first errors": found.errors[:10],
         "memory, MiB": {

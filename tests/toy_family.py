@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from koala.data.illustrations.pictures import prepare_pictures
-from koala.data.prepare import encode_pictures
+from koala.data.illustrations.images import prepare_images
+from koala.data.prepare import encode_images
 from koala.distillation.settings import Training
 from koala.mini.runs import assemble
 from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders, start_from_words
@@ -42,7 +42,7 @@ class Letters:
 def toy_mini_base(folder: Path) -> tuple[Path, Path]:
     """A prepared folder and an untrained base pipeline of the mini family's own sizes."""
     data = folder / "data"
-    prepare_pictures(replace(TOY, scenes=20, icons=10, size=64), data, workers=1)
+    prepare_images(replace(TOY, scenes=20, icons=10, size=64), data, workers=1)
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
     encoders = new_text_encoders(tokenizer)
@@ -50,5 +50,5 @@ def toy_mini_base(folder: Path) -> tuple[Path, Path]:
     telling = TextDistillation(encoders, tokenizer, Letters())
     coding = Autoencoding(new_vae(64), torch.zeros(2, 3, 64, 64))
     base = assemble(folder / "base", coding, telling, data)
-    encode_pictures(data, base)
+    encode_images(data, base)
     return data, base

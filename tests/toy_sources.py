@@ -27,7 +27,7 @@ def caption(n: int) -> str:
     return f"{WORDS[n % len(WORDS)]} no {n}"
 
 
-def picture(n: int, size: tuple[int, int] = (80, 80), format: str = "JPEG") -> bytes:
+def image(n: int, size: tuple[int, int] = (80, 80), format: str = "JPEG") -> bytes:
     """A picture's file."""
     rng = np.random.default_rng(n)
     width, height = size
@@ -38,8 +38,8 @@ def picture(n: int, size: tuple[int, int] = (80, 80), format: str = "JPEG") -> b
     return buffer.getvalue()
 
 
-def pictures(number: int, sizes: Sequence[tuple[int, int]] = SIZES) -> list[bytes]:
-    return [picture(n, sizes[n % len(sizes)]) for n in range(number)]
+def images(number: int, sizes: Sequence[tuple[int, int]] = SIZES) -> list[bytes]:
+    return [image(n, sizes[n % len(sizes)]) for n in range(number)]
 
 
 def write_folder(root: Path, files: Sequence[bytes], metadata: str = "txt") -> Path:

@@ -41,7 +41,7 @@ class BenchmarkRow:
 
     def cells(self) -> dict[str, Any]:
         """Column -> text; "" where nothing was measured."""
-        picture, unet = self.picture, self.unet
+        image, unet = self.picture, self.unet
         cells = {
             "model": self.name,
             "engine": self.engine,
@@ -49,14 +49,14 @@ class BenchmarkRow:
             "pixels": self.pixels,
             "steps": self.steps,
             "guidance": self.guidance,
-            "picture s": "OOM" if picture is None else f"{picture.median:.3f}",
-            "least": "" if picture is None else f"{picture.least:.3f}",
-            "greatest": "" if picture is None else f"{picture.greatest:.3f}",
+            "picture s": "OOM" if image is None else f"{image.median:.3f}",
+            "least": "" if image is None else f"{image.least:.3f}",
+            "greatest": "" if image is None else f"{image.greatest:.3f}",
             "U-Net 25 steps s": "" if unet is None else f"{unet.median:.3f}",
             "peak GB": "" if self.peak_gb is None else f"{self.peak_gb:.2f}",
         }
-        if picture is not None and self.floor is not None:
-            cells["x roofline"] = f"{picture.median / self.floor:.2f}"
+        if image is not None and self.floor is not None:
+            cells["x roofline"] = f"{image.median / self.floor:.2f}"
         for budget, seconds in (self.budgets or {}).items():
             cells[f"in {budget} GB"] = "OOM" if seconds is None else f"{seconds:.3f}"
         return cells

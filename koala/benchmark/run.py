@@ -103,7 +103,7 @@ def _rows(chosen: Subject, options: BenchmarkOptions, reached: Ceilings) -> Iter
     except torch.OutOfMemoryError:
         yield from (BenchmarkRow.out_of_memory(engine, chosen) for engine in ("diffusers", "koala"))
         return
-    floor = picture_flops(pipeline, chosen) / reached.flops
+    floor = image_flops(pipeline, chosen) / reached.flops
     draws = {
         "diffusers": lambda: _stock_draw(stock(pipeline), chosen),
         "koala": lambda: _our_draw(_ours(pipeline, options), chosen),
@@ -134,7 +134,7 @@ def _row(
     before: int | None,
 ) -> BenchmarkRow:
     device, case = options.device, chosen.case
-    picture = measure.timing(draw, options.runs, device)
+    image = measure.timing(draw, options.runs, device)
     peak = measure.peak_bytes(device)
     return BenchmarkRow(
         name=case.name,
@@ -143,7 +143,7 @@ def _row(
         pixels=case.pixels,
         steps=case.steps,
         guidance=case.guidance,
-        picture=picture,
+        picture=image,
         unet=_unet_seconds(engine, chosen, pipeline, options),
         peak_gb=None if peak is None or before is None else (peak - before) / GB,
         budgets={budget: _under(budget, draw, device) for budget in options.budgets},
@@ -201,7 +201,7 @@ def _under(budget: int, draw: Draw, device: torch.device) -> float | None:
         measure.release(device)
 
 
-def picture_flops(pipeline: Pipeline, chosen: Subject) -> int:
+def image_flops(pipeline: Pipeline, chosen: Subject) -> int:
     """Operations of one image: all U-Net evaluations, and the decoder."""
     case = chosen.case
     arch = from_unet_config(pipeline.unet.config)

@@ -112,7 +112,7 @@ def _run(o: argparse.Namespace) -> None:
 
     pipeline = load(
         o.model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
-        pictures=len(settings), from_image=o.image is not None, say=say,
+        images=len(settings), from_image=o.image is not None, say=say,
     )  # fmt: skip
     if pipeline.plan is not None:
         print(pipeline.plan.table(), file=sys.stderr)

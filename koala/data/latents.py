@@ -93,7 +93,7 @@ class LatentSet:
         self._coming: OrderedDict[Wanted, Future[dict[str, Any]]] = OrderedDict()
 
     @property
-    def pictures(self) -> bool:
+    def images(self) -> bool:
         """Whether the folder holds images, which the training encodes, instead of latents."""
         return self.index.made_with["encoder"] is None
 
@@ -135,7 +135,7 @@ class LatentSet:
         part = BatchShare(count, rank, world)
         self._cache.advance_to(first // count, part)
         places = part.of(self.order.batch(first // count, count))
-        pictures, latents, text, captions, sizes = [], [], [], [], []
+        images, latents, text, captions, sizes = [], [], [], [], []
         for number, (shard, row) in enumerate(places, first + rank * share):
             rng = np.random.default_rng((self.seed, 3, number))
             tensors = self.index.tensors(shard, row)
@@ -146,7 +146,7 @@ class LatentSet:
             captions.append(self._caption(shard, row, rng))
             mirrored = self.mirror and not SIDED.search(captions[-1]) and rng.random() < 0.5
             if "pixels" in tensors:
-                pictures.append(tensors["pixels"].flip(-1) if mirrored else tensors["pixels"])
+                images.append(tensors["pixels"].flip(-1) if mirrored else tensors["pixels"])
             else:
                 latents.append(_latents(tensors, noise, MIRRORED if mirrored else ""))
             if "text" in tensors:
@@ -155,7 +155,7 @@ class LatentSet:
             sizes.append(tuple(facts))
         target = self.index.bucket(places[0][0])
         batch = {
-            **({"pixels": torch.stack(pictures)} if pictures else {}),
+            **({"pixels": torch.stack(images)} if images else {}),
             **({"latents": torch.stack(latents)} if latents else {}),
             "captions": captions,
             "time_ids": time_ids(
@@ -188,7 +188,7 @@ class LatentSet:
 
     def _check_made(self, model: Path, size: int | None) -> None:
         made, folder = self.index.made_with, self.index.files.folder
-        if not self.pictures and (own := encoder_hash(model)) != made["encoder"]:
+        if not self.images and (own := encoder_hash(model)) != made["encoder"]:
             raise UserError(
                 f"{folder} holds latents of another VAE ({made['encoder']}, this model's is "
                 f"{own}); prepare into another folder with --model {model}"

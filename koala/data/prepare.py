@@ -2,7 +2,7 @@
 
 A path's source is recognised by `koala.data.sources` and encoded by
 `koala.data.latent_preparation`. The illustration set is rendered first
-(`koala.data.illustrations.pictures`).
+(`koala.data.illustrations.images`).
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from koala.checkpoints.resolve import resolve_model
-from koala.data.illustrations.pictures import PictureSet, prepare_pictures, settings_of
+from koala.data.illustrations.images import ImageSet, prepare_images, settings_of
 from koala.data.illustrations.scenes import ILLUSTRATIONS, Illustrations
 from koala.data.preprocess import Filters, Preparation
 from koala.data.shards import Summary
@@ -41,7 +41,7 @@ class PrepareReport:
         """For the terminal."""
         lines = []
         if self.pictures:
-            lines.append(f"{sum(self.pictures.values()):7,} images in {self.out}")
+            lines.append(f"{sum(self.images.values()):7,} images in {self.out}")
             lines += [f"{n:7,} {what}" for what, n in sorted(self.pictures.items())]
         if self.latents:
             lines += self.latents.lines(self.out)
@@ -125,7 +125,7 @@ def prepare(
 def facts_of(folder: str | Path) -> dict[str, Any]:
     """The data's facts for a model card: number of training "pictures", and the settings."""
     if (Path(folder) / "set.json").exists():
-        return {"pictures": len(PictureSet(folder).select("train")), **settings_of(Path(folder))}
+        return {"pictures": len(ImageSet(folder).select("train")), **settings_of(Path(folder))}
     from koala.data.index import Index
 
     index = Index(folder)
@@ -137,16 +137,16 @@ def _prepare_illustrations(
     device: str | None, sheet: str | Path | None, mirror: bool,
 ) -> PrepareReport:  # fmt: skip
     folder = None if model is None else resolve_model(model)
-    prepare_pictures(settings, out, workers)
+    prepare_images(settings, out, workers)
     latents = None
     if folder is not None:
-        latents = encode_pictures(out, folder, _device(device), workers, mirror)
-    pictures = PictureSet(out)
-    counts = Counter(f"{row['split']} {row['kind']}" for row in pictures.rows)
-    return PrepareReport(out, dict(counts), latents, _draw_sheet(pictures, sheet))
+        latents = encode_images(out, folder, _device(device), workers, mirror)
+    images = ImageSet(out)
+    counts = Counter(f"{row['split']} {row['kind']}" for row in images.rows)
+    return PrepareReport(out, dict(counts), latents, _draw_sheet(images, sheet))
 
 
-def encode_pictures(
+def encode_images(
     folder: Path, model: Path, device: str = "cpu", workers: int | None = 1, mirror: bool = False
 ) -> Summary:
     """Encodes all illustrations rendered into `folder`; the latents go to the same folder."""
@@ -159,13 +159,13 @@ def encode_pictures(
     return prepare_latents(source, folder, model, preparation, workers, device)
 
 
-def _draw_sheet(pictures: PictureSet, sheet: str | Path | None) -> Path | None:
+def _draw_sheet(images: ImageSet, sheet: str | Path | None) -> Path | None:
     if sheet is None:
         return None
-    chosen = sorted(random.Random(0).sample(range(len(pictures)), min(SHEET, len(pictures))))
-    scale = max(1, 128 // pictures.image(0).width)
-    captions = [pictures.rows[i]["short"] for i in chosen]
-    contact_sheet([pictures.image(i) for i in chosen], captions, 10, scale).save(sheet)
+    chosen = sorted(random.Random(0).sample(range(len(images)), min(SHEET, len(images))))
+    scale = max(1, 128 // images.image(0).width)
+    captions = [images.rows[i]["short"] for i in chosen]
+    contact_sheet([images.image(i) for i in chosen], captions, 10, scale).save(sheet)
     return Path(sheet)
 
 

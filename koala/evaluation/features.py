@@ -39,14 +39,14 @@ class EffLite0(nn.Module):
         self.net._fc = nn.Identity()  # replaces the classifier: the features come out
         self.requires_grad_(False).eval()
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] in 0..255, RGB -> float32 [n, 1280].
 
         Bicubic to 224x224, then (x - 127) / 128, the normalisation of the original Lite models.
         (The PyTorch package documents ImageNet's mean and standard deviation instead, but the
         statistics of its first batch norm, mean -0.08 and standard deviation 0.52, fit only this.)
         """
-        x = pictures.float()
+        x = images.float()
         x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 255)
         return self.net((x - 127) / 128)
 
@@ -54,7 +54,7 @@ class EffLite0(nn.Module):
 @torch.no_grad()
 def extract(
     extractor: nn.Module,
-    pictures: Iterable[Image.Image],
+    images: Iterable[Image.Image],
     batch: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -72,7 +72,7 @@ def extract(
     """
     device = next(extractor.parameters()).device
     rows = []
-    remaining = iter(pictures)
+    remaining = iter(images)
     while chunk := list(islice(remaining, batch)):
         rows.append(extractor(as_tensor(chunk).to(device)).float().cpu())
         if on_batch:
@@ -80,18 +80,18 @@ def extract(
     return torch.cat(rows)
 
 
-def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
+def as_tensor(images: Sequence[Image.Image]) -> Tensor:
     """PIL images of one size -> uint8 [n, 3, h, w], RGB."""
-    arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
+    arrays = [np.asarray(image.convert("RGB")) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def at_size(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def at_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scales a real picture down to the (width, height) of the generated images.
 
     Otherwise a distance would mostly measure the resolution. Smaller pictures stay as they are.
     """
-    picture = picture.convert("RGB")
-    if picture.width <= size[0] and picture.height <= size[1]:
-        return picture
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    image = image.convert("RGB")
+    if image.width <= size[0] and image.height <= size[1]:
+        return image
+    return image.resize(size, Image.Resampling.LANCZOS)

@@ -55,16 +55,16 @@ class Head(nn.Module):
 class Judge(nn.Module):
     """Two heads and a temperature. `about` describes the training, as text."""
 
-    def __init__(self, picture_width: int, text_width: int) -> None:
+    def __init__(self, image_width: int, text_width: int) -> None:
         super().__init__()
-        self.picture = Head(picture_width)
+        self.picture = Head(image_width)
         self.text = Head(text_width)
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.about: dict[str, str] = {}
 
     @staticmethod
     def fit(
-        picture_features: Tensor,
+        image_features: Tensor,
         text_features: Tensor,
         groups: Tensor,
         concepts: Tensor,
@@ -80,17 +80,17 @@ class Judge(nn.Module):
                 their captions best is returned.
             seed: of initial weights, order, captions and dropout.
         """
-        n = len(picture_features)
+        n = len(image_features)
         assert text_features.shape[:2] == (n, text_features.shape[1])
         assert len(groups) == len(concepts) == n
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             kept = _held_out(concepts)
-            judge = Judge(picture_features.shape[1], text_features.shape[2])
-            judge.picture.standardise_by(picture_features[~kept])
+            judge = Judge(image_features.shape[1], text_features.shape[2])
+            judge.picture.standardise_by(image_features[~kept])
             judge.text.standardise_by(text_features[~kept].flatten(0, 1))
-            train = (picture_features[~kept], text_features[~kept], groups[~kept])
-            held = (picture_features[kept], text_features[kept][:, 0])
+            train = (image_features[~kept], text_features[~kept], groups[~kept])
+            held = (image_features[kept], text_features[kept][:, 0])
             reached = _train(judge, train, held)
         judge.about = {
             "pictures": str(int((~kept).sum())),
@@ -100,7 +100,7 @@ class Judge(nn.Module):
         return judge.eval()
 
     @torch.no_grad()
-    def retrieval(self, picture_features: Tensor, text_features: Tensor) -> dict[str, float]:
+    def retrieval(self, image_features: Tensor, text_features: Tensor) -> dict[str, float]:
         """R@1, R@5 and R@10 from image to text, in 0..1. A wrong text wins a tie.
 
         Args:
@@ -108,8 +108,8 @@ class Judge(nn.Module):
             text_features: float [n, d_t]; text i belongs to image i, and all texts are candidates.
                 Parallel rows (the same text twice) match each other's images.
         """
-        assert len(picture_features) == len(text_features)
-        scores = self.picture(picture_features) @ self.text(text_features).T
+        assert len(image_features) == len(text_features)
+        scores = self.picture(image_features) @ self.text(text_features).T
         unit = F.normalize(text_features, dim=-1)
         right = unit @ unit.T > 1 - 1e-5
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
@@ -153,14 +153,14 @@ def _held_out(concepts: Tensor) -> Tensor:
 
 def _train(judge: Judge, train: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor]) -> int:
     """Trains with early stopping on the held-out images; returns the best epoch."""
-    pictures, texts, groups = train
+    images, texts, groups = train
     optimiser = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.1)
     best, best_epoch, weights = -1.0, 0, {}
     for epoch in range(1, EPOCHS + 1):
         judge.train()
-        for rows in torch.randperm(len(pictures)).split(BATCH):
+        for rows in torch.randperm(len(images)).split(BATCH):
             caption = torch.randint(texts.shape[1], (len(rows),))
-            x, y = judge.picture(pictures[rows]), judge.text(texts[rows, caption])
+            x, y = judge.picture(images[rows]), judge.text(texts[rows, caption])
             loss = _info_nce(x @ y.T * judge.log_scale.exp().clamp(max=100), groups[rows])
             optimiser.zero_grad()
             loss.backward()

@@ -28,7 +28,7 @@ def by_name(given: Sequence[str]) -> dict[str, str]:
 
 def check(
     models: Mapping[str, str | Path],
-    pictures: str | Path,
+    images: str | Path,
     prompts: int,
     seeds: Sequence[int],
     steps: int,
@@ -39,7 +39,7 @@ def check(
 
     UserError for an unknown model, different sizes, a folder without prepared pictures, and so on.
     """
-    from koala.data.illustrations.pictures import shards_at
+    from koala.data.illustrations.images import shards_at
 
     if not models or REAL in models:
         raise UserError(f"models {list(models)}: give at least one, and call none {REAL!r}")
@@ -50,7 +50,7 @@ def check(
     validation.numbers(steps, guidance, 1)
     if judge is not None and not Path(judge).is_file():
         raise UserError(f"the judge {judge} does not exist: leave it out to train one")
-    shards_at(pictures)
+    shards_at(images)
     sizes = {}
     for name, model in models.items():
         side = unet_architecture(resolve_model(model)).sample * FACTOR

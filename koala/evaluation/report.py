@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.data.illustrations.pictures import PictureSet
+from koala.data.illustrations.images import ImageSet
 from koala.errors import UserError
 from koala.evaluation.distances import frechet, kernel_distance
 from koala.evaluation.features import EffLite0, at_size, extract
@@ -27,12 +27,12 @@ from koala.evaluation.table import EvaluationReport, EvaluationRow
 from koala.generation import Pipeline, load
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils.atomic import new_file
-from koala.utils.contact_sheet import picture_grid
+from koala.utils.contact_sheet import image_grid
 from koala.utils.device import hardware
 from koala.utils.progress import progress
 
 KIND = "emoji"
-JUDGE_PICTURES = 4000  # at most: features take about three minutes on two cores
+JUDGE_IMAGES = 4000  # at most: features take about three minutes on two cores
 SHEET_COLUMNS = 12
 CHUNK = 32  # prompts between updates of the progress bar
 KERNEL_SUBSET = 100
@@ -83,7 +83,7 @@ class Evaluator:
 
 def evaluate(
     models: Mapping[str, str | Path],
-    pictures: str | Path,
+    images: str | Path,
     out: str | Path,
     prompts: int = 200,
     seeds: Sequence[int] = (0, 1, 2),
@@ -111,11 +111,11 @@ def evaluate(
     Raises:
         UserError: an unknown model, too few pictures, a read-only folder, a missing package.
     """
-    size = check(models, pictures, prompts, seeds, steps, guidance, judge)
+    size = check(models, images, prompts, seeds, steps, guidance, judge)
     notes = dict(notes or {})
     if unknown := set(notes) - {REAL, *models}:
         raise UserError(f"notes on {sorted(unknown)}: allowed are {[REAL, *models]}")
-    real = PictureSet(pictures)
+    real = ImageSet(images)
     chosen, reference, train = choose(real, prompts)
     texts = [real.rows[i]["short"] for i in chosen]
     out = _writable(Path(out))
@@ -146,11 +146,11 @@ def evaluate(
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         prompts=texts,
     )
-    _write(report, picture_grid(sheet, texts[:SHEET_COLUMNS]), evaluator.judge, out)
+    _write(report, image_grid(sheet, texts[:SHEET_COLUMNS]), evaluator.judge, out)
     return report
 
 
-def choose(real: PictureSet, prompts: int) -> tuple[list[int], list[int], list[int]]:
+def choose(real: ImageSet, prompts: int) -> tuple[list[int], list[int], list[int]]:
     """Row indices of the prompts' pictures, the reference and the judge's training set.
 
     Ordered by the hash of the id, so that the order and number of pictures do not matter. No
@@ -172,7 +172,7 @@ def choose(real: PictureSet, prompts: int) -> tuple[list[int], list[int], list[i
             f"(split test-pair, kind {KIND}): use fewer prompts or prepare more pictures"
         )
     reference = pairs + by_hash(real.select(split="test-concept", kind=KIND))
-    train = by_hash(real.select(split="train", kind=KIND))[:JUDGE_PICTURES]
+    train = by_hash(real.select(split="train", kind=KIND))[:JUDGE_IMAGES]
     if len(train) < prompts or len({real.rows[i]["concept"] for i in train}) < 2:
         raise UserError(
             f"{real.folder} has {len(train)} pictures to train the judge on (split train, kind "
@@ -216,7 +216,7 @@ def _generate(
 
 
 def _real_features(
-    real: PictureSet, indices: list[int], size: tuple[int, int], extractor: nn.Module, what: str
+    real: ImageSet, indices: list[int], size: tuple[int, int], extractor: nn.Module, what: str
 ) -> Tensor:
     with progress(f"features of {what}", len(indices), "pictures") as advance:
         some = (at_size(real.image(i), size) for i in indices)
@@ -247,7 +247,7 @@ def _loaded(path: Path, size: tuple[int, int]) -> Judge:
 
 
 def build_evaluator(
-    real: PictureSet,
+    real: ImageSet,
     chosen: list[int],
     reference: list[int],
     train: list[int],

@@ -63,7 +63,7 @@ class Progress:
 class Pass:
     """The cost of one step of one group."""
 
-    pictures: int
+    images: int
     pixels: int  # of all of them; guided ones count twice
     seconds: float
 

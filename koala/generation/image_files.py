@@ -25,7 +25,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "TGA")
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
-def open_picture(file: str | Path | Image.Image) -> Image.Image:
+def open_image(file: str | Path | Image.Image) -> Image.Image:
     """An image, upright and loaded, in a mode of 8 bits per channel.
 
     UserError for a file that is no image, is truncated, or holds more than 64 million pixels.
@@ -63,22 +63,22 @@ def fingerprint(image: Image.Image) -> str:
 
 
 def mask_places(
-    image: Image.Image, picture: tuple[int, int], size: tuple[int, int], factor: int
+    mask: Image.Image, image_size: tuple[int, int], size: tuple[int, int], factor: int
 ) -> np.ndarray:
     """bool [h, w] of a latent: where the mask is light, to be repainted.
 
-    picture: size of the image that the mask is for. size: of the image to be drawn. Both are
+    image_size: of the image that the mask is for. size: of the image to be drawn. Both are
     (width, height) in pixels. A latent position takes the mask's pixel in its upper left corner,
     as in diffusers' pipeline. UserError for a mask of another size, or dark everywhere.
     """
     import numpy as np
 
-    if image.size != picture:
+    if mask.size != image_size:
         raise UserError(
-            f"the mask is {image.width}x{image.height}, its picture {picture[0]}x{picture[1]}: "
+            f"the mask is {mask.width}x{mask.height}, its image {image_size[0]}x{image_size[1]}: "
             "make them the same size"
         )
-    grey = image.convert("L")
+    grey = mask.convert("L")
     if grey.size != size:
         grey = grey.resize(size, Image.Resampling.LANCZOS)
     light = np.array(grey)[::factor, ::factor] >= 128

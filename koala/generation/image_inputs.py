@@ -26,7 +26,7 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def encode_picture(vae: AutoencoderKL, pixels: Tensor, tiled: bool = False) -> Tensor:
+def encode_image(vae: AutoencoderKL, pixels: Tensor, tiled: bool = False) -> Tensor:
     """Latents float32 [n, c, h, w] as the U-Net sees them, of pixels [n, 3, 8h, 8w] in -1..1.
 
     They are the posterior's mode, not a sample, as in diffusers' image-to-image pipeline. tiled:

@@ -57,7 +57,7 @@ def load(
     decode: str | None = None,
     tiny_vae: str | Path | None = None,
     size: tuple[int, int] | str | None = None,
-    pictures: int = 1,
+    images: int = 1,
     from_image: bool = False,
     say: Say = lambda line: None,
 ) -> Pipeline:
@@ -108,7 +108,7 @@ def load(
     if planned:
         native = unet_architecture(folder).sample * FACTOR
         width, height = (native, native) if size is None else validation.size(size)
-        at_once = max(1, min(pictures, PIXELS_AT_ONCE // (width * height)))
+        at_once = max(1, min(images, PIXELS_AT_ONCE // (width * height)))
         planner = Planner(
             folder, place, (width, height), at_once, weights, decode, tiny_vae, from_image
         )

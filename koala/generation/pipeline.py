@@ -70,7 +70,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         self._plain = self.predict = predictor(self.unet)
         self._lora_switcher = LoraSwitcher(self._modules, self._read_lora)
-        self.encode = partial(image_inputs.encode_picture, self.vae)
+        self.encode = partial(image_inputs.encode_image, self.vae)
         self.decode = full(self.vae)
         self.device = self.unet.device
 

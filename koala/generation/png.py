@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 LONGEST_STEM = 48  # letters of a prompt in a file's name
 # Suffixes of image files: --out with one of them names a file, not a folder.
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
-def check_writable(out: str | Path, pictures: int = 1) -> None:
+def check_writable(out: str | Path, images: int = 1) -> None:
     """UserError unless `save` can write so many images to `out`. Leaves nothing there."""
-    named = _named(Path(out), pictures)
+    named = _named(Path(out), images)
     folder = (named[0].parent if named else Path(out)).absolute()
     standing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
@@ -63,14 +63,14 @@ def save(result: Result, out: str | Path, stem: str | None = None) -> list[Path]
     return paths
 
 
-def _named(out: Path, pictures: int) -> list[Path]:
+def _named(out: Path, images: int) -> list[Path]:
     """The files that `out` names for so many images; none if it is a folder."""
-    if out.is_dir() or out.suffix.lower() not in PICTURES:
+    if out.is_dir() or out.suffix.lower() not in IMAGES:
         return []
     if out.suffix.lower() != ".png":
         raise UserError(f"{out}: pictures are written as PNG; name it {out.with_suffix('.png')}")
-    numbers = range(1, pictures + 1)
-    files = [out] if pictures == 1 else [out.with_stem(f"{out.stem}-{i}") for i in numbers]
+    numbers = range(1, images + 1)
+    files = [out] if images == 1 else [out.with_stem(f"{out.stem}-{i}") for i in numbers]
     for file in files:
         if os.path.lexists(file):
             raise UserError(f"{file} exists; name another file, or a folder, which is added to")

@@ -22,7 +22,7 @@ from koala.checkpoints.tensors import read_header
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
 from koala.generation import samplers, validation
-from koala.generation.image_files import fingerprint, mask_places, open_picture
+from koala.generation.image_files import fingerprint, mask_places, open_image
 from koala.generation.prompt_syntax import parse
 from koala.lora.names import BaseModel, base_of
 from koala.lora.reading import read
@@ -129,7 +129,7 @@ def checked(
     share = validation.strength(strength, image is not None, mask is not None)
     validation.steps_done(steps, share)
     first_seed = validation.seed(seed, len(prompts) * number)
-    given, masked = (None if it is None else open_picture(it) for it in (image, mask))
+    given, masked = (None if it is None else open_image(it) for it in (image, mask))
     asked_size = given.size if given is not None and size is None else size
     drawn_size = None if asked_size is None else validation.size(asked_size)
     own = tuple((Path(f).expanduser(), validation.lora_scale(s)) for f, s in (lora or {}).items())

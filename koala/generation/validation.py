@@ -22,7 +22,7 @@ WEIGHTS = (*DTYPES, "int8", "fp8")
 DECODERS = ("full", "tiled", "tiny")
 SMALLEST, LARGEST = 16, 4096  # pixels a side
 MOST_STEPS = 1000
-MOST_PICTURES = 10_000  # of all prompts
+MOST_IMAGES = 10_000  # of all prompts
 MOST_GUIDANCE = 100
 MOST_SEED = 2**63 - 1
 MOST_LORA_SCALE = 100
@@ -78,10 +78,10 @@ def numbers(steps: int, guidance: float, number: int) -> None:
         raise UserError(
             f"guidance is {guidance!r}: allowed are numbers from 0 to {MOST_GUIDANCE}, 3.5 is usual"
         )
-    if not _whole(number) or not 1 <= number <= MOST_PICTURES:
+    if not _whole(number) or not 1 <= number <= MOST_IMAGES:
         raise UserError(
             f"the number of pictures is {number!r}: allowed are whole numbers from 1 to "
-            f"{MOST_PICTURES:,}"
+            f"{MOST_IMAGES:,}"
         )
 
 
@@ -99,13 +99,13 @@ def guidance_until(asked: float, guidance: float) -> float:
     return float(asked)
 
 
-def strength(asked: float | None, picture: bool, mask: bool) -> float:
+def strength(asked: float | None, image: bool, mask: bool) -> float:
     """The share of the steps to do: 1 without an image. UserError if out of range."""
-    if mask and not picture:
+    if mask and not image:
         raise UserError("a mask needs an image: give the image that it is for")
     if asked is None:
-        return STRENGTH if picture else 1.0
-    if not picture:
+        return STRENGTH if image else 1.0
+    if not image:
         raise UserError(f"strength {asked!r} has no effect without an image: give one")
     if not _number(asked) or not 0 < asked <= 1:
         raise UserError(
@@ -135,14 +135,14 @@ def size(asked: tuple[int, int] | str, factor: int = FACTOR) -> tuple[int, int]:
     return width, height
 
 
-def seed(asked: int | None, pictures: int) -> int:
+def seed(asked: int | None, images: int) -> int:
     """The first image's seed: the one asked for, or a random one of 32 bits."""
     if asked is None:
         return secrets.randbelow(2**32)
-    if not _whole(asked) or not 0 <= asked <= MOST_SEED - (pictures - 1):
+    if not _whole(asked) or not 0 <= asked <= MOST_SEED - (images - 1):
         raise UserError(
-            f"seed is {asked!r}: allowed are whole numbers from 0 to 2**63 - {pictures} "
-            f"(picture i of {pictures} takes seed + i)"
+            f"seed is {asked!r}: allowed are whole numbers from 0 to 2**63 - {images} "
+            f"(picture i of {images} takes seed + i)"
         )
     return asked
 

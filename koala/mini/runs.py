@@ -17,7 +17,7 @@ from koala.checkpoints.load import load_vae
 from koala.checkpoints.pipeline_files import BETAS, as_file, pipeline_index
 from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
-from koala.data.illustrations.pictures import NOTICE, PictureSet
+from koala.data.illustrations.images import NOTICE, ImageSet
 from koala.data.latents import LatentSet
 from koala.distillation.loop import train
 from koala.distillation.parallel import alone
@@ -34,18 +34,18 @@ from koala.mini.text import (
     vocabulary_words,
 )
 from koala.mini.tiny import TinyDistillation, new_tiny
-from koala.mini.vae import SHOWN, Autoencoding, PictureData, measure_latents, new_vae
+from koala.mini.vae import SHOWN, Autoencoding, ImageData, measure_latents, new_vae
 from koala.utils.atomic import new_folder
 
 
 def run_base(recipe: Base, data: Path, out: Path, device: str, loggers: Sequence[str]) -> Path:
     """Trains VAE and text encoders; writes a pipeline folder with them and an untrained U-Net."""
-    pictures = PictureSet(data)
-    seen = pictures.select("train")
+    images = ImageSet(data)
+    seen = images.select("train")
     torch.manual_seed(recipe.vae.seed)
-    vae = new_vae(pictures.image(0).width).to(device, memory_format=torch.channels_last)
-    vae_task = Autoencoding(vae, _shown(pictures))
-    painted = _painted(pictures, recipe.kinds, recipe.vae.seed)
+    vae = new_vae(images.image(0).width).to(device, memory_format=torch.channels_last)
+    vae_task = Autoencoding(vae, _shown(images))
+    painted = _painted(images, recipe.kinds, recipe.vae.seed)
     note = {"recipe": asdict(recipe)}
     train(vae_task, painted, recipe.vae, out / "vae", note, loggers=loggers)
     measure_latents(vae, _sample(painted).to(device))
@@ -58,7 +58,7 @@ def run_base(recipe: Base, data: Path, out: Path, device: str, loggers: Sequence
     sentences = SentenceEncoder(device)
     start_from_words(encoders, tokenizer, sentences)
     text_task = TextDistillation(encoders, tokenizer, sentences).to(device)
-    captions = sorted({pictures.rows[i][c] for i in seen for c in ("short", "long", "subject")})
+    captions = sorted({images.rows[i][c] for i in seen for c in ("short", "long", "subject")})
     texts = TextData(captions, vocabulary_words(tokenizer), recipe.text.seed)
     train(text_task, texts, recipe.text, out / "text", note, loggers=loggers)
     return assemble(out / "model", vae_task, text_task, data)
@@ -77,12 +77,12 @@ def run_autoencoder(
     This changes the latents: prepared folders have to be prepared again.
     """
     layout = alone(device, recipe.cpu_bf16)
-    source, pictures = resolve_model(teacher), PictureSet(data)
-    painted = _painted(pictures, recipe.kinds, recipe.training.seed)
+    source, images = resolve_model(teacher), ImageSet(data)
+    painted = _painted(images, recipe.kinds, recipe.training.seed)
     vae = load_vae(source).to(device, memory_format=torch.channels_last)
     task = Autoencoding(
         vae,
-        _shown(pictures),
+        _shown(images),
         recipe.perceptual,
         colour=recipe.colour,
         cropped=0.0,
@@ -95,25 +95,25 @@ def run_autoencoder(
     return _with_part(source, "vae", lambda folder: task.export(trained, folder), out / "model")
 
 
-def _painted(pictures: PictureSet, kinds: dict[str, int], seed: int) -> PictureData:
+def _painted(images: ImageSet, kinds: dict[str, int], seed: int) -> ImageData:
     """The training images, with copies of each kind in an epoch; UserError if there are none."""
-    epoch = [i for kind, n in kinds.items() for i in pictures.select("train", kind) * n]
+    epoch = [i for kind, n in kinds.items() for i in images.select("train", kind) * n]
     if not epoch:
         raise UserError(
-            f"{pictures.folder} has no training images for an epoch of {kinds}: raise a number, "
+            f"{images.folder} has no training images for an epoch of {kinds}: raise a number, "
             "or prepare images of these kinds"
         )
-    return PictureData(pictures, epoch, seed)
+    return ImageData(images, epoch, seed)
 
 
-def _sample(painted: PictureData) -> Tensor:
+def _sample(painted: ImageData) -> Tensor:
     """At most a thousand of the images."""
     return painted.every(len(painted.pixels) // 1000 + 1)
 
 
-def _shown(pictures: PictureSet) -> Tensor:
+def _shown(images: ImageSet) -> Tensor:
     """Held-out images for previews."""
-    return to_pixels([pictures.image(i) for i in pictures.select("test-pair")[:SHOWN]])
+    return to_pixels([images.image(i) for i in images.select("test-pair")[:SHOWN]])
 
 
 def run_tiny(

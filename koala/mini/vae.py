@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from koala.data.illustrations.pictures import PictureSet
+from koala.data.illustrations.images import ImageSet
 from koala.data.sampler import shuffled
 from koala.mini.perceptual import MobileNetV2
 from koala.utils.contact_sheet import contact_sheet
@@ -48,12 +48,12 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(a) for a in array.cpu().numpy()]
 
 
-class PictureData:
+class ImageData:
     """Training pictures in an order that (seed, epoch) gives, mirrored at random."""
 
-    def __init__(self, pictures: PictureSet, indices: list[int], seed: int):
+    def __init__(self, images: ImageSet, indices: list[int], seed: int):
         self.pixels = torch.from_numpy(
-            np.stack([np.asarray(pictures.image(i)) for i in indices])
+            np.stack([np.asarray(images.image(i)) for i in indices])
         ).permute(0, 3, 1, 2)  # uint8 [N, 3, h, w]
         self.seed = seed
 

@@ -118,7 +118,7 @@ def _run(
             else:
                 adopt(student, teacher, recipe.cut, start, rule)
     conditioner = _conditioner(source, world.device, latents)
-    encode = Moments(source, world.device) if latents.pictures else None
+    encode = Moments(source, world.device) if latents.images else None
     task = (
         _teaching(recipe, source, conditioner, world.device, encode)
         if isinstance(recipe, Teacher)

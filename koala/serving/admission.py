@@ -60,7 +60,7 @@ class Admission:
         self._work = 0.0  # pixels left to evaluate
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """How many images are queued or running."""
         return self._clients.total()
 

@@ -9,7 +9,7 @@ from prometheus_client.process_collector import ProcessCollector
 from koala.generation import Pass
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
-_PICTURES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+_IMAGES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Metrics:
@@ -25,16 +25,16 @@ class Metrics:
         )
         self._memory = self._gauge("koala_device_memory_bytes", "GPU memory allocated by torch.")
         self._memory.set_function(_device_memory)
-        self._rows = self._histogram("koala_batch_pictures", "Images in one pass.", _PICTURES)
+        self._rows = self._histogram("koala_batch_pictures", "Images in one pass.", _IMAGES)
         self._step = self._histogram("koala_step_seconds", "Duration of one pass.")
         self._wait = self._histogram("koala_wait_seconds", "From acceptance to the first step.")
         self._preview = self._histogram(
             "koala_first_preview_seconds", "From acceptance to the first preview."
         )
-        self._picture = self._histogram(
+        self._image = self._histogram(
             "koala_picture_seconds", "From acceptance to the finished image."
         )
-        self._pictures = self._counter("koala_pictures", "Finished images.")
+        self._images = self._counter("koala_pictures", "Finished images.")
         self._cancelled = self._counter("koala_cancelled", "Cancelled images.")
         self._errors = self._counter(
             "koala_errors", "Rejected or failed requests, by reason.", "reason"
@@ -57,7 +57,7 @@ class Metrics:
         self._active.set_function(active)
 
     def passed(self, done: Pass, limit: int) -> None:
-        self._rows.observe(done.pictures)
+        self._rows.observe(done.images)
         self._step.observe(done.seconds)
         self._capacity.set(limit)
 
@@ -68,8 +68,8 @@ class Metrics:
         self._preview.observe(seconds)
 
     def finished(self, seconds: float) -> None:
-        self._pictures.inc()
-        self._picture.observe(seconds)
+        self._images.inc()
+        self._image.observe(seconds)
 
     def cancelled(self) -> None:
         self._cancelled.inc()

@@ -76,14 +76,14 @@ def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Opt
         graphs=options.graphs,
         vram=options.vram,
         size=None if side is None else (side, side),
-        pictures=limits.max_batch or 8,
+        images=limits.max_batch or 8,
         from_image=True,
         say=say,
     )
     if (plan := pipeline.plan) is not None:
         say(plan.table())
         size = limits.size or plan.size[0] * plan.size[1]
-        limits = replace(limits, max_batch=plan.pictures, size=size)
+        limits = replace(limits, max_batch=plan.images, size=size)
     # Several at once take their memory several times, and are hardly faster.
     pipeline.decode = one_by_one(pipeline.decode)
     return pipeline, replace(options, limits=limits)

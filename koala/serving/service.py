@@ -108,7 +108,7 @@ class Service:
         self._idle = threading.Condition()  # notified when an image leaves
         self._submissions: set[Submission] = set()
         self._engine: Engine | None = None
-        self.metrics.watch(self._waiting_pictures, self._active_pictures)
+        self.metrics.watch(self._waiting_images, self._active_images)
 
     # --- lifecycle --------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ class Service:
         """Rejects new requests, waits, then cancels the rest. Returns whether all finished."""
         self._draining, self.ready = True, False
         with self._idle:
-            finished = self._idle.wait_for(lambda: not self._admission.pictures, seconds)
+            finished = self._idle.wait_for(lambda: not self._admission.images, seconds)
         if not finished:
             self.cancel()
         return finished
@@ -180,7 +180,7 @@ class Service:
         """Checks a request and returns one engine request per image. UserError for a bad value."""
         limits = self.limits
         for name, value, most in (
-            ("n", spec.number, limits.pictures), ("steps", spec.steps, limits.steps),
+            ("n", spec.number, limits.images), ("steps", spec.steps, limits.steps),
         ):  # fmt: skip
             if isinstance(value, int) and value > most:
                 raise UserError(f"{name} is {value}: this server allows at most {most}")
@@ -214,7 +214,7 @@ class Service:
         """Queues a request. UserError for a bad value, Busy when a limit is reached."""
         self._check_open()
         if isinstance(spec.number, int):
-            self._admission.check(spec.client, min(spec.number, self.limits.pictures))
+            self._admission.check(spec.client, min(spec.number, self.limits.images))
         requests = self.requests(spec)
         work = [self._work(request) for request in requests]
         self._check_open()
@@ -308,11 +308,11 @@ class Service:
         """The queued images in the order in which they will run."""
         return [] if self._engine is None else self._fair_queue.order(self._engine.waiting())
 
-    def _waiting_pictures(self) -> int:
+    def _waiting_images(self) -> int:
         return 0 if self._engine is None else len(self._engine.waiting())
 
-    def _active_pictures(self) -> int:
-        return max(0, self._admission.pictures - self._waiting_pictures())
+    def _active_images(self) -> int:
+        return max(0, self._admission.images - self._waiting_images())
 
 
 class _Tracker:

@@ -24,7 +24,7 @@ class Limits:
 
     queue: int = 256  # queued and running images of all clients
     client_queue: int = 64  # the same of one client
-    pictures: int = 10  # images of one request
+    images: int = 10  # images of one request
     pixels: int = 64 * 1024 * 1024  # of all queued and running images
     steps: int = 200  # of one image
     size: int | None = None  # pixels of one image; None: four times the native size

@@ -10,7 +10,7 @@ import warnings
 from PIL import Image
 
 from koala.errors import UserError
-from koala.generation.image_files import open_picture
+from koala.generation.image_files import open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
@@ -28,7 +28,7 @@ def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Ima
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > most_pixels:
                     raise _too_large(what, f"{image.width}x{image.height}", most_pixels)
-                return open_picture(image)
+                return open_image(image)
     except UserError:
         raise
     except Image.DecompressionBombError:

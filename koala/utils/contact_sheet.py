@@ -35,17 +35,17 @@ def contact_sheet(
     white. Images of different sizes are centred in cells of the largest width.
     """
     assert images and len(images) == len(captions) and columns >= 1 and scale >= 1
-    pictures = [_prepared(image, scale) for image in images]
-    columns = min(columns, len(pictures))
-    width = max(NARROWEST, *(picture.width for picture in pictures))
+    prepared = [_prepared(image, scale) for image in images]
+    columns = min(columns, len(prepared))
+    width = max(NARROWEST, *(image.width for image in prepared))
     font = ImageFont.load_default(_font_size(width))
     title_font = ImageFont.load_default(2 * _font_size(width))
     sheet_width = 2 * MARGIN + columns * width + (columns - 1) * GAP
     title_lines = wrap(title, title_font, sheet_width - 2 * MARGIN) if title else []
     texts = [wrap(caption, font, width) for caption in captions]
-    starts = range(0, len(pictures), columns)
+    starts = range(0, len(prepared), columns)
     heights = [
-        max(picture.height for picture in pictures[start : start + columns])
+        max(image.height for image in prepared[start : start + columns])
         + CAPTION_GAP
         + max(len(lines) for lines in texts[start : start + columns]) * _line_height(font)
         for start in starts
@@ -56,18 +56,18 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     _write(draw, title_lines, title_font, MARGIN, MARGIN)
     for start, height in zip(starts, heights, strict=True):
-        row = pictures[start : start + columns]
-        text_top = top + max(picture.height for picture in row) + CAPTION_GAP
-        for column, picture in enumerate(row):
+        row = prepared[start : start + columns]
+        text_top = top + max(image.height for image in row) + CAPTION_GAP
+        for column, image in enumerate(row):
             left = MARGIN + column * (width + GAP)
-            offset = text_top - CAPTION_GAP - picture.height
-            sheet.paste(picture, (left + (width - picture.width) // 2, offset))
+            offset = text_top - CAPTION_GAP - image.height
+            sheet.paste(image, (left + (width - image.width) // 2, offset))
             _write(draw, texts[start + column], font, left, text_top, centre_in=width)
         top += height + GAP
     return sheet
 
 
-def picture_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
+def image_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
     """A white RGB sheet: names of `rows` on the left, `captions` above, images in the cells.
 
     Each row has one image per caption. Images are scaled to fit square cells.
@@ -87,13 +87,13 @@ def picture_grid(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[s
         start = top - CELL_GAP - CELL_LINE * len(lines)  # captions are aligned to the images below
         for i, line in enumerate(lines):
             draw.text((left + step * column, start + CELL_LINE * i), line, fill=INK, font=font)
-    for r, (name, pictures) in enumerate(rows.items()):
+    for r, (name, images) in enumerate(rows.items()):
         lines = wrap(name, font, LABEL - 2 * CELL_GAP)
         start = top + step * r + (CELL - CELL_LINE * len(lines)) // 2
         for i, line in enumerate(lines):
             draw.text((MARGIN, start + CELL_LINE * i), line, fill=INK, font=font)
-        for column, picture in enumerate(pictures):
-            cell = _fitted(picture)
+        for column, image in enumerate(images):
+            cell = _fitted(image)
             x = left + step * column + (CELL - cell.width) // 2
             sheet.paste(cell, (x, top + step * r + (CELL - cell.height) // 2))
     return sheet
@@ -134,11 +134,11 @@ def _prepared(image: Image.Image, scale: int) -> Image.Image:
     rgba = image.convert("RGBA")
     flat = Image.new("RGBA", rgba.size, (*PAPER, 255))
     flat.alpha_composite(rgba)
-    picture = flat.convert("RGB")
+    opaque = flat.convert("RGB")
     if scale == 1:
-        return picture
-    size = (picture.width * scale, picture.height * scale)
-    return picture.resize(size, Image.Resampling.LANCZOS)
+        return opaque
+    size = (opaque.width * scale, opaque.height * scale)
+    return opaque.resize(size, Image.Resampling.LANCZOS)
 
 
 def _font_size(width: int) -> int:
@@ -164,7 +164,7 @@ def _write(
         draw.text((left + slack, top + i * _line_height(font)), line, fill=INK, font=font)
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
-    factor = CELL / max(picture.size)
-    size = (round(picture.width * factor), round(picture.height * factor))
-    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+def _fitted(image: Image.Image) -> Image.Image:
+    factor = CELL / max(image.size)
+    size = (round(image.width * factor), round(image.height * factor))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -19,7 +19,7 @@ from koala.benchmark import measure
 from koala.benchmark.cases import CASES, GPUS, Subject, get, subject
 from koala.benchmark.models import build
 from koala.benchmark.report import BenchmarkReport, BenchmarkRow
-from koala.benchmark.run import benchmark, picture_flops
+from koala.benchmark.run import benchmark, image_flops
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation import load
@@ -84,7 +84,7 @@ def test_the_published_table_is_whole():
 def test_a_pictures_operations_are_all_its_evaluations_and_the_decoder(toy_sdxl):
     pipeline, chosen = load(toy_sdxl, "cpu"), subject(str(toy_sdxl))
     one = flops(from_unet_config(pipeline.unet.config), 64, 64, pipeline.conditioner.tokens)
-    decoder = picture_flops(pipeline, chosen) - 20 * one  # 10 steps, with guidance
+    decoder = image_flops(pipeline, chosen) - 20 * one  # 10 steps, with guidance
     assert 0 < decoder < 20 * one
 
 

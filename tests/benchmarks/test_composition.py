@@ -21,7 +21,7 @@ from benchmarks.composition import (
     shares,
 )
 from koala.data.illustrations.colours import INKS
-from koala.data.illustrations.pictures import render
+from koala.data.illustrations.images import render
 from koala.data.illustrations.scenes import (
     BESIDE,
     PLACES,
@@ -48,9 +48,9 @@ class Middle(nn.Module):
         super().__init__()
         self.place = nn.Parameter(torch.zeros(1))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        side = pictures.shape[-1]
-        return pictures[..., side // 3 : side // 2, side // 3 : side // 2].flatten(1) / 255.0
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        side = images.shape[-1]
+        return images[..., side // 3 : side // 2, side // 3 : side // 2].flatten(1) / 255.0
 
 
 def hashed(texts: list[str]) -> torch.Tensor:
@@ -117,8 +117,8 @@ def wrong(row: PlannedImage) -> PlannedImage:
 
 def test_what_is_wrong_is_told(grader):
     rows = [row for row in prompts(TOY) if row.background in row.short]
-    pictures = drawn([wrong(row) for row in rows])
-    grades = [(row, grader.grade(row, p)) for row, p in zip(rows, pictures, strict=True)]
+    images = drawn([wrong(row) for row in rows])
+    grades = [(row, grader.grade(row, p)) for row, p in zip(rows, images, strict=True)]
     assert not any(grade["ground"] for _, grade in grades)
     assert not any(
         grade.get("ink") or grade.get("colour") or grade.get("number") for _, grade in grades

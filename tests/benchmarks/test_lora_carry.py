@@ -26,8 +26,8 @@ class Colours(nn.Module):
         super().__init__()
         self.place = nn.Parameter(torch.zeros(1))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.float().mean((2, 3))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3))
 
 
 @pytest.fixture(scope="module")

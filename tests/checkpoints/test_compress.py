@@ -148,8 +148,8 @@ def test_result_is_a_whole_pipeline(teacher, tmp_path):
         copied = {p.name: p.read_bytes() for p in (out / name).iterdir()}
         assert copied == {p.name: p.read_bytes() for p in (teacher / name).iterdir()}
     assert not [p for p in out.parent.iterdir() if p != out]
-    pictures = pipe("a", num_inference_steps=1, output_type="np").images
-    assert pictures.shape == (1, 64, 64, 3)
+    images = pipe("a", num_inference_steps=1, output_type="np").images
+    assert images.shape == (1, 64, 64, 3)
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])

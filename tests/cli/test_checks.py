@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from toy_sources import pictures, write_folder
+from toy_sources import images, write_folder
 
 HEAVY = ("torch", "diffusers", "transformers")
 GENERATE = ["generate", "a fox"]
@@ -108,7 +108,7 @@ json.dump(told, sys.stdout)
 def told(tmp_path_factory) -> list:
     """What each mistake ends with, one after the other in a process that has loaded nothing."""
     folder = tmp_path_factory.mktemp("mistakes")
-    write_folder(folder / "images", pictures(2, [(64, 64)]))
+    write_folder(folder / "images", images(2, [(64, 64)]))
     Image.new("L", (64, 64)).save(folder / "black.png")
     before = sorted(folder.rglob("*"))
     done = subprocess.run(

@@ -129,13 +129,13 @@ def test_generate_refuses(given, said, toy_sdxl, tmp_path, capsys):
 def test_generate_refuses_pictures(toy_sdxl, tmp_path, capsys):
     """A mask of another size, a strength out of its range, and a bomb."""
     out = ["--model", str(toy_sdxl), "--out", str(tmp_path / "out")]
-    picture, mask, bomb = (str(tmp_path / name) for name in ("a.png", "mask.png", "bomb.png"))
-    Image.new("RGB", (64, 64)).save(picture)
+    image, mask, bomb = (str(tmp_path / name) for name in ("a.png", "mask.png", "bomb.png"))
+    Image.new("RGB", (64, 64)).save(image)
     Image.new("L", (64, 48), "white").save(mask)
     Image.new("1", (20_000, 20_000)).save(bomb)
     for given, said in (
-        (["--image", picture, "--mask", mask], "the mask is 64x48, its picture 64x64"),
-        (["--image", picture, "--strength", "1.5"], "strength is 1.5"),
+        (["--image", image, "--mask", mask], "the mask is 64x48, its picture 64x64"),
+        (["--image", image, "--strength", "1.5"], "strength is 1.5"),
         (["--image", bomb], "400000000 pixels) exceeds limit"),
     ):
         assert said in refused(capsys, "generate", "a fox", *given, *out)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from koala.cli import main
 from toy import toy_pipeline
-from toy_sources import pictures, write_folder
+from toy_sources import images, write_folder
 
 SMALL = [
     "training.samples=16", "training.batch=4", "training.validate_every=8", "pixels=64",
@@ -22,7 +22,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def data(toy_sdxl, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    source = str(write_folder(folder / "there", pictures(24, [(70, 70)])))
+    source = str(write_folder(folder / "there", images(24, [(70, 70)])))
     command = ["prepare", source, "--model", str(toy_sdxl), "--out", str(folder / "d")]
     assert main([*command, "--size", "64", "--held-out", "0.3", "--workers", "1"]) == 0
     return folder / "d"

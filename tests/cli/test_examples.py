@@ -15,7 +15,7 @@ from koala.checkpoints.convert import convert
 from koala.cli import COMMANDS, main
 from koala.lora.names import base_of
 from toy_lora import toy_lora
-from toy_sources import pictures, write_folder
+from toy_sources import images, write_folder
 
 # What needs more than a desk has: GPUs, hours, or packages that are fetched. Their pages' commands
 # are rehearsed in tests/serving, tests/data, tests/evaluation and tests/benchmark.
@@ -45,7 +45,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     convert(model, "single-file", tmp_path / "sdxl.safetensors")
     toy_lora(tmp_path / "style.safetensors", base_of(model))
     shutil.rmtree(model)
-    write_folder(tmp_path / "path" / "to" / "images", pictures(24, [(70, 70)]))
+    write_folder(tmp_path / "path" / "to" / "images", images(24, [(70, 70)]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KOALA_CACHE", str(tmp_path / "cache"))
     return tmp_path

@@ -27,11 +27,11 @@ from koala.data.illustrations.concepts import (
     with_article,
 )
 from koala.data.illustrations.everyday import NAMES, UNSEEN
-from koala.data.illustrations.pictures import PictureSet, prepare_pictures, render, shards_of
+from koala.data.illustrations.images import ImageSet, prepare_images, render, shards_of
 from koala.data.illustrations.scenes import SMALL, Illustrations, known_words, plan
 from koala.data.index import Index
 from koala.data.latents import LatentSet
-from koala.data.prepare import encode_pictures, prepare
+from koala.data.prepare import encode_images, prepare
 from koala.data.preprocess import Preparation
 from koala.errors import UserError
 from koala.utils.asset_packages import package
@@ -194,13 +194,13 @@ def test_share_alike_sets_are_left_out_of_what_is_trained_on(packages):
 
 
 def test_pictures_come_back_as_they_were_drawn(packages, rows, tmp_path):
-    assert prepare_pictures(TOY, tmp_path, workers=1) == len(rows)
-    pictures = PictureSet(tmp_path)
-    assert len(pictures) == len(rows)
-    assert [r["id"] for r in pictures.rows] == [r.id for r in rows]
+    assert prepare_images(TOY, tmp_path, workers=1) == len(rows)
+    images = ImageSet(tmp_path)
+    assert len(images) == len(rows)
+    assert [r["id"] for r in images.rows] == [r.id for r in rows]
     for i in (0, len(rows) // 2, len(rows) - 1):
-        assert pictures.image(i).tobytes() == render(rows[i], TOY.size).tobytes()
-    assert set(pictures.select("train", "scene")) == {
+        assert images.image(i).tobytes() == render(rows[i], TOY.size).tobytes()
+    assert set(images.select("train", "scene")) == {
         i for i, r in enumerate(rows) if r.split == "train" and r.kind == "scene"
     }
     assert "Google" in (tmp_path / "NOTICE.txt").read_text()
@@ -208,10 +208,10 @@ def test_pictures_come_back_as_they_were_drawn(packages, rows, tmp_path):
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_files(packages, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    prepare_pictures(TOY, whole, workers=1)
+    prepare_images(TOY, whole, workers=1)
     code = (
         "from pathlib import Path; from koala.data.illustrations.scenes import Illustrations as I; "
-        "from koala.data.illustrations.pictures import prepare_pictures; "
+        "from koala.data.illustrations.images import prepare_pictures; "
         f"prepare_pictures(I(**{asdict(TOY)!r}), Path({str(broken)!r}), workers=1)"
     )
     job = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -221,7 +221,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(packages, tmp_path):
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     assert len(shards_of(broken)) < len(shards_of(whole))
-    prepare_pictures(TOY, broken, workers=1)
+    prepare_images(TOY, broken, workers=1)
     assert [p.name for p in shards_of(broken)] == [p.name for p in shards_of(whole)]
     for a, b in zip(shards_of(whole), shards_of(broken), strict=True):
         assert a.read_bytes() == b.read_bytes()
@@ -229,49 +229,49 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(packages, tmp_path):
 
 def test_other_settings_are_refused(packages, tmp_path):
     small = replace(TOY, scenes=0, icons=0, colour_icons=())
-    prepare_pictures(small, tmp_path, workers=1)
+    prepare_images(small, tmp_path, workers=1)
     with pytest.raises(UserError, match="size=32, now it is 40"):
-        prepare_pictures(replace(small, size=40), tmp_path, workers=1)
+        prepare_images(replace(small, size=40), tmp_path, workers=1)
 
 
 def test_latents_are_the_pipelines_own(packages, toy_sdxl, tmp_path):
     settings = replace(TOY, scenes=10, icons=10)
-    prepare_pictures(settings, tmp_path, workers=1)
-    pictures, vae = PictureSet(tmp_path), load_vae(toy_sdxl)
-    assert encode_pictures(tmp_path, toy_sdxl).kept == len(pictures)
+    prepare_images(settings, tmp_path, workers=1)
+    images, vae = ImageSet(tmp_path), load_vae(toy_sdxl)
+    assert encode_images(tmp_path, toy_sdxl).kept == len(images)
     index = Index(tmp_path)
     scale = LatentScale(vae.config)
-    by_id = {row["id"]: i for i, row in enumerate(pictures.rows)}
+    by_id = {row["id"]: i for i, row in enumerate(images.rows)}
     for shard in range(len(index)):
         stored = index.tensors(shard, 0)
         i = by_id[index.fact(shard, 0, "id")]
         with torch.no_grad():
-            posterior = vae.encode(to_pixels([pictures.image(i)])).latent_dist
+            posterior = vae.encode(to_pixels([images.image(i)])).latent_dist
         for name, own in (
             ("mean", scale.normalise(posterior.mean)),
             ("deviation", posterior.std / scale.std * scale.factor),
         ):
             torch.testing.assert_close(stored[name].float(), own[0], atol=0.01, rtol=5e-3)
-        assert index.caption(shard, 0, "long") == pictures.rows[i]["long"]
+        assert index.caption(shard, 0, "long") == images.rows[i]["long"]
 
 
 def test_a_mixture_shows_copies_of_kinds_and_chosen_captions(packages, toy_sdxl, tmp_path):
-    prepare_pictures(replace(TOY, scenes=10, icons=10), tmp_path, workers=1)
-    encode_pictures(tmp_path, toy_sdxl)
-    pictures = PictureSet(tmp_path)
+    prepare_images(replace(TOY, scenes=10, icons=10), tmp_path, workers=1)
+    encode_images(tmp_path, toy_sdxl)
+    images = ImageSet(tmp_path)
     data = LatentSet(tmp_path, toy_sdxl, {"emoji": 2, "icon": 1}, {"short": 1.0}, seed=0)
-    emoji, icons = (pictures.select("train", k) for k in ("emoji", "icon"))
+    emoji, icons = (images.select("train", k) for k in ("emoji", "icon"))
     assert data.epoch_length == 2 * len(emoji) + len(icons)
     places = [data.order.batch(n, 1)[0] for n in range(data.epoch_length)]
     shown = [data.index.fact(*place, "id") for place in places]
-    assert sorted(shown) == sorted(pictures.rows[i]["id"] for i in emoji * 2 + icons)
+    assert sorted(shown) == sorted(images.rows[i]["id"] for i in emoji * 2 + icons)
     batch = data.batch(0, 8)
     assert batch["latents"].shape == (8, 4, 4, 4)
     assert batch["latents"].dtype == torch.float32
     assert batch["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 8
     other = LatentSet(tmp_path, toy_sdxl, {"emoji": 1}, {"short": 1, "subject": 3}, seed=0)
     told = [c for n in range(0, 800, 8) for c in other.batch(n, 8)["captions"]]
-    subjects = {pictures.rows[i]["subject"] for i in emoji}
+    subjects = {images.rows[i]["subject"] for i in emoji}
     assert 0.7 < sum(c in subjects for c in told) / len(told) < 0.8  # 3 in 4, within 3 sigma
 
 
@@ -279,13 +279,13 @@ def test_latents_of_another_vae_are_refused(packages, toy_sdxl, tmp_path):
     from toy import toy_pipeline
 
     data = tmp_path / "data"
-    prepare_pictures(replace(TOY, scenes=0, icons=0, colour_icons=()), data, workers=1)
+    prepare_images(replace(TOY, scenes=0, icons=0, colour_icons=()), data, workers=1)
     with pytest.raises(UserError, match="is not completely prepared"):
         LatentSet(data, toy_sdxl, {"emoji": 1}, {"short": 1.0}, 0)
-    encode_pictures(data, toy_sdxl)
+    encode_images(data, toy_sdxl)
     other = toy_pipeline(tmp_path / "other", seed=9)
     for use in (
-        lambda: encode_pictures(data, other),
+        lambda: encode_images(data, other),
         lambda: LatentSet(data, other, {"emoji": 1}, {"short": 1.0}, 0),
     ):
         with pytest.raises(UserError, match="another VAE"):

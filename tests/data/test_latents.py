@@ -21,7 +21,7 @@ from koala.data.preprocess import Preparation
 from koala.data.sampler import BatchOrder
 from koala.data.sources import recognise
 from koala.errors import Failure, UserError
-from toy_sources import caption, pictures, write_folder
+from toy_sources import caption, images, write_folder
 
 NUMBER = 40
 
@@ -29,7 +29,7 @@ NUMBER = 40
 @pytest.fixture(scope="module")
 def folder(toy_sdxl, tmp_path_factory):
     """40 pictures of three shapes in five units."""
-    there = write_folder(tmp_path_factory.mktemp("pictures") / "there", pictures(NUMBER))
+    there = write_folder(tmp_path_factory.mktemp("pictures") / "there", images(NUMBER))
     out = tmp_path_factory.mktemp("prepared") / "data"
     preparation = Preparation(size=64, step=8, unit=8, held_out=0.15)
     prepare_latents(recognise(there), out, toy_sdxl, preparation, workers=1)
@@ -116,7 +116,7 @@ def test_draws_of_one_sample_differ_and_are_normal(folder, toy_sdxl):
 @pytest.mark.parametrize("posterior", ["moments", "draw", "pixels"])
 def test_half_are_mirror_images_where_asked_for(posterior, toy_sdxl, tmp_path):
     """Of training pictures, and never under a caption that says left or right."""
-    files = pictures(24, [(80, 80)])
+    files = images(24, [(80, 80)])
     there = write_folder(tmp_path / "there", files)
     for n in range(0, 24, 4):
         (there / f"{n:04d}.txt").write_text(f"an owl Left of fox {n}")
@@ -162,7 +162,7 @@ def test_half_are_mirror_images_where_asked_for(posterior, toy_sdxl, tmp_path):
 
 
 def test_a_folder_from_before_mirrors_goes_on(toy_sdxl, tmp_path):
-    source = recognise(write_folder(tmp_path / "there", pictures(4)))
+    source = recognise(write_folder(tmp_path / "there", images(4)))
     preparation = Preparation(size=64, step=8)
     done = prepare_latents(source, tmp_path / "data", toy_sdxl, preparation, workers=1)
     file = tmp_path / "data" / "latents.json"

@@ -32,7 +32,7 @@ from koala.data.preprocess import Filters, Preparation, upright
 from koala.data.shards import shard_name
 from koala.data.sources import recognise
 from koala.errors import Failure, UserError
-from toy_sources import LAYOUTS, caption, picture, pictures, write_folder, write_tars, write_yepop
+from toy_sources import LAYOUTS, caption, image, images, write_folder, write_tars, write_yepop
 
 PREPARATION = Preparation(size=64, step=8, unit=8, held_out=0.0, captions=("text",))
 NUMBER = 30
@@ -40,7 +40,7 @@ NUMBER = 30
 
 @pytest.fixture(scope="module")
 def files():
-    return pictures(NUMBER)
+    return images(NUMBER)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_workers_and_processes_change_nothing(folder, prepared, toy_sdxl, tmp_pa
 
 
 def test_what_is_left_out_is_counted_and_named(files, toy_sdxl, tmp_path):
-    some = [*files[:6], files[2], picture(90, (40, 40)), b"no picture", files[3][:-900], files[2]]
+    some = [*files[:6], files[2], image(90, (40, 40)), b"no picture", files[3][:-900], files[2]]
     root = write_folder(tmp_path / "there", some, "jsonl")
     wanted = replace(PREPARATION, filters=Filters(max_nsfw=0.45))
     summary = prepare_latents(recognise(root), tmp_path / "out", toy_sdxl, wanted, workers=1)
@@ -213,12 +213,12 @@ def test_pictures_are_stored_for_a_training_that_encodes_them(folder, prepared, 
     }  # fmt: skip
     moments = Moments(toy_sdxl, "cpu")
     for shard in range(len(pixels.index)):
-        picture = pixels.index.tensors(shard, 0)["pixels"]
-        assert picture.dtype == torch.uint8
-        assert picture.shape == (3, *pixels.index.bucket(shard))
+        image = pixels.index.tensors(shard, 0)["pixels"]
+        assert image.dtype == torch.uint8
+        assert image.shape == (3, *pixels.index.bucket(shard))
         own = stored[pixels.index.fact(shard, 0, "id")]
         for found, name in zip(
-            moments(picture[None].float() / 127.5 - 1), ("mean", "deviation"), strict=True
+            moments(image[None].float() / 127.5 - 1), ("mean", "deviation"), strict=True
         ):
             torch.testing.assert_close(found[0].bfloat16(), own[name], atol=1e-5, rtol=1e-2)
     batch = pixels.batch(0, 4)
@@ -231,7 +231,7 @@ def test_pictures_are_stored_for_a_training_that_encodes_them(folder, prepared, 
 def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
     settings = {"size": 32, "unit": 2, "held_out": 0.1}  # many: 20 kills must come in between
     preparation = Preparation(**settings)
-    there = write_tars(tmp_path / "there", pictures(240, [(40, 40)]), each=30)
+    there = write_tars(tmp_path / "there", images(240, [(40, 40)]), each=30)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     prepare_latents(recognise(there), whole, toy_sdxl, preparation, workers=1)
     rng = random.Random(0)
@@ -298,7 +298,7 @@ def test_a_folder_made_otherwise_is_refused(folder, files, prepared, toy_sdxl, t
     ):
         with pytest.raises(UserError, match=said):
             prepare_latents(recognise(folder), out, toy_sdxl, replace(PREPARATION, **change), 1)
-    more = write_folder(tmp_path / "more", [*files, picture(99)])
+    more = write_folder(tmp_path / "more", [*files, image(99)])
     with pytest.raises(UserError, match=r"the source's part \. changed"):
         prepare_latents(recognise(more), out, toy_sdxl, PREPARATION, 1)
 
@@ -306,7 +306,7 @@ def test_a_folder_made_otherwise_is_refused(folder, files, prepared, toy_sdxl, t
 def test_what_the_source_lacks_is_refused_before_the_work(folder, toy_sdxl, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "one.jpg").write_bytes(picture(1))
+    (tmp_path / "bare" / "one.jpg").write_bytes(image(1))
     for place, change, said in (
         (folder, {"captions": ("title",)}, "no title; its first image has text"),
         (folder, {"filters": Filters(max_nsfw=0.5)}, "have no score nsfw"),

@@ -14,7 +14,7 @@ from koala.data.captions import CaptionFitter, check_expressions, compose
 from koala.data.items import Item
 from koala.data.preprocess import Dropped, Filters, Preparation, Sample, sample_of, upright
 from koala.errors import UserError
-from toy_sources import picture
+from toy_sources import image
 
 PREPARATION = Preparation(size=64, step=8, captions=("text",), held_out=0.0)
 
@@ -74,15 +74,15 @@ def test_a_fit_covers_its_bucket_and_loses_little(height, width, side, upscale):
 
 
 def test_a_sample_says_truly_what_was_done():
-    sample = sample_of(item(picture(1, (160, 96))), PREPARATION)
+    sample = sample_of(item(image(1, (160, 96))), PREPARATION)
     assert isinstance(sample, Sample)
     assert sample.original == (96, 160)
     assert sample.pixels.shape == (48, 80, 3)
     assert sample.crop == (0, 0)
-    cropped = sample_of(item(picture(1, (200, 100))), PREPARATION)
+    cropped = sample_of(item(image(1, (200, 100))), PREPARATION)
     assert cropped.pixels.shape[:2] == (40, 96)
     assert cropped.crop == ((48 - 40) // 2, 0)  # 200 x 100 at 96 wide is 96 x 48
-    whole = upright(picture(1, (200, 100))).resize((96, 48), Image.Resampling.LANCZOS)
+    whole = upright(image(1, (200, 100))).resize((96, 48), Image.Resampling.LANCZOS)
     assert (np.asarray(whole)[4:44] == cropped.pixels).all()
 
 
@@ -104,7 +104,7 @@ def test_pictures_are_turned_and_laid_on_white():
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(["JPEG", "PNG", "WEBP"]), st.randoms())
 def test_a_damaged_picture_costs_itself(seed, format, random):
-    data = bytearray(picture(seed % 5, (96, 96), format))
+    data = bytearray(image(seed % 5, (96, 96), format))
     cut = random.randrange(len(data))
     damaged = bytes(data[:cut])
     if random.random() < 0.5:
@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_read_costs_itself():
 
 
 def test_filters_leave_out_what_they_say():
-    data = picture(0, (96, 96))
+    data = image(0, (96, 96))
     for reason, detail, filters, text, scores in (
         ("small", "96x96", {"min_side": 97}, "a fox", {}),
         ("few words", "2", {"min_words": 3}, "a fox", {}),
@@ -135,7 +135,7 @@ def test_filters_leave_out_what_they_say():
         ("similarity", "0.1", {"min_similarity": 0.2}, "a fox", {"similarity": 0.1}),
     ):
         assert filtered(data, text, scores, **filters) == Dropped("one", reason, detail)
-    wide = picture(0, (300, 70))
+    wide = image(0, (300, 70))
     assert filtered(wide).reason == "aspect"
     assert isinstance(filtered(wide, max_aspect=None), Sample)
     kept = {"min_side": 96, "min_words": 2, "max_words": 2, "max_nsfw": 0.6, "min_similarity": 0.1}
@@ -143,7 +143,7 @@ def test_filters_leave_out_what_they_say():
 
 
 def test_nothing_is_enlarged_unless_asked():
-    small = item(picture(0, (60, 60)))
+    small = item(image(0, (60, 60)))
     assert sample_of(small, PREPARATION).reason == "small"
     enlarged = Preparation(64, ("text",), upscale=True, step=8)
     assert sample_of(small, enlarged).pixels.shape == (64, 64, 3)
@@ -151,8 +151,8 @@ def test_nothing_is_enlarged_unless_asked():
 
 def test_some_pictures_are_held_out_by_their_bytes():
     some = Preparation(64, ("text",), step=8, held_out=0.25)
-    splits = [sample_of(item(picture(n)), some).split for n in range(60)]
-    assert splits == [sample_of(item(picture(n), "other"), some).split for n in range(60)]
+    splits = [sample_of(item(image(n)), some).split for n in range(60)]
+    assert splits == [sample_of(item(image(n), "other"), some).split for n in range(60)]
     assert 5 <= splits.count("test") <= 25  # of 60: 15 +- 3 sigma
     assert {*splits} == {"train", "test"}
 

@@ -7,14 +7,14 @@ import pytest
 
 from koala.data.sources import recognise
 from koala.errors import UserError
-from toy_sources import LAYOUTS, caption, pictures, write_folder, write_parquet, write_tars
+from toy_sources import LAYOUTS, caption, images, write_folder, write_parquet, write_tars
 
 NUMBER = 23
 
 
 @pytest.fixture(scope="module")
 def files():
-    return pictures(NUMBER)
+    return images(NUMBER)
 
 
 def all_items(source):

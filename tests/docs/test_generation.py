@@ -44,4 +44,4 @@ def test_the_pages_figures_are_those_of_the_record():
     row = next(line for line in PAGE.splitlines() if line.startswith("| 0."))
     figures = [float(cell) for cell in row.strip("|").split("|")]
     assert figures == list(record["times that"].values())
-    assert f"{record['processor seconds of one picture, 10 steps']:.2f} s" in PAGE
+    assert f"{record['processor seconds of one image, 10 steps']:.2f} s" in PAGE

@@ -21,7 +21,7 @@ from koala.checkpoints.convert import convert
 from koala.cli import command_named, main
 from koala.lora.names import base_named
 from toy_lora import toy_lora
-from toy_sources import pictures, write_yepop
+from toy_sources import images, write_yepop
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -60,15 +60,15 @@ def test_your_own_sdxl(desk, capsys):
     written = {p.name for p in desk.iterdir()}
     assert {"runs", "my-koala.safetensors", "my-style-koala.safetensors", "pictures"} <= written
     assert "inherited" in capsys.readouterr().out
-    (picture,) = (desk / "pictures").glob("*.png")
-    with Image.open(picture) as image:
+    (path,) = (desk / "pictures").glob("*.png")
+    with Image.open(path) as image:
         assert "<lora:my-style:0.8>" in image.info["parameters"]
 
 
 def test_training(toy_sdxl, tmp_path, monkeypatch, capsys):
     """Every command of docs/training.md, with a toy teacher and few samples in the paper's run."""
     monkeypatch.chdir(tmp_path)
-    write_yepop(tmp_path / "ye-pop", pictures(24, [(70, 70)]))
+    write_yepop(tmp_path / "ye-pop", images(24, [(70, 70)]))
     small = [
         "training.samples=8", "training.batch=4", "training.validate_every=8", "pixels=64",
         "hardware.compile=", "hardware.accumulate=2", "prompts=a fox",

@@ -88,13 +88,13 @@ def test_kernel_distance_grows_with_a_shift_and_repeats_by_seed():
     assert far == kernel_distance(a, b + 1.0, rng(), subsets=20, size=30)
 
 
-def pictures(n: int, side: int = 32) -> list[Image.Image]:
+def images(n: int, side: int = 32) -> list[Image.Image]:
     pixels = torch.randint(0, 256, (n, side, side, 3), generator=rng(), dtype=torch.uint8)
     return [Image.fromarray(p.numpy()) for p in pixels]
 
 
 def test_efflite0_features_do_not_depend_on_the_batch():
-    extractor, some = EffLite0(), pictures(5)
+    extractor, some = EffLite0(), images(5)
     counted: list[int] = []
     whole = extract(extractor, some, batch=5)
     parts = extract(extractor, iter(some), batch=2, on_batch=counted.append)
@@ -132,7 +132,7 @@ def test_a_real_picture_is_made_smaller_but_never_larger():
 def separable(concepts: int, each: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Pictures and captions that are noisy linear views of one hidden vector for each concept."""
     g = rng(seed)
-    to_picture, to_text = (
+    to_image, to_text = (
         torch.randn(8, 40, generator=rng(91)),
         torch.randn(8, 24, generator=rng(92)),
     )
@@ -142,7 +142,7 @@ def separable(concepts: int, each: int, seed: int = 0) -> dict[str, torch.Tensor
     ids = torch.arange(concepts).repeat_interleave(each)
     text = F.normalize((hidden @ to_text)[:, None] + 0.05 * noise[1], dim=-1)
     return {
-        "picture_features": hidden @ to_picture + 0.1 * noise[0],
+        "picture_features": hidden @ to_image + 0.1 * noise[0],
         "text_features": text,
         "groups": ids,
         "concepts": ids,
@@ -156,22 +156,22 @@ def judge() -> Judge:
 
 def test_a_judge_finds_unseen_concepts_and_is_at_chance_when_shuffled(judge):
     unseen = separable(60, 1, seed=5)
-    pictures, texts = unseen["picture_features"], unseen["text_features"][:, 0]
-    found = judge.retrieval(pictures, texts)
+    images, texts = unseen["picture_features"], unseen["text_features"][:, 0]
+    found = judge.retrieval(images, texts)
     assert found["R@1"] > 0.9
     assert found["R@5"] >= found["R@1"]
     assert found["R@10"] > 0.97
-    shuffled = judge.retrieval(pictures, texts[torch.randperm(60, generator=rng())])
+    shuffled = judge.retrieval(images, texts[torch.randperm(60, generator=rng())])
     assert shuffled["R@1"] < 0.1
     assert shuffled["R@10"] < 0.4
 
 
 def test_a_text_given_twice_is_right_for_both(judge):
     unseen = separable(2, 1, seed=6)
-    pictures = unseen["picture_features"][[0, 0, 1, 1]]
+    images = unseen["picture_features"][[0, 0, 1, 1]]
     texts = unseen["text_features"][[0, 0, 1, 1], 0]
-    assert judge.retrieval(pictures, texts)["R@1"] == 1
-    assert judge.retrieval(pictures, texts.flip(0))["R@1"] == 0
+    assert judge.retrieval(images, texts)["R@1"] == 1
+    assert judge.retrieval(images, texts.flip(0))["R@1"] == 0
 
 
 def test_equal_scores_do_not_count_as_found(judge):

@@ -11,12 +11,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from koala.data.illustrations.pictures import PictureSet
+from koala.data.illustrations.images import ImageSet
 from koala.errors import UserError
 from koala.evaluation.models import by_name
 from koala.evaluation.report import REAL, choose, evaluate
 from koala.evaluation.table import EvaluationReport, EvaluationRow
-from koala.utils.contact_sheet import picture_grid
+from koala.utils.contact_sheet import image_grid
 from toy import toy_pipeline
 
 STYLES = ("round", "square", "flat")
@@ -33,8 +33,8 @@ class Colours(nn.Module):
             self.layers = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 24))
         self.requires_grad_(False).eval()
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.layers(pictures.float() / 255)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images.float() / 255)
 
 
 def letters(texts: list[str]) -> Tensor:
@@ -44,11 +44,11 @@ def letters(texts: list[str]) -> Tensor:
 
 
 def drawing(concept: int, style: str) -> bytes:
-    picture = Image.new("RGB", (48, 48), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (48, 48), "white")
+    draw = ImageDraw.Draw(image)
     colour = (concept * 37 % 256, concept * 91 % 256, concept * 53 % 256)
     (draw.ellipse if style == "round" else draw.rectangle)((8, 8, 40, 40), fill=colour)
-    picture.save(buffer := io.BytesIO(), "PNG")
+    image.save(buffer := io.BytesIO(), "PNG")
     return buffer.getvalue()
 
 
@@ -77,15 +77,15 @@ def rows() -> list[dict]:
     return found
 
 
-def write_pictures(folder, some: list[dict]):
+def write_images(folder, some: list[dict]):
     folder.mkdir()
     pq.write_table(pa.Table.from_pylist(some), folder / "pictures-00000.parquet")
     return folder
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("set") / "pictures", rows())
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("set") / "pictures", rows())
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +97,13 @@ TOY = {"prompts": 10, "steps": 1, "guidance": 1.0}
 
 
 @pytest.fixture(scope="module")
-def written(pictures, model, tmp_path_factory):
+def written(images, model, tmp_path_factory):
     """Two names for one model, three seeds."""
     out = tmp_path_factory.mktemp("out") / "report"
     models = {"one": model, "same": model}
     extractor, notes = Colours(), {"one": "1,024 samples"}
     report = evaluate(
-        models, pictures, out, **TOY, notes=notes, extractor=extractor, sentences=letters
+        models, images, out, **TOY, notes=notes, extractor=extractor, sentences=letters
     )
     return report, out
 
@@ -142,11 +142,11 @@ def test_what_is_written_says_what_was_measured(written):
         assert sheet.height > 3 * 128
 
 
-def test_a_report_on_the_same_judge_is_the_same(written, pictures, model, tmp_path):
+def test_a_report_on_the_same_judge_is_the_same(written, images, model, tmp_path):
     report, out = written
     again = evaluate(
         {"one": model},
-        pictures,
+        images,
         tmp_path / "again",
         **TOY,
         judge=out / "judge.safetensors",
@@ -158,15 +158,15 @@ def test_a_report_on_the_same_judge_is_the_same(written, pictures, model, tmp_pa
             assert row.values[metric] == pytest.approx(values, rel=1e-5), (row.name, metric)
 
 
-def test_a_judge_of_another_extractor_is_refused(written, pictures, model, tmp_path):
+def test_a_judge_of_another_extractor_is_refused(written, images, model, tmp_path):
     class Fewer(Colours):
-        def forward(self, pictures: Tensor) -> Tensor:
-            return super().forward(pictures)[:, :20]
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images)[:, :20]
 
     with pytest.raises(UserError, match="the judge was trained"):
         evaluate(
             {"one": model},
-            pictures,
+            images,
             tmp_path / "out",
             **TOY,
             seeds=(0,),
@@ -177,13 +177,13 @@ def test_a_judge_of_another_extractor_is_refused(written, pictures, model, tmp_p
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_what_is_chosen_keeps_the_splits_apart_and_does_not_depend_on_order(pictures, tmp_path):
-    real = PictureSet(pictures)
+def test_what_is_chosen_keeps_the_splits_apart_and_does_not_depend_on_order(images, tmp_path):
+    real = ImageSet(images)
     chosen, reference, train = choose(real, 10)
     assert (len(chosen), len(reference), len(train)) == (10, 12 + 12, 36 * 3 - 12)
     assert set(chosen) < set(reference)
     assert not set(train) & set(reference)
-    backwards = PictureSet(write_pictures(tmp_path / "backwards", rows()[::-1]))
+    backwards = ImageSet(write_images(tmp_path / "backwards", rows()[::-1]))
     ids = [[s.rows[i]["id"] for i in choose(s, 10)[0]] for s in (real, backwards)]
     assert ids[0] == ids[1]
     assert choose(real, 5)[0] == chosen[:5]
@@ -191,7 +191,7 @@ def test_what_is_chosen_keeps_the_splits_apart_and_does_not_depend_on_order(pict
 
 def test_a_caption_is_no_prompt_twice(tmp_path):
     doubled = rows() + [{**row, "id": row["id"] + "-again"} for row in rows()]
-    real = PictureSet(write_pictures(tmp_path / "doubled", doubled))
+    real = ImageSet(write_images(tmp_path / "doubled", doubled))
     texts = [real.rows[i]["short"] for i in choose(real, 12)[0]]
     assert len(set(texts)) == 12
     with pytest.raises(UserError, match="has 12 held-out"):
@@ -201,7 +201,7 @@ def test_a_caption_is_no_prompt_twice(tmp_path):
 def test_too_little_to_train_a_judge_on_is_told(tmp_path):
     train = [row for row in rows() if row["split"] == "train"]
     held_out = [row for row in rows() if row["split"] != "train"]
-    real = PictureSet(write_pictures(tmp_path / "few", held_out + train[:9]))
+    real = ImageSet(write_images(tmp_path / "few", held_out + train[:9]))
     with pytest.raises(UserError, match="has 9 pictures to train the judge on"):
         choose(real, 10)
     assert len(choose(real, 9)[0]) == 9
@@ -221,8 +221,8 @@ def test_too_little_to_train_a_judge_on_is_told(tmp_path):
         ({"pictures": "nowhere"}, "nowhere"),
     ],
 )
-def test_a_users_mistake_is_told_before_anything_is_drawn(wrong, says, pictures, model, tmp_path):
-    given = {"models": {"one": model}, "pictures": pictures, **TOY, **wrong}
+def test_a_users_mistake_is_told_before_anything_is_drawn(wrong, says, images, model, tmp_path):
+    given = {"models": {"one": model}, "pictures": images, **TOY, **wrong}
     with pytest.raises(UserError, match=says):
         evaluate(**given, out=tmp_path / "out", extractor=Colours(), sentences=letters)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
@@ -234,19 +234,19 @@ def test_models_are_called_by_their_names_or_by_themselves():
         by_name(["a=x", "a"])
 
 
-def test_models_of_two_sizes_are_refused(pictures, model, tmp_path):
+def test_models_of_two_sizes_are_refused(images, model, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     config = json.loads((other / "unet" / "config.json").read_text())
     smaller = json.dumps({**config, "sample_size": config["sample_size"] // 2})
     (other / "unet" / "config.json").write_text(smaller)
     with pytest.raises(UserError, match="different sizes"):
-        evaluate({"one": model, "other": other}, pictures, tmp_path / "out", **TOY)
+        evaluate({"one": model, "other": other}, images, tmp_path / "out", **TOY)
 
 
-def test_a_folder_that_cannot_be_written_is_told(pictures, model, tmp_path):
+def test_a_folder_that_cannot_be_written_is_told(images, model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
-        evaluate({"one": model}, pictures, tmp_path / "file" / "out", **TOY)
+        evaluate({"one": model}, images, tmp_path / "file" / "out", **TOY)
 
 
 def test_a_cell_shows_mean_and_spread():
@@ -262,11 +262,11 @@ def test_a_cell_shows_mean_and_spread():
 
 def test_the_sheet_has_a_row_a_model_and_a_column_a_prompt():
     red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
-    sheet = picture_grid({"first": [red, blue], "second": [blue, red]}, ["a", "b"])
+    sheet = image_grid({"first": [red, blue], "second": [blue, red]}, ["a", "b"])
     pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(sheet.height, sheet.width, 3).long()
     for colour, other in ((0, 2), (2, 0)):
         only = (pixels[..., colour] > 250) & (pixels[..., other] < 5)
         assert int(only.sum()) == 2 * 128 * 128
-    longer = picture_grid({"first": [red, blue]}, ["a long caption that wraps " * 3, "b"])
-    assert longer.height > picture_grid({"first": [red, blue]}, ["a", "b"]).height
+    longer = image_grid({"first": [red, blue]}, ["a long caption that wraps " * 3, "b"])
+    assert longer.height > image_grid({"first": [red, blue]}, ["a", "b"]).height

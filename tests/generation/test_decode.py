@@ -16,7 +16,7 @@ from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_vae
 from koala.errors import Failure, UserError
 from koala.generation.decode import full, load_tiny, tiled, tiny, to_images
-from koala.generation.image_inputs import encode_picture
+from koala.generation.image_inputs import encode_image
 from koala.generation.row_tiling import encode_tiled
 from toy import toy_tiny, toy_vae
 
@@ -68,8 +68,8 @@ def test_strips_of_any_height_give_the_whole_encoders_latents(vae, n, height, wi
     whole = vae.encode(pixels).latent_dist.mode()
     ours = encode_tiled(vae, pixels, positions)
     torch.testing.assert_close(ours, whole, atol=1e-4, rtol=0)
-    encoded = encode_picture(vae, pixels, tiled=True)
-    torch.testing.assert_close(encoded, encode_picture(vae, pixels), atol=1e-4, rtol=0)
+    encoded = encode_image(vae, pixels, tiled=True)
+    torch.testing.assert_close(encoded, encode_image(vae, pixels), atol=1e-4, rtol=0)
 
 
 def test_strips_leave_the_latents_alone(vae):
@@ -101,8 +101,8 @@ def test_an_encoder_that_overflows_is_run_once_more_in_float32(strips):
     half.encoder.conv_in.weight.clamp_(-6e4, 6e4)
     pixels = latents(1, 3, 16, 16).clamp(-1, 1)
     assert not half.encode(pixels.half()).latent_dist.mode().isfinite().all()
-    wanted = encode_picture(copy.deepcopy(half).float(), pixels)
-    torch.testing.assert_close(encode_picture(half, pixels, strips), wanted, atol=1e-4, rtol=0)
+    wanted = encode_image(copy.deepcopy(half).float(), pixels)
+    torch.testing.assert_close(encode_image(half, pixels, strips), wanted, atol=1e-4, rtol=0)
     assert half.dtype == torch.float16
 
 

@@ -292,10 +292,10 @@ def test_previews_come_nearer_to_the_picture():
     ticket = engine.submit(request, lambda progress: previews.append(progress.preview()))
     run(engine)
     small = ticket.result().resize(previews[0].size, Image.Resampling.BOX)
-    picture = np.asarray(small, np.float32)
-    errors = [np.abs(np.asarray(preview, np.float32) - picture).mean() for preview in previews]
+    image = np.asarray(small, np.float32)
+    errors = [np.abs(np.asarray(preview, np.float32) - image).mean() for preview in previews]
     assert errors[-1] < errors[0]
-    assert errors[-1] < np.abs(picture - picture.mean((0, 1))).mean()  # of the mean colour
+    assert errors[-1] < np.abs(image - image.mean((0, 1))).mean()  # of the mean colour
 
 
 # --- failures -------------------------------------------------------------------------------
@@ -479,7 +479,7 @@ def test_a_request_says_when_it_is_let_in_and_passes_say_what_they_took(pipeline
     assert told == ["+a", "a", "a", "+b", "b", "b"] and not engine.waiting()
     pixels = SIDE * SIDE
     assert [one.pixels for one in passes] == [2 * pixels, pixels] * 2
-    assert all(one.pictures == 1 and one.seconds > 0 for one in passes)
+    assert all(one.images == 1 and one.seconds > 0 for one in passes)
 
 
 def test_rows_and_pixels_both_have_limits(watched):
@@ -539,7 +539,7 @@ def test_requests_with_different_loras_are_as_each_alone(pipeline, loras):
         assert_near(ticket.result(), own.images[0])
         assert request.settings == own.settings[0]
     assert len({image.tobytes() for image in (own.images[0] for own in expected)}) == 4
-    assert [one.pictures for one in passes] == [2, 2, 1, 1] * 3
+    assert [one.images for one in passes] == [2, 2, 1, 1] * 3
     assert_near(drawn_alone(pipeline, requests[0]), expected[0].images[0])  # nothing stayed on
 
 

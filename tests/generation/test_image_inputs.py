@@ -11,8 +11,8 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
 from koala.generation.denoise import evaluate
-from koala.generation.image_files import fingerprint, mask_places, open_picture
-from koala.generation.image_inputs import encode_picture, to_pixels
+from koala.generation.image_files import fingerprint, mask_places, open_image
+from koala.generation.image_inputs import encode_image, to_pixels
 from koala.generation.png import parameters
 from toy import toy_pipeline
 
@@ -28,7 +28,7 @@ def pipeline(folder):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     """64 x 48 pixels of smooth colours."""
     y, x = np.mgrid[0:48, 0:64] / 64
     return Image.fromarray((np.stack([x, y, x * y], axis=-1) * 255).astype(np.uint8))
@@ -56,50 +56,50 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def encoded(pipe, picture):
+def encoded(pipe, image):
     with torch.inference_mode():
-        return encode_picture(pipe.vae, to_pixels(picture, picture.size))
+        return encode_image(pipe.vae, to_pixels(image, image.size))
 
 
 # --- equality with diffusers ----------------------------------------------------------------
 
 
-def test_latents_of_a_picture_are_the_mode_of_diffusers_vae(folder, pipeline, picture):
+def test_latents_of_a_picture_are_the_mode_of_diffusers_vae(folder, pipeline, image):
     """Its pipelines draw from the posterior; the most likely latents need no seed."""
     pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
     config = pipe.vae.config
     mean, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
-    pixels = pipe.image_processor.preprocess(picture)
+    pixels = pipe.image_processor.preprocess(image)
     with torch.inference_mode():
         mode = pipe.vae.encode(pixels).latent_dist.mode()
-        back = pipeline.decode(encoded(pipeline, picture))
+        back = pipeline.decode(encoded(pipeline, image))
         theirs = pipe.vae.decode(mode).sample / 2 + 0.5
     expected = (mode - mean) / std * config.scaling_factor
-    torch.testing.assert_close(encoded(pipeline, picture), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoded(pipeline, image), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(back, theirs.clamp(0, 1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("strength", "guidance"), [(0.3, 3.5), (0.65, 1.0), (1.0, 3.5)])
-def test_picture_to_picture_equals_diffusers(folder, pipeline, picture, strength, guidance):
+def test_picture_to_picture_equals_diffusers(folder, pipeline, image, strength, guidance):
     pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     arguments = {
         "prompt": ["a red fox", "an owl"], "strength": strength, "guidance_scale": guidance,
-        "num_inference_steps": 10, "image": encoded(pipeline, picture),
+        "num_inference_steps": 10, "image": encoded(pipeline, image),
     }  # fmt: skip
     latents = pipe(**arguments, generator=generators(5, 6), output_type="latent").images
     expected = pipe(**arguments, generator=generators(5, 6), output_type="np").images
-    asked = {"image": picture, "strength": strength, "guidance": guidance, "seed": 5}
+    asked = {"image": image, "strength": strength, "guidance": guidance, "seed": 5}
     ours = latents_of(pipeline, arguments["prompt"], **asked)
     torch.testing.assert_close(ours, latents, atol=1e-4, rtol=0)
     result = pipeline(arguments["prompt"], **asked)
-    for image, array in zip(result.images, expected, strict=True):
-        assert image.size == picture.size
-        assert np.abs(np.asarray(image) / 255 - array).max() <= 0.5 / 255 + 1e-4
+    for drawn, array in zip(result.images, expected, strict=True):
+        assert drawn.size == image.size
+        assert np.abs(np.asarray(drawn) / 255 - array).max() <= 0.5 / 255 + 1e-4
 
 
 @pytest.mark.parametrize(("strength", "guidance"), [(0.6, 3.5), (1.0, 1.0)])
-def test_inpainting_equals_diffusers(folder, picture, mask, strength, guidance):
+def test_inpainting_equals_diffusers(folder, image, mask, strength, guidance):
     """With a VAE without statistics: diffusers' inpainting forgets them when it encodes."""
     ours = load(folder, device="cpu")
     ours.vae.register_to_config(latents_mean=None, latents_std=None)
@@ -107,18 +107,18 @@ def test_inpainting_equals_diffusers(folder, picture, mask, strength, guidance):
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
         prompt=["a red fox", "an owl"], strength=strength, guidance_scale=guidance,
-        num_inference_steps=10, image=encoded(ours, picture), mask_image=mask, width=64,
+        num_inference_steps=10, image=encoded(ours, image), mask_image=mask, width=64,
         height=48, generator=generators(5, 6), output_type="latent",
     ).images  # fmt: skip
-    asked = {"image": picture, "mask": mask, "strength": strength, "guidance": guidance}
+    asked = {"image": image, "mask": mask, "strength": strength, "guidance": guidance}
     x = latents_of(ours, ["a red fox", "an owl"], **asked, seed=5)
     torch.testing.assert_close(x, expected, atol=1e-4, rtol=0)
 
 
-def test_what_the_mask_leaves_dark_is_kept(pipeline, picture, mask):
-    x = latents_of(pipeline, "an owl", image=picture, mask=mask, strength=0.8, seed=1)
-    places = torch.from_numpy(mask_places(mask, picture.size, picture.size, 8)).float()
-    original = encoded(pipeline, picture)
+def test_what_the_mask_leaves_dark_is_kept(pipeline, image, mask):
+    x = latents_of(pipeline, "an owl", image=image, mask=mask, strength=0.8, seed=1)
+    places = torch.from_numpy(mask_places(mask, image.size, image.size, 8)).float()
+    original = encoded(pipeline, image)
     assert places.mean() == pytest.approx(16 / 48)  # corners at 24..48 by 8..32 pixels
     torch.testing.assert_close(x * (1 - places), original * (1 - places), atol=1e-5, rtol=0)
     assert ((x - original).abs() * places).max() > 0.1
@@ -127,29 +127,29 @@ def test_what_the_mask_leaves_dark_is_kept(pipeline, picture, mask):
 # --- sizes ----------------------------------------------------------------------------------
 
 
-def test_a_picture_is_drawn_in_its_own_size_or_the_one_asked_for(pipeline, picture, mask):
-    asked = {"image": picture, "mask": mask, "steps": 2}
+def test_a_picture_is_drawn_in_its_own_size_or_the_one_asked_for(pipeline, image, mask):
+    asked = {"image": image, "mask": mask, "steps": 2}
     assert pipeline("a", **asked).images[0].size == (64, 48)
     result = pipeline("a", **asked, size=(32, 40))
     assert result.images[0].size == (32, 40)
-    odd = picture.resize((50, 60))
+    odd = image.resize((50, 60))
     with pytest.raises(UserError, match="size 50x60: allowed are multiples of 8"):
         pipeline("a", image=odd)
     assert pipeline("a", image=odd, size=(48, 64), steps=2).images[0].size == (48, 64)
 
 
-def test_settings_say_from_what_a_picture_was_made(pipeline, picture, mask, tmp_path):
-    result = pipeline("a fox", image=picture, mask=mask, steps=4, strength=0.5, seed=2)
+def test_settings_say_from_what_a_picture_was_made(pipeline, image, mask, tmp_path):
+    result = pipeline("a fox", image=image, mask=mask, steps=4, strength=0.5, seed=2)
     (path,) = save(result, tmp_path)
     found = read_settings(path)
     assert found == result.settings[0]
-    assert (found.image, found.mask) == (fingerprint(picture), fingerprint(mask))
+    assert (found.image, found.mask) == (fingerprint(image), fingerprint(mask))
     assert "Denoising strength: 0.5" in parameters(found)
     plain = pipeline("a fox", steps=1).settings[0]
     assert (plain.image, plain.mask, plain.strength) == ("", "", 1.0)
     assert "Denoising" not in parameters(plain)
-    assert pipeline("a", image=picture, steps=4).settings[0].strength == 0.6
-    other = replace(found, image=fingerprint(picture.rotate(180)))
+    assert pipeline("a", image=image, steps=4).settings[0].strength == 0.6
+    other = replace(found, image=fingerprint(image.rotate(180)))
     assert other != found
 
 
@@ -162,7 +162,7 @@ def test_a_picture_is_turned_as_its_camera_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: upright, it is 16 x 24 with blue at the upper right
     image.save(tmp_path / "turned.png", exif=exif)
-    found = open_picture(tmp_path / "turned.png")
+    found = open_image(tmp_path / "turned.png")
     assert found.size == (16, 24) and found.getpixel((15, 0)) == (0, 0, 255)
     assert found.getpixel((0, 0)) == (255, 0, 0)
 
@@ -171,7 +171,7 @@ def test_a_picture_is_turned_as_its_camera_says(tmp_path):
 def test_every_mode_of_eight_bits_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.new("RGB", (16, 16), "white").convert(mode).save(path)
-    pixels = to_pixels(open_picture(path), (16, 16))
+    pixels = to_pixels(open_image(path), (16, 16))
     assert pixels.shape == (1, 3, 16, 16) and pixels.dtype == torch.float32
     assert pixels.min() > 0.98 and pixels.max() <= 1
 
@@ -236,10 +236,10 @@ def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path, pipeline):
         ({"image": True, "mask": "dark"}, "the mask is dark everywhere"),
     ],
 )
-def test_what_does_not_go_together_is_refused(pipeline, picture, mask, arguments, message):
+def test_what_does_not_go_together_is_refused(pipeline, image, mask, arguments, message):
     masks = {True: mask, (32, 48): mask.resize((32, 48)), "dark": Image.new("L", (64, 48))}
     if "image" in arguments:
-        arguments = {**arguments, "image": picture}
+        arguments = {**arguments, "image": image}
     if "mask" in arguments:
         arguments = {**arguments, "mask": masks[arguments["mask"]]}
     with pytest.raises(UserError, match=message) as caught:

@@ -140,7 +140,7 @@ def test_the_tiny_autoencoder_is_the_one_named(folder, tiny):
 
 
 def test_the_plan_holds_what_will_be_drawn(folder):
-    plan = koala.load(folder, "cpu", vram=4, size="128x64", pictures=3, from_image=True).plan
+    plan = koala.load(folder, "cpu", vram=4, size="128x64", images=3, from_image=True).plan
     planner = Planner(folder, CPU, (128, 64), 3, from_image=True)
     assert plan == planner.choose(4 << 30)
     assert [phase.name for phase in plan.phases] == ["encode", "picture", "denoise", "decode"]

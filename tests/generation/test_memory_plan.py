@@ -108,7 +108,7 @@ def test_the_budget_that_is_named_works(planner):
 def test_more_pictures_and_larger_ones_take_more(planner):
     plain = planner.modes[0]
     one = planner.plan(plain)
-    for other in (Planner(MINI, CPU, (128, 64)), Planner(MINI, CPU, (64, 64), pictures=2)):
+    for other in (Planner(MINI, CPU, (128, 64)), Planner(MINI, CPU, (64, 64), images=2)):
         for small, large in zip(one.phases[1:], other.plan(plain).phases[1:], strict=True):
             assert 1.7 * small.activations < large.activations < 2.3 * small.activations
 

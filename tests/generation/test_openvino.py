@@ -68,8 +68,8 @@ def test_the_u_net_gives_the_same_noise_at_every_size_and_batch(unet, cache):
 
 def test_the_decoder_gives_the_same_pictures(vae):
     with torch.inference_mode():
-        pictures = openvino.decoder(vae)(LATENTS)
-        torch.testing.assert_close(pictures, full(vae)(LATENTS), atol=1e-4, rtol=0)
+        images = openvino.decoder(vae)(LATENTS)
+        torch.testing.assert_close(images, full(vae)(LATENTS), atol=1e-4, rtol=0)
 
 
 def test_what_is_in_the_cache_is_not_made_again(vae, monkeypatch):

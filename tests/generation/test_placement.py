@@ -55,10 +55,10 @@ def test_every_exact_plan_draws_the_plain_picture(folder, place, decode):
 def test_every_8_bit_plan_draws_the_same_picture_and_nearly_the_plain_one(folder):
     expected = drawn(load(folder, "cpu"))
     planner = Planner(folder, CPU, (64, 64), weights="int8", decode="tiled")
-    pictures = [drawn(by_mode(folder, planner, mode, [])[0]) for mode in planner.modes]
-    assert len(pictures) == 4
-    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
-    assert 0 < np.abs(pictures[0] - expected).mean() < 4
+    images = [drawn(by_mode(folder, planner, mode, [])[0]) for mode in planner.modes]
+    assert len(images) == 4
+    assert all(np.array_equal(image, images[0]) for image in images)
+    assert 0 < np.abs(images[0] - expected).mean() < 4
 
 
 def test_the_tiny_decoder_is_used_where_the_plan_says_so(folder):

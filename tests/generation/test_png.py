@@ -116,11 +116,11 @@ def test_a_name_that_ends_in_png_is_the_file_or_the_files(tmp_path):
     assert save(result(EXAMPLE, EXAMPLE), fox) == numbered
     assert read_settings(fox) == read_settings(numbered[1]) == EXAMPLE
     before = {path: path.read_bytes() for path in (fox, *numbered)}
-    for pictures in (1, 2):
+    for images in (1, 2):
         with pytest.raises(UserError, match=r"\.png exists; name another file, or a folder"):
-            check_writable(fox, pictures)
+            check_writable(fox, images)
         with pytest.raises(UserError, match=r"\.png exists"):
-            save(result(*[EXAMPLE] * pictures), fox)
+            save(result(*[EXAMPLE] * images), fox)
     assert before == {path: path.read_bytes() for path in fox.parent.iterdir()}
 
 

@@ -90,12 +90,12 @@ def test_every_step_equals_diffusers_scheduler(name, steps):
 def test_a_model_that_knows_the_picture_leads_to_it(name, steps, values):
     """Whatever the sampler, its noise and its number of steps: if the U-Net always sees the same
     picture, that picture comes out."""
-    picture = torch.tensor(values)[None, :, None, None].expand(SHAPE)
+    image = torch.tensor(values)[None, :, None, None].expand(SHAPE)
     sampler, first = ours_of(name, steps)
     x = sampler.start(first)
     for i in range(steps):
-        x = sampler.step(i, x, picture)
-    torch.testing.assert_close(x, picture.float(), atol=1e-3, rtol=0)
+        x = sampler.step(i, x, image)
+    torch.testing.assert_close(x, image.float(), atol=1e-3, rtol=0)
 
 
 def test_ddim_follows_the_schedule_where_steps_do_not_divide_it():

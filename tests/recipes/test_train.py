@@ -16,15 +16,15 @@ from koala.checkpoints import model_card
 from koala.checkpoints.load import load_vae
 from koala.cli import main
 from koala.data.encoding import encoder_hash, to_pixels
-from koala.data.illustrations.pictures import PictureSet
+from koala.data.illustrations.images import ImageSet
 from koala.errors import UserError
 from koala.generation import load
 from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders
-from koala.mini.vae import Autoencoding, PictureData, measure_latents, new_vae, to_images
+from koala.mini.vae import Autoencoding, ImageData, measure_latents, new_vae, to_images
 from koala.recipes.recipe import Mixture, Student, described
 from koala.recipes.train import distill
 from toy_family import TINY, Letters
-from toy_sources import pictures, write_folder
+from toy_sources import images, write_folder
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_a_vae_goes_on_and_nothing_else_changes(base_parts, tmp_path, packages):
         assert moved == (set(before) if file.parent.name == "vae" else set())
     assert encoder_hash(made) != encoder_hash(base)  # so latents of before are refused
     assert model_card.read(made).trained == model_card.read(base).trained
-    vae, real = load_vae(made), PictureSet(data)
+    vae, real = load_vae(made), ImageSet(data)
     pixels = to_pixels([real.image(i) for i in real.select("train")])
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mode()
@@ -132,7 +132,7 @@ def test_data_may_lie_elsewhere(base_parts, tmp_path, packages):
 def test_pictures_are_encoded_on_line(base_parts, tmp_path, packages):
     """The same run from latents and from pictures, but for the draws and bf16."""
     _, base = base_parts
-    source = str(write_folder(tmp_path / "pictures", pictures(8, [(70, 70)])))
+    source = str(write_folder(tmp_path / "pictures", images(8, [(70, 70)])))
     recipe = replace(recipes.get("sdxl-mini-64"), training=TINY, mixture=Mixture())
     losses = {}
     for name, given in (("latents", []), ("pixels", ["--pixels"])):
@@ -199,12 +199,12 @@ def test_the_controls_differ_from_the_student_in_their_losses_alone():
 
 
 def test_vae_learns_and_its_latents_are_normal(base_parts, packages):
-    from koala.data.illustrations.pictures import PictureSet
+    from koala.data.illustrations.images import ImageSet
     from koala.distillation.forward_process import generators_at
 
     data, _ = base_parts
-    pictures = PictureSet(data)
-    stream = PictureData(pictures, pictures.select("train"), seed=0)
+    images = ImageSet(data)
+    stream = ImageData(images, images.select("train"), seed=0)
     torch.manual_seed(0)
     task = Autoencoding(new_vae(64), stream.every(20))
     optimizer = torch.optim.Adam(task.trainable.parameters(), 2e-3)

@@ -32,7 +32,7 @@ LARGE = 1 << 40
 AGE = 1000.0  # seconds
 
 
-def picture(side: int = 16) -> Image.Image:
+def random_image(side: int = 16) -> Image.Image:
     return Image.effect_noise((side, side), 80).convert("RGB")
 
 
@@ -44,7 +44,7 @@ def gallery_of(folder, most_bytes=LARGE, most_seconds=AGE, clock=time.time) -> G
 
 
 def test_a_picture_comes_back_as_it_was_also_after_a_restart(tmp_path):
-    gallery, image = gallery_of(tmp_path / "new" / "data"), picture(300)
+    gallery, image = gallery_of(tmp_path / "new" / "data"), random_image(300)
     kept = gallery.add(image, SETTINGS, "ann")
     gallery.database.close()
     gallery = gallery_of(tmp_path / "new" / "data")
@@ -72,23 +72,23 @@ def test_what_is_no_id_names_no_picture(tmp_path):
 
 def test_a_picture_larger_than_the_bound_stays_until_the_next(tmp_path):
     gallery = gallery_of(tmp_path, most_bytes=1)
-    first = gallery.add(picture(), SETTINGS, "ann")
+    first = gallery.add(random_image(), SETTINGS, "ann")
     assert gallery.page(9) == [first]
-    second = gallery.add(picture(), SETTINGS, "ann")
+    second = gallery.add(random_image(), SETTINGS, "ann")
     assert gallery.page(9) == [second] and os.listdir(gallery.folder) == [f"{second.id}.png"]
 
 
 def test_a_picture_whose_transaction_fails_leaves_nothing(tmp_path):
     gallery = gallery_of(tmp_path)
     with pytest.raises(ZeroDivisionError):
-        gallery.add(picture(), SETTINGS, "ann", also=lambda db, id: 1 / 0)
+        gallery.add(random_image(), SETTINGS, "ann", also=lambda db, id: 1 / 0)
     assert gallery.page(9) == [] and os.listdir(gallery.folder) == []
-    gallery.add(picture(), SETTINGS, "ann")  # and the next goes in
+    gallery.add(random_image(), SETTINGS, "ann")  # and the next goes in
 
 
 def test_opening_removes_what_a_crash_left_and_nothing_else(tmp_path):
     gallery = gallery_of(tmp_path)
-    kept, lost = (gallery.add(picture(), SETTINGS, "ann") for _ in range(2))
+    kept, lost = (gallery.add(random_image(), SETTINGS, "ann") for _ in range(2))
     gallery.database.close()
     folder = gallery.folder
     (folder / f".{'a' * 32}.part").write_bytes(b"half")
@@ -136,9 +136,9 @@ def test_a_job_ends_once_and_takes_nothing_more(tmp_path):
     table = JobTable(gallery.database)
     job = table.accept("ann", {"prompt": "a"}, {"image": "QUJD"}, 2, 10)
     assert table.uploads(job.id) == {"image": "QUJD"}
-    first = gallery.add(picture(), SETTINGS, "ann", partial(keep, table, job.id, 0))
+    first = gallery.add(random_image(), SETTINGS, "ann", partial(keep, table, job.id, 0))
     with pytest.raises(AlreadyEnded):
-        gallery.add(picture(), SETTINGS, "ann", partial(keep, table, job.id, 0))
+        gallery.add(random_image(), SETTINGS, "ann", partial(keep, table, job.id, 0))
     table.image_failed(job.id, 1, "no memory", "memory", 2.0)
     found = table.get(job.id)
     assert (found.status, found.message, found.code) == ("failed", "no memory", "memory")
@@ -202,8 +202,8 @@ class Asked:
     status: str = "open"
     ended: dict[int, str | None] = field(default_factory=dict)
 
-    def end(self, place: int, picture: str | None) -> None:
-        self.ended[place] = picture
+    def end(self, place: int, image: str | None) -> None:
+        self.ended[place] = image
         if len(self.ended) == self.number:
             self.status = "failed" if None in self.ended.values() else "done"
 
@@ -215,7 +215,7 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.root = Path(tempfile.mkdtemp(prefix="koala-store-"))
         self.now, self.boots = 0.0, 0
-        self.pictures: dict[str, Kept] = {}  # in the order of their making
+        self.images: dict[str, Kept] = {}  # in the order of their making
         self.jobs: dict[str, Asked] = {}
         self.image = Image.new("RGB", (8, 8), "teal")
 
@@ -235,31 +235,31 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(self.root)
 
     def bounds(self):
-        total = sum(kept.bytes for kept in self.pictures.values())
-        for id, kept in list(self.pictures.items()):
-            large = total > self.bound and len(self.pictures) > 1
+        total = sum(kept.bytes for kept in self.images.values())
+        for id, kept in list(self.images.items()):
+            large = total > self.bound and len(self.images) > 1
             if not large and kept.created >= self.now - AGE:
                 break
-            total -= self.pictures.pop(id).bytes
+            total -= self.images.pop(id).bytes
 
     def add(self, client, also=None):
         kept = self.gallery.add(self.image, SETTINGS, client, also)
-        self.pictures[kept.id] = Kept(client, self.now, kept.bytes)
+        self.images[kept.id] = Kept(client, self.now, kept.bytes)
         self.bounds()
         return kept.id
 
     @rule(client=st.sampled_from(CLIENTS))
-    def add_picture(self, client):
+    def add_image(self, client):
         self.add(client)
 
-    @precondition(lambda self: self.pictures)
+    @precondition(lambda self: self.images)
     @rule(data=st.data(), owner=st.sampled_from([None, *CLIENTS]))
-    def remove_picture(self, data, owner):
-        id = data.draw(st.sampled_from(sorted(self.pictures)))
-        mine = owner in (None, self.pictures[id].client)
+    def remove_image(self, data, owner):
+        id = data.draw(st.sampled_from(sorted(self.images)))
+        mine = owner in (None, self.images[id].client)
         assert self.gallery.remove(id, owner) == mine
         if mine:
-            del self.pictures[id]
+            del self.images[id]
 
     @rule(client=st.sampled_from(CLIENTS), number=st.integers(1, 3))
     def accept_job(self, client, number):
@@ -317,15 +317,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.open()
 
     @invariant()
-    def pictures_are_the_models(self):
+    def images_are_the_models(self):
         if not self.boots and not hasattr(self, "gallery"):
             return
         found = self.gallery.page(1000)
         assert [(one.id, one.client, one.created) for one in reversed(found)] == [
-            (id, kept.client, kept.created) for id, kept in self.pictures.items()
+            (id, kept.client, kept.created) for id, kept in self.images.items()
         ]
-        assert sorted(os.listdir(self.gallery.folder)) == [f"{id}.png" for id in self.pictures]
-        assert self.gallery.size() == sum(kept.bytes for kept in self.pictures.values())
+        assert sorted(os.listdir(self.gallery.folder)) == [f"{id}.png" for id in self.images]
+        assert self.gallery.size() == sum(kept.bytes for kept in self.images.values())
         assert self.gallery.size() <= self.bound or len(found) == 1
 
     @invariant()
@@ -370,7 +370,7 @@ def write(folder, said):
             os.write(said, f"{job}\n".encode())
             for place in range(2):
                 also = partial(keep, table, job, place)
-                kept = gallery.add(picture(64), SETTINGS, "ann", also)
+                kept = gallery.add(random_image(64), SETTINGS, "ann", also)
                 os.write(said, f"{job} {place} {kept.id}\n".encode())
 
     for _ in range(3):

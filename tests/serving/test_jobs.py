@@ -258,9 +258,9 @@ def test_a_subscriber_receives_everything_in_order(client, gate):
     heard = list(events)
     names = [name for name, _ in heard]
     assert names[-1] == "end" and heard[-1][1] == client.get_job(job["id"])
-    pictures = [data for name, data in heard if name == "picture"]
-    assert sorted(data["index"] for data in pictures) == [0, 1]
-    assert {data["picture"]["id"] for data in pictures} == {
+    images = [data for name, data in heard if name == "picture"]
+    assert sorted(data["index"] for data in images) == [0, 1]
+    assert {data["picture"]["id"] for data in images} == {
         one["id"] for one in heard[-1][1]["pictures"]
     }
     progress = [data["done"] for name, data in heard if name == "progress"]
@@ -314,9 +314,9 @@ def test_a_slow_subscriber_misses_stale_updates_and_nothing_else():
         return first, await subscriber.updates()
 
     first, second = asyncio.run(asyncio.wait_for(follow(), 10))
-    pictures = [("picture", 300, None), ("picture", 600, None)]
+    images = [("picture", 300, None), ("picture", 600, None)]
     previews = [("preview", 0, 998), ("preview", 1, 999)]
-    assert first == [*pictures, *previews, ("progress", 0, None), ("end", 0, None)]
+    assert first == [*images, *previews, ("progress", 0, None), ("end", 0, None)]
     assert second == [("progress", 0, None)]
 
 
@@ -534,7 +534,7 @@ def test_accepted_jobs_are_drawn_exactly_once_through_kill_9(folder, tmp_path):
                     eventually(lambda: client.ok("GET", "/v1/gallery")["data"])
                 if i == 3:
                     ends = {id: client.end(id) for id in accepted}
-                    pictures = client.ok("GET", "/v1/gallery?limit=200")["data"]
+                    images = client.ok("GET", "/v1/gallery?limit=200")["data"]
         finally:
             os.kill(server.pid, signal.SIGKILL)
             server.join()
@@ -544,7 +544,7 @@ def test_accepted_jobs_are_drawn_exactly_once_through_kill_9(folder, tmp_path):
         assert seeds == [accepted[id], accepted[id] + 1]
     drawn = [one["id"] for job in ends.values() for one in job["pictures"]]
     assert len(set(drawn)) == len(drawn)
-    assert {one["id"] for one in pictures} <= set(drawn)
+    assert {one["id"] for one in images} <= set(drawn)
     assert set(os.listdir(tmp_path / "pictures")) == {f"{id}.png" for id in drawn}
 
 

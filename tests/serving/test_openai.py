@@ -22,7 +22,7 @@ from toy_lora import toy_base, toy_lora
 from toy_server import running
 
 SIZE = "32x16"
-LIMITS = Limits(max_batch=4, steps=500, rate=0, pictures=3)
+LIMITS = Limits(max_batch=4, steps=500, rate=0, images=3)
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +357,6 @@ def test_the_pictures_of_synchronous_requests_are_in_the_gallery(client, server)
     answer = client.images.generate(prompt="kept", size=SIZE, extra_body={"steps": 1})
     gallery = server.app.state.gallery
     server.app.state.gallery_writer.flush()
-    (picture,) = gallery.page(1)
-    assert picture.settings["prompt"] == "kept"
-    assert gallery.png(picture.id) == base64.b64decode(answer.data[0].b64_json)
+    (image,) = gallery.page(1)
+    assert image.settings["prompt"] == "kept"
+    assert gallery.png(image.id) == base64.b64decode(answer.data[0].b64_json)

@@ -398,9 +398,9 @@ def test_a_mask_is_painted_and_only_it_is_drawn_anew(page, tmp_path):
     assert light[:, :64].max() == 0 and light[48:80, 88:104].min() == 255
     assert 0.05 < (light / 255).mean() < 0.35
     page.click("#draw")
-    picture = api(page, f"/v1/jobs/{page.job('done')}")["pictures"][0]
-    assert picture["settings"]["mask"] and picture["settings"]["strength"] == 0.9
-    drawn = pixels(page, picture["id"])[..., :3]
+    image = api(page, f"/v1/jobs/{page.job('done')}")["pictures"][0]
+    assert image["settings"]["mask"] and image["settings"]["strength"] == 0.9
+    drawn = pixels(page, image["id"])[..., :3]
     given = np.array(Image.open(file))
     difference = np.abs(drawn - given).mean(-1)
     assert difference[light > 0].mean() > 2 * difference[:, :48].mean()

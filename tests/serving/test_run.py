@@ -224,7 +224,7 @@ def test_the_pages_numbers_are_the_defaults():
     ):  # fmt: skip
         assert re.search(rf"^\| `{name}`.* {value:,} \|$", PAGE, re.MULTILINE), name
     assert f"| {limits.rate:g}, {limits.burst} |" in PAGE
-    assert f"at most {limits.steps} steps" in PAGE and f"1 to {limits.pictures};" in PAGE
+    assert f"at most {limits.steps} steps" in PAGE and f"1 to {limits.images};" in PAGE
     assert f"{limits.patience:g} seconds of waiting" in PAGE
     assert f"`--drain` seconds ({limits.drain:g})" in PAGE
 

@@ -193,14 +193,14 @@ def test_each_limit_has_its_name_and_a_picture_that_goes_makes_room(reason, limi
     assert refused.value.reason == reason
     admission.release("a", request(), 100.0)
     admission.admit("a", [request()], 100.0)
-    assert admission.pictures == 2
+    assert admission.images == 2
 
 
 def test_one_clients_queue_is_not_anothers():
     admission = Admission(Limits(client_queue=1))
     for client in "abc":
         admission.admit(client, [request()], 1.0)
-    assert admission.pictures == 3
+    assert admission.images == 3
 
 
 def test_what_can_never_fit_is_a_mistake_and_not_a_matter_of_time():
@@ -210,7 +210,7 @@ def test_what_can_never_fit_is_a_mistake_and_not_a_matter_of_time():
 
 def test_how_long_to_wait_follows_from_the_pace_and_from_what_has_to_go():
     admission = Admission(Limits(queue=4))
-    admission.throughput.update(Pass(pictures=1, pixels=100, seconds=2.0))
+    admission.throughput.update(Pass(images=1, pixels=100, seconds=2.0))
     admission.admit("a", [request()] * 4, 4 * 500.0)
     with pytest.raises(Busy) as refused:
         admission.check("b", 2)

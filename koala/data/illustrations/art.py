@@ -88,7 +88,7 @@ def names(art: str) -> list[str]:
 
 
 @lru_cache(maxsize=4096)
-def picture(art: str, name: str, side: int, colour: str | None = None) -> Image.Image:
+def drawing(art: str, name: str, side: int, colour: str | None = None) -> Image.Image:
     """A drawing as RGBA, side x side pixels; `colour` (CSS) for one-colour sets."""
     import resvg_py
 

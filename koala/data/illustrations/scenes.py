@@ -4,7 +4,7 @@ Five kinds. An *emoji* is one drawing on white; so is a *colour-icon*; a *painte
 main colour changed to a named one; an *icon* is a drawing of one colour, which we choose; a *scene*
 is one to four emoji whose number, place, background and, in some, colour we choose. So the captions
 of the last three are true by construction. Planning draws nothing and depends on the settings
-alone; `koala.data.illustrations.pictures` renders.
+alone; `koala.data.illustrations.images` renders.
 
 Splits: `test-concept` holds base concepts that no training picture shows; `test-pair` holds
 (concept, style) pairs whose concept and whose style are both seen in training, never together.

@@ -29,18 +29,18 @@ class Folder:
 
     def parts(self) -> dict[str, int]:
         """One: the folder itself, with its number of images. UserError if there are none."""
-        if not (pictures := _pictures(self.root)):
+        if not (images := _images(self.root)):
             raise UserError(f"{self.root} has no images ({', '.join(SUFFIXES)})")
-        return {".": len(pictures)}
+        return {".": len(images)}
 
     def count(self, part: str) -> int:
         """Number of images."""
-        return len(_pictures(self.root))
+        return len(_images(self.root))
 
     def items(self, part: str, first: int, count: int) -> Iterator[Item]:
         """Images that the metadata does not name have only the caption in their .txt."""
         metadata = _metadata(self.root)
-        for path in _pictures(self.root)[first : first + count]:
+        for path in _images(self.root)[first : first + count]:
             id = path.relative_to(self.root).as_posix()
             record = dict(metadata.get(id, {}))
             beside = path.with_suffix(".txt")
@@ -50,7 +50,7 @@ class Folder:
 
 
 @lru_cache(maxsize=2)
-def _pictures(root: Path) -> list[Path]:
+def _images(root: Path) -> list[Path]:
     return sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 

@@ -41,13 +41,13 @@ class Parquet:
     def count(self, part: str) -> int:
         """Number of rows, from the file's footer."""
         file = _file(self.root / part)
-        _picture_column(self.root / part, file.schema_arrow.names)
+        _image_column(self.root / part, file.schema_arrow.names)
         return file.metadata.num_rows
 
     def items(self, part: str, first: int, count: int) -> Iterator[Item]:
         """The id is the column `id` or `key`, else file name and row number."""
         path = self.root / part
-        column = _picture_column(path, _file(path).schema_arrow.names)
+        column = _image_column(path, _file(path).schema_arrow.names)
         for number, record in _records(path, first, count):
             id = record.get("id") or record.get("key") or f"{path.stem}/{number}"
             read = partial(_read, path, record[column])
@@ -83,7 +83,7 @@ def _group(path: Path, group: int) -> pa.Table:
     return _file(path).read_row_group(group)
 
 
-def _picture_column(path: Path, names: list[str]) -> str:
+def _image_column(path: Path, names: list[str]) -> str:
     for name in (*EMBEDDED, *PATHS):
         if name in names:
             return name
@@ -93,11 +93,11 @@ def _picture_column(path: Path, names: list[str]) -> str:
     )
 
 
-def _read(path: Path, picture: Any) -> bytes:
-    if isinstance(picture, dict):
-        picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, bytes):
-        return picture
-    if not picture:
+def _read(path: Path, image: Any) -> bytes:
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        return image
+    if not image:
         raise OSError("no image in this row")
-    return (path.parent / picture).read_bytes()
+    return (path.parent / image).read_bytes()

@@ -43,9 +43,9 @@ class MetaModels:
     """
 
     def __init__(
-        self, folder: Path, tiny: str | Path | None, size: tuple[int, int], pictures: int
+        self, folder: Path, tiny: str | Path | None, size: tuple[int, int], images: int
     ) -> None:
-        self.folder, self.tiny, self.pictures = folder, tiny, pictures
+        self.folder, self.tiny, self.images = folder, tiny, images
         self.latents = (LATENT_CHANNELS, size[1] // FACTOR, size[0] // FACTOR)
         self.models = cache(self._models)
         self.work = cache(self._work)
@@ -84,7 +84,7 @@ class MetaModels:
         The text encoders read one chunk of a prompt, the U-Net two rows for every image (with
         and without the prompt), the VAE decodes all of them in the way of `decoder`.
         """
-        models, n = self.models(part, dtype, quantised), self.pictures
+        models, n = self.models(part, dtype, quantised), self.images
         (first, *_) = self.models(TEXT, "fp32")
         tokens = first.config.max_position_embeddings
         if part == TEXT:

@@ -13,7 +13,7 @@ from torch import nn
 
 from koala.errors import Failure
 from koala.generation.decode import Decode, full, load_tiny, tiled, tiny
-from koala.generation.image_inputs import encode_picture
+from koala.generation.image_inputs import encode_image
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.offload import GroupOffload, ModelOffload, OneAtATime, Resident
 from koala.generation.memory.plan import GIB, MemoryPlan, Planner
@@ -62,7 +62,7 @@ class Placement:
         """`encode_picture` by the plan."""
         (vae,) = self._models[VAE]
         assert isinstance(vae, AutoencoderKL)
-        return encode_picture(vae, pixels, tiled=self.plan.mode.encoder == "tiled")
+        return encode_image(vae, pixels, tiled=self.plan.mode.encoder == "tiled")
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """A `Decode` by the plan."""

@@ -112,7 +112,7 @@ class MemoryPlan:
     mode: Mode
     device: torch.device
     size: tuple[int, int]  # width, height in pixels
-    pictures: int  # at a time
+    images: int  # at a time
     parts: dict[str, int]  # weights of each part, bytes
     phases: tuple[Phase, ...]
     budget: int | None = None  # bytes
@@ -127,7 +127,7 @@ class MemoryPlan:
         mode, largest = self.mode, max(self.phases, key=lambda phase: phase.total)
         unit, named = (GIB, "GiB") if self.peak >= GIB else (2**20, "MiB")
         within = "" if self.budget is None else f" of {self.budget / unit:,.2f}"
-        many = "1 picture" if self.pictures == 1 else f"{self.pictures} pictures"
+        many = "1 picture" if self.images == 1 else f"{self.images} pictures"
         decodes = {"full": ", decodes whole", "tiled": ", decodes in tiles", "tiny": ", idle"}
         rows = {
             TEXT: (mode.weights, ""),
@@ -166,19 +166,19 @@ class Planner:
         folder: Path,
         device: torch.device,
         size: tuple[int, int],
-        pictures: int = 1,
+        images: int = 1,
         weights: str | None = None,
         decode: str | None = None,
         tiny: str | Path | None = None,
         from_image: bool = False,
     ) -> None:
-        self.device, self.size, self.pictures = device, size, pictures
+        self.device, self.size, self.images = device, size, images
         self.from_image = from_image
         has_own = (folder / decoding.TINY / "config.json").is_file()
         self.tiny = tiny or (folder if has_own or decode == "tiny" else None)
         if self.tiny is not None:
             decoding.tiny_folder(self.tiny)  # refuses a wrong one before anything is planned
-        self._models = MetaModels(folder, self.tiny, size, pictures)
+        self._models = MetaModels(folder, self.tiny, size, images)
         self.modes = list(dict.fromkeys(self._ladder(weights, decode)))
         self.plan = cache(self._plan)
 
@@ -194,7 +194,7 @@ class Planner:
         least = min(map(self.plan, self.modes), key=lambda plan: plan.peak)
         raise UserError(
             f"{allowed / GIB:.2f} GiB is too little for {self.size[0]}x{self.size[1]} pixels, "
-            f"{self.pictures} at a time: the smallest that works is "
+            f"{self.images} at a time: the smallest that works is "
             f"{-(-least.peak * 100 // GIB) / 100:.2f} GiB ({least.mode.summary()})"
         )
 
@@ -252,7 +252,7 @@ class Planner:
             for name, busy, activations in every
         )
         sizes = {part: aligned_size(tensors_of(made)) for part, made in parts.items()}
-        return MemoryPlan(mode, self.device, self.size, self.pictures, sizes, phases)
+        return MemoryPlan(mode, self.device, self.size, self.images, sizes, phases)
 
 
 def _on_device(models: Sequence[nn.Module], place: str) -> tuple[int, int]:

@@ -161,16 +161,16 @@ def _webp(image: Image.Image) -> str:
 
 
 @router.get("/gallery", summary="Finished images, newest first")
-def pictures(request: Request, limit: Limit = 60, before: Before = None) -> dict[str, Any]:
+def list_images(request: Request, limit: Limit = 60, before: Before = None) -> dict[str, Any]:
     gallery: Gallery = request.app.state.gallery
     found = gallery.page(limit, before, owner_of(request))
-    return {"object": "list", "data": [serialise.picture(one) for one in found]}
+    return {"object": "list", "data": [serialise.image(one) for one in found]}
 
 
 @router.get("/gallery/{id}", summary="One image's settings")
-def picture(id: str, request: Request) -> dict[str, Any]:
+def image_settings(id: str, request: Request) -> dict[str, Any]:
     gallery: Gallery = request.app.state.gallery
-    return serialise.picture(_found(gallery.get(id, owner_of(request)), "picture", id))
+    return serialise.image(_found(gallery.get(id, owner_of(request)), "picture", id))
 
 
 @router.get(
@@ -179,7 +179,7 @@ def picture(id: str, request: Request) -> dict[str, Any]:
     response_class=Response,
     responses={200: {"content": {"image/png": {}}}},
 )
-def image(id: str, request: Request) -> Response:
+def image_png(id: str, request: Request) -> Response:
     gallery: Gallery = request.app.state.gallery
     found = _found(gallery.png(id, owner_of(request)), "picture", id)
     return Response(found, media_type="image/png", headers=CACHED)

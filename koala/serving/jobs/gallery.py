@@ -30,7 +30,7 @@ _COLUMNS = "id, client, created, bytes, settings"
 
 
 @dataclass(frozen=True)
-class Picture:
+class GalleryImage:
     """An image in the gallery."""
 
     id: str
@@ -70,7 +70,7 @@ class Gallery:
         client: str,
         also: Callable[[Connection, str], None] | None = None,
         png: bytes | None = None,
-    ) -> Picture:
+    ) -> GalleryImage:
         """Stores an image; it is on disk when this returns. png: the encoded file, if any.
 
         `also(db, id)` runs in the same transaction; if it raises, the image is not stored.
@@ -80,12 +80,12 @@ class Gallery:
         id = self.database.new_id()
         size = self._write(id, image, settings, png) + len(thumbnail)
         values = json.dumps(asdict(settings))
-        picture = Picture(id, client, self.clock(), size, json.loads(values))
+        stored = GalleryImage(id, client, self.clock(), size, json.loads(values))
         try:
             with self.database.transaction() as db:
                 db.execute(
                     f"INSERT INTO pictures ({_COLUMNS}, thumbnail) VALUES (?, ?, ?, ?, ?, ?)",
-                    (id, client, picture.created, size, values, thumbnail),
+                    (id, client, stored.created, size, values, thumbnail),
                 )
                 if also is not None:
                     also(db, id)
@@ -94,9 +94,9 @@ class Gallery:
             self._unlink(id)
             raise
         self._unlink(*gone)
-        return picture
+        return stored
 
-    def get(self, id: str, owner: str | None = None) -> Picture | None:
+    def get(self, id: str, owner: str | None = None) -> GalleryImage | None:
         """The image with an id, or None."""
         if not is_id(id):
             return None
@@ -105,11 +105,11 @@ class Gallery:
             id,
             owner,
         )
-        return _picture(rows[0]) if rows else None
+        return _gallery_image(rows[0]) if rows else None
 
     def page(
         self, limit: int, before: str | None = None, owner: str | None = None
-    ) -> list[Picture]:
+    ) -> list[GalleryImage]:
         """Up to `limit` images, newest first, older than `before`."""
         mine, values = ("", ()) if owner is None else ("AND client = ?", (owner,))
         rows = self.database.rows(
@@ -118,7 +118,7 @@ class Gallery:
             *values,
             limit,
         )
-        return [_picture(row) for row in rows]
+        return [_gallery_image(row) for row in rows]
 
     def png(self, id: str, owner: str | None = None) -> bytes | None:
         """The PNG file with the settings, or None."""
@@ -224,8 +224,8 @@ class Gallery:
                 os.unlink(self._path(id))
 
 
-def _picture(row: Row) -> Picture:
-    return Picture(
+def _gallery_image(row: Row) -> GalleryImage:
+    return GalleryImage(
         row["id"], row["client"], row["created"], row["bytes"], json.loads(row["settings"])
     )
 

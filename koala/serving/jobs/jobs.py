@@ -140,15 +140,15 @@ class Jobs:
             open_job = self._queue.jobs.get(job.id)
         if open_job is None and job.status == "open":  # just accepted, or just ended
             job = self.table.get(job.id) or job
-        pictures = {
+        images = {
             index: found
-            for index, picture in job.ended.items()
-            if picture is not None and (found := self.gallery.get(picture)) is not None
+            for index, stored in job.ended.items()
+            if stored is not None and (found := self.gallery.get(stored)) is not None
         }
         if job.status != "open":
-            return serialise.ended_job(job, pictures)
+            return serialise.ended_job(job, images)
         if open_job is None:
-            return serialise.open_job(job, pictures, None, 0, 0)
+            return serialise.open_job(job, images, None, 0, 0)
         with self._changed:
             started, done = open_job.started, sum(open_job.steps.values())
             submissions = list(open_job.submissions.values())
@@ -160,7 +160,7 @@ class Jobs:
             position = min(submission.position() for submission in submissions)
         else:
             position = ahead + (self._queued_in_service() if queued is None else queued)
-        return serialise.open_job(job, pictures, started, done, position)
+        return serialise.open_job(job, images, started, done, position)
 
     # --- the submitting thread --------------------------------------------------------------
 
@@ -293,9 +293,9 @@ class Jobs:
         if job is not None and job.status != "open":
             self._finish(id)
 
-    def _on_stored(self, open_job: OpenJob, index: int, db: Any, picture: str) -> None:
+    def _on_stored(self, open_job: OpenJob, index: int, db: Any, stored: str) -> None:
         assert open_job.started is not None
-        self.table.image_finished(db, open_job.job.id, index, picture, open_job.started)
+        self.table.image_finished(db, open_job.job.id, index, stored, open_job.started)
 
     def _finish(self, id: str) -> None:
         """Drops an ended job and cancels its images in the service."""

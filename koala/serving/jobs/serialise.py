@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from koala.serving.jobs.gallery import Picture
+from koala.serving.jobs.gallery import GalleryImage
 from koala.serving.jobs.table import Job
 
 PRIORITIES = ("interactive", "batch")  # by their number in `ImageRequest.priority`
 
 
-def picture(found: Picture) -> dict[str, Any]:
+def image(found: GalleryImage) -> dict[str, Any]:
     """An image of the gallery."""
     return {
         "id": found.id,
@@ -23,28 +23,28 @@ def picture(found: Picture) -> dict[str, Any]:
 
 
 def open_job(
-    job: Job, pictures: Mapping[int, Picture], started: float | None, done: int, position: int
+    job: Job, images: Mapping[int, GalleryImage], started: float | None, done: int, position: int
 ) -> dict[str, Any]:
     """A queued or running job; `done` counts steps."""
     status = "queued" if started is None else "running"
-    return {**_job(job, pictures, done), "status": status, "position": position, "started": started}
+    return {**_job(job, images, done), "status": status, "position": position, "started": started}
 
 
-def ended_job(job: Job, pictures: Mapping[int, Picture]) -> dict[str, Any]:
+def ended_job(job: Job, images: Mapping[int, GalleryImage]) -> dict[str, Any]:
     """A job that is done, failed or cancelled."""
     done = sum(job.steps for index in job.ended.values() if index is not None)
     error = None if job.status != "failed" else {"message": job.message, "code": job.code}
-    return {**_job(job, pictures, done), "status": job.status, "error": error}
+    return {**_job(job, images, done), "status": job.status, "error": error}
 
 
-def _job(job: Job, pictures: Mapping[int, Picture], done: int) -> dict[str, Any]:
+def _job(job: Job, images: Mapping[int, GalleryImage], done: int) -> dict[str, Any]:
     return {
         "id": job.id,
         "object": "job",
         "status": "queued",
         "position": 0,
         "progress": {"done": done, "total": job.number * job.steps},
-        "pictures": [{**picture(one), "index": index} for index, one in pictures.items()],
+        "pictures": [{**image(one), "index": index} for index, one in images.items()],
         "error": None,
         "created": job.created,
         "started": job.started,

@@ -130,10 +130,10 @@ class JobTable:
     # --- changes ----------------------------------------------------------------------------
 
     def image_finished(
-        self, db: Connection, id: str, index: int, picture: str, started: float
+        self, db: Connection, id: str, index: int, image: str, started: float
     ) -> None:
         """Records a finished image, in the transaction that stores it. AlreadyEnded."""
-        self._end_image(db, id, index, picture, started)
+        self._end_image(db, id, index, image, started)
         self._end_if_complete(db, id)
 
     def image_failed(
@@ -163,14 +163,14 @@ class JobTable:
             )
 
     def _end_image(
-        self, db: Connection, id: str, index: int, picture: str | None, started: float | None
+        self, db: Connection, id: str, index: int, image: str | None, started: float | None
     ) -> None:
         found = db.execute(
             "UPDATE jobs SET started = ifnull(started, ?) WHERE id = ? AND status = 'open'",
             (started, id),
         ).rowcount
         new = "INSERT OR IGNORE INTO parts (job, place, picture) VALUES (?, ?, ?)"
-        if not found or not db.execute(new, (id, index, picture)).rowcount:
+        if not found or not db.execute(new, (id, index, image)).rowcount:
             raise AlreadyEnded
 
     def _end_if_complete(self, db: Connection, id: str) -> None:

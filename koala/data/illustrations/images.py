@@ -44,13 +44,13 @@ def render(row: PlannedImage, size: int) -> Image.Image:
 def _drawn(layer: Layer, side: int) -> Image.Image:
     """A layer's drawing as RGBA, in its ink if it has one."""
     if layer.ink is None:
-        return art.picture(layer.art, layer.name, side)
+        return art.drawing(layer.art, layer.name, side)
     if art.ART_SETS[layer.art].kind == "icon":
-        return art.picture(layer.art, layer.name, side, INKS[layer.ink])
-    return repainted(art.picture(layer.art, layer.name, side), layer.ink)
+        return art.drawing(layer.art, layer.name, side, INKS[layer.ink])
+    return repainted(art.drawing(layer.art, layer.name, side), layer.ink)
 
 
-def prepare_pictures(settings: Illustrations, out: Path, workers: int | None = None) -> int:
+def prepare_images(settings: Illustrations, out: Path, workers: int | None = None) -> int:
     """Renders the set described by `settings` into `out`; returns the number of images.
 
     The same call resumes an interrupted run; UserError for a folder made with other settings.
@@ -109,7 +109,7 @@ def shards_at(place: str | Path) -> list[Path]:
     return shards
 
 
-class PictureSet:
+class ImageSet:
     """Reads a folder of image shards, or one shard; images are decoded on access."""
 
     def __init__(self, folder: str | Path):

@@ -41,7 +41,7 @@ class PrepareReport:
         """For the terminal."""
         lines = []
         if self.pictures:
-            lines.append(f"{sum(self.images.values()):7,} images in {self.out}")
+            lines.append(f"{sum(self.pictures.values()):7,} images in {self.out}")
             lines += [f"{n:7,} {what}" for what, n in sorted(self.pictures.items())]
         if self.latents:
             lines += self.latents.lines(self.out)

@@ -245,7 +245,7 @@ class Engine:
         self._active = [ticket for ticket in self._active if ticket not in late]
         for ticket in late:
             ticket.row = None
-            fail(ticket, Late("the picture missed its deadline"))
+            fail(ticket, Late("the image missed its deadline"))
 
     def _admit(self) -> None:
         """Starts waiting requests, in their order, as long as there is room."""

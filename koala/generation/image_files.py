@@ -31,7 +31,7 @@ def open_image(file: str | Path | Image.Image) -> Image.Image:
     UserError for a file that is no image, is truncated, or holds more than 64 million pixels.
     """
     if isinstance(file, Image.Image):
-        return _upright(file, "the picture")
+        return _upright(file, "the image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
@@ -40,7 +40,7 @@ def open_image(file: str | Path | Image.Image) -> Image.Image:
     except UserError:
         raise
     except _UNREADABLE as error:
-        raise UserError(f"{file} cannot be read as a picture: {error}") from None
+        raise UserError(f"{file} cannot be read as an image: {error}") from None
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
@@ -50,7 +50,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
             f"{name} is {width}x{height}: allowed are {MOST_PIXELS:,} pixels; make it smaller"
         )
     if image.mode not in _RGB_LIKE:
-        raise UserError(f"{name} has the mode {image.mode}: allowed are pictures of 8 bits")
+        raise UserError(f"{name} has the mode {image.mode}: allowed are images of 8 bits")
     turned = ImageOps.exif_transpose(image)
     turned.load()
     return turned

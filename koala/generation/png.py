@@ -83,7 +83,7 @@ def read_settings(path: str | Path) -> Settings:
         with Image.open(path) as image:
             text = image.info.get("koala")
     except OSError as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
     names = {field.name for field in fields(Settings)}
     later = {field.name for field in fields(Settings) if field.default is not MISSING}
     try:

@@ -99,6 +99,7 @@ def _downsampled(conv: nn.Conv2d, tiles: list[Tensor]) -> Iterator[Tensor]:
     """
     coming = _popped(tiles)
     x: Tensor | None = next(coming)
+    assert x is not None
     while x is not None:
         after = next(coming, None)
         below = torch.zeros_like(x[:, :, :1]) if after is None else after[:, :, :1]
@@ -134,6 +135,7 @@ def _with_neighbours(tiles: Iterable[Tensor]) -> Iterator[Tensor]:
     """Every tile with the row above and the row below it, zeros outside the image."""
     coming = iter(tiles)
     x: Tensor | None = next(coming)
+    assert x is not None
     above = torch.zeros_like(x[:, :, :1])  # outside the image
     while x is not None:
         after = next(coming, None)

@@ -1,6 +1,6 @@
 """Contact sheets: many images with captions on one page.
 
-The demo and training previews use `contact_sheet`; the evaluation's report uses `picture_grid`,
+The demo and training previews use `contact_sheet`; the evaluation's report uses `image_grid`,
 with one row per model and one column per prompt.
 """
 

@@ -34,7 +34,7 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     ([*GENERATE, "--lora", "gone.safetensors:0,8"], "LoRA scale is '0,8'"),
     ([*GENERATE, "--lora", "gone.safetensors:200"], "LoRA scale is 200.0"),
     ([*GENERATE, "--lora", "gone.safetensors"], "gone.safetensors cannot be read"),
-    ([*GENERATE, "--image", "gone.png"], "gone.png cannot be read as a picture"),
+    ([*GENERATE, "--image", "gone.png"], "gone.png cannot be read as an image"),
     ([*GENERATE, "--image", "black.png", "--mask", "black.png"], "the mask is dark everywhere"),
     ([*GENERATE, "--backend", "openvion"], "unknown backend 'openvion': .* mean openvino?"),
     ([*GENERATE, "--weights", "fp61"], "unknown weights 'fp61': .*; did you mean fp16?"),

@@ -134,7 +134,7 @@ def test_generate_refuses_pictures(toy_sdxl, tmp_path, capsys):
     Image.new("L", (64, 48), "white").save(mask)
     Image.new("1", (20_000, 20_000)).save(bomb)
     for given, said in (
-        (["--image", image, "--mask", mask], "the mask is 64x48, its picture 64x64"),
+        (["--image", image, "--mask", mask], "the mask is 64x48, its image 64x64"),
         (["--image", image, "--strength", "1.5"], "strength is 1.5"),
         (["--image", bomb], "400000000 pixels) exceeds limit"),
     ):

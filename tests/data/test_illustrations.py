@@ -211,8 +211,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(packages, tmp_path):
     prepare_images(TOY, whole, workers=1)
     code = (
         "from pathlib import Path; from koala.data.illustrations.scenes import Illustrations as I; "
-        "from koala.data.illustrations.images import prepare_pictures; "
-        f"prepare_pictures(I(**{asdict(TOY)!r}), Path({str(broken)!r}), workers=1)"
+        "from koala.data.illustrations.images import prepare_images; "
+        f"prepare_images(I(**{asdict(TOY)!r}), Path({str(broken)!r}), workers=1)"
     )
     job = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     while not list(broken.glob("*.parquet")):
@@ -310,7 +310,7 @@ def test_a_package_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # where there is no npm
     with pytest.raises(UserError, match=r"emojibase-data@.*npm is not installed"):
         package("emojibase-data")
-    with pytest.raises(UserError, match="unknown asset package"):
+    with pytest.raises(UserError, match="unknown data package"):
         package("left-pad")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 

@@ -207,14 +207,14 @@ def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path, pipeline):
     Image.new("1", (9000, 9000)).save(tmp_path / "large.png")
     Image.new("RGB", (16, 16)).save(tmp_path / "program.eps")  # what reads it runs a program
     reasons = {
-        "bomb.png": "cannot be read as a picture.*exceeds limit",
+        "bomb.png": "cannot be read as an image.*exceeds limit",
         "large.png": "is 9000x9000: allowed are 64,000,000 pixels",
-        "text.png": "cannot be read as a picture",
-        "empty.png": "cannot be read as a picture",
-        "torn.png": "cannot be read as a picture",
+        "text.png": "cannot be read as an image",
+        "empty.png": "cannot be read as an image",
+        "torn.png": "cannot be read as an image",
         "missing.png": "No such file",
         "deep.png": "has the mode I;16",
-        "program.eps": "cannot be read as a picture: cannot identify",
+        "program.eps": "cannot be read as an image: cannot identify",
         ".": "Is a directory",
     }
     for name, reason in reasons.items():
@@ -232,7 +232,7 @@ def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path, pipeline):
         ({"image": True, "strength": float("nan")}, "strength is nan"),
         ({"image": True, "strength": 0.09}, "strength 0.09 of 10 steps leaves no step"),
         ({"mask": True}, "a mask needs an image"),
-        ({"image": True, "mask": (32, 48)}, "the mask is 32x48, its picture 64x48"),
+        ({"image": True, "mask": (32, 48)}, "the mask is 32x48, its image 64x48"),
         ({"image": True, "mask": "dark"}, "the mask is dark everywhere"),
     ],
 )

@@ -145,7 +145,7 @@ def hungry(run, placement, allowed: str):
 
 
 def test_memory_that_ends_while_a_request_begins_is_a_step_down_too(folder):
-    """Its text and its picture are read then."""
+    """Its text and its image are read then."""
     expected = drawn(load(folder, "cpu"))
     lines: list[str] = []
     planner = Planner(folder, CPU, (64, 64), weights="fp32")

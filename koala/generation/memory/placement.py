@@ -59,7 +59,7 @@ class Placement:
         self._device.add(_PLACES[mode.place_of(part)](models, device), first)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """`encode_picture` by the plan."""
+        """`encode_image` by the plan."""
         (vae,) = self._models[VAE]
         assert isinstance(vae, AutoencoderKL)
         return encode_image(vae, pixels, tiled=self.plan.mode.encoder == "tiled")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from koala.recipes.recipe import Mixture, Recipe, Student, Teacher
     from koala.recipes.train import distill
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "checkpoints.compress": ("CompressReport", "compress"),

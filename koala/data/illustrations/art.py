@@ -63,7 +63,7 @@ def _plain(hexcode: str) -> str:
 
 @cache
 def by_code_point(art: str) -> dict[str, str]:
-    """Emoji code points ('1f98a') -> the drawing's name for `picture`."""
+    """Emoji code points ('1f98a') -> the drawing's name for `drawing`."""
     folder = package(ART_SETS[art].package)
     if (folder / "chars.json").is_file():
         return {_plain(h): n for h, n in json.loads((folder / "chars.json").read_text()).items()}

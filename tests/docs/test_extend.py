@@ -11,7 +11,7 @@ import torch
 
 from koala.generation import load, samplers
 from toy_server import running
-from toy_sources import picture
+from toy_sources import image
 
 PAGE = Path(__file__).parents[2] / "docs" / "extend.md"
 SECTIONS = re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", PAGE.read_text(), re.DOTALL | re.M)
@@ -24,7 +24,7 @@ def desk(tmp_path, toy_sdxl, monkeypatch) -> Path:
     (tmp_path / "path" / "to" / "sdxl").symlink_to(toy_sdxl)
     with zipfile.ZipFile(tmp_path / "animals.zip", "w") as archive:
         for n in range(24):
-            archive.writestr(f"a fox, number {n}.jpg", picture(n))
+            archive.writestr(f"a fox, number {n}.jpg", image(n))
     for table in ("SAMPLERS", "BY_NAME"):
         monkeypatch.setattr(samplers, table, dict(getattr(samplers, table)))
     monkeypatch.chdir(tmp_path)

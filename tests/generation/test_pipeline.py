@@ -328,7 +328,7 @@ def test_the_largest_seed_is_a_seed(pipeline):
 
 def test_a_device_that_is_not_there_is_refused(folders):
     for device in ("tpu9", "xpu"):
-        with pytest.raises(UserError, match=f"'{device}' is not there.*cpu"):
+        with pytest.raises(UserError, match=f"'{device}' is not available.*cpu"):
             load(folders["koala"], device=device)
 
 

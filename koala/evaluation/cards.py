@@ -21,7 +21,7 @@ def check_cards(models: Mapping[str, str | Path]) -> None:
 
 
 def enter(report: EvaluationReport, models: Mapping[str, str | Path]) -> None:
-    """Writes each model's row and the real pictures' into its model card.
+    """Writes each model's row and the real images' into its model card.
 
     models: name in the report -> folder, as given to `evaluate`.
     """

@@ -63,7 +63,7 @@ def extract(
     Args:
         extractor: uint8 [n, 3, h, w] -> float [n, d]; in evaluation mode; the images
             go to the device of its parameters.
-        pictures: at least one, of one size in each batch; read batch by batch.
+        images: at least one, of one size in each batch; read batch by batch.
         batch: images in one forward pass.
         on_batch: called after each batch with its number of images.
 
@@ -87,9 +87,9 @@ def as_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 
 def at_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scales a real picture down to the (width, height) of the generated images.
+    """Scales a real image down to the (width, height) of the generated images.
 
-    Otherwise a distance would mostly measure the resolution. Smaller pictures stay as they are.
+    Otherwise a distance would mostly measure the resolution. Smaller images stay as they are.
     """
     image = image.convert("RGB")
     if image.width <= size[0] and image.height <= size[1]:

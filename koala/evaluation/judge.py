@@ -1,4 +1,4 @@
-"""Prompt alignment, measured by a judge trained on real pictures only.
+"""Prompt alignment, measured by a judge trained on real images only.
 
 Two small heads project frozen image features (EfficientNet-Lite0) and text features (MiniLM) into
 one space. They are trained with InfoNCE, like CLIP. The judge ranks all prompts for each image;
@@ -73,7 +73,7 @@ class Judge(nn.Module):
         """Trains a judge, deterministically.
 
         Args:
-            picture_features: float [n, d_p].
+            image_features: float [n, d_p].
             text_features: float [n, k, d_t], the captions of each image; a step uses a random one.
             groups: int64 [n]; images of one group share a caption, so they match each other's.
             concepts: int64 [n]; a tenth of the concepts is held out, and the epoch that ranks
@@ -104,7 +104,7 @@ class Judge(nn.Module):
         """R@1, R@5 and R@10 from image to text, in 0..1. A wrong text wins a tie.
 
         Args:
-            picture_features: float [n, d_p].
+            image_features: float [n, d_p].
             text_features: float [n, d_t]; text i belongs to image i, and all texts are candidates.
                 Parallel rows (the same text twice) match each other's images.
         """

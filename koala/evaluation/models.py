@@ -37,7 +37,7 @@ def check(
 ) -> tuple[int, int]:
     """Checks the arguments of `evaluate`; returns the models' (width, height) in pixels.
 
-    UserError for an unknown model, different sizes, a folder without prepared pictures, and so on.
+    UserError for an unknown model, different sizes, a folder without prepared images, and so on.
     """
     from koala.data.illustrations.images import shards_at
 

@@ -1,8 +1,8 @@
 """Evaluates models: distances and retrieval, as a table and a contact sheet.
 
 All models generate the same prompts with the same noise. The prompts are captions of held-out real
-pictures whose concept and style both occur in training, but never together. The first row is those
-real pictures, an upper bound for the models.
+images whose concept and style both occur in training, but never together. The first row is those
+real images, an upper bound for the models.
 """
 
 import json
@@ -52,10 +52,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Computes all metrics, from the features of the real pictures.
+    """Computes all metrics, from the features of the real images.
 
-    held_out [m, d]: the reference of the distances. own [n, d]: the prompts' real pictures, part of
-    the reference. others [n, d]: real pictures of the training split. texts [n, d_t]: the prompts.
+    held_out [m, d]: the reference of the distances. own [n, d]: the prompts' real images, part of
+    the reference. others [n, d]: real images of the training split. texts [n, d_t]: the prompts.
     """
 
     held_out: Tensor
@@ -94,22 +94,22 @@ def evaluate(
     extractor: nn.Module | None = None,
     sentences: Sentences | None = None,
 ) -> EvaluationReport:
-    """Measures models against held-out real pictures and writes a report.
+    """Measures models against held-out real images and writes a report.
 
     Args:
         models: name in the report -> folder or bundled model.
-        pictures: folder of prepared pictures with the splits train, test-pair and test-concept.
+        images: folder of prepared images with the splits train, test-pair and test-concept.
         out: folder for report.json, report.md, sheet.png and judge.safetensors.
         prompts: number of held-out pairs, chosen by the hash of their id.
         seeds: evaluation seeds, from 0.
         steps, guidance: of sampling.
         notes: name in the report -> a note, such as the samples seen.
-        judge: judge.safetensors of an earlier report on the same pictures; None trains one.
+        judge: judge.safetensors of an earlier report on the same images; None trains one.
         extractor: image features, uint8 [n, 3, h, w] -> [n, d]; None for EfficientNet-Lite0.
         sentences: text features, n texts -> [n, d_t] of length 1; None for MiniLM.
 
     Raises:
-        UserError: an unknown model, too few pictures, a read-only folder, a missing package.
+        UserError: an unknown model, too few images, a read-only folder, a missing package.
     """
     size = check(models, images, prompts, seeds, steps, guidance, judge)
     notes = dict(notes or {})
@@ -151,10 +151,10 @@ def evaluate(
 
 
 def choose(real: ImageSet, prompts: int) -> tuple[list[int], list[int], list[int]]:
-    """Row indices of the prompts' pictures, the reference and the judge's training set.
+    """Row indices of the prompts' images, the reference and the judge's training set.
 
-    Ordered by the hash of the id, so that the order and number of pictures do not matter. No
-    caption occurs twice among the prompts. The reference is all held-out pictures, with those of
+    Ordered by the hash of the id, so that the order and number of images do not matter. No
+    caption occurs twice among the prompts. The reference is all held-out images, with those of
     the prompts.
     """
 

@@ -71,16 +71,16 @@ class EvaluationReport:
 {self.table()}
 
 Cells are mean ± standard deviation (min to max) over the evaluation seeds {s["seeds"]}; real
-pictures have no seed. The {s["prompts"]} prompts are captions of held-out (concept, style) pairs;
+images have no seed. The {s["prompts"]} prompts are captions of held-out (concept, style) pairs;
 training contained each concept and each style, but not the pair. Images have {s["size"]} pixels,
-{s["steps"]} steps and guidance {s["guidance"]}; larger real pictures are scaled down. Image i of
+{s["steps"]} steps and guidance {s["guidance"]}; larger real images are scaled down. Image i of
 evaluation seed s has seed {s["prompts"]} s + i for every model.
 
 Distances are to {s["reference pictures"]} held-out real pictures (pairs and whole concepts), in
 EfficientNet-Lite0 features, which no training loss uses. Compare them within this table only:
 FD-EffLite0 is not FID and depends on the number of images. The kernel distance is the unbiased
-estimate of KID. The prompts' own pictures are part of the reference, so the first row has the
-distances of {s["prompts"]} other real pictures, of the training split.
+estimate of KID. The prompts' own images are part of the reference, so the first row has the
+distances of {s["prompts"]} other real images, of the training split.
 
 R@k is the share of images whose own prompt is among the k that the judge ranks highest of all
 {s["prompts"]}. The judge was trained on {self.judge["pictures"]} real pictures of the training

@@ -88,7 +88,7 @@ def load(
         encoders in; by default the largest that fits.
     decode: "full", "tiled" (by rows) or "tiny" (a tiny autoencoder); by default what fits.
     tiny_vae: folder or Hub id of the tiny autoencoder; by default the model's own.
-    size, pictures, from_image: what the plan must hold: the images' size as in
+    size, images, from_image: what the plan must hold: the images' size as in
         `Pipeline.requests`, how many will be asked for at once, and whether they start from
         others. Without a plan they are not used.
 

@@ -370,7 +370,7 @@ def test_the_command_prepares_and_reports(folder, toy_sdxl, tmp_path, capsys):
     table = pa.ipc.open_file(pa.memory_map(str(out / "shards.arrow"))).read_all()
     assert table["height"].to_pylist() == [64] * len(table)
     assert main([*given, "--long-captions", "chunks"]) == 2
-    assert "none are asked for" in capsys.readouterr().err
+    assert "applies to stored embeddings only; add --text" in capsys.readouterr().err
 
 
 def test_the_pages_commands_do_what_they_say(files, toy_sdxl, tmp_path, monkeypatch, capsys):

@@ -245,7 +245,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(folder: Path) -> 
     for rank, kind in enumerate((Failure, FailedElsewhere)):
         for (name, message), seen in zip(told[rank]["raised"], (24, 28), strict=False):
             assert name == kind.__name__
-            assert message.endswith(f"stopped after {seen} samples; run again to go on")
+            assert message.endswith(f"stopped after {seen} samples; run again to continue")
     asked = sorted(told[0]["asked"][0] + told[1]["asked"][0])
     assert asked == list(range(24))
 
@@ -273,7 +273,7 @@ def test_a_run_goes_on_with_other_processes(folder: Path, course: Path, base: Pa
     ("hardware", "message"),
     [
         (Hardware(accumulate=3), "a batch of 4 does not divide into 3 equal parts"),
-        (Hardware(sharding="fsdp"), "sharding=fsdp needs several processes: start with `torchrun"),
+        (Hardware(sharding="fsdp"), "sharding=fsdp needs several processes: start it with `torchrun"),
         (Hardware(teacher="sharded"), "teacher=sharded needs several processes"),
         (Hardware(teacher="offloaded"), "on the CPU the teacher is in main memory anyway"),
         (Hardware(compile="fast"), "compile=fast: choose one of .*inductor"),

@@ -26,7 +26,7 @@ def test_the_page_works(tmp_path, monkeypatch, capsys):
             program, *arguments = shlex.split(line)
             assert program == "koala" and main(arguments) == 0, capsys.readouterr().err
             commands += 1
-    assert commands == 7
+    assert commands == 8
     assert len(list((tmp_path / "pictures").glob("a-fox-noto-style-*.png"))) == 6
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 10
     assert names["doomed"].cancelled() and names["owl"].size == names["car"].size == (128, 128)
@@ -44,4 +44,4 @@ def test_the_pages_figures_are_those_of_the_record():
     row = next(line for line in PAGE.splitlines() if line.startswith("| 0."))
     figures = [float(cell) for cell in row.strip("|").split("|")]
     assert figures == list(record["times that"].values())
-    assert f"{record['processor seconds of one image, 10 steps']:.2f} s" in PAGE
+    assert f"{record['processor seconds of one picture, 10 steps']:.2f} s" in PAGE

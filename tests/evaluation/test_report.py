@@ -218,11 +218,11 @@ def test_too_little_to_train_a_judge_on_is_told(tmp_path):
         ({"models": {"one": "no-such-model"}}, "no-such-model"),
         ({"notes": {"two": "x"}}, "notes on"),
         ({"judge": "missing.safetensors"}, "missing.safetensors"),
-        ({"pictures": "nowhere"}, "nowhere"),
+        ({"images": "nowhere"}, "nowhere"),
     ],
 )
 def test_a_users_mistake_is_told_before_anything_is_drawn(wrong, says, images, model, tmp_path):
-    given = {"models": {"one": model}, "pictures": images, **TOY, **wrong}
+    given = {"models": {"one": model}, "images": images, **TOY, **wrong}
     with pytest.raises(UserError, match=says):
         evaluate(**given, out=tmp_path / "out", extractor=Colours(), sentences=letters)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

@@ -39,7 +39,7 @@ _ENCODERS: dict[str, Callable[[Any, Tensor], Tensor]] = {  # one image at a time
 class MetaModels:
     """The parts of a model folder, and the tiny autoencoder `tiny`, if any.
 
-    size: of the images, (width, height) in pixels. pictures: how many at a time.
+    size: of the images, (width, height) in pixels. images: how many at a time.
     """
 
     def __init__(

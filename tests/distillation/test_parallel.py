@@ -273,7 +273,7 @@ def test_a_run_goes_on_with_other_processes(folder: Path, course: Path, base: Pa
     ("hardware", "message"),
     [
         (Hardware(accumulate=3), "a batch of 4 does not divide into 3 equal parts"),
-        (Hardware(sharding="fsdp"), "sharding=fsdp needs several processes: start it with `torchrun"),
+        (Hardware(sharding="fsdp"), "sharding=fsdp needs several processes: start it with"),
         (Hardware(teacher="sharded"), "teacher=sharded needs several processes"),
         (Hardware(teacher="offloaded"), "on the CPU the teacher is in main memory anyway"),
         (Hardware(compile="fast"), "compile=fast: choose one of .*inductor"),

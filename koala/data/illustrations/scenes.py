@@ -134,22 +134,6 @@ def plan(settings: Illustrations) -> list[PlannedImage]:
     return rows
 
 
-def known_words(settings: Illustrations) -> dict[str, list[str]]:
-    """What a model of the set has been shown, as a person would say it: by kind, in order."""
-    shown = {c.name for c in concepts() if c.key not in settings.unseen}
-    return {
-        "things": [name for name in settings.names or () if name in shown],
-        "styles": [
-            *(art.ART_SETS[s].style for s in settings.styles),
-            *dict.fromkeys(style for v in VARIANTS.values() for style in v.values()),
-        ],
-        "colours": [*INKS],
-        "backgrounds": [*BACKGROUNDS],
-        "numbers": ["one", *NUMBERS.values()],
-        "places": ["to the left of", "to the right of", "above", "below", "next to", "and"],
-    }
-
-
 def _split_of_concept(settings: Illustrations, key: str) -> str:
     held = key in settings.unseen or hashed("concept", key) < settings.test_concepts
     return "test-concept" if held else "train"

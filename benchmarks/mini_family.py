@@ -45,8 +45,8 @@ makes this page.
 
 The runs differ from the recipes of `koala/recipes/mini.py` as follows:
 
-- They are of version 0.1.0, with its image set of some 300 things. Since then the set has 581 things,
-  other captions and another mixture, and the teacher's recipes ask for more samples.
+- They are of version 0.1.0, whose image set has some 300 things. It now has 581, with new captions
+  and another mixture, and the teacher's recipes ask for more samples.
 - VAE and text encoders came first, by `mini-base`, in separate processes. The decoder's number of
   samples was changed while they trained (the recipe in their run.json was rewritten), and again,
   from 64,000 to 44,000, after 26,400 of its own. The mixture of images was added to the recipe

@@ -142,7 +142,7 @@ def separable(concepts: int, each: int, seed: int = 0) -> dict[str, torch.Tensor
     ids = torch.arange(concepts).repeat_interleave(each)
     text = F.normalize((hidden @ to_text)[:, None] + 0.05 * noise[1], dim=-1)
     return {
-        "picture_features": hidden @ to_image + 0.1 * noise[0],
+        "image_features": hidden @ to_image + 0.1 * noise[0],
         "text_features": text,
         "groups": ids,
         "concepts": ids,
@@ -156,7 +156,7 @@ def judge() -> Judge:
 
 def test_a_judge_finds_unseen_concepts_and_is_at_chance_when_shuffled(judge):
     unseen = separable(60, 1, seed=5)
-    images, texts = unseen["picture_features"], unseen["text_features"][:, 0]
+    images, texts = unseen["image_features"], unseen["text_features"][:, 0]
     found = judge.retrieval(images, texts)
     assert found["R@1"] > 0.9
     assert found["R@5"] >= found["R@1"]
@@ -168,7 +168,7 @@ def test_a_judge_finds_unseen_concepts_and_is_at_chance_when_shuffled(judge):
 
 def test_a_text_given_twice_is_right_for_both(judge):
     unseen = separable(2, 1, seed=6)
-    images = unseen["picture_features"][[0, 0, 1, 1]]
+    images = unseen["image_features"][[0, 0, 1, 1]]
     texts = unseen["text_features"][[0, 0, 1, 1], 0]
     assert judge.retrieval(images, texts)["R@1"] == 1
     assert judge.retrieval(images, texts.flip(0))["R@1"] == 0
@@ -194,7 +194,7 @@ def test_a_judge_is_a_function_of_its_seed(judge):
 def test_a_saved_judge_judges_the_same(judge, tmp_path):
     judge.save(path := tmp_path / "judge.safetensors")
     loaded, unseen = Judge.load(path), separable(30, 1, seed=8)
-    asked = unseen["picture_features"], unseen["text_features"][:, 0]
+    asked = unseen["image_features"], unseen["text_features"][:, 0]
     assert loaded.retrieval(*asked) == judge.retrieval(*asked)
     assert loaded.about == judge.about
     assert int(judge.about["pictures"]) == 540

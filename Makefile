@@ -10,11 +10,12 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python -m koala.generation.demo --out demo.png
 
-# OpenVINO runs by itself: trainings crash in a process that has used it. Ray too: its cluster is many
-# processes. torchao lies in a folder of its own: beside diffusers it warns at every start (docs/log.md).
+# Two processes, each with whole files, fill two cores. OpenVINO runs by itself: trainings crash in a
+# process that has used it. Ray too: its cluster is many processes. torchao lies in a folder of its own:
+# beside diffusers it warns at every start (docs/log.md).
 ALONE := tests/generation/test_openvino.py tests/serving/test_scaleout.py tests/distillation/test_optimizers.py
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/distillation/test_optimizers.py
 	$(BIN)/python -m pytest tests/generation/test_openvino.py
 	$(BIN)/python -m pytest tests/serving/test_scaleout.py

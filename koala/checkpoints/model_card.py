@@ -75,7 +75,7 @@ class Trained:
 class Evaluated:
     """What `koala evaluate` measured."""
 
-    table: str  # Markdown: the real pictures' row and the model's
+    table: str  # Markdown: the real images' row and the model's
     settings: dict[str, Any]
     hardware: str
 

@@ -79,7 +79,7 @@ def _prepare_arguments(p: Parser) -> None:
     stored.add_argument("--text", action="store_true", help="store the captions' embeddings too")
     stored.add_argument(
         "--long-captions", metavar="POLICY",
-        help="how stored embeddings tell captions that are too long: "
+        help="how stored embeddings handle captions that are too long: "
         f"{listed(POLICIES)} (default sentences)",
     )  # fmt: skip
     stored.add_argument(

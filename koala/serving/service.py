@@ -100,7 +100,7 @@ class Service:
         self.pipeline, self.limits, self.lora_folder = pipeline, limits, loras
         self.metrics = metrics or Metrics()
         self.ready = False
-        self.max_batch = limits.max_batch or 1  # pictures of the native size
+        self.max_batch = limits.max_batch or 1  # images of the native size
         self._admission = Admission(limits)
         self._fair_queue = FairQueue(limits.patience)
         self._sizes = sizes

@@ -81,7 +81,7 @@ def test_the_published_table_is_whole():
         get("koala-turbo-2b")
 
 
-def test_a_pictures_operations_are_all_its_evaluations_and_the_decoder(toy_sdxl):
+def test_a_images_operations_are_all_its_evaluations_and_the_decoder(toy_sdxl):
     pipeline, chosen = load(toy_sdxl, "cpu"), subject(str(toy_sdxl))
     one = flops(from_unet_config(pipeline.unet.config), 64, 64, pipeline.conditioner.tokens)
     decoder = image_flops(pipeline, chosen) - 20 * one  # 10 steps, with guidance

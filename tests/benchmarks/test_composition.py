@@ -127,7 +127,7 @@ def test_what_is_wrong_is_told(grader):
     assert sum(places) <= 0.2 * len(places)  # by that judge
 
 
-def test_an_empty_picture_shows_no_ink_and_its_ground(grader):
+def test_an_empty_image_shows_no_ink_and_its_ground(grader):
     row = next(row for row in prompts(TOY) if aspect(row) == "ink" and " on a pale" in row.short)
     empty = render(replace(row, layers=()), TOY.size)
     assert grader.grade(row, empty) == {"ground": True, "ink": False}

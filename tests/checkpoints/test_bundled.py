@@ -48,7 +48,7 @@ def test_no_path_of_another_machine_is_in_it():
     assert "Google" in (FOLDER / "NOTICE.txt").read_text()
 
 
-def test_plain_diffusers_draws_the_same_picture(pipeline):
+def test_plain_diffusers_draws_the_same_image(pipeline):
     plain = StableDiffusionXLPipeline.from_pretrained(FOLDER)
     noise = Noise(7, (1, 4, 16, 16), torch.device("cpu")).draw()
     theirs = plain(
@@ -59,7 +59,7 @@ def test_plain_diffusers_draws_the_same_picture(pipeline):
     assert np.abs(ours - theirs).max() <= 1 / 255
 
 
-def test_words_change_the_picture(pipeline):
+def test_words_change_the_image(pipeline):
     """Guided pictures follow their background's name: its colour is known to the pixel."""
     for name, colour in (("light blue", (0xD5, 0xE8, 0xFF)), ("black", (0x1A, 0x1A, 0x1A))):
         images = pipeline(f"a dog on a {name} background, noto style", number=4, seed=1).images
@@ -69,7 +69,7 @@ def test_words_change_the_picture(pipeline):
         assert np.abs(np.median(corners, axis=0) - colour).max() < 48, name
 
 
-def test_a_picture_takes_little_memory():
+def test_a_image_takes_little_memory():
     code = (
         "import koala, re\n"
         "koala.load('koala-mini', 'cpu')('a fox', seed=0)\n"

@@ -126,7 +126,7 @@ def test_generate_refuses(given, said, toy_sdxl, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_generate_refuses_pictures(toy_sdxl, tmp_path, capsys):
+def test_generate_refuses_images(toy_sdxl, tmp_path, capsys):
     """A mask of another size, a strength out of its range, and a bomb."""
     out = ["--model", str(toy_sdxl), "--out", str(tmp_path / "out")]
     image, mask, bomb = (str(tmp_path / name) for name in ("a.png", "mask.png", "bomb.png"))
@@ -155,7 +155,7 @@ def test_compress_reports(toy_sdxl, tmp_path, capsys):
     given = ["compress", str(toy_sdxl), "--to", "koala-700m", "--out", str(tmp_path / "small")]
     assert main(given) == 0
     assert "inherited" in capsys.readouterr().out
-    assert "exists" in refused(capsys, *given) or "not empty" in refused(capsys, *given)
+    assert "small exists and is not empty; name a new folder" in refused(capsys, *given)
     assert "koala-700m" in refused(capsys, *given[:2], "--to", "koala-2b", "--out", "x")
 
 

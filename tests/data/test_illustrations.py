@@ -53,7 +53,7 @@ def test_plan_depends_on_the_settings_alone(rows):
     assert len({r.id for r in rows}) == len(rows)
 
 
-def test_test_concepts_are_in_no_training_picture(rows):
+def test_test_concepts_are_in_no_training_image(rows):
     held = {r.concept for r in rows if r.split == "test-concept"}
     assert held
     for row in rows:
@@ -189,7 +189,7 @@ def test_share_alike_sets_are_left_out_of_what_is_trained_on(packages):
             assert art.ART_SETS[name].author in art.notice([*used])
 
 
-def test_pictures_come_back_as_they_were_drawn(packages, rows, tmp_path):
+def test_images_come_back_as_they_were_drawn(packages, rows, tmp_path):
     assert prepare_images(TOY, tmp_path, workers=1) == len(rows)
     images = ImageSet(tmp_path)
     assert len(images) == len(rows)

@@ -67,7 +67,7 @@ def samples(out: Path) -> list[tuple[str, str, bytes]]:
     return sorted(found)
 
 
-def test_every_picture_is_there_as_the_vae_sees_it(prepared, files, toy_sdxl):
+def test_every_image_is_there_as_the_vae_sees_it(prepared, files, toy_sdxl):
     out, summary = prepared
     assert summary.kept == NUMBER
     assert summary.samples == {"train picture": NUMBER}
@@ -202,7 +202,7 @@ def test_a_draw_takes_half_the_bytes_and_embeddings_are_of_what_is_told(
     assert 0.9 < noise.std() < 1.1
 
 
-def test_pictures_are_stored_for_a_training_that_encodes_them(folder, prepared, toy_sdxl, tmp_path):
+def test_images_are_stored_for_a_training_that_encodes_them(folder, prepared, toy_sdxl, tmp_path):
     """Its own VAE makes of them what `koala prepare` would have stored."""
     wanted = replace(PREPARATION, posterior="pixels")
     prepare_latents(recognise(folder), tmp_path, toy_sdxl, wanted, workers=1)
@@ -328,7 +328,7 @@ def test_what_the_source_lacks_is_refused_before_the_work(folder, toy_sdxl, tmp_
             prepare(str(folder), tmp_path / "o", **{"model": str(toy_sdxl), **arguments})
 
 
-def test_latents_that_are_not_finite_cost_the_pictures(folder, toy_sdxl, tmp_path):
+def test_latents_that_are_not_finite_cost_the_images(folder, toy_sdxl, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(toy_sdxl, broken)
     (file,) = broken.glob("vae/*.safetensors")

@@ -86,7 +86,7 @@ def test_a_sample_says_truly_what_was_done():
     assert (np.asarray(whole)[4:44] == cropped.pixels).all()
 
 
-def test_pictures_are_turned_and_laid_on_white():
+def test_images_are_turned_and_laid_on_white():
     image = Image.new("RGB", (40, 20), "red")
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera on its side
@@ -103,7 +103,7 @@ def test_pictures_are_turned_and_laid_on_white():
 
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(["JPEG", "PNG", "WEBP"]), st.randoms())
-def test_a_damaged_picture_costs_itself(seed, format, random):
+def test_a_damaged_image_costs_itself(seed, format, random):
     data = bytearray(image(seed % 5, (96, 96), format))
     cut = random.randrange(len(data))
     damaged = bytes(data[:cut])
@@ -149,7 +149,7 @@ def test_nothing_is_enlarged_unless_asked():
     assert sample_of(small, enlarged).pixels.shape == (64, 64, 3)
 
 
-def test_some_pictures_are_held_out_by_their_bytes():
+def test_some_images_are_held_out_by_their_bytes():
     some = Preparation(64, ("text",), step=8, held_out=0.25)
     splits = [sample_of(item(image(n)), some).split for n in range(60)]
     assert splits == [sample_of(item(image(n), "other"), some).split for n in range(60)]

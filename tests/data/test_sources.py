@@ -26,7 +26,7 @@ def all_items(source):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_its_pictures_in_order(layout, files, tmp_path):
+def test_every_layout_gives_its_images_in_order(layout, files, tmp_path):
     kind = None if layout != "parquet of paths" else "parquet"
     source = recognise(LAYOUTS[layout](tmp_path / "there", files), kind)
     assert source.name == layout.split(" of ")[0].split(" zipped")[0].split(" unpacked")[0]
@@ -76,7 +76,7 @@ def test_a_single_file_is_a_source(files, tmp_path):
     assert len(all_items(recognise(table / "a.parquet"))) == 12
 
 
-def test_a_picture_that_is_not_there_costs_itself(files, tmp_path):
+def test_a_image_that_is_not_there_costs_itself(files, tmp_path):
     root = LAYOUTS["ye-pop unpacked"](tmp_path / "y", files)
     (root / "images/chunk_0/chunk_0/0000003.jpg").unlink()
     items = all_items(recognise(root))

@@ -240,7 +240,7 @@ def test_prepared_embeddings_are_taken_as_they_are(
 # --- the frozen side -----------------------------------------------------------------------
 
 
-def test_pictures_are_encoded_as_they_come(base: Path, conditioner: TextConditioner) -> None:
+def test_images_are_encoded_as_they_come(base: Path, conditioner: TextConditioner) -> None:
     """The same noise, timesteps and captions as with latents; the draw is each sample's own."""
     given = batch()
     mean, deviation = given["latents"], torch.full_like(given["latents"], 1e-3)

@@ -122,7 +122,7 @@ def test_efflite0_normalises_as_its_weights_were_trained():
     assert deviation == pytest.approx(0.225 * 255 / 128, rel=0.2)
 
 
-def test_a_real_picture_is_made_smaller_but_never_larger():
+def test_a_real_image_is_made_smaller_but_never_larger():
     large, small = Image.new("RGB", (128, 128), "red"), Image.new("RGB", (32, 32), "red")
     assert at_size(large, (64, 64)).size == (64, 64)
     assert at_size(small, (64, 64)).size == (32, 32)

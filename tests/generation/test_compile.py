@@ -105,7 +105,7 @@ def test_batches_of_fixed_sizes_give_the_same_noise(unet, rows):
     assert all(b <= 1.5 * a or b == a + 1 for a, b in itertools.pairwise(ROWS))
 
 
-def test_pictures_are_decoded_one_by_one():
+def test_images_are_decoded_one_by_one():
     seen = []
 
     def decode(latents):

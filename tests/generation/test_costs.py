@@ -46,7 +46,7 @@ def times_as_long(one: Callable[[], object], other: Callable[[], object]) -> flo
     return statistics.median(b / a for a, b in pairs)
 
 
-def test_a_picture_costs_no_more_than_in_diffusers(pipeline):
+def test_a_image_costs_no_more_than_in_diffusers(pipeline):
     theirs = StableDiffusionXLPipeline.from_pretrained(BUNDLED / "koala-mini")
     theirs.set_progress_bar_config(disable=True)
     stock = partial(theirs, PROMPT, width=64, height=64, guidance_scale=3.5, num_inference_steps=10)
@@ -62,7 +62,7 @@ def test_time_grows_at_most_in_proportion_to_pixels(pipeline):
     assert times_as_long(few, large) < 16 * 1.3
 
 
-def test_eight_pictures_cost_less_than_eight_times_one(pipeline):
+def test_eight_images_cost_less_than_eight_times_one(pipeline):
     one, eight = (drawing(pipeline, steps=4, number=number) for number in (1, 8))
     assert times_as_long(one, eight) < 8 * 0.9
 

@@ -39,7 +39,7 @@ def latents(*shape: int, seed: int = 0) -> torch.Tensor:
     width=st.integers(2, 9),
     positions=st.integers(1, 3000),
 )
-def test_strips_of_any_height_give_the_whole_decoders_picture(vae, n, height, width, positions):
+def test_strips_of_any_height_give_the_whole_decoders_image(vae, n, height, width, positions):
     z = latents(n, 4, height, width)
     torch.testing.assert_close(tiled(vae, positions)(z), full(vae)(z), atol=1e-4, rtol=0)
 

@@ -122,7 +122,7 @@ def test_a_step_is_one_pass_whatever_the_rows(watched):
 
 
 @pytest.mark.parametrize("late", range(6))
-def test_joining_at_any_step_changes_no_picture(pipeline, late):
+def test_joining_at_any_step_changes_no_image(pipeline, late):
     first, second = (request_of(pipeline, seed=s, steps=5 - s, prompt="ab"[s]) for s in (0, 1))
     engine = Engine(pipeline)
     one = engine.submit(first)
@@ -135,7 +135,7 @@ def test_joining_at_any_step_changes_no_picture(pipeline, late):
 
 
 @pytest.mark.parametrize("step", range(5))
-def test_cancelling_at_any_step_changes_no_other_picture(watched, step):
+def test_cancelling_at_any_step_changes_no_other_image(watched, step):
     pipeline, batches = watched
     doomed, other = (request_of(pipeline, seed=s, steps=4, guidance=1) for s in (0, 1))
     engine = Engine(pipeline)
@@ -152,7 +152,7 @@ def test_cancelling_at_any_step_changes_no_other_picture(watched, step):
     assert wait_for([leaves, stays], timeout=1).done == {leaves, stays}
 
 
-def test_a_finished_picture_cannot_be_cancelled(pipeline):
+def test_a_finished_image_cannot_be_cancelled(pipeline):
     engine = Engine(pipeline)
     ticket = engine.submit(request_of(pipeline, steps=1))
     run(engine)
@@ -221,7 +221,7 @@ def test_waiting_requests_are_taken_in_the_order_asked_for(pipeline):
     ),
     strict=st.booleans(),
 )
-def test_whoever_joins_and_leaves_whenever_each_picture_is_its_own(pipeline, alone, moves, strict):
+def test_whoever_joins_and_leaves_whenever_each_image_is_its_own(pipeline, alone, moves, strict):
     """Requests of all kinds, in any order: latents within 1e-4, bit for bit where it is strict."""
     ends: list[tuple[int, torch.Tensor]] = []
     there: list[tuple[int, Ticket]] = []
@@ -256,7 +256,7 @@ def test_whoever_joins_and_leaves_whenever_each_picture_is_its_own(pipeline, alo
 # --- strict ---------------------------------------------------------------------------------
 
 
-def test_strict_pictures_are_bit_for_bit_those_drawn_alone(watched):
+def test_strict_images_are_bit_for_bit_those_drawn_alone(watched):
     pipeline, batches = watched
     engine = Engine(pipeline, strict=True)
     tickets = [engine.submit(request) for request in kinds(pipeline)]
@@ -284,7 +284,7 @@ def test_progress_comes_after_every_step_with_a_preview(pipeline):
     assert len(set(bytes_of(previews))) == 4
 
 
-def test_previews_come_nearer_to_the_picture():
+def test_previews_come_nearer_to_the_image():
     """With a trained model; what is rough is only the map to colours."""
     pipeline, previews = load("koala-mini", "cpu"), []
     engine = Engine(pipeline)

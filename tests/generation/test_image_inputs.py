@@ -64,7 +64,7 @@ def encoded(pipe, image):
 # --- equality with diffusers ----------------------------------------------------------------
 
 
-def test_latents_of_a_picture_are_the_mode_of_diffusers_vae(folder, pipeline, image):
+def test_latents_of_a_image_are_the_mode_of_diffusers_vae(folder, pipeline, image):
     """Its pipelines draw from the posterior; the most likely latents need no seed."""
     pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
     config = pipe.vae.config
@@ -80,7 +80,7 @@ def test_latents_of_a_picture_are_the_mode_of_diffusers_vae(folder, pipeline, im
 
 
 @pytest.mark.parametrize(("strength", "guidance"), [(0.3, 3.5), (0.65, 1.0), (1.0, 3.5)])
-def test_picture_to_picture_equals_diffusers(folder, pipeline, image, strength, guidance):
+def test_image_to_image_equals_diffusers(folder, pipeline, image, strength, guidance):
     pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     arguments = {
@@ -127,7 +127,7 @@ def test_what_the_mask_leaves_dark_is_kept(pipeline, image, mask):
 # --- sizes ----------------------------------------------------------------------------------
 
 
-def test_a_picture_is_drawn_in_its_own_size_or_the_one_asked_for(pipeline, image, mask):
+def test_a_image_is_drawn_in_its_own_size_or_the_one_asked_for(pipeline, image, mask):
     asked = {"image": image, "mask": mask, "steps": 2}
     assert pipeline("a", **asked).images[0].size == (64, 48)
     result = pipeline("a", **asked, size=(32, 40))
@@ -138,7 +138,7 @@ def test_a_picture_is_drawn_in_its_own_size_or_the_one_asked_for(pipeline, image
     assert pipeline("a", image=odd, size=(48, 64), steps=2).images[0].size == (48, 64)
 
 
-def test_settings_say_from_what_a_picture_was_made(pipeline, image, mask, tmp_path):
+def test_settings_say_from_what_a_image_was_made(pipeline, image, mask, tmp_path):
     result = pipeline("a fox", image=image, mask=mask, steps=4, strength=0.5, seed=2)
     (path,) = save(result, tmp_path)
     found = read_settings(path)
@@ -156,7 +156,7 @@ def test_settings_say_from_what_a_picture_was_made(pipeline, image, mask, tmp_pa
 # --- files ----------------------------------------------------------------------------------
 
 
-def test_a_picture_is_turned_as_its_camera_says(tmp_path):
+def test_a_image_is_turned_as_its_camera_says(tmp_path):
     image = Image.new("RGB", (24, 16), "red")
     image.paste("blue", (0, 0, 8, 8))  # upper left
     exif = Image.Exif()
@@ -176,7 +176,7 @@ def test_every_mode_of_eight_bits_becomes_rgb(tmp_path, mode):
     assert pixels.min() > 0.98 and pixels.max() <= 1
 
 
-def test_transparent_pictures_lie_on_white():
+def test_transparent_images_lie_on_white():
     clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     assert (to_pixels(clear, (16, 16)) == 1).all()
 
@@ -196,7 +196,7 @@ def bomb(path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path, pipeline):
+def test_files_that_are_no_images_are_refused_in_one_line(tmp_path, pipeline):
     bomb(tmp_path / "bomb.png")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").touch()

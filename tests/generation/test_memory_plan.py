@@ -105,7 +105,7 @@ def test_the_budget_that_is_named_works(planner):
     assert planner.choose(budget(named)).peak <= named * GIB
 
 
-def test_more_pictures_and_larger_ones_take_more(planner):
+def test_more_images_and_larger_ones_take_more(planner):
     plain = planner.modes[0]
     one = planner.plan(plain)
     for other in (Planner(MINI, CPU, (128, 64)), Planner(MINI, CPU, (64, 64), images=2)):
@@ -113,7 +113,7 @@ def test_more_pictures_and_larger_ones_take_more(planner):
             assert 1.7 * small.activations < large.activations < 2.3 * small.activations
 
 
-def test_pictures_to_start_from_are_planned(planner):
+def test_images_to_start_from_are_planned(planner):
     """A phase more, of the VAE; in strips wherever it decodes in strips."""
     given = Planner(MINI, CPU, (64, 64), from_image=True)
     for plain, mode in zip(planner.modes, given.modes, strict=True):

@@ -66,7 +66,7 @@ def test_the_u_net_gives_the_same_noise_at_every_size_and_batch(unet, cache):
     assert list((cache / "openvino").glob("*.xml")) and list((cache / "openvino").glob("*/*.blob"))
 
 
-def test_the_decoder_gives_the_same_pictures(vae):
+def test_the_decoder_gives_the_same_images(vae):
     with torch.inference_mode():
         images = openvino.decoder(vae)(LATENTS)
         torch.testing.assert_close(images, full(vae)(LATENTS), atol=1e-4, rtol=0)

@@ -65,7 +65,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_latents_and_pictures_equal_diffusers_pipeline(folders, theirs, architecture, case):
+def test_latents_and_images_equal_diffusers_pipeline(folders, theirs, architecture, case):
     prompts, negative, guidance, width, height = CASES[case]
     noise = noise_of([7 + i for i in range(len(prompts))], height // 8, width // 8)
     arguments = {
@@ -178,7 +178,7 @@ def test_a_scheduler_config_of_another_kind_is_refused(key, value):
         trailing({**config, key: value}, 10)
 
 
-def test_pictures_of_a_batch_equal_those_drawn_alone(pipeline):
+def test_images_of_a_batch_equal_those_drawn_alone(pipeline):
     prompts = ["a red fox", "an owl", "two green apples"]
     together = latents_of(pipeline, prompts, seed=3)
     strict = pipeline(prompts, seed=3, strict=True).images
@@ -188,7 +188,7 @@ def test_pictures_of_a_batch_equal_those_drawn_alone(pipeline):
         assert pipeline(prompt, seed=3 + i).images[0].tobytes() == strict[i].tobytes()
 
 
-def test_big_batches_are_drawn_in_turns_with_the_same_pictures(pipeline, monkeypatch):
+def test_big_batches_are_drawn_in_turns_with_the_same_images(pipeline, monkeypatch):
     steps, rows = [], []
 
     def counted(x, timesteps, condition):
@@ -211,7 +211,7 @@ def test_big_batches_are_drawn_in_turns_with_the_same_pictures(pipeline, monkeyp
         assert np.abs(pixels(one) - pixels(other)).max() <= 1 / 255 + 1e-6
 
 
-def test_settings_record_every_picture_and_reproduce_it(pipeline):
+def test_settings_record_every_image_and_reproduce_it(pipeline):
     result = pipeline(["a fox", "an owl"], negative_prompt="blur", number=2, steps=3, guidance=2)
     assert [s.prompt for s in result.settings] == ["a fox", "a fox", "an owl", "an owl"]
     assert [s.seed - result.settings[0].seed for s in result.settings] == [0, 1, 2, 3]
@@ -230,7 +230,7 @@ def test_settings_record_every_picture_and_reproduce_it(pipeline):
     assert np.abs(pixels(again.images[0]) - pixels(result.images[-1])).max() <= 1 / 255 + 1e-6
 
 
-def test_without_a_seed_pictures_differ_with_one_they_are_equal(pipeline):
+def test_without_a_seed_images_differ_with_one_they_are_equal(pipeline):
     free = [pipeline("a", steps=1).settings[0].seed for _ in range(3)]
     assert len(set(free)) == 3
     first, second = (pipeline("a", steps=2, seed=9).images[0].tobytes() for _ in range(2))

@@ -42,7 +42,7 @@ def drawn(pipeline, prompt="a fox") -> np.ndarray:
 
 @pytest.mark.parametrize("place", list(PLACES))
 @pytest.mark.parametrize("decode", ["full", "tiled"])
-def test_every_exact_plan_draws_the_plain_picture(folder, place, decode):
+def test_every_exact_plan_draws_the_plain_image(folder, place, decode):
     expected = drawn(load(folder, "cpu"))
     planner = Planner(folder, CPU, (64, 64), weights="fp32", decode=decode)
     mode = next(mode for mode in planner.modes if mode.place == place)
@@ -52,7 +52,7 @@ def test_every_exact_plan_draws_the_plain_picture(folder, place, decode):
     assert np.abs(drawn(pipeline) - expected).max() <= 1  # and once more, everybody back in place
 
 
-def test_every_8_bit_plan_draws_the_same_picture_and_nearly_the_plain_one(folder):
+def test_every_8_bit_plan_draws_the_same_image_and_nearly_the_plain_one(folder):
     expected = drawn(load(folder, "cpu"))
     planner = Planner(folder, CPU, (64, 64), weights="int8", decode="tiled")
     images = [drawn(by_mode(folder, planner, mode, [])[0]) for mode in planner.modes]
@@ -68,7 +68,7 @@ def test_the_tiny_decoder_is_used_where_the_plan_says_so(folder):
     assert np.abs(drawn(tiny) - drawn(plain)).mean() > 1  # its weights are random: another picture
 
 
-def test_pictures_are_read_and_encoded_in_turns(folder):
+def test_images_are_read_and_encoded_in_turns(folder):
     """Every part is wanted in one request: text, VAE's encoder, U-Net, VAE's decoder."""
     plain = load(folder, "cpu")
     given = plain("an owl", steps=1, seed=2).images[0]
@@ -111,7 +111,7 @@ def test_the_plan_is_kept_and_not_much_too_large(planner, row):
 
 
 @pytest.mark.parametrize("row", [0, 4])
-def test_the_plan_is_kept_while_a_picture_is_read(row):
+def test_the_plan_is_kept_while_a_image_is_read(row):
     """The phase by itself, with nobody on the device before it."""
     size = (256, 192)
     planner = Planner(BUNDLED / "koala-mini", CPU, size, from_image=True)

@@ -46,7 +46,7 @@ def test_parameters_name_what_differs_from_the_plain_way():
     assert parameters(replace(EXAMPLE, guidance_until=0.5)).endswith("Guidance until: 0.5")
 
 
-def test_pictures_of_earlier_versions_are_read(tmp_path):
+def test_images_of_earlier_versions_are_read(tmp_path):
     """Before LoRAs, other samplers and given pictures, settings said less."""
     (path,) = save(result(EXAMPLE), tmp_path)
     with Image.open(path) as image:
@@ -98,7 +98,7 @@ def test_files_are_named_after_their_prompts_and_numbered(tmp_path):
     assert sorted(os.listdir(out)) == sorted(names)
 
 
-def test_no_picture_is_ever_replaced(tmp_path):
+def test_no_image_is_ever_replaced(tmp_path):
     (tmp_path / "x-0007.png").write_bytes(b"mine")
     (tmp_path / "x-0009.txt").write_bytes(b"mine too")
     (tmp_path / "x-9999.png").write_bytes(b"the last of four digits")
@@ -124,7 +124,7 @@ def test_a_name_that_ends_in_png_is_the_file_or_the_files(tmp_path):
     assert before == {path: path.read_bytes() for path in fox.parent.iterdir()}
 
 
-def test_a_name_of_another_kind_of_picture_is_refused_and_a_folder_is_a_folder(tmp_path):
+def test_a_name_of_another_kind_of_image_is_refused_and_a_folder_is_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"fox\.jpg: pictures are written as PNG; name it fox\.png"):
         check_writable("fox.jpg")
     (folder := tmp_path / "drawn.png").mkdir()
@@ -183,7 +183,7 @@ def test_files_without_our_settings_are_refused(tmp_path):
             read_settings(bad)
 
 
-def test_pictures_of_the_pipeline_carry_what_makes_them_again(tmp_path):
+def test_images_of_the_pipeline_carry_what_makes_them_again(tmp_path):
     pipe = load(toy_pipeline(tmp_path / "toy", architecture="koala"), device="cpu")
     drawn = pipe("a fox", number=2, steps=2)
     for image, path in zip(drawn.images, save(drawn, tmp_path / "out"), strict=True):
@@ -195,7 +195,7 @@ def test_pictures_of_the_pipeline_carry_what_makes_them_again(tmp_path):
         assert max(difference) <= 1
 
 
-def test_a_contact_sheet_holds_every_picture_enlarged_on_white():
+def test_a_contact_sheet_holds_every_image_enlarged_on_white():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     images = [Image.new("RGB", (32, 16), colour) for colour in colours]
     sheet = contact_sheet(images, ["a red one", "green", "blue"], columns=2, scale=4, title="Three")
@@ -208,7 +208,7 @@ def test_a_contact_sheet_holds_every_picture_enlarged_on_white():
     assert wide.width > sheet.width and wide.height < untitled.height
 
 
-def test_transparent_pictures_lie_on_white():
+def test_transparent_images_lie_on_white():
     clear = Image.new("RGBA", (100, 100), (0, 0, 0, 0))
     sheet = contact_sheet([clear], [""], columns=1)
     assert sheet.getcolors() == [(sheet.width * sheet.height, (255, 255, 255))]
@@ -223,7 +223,7 @@ def test_wrapped_lines_fit_and_lose_no_letter(text, width):
     assert all(line and (len(line) == 1 or font.getlength(line) <= width) for line in lines)
 
 
-def test_demo_draws_eight_pictures_and_says_where(tmp_path, capsys):
+def test_demo_draws_eight_images_and_says_where(tmp_path, capsys):
     out = demo(
         tmp_path / "sheets" / "demo.png", toy_pipeline(tmp_path / "toy", architecture="koala")
     )

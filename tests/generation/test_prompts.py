@@ -217,7 +217,7 @@ def test_cond_and_uncond_are_of_one_length(folder):
     assert row.shape == (4, 8, 8, TOKENS)
 
 
-def test_long_words_and_weights_are_seen_in_the_picture(folder):
+def test_long_words_and_weights_are_seen_in_the_image(folder):
     pipe = load(folder, device="cpu")
     prompts = [LONG, LONG + " at night", "a (fox:1.5)", "a fox", "(a fox:1.0)"]
     drawn = [pipe(prompt, seed=1, steps=2).images[0].tobytes() for prompt in prompts]

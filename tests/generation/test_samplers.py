@@ -87,7 +87,7 @@ def test_every_step_equals_diffusers_scheduler(name, steps):
     values=st.lists(st.floats(-3, 3, width=32), min_size=4, max_size=4),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_model_that_knows_the_picture_leads_to_it(name, steps, values):
+def test_a_model_that_knows_the_image_leads_to_it(name, steps, values):
     """Whatever the sampler, its noise and its number of steps: if the U-Net always sees the same
     picture, that picture comes out."""
     image = torch.tensor(values)[None, :, None, None].expand(SHAPE)
@@ -175,7 +175,7 @@ def drawn(pipe, prompt, **asked):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_pictures_equal_diffusers_pipeline_with_its_own_generator(folder, pipeline, name):
+def test_images_equal_diffusers_pipeline_with_its_own_generator(folder, pipeline, name):
     pipe = StableDiffusionXLPipeline.from_pretrained(folder, scheduler=THEIRS[name])
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
@@ -189,7 +189,7 @@ def test_pictures_equal_diffusers_pipeline_with_its_own_generator(folder, pipeli
 
 
 @pytest.mark.parametrize("name", ["euler-a", "dpm++2m", "lcm"])
-def test_from_a_picture_every_kind_of_sampler_begins_in_the_middle(folder, pipeline, name):
+def test_from_a_image_every_kind_of_sampler_begins_in_the_middle(folder, pipeline, name):
     """Given latents, diffusers' pipeline draws the same noise as ours."""
     pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, scheduler=THEIRS[name])
     pipe.set_progress_bar_config(disable=True)

@@ -35,7 +35,7 @@ def pixels(pipeline, prompt: str = "a fox") -> np.ndarray:
     return np.asarray(pipeline(prompt, **OPTIONS).images[0], dtype=int)
 
 
-def test_loras_change_pictures_and_leave_no_trace(toy_sdxl, files):
+def test_loras_change_images_and_leave_no_trace(toy_sdxl, files):
     """Also through the text encoders, whose embeddings the pipeline remembers."""
     first, second = files
     pipeline = load(toy_sdxl, "cpu")
@@ -69,7 +69,7 @@ def test_a_lora_on_a_text_encoder_alone_is_seen_at_once(toy_sdxl, tmp_path):
     assert (pipeline.conditioner(["a fox"])[0] == before).all()
 
 
-def test_pictures_say_which_loras_made_them(toy_sdxl, files, tmp_path):
+def test_images_say_which_loras_made_them(toy_sdxl, files, tmp_path):
     pipeline = load(toy_sdxl, "cpu", lora={files[0]: 1, files[1]: 0.6})
     drawn = pipeline("a fox", **OPTIONS)
     assert drawn.settings[0].loras == (("a", 1.0), ("b", 0.6))
@@ -79,7 +79,7 @@ def test_pictures_say_which_loras_made_them(toy_sdxl, files, tmp_path):
     assert text.splitlines()[0] == "a fox <lora:a:1> <lora:b:0.6>"
 
 
-def test_settings_of_pictures_made_before_loras_are_read(toy_sdxl, tmp_path):
+def test_settings_of_images_made_before_loras_are_read(toy_sdxl, tmp_path):
     from PIL import PngImagePlugin
 
     drawn = load(toy_sdxl, "cpu")("a fox", **OPTIONS)

@@ -144,7 +144,7 @@ def test_a_gpu_computes_in_bf16():
     assert gpu["bf16 copies of weights"] >= 2 * matrices
 
 
-def test_pictures_that_a_training_encodes_are_reckoned():
+def test_images_that_a_training_encodes_are_reckoned():
     """As the counter has it, of SDXL's VAE and of the family's own."""
     big, small = (cost._setup(recipes.get(n), None, 1, True, None)
                   for n in ("koala-lightning-700m", "koala-mini"))  # fmt: skip

@@ -129,7 +129,7 @@ def test_data_may_lie_elsewhere(base_parts, tmp_path, packages):
     remote.rm("/family", recursive=True)
 
 
-def test_pictures_are_encoded_on_line(base_parts, tmp_path, packages):
+def test_images_are_encoded_on_line(base_parts, tmp_path, packages):
     """The same run from latents and from pictures, but for the draws and bf16."""
     _, base = base_parts
     source = str(write_folder(tmp_path / "pictures", images(8, [(70, 70)])))

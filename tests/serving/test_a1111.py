@@ -129,7 +129,7 @@ def test_a_prompt_alone_is_enough(client):
     assert info["sampler_name"] == "Euler" and info["seed"] >= 0
 
 
-def test_pictures_are_kept_and_sent_unless_they_are_not_to_be(client):
+def test_images_are_kept_and_sent_unless_they_are_not_to_be(client):
     asked = {**ASKED, "do_not_save_samples": True, "send_images": False}
     answer = ok(client.post("/txt2img", json=asked))
     assert answer["images"] == [] and gallery(client) == []
@@ -220,7 +220,7 @@ def test_bad_values_are_refused_in_words(client, asked, says):
         ({"mask": as_text("white", 24)}, "mask is 24x24"),
     ],
 )
-def test_bad_pictures_are_refused(client, asked, says):
+def test_bad_images_are_refused(client, asked, says):
     answer = client.post("/img2img", json={**ASKED, "init_images": [as_text("teal")], **asked})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"]
 

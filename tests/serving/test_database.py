@@ -43,7 +43,7 @@ def gallery_of(folder, most_bytes=LARGE, most_seconds=AGE, clock=time.time) -> G
 # --- one operation at a time ----------------------------------------------------------------
 
 
-def test_a_picture_comes_back_as_it_was_also_after_a_restart(tmp_path):
+def test_a_image_comes_back_as_it_was_also_after_a_restart(tmp_path):
     gallery, image = gallery_of(tmp_path / "new" / "data"), random_image(300)
     kept = gallery.add(image, SETTINGS, "ann")
     gallery.database.close()
@@ -64,13 +64,13 @@ def test_a_picture_comes_back_as_it_was_also_after_a_restart(tmp_path):
     assert gallery.size() == 0 and os.listdir(gallery.folder) == []
 
 
-def test_what_is_no_id_names_no_picture(tmp_path):
+def test_what_is_no_id_names_no_image(tmp_path):
     gallery = gallery_of(tmp_path)
     for id in ("", "x", "../koala.sqlite3", "%", "\x00", "'", "\ud800", "g" * 32):
         assert gallery.png(id) is gallery.get(id) is None
 
 
-def test_a_picture_larger_than_the_bound_stays_until_the_next(tmp_path):
+def test_a_image_larger_than_the_bound_stays_until_the_next(tmp_path):
     gallery = gallery_of(tmp_path, most_bytes=1)
     first = gallery.add(random_image(), SETTINGS, "ann")
     assert gallery.page(9) == [first]
@@ -78,7 +78,7 @@ def test_a_picture_larger_than_the_bound_stays_until_the_next(tmp_path):
     assert gallery.page(9) == [second] and os.listdir(gallery.folder) == [f"{second.id}.png"]
 
 
-def test_a_picture_whose_transaction_fails_leaves_nothing(tmp_path):
+def test_a_image_whose_transaction_fails_leaves_nothing(tmp_path):
     gallery = gallery_of(tmp_path)
     with pytest.raises(ZeroDivisionError):
         gallery.add(random_image(), SETTINGS, "ann", also=lambda db, id: 1 / 0)

@@ -158,7 +158,7 @@ def assert_near(image, other):
 # --- one job --------------------------------------------------------------------------------
 
 
-def test_a_job_becomes_the_pictures_that_the_pipeline_draws(client, pipeline):
+def test_a_job_becomes_the_images_that_the_pipeline_draws(client, pipeline):
     job = client.submit(n=2, negative_prompt="blur", priority="batch")
     assert job["object"] == "job" and job["status"] in ("queued", "running")
     assert job["request"]["n"] == 2 and job["request"]["priority"] == "batch"
@@ -195,7 +195,7 @@ def test_a_random_seed_is_chosen_when_the_job_is_taken(client):
     assert client.end(job["id"])["pictures"][0]["settings"]["seed"] == seed
 
 
-def test_pictures_and_masks_are_given_as_base64_or_data_urls_and_not_kept(client, pipeline):
+def test_images_and_masks_are_given_as_base64_or_data_urls_and_not_kept(client, pipeline):
     data = f"data:image/png;base64,{png(colour='white')}"
     job = client.end(client.submit(image=png(), mask=data, strength=0.5, size=None)["id"])
     assert job["status"] == "done" and "image" not in job["request"]
@@ -416,7 +416,7 @@ def test_lists_are_newest_first_in_pages(client):
         assert found == ids[::-1]
 
 
-def test_a_deleted_picture_is_gone_from_gallery_and_job(client):
+def test_a_deleted_image_is_gone_from_gallery_and_job(client):
     job = client.end(client.submit(n=2)["id"])
     first, second = job["pictures"]
     assert client.ok("GET", f"/v1/gallery/{first['id']}")["settings"] == first["settings"]
@@ -427,7 +427,7 @@ def test_a_deleted_picture_is_gone_from_gallery_and_job(client):
     assert [one["id"] for one in client.ok("GET", "/v1/gallery")["data"]] == [second["id"]]
 
 
-def test_synchronous_pictures_are_in_the_gallery_too(client):
+def test_synchronous_images_are_in_the_gallery_too(client):
     client.ok("POST", "/v1/images/generations", json=ASKED)
     client.gallery_writer.flush()
     (found,) = client.ok("GET", "/v1/gallery")["data"]

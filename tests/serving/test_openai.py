@@ -85,7 +85,7 @@ def until(holds) -> None:
 # --- generations ----------------------------------------------------------------------------
 
 
-def test_a_picture_is_the_pipelines_own_and_carries_its_settings(client, pipeline):
+def test_a_image_is_the_pipelines_own_and_carries_its_settings(client, pipeline):
     asked = {"seed": 7, "steps": 3, "guidance": 4.5, "negative_prompt": "blur"}
     answer = client.images.generate(
         prompt="a red fox", size=SIZE, extra_body={**asked, "scheduler": "dpm++2m"}
@@ -99,7 +99,7 @@ def test_a_picture_is_the_pipelines_own_and_carries_its_settings(client, pipelin
     assert answer.usage.total_tokens == answer.usage.output_tokens + 3
 
 
-def test_several_pictures_have_seeds_that_follow(client):
+def test_several_images_have_seeds_that_follow(client):
     answer = client.images.generate(prompt="a", n=3, size=SIZE, extra_body={"seed": 5, "steps": 1})
     made = [json.loads(opened(item).info["koala"]) for item in answer.data]
     assert [one["seed"] for one in made] == [5, 6, 7]
@@ -199,7 +199,7 @@ def test_whatever_is_sent_is_the_clients_mistake_or_drawn(server, said):
 
 
 @pytest.mark.parametrize("partial_images", [0, 1, 2, 3])
-def test_a_stream_shows_partial_pictures_and_then_the_picture(client, partial_images):
+def test_a_stream_shows_partial_images_and_then_the_image(client, partial_images):
     asked = {"prompt": "an owl", "size": SIZE, "extra_body": {"seed": 3, "steps": 6}}
     events = list(client.images.generate(**asked, stream=True, partial_images=partial_images))
     *partial, last = events
@@ -262,7 +262,7 @@ def test_an_edit_streams_events_of_its_own_name(client, photo):
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 
-def test_a_large_picture_is_drawn_at_a_size_that_fits(client):
+def test_a_large_image_is_drawn_at_a_size_that_fits(client):
     photo = Image.new("RGB", (400, 300), "teal")
     answer = client.images.edit(image=png(photo), prompt="a", extra_body={"steps": 2})
     width, height = map(int, answer.size.split("x"))
@@ -295,7 +295,7 @@ def test_edits_that_are_refused(server, photo, files, said, words):
     assert status == 400 and words in answer["error"]["message"]
 
 
-def test_several_pictures_to_start_from_are_refused(client, photo):
+def test_several_images_to_start_from_are_refused(client, photo):
     with pytest.raises(openai.BadRequestError, match="image is given twice"):
         client.images.edit(image=[png(photo), png(photo)], prompt="a")
 
@@ -303,7 +303,7 @@ def test_several_pictures_to_start_from_are_refused(client, photo):
 # --- LoRAs, models --------------------------------------------------------------------------
 
 
-def test_loras_change_the_pictures_that_name_them_and_no_other(client, server, pipeline, photo):
+def test_loras_change_the_images_that_name_them_and_no_other(client, server, pipeline, photo):
     asked = {"seed": 2, "steps": 2, "guidance": 2.0}
     loras = [[], [{"name": "ink", "scale": 0.8}], [{"name": "oil"}, {"name": "ink", "scale": -1}]]
 
@@ -353,7 +353,7 @@ def test_a_request_ends_when_its_client_goes(server, stream):
     assert number_of(service, "koala_cancelled_total") == before + 3
 
 
-def test_the_pictures_of_synchronous_requests_are_in_the_gallery(client, server):
+def test_the_images_of_synchronous_requests_are_in_the_gallery(client, server):
     answer = client.images.generate(prompt="kept", size=SIZE, extra_body={"steps": 1})
     gallery = server.app.state.gallery
     server.app.state.gallery_writer.flush()

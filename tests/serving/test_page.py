@@ -172,7 +172,7 @@ def test_the_files_are_sent_with_the_policy_and_only_when_changed():
 
 
 @needs_chromium
-def test_a_picture_is_made(page):
+def test_a_image_is_made(page):
     page.js("""
         window.seen = {bars: [], previews: 0};
         new MutationObserver(() => {
@@ -251,7 +251,7 @@ def test_the_servers_error_is_shown(page):
 
 
 @needs_chromium
-def test_settings_go_from_the_gallery_to_the_form_and_make_the_picture_again(page, downloads):
+def test_settings_go_from_the_gallery_to_the_form_and_make_the_image_again(page, downloads):
     page.set("prompt", "an owl, flat fluent style")
     page.set("negative", "blue")
     for id, value in (("steps", 6), ("guidance", 2.5), ("seed", 42), ("size", "160x96")):
@@ -311,7 +311,7 @@ def test_a_png_dropped_in_fills_the_form(page):
 
 
 @needs_chromium
-def test_a_png_without_settings_is_the_picture_to_start_from(page):
+def test_a_png_without_settings_is_the_image_to_start_from(page):
     drop(page, png(size=(640, 320)), "halves.png")
     page.wait("!document.getElementById('given').hidden")
     order = page.later(

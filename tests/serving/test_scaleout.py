@@ -161,7 +161,7 @@ def test_what_every_replica_dies_of_is_given_up(requests):
     assert len(scripted.asked) == DEATHS
 
 
-def test_a_pictures_own_failure_is_its_own_and_frees_its_place(requests):
+def test_a_images_own_failure_is_its_own_and_frees_its_place(requests):
     with remote_engine([ReplicaUpdate(error=Failure("no"))]) as (running, _):
         first, second = (running.submit(request) for request in requests[:2])
         with pytest.raises(Failure, match="no"):
@@ -184,7 +184,7 @@ def test_cancelling_reaches_the_replica_and_what_waits(requests):
     assert scripted.asked == [(0, SIZE), (2, SIZE)] and scripted.left == [0, 2]
 
 
-def test_deadlines_hold_while_a_picture_waits(requests):
+def test_deadlines_hold_while_a_image_waits(requests):
     with remote_engine([ReplicaUpdate(), None]) as (running, _):
         held = running.submit(requests[0])
         late = running.submit(requests[1], deadline=time.monotonic() + 0.1)

@@ -184,7 +184,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_usual_pictures_are_read(kind):
+def test_usual_images_are_read(kind):
     assert open_upload(saved(kind), 64).size == (8, 8)
 
 

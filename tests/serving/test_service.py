@@ -150,7 +150,7 @@ def test_lower_priorities_wait_but_not_for_ever():
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5)), min_size=1, max_size=40))
-def test_nobody_who_waits_is_more_than_one_picture_behind(joined):
+def test_nobody_who_waits_is_more_than_one_image_behind(joined):
     """Work given to two clients that both wait differs by at most their largest pictures."""
     line = Line()
     for client, work in joined:
@@ -184,7 +184,7 @@ def request(pixels: int = 100):
         ("memory", {"pixels": 250}),
     ],
 )
-def test_each_limit_has_its_name_and_a_picture_that_goes_makes_room(reason, limits):
+def test_each_limit_has_its_name_and_a_image_that_goes_makes_room(reason, limits):
     admission = Admission(Limits(**limits))
     for _ in range(2):
         admission.admit("a", [request()], 100.0)
@@ -233,7 +233,7 @@ def test_the_throughput_estimate_follows_recent_passes():
 # --- the service ----------------------------------------------------------------------------
 
 
-def test_pictures_of_an_order_are_the_pipelines_own(serve, pipeline):
+def test_images_of_an_order_are_the_pipelines_own(serve, pipeline):
     result = serve().submit(order(number=3, seed=4)).result()
     own = pipeline("a", size=SIZE, steps=2, guidance=1.0, number=3, seed=4)
     assert result.settings == own.settings
@@ -241,7 +241,7 @@ def test_pictures_of_an_order_are_the_pipelines_own(serve, pipeline):
         assert max(abs(a - b) for a, b in zip(image.tobytes(), other.tobytes(), strict=True)) <= 1
 
 
-def test_every_picture_tells_its_way(serve):
+def test_every_image_tells_its_way(serve):
     seen = []
     service = serve()
     submission = service.submit(order(number=2, steps=3), seen.append)
@@ -267,7 +267,7 @@ def eventually(holds) -> None:
         time.sleep(0.005)
 
 
-def test_a_cancelled_picture_frees_its_place_at_the_next_step(serve):
+def test_a_cancelled_image_frees_its_place_at_the_next_step(serve):
     service = serve(max_batch=1)
     held, seen = Held(service, steps=900), []
     waits = service.submit(order(steps=1), seen.append)
@@ -294,7 +294,7 @@ def test_positions_count_what_is_ahead(serve):
     assert others[1].position() == 0
 
 
-def test_limits_are_those_of_pictures_that_are_there(serve):
+def test_limits_are_those_of_images_that_are_there(serve):
     service = serve(max_batch=1, client_queue=2)
     held = Held(service, client="a")
     other = service.submit(order(client="a"))
@@ -368,7 +368,7 @@ def test_an_engine_that_died_is_no_server_that_is_alive(serve):
     assert metric(service, "active_pictures") == 0
 
 
-def test_pictures_that_are_gone_leave_their_room_to_others(serve):
+def test_images_that_are_gone_leave_their_room_to_others(serve):
     service = serve(queue=16, pixels=16 * 16 * 16)  # just enough for one round
     for _ in range(3):
         submissions = [service.submit(order(number=2, client=f"client {i}")) for i in range(8)]

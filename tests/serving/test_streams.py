@@ -19,7 +19,7 @@ async def gone() -> dict[str, str]:
     return {"type": "http.disconnect"}
 
 
-def test_a_client_that_is_gone_leaves_no_picture_and_no_complaint(tmp_path):
+def test_a_client_that_is_gone_leaves_no_image_and_no_complaint(tmp_path):
     pipeline = load(toy_pipeline(tmp_path / "toy", architecture="koala"), "cpu")
     service, complaints = Service(pipeline, Limits(max_batch=2, steps=1000)), []
     service.start()

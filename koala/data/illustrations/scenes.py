@@ -6,7 +6,7 @@ is one to four emoji whose number, place, background and, in some, colour we cho
 of the last three are true by construction. Planning draws nothing and depends on the settings
 alone; `koala.data.illustrations.images` renders.
 
-Splits: `test-concept` holds base concepts that no training picture shows; `test-pair` holds
+Splits: `test-concept` holds base concepts that no training image shows; `test-pair` holds
 (concept, style) pairs whose concept and whose style are both seen in training, never together.
 """
 

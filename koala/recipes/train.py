@@ -4,7 +4,7 @@ A run writes its finished pipeline folder to `<out>/model`; the same call resume
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from koala.architectures.flops import flops
 from koala.architectures.table import get
 from koala.checkpoints import model_card
 from koala.checkpoints.compress import adopt, compress
+from koala.checkpoints.grow import grow
 from koala.checkpoints.load import load_scheduler_config, load_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import unet_architecture
@@ -191,6 +192,7 @@ def _card(
         start = model_card.read(
             out / "start" if isinstance(recipe, Student) else resolve_model(teacher)
         )
+    grown = isinstance(recipe, Teacher) and start.cut is not None
     before = start.trained if student else None
     facts = model_card.Trained(
         recipe=name,
@@ -201,7 +203,10 @@ def _card(
         distilled=isinstance(recipe, Student) and recipe.settings.learns_from_teacher,
         student=student and model_card.name_of(student),
         before=before.samples.get("U-Net", 0) + before.before if before else 0,
+        grown=teacher and model_card.name_of(teacher) if grown else None,
     )
+    if grown:
+        start = replace(start, cut=None)
     return model_card.trained_of(start, model_card.name_of(out / "model"), facts)
 
 
@@ -226,12 +231,15 @@ def _teaching(
     torch.manual_seed(recipe.training.seed)
     arch = get(recipe.architecture)
     if recipe.further:
-        if (found := unet_architecture(base)) != arch:
-            raise UserError(
-                f"{base} has the U-Net {found.name}, but this recipe continues {arch.name}: "
-                "give the model made by the recipe before it"
-            )
-        unet = load_unet(base)
+        found, unet = unet_architecture(base), load_unet(base)
+        if found != arch:
+            try:
+                unet = grow(unet, arch)
+            except UserError:
+                raise UserError(
+                    f"{base} has the U-Net {found.name}, but this recipe continues {arch.name}: "
+                    "give the model made by the recipe before it, or a cut of it"
+                ) from None
     else:
         unet = UNet2DConditionModel(**unet_config(arch))
     return Denoising(

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.flops import flops
 from koala.architectures.table import get
-from koala.checkpoints import model_card
+from koala.checkpoints import model_card, sampling
 from koala.checkpoints.compress import adopt, compress
 from koala.checkpoints.grow import grow
 from koala.checkpoints.load import load_scheduler_config, load_unet
@@ -106,6 +106,8 @@ def _run(
     training = recipe.training
     with world.together():
         source = resolve_model(teacher)
+        if isinstance(recipe, Student):
+            _check_guidance(recipe, teacher, source)
         recipe.hardware.micro_batch(training.batch, world.size)
         mixture = recipe.mixture
         size = recipe.pixels if isinstance(recipe, Student) else None
@@ -142,6 +144,16 @@ def _run(
             unet.load_state_dict(checkpoint.average(out, length))
             task.export(unet, model)
     return models
+
+
+def _check_guidance(recipe: Student, teacher: str, folder: Path) -> None:
+    """UserError for guidance with a teacher that is drawn without."""
+    if recipe.settings.guidance and not sampling.of_model(teacher, folder).guided:
+        raise UserError(
+            f"settings.guidance is {recipe.settings.guidance:g}, but the teacher {teacher} is made "
+            "to be drawn without guidance: take a base model or a fine-tune of one, or leave "
+            "guidance out (--set settings.guidance=none)"
+        )
 
 
 def _validation_batch(latents: LatentSet, recipe: Teacher | Student, model: Path) -> dict[str, Any]:

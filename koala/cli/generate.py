@@ -5,13 +5,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.words import read_words
 from koala.cli.command import Command, Parser, listed, number, say, show, whole
+from koala.errors import UserError
 from koala.generation.samplers import SAMPLERS
 from koala.generation.validation import BACKENDS, DECODERS, STRENGTH, WEIGHTS
 
 
 def _arguments(p: Parser) -> None:
-    p.add_argument("prompt", nargs="+", help="what to draw; several prompts draw several images")
+    p.add_argument("prompt", nargs="*", help="what to draw; several prompts draw several images")
     p.add_argument(
         "--out", type=Path, default=Path("pictures"), metavar="PATH",
         help="a folder, where files are numbered (default pictures), or a file such as fox.png; "
@@ -21,6 +24,10 @@ def _arguments(p: Parser) -> None:
     p.add_argument("--seed", type=whole, help="seed of the first image (default: random)")
     p.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the model's own)")
     p.add_json("paths and settings")
+    p.add_argument(
+        "--list-words", action="store_true",
+        help="list the things, looks, colours and backgrounds that a mini model knows",
+    )  # fmt: skip
 
     model = p.add_argument_group("model")
     model.add_argument(
@@ -85,7 +92,19 @@ def _arguments(p: Parser) -> None:
     )  # fmt: skip
 
 
+def _list_words(o: argparse.Namespace) -> None:
+    if o.prompt:
+        raise UserError(f"--list-words draws nothing: leave out the prompt {o.prompt[0]!r}, or it")
+    words = read_words(resolve_model(o.model), o.model)
+    show(o, asdict(words), words.text())
+
+
 def _run(o: argparse.Namespace) -> None:
+    if o.list_words:
+        _list_words(o)
+        return
+    if not o.prompt:
+        raise UserError("no prompt: say what to draw, koala generate 'a red fox, noto style'")
     from koala.generation import validation
     from koala.generation.png import check_writable
     from koala.generation.requests import checked

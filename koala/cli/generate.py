@@ -7,7 +7,7 @@ from pathlib import Path
 
 from koala.cli.command import Command, Parser, listed, number, say, show, whole
 from koala.generation.samplers import SAMPLERS
-from koala.generation.validation import BACKENDS, DECODERS, STRENGTH, WEIGHTS
+from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, STRENGTH, WEIGHTS
 
 
 def _arguments(p: Parser) -> None:
@@ -60,7 +60,12 @@ def _arguments(p: Parser) -> None:
     )  # fmt: skip
     start.add_argument(
         "--mask", type=Path, metavar="FILE",
-        help="an image of the same size: redraw only where it is light",
+        help="an image of the same size: redraw only where it is light or transparent; the rest "
+        "comes back pixel for pixel",
+    )  # fmt: skip
+    start.add_argument(
+        "--mask-blur", type=whole, metavar="PIXELS",
+        help=f"blend into the rest over so many pixels (default {MASK_BLUR})",
     )  # fmt: skip
 
     runtime = p.add_argument_group("speed")
@@ -103,7 +108,7 @@ def _run(o: argparse.Namespace) -> None:
         "negative_prompt": o.negative_prompt, "steps": o.steps, "guidance": o.guidance,
         "guidance_until": o.guidance_until, "scheduler": o.scheduler, "size": o.size,
         "number": o.number, "seed": o.seed, "image": o.image, "strength": o.strength,
-        "mask": o.mask,
+        "mask": o.mask, "mask_blur": o.mask_blur,
     }  # fmt: skip
     settings = checked(o.model, o.prompt, lora=loras, **asked).settings
 

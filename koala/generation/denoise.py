@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
 from koala.generation.samplers import Sampler
@@ -93,6 +94,8 @@ class BatchRow:
     guidance: float = 1.0
     guided_steps: int = 0  # counted from the first
     kept: Inpainting | None = None
+    size: tuple[int, int] | None = None  # of the image, if its last places are padding
+    paste: Callable[[Image.Image], Image.Image] | None = None  # puts kept pixels back
     done: int = 0  # steps
     denoised: Tensor | None = None  # the last step's estimate of the image, latents like x
 
@@ -118,6 +121,12 @@ class BatchRow:
     def scaled(self) -> Tensor:
         """x scaled to the variance that the U-Net was trained with."""
         return self.x / math.sqrt(self.sampler.sigmas[self.done] ** 2 + 1)
+
+    def cut(self, drawn: Image.Image) -> Image.Image:
+        """The finished image of what the latents decode to."""
+        if self.size is not None and drawn.size != self.size:
+            drawn = drawn.crop((0, 0, *self.size))
+        return drawn if self.paste is None else self.paste(drawn)
 
     def advance(self, epsilon: Tensor) -> None:
         """Takes the next step with the predicted noise [1, c, h, w]."""

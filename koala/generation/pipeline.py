@@ -24,7 +24,7 @@ from koala.generation.engine import Engine, Progress
 from koala.generation.memory.plan import MemoryPlan
 from koala.generation.noise import Noise
 from koala.generation.prompts import PromptEmbedding, encode, padded
-from koala.generation.requests import Known, Loras, Request, Settings, checked
+from koala.generation.requests import Known, Loras, Paste, Request, Settings, checked
 from koala.generation.schedule import SPACINGS, Schedule
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import BaseModel
@@ -134,6 +134,7 @@ class Pipeline:
         image: str | Path | Image.Image | None = None,
         strength: float | None = None,
         mask: str | Path | Image.Image | None = None,
+        mask_blur: int | None = None,
         lora: Mapping[str | Path, float] | None = None,
     ) -> list[Request]:
         """One checked request per image: `number` of each prompt, in the order of the prompts.
@@ -143,11 +144,14 @@ class Pipeline:
         guidance_until: the share of the steps, from the first, with guidance: above 0, up to 1.
         scheduler: a key of `samplers.SAMPLERS`.
         size: (width, height) in pixels or "WIDTHxHEIGHT", multiples of 8 from 16 to 4096; by
-            default that of `image`, else the model's own.
+            default that of `image`, else the model's own. With an image it may be any size: what
+            is no multiple of 8 is padded, and cut back at the end.
         seed: image i has seed + i; by default a random seed, which the settings record.
         image: a file or an image to start from. strength: the share of the steps that is done on
-            it, above 0, up to 1; by default 0.6. mask: an image of the same size, light where it
-            is to be repainted.
+            it, above 0, up to 1; by default 0.6. mask: an image of the same size, light or
+            transparent where it is to be repainted (`image_files.read_mask`); what is not comes
+            back pixel for pixel. mask_blur: pixels, 0 to 64, inwards from the mask's edge, over
+            which the two blend; by default 4.
         lora: files and scales, -100 to 100, for these images alone, besides the model's own.
 
         UserError for a value that is not allowed.
@@ -160,15 +164,19 @@ class Pipeline:
         asked = checked(
             self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
             guidance_until=guidance_until, scheduler=scheduler, size=size, number=number,
-            seed=seed, image=image, strength=strength, mask=mask, lora=lora,
+            seed=seed, image=image, strength=strength, mask=mask, mask_blur=mask_blur, lora=lora,
         )  # fmt: skip
         first = asked.settings[0]
-        pixels = places = None
+        pixels = places = paste = None
         if asked.image is not None:
-            pixels = image_inputs.to_pixels(asked.image, (first.width, first.height))
-        if asked.mask is not None:
-            places = torch.from_numpy(asked.mask).float()[None, None]
-        return [Request(settings, pixels, places, asked.loras) for settings in asked.settings]
+            image = image_inputs.on_white(asked.image, (first.width, first.height))
+            pixels = image_inputs.to_pixels(image, self.factor)
+            if asked.mask is not None:
+                places = torch.from_numpy(asked.mask.places).float()[None, None]
+                paste = Paste(image, asked.mask.blend)
+        return [
+            Request(settings, pixels, places, paste, asked.loras) for settings in asked.settings
+        ]
 
     @property
     def known(self) -> Known:
@@ -193,7 +201,7 @@ class Pipeline:
         """A request's row before its first step."""
         asked = request.settings
         schedule = self._schedule(asked)
-        h, w = asked.height // self.factor, asked.width // self.factor
+        h, w = -(-asked.height // self.factor), -(-asked.width // self.factor)  # rounded up
         noise = Noise(asked.seed, (1, self.unet.config.in_channels, h, w), self.device)
         sampler = samplers.BY_NAME[asked.sampler](schedule, noise)
         first = noise.draw()
@@ -207,12 +215,14 @@ class Pipeline:
                 kept = Inpainting(latents, request.mask.to(self.device), first)
         condition, unconditional = self._conditions(asked)
         guided = math.ceil(asked.guidance_until * len(schedule))
-        return BatchRow(sampler, x, condition, unconditional, asked.guidance, guided, kept)
+        return BatchRow(sampler, x, condition, unconditional, asked.guidance, guided, kept,
+                        size=(asked.width, asked.height), paste=request.paste)  # fmt: skip
 
     @torch.inference_mode()
     def finish(self, rows: Sequence[BatchRow]) -> list[Image.Image]:
         """The images of rows of one shape that have taken their last step."""
-        return to_images(self.decode(torch.cat([row.x for row in rows])))
+        drawn = to_images(self.decode(torch.cat([row.x for row in rows])))
+        return [row.cut(image) for row, image in zip(rows, drawn, strict=True)]
 
     @torch.inference_mode()
     def preview(self, row: BatchRow) -> Image.Image:

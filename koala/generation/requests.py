@@ -22,13 +22,12 @@ from koala.checkpoints.tensors import read_header
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
 from koala.generation import samplers, validation
-from koala.generation.image_files import fingerprint, mask_places, open_image
+from koala.generation.image_files import Mask, fingerprint, open_image, read_mask
 from koala.generation.prompt_syntax import parse
 from koala.lora.names import BaseModel, base_of
 from koala.lora.reading import read
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 Loras: TypeAlias = tuple[tuple[Path, float], ...]  # files and scales, in the order of application
@@ -54,6 +53,19 @@ class Settings:
     strength: float = 1.0  # share of the steps that is done, from an image
     image: str = ""  # fingerprint of the image that it starts from, if any
     mask: str = ""  # fingerprint of the mask, if any
+    mask_blur: int = 0  # pixels over which the repainted part blends into the image
+
+
+@dataclass(frozen=True)
+class Paste:
+    """The image that a mask keeps a part of, and how much of each pixel is repainted."""
+
+    image: Image.Image  # RGB
+    blend: Image.Image  # "L" of the same size: 0 keeps the pixel, 255 repaints it
+
+    def __call__(self, drawn: Image.Image) -> Image.Image:
+        """The drawn image with the kept pixels put back."""
+        return Image.composite(drawn, self.image, self.blend)
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,9 @@ class Request:
     """One image to draw, checked and complete; `Pipeline.requests` makes them."""
 
     settings: Settings
-    image: Tensor | None = None  # float32 [1, 3, height, width] in -1..1
+    image: Tensor | None = None  # float32 [1, 3, 8h, 8w] in -1..1, padded
     mask: Tensor | None = None  # float32 [1, 1, h, w]: 1 is repainted, 0 is kept
+    paste: Paste | None = None  # with a mask
     lora: Loras = ()  # for this image alone, besides the model's
 
     @property
@@ -94,7 +107,7 @@ class Checked:
 
     settings: list[Settings]  # of each image
     image: Image.Image | None  # that they start from, upright
-    mask: np.ndarray | None  # bool [h, w] of a latent: repainted
+    mask: Mask | None
     loras: Loras  # for these images alone
 
 
@@ -113,6 +126,7 @@ def checked(
     image: str | Path | Image.Image | None = None,
     strength: float | None = None,
     mask: str | Path | Image.Image | None = None,
+    mask_blur: int | None = None,
     lora: Mapping[str | Path, float] | None = None,
 ) -> Checked:
     """Validates the arguments of `Pipeline.requests`. UserError for a value that is not allowed.
@@ -131,7 +145,10 @@ def checked(
     first_seed = validation.seed(seed, len(prompts) * number)
     given, masked = (None if it is None else open_image(it) for it in (image, mask))
     asked_size = given.size if given is not None and size is None else size
-    drawn_size = None if asked_size is None else validation.size(asked_size)
+    drawn_size = None
+    if asked_size is not None:  # what starts from an image is padded, and cut back
+        drawn_size = validation.size(asked_size, FACTOR if given is None else 1)
+    blur = validation.mask_blur(mask_blur, masked is not None)
     own = tuple((Path(f).expanduser(), validation.lora_scale(s)) for f, s in (lora or {}).items())
     for path, _ in own:
         read_header(path)  # refuses a file that is missing or damaged before a model is fetched
@@ -145,9 +162,9 @@ def checked(
     for path, _ in own:
         read(path, known.base)
     width, height = drawn_size or (known.native, known.native)
-    places = None
+    area = None
     if given is not None and masked is not None:
-        places = mask_places(masked, given.size, (width, height), FACTOR)
+        area = read_mask(masked, given.size, (width, height), FACTOR, blur)
     first = Settings(
         prompt=prompts[0],
         negative_prompt=negative_prompt,
@@ -165,9 +182,10 @@ def checked(
         strength=share,
         image="" if given is None else fingerprint(given),
         mask="" if masked is None else fingerprint(masked),
+        mask_blur=blur,
     )
     every = [
         replace(first, prompt=prompts[i // number], seed=first.seed + i)
         for i in range(len(prompts) * number)
     ]
-    return Checked(every, given, places, own)
+    return Checked(every, given, area, own)

@@ -19,6 +19,7 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ticket
 from koala.generation.pipeline import Result
+from koala.generation.validation import SMALLEST
 from koala.serving.admission import Admission, Busy
 from koala.serving.fair_queue import FairQueue, QueueEntry
 from koala.serving.image_request import ImageRequest
@@ -199,7 +200,7 @@ class Service:
             spec.prompt, negative_prompt=spec.negative_prompt, steps=spec.steps,
             guidance=spec.guidance, guidance_until=spec.guidance_until,
             scheduler=spec.scheduler, size=size, number=spec.number, seed=spec.seed,
-            image=image, strength=spec.strength, mask=mask,
+            image=image, strength=spec.strength, mask=mask, mask_blur=spec.mask_blur,
             lora={self._lora_file(name): scale for name, scale in spec.loras},
         )  # fmt: skip
         if requests[0].pixels > self.most_pixels:
@@ -288,11 +289,9 @@ class Service:
         return self.lora_folder / f"{name}.safetensors"
 
     def _size_for(self, image: Image.Image) -> str:
-        """The image's size, rounded to the model's grid and shrunk to this server's limit."""
-        grid = self.pipeline.factor
+        """The image's size, shrunk to this server's limit."""
         shrink = min(1.0, math.sqrt(self.most_pixels / (image.width * image.height)))
-        sides = (max(2 * grid, int(side * shrink) // grid * grid) for side in image.size)
-        return "x".join(map(str, sides))
+        return "x".join(str(max(SMALLEST, int(side * shrink))) for side in image.size)
 
     def _work(self, request: Request) -> float:
         """Pixels to evaluate for an image over all its steps."""

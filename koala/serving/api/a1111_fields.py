@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict
 
 from koala.generation import samplers
+from koala.generation.image_files import as_grey
 from koala.generation.validation import lora_scale
 from koala.serving.errors import ApiError
 from koala.serving.image_request import ImageRequest
@@ -59,7 +60,6 @@ FIXED_MASK: dict[str, tuple[Any, ...]] = {
     "inpaint_full_res": ANY_BOOL,  # the whole image is always generated
     "inpaint_full_res_padding": (None, 0, 32),
     "inpainting_fill": (None, 0, 1),  # always starts from the original
-    "mask_blur": (None, 0, 4),
     "mask_blur_x": (None, 0, 4),
     "mask_blur_y": (None, 0, 4),
     "mask_round": (None, True),
@@ -174,6 +174,7 @@ class Img2ImgRequest(A1111Request):
 
     init_images: list[str]
     mask: str | None = None
+    mask_blur: int | None = None
     denoising_strength: float | None = None
     inpainting_mask_invert: bool | None = None
     include_init_images: bool | None = None
@@ -195,6 +196,7 @@ class Img2ImgRequest(A1111Request):
             "image": decode_base64(self.init_images[0], "init_images"),
             "mask": None if not self.mask else decode_base64(self.mask, "mask"),
             "strength": self.denoising_strength,
+            "mask_blur": self.mask_blur if self.mask else None,  # belongs to the mask
         }
 
 
@@ -231,8 +233,8 @@ def check_options(options: Mapping[str, Any], model: str) -> None:
 
 
 def inverted(mask: Image.Image) -> Image.Image:
-    """The mask with black and white swapped."""
-    return ImageOps.invert(mask.convert("L"))
+    """The mask with what is repainted and what is kept swapped."""
+    return ImageOps.invert(as_grey(mask))
 
 
 def _without_effect(name: str, value: object, allowed: tuple[Any, ...]) -> ApiError:

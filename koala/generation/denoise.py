@@ -96,6 +96,7 @@ class BatchRow:
     kept: Inpainting | None = None
     size: tuple[int, int] | None = None  # of the image, if its last places are padding
     paste: Callable[[Image.Image], Image.Image] | None = None  # puts kept pixels back
+    later: Sequence[tuple[Condition, Condition | None]] = ()  # of the steps after the first
     done: int = 0  # steps
     denoised: Tensor | None = None  # the last step's estimate of the image, latents like x
 
@@ -135,6 +136,8 @@ class BatchRow:
         x = self.sampler.step(self.done, self.x, self.denoised)
         self.x = x if self.kept is None else self.kept.put_back(x, to)
         self.done += 1
+        if self.done <= len(self.later):
+            self.condition, self.unconditional = self.later[self.done - 1]
 
 
 def evaluate(predict: Predict, rows: Sequence[BatchRow]) -> list[Tensor]:

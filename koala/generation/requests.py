@@ -23,6 +23,8 @@ from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
 from koala.generation import samplers, validation
 from koala.generation.image_files import Mask, fingerprint, open_image, read_mask
+from koala.generation.prompt_editing import by_step
+from koala.generation.prompt_loras import refuse_loras, split_loras
 from koala.generation.prompt_syntax import parse
 from koala.lora.names import BaseModel, base_of
 from koala.lora.reading import read
@@ -108,7 +110,7 @@ class Checked:
     settings: list[Settings]  # of each image
     image: Image.Image | None  # that they start from, upright
     mask: Mask | None
-    loras: Loras  # for these images alone
+    loras: list[Loras]  # for each image alone
 
 
 def checked(
@@ -128,6 +130,7 @@ def checked(
     mask: str | Path | Image.Image | None = None,
     mask_blur: int | None = None,
     lora: Mapping[str | Path, float] | None = None,
+    lora_dir: Path | None = None,
 ) -> Checked:
     """Validates the arguments of `Pipeline.requests`. UserError for a value that is not allowed.
 
@@ -136,12 +139,16 @@ def checked(
     prompts = validation.prompts(prompt)
     validation.numbers(steps=steps, guidance=guidance, number=number)
     validation.negative_prompt(negative_prompt, guidance)
-    for text in (*prompts, negative_prompt):
-        parse(text)  # refuses weights out of their range
+    refuse_loras(negative_prompt)
+    split = [split_loras(text, lora_dir) for text in prompts]
+    prompts = validation.prompts([text for text, _ in split])
     sampler = samplers.get(scheduler)
     until = validation.guidance_until(guidance_until, guidance)
     share = validation.strength(strength, image is not None, mask is not None)
-    validation.steps_done(steps, share)
+    done = validation.steps_done(steps, share)
+    for text in (*prompts, negative_prompt):
+        for variant in set(by_step(text, done)):
+            parse(variant)  # refuses weights out of their range
     first_seed = validation.seed(seed, len(prompts) * number)
     given, masked = (None if it is None else open_image(it) for it in (image, mask))
     asked_size = given.size if given is not None and size is None else size
@@ -150,16 +157,19 @@ def checked(
         drawn_size = validation.size(asked_size, FACTOR if given is None else 1)
     blur = validation.mask_blur(mask_blur, masked is not None)
     own = tuple((Path(f).expanduser(), validation.lora_scale(s)) for f, s in (lora or {}).items())
-    for path, _ in own:
+    loras = [(*own, *files.items()) for _, files in split]  # of each prompt
+    named = {path for files in loras for path, _ in files}
+    for path in named:
         read_header(path)  # refuses a file that is missing or damaged before a model is fetched
 
     known = model if isinstance(model, Known) else Known.of(model)
     validation.schedule(known.scheduler_config, sampler.spacing, steps)
-    loras = (*known.loras, *((path.stem, scale) for path, scale in own))
-    for name, count in Counter(name for name, _ in loras).items():
-        if count > 1:
-            raise UserError(f"two LoRAs are called {name!r}: name each once")
-    for path, _ in own:
+    names = [(*known.loras, *((path.stem, scale) for path, scale in files)) for files in loras]
+    for of_prompt in names:
+        for name, count in Counter(name for name, _ in of_prompt).items():
+            if count > 1:
+                raise UserError(f"two LoRAs are called {name!r}: name each once")
+    for path in named:
         read(path, known.base)
     width, height = drawn_size or (known.native, known.native)
     area = None
@@ -177,15 +187,16 @@ def checked(
         version=koala.__version__,
         sampler=sampler.name,
         schedule=sampler.spacing,
-        loras=loras,
+        loras=names[0],
         guidance_until=until,
         strength=share,
         image="" if given is None else fingerprint(given),
         mask="" if masked is None else fingerprint(masked),
         mask_blur=blur,
     )
+    of = [i // number for i in range(len(prompts) * number)]  # the prompt of each image
     every = [
-        replace(first, prompt=prompts[i // number], seed=first.seed + i)
-        for i in range(len(prompts) * number)
+        replace(first, prompt=prompts[n], loras=names[n], seed=first.seed + i)
+        for i, n in enumerate(of)
     ]
-    return Checked(every, given, area, own)
+    return Checked(every, given, area, [loras[n] for n in of])

@@ -5,7 +5,6 @@ the values that tools send by default, and rejected by name at any other. Fields
 feature that is off, such as `hr_scale` to `enable_hr`, accept any value, as in AUTOMATIC1111's.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from pydantic import BaseModel, ConfigDict
 
 from koala.generation import samplers
 from koala.generation.image_files import as_grey
-from koala.generation.validation import lora_scale
 from koala.serving.errors import ApiError
 from koala.serving.image_request import ImageRequest
 from koala.serving.uploads import decode_base64
@@ -75,8 +73,6 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "sd_vae": ("Automatic", "None", None),
 }
 SCHEDULES = ("Automatic", "SGM Uniform")
-_LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?>")
-_OTHER = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 
 
 class A1111Request(BaseModel):
@@ -144,7 +140,6 @@ class A1111Request(BaseModel):
 
     def to_image_request(self, client: str) -> ImageRequest:
         """Converts the fields. Defaults are those of `koala generate`. ApiError."""
-        prompt, loras = with_loras(self.prompt)
         if (self.width is None) != (self.height is None):
             raise ApiError(400, "give width and height, or neither", "invalid_value", "width")
         seed = None if self.seed is None or self.seed == -1 else self.seed
@@ -153,13 +148,12 @@ class A1111Request(BaseModel):
                 raise ApiError(400, f"{name} is {value}: at least 1", "invalid_value", name)
         optional: dict[str, Any] = {"steps": self.steps, "guidance": self.cfg_scale}
         return ImageRequest(
-            prompt,
+            self.prompt,
             negative_prompt=self.negative_prompt or "",
             scheduler=self.sampler(),
             size=None if self.width is None else f"{self.width}x{self.height}",
             number=self.batch_size * self.n_iter,
             seed=seed,
-            loras=loras,
             client=client,
             **{name: value for name, value in optional.items() if value is not None},
         )
@@ -198,25 +192,6 @@ class Img2ImgRequest(A1111Request):
             "strength": self.denoising_strength,
             "mask_blur": self.mask_blur if self.mask else None,  # belongs to the mask
         }
-
-
-def with_loras(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """Splits <lora:NAME:SCALE> off a prompt. ApiError for other kinds and bad scales."""
-    loras = []
-    for name, scale in _LORA.findall(prompt):
-        try:
-            loras.append((name, lora_scale(float(scale or 1))))
-        except ValueError:
-            raise ApiError(
-                400, f"<lora:{name}:{scale}>: the scale is not a number", "invalid_value", "prompt"
-            ) from None
-    left = _LORA.sub("", prompt)
-    if other := _OTHER.search(left):
-        raise ApiError(
-            400, f"{other[0]} is not supported: use <lora:NAME:SCALE>", "invalid_value",
-            "prompt",
-        )  # fmt: skip
-    return (left.strip() if loras else prompt), tuple(loras)
 
 
 def check_options(options: Mapping[str, Any], model: str) -> None:

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
 from koala.generation.samplers import Sampler
@@ -93,6 +94,9 @@ class BatchRow:
     guidance: float = 1.0
     guided_steps: int = 0  # counted from the first
     kept: Inpainting | None = None
+    size: tuple[int, int] | None = None  # of the image, if its last places are padding
+    paste: Callable[[Image.Image], Image.Image] | None = None  # puts kept pixels back
+    later: Sequence[tuple[Condition, Condition | None]] = ()  # of the steps after the first
     done: int = 0  # steps
     denoised: Tensor | None = None  # the last step's estimate of the image, latents like x
 
@@ -119,6 +123,12 @@ class BatchRow:
         """x scaled to the variance that the U-Net was trained with."""
         return self.x / math.sqrt(self.sampler.sigmas[self.done] ** 2 + 1)
 
+    def cut(self, drawn: Image.Image) -> Image.Image:
+        """The finished image of what the latents decode to."""
+        if self.size is not None and drawn.size != self.size:
+            drawn = drawn.crop((0, 0, *self.size))
+        return drawn if self.paste is None else self.paste(drawn)
+
     def advance(self, epsilon: Tensor) -> None:
         """Takes the next step with the predicted noise [1, c, h, w]."""
         sigma, to = self.sampler.sigmas[self.done : self.done + 2]
@@ -126,6 +136,8 @@ class BatchRow:
         x = self.sampler.step(self.done, self.x, self.denoised)
         self.x = x if self.kept is None else self.kept.put_back(x, to)
         self.done += 1
+        if self.done <= len(self.later):
+            self.condition, self.unconditional = self.later[self.done - 1]
 
 
 def evaluate(predict: Predict, rows: Sequence[BatchRow]) -> list[Tensor]:

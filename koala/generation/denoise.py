@@ -28,12 +28,12 @@ class Condition:
 
     text: Tensor  # [n, t, d]
     pooled: Tensor  # [n, p]
-    time_ids: Tensor  # [n, 6]
+    time_ids: Tensor  # float32 [n, 6]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Condition":
-        """The same on another device and in another dtype."""
-        parts = (self.text, self.pooled, self.time_ids)
-        return Condition(*(part.to(device, dtype) for part in parts))
+        """The same on another device, text in another dtype; bf16 would round the sizes."""
+        text, pooled = (part.to(device, dtype) for part in (self.text, self.pooled))
+        return Condition(text, pooled, self.time_ids.to(device))
 
     @staticmethod
     def joined(parts: "Sequence[Condition]") -> "Condition":

@@ -129,13 +129,13 @@ def _run(o: argparse.Namespace) -> None:
     check_device(o.device)
     check_writable(o.out, len(o.prompt) * o.number)
     prompts, shared = shared_loras(o.prompt, o.lora_dir)
-    loras = {**validation.loras(o.lora), **shared}
+    loras = validation.loras(o.lora)
+    loras |= {file: scale for file, scale in shared.items()}
     asked = {
         "negative_prompt": o.negative_prompt, "steps": o.steps, "guidance": o.guidance,
         "guidance_until": o.guidance_until, "scheduler": o.scheduler, "size": o.size,
         "number": o.number, "seed": o.seed, "image": o.image, "strength": o.strength,
-        "mask": o.mask, "mask_blur": o.mask_blur,
-        "lora_dir": o.lora_dir,
+        "mask": o.mask, "mask_blur": o.mask_blur, "lora_dir": o.lora_dir,
     }  # fmt: skip
     settings = checked(o.model, prompts, lora=loras, **asked).settings
 

@@ -272,9 +272,9 @@ class Service:
 
     # --- helpers ----------------------------------------------------------------------------
 
-    def _lora_files(self, named: Sequence[tuple[str, float]]) -> dict[Path, float]:
+    def _lora_files(self, named: Sequence[tuple[str, float]]) -> dict[str | Path, float]:
         """The files of a request's LoRAs and their scales."""
-        found: dict[Path, float] = {}
+        found: dict[str | Path, float] = {}
         for name, scale in named:
             if self.lora_folder is None:
                 raise UserError(f"lora {name!r}: this server has no LoRA folder; leave it out")

@@ -5,13 +5,13 @@
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
 from koala.checkpoints.latent_scale import LatentScale
 from koala.generation.decode import Decode, computed
 from koala.generation.row_tiling import encode_tiled
+from koala.utils.networks import AutoencoderKL
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:

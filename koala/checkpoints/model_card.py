@@ -69,6 +69,7 @@ class Trained:
     distilled: bool  # some loss compares with that teacher
     student: str | None = None  # whose U-Net it went on from; None: the teacher's, cut
     before: int = 0  # samples that student had seen, according to its card
+    grown: str | None = None  # the cut that the U-Net was grown from, `koala.checkpoints.grow`
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,8 @@ def _about(card: ModelCard) -> str:
             f"{kind}, compressed with {_PAPER}'s method and trained further from "
             f"{card.trained.student}."
         )
+    if card.trained and card.trained.grown:
+        return f"{kind}, its U-Net grown from that of {card.trained.grown} and trained further."
     return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
 
 

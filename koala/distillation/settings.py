@@ -170,8 +170,12 @@ class DistillationSettings:
 
     task_weight, output_weight, feature_weight: w_task, w_out, w_feat; finite, 0 or more. The
       paper states none; 1/1/1 is our reading.
-    min_snr: gamma of the min-SNR weights (`min_snr_weights`) of L_task, and of no other term;
-      None weights all timesteps equally, as the paper does.
+    min_snr: gamma of the min-SNR weights (`min_snr_weights`) of L_task; None weights all timesteps
+      equally, as the paper does. min_snr_out: they weigh L_outKD as well.
+    guidance: scale of classifier-free guidance, above 1: output and features of the teacher are
+      guided, so that the student draws without guidance what its teacher draws with it, in half
+      the passes (Meng et al., arXiv 2210.03142; here one scale). Not for step-distilled teachers,
+      which draw without guidance. None: the teacher's prediction for the caption.
     taps: features of L_featKD; empty if and only if feature_weight is 0.
     depth_rule: how transformer blocks are paired: "bottom" (the paper's best), "interleave", "up".
     normalise: divide each tap's error of a sample by the mean square of the teacher's feature
@@ -184,6 +188,8 @@ class DistillationSettings:
     output_weight: float = 1.0
     feature_weight: float = 1.0
     min_snr: float | None = None
+    min_snr_out: bool = False
+    guidance: float | None = None
     taps: tuple[Tap, ...] = PAPER_TAPS
     depth_rule: str = "bottom"
     normalise: bool = False
@@ -201,13 +207,16 @@ class DistillationSettings:
         if not any(weights.values()):
             raise UserError("all loss weights are 0: give at least one a value above 0")
         check_min_snr(self.min_snr)
-        if self.min_snr is not None and self.task_weight == 0:
+        if self.min_snr_out and (self.min_snr is None or self.output_weight == 0):
+            raise UserError("min_snr_out has no effect without min_snr and output_weight")
+        if self.min_snr is not None and self.task_weight == 0 and not self.min_snr_out:
             raise UserError(
                 f"min_snr {self.min_snr} is given but task_weight is 0, so it has no effect: "
-                "leave it out, or give task_weight a value above 0"
+                "leave it out, give task_weight a value above 0, or set min_snr_out"
             )
         check_depth_rule(self.depth_rule)
         check_dropout(self.caption_dropout)
+        self._check_guidance()
         if self.feature_weight > 0 and not self.taps:
             raise UserError(
                 f"feature_weight {self.feature_weight} without taps: give taps, or weight 0"
@@ -223,6 +232,19 @@ class DistillationSettings:
                     f"{name} is given but feature_weight is 0, so it has no effect: "
                     "leave it out, or give feature_weight a value above 0"
                 )
+
+    def _check_guidance(self) -> None:
+        if self.guidance is None:
+            return
+        if not (math.isfinite(self.guidance) and self.guidance > 1):
+            raise UserError(f"guidance {self.guidance}: it must be above 1, or None for none")
+        if not self.learns_from_teacher:
+            raise UserError("guidance is the teacher's, but no loss term compares with it")
+        if self.caption_dropout > 0:
+            raise UserError(
+                f"caption_dropout {self.caption_dropout} with guidance: the student of a guided "
+                "teacher draws without guidance and needs no dropped captions; set it to 0"
+            )
 
     @property
     def learns_from_teacher(self) -> bool:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from koala.checkpoints import model_card
+from koala.checkpoints.sampling import Sampling
 from koala.distillation.forward_process import Noised, NoiseSchedule, draw_noise, predict
 from koala.distillation.settings import DistillationSettings, check_dropout, check_min_snr
 from koala.distillation.taps import Features, paired_points, tap_points
@@ -57,6 +59,7 @@ class Denoising(nn.Module):
     min_snr: gamma of `NoiseSchedule.min_snr_weights`, or None: all timesteps have equal weight.
     draw, prompts: how and what `preview` draws; without `draw` there is no preview.
     encode: the VAE, if batches hold images instead of latents.
+    sampling: what the result is drawn with, if not as its base; `export` writes it.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Denoising(nn.Module):
         draw: Draw | None = None,
         prompts: Sequence[str] = (),
         encode: Encode | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         super().__init__()
         check_dropout(caption_dropout)
@@ -85,6 +89,7 @@ class Denoising(nn.Module):
         self.caption_dropout = caption_dropout
         self.min_snr = min_snr
         self.prompts = tuple(prompts)
+        self.sampling = sampling
         self._draw = draw
         self._encode = encode
         # Not submodules: excluded from state dicts and .train().
@@ -184,10 +189,19 @@ class Denoising(nn.Module):
             kept = shutil.ignore_patterns("unet", model_card.FILE)
             shutil.copytree(self.base, part, ignore=kept, dirs_exist_ok=True)
             trainable.save_pretrained(part / "unet", safe_serialization=True)
-            config_file = part / "unet" / "config.json"
-            config = json.loads(config_file.read_text())
-            config.pop("_name_or_path", None)  # a local path
-            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            with _edited(part / "unet" / "config.json") as config:
+                config.pop("_name_or_path", None)  # a local path
+            if self.sampling is not None:
+                with _edited(part / "scheduler" / "scheduler_config.json") as config:
+                    config |= self.sampling.to_config()
+
+
+@contextmanager
+def _edited(file: Path) -> Iterator[dict[str, Any]]:
+    """A JSON file's values, written back at the end."""
+    values = json.loads(file.read_text())
+    yield values
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def teacher_dtype(device: torch.device) -> torch.dtype:
@@ -232,6 +246,7 @@ class Distillation(Denoising):
             draw=draw,
             prompts=prompts,
             encode=encode,
+            sampling=Sampling(guidance=1.0) if settings.guidance else None,
         )
         self.settings = settings
         points = tap_points(student, settings.taps)
@@ -274,8 +289,11 @@ class Distillation(Denoising):
         if settings.learns_from_teacher:
             target, teacher_features = self._teach(noised)
             if settings.output_weight > 0:
-                out = squared_error(prediction, target).mean()
-                terms["out"] = settings.output_weight, out
+                out = squared_error(prediction, target)
+                if settings.min_snr_out:
+                    assert self.min_snr is not None
+                    out = out * self.schedule.min_snr_weights(noised.timesteps, self.min_snr)
+                terms["out"] = settings.output_weight, out.mean()
             if settings.feature_weight > 0:
                 taps = self._tap_errors(features, teacher_features)
                 terms["feat"] = settings.feature_weight, torch.stack([*taps.values()]).sum()
@@ -286,6 +304,21 @@ class Distillation(Denoising):
 
     @torch.no_grad()
     def _teach(self, noised: Noised) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's prediction and features, guided if the settings say so."""
+        prediction, features = self._pass_of_teacher(noised)
+        if (scale := self.settings.guidance) is None:
+            return prediction, features
+        empty = noised._replace(
+            text=torch.zeros_like(noised.text), pooled=torch.zeros_like(noised.pooled)
+        )
+        without, features_without = self._pass_of_teacher(empty)
+        guided = {
+            point: torch.lerp(features_without[point].float(), feature.float(), scale)
+            for point, feature in features.items()
+        }
+        return torch.lerp(without, prediction, scale), guided  # arXiv 2207.12598, equation 6
+
+    def _pass_of_teacher(self, noised: Noised) -> tuple[Tensor, dict[str, Tensor]]:
         with self._teacher_features.capture() as features:
             prediction = predict(self.teacher, noised, self.teacher.dtype)
         return prediction, features

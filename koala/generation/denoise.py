@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from koala.generation.samplers import Sampler
@@ -27,12 +28,12 @@ class Condition:
 
     text: Tensor  # [n, t, d]
     pooled: Tensor  # [n, p]
-    time_ids: Tensor  # [n, 6]
+    time_ids: Tensor  # float32 [n, 6]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Condition":
-        """The same on another device and in another dtype."""
-        parts = (self.text, self.pooled, self.time_ids)
-        return Condition(*(part.to(device, dtype) for part in parts))
+        """The same on another device, text in another dtype; bf16 would round the sizes."""
+        text, pooled = (part.to(device, dtype) for part in (self.text, self.pooled))
+        return Condition(text, pooled, self.time_ids.to(device))
 
     @staticmethod
     def joined(parts: "Sequence[Condition]") -> "Condition":
@@ -94,6 +95,9 @@ class BatchRow:
     guidance: float = 1.0
     guided_steps: int = 0  # counted from the first
     kept: Inpainting | None = None
+    size: tuple[int, int] | None = None  # of the image, if its last places are padding
+    paste: Callable[[Image.Image], Image.Image] | None = None  # puts kept pixels back
+    later: Sequence[tuple[Condition, Condition | None]] = ()  # of the steps after the first
     done: int = 0  # steps
     denoised: Tensor | None = None  # the last step's estimate of the image, latents like x
 
@@ -120,6 +124,12 @@ class BatchRow:
         """x scaled to the variance that the U-Net was trained with."""
         return self.x / math.sqrt(self.sampler.sigmas[self.done] ** 2 + 1)
 
+    def cut(self, drawn: Image.Image) -> Image.Image:
+        """The finished image of what the latents decode to."""
+        if self.size is not None and drawn.size != self.size:
+            drawn = drawn.crop((0, 0, *self.size))
+        return drawn if self.paste is None else self.paste(drawn)
+
     def advance(self, epsilon: Tensor) -> None:
         """Takes the next step with the predicted noise [1, c, h, w]."""
         sigma, to = self.sampler.sigmas[self.done : self.done + 2]
@@ -127,6 +137,8 @@ class BatchRow:
         x = self.sampler.step(self.done, self.x, self.denoised)
         self.x = x if self.kept is None else self.kept.put_back(x, to)
         self.done += 1
+        if self.done <= len(self.later):
+            self.condition, self.unconditional = self.later[self.done - 1]
 
 
 def evaluate(predict: Predict, rows: Sequence[BatchRow]) -> list[Tensor]:

@@ -7,23 +7,34 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
+from koala.architectures.table import FACTOR
 from koala.checkpoints.latent_scale import LatentScale
 from koala.generation.decode import Decode, computed
 from koala.generation.row_tiling import encode_tiled
 from koala.utils.networks import AutoencoderKL
 
 
-def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Float32 [1, 3, height, width] in -1..1, of `size` (width, height), on white."""
+def on_white(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image as RGB of `size` (width, height), on white where it is transparent."""
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image.convert("RGBA"))
     rgb = image.convert("RGB")
     if rgb.size != size:
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None]
-    return pixels.float() / 127.5 - 1
+    return rgb
+
+
+def to_pixels(image: Image.Image, factor: int = FACTOR) -> Tensor:
+    """Float32 [1, 3, h, w] in -1..1 of an RGB image.
+
+    Sides that are no multiple of `factor` are padded to one: with the last row and column.
+    """
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    padding = (0, -image.width % factor, 0, -image.height % factor)
+    return functional.pad(pixels, padding, mode="replicate")
 
 
 def encode_image(vae: AutoencoderKL, pixels: Tensor, tiled: bool = False) -> Tensor:

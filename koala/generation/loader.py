@@ -107,7 +107,10 @@ def load(
     scales = {file: validation.lora_scale(scale) for file, scale in (lora or {}).items()}
     if planned:
         native = unet_architecture(folder).sample * FACTOR
-        width, height = (native, native) if size is None else validation.size(size)
+        asked = (native, native)
+        if size is not None:  # what starts from an image is padded
+            asked = validation.size(size, 1 if from_image else FACTOR)
+        width, height = (-(-side // FACTOR) * FACTOR for side in asked)
         at_once = max(1, min(images, PIXELS_AT_ONCE // (width * height)))
         planner = Planner(
             folder, place, (width, height), at_once, weights, decode, tiny_vae, from_image

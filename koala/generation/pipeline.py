@@ -6,7 +6,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from koala.generation.denoise import BatchRow, Condition, Inpainting, Predict, p
 from koala.generation.engine import Engine, Progress
 from koala.generation.memory.plan import MemoryPlan
 from koala.generation.noise import Noise
+from koala.generation.prompt_editing import by_step
 from koala.generation.prompts import PromptEmbedding, encode, padded
-from koala.generation.requests import Known, Loras, Request, Settings, checked
+from koala.generation.requests import Known, Loras, Paste, Request, Settings, checked
 from koala.generation.schedule import SPACINGS, Schedule
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import BaseModel
@@ -135,41 +136,53 @@ class Pipeline:
         image: str | Path | Image.Image | None = None,
         strength: float | None = None,
         mask: str | Path | Image.Image | None = None,
+        mask_blur: int | None = None,
         lora: Mapping[str | Path, float] | None = None,
+        lora_dir: Path | None = None,
     ) -> list[Request]:
         """One checked request per image: `number` of each prompt, in the order of the prompts.
 
-        prompt: text of any length, with weights (`koala.generation.prompt_syntax`).
+        prompt: text of any length, with weights (`koala.generation.prompt_syntax`), changes
+            (`koala.generation.prompt_editing`), and LoRAs of `lora_dir` as <lora:NAME:SCALE>.
         steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass.
         guidance_until: the share of the steps, from the first, with guidance: above 0, up to 1.
         scheduler: a key of `samplers.SAMPLERS`.
         size: (width, height) in pixels or "WIDTHxHEIGHT", multiples of 8 from 16 to 4096; by
-            default that of `image`, else the model's own.
+            default that of `image`, else the model's own. With an image it may be any size: what
+            is no multiple of 8 is padded, and cut back at the end.
         seed: image i has seed + i; by default a random seed, which the settings record.
         image: a file or an image to start from. strength: the share of the steps that is done on
-            it, above 0, up to 1; by default 0.6. mask: an image of the same size, light where it
-            is to be repainted.
+            it, above 0, up to 1; by default 0.6. mask: an image of the same size, light or
+            transparent where it is to be repainted (`image_files.read_mask`); what is not comes
+            back pixel for pixel. mask_blur: pixels, 0 to 64, inwards from the mask's edge, over
+            which the two blend; by default 4.
         lora: files and scales, -100 to 100, for these images alone, besides the model's own.
 
         UserError for a value that is not allowed.
         """
-        if lora and self.predict is not self._plain:
+        asked = checked(
+            self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
+            guidance_until=guidance_until, scheduler=scheduler, size=size, number=number,
+            seed=seed, image=image, strength=strength, mask=mask, mask_blur=mask_blur, lora=lora,
+            lora_dir=lora_dir,
+        )  # fmt: skip
+        if any(asked.loras) and self.predict is not self._plain:
             raise UserError(
                 "a LoRA for single requests needs a model that plain PyTorch runs: leave it out, "
                 "or load the model without compile, graphs, a memory plan or another backend"
             )
-        asked = checked(
-            self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
-            guidance_until=guidance_until, scheduler=scheduler, size=size, number=number,
-            seed=seed, image=image, strength=strength, mask=mask, lora=lora,
-        )  # fmt: skip
         first = asked.settings[0]
-        pixels = places = None
+        pixels = places = paste = None
         if asked.image is not None:
-            pixels = image_inputs.to_pixels(asked.image, (first.width, first.height))
-        if asked.mask is not None:
-            places = torch.from_numpy(asked.mask).float()[None, None]
-        return [Request(settings, pixels, places, asked.loras) for settings in asked.settings]
+            image = image_inputs.on_white(asked.image, (first.width, first.height))
+            pixels = image_inputs.to_pixels(image, self.factor)
+            if asked.mask is not None:
+                places = torch.from_numpy(asked.mask.places).float()[None, None]
+                paste = Paste(image, asked.mask.blend)
+        return [
+            Request(settings, pixels, places, paste, loras)
+            for settings, loras in zip(asked.settings, asked.loras, strict=True)
+        ]
 
     @property
     def known(self) -> Known:
@@ -194,7 +207,7 @@ class Pipeline:
         """A request's row before its first step."""
         asked = request.settings
         schedule = self._schedule(asked)
-        h, w = asked.height // self.factor, asked.width // self.factor
+        h, w = -(-asked.height // self.factor), -(-asked.width // self.factor)  # rounded up
         noise = Noise(asked.seed, (1, self.unet.config.in_channels, h, w), self.device)
         sampler = samplers.BY_NAME[asked.sampler](schedule, noise)
         first = noise.draw()
@@ -206,14 +219,18 @@ class Pipeline:
                 x = latents + sampler.sigmas[0] * first
             if request.mask is not None:
                 kept = Inpainting(latents, request.mask.to(self.device), first)
-        condition, unconditional = self._conditions(asked)
+        (condition, unconditional), *later = self._conditions(asked, len(schedule))
         guided = math.ceil(asked.guidance_until * len(schedule))
-        return BatchRow(sampler, x, condition, unconditional, asked.guidance, guided, kept)
+        return BatchRow(
+            sampler, x, condition, unconditional, asked.guidance, guided, kept,
+            size=(asked.width, asked.height), paste=request.paste, later=later,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def finish(self, rows: Sequence[BatchRow]) -> list[Image.Image]:
         """The images of rows of one shape that have taken their last step."""
-        return to_images(self.decode(torch.cat([row.x for row in rows])))
+        drawn = to_images(self.decode(torch.cat([row.x for row in rows])))
+        return [row.cut(image) for row, image in zip(rows, drawn, strict=True)]
 
     @torch.inference_mode()
     def preview(self, row: BatchRow) -> Image.Image:
@@ -225,21 +242,27 @@ class Pipeline:
     def _schedule(self, asked: Settings) -> Schedule:
         return SPACINGS[asked.schedule](self.scheduler_config, asked.steps).last(asked.strength)
 
-    def _conditions(self, asked: Settings) -> tuple[Condition, Condition | None]:
-        """The conditions with the prompt and, if there is guidance, without it."""
-        prompt = encode(self.conditioner, asked.prompt)
-        if asked.guidance <= 1:
-            return self._condition(prompt, asked), None
-        if not asked.negative_prompt and self.zeros_for_empty:
-            negative = PromptEmbedding(
-                torch.zeros_like(prompt.text), torch.zeros_like(prompt.pooled)
+    def _conditions(self, asked: Settings, steps: int) -> list[tuple[Condition, Condition | None]]:
+        """For each step: the conditions with the prompt and, if there is guidance, without it."""
+        prompts = by_step(asked.prompt, steps)
+        zeros = not asked.negative_prompt and self.zeros_for_empty
+        negatives = by_step(asked.negative_prompt, steps) if asked.guidance > 1 else []
+        texts = {*prompts} if zeros else {*prompts, *negatives}
+        found = {text: encode(self.conditioner, text) for text in texts}
+        longest = max(one.text.shape[1] for one in found.values())
+        conditions = {
+            text: self._condition(padded(self.conditioner, one, longest), asked)
+            for text, one in found.items()
+        }
+        if not negatives:
+            return [(conditions[prompt], None) for prompt in prompts]
+        if zeros:
+            empty = conditions[prompts[0]]
+            empty = replace(
+                empty, text=torch.zeros_like(empty.text), pooled=torch.zeros_like(empty.pooled)
             )
-        else:
-            negative = encode(self.conditioner, asked.negative_prompt)
-            longest = max(one.text.shape[1] for one in (prompt, negative))
-            prompt = padded(self.conditioner, prompt, longest)
-            negative = padded(self.conditioner, negative, longest)
-        return self._condition(prompt, asked), self._condition(negative, asked)
+            return [(conditions[prompt], empty) for prompt in prompts]
+        return [(conditions[p], conditions[n]) for p, n in zip(prompts, negatives, strict=True)]
 
     def _condition(self, encoded: PromptEmbedding, asked: Settings) -> Condition:
         pair = (asked.height, asked.width)

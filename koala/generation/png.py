@@ -116,6 +116,8 @@ def parameters(settings: Settings) -> str:
     }
     if settings.image:
         values["Denoising strength"] = f"{settings.strength:g}"
+    if settings.mask:
+        values["Mask blur"] = settings.mask_blur
     if settings.guidance_until < 1:
         values["Guidance until"] = f"{settings.guidance_until:g}"
     loras = "".join(f" <lora:{name}:{scale:g}>" for name, scale in settings.loras)

@@ -27,6 +27,8 @@ MOST_GUIDANCE = 100
 MOST_SEED = 2**63 - 1
 MOST_LORA_SCALE = 100
 LONGEST_TEXT = 10_000  # characters
+MASK_BLUR = 4  # default, pixels
+MOST_MASK_BLUR = 64
 STRENGTH = 0.6  # default for an image without a strength
 LCM_LEVELS = 50  # noise levels of latent consistency models (arXiv 2310.04378)
 
@@ -115,13 +117,28 @@ def strength(asked: float | None, image: bool, mask: bool) -> float:
     return float(asked)
 
 
+def mask_blur(asked: int | None, mask: bool) -> int:
+    """Pixels over which a repainted part blends into its image; 0 without a mask. UserError."""
+    if asked is None:
+        return MASK_BLUR if mask else 0
+    if not mask:
+        raise UserError(f"mask blur {asked!r} has no effect without a mask: give one")
+    if not _whole(asked) or not 0 <= asked <= MOST_MASK_BLUR:
+        raise UserError(
+            f"mask blur is {asked!r}: allowed are whole numbers of pixels from 0 to "
+            f"{MOST_MASK_BLUR}, {MASK_BLUR} is usual"
+        )
+    return asked
+
+
 def size(asked: tuple[int, int] | str, factor: int = FACTOR) -> tuple[int, int]:
-    """(width, height) in pixels, each a multiple of the VAE's `factor`.
+    """(width, height) in pixels, each a multiple of `factor`: the VAE's, or 1 for any.
 
     No larger factor is needed: if the U-Net's downsampling does not divide the latent, diffusers
     passes the sizes on to the upsampling.
     """
-    rule = f"allowed are multiples of {factor} from {SMALLEST} to {LARGEST}, such as 512x512"
+    sides = "whole numbers" if factor == 1 else f"multiples of {factor}"
+    rule = f"allowed are {sides} from {SMALLEST} to {LARGEST}, such as 512x512"
     if isinstance(asked, str):
         match = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", asked.strip(), re.ASCII)
         if match is None:

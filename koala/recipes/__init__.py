@@ -8,7 +8,8 @@
     sdxl-mini            the same, completed                          sdxl-mini-128, latents
     koala-mini-first     the student, by self-attention distillation  sdxl-mini, latents
     koala-mini           the same, completed                          sdxl-mini, koala-mini-first
-    koala-mini-sa        the same in 24,000 samples                   (for comparison)
+    koala-mini-guided    the same, drawn without guidance             sdxl-mini, koala-mini
+    koala-mini-sa        koala-mini in 24,000 samples                   (for comparison)
     koala-mini-task      the same, L_task alone                       (a control)
     koala-mini-task-out  the same, L_task + L_outKD                   (a control)
     tiny-mini            a tiny autoencoder beside the VAE            any of them, latents
@@ -33,6 +34,7 @@ MINI = (
     "sdxl-mini",
     "koala-mini-first",
     "koala-mini",
+    "koala-mini-guided",
     "koala-mini-sa",
     "koala-mini-task",
     "koala-mini-task-out",

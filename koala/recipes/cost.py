@@ -258,7 +258,8 @@ def _flops(setup: TrainingSetup) -> tuple[int, int]:
     own = forward_flops(setup.student, side, side, setup.student.tokens)
     rest = 3 * own
     if setup.teacher is not None and setup.settings and setup.settings.learns_from_teacher:
-        rest += forward_flops(setup.teacher, side, side, setup.teacher.tokens)
+        passes = 2 if setup.settings.guidance else 1
+        rest += passes * forward_flops(setup.teacher, side, side, setup.teacher.tokens)
     return (own if setup.hardware.checkpointing else 0), rest
 
 

@@ -113,6 +113,20 @@ def koala_mini() -> Student:
     return replace(first, training=training)
 
 
+def koala_mini_guided() -> Student:
+    """The student of a guided teacher, from `koala-mini` (`--student`): half the passes a step.
+
+    L_outKD alone, weighted by min-SNR as L_task is in the rest of the family.
+    """
+    return _student(
+        DistillationSettings(
+            task_weight=0.0, feature_weight=0.0, taps=(), min_snr=1.0, min_snr_out=True,
+            guidance=3.5, caption_dropout=0.0,
+        ),
+        samples=96_000, batch=64, lr=7e-4,
+    )  # fmt: skip
+
+
 def koala_mini_sa() -> Student:
     """`koala-mini-first` with the controls' number of samples, to compare the losses."""
     return _student(SELF_ATTENTION)

@@ -4,7 +4,7 @@ A run writes its finished pipeline folder to `<out>/model`; the same call resume
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from diffusers import UNet2DConditionModel
 from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.flops import flops
 from koala.architectures.table import get
-from koala.checkpoints import model_card
+from koala.checkpoints import model_card, sampling
 from koala.checkpoints.compress import adopt, compress
+from koala.checkpoints.grow import grow
 from koala.checkpoints.load import load_scheduler_config, load_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import unet_architecture
@@ -105,6 +106,8 @@ def _run(
     training = recipe.training
     with world.together():
         source = resolve_model(teacher)
+        if isinstance(recipe, Student):
+            _check_guidance(recipe, teacher, source)
         recipe.hardware.micro_batch(training.batch, world.size)
         mixture = recipe.mixture
         size = recipe.pixels if isinstance(recipe, Student) else None
@@ -141,6 +144,16 @@ def _run(
             unet.load_state_dict(checkpoint.average(out, length))
             task.export(unet, model)
     return models
+
+
+def _check_guidance(recipe: Student, teacher: str, folder: Path) -> None:
+    """UserError for guidance with a teacher that is drawn without."""
+    if recipe.settings.guidance and not sampling.of_model(teacher, folder).guided:
+        raise UserError(
+            f"settings.guidance is {recipe.settings.guidance:g}, but the teacher {teacher} is made "
+            "to be drawn without guidance: take a base model or a fine-tune of one, or leave "
+            "guidance out (--set settings.guidance=none)"
+        )
 
 
 def _validation_batch(latents: LatentSet, recipe: Teacher | Student, model: Path) -> dict[str, Any]:
@@ -191,6 +204,7 @@ def _card(
         start = model_card.read(
             out / "start" if isinstance(recipe, Student) else resolve_model(teacher)
         )
+    grown = isinstance(recipe, Teacher) and start.cut is not None
     before = start.trained if student else None
     facts = model_card.Trained(
         recipe=name,
@@ -201,7 +215,10 @@ def _card(
         distilled=isinstance(recipe, Student) and recipe.settings.learns_from_teacher,
         student=student and model_card.name_of(student),
         before=before.samples.get("U-Net", 0) + before.before if before else 0,
+        grown=teacher and model_card.name_of(teacher) if grown else None,
     )
+    if grown:
+        start = replace(start, cut=None)
     return model_card.trained_of(start, model_card.name_of(out / "model"), facts)
 
 
@@ -226,12 +243,15 @@ def _teaching(
     torch.manual_seed(recipe.training.seed)
     arch = get(recipe.architecture)
     if recipe.further:
-        if (found := unet_architecture(base)) != arch:
-            raise UserError(
-                f"{base} has the U-Net {found.name}, but this recipe continues {arch.name}: "
-                "give the model made by the recipe before it"
-            )
-        unet = load_unet(base)
+        found, unet = unet_architecture(base), load_unet(base)
+        if found != arch:
+            try:
+                unet = grow(unet, arch)
+            except UserError:
+                raise UserError(
+                    f"{base} has the U-Net {found.name}, but this recipe continues {arch.name}: "
+                    "give the model made by the recipe before it, or a cut of it"
+                ) from None
     else:
         unet = UNet2DConditionModel(**unet_config(arch))
     return Denoising(

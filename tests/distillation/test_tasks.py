@@ -10,6 +10,8 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
+from koala.checkpoints.load import load_scheduler_config
+from koala.checkpoints.sampling import Sampling, of_config
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.settings import PAPER_TAPS, DistillationSettings, Tap
 from koala.distillation.tasks import Denoising, Distillation, teacher_dtype
@@ -150,6 +152,44 @@ def test_distillation_losses_equal_a_direct_computation(
     assert set(losses) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=2e-5, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_guided_teacher_is_what_the_pipeline_draws_with(
+    distillation: Make, conditioner: TextConditioner
+) -> None:
+    weights = {"task_weight": 0.0, "min_snr": 1.0, "min_snr_out": True, "caption_dropout": 0.0}
+    losses = distillation(guidance=3.5, **weights).losses(batch(), seeded())
+    student, teacher = unet("koala", 1), unet("sdxl", 2)
+    args, with_text, _ = by_hand(conditioner, caption_dropout=0.0)
+    added = with_text["added_cond_kwargs"]
+    without = {
+        "encoder_hidden_states": torch.zeros_like(with_text["encoder_hidden_states"]),
+        "added_cond_kwargs": {**added, "text_embeds": torch.zeros_like(added["text_embeds"])},
+    }
+
+    def guided(of: Callable[[dict], torch.Tensor]) -> torch.Tensor:
+        return of(without) + 3.5 * (of(with_text) - of(without))
+
+    target = guided(lambda given: teacher(*args, **given).sample)
+    errors = (student(*args, **with_text).sample - target).square().flatten(1).mean(1)
+    expected = (errors * SCHEDULE.min_snr_weights(args[1], 1.0)).mean()
+    torch.testing.assert_close(losses["out"], expected, rtol=2e-5, atol=0)
+    path = "up_blocks.2"
+    feature = guided(lambda given: recomputed(teacher, path, args, given))
+    expected = (recomputed(student, path, args, with_text) - feature).square().mean()
+    torch.testing.assert_close(losses[f"tap {path}"], expected, rtol=2e-5, atol=0)
+
+
+def test_a_student_of_a_guided_teacher_says_that_it_needs_no_guidance(
+    distillation: Make, tmp_path: Path
+) -> None:
+    for guidance, known in ((2.0, Sampling(guidance=1.0)), (None, None)):
+        task = distillation(guidance=guidance, caption_dropout=0.0)
+        task.export(task.trainable, tmp_path / "out")
+        config = load_scheduler_config(tmp_path / "out")
+        assert of_config(config) == known
+        StableDiffusionXLPipeline.from_pretrained(tmp_path / "out")
 
 
 def test_a_student_equal_to_its_teacher_has_no_distillation_loss(distillation: Make) -> None:
@@ -361,6 +401,13 @@ def test_another_forward_process_is_refused(key: str, value: str) -> None:
         ({"caption_dropout": 1.5}, "caption dropout 1.5: it must be between 0 and 1"),
         ({"min_snr": 0.0}, "min_snr 0.0: it must be above 0"),
         ({"min_snr": 5.0, "task_weight": 0.0}, "min_snr 5.0 is given but task_weight is 0"),
+        ({"min_snr_out": True}, "min_snr_out has no effect without min_snr"),
+        ({"guidance": 1.0, "caption_dropout": 0.0}, "guidance 1.0: it must be above 1"),
+        ({"guidance": 3.5}, "caption_dropout 0.1 with guidance: .* set it to 0"),
+        (
+            {"guidance": 3.5, "output_weight": 0.0, **NO_FEATURES},
+            "guidance is the teacher's, but no loss term compares with it",
+        ),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings: dict, message: str) -> None:

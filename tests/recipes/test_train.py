@@ -78,8 +78,18 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     other = replace(student, training=replace(TINY, lr=2e-3))
     with pytest.raises(UserError, match="lr"):
         distill(other, data, tmp_path / "student", str(master), "cpu")
-    with pytest.raises(UserError, match=r"koala-mini, but this recipe continues sdxl-mini"):
-        distill(teacher, data, tmp_path / "further", str(small), "cpu")
+    guided = replace(recipes.get("koala-mini-guided"), training=TINY, prompts=("a fox",))
+    unguided = distill(guided, data, tmp_path / "guided", *master_too, student=str(small))
+    with pytest.raises(UserError, match=r"teacher .* is made to be drawn without guidance"):
+        distill(guided, data, tmp_path / "again", str(unguided), "cpu")
+
+    grown = distill(teacher, data, tmp_path / "grown", str(small), "cpu")
+    assert load(grown)("a fox", steps=2, seed=1).images[0].tobytes() == image.tobytes()
+    told = model_card.read(grown)
+    assert (told.cut, told.trained.grown, told.trained.distilled) == (None, "student", False)
+    deeper = replace(teacher, architecture="sdxl")
+    with pytest.raises(UserError, match=r"koala-mini, but this recipe continues sdxl: .* a cut"):
+        distill(deeper, data, tmp_path / "further", str(small), "cpu")
 
 
 def test_a_vae_goes_on_and_nothing_else_changes(base_parts, tmp_path, packages):

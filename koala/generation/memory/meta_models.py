@@ -120,7 +120,7 @@ def _predict(unet: Any, rows: int, latents: tuple[int, ...], tokens: int) -> Ten
         encoder_hidden_states=_blank(rows, tokens, config.cross_attention_dim, dtype=dtype),
         added_cond_kwargs={
             "text_embeds": _blank(rows, pooled, dtype=dtype),
-            "time_ids": _blank(rows, 6, dtype=dtype),
+            "time_ids": _blank(rows, 6, dtype=torch.float32),
         },
     ).sample.float()
 

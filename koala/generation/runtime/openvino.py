@@ -110,7 +110,7 @@ class _FlatUNet(nn.Module):
         self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
-        x, text, pooled, ids = (tensor.to(self.unet.dtype) for tensor in (x, text, pooled, ids))
+        x, text, pooled = (tensor.to(self.unet.dtype) for tensor in (x, text, pooled))
         added = {"text_embeds": pooled, "time_ids": ids}
         return self.unet(x, t, text, added_cond_kwargs=added, return_dict=False)[0].float()
 

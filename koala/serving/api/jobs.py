@@ -47,9 +47,13 @@ class JobRequest(BaseModel):
     scheduler: str | None = None
     seed: int | None = None
     image: Annotated[str, Field(description="base64 or a data: URL")] | None = None
-    mask: Annotated[str, Field(description="base64 or a data: URL; white is repainted")] | None = (
-        None
-    )
+    mask: (
+        Annotated[
+            str, Field(description="base64 or a data: URL; light or transparent is repainted")
+        ]
+        | None
+    ) = None
+    mask_blur: int | None = None
     strength: float | None = None
     lora: list[LoraScale] | None = None
     priority: Literal["interactive", "batch"] | None = None

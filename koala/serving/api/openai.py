@@ -2,7 +2,7 @@
 
 https://platform.openai.com/docs/api-reference/images. `quality`, `style`, `moderation`, `user`,
 `safety_identifier` and `input_fidelity` are checked and have no effect. Our own additional fields
-are seed, steps, guidance, guidance_until, negative_prompt, scheduler, strength and lora.
+are seed, steps, guidance, guidance_until, negative_prompt, scheduler, strength, mask_blur and lora.
 """
 
 import asyncio
@@ -117,6 +117,7 @@ class EditRequest(GenerationRequest):
     """The fields of an edit, without its files."""
 
     strength: float | None = None
+    mask_blur: int | None = None
     input_fidelity: Literal["high", "low"] | None = None
 
 
@@ -169,8 +170,9 @@ async def edits(request: Request) -> Response:
     if "image" not in files:
         raise ApiError(400, "image is missing", "missing_parameter", "image")
     spec = replace(
-        body.to_image_request(client_of(request)), image=files["image"], strength=body.strength
-    )
+        body.to_image_request(client_of(request)), image=files["image"], strength=body.strength,
+        mask_blur=body.mask_blur,
+    )  # fmt: skip
     if "mask" in files:
         most = service.limits.upload_pixels
         mask = await asyncio.to_thread(uploads.mask_of_transparency, files["mask"], most)

@@ -20,7 +20,7 @@ from koala.checkpoints.load import load_text
 from koala.errors import UserError
 
 if TYPE_CHECKING:  # loaded with the encoders; data with stored embeddings need neither
-    from transformers import (
+    from koala.utils.networks import (
         CLIPTextModel,
         CLIPTextModelWithProjection,
         CLIPTokenizer,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from koala.checkpoints.validate import read_json
 from koala.errors import Failure, UserError
 from koala.generation.row_tiling import POSITIONS, decode_tiled
 from koala.utils.device import device_and_dtype
+from koala.utils.networks import AutoencoderKL, AutoencoderTiny
 
 # Latents [n, 4, h, w] as the U-Net sees them -> images float32 [n, 3, 8h, 8w] in 0..1.
 Decode = Callable[[Tensor], Tensor]

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
 from koala.generation.samplers import Sampler
 from koala.utils.device import device_and_dtype, to_device
+from koala.utils.networks import UNet2DConditionModel, without_peft
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ def predictor(unet: UNet2DConditionModel) -> Predict:
     def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         device, dtype = device_and_dtype(unet)
         own = condition.to(device, dtype)
-        (epsilon,) = unet(
-            x.to(device, dtype),
-            to_device(timesteps, device),
-            encoder_hidden_states=own.text,
-            added_cond_kwargs={"text_embeds": own.pooled, "time_ids": own.time_ids},
-            return_dict=False,
-        )
+        with without_peft():
+            (epsilon,) = unet(
+                x.to(device, dtype),
+                to_device(timesteps, device),
+                encoder_hidden_states=own.text,
+                added_cond_kwargs={"text_embeds": own.pooled, "time_ids": own.time_ids},
+                return_dict=False,
+            )
         return epsilon.float()
 
     return predict

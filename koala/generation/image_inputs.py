@@ -5,7 +5,6 @@
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -14,6 +13,7 @@ from koala.architectures.table import FACTOR
 from koala.checkpoints.latent_scale import LatentScale
 from koala.generation.decode import Decode, computed
 from koala.generation.row_tiling import encode_tiled
+from koala.utils.networks import AutoencoderKL
 
 
 def on_white(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 import koala
@@ -34,6 +33,7 @@ from koala.generation.runtime.dtypes import DTYPES, torch_dtype
 from koala.generation.runtime.openvino import Calibration, UNetInputs, recorded
 from koala.text_conditioning import TextConditioner
 from koala.utils.device import pick_device
+from koala.utils.networks import AutoencoderKL
 
 CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
 CALIBRATION = ("a fox, noto style", "two green apples on a light blue background")
@@ -130,8 +130,8 @@ def load(
     def put(_: str, models: Sequence[nn.Module]) -> None:
         for each in models:
             if isinstance(each, AutoencoderKL) and place.type != "cpu":
-                each.to(torch.float32 if each.config.force_upcast else own)
-            each.to(place)
+                nn.Module.to(each, torch.float32 if each.config.force_upcast else own)
+            nn.Module.to(each, place)  # diffusers' own `to` asks for hooks that none has
 
     pipeline = _read(folder, name, own, put)
     if backend or compile or graphs:
@@ -169,7 +169,7 @@ def _read(folder: Path, name: str, dtype: torch.dtype, put: Put) -> Pipeline:
     """The pipeline of a folder; `put` is given each part's models, on the CPU, once it is read."""
     conditioner = TextConditioner.from_folder(folder, dtype, cache_size=CACHED_CHUNKS)
     put(TEXT, conditioner.encoders)
-    unet = load_unet(folder, dtype).to(memory_format=torch.channels_last)
+    unet = nn.Module.to(load_unet(folder, dtype), memory_format=torch.channels_last)
     put(UNET, [unet])
     vae = load_vae(folder, torch.float32)
     put(VAE, [vae])

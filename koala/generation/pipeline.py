@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -32,6 +31,8 @@ from koala.lora.names import BaseModel
 from koala.lora.reading import Lora, LoraReport, read
 from koala.lora.switching import LoraSwitcher
 from koala.text_conditioning import TextConditioner, time_ids
+from koala.utils.device import device_and_dtype
+from koala.utils.networks import AutoencoderKL, UNet2DConditionModel
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Pipeline:
         self._lora_switcher = LoraSwitcher(self._modules, self._read_lora)
         self.encode = partial(image_inputs.encode_image, self.vae)
         self.decode = full(self.vae)
-        self.device = self.unet.device
+        self.device, _ = device_and_dtype(self.unet)
 
     @property
     def factor(self) -> int:

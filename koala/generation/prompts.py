@@ -14,10 +14,10 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from koala.generation.prompt_syntax import Fragment, parse
 from koala.text_conditioning import TextConditioner
+from koala.utils.networks import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from koala.errors import Failure
@@ -19,6 +18,7 @@ from koala.generation.memory.offload import GroupOffload, ModelOffload, OneAtATi
 from koala.generation.memory.plan import GIB, MemoryPlan, Planner
 from koala.generation.memory.quantise import quantise
 from koala.generation.runtime.dtypes import DTYPES
+from koala.utils.networks import AutoencoderKL
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +20,8 @@ from koala.errors import UserError
 from koala.generation.decode import Decode
 from koala.generation.denoise import Condition, Predict
 from koala.utils.asset_packages import cache_folder
+from koala.utils.deferred import mark
+from koala.utils.networks import Attention, BasicTransformerBlock, ResnetBlock2D
 
 _MOST_GRAPHS = 256  # compiled variants of one kind of block: its shapes times the batch sizes
 _WARM_UP = 3  # runs before a capture, in which libraries choose kernels and allocate
@@ -120,6 +119,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     shape. Results are kept under $KOALA_CACHE, or in $TORCHINDUCTOR_CACHE_DIR if that is set.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder().parent / "inductor"))
+    mark()
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 4 * _MOST_GRAPHS
     kinds = (BasicTransformerBlock, ResnetBlock2D)

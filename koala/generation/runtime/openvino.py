@@ -23,7 +23,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from koala.architectures.config import pooled_width
@@ -32,6 +31,7 @@ from koala.generation.decode import Decode, finished, vae_latents
 from koala.generation.denoise import Condition, Predict
 from koala.utils.asset_packages import cache_folder
 from koala.utils.extras import require
+from koala.utils.networks import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 
 # OpenVINO and NNCF report their use through this package, if it can be imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not there

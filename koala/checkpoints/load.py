@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koala.checkpoints.prediction import of_config
 from koala.checkpoints.tensors import load_tensor
 from koala.checkpoints.validate import (
     check_unet,
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+_LEAST_ABAR = 2.0**-24  # noise level 4096
 
 
 def _load(model_class: Any, folder: Path, component: str, **options: Any) -> Any:
@@ -120,11 +124,19 @@ def load_scheduler_config(folder: Path) -> dict[str, Any]:
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """abar_t = prod (1 - beta_s) of a scheduler config, float32 [levels], for every timestep t.
 
-    Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022.
+    Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022. For zero
+    terminal SNR, sqrt(abar) is shifted and scaled so that it ends at 0 (arXiv 2305.08891,
+    algorithm 1); the last is then 2**-24, so that its noise level is finite, as in diffusers.
     """
     import torch
 
     roots = torch.linspace(
         config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, config["num_train_timesteps"]
     )
-    return torch.cumprod(1.0 - roots**2, dim=0)
+    abar = torch.cumprod(1.0 - roots**2, dim=0)
+    if not of_config(config).zero_snr:
+        return abar
+    root = abar.sqrt()
+    rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    rescaled[-1] = _LEAST_ABAR
+    return rescaled

@@ -127,6 +127,7 @@ class Pipeline:
         steps: int = 10,
         guidance: float = 3.5,
         guidance_until: float = 1.0,
+        guidance_rescale: float = 0.0,
         scheduler: str = "euler",
         size: tuple[int, int] | str | None = None,
         number: int = 1,
@@ -141,6 +142,7 @@ class Pipeline:
         prompt: text of any length, with weights (`koala.generation.prompt_syntax`).
         steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass.
         guidance_until: the share of the steps, from the first, with guidance: above 0, up to 1.
+        guidance_rescale: 0 to 1, how far the contrast that guidance adds is taken back.
         scheduler: a key of `samplers.SAMPLERS`.
         size: (width, height) in pixels or "WIDTHxHEIGHT", multiples of 8 from 16 to 4096; by
             default that of `image`, else the model's own.
@@ -159,8 +161,9 @@ class Pipeline:
             )
         asked = checked(
             self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
-            guidance_until=guidance_until, scheduler=scheduler, size=size, number=number,
-            seed=seed, image=image, strength=strength, mask=mask, lora=lora,
+            guidance_until=guidance_until, guidance_rescale=guidance_rescale, scheduler=scheduler,
+            size=size, number=number, seed=seed, image=image, strength=strength, mask=mask,
+            lora=lora,
         )  # fmt: skip
         first = asked.settings[0]
         pixels = places = None
@@ -207,7 +210,16 @@ class Pipeline:
                 kept = Inpainting(latents, request.mask.to(self.device), first)
         condition, unconditional = self._conditions(asked)
         guided = math.ceil(asked.guidance_until * len(schedule))
-        return BatchRow(sampler, x, condition, unconditional, asked.guidance, guided, kept)
+        return BatchRow(
+            sampler,
+            x,
+            condition,
+            unconditional,
+            asked.guidance,
+            guided,
+            asked.guidance_rescale,
+            kept,
+        )
 
     @torch.inference_mode()
     def finish(self, rows: Sequence[BatchRow]) -> list[Image.Image]:

@@ -45,8 +45,8 @@ class Condition:
 
 
 # One evaluation of a U-Net: (x, timesteps, condition) -> its output, epsilon or v. x is float32
-# [n, c, h, w], scaled to the variance that the U-Net was trained with; timesteps float32 [n], one per
-# row; the output float32 [n, c, h, w]. The arguments may be on any device.
+# [n, c, h, w], scaled to the variance that the U-Net was trained with; timesteps float32 [n], one
+# per row; the output float32 [n, c, h, w]. The arguments may be on any device.
 Predict: TypeAlias = Callable[[Tensor, Tensor, Condition], Tensor]
 
 

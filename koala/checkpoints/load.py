@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koala.checkpoints.prediction import of_config
 from koala.checkpoints.tensors import Stored, load_tensor
 from koala.checkpoints.validate import (
     check_unet,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
         CLIPTokenizer,
         UNet2DConditionModel,
     )
+
+_LEAST_ABAR = 2.0**-24  # noise level 4096
 
 
 def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
@@ -92,7 +95,7 @@ def _load_encoder(model_class: Any, folder: Path, component: str, dtype: torch.d
     for module in encoder.modules():
         if isinstance(module, CLIPTextEmbeddings):  # its only state that no file has
             positions = torch.arange(module.position_embedding.num_embeddings)
-            module.position_ids = positions.expand(1, -1)
+            module.register_buffer("position_ids", positions.expand(1, -1), persistent=False)
     return encoder.eval()
 
 
@@ -170,11 +173,19 @@ def load_scheduler_config(folder: Path) -> dict[str, Any]:
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """abar_t = prod (1 - beta_s) of a scheduler config, float32 [levels], for every timestep t.
 
-    Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022.
+    Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022. For zero
+    terminal SNR, sqrt(abar) is shifted and scaled so that it ends at 0 (arXiv 2305.08891,
+    algorithm 1); the last is then 2**-24, so that its noise level is finite, as in diffusers.
     """
     import torch
 
     roots = torch.linspace(
         config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, config["num_train_timesteps"]
     )
-    return torch.cumprod(1.0 - roots**2, dim=0)
+    abar = torch.cumprod(1.0 - roots**2, dim=0)
+    if not of_config(config).zero_snr:
+        return abar
+    root = abar.sqrt()
+    rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    rescaled[-1] = _LEAST_ABAR
+    return rescaled

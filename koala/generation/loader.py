@@ -169,7 +169,8 @@ def _read(folder: Path, name: str, dtype: torch.dtype, put: Put) -> Pipeline:
     """The pipeline of a folder; `put` is given each part's models, on the CPU, once it is read."""
     conditioner = TextConditioner.from_folder(folder, dtype, cache_size=CACHED_CHUNKS)
     put(TEXT, conditioner.encoders)
-    unet = nn.Module.to(load_unet(folder, dtype), memory_format=torch.channels_last)
+    unet = load_unet(folder, dtype)
+    nn.Module.to(unet, memory_format=torch.channels_last)  # type: ignore[call-overload]  # it does take it
     put(UNET, [unet])
     vae = load_vae(folder, torch.float32)
     put(VAE, [vae])

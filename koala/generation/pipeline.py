@@ -129,6 +129,7 @@ class Pipeline:
         steps: int = 10,
         guidance: float = 3.5,
         guidance_until: float = 1.0,
+        guidance_rescale: float = 0.0,
         scheduler: str = "euler",
         size: tuple[int, int] | str | None = None,
         number: int = 1,
@@ -146,6 +147,7 @@ class Pipeline:
             (`koala.generation.prompt_editing`), and LoRAs of `lora_dir` as <lora:NAME:SCALE>.
         steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass.
         guidance_until: the share of the steps, from the first, with guidance: above 0, up to 1.
+        guidance_rescale: 0 to 1, how far the contrast that guidance adds is taken back.
         scheduler: a key of `samplers.SAMPLERS`.
         size: (width, height) in pixels or "WIDTHxHEIGHT", multiples of 8 from 16 to 4096; by
             default that of `image`, else the model's own. With an image it may be any size: what
@@ -162,9 +164,9 @@ class Pipeline:
         """
         asked = checked(
             self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
-            guidance_until=guidance_until, scheduler=scheduler, size=size, number=number,
-            seed=seed, image=image, strength=strength, mask=mask, mask_blur=mask_blur, lora=lora,
-            lora_dir=lora_dir,
+            guidance_until=guidance_until, guidance_rescale=guidance_rescale, scheduler=scheduler,
+            size=size, number=number, seed=seed, image=image, strength=strength, mask=mask,
+            mask_blur=mask_blur, lora=lora, lora_dir=lora_dir,
         )  # fmt: skip
         if any(asked.loras) and self.predict is not self._plain:
             raise UserError(
@@ -222,8 +224,8 @@ class Pipeline:
         (condition, unconditional), *later = self._conditions(asked, len(schedule))
         guided = math.ceil(asked.guidance_until * len(schedule))
         return BatchRow(
-            sampler, x, condition, unconditional, asked.guidance, guided, kept,
-            size=(asked.width, asked.height), paste=request.paste, later=later,
+            sampler, x, condition, unconditional, asked.guidance, guided, asked.guidance_rescale,
+            kept, size=(asked.width, asked.height), paste=request.paste, later=later,
         )  # fmt: skip
 
     @torch.inference_mode()

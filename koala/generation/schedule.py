@@ -6,7 +6,7 @@ consistency models were trained on 50 levels of their own.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from koala.checkpoints.load import alphas_cumprod
+from koala.checkpoints.prediction import EPSILON, of_config
 from koala.generation import validation
 from koala.generation.validation import LCM_LEVELS
 
@@ -24,6 +25,7 @@ class Schedule:
 
     timesteps: Tensor  # float32 [steps], falling, 0..999
     sigmas: Tensor  # float32 [steps + 1], falling, the last one 0
+    prediction: str = EPSILON  # the U-Net's, a type of `koala.checkpoints.prediction`
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -34,7 +36,7 @@ class Schedule:
         UserError if that leaves no step.
         """
         skipped = len(self) - validation.steps_done(len(self), share)
-        return Schedule(self.timesteps[skipped:], self.sigmas[skipped:])
+        return replace(self, timesteps=self.timesteps[skipped:], sigmas=self.sigmas[skipped:])
 
 
 def trailing(config: dict[str, Any], steps: int) -> Schedule:
@@ -42,7 +44,7 @@ def trailing(config: dict[str, Any], steps: int) -> Schedule:
 
     Equal to diffusers' `EulerDiscreteScheduler(timestep_spacing="trailing")`, whatever sampler
     and spacing the config names. UserError for a schedule that is not SDXL's kind (discrete,
-    predicting epsilon), or for more steps than it has noise levels.
+    predicting epsilon or v), or for more steps than it has noise levels.
     """
     levels = validation.schedule(config, "trailing", steps)
     # Equal parts of the levels, down from the last; halves round to even, and the slice drops a
@@ -68,7 +70,7 @@ SPACINGS: dict[str, Callable[[dict[str, Any], int], Schedule]] = {"trailing": tr
 def _schedule(config: dict[str, Any], timesteps: np.ndarray) -> Schedule:
     chosen = torch.from_numpy(timesteps).long()
     sigmas = torch.cat([_sigmas(config)[chosen], torch.zeros(1)])
-    return Schedule(chosen.float(), sigmas)
+    return Schedule(chosen.float(), sigmas, of_config(config).type)
 
 
 def _sigmas(config: dict[str, Any]) -> Tensor:

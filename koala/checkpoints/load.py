@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from koala.checkpoints.prediction import of_config
 from koala.checkpoints.tensors import Stored, load_tensor
 from koala.checkpoints.validate import (
@@ -171,21 +173,31 @@ def load_scheduler_config(folder: Path) -> dict[str, Any]:
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+    """`noise_levels` as a tensor, bit for bit as diffusers computes it."""
+    import torch
+
+    return torch.from_numpy(noise_levels(config))
+
+
+def noise_levels(config: Mapping[str, Any]) -> np.ndarray:
     """abar_t = prod (1 - beta_s) of a scheduler config, float32 [levels], for every timestep t.
 
     Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022. For zero
     terminal SNR, sqrt(abar) is shifted and scaled so that it ends at 0 (arXiv 2305.08891,
     algorithm 1); the last is then 2**-24, so that its noise level is finite, as in diffusers.
-    """
-    import torch
 
-    roots = torch.linspace(
-        config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, config["num_train_timesteps"]
-    )
-    abar = torch.cumprod(1.0 - roots**2, dim=0)
+    Computed without PyTorch, in its order and precision: `torch.linspace` counts from the nearer
+    end.
+    """
+    count: int = config["num_train_timesteps"]
+    first, last = (np.float32(config[key] ** 0.5) for key in ("beta_start", "beta_end"))
+    step, i = np.float64((last - first) / np.float32(count - 1)), np.arange(count)
+    roots = np.where(i < count // 2, first + step * i, last - step * (count - 1 - i))
+    alphas = np.float32(1) - roots.astype(np.float32) ** 2
+    abar = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
     if not of_config(config).zero_snr:
         return abar
-    root = abar.sqrt()
+    root = np.sqrt(abar)
     rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
     rescaled[-1] = _LEAST_ABAR
     return rescaled

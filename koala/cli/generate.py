@@ -145,10 +145,11 @@ def _run(o: argparse.Namespace) -> None:
     }  # fmt: skip
     settings = checked(o.model, prompts, lora=loras, **asked).settings
 
-    from koala.generation import load, save  # all is checked: now torch may load
+    from koala.generation import save
+    from koala.generation.opening import open_model  # all is checked: now torch may load
     from koala.utils.progress import progress
 
-    pipeline = load(
+    pipeline = open_model(
         o.model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
         images=len(settings), from_image=o.image is not None, say=say,
     )  # fmt: skip

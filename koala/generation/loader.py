@@ -14,23 +14,23 @@ from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import read_json, unet_architecture
 from koala.generation import validation
 from koala.generation.decode import full
-from koala.generation.denoise import evaluate, predictor
+from koala.generation.denoise import evaluate
 from koala.generation.engine import PIXELS_AT_ONCE
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.placement import Placement
 from koala.generation.memory.plan import Planner
+from koala.generation.opening import keep_form
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.backends import choose
 from koala.generation.runtime.compile import (
-    ROWS,
     compile_blocks,
     fuse_projections,
     graphed,
-    in_fixed_batches,
-    one_by_one,
 )
 from koala.generation.runtime.dtypes import DTYPES, torch_dtype
+from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_by_one
 from koala.generation.runtime.openvino import Calibration, UNetInputs, recorded
+from koala.generation.runtime.pytorch import predictor
 from koala.text_conditioning import TextConditioner
 from koala.utils.device import pick_device
 from koala.utils.networks import AutoencoderKL
@@ -136,7 +136,9 @@ def load(
     pipeline = _read(folder, name, own, put)
     if backend or compile or graphs:
         _merge(pipeline, scales, say)
-        set_runtime(pipeline, backend, compile, graphs, say)
+        chosen = set_runtime(pipeline, backend, compile, graphs, say)
+        if not compile and not graphs:
+            keep_form(pipeline, folder, backend or "", chosen)
     else:
         for file, scale in scales.items():
             pipeline.add_lora(file, scale)
@@ -196,9 +198,10 @@ def set_runtime(
     compiled: bool = False,
     graphs: bool = False,
     say: Say = lambda line: None,
-) -> None:
+) -> str:
     """Sets what runs a pipeline's networks, which are all on one device, with LoRAs merged.
 
+    Returns the backend's name.
     Arguments and errors as in `load`.
     """
     validation.runtime(backend, compiled, graphs)
@@ -211,7 +214,7 @@ def set_runtime(
         pipeline.predict = graphed(pipeline.predict, pipeline.unet.device)
     if compiled or graphs:
         pipeline.predict, pipeline.batch_sizes = in_fixed_batches(pipeline.predict), ROWS
-        return
+        return "torch"
     samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
     chosen = choose(pipeline.unet, pipeline.vae, backend or "torch", samples)
     if chosen.name != "torch":  # which a pipeline has from the beginning
@@ -221,6 +224,7 @@ def set_runtime(
     if backend != "remembered" or chosen.name != "torch":
         cost = _COST if chosen.name in validation.ROUNDED else ""
         say(f"backend {chosen.name} ({chosen.why}){cost}")
+    return chosen.name
 
 
 @torch.inference_mode()

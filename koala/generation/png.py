@@ -20,7 +20,7 @@ from koala.errors import UserError
 from koala.generation.requests import Settings
 
 if TYPE_CHECKING:
-    from koala.generation.pipeline import Result
+    from koala.generation.drawing import Result
 
 LONGEST_STEM = 48  # letters of a prompt in a file's name
 # Suffixes of image files: --out with one of them names a file, not a folder.

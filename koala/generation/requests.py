@@ -26,11 +26,12 @@ from koala.generation.image_files import Mask, fingerprint, open_image, read_mas
 from koala.generation.prompt_editing import by_step
 from koala.generation.prompt_loras import refuse_loras, split_loras
 from koala.generation.prompt_syntax import parse
+from koala.generation.runtime.form import Form, is_form
 from koala.lora.names import BaseModel, base_of
 from koala.lora.reading import read
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from koala.utils.arrays import Array
 
 Loras: TypeAlias = tuple[tuple[Path, float], ...]  # files and scales, in the order of application
 
@@ -76,8 +77,8 @@ class Request:
     """One image to draw, checked and complete; `Pipeline.requests` makes them."""
 
     settings: Settings
-    image: Tensor | None = None  # float32 [1, 3, 8h, 8w] in -1..1, padded
-    mask: Tensor | None = None  # float32 [1, 1, h, w]: 1 is repainted, 0 is kept
+    image: Array | None = None  # float32 [1, 3, 8h, 8w] in -1..1, padded
+    mask: Array | None = None  # float32 [1, 1, h, w]: 1 is repainted, 0 is kept
     paste: Paste | None = None  # with a mask
     lora: Loras = ()  # for this image alone, besides the model's
 
@@ -93,12 +94,15 @@ class Known:
     name: str
     native: int  # pixels of a side
     scheduler_config: Mapping[str, Any]
-    base: BaseModel  # what a LoRA must fit
+    base: BaseModel | None  # what a LoRA must fit; None: it takes none
     loras: tuple[tuple[str, float], ...] = ()  # names and scales of the model's own
 
     @classmethod
     def of(cls, model: str | Path) -> Known:
         """Of a bundled name, a folder, a Hub id or a single file. UserError if it is not found."""
+        if is_form(model):
+            form = Form.read(Path(model).expanduser())
+            return cls(form.name, form.native, form.scheduler, None)
         folder = resolve_model(model)
         native = unet_architecture(folder).sample * FACTOR
         return cls(str(model), native, load_scheduler_config(folder), base_of(folder))
@@ -173,6 +177,11 @@ def checked(
             if count > 1:
                 raise UserError(f"two LoRAs are called {name!r}: name each once")
     for path in named:
+        if known.base is None:
+            raise UserError(
+                f"{known.name} runs without PyTorch, which the LoRA {path} needs: leave it out, or "
+                "name the model that this was made of"
+            )
         read(path, known.base)
     width, height = drawn_size or (known.native, known.native)
     area = None

@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from koala.checkpoints.load import alphas_cumprod
+from koala.checkpoints.load import noise_levels
 from koala.checkpoints.prediction import EPSILON, of_config
 from koala.generation import validation
 from koala.generation.validation import LCM_LEVELS
@@ -23,8 +21,8 @@ from koala.generation.validation import LCM_LEVELS
 class Schedule:
     """Step i goes from noise level `sigmas[i]`, the U-Net's `timesteps[i]`, to the next."""
 
-    timesteps: Tensor  # float32 [steps], falling, 0..999
-    sigmas: Tensor  # float32 [steps + 1], falling, the last one 0
+    timesteps: np.ndarray  # float32 [steps], falling, 0..999
+    sigmas: np.ndarray  # float32 [steps + 1], falling, the last one 0
     prediction: str = EPSILON  # the U-Net's, a type of `koala.checkpoints.prediction`
 
     def __len__(self) -> int:
@@ -68,12 +66,12 @@ SPACINGS: dict[str, Callable[[dict[str, Any], int], Schedule]] = {"trailing": tr
 
 
 def _schedule(config: dict[str, Any], timesteps: np.ndarray) -> Schedule:
-    chosen = torch.from_numpy(timesteps).long()
-    sigmas = torch.cat([_sigmas(config)[chosen], torch.zeros(1)])
-    return Schedule(chosen.float(), sigmas, of_config(config).type)
+    chosen = timesteps.astype(int)
+    sigmas = np.append(_sigmas(config)[chosen], np.float32(0))
+    return Schedule(chosen.astype(np.float32), sigmas, of_config(config).type)
 
 
-def _sigmas(config: dict[str, Any]) -> Tensor:
+def _sigmas(config: dict[str, Any]) -> np.ndarray:
     """sigma_t = sqrt((1 - abar_t) / abar_t) for every t, float32 [levels]."""
-    abar = alphas_cumprod(config)
-    return ((1 - abar) / abar) ** 0.5
+    abar = noise_levels(config)
+    return np.sqrt((1 - abar) / abar)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ticket
-from koala.generation.pipeline import Result
+from koala.generation.drawing import Result
 from koala.generation.validation import SMALLEST
 from koala.lora.folder import lora_file, lora_names
 from koala.serving.admission import Admission, Busy

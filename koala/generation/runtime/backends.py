@@ -20,11 +20,13 @@ from torch import Tensor
 from koala.architectures.config import pooled_width
 from koala.errors import UserError
 from koala.generation import validation
-from koala.generation.decode import Decode, full
-from koala.generation.denoise import Condition, Predict, predictor
+from koala.generation.decode import full
+from koala.generation.denoise import Condition, Predict
+from koala.generation.pixels import Decode
 from koala.generation.runtime import openvino
-from koala.generation.runtime.compile import in_fixed_batches, one_by_one
+from koala.generation.runtime.fixed_batches import in_fixed_batches, one_by_one
 from koala.generation.runtime.openvino import Calibration
+from koala.generation.runtime.pytorch import predictor
 from koala.generation.validation import EXACT, ROUNDED
 from koala.text_conditioning import time_ids
 from koala.utils.asset_packages import cache_folder

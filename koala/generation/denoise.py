@@ -151,4 +151,4 @@ def _guide(without: Array, with_prompt: Array, row: BatchRow) -> Array:
         return guided
     # arXiv 2305.08891, section 3.4: guidance without the contrast that it adds.
     rescaled = guided * (deviation(with_prompt) / deviation(guided))
-    return guided + row.guidance_rescale * (rescaled - guided)
+    return row.guidance_rescale * rescaled + (1 - row.guidance_rescale) * guided

@@ -16,10 +16,10 @@ from koala.generation import validation
 from koala.generation.decode import full
 from koala.generation.denoise import evaluate
 from koala.generation.engine import PIXELS_AT_ONCE
+from koala.generation.export import keep_form
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.placement import Placement
 from koala.generation.memory.plan import Planner
-from koala.generation.opening import keep_form
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.backends import choose
 from koala.generation.runtime.compile import (
@@ -201,8 +201,7 @@ def set_runtime(
 ) -> str:
     """Sets what runs a pipeline's networks, which are all on one device, with LoRAs merged.
 
-    Returns the backend's name.
-    Arguments and errors as in `load`.
+    Returns the backend's name. Arguments and errors as in `load`.
     """
     validation.runtime(backend, compiled, graphs)
     if compiled:

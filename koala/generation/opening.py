@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
-from koala.generation.runtime import form
+from koala.generation import form
 
 if TYPE_CHECKING:
+    from koala.generation.light import LightPipeline
     from koala.generation.pipeline import Pipeline
-    from koala.generation.runtime.light import LightPipeline
 
 # What a form cannot do, by `loader.load`'s arguments: it is for PyTorch.
 _TORCH_ONLY = (
@@ -52,7 +52,7 @@ def open_model(
         asked = device == "cpu" or backend in form.BACKENDS or not _has_gpu()
         place = form.found(resolve_model(model), backend) if asked else None
         if place is not None and find_spec("openvino") and find_spec("tokenizers"):
-            from koala.generation.runtime.light import LightPipeline
+            from koala.generation.light import LightPipeline
 
             name = Path(model).resolve().name if Path(model).exists() else str(model)
             return LightPipeline(place, name)
@@ -67,7 +67,7 @@ def open_model(
 
 
 def _of_folder(folder: Path, demanded: list[str], backend: str | None) -> LightPipeline:
-    from koala.generation.runtime.light import LightPipeline
+    from koala.generation.light import LightPipeline
 
     own = form.Form.read(folder).backend
     if backend not in (None, own, *form.REMEMBERED):
@@ -87,16 +87,3 @@ def _has_gpu() -> bool:
 
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     return apple or Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
-
-
-def keep_form(pipeline: Pipeline, folder: Path, asked: str, chosen: str) -> None:
-    """Writes the form of a pipeline that OpenVINO runs into the cache, for the next start."""
-    if chosen not in form.BACKENDS or pipeline.loras:
-        return
-    place = form.place_of(folder, chosen)
-    if not form.is_form(place):
-        from koala.generation.runtime.export import write_form
-
-        write_form(pipeline, chosen, place)
-    if asked in form.REMEMBERED:
-        form.remember(folder, chosen)

@@ -22,11 +22,11 @@ from koala.checkpoints.tensors import read_header
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
 from koala.generation import samplers, validation
+from koala.generation.form import Form, is_form
 from koala.generation.image_files import Mask, fingerprint, open_image, read_mask
 from koala.generation.prompt_editing import by_step
 from koala.generation.prompt_loras import refuse_loras, split_loras
 from koala.generation.prompt_syntax import parse
-from koala.generation.runtime.form import Form, is_form
 from koala.lora.names import BaseModel, base_of
 from koala.lora.reading import read
 

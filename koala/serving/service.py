@@ -160,7 +160,7 @@ class Service:
     @property
     def native(self) -> int:
         """The model's native side in pixels."""
-        return self.pipeline.unet.config.sample_size * self.pipeline.factor
+        return self.pipeline.known.native
 
     @property
     def most_pixels(self) -> int:

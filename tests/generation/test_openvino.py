@@ -21,7 +21,7 @@ from koala.generation.decode import full
 from koala.generation.loader import load, set_runtime
 from koala.generation.runtime import compiled, openvino
 from koala.generation.runtime.backends import Backend, choose, example
-from koala.generation.runtime.compile import ROWS
+from koala.generation.runtime.fixed_batches import ROWS
 from koala.generation.runtime.pytorch import predictor
 from koala.serving.warmup import warm_up
 from koala.utils.device import has_bf16

@@ -47,9 +47,8 @@ def theirs(folders):
 
 
 def noise_of(seeds, height, width):
-    return torch.cat(
-        [TorchNoise(s, (1, 4, height, width), torch.device("cpu")).draw() for s in seeds]
-    )
+    shape = (1, 4, height, width)
+    return torch.cat([TorchNoise(s, shape, torch.device("cpu")).draw() for s in seeds])
 
 
 @torch.inference_mode()

@@ -126,11 +126,7 @@ def test_samplers_share_no_state():
 
 
 def test_noise_is_a_function_of_the_seed_alone():
-    one, again, other = (
-        TorchNoise(5, SHAPE, CPU),
-        TorchNoise(5, SHAPE, CPU),
-        TorchNoise(6, SHAPE, CPU),
-    )
+    one, again, other = (TorchNoise(seed, SHAPE, CPU) for seed in (5, 5, 6))
     first = one.draw()
     assert torch.equal(first, again.draw()) and not torch.equal(first, one.draw())
     assert not torch.equal(first, other.draw()) and first.dtype == torch.float32

@@ -1,7 +1,8 @@
-"""Writes the OpenVINO form of a model (`koala.generation.runtime.form`), with PyTorch."""
+"""Writes the OpenVINO form of a model (`koala.generation.form`), with PyTorch."""
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from koala.checkpoints.latent_scale import LatentScale
 from koala.errors import UserError
+from koala.generation import form
+from koala.generation.form import BACKENDS, LAYOUT, OF_DTYPE, Form, check_export
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime import openvino
-from koala.generation.runtime.form import BACKENDS, LAYOUT, Form
 from koala.utils.atomic import new_folder
 from koala.utils.extras import require
 
@@ -58,9 +60,20 @@ def write_form(pipeline: Pipeline, backend: str, out: Path) -> Form:
         for n, tokenizer in zip(("", "_2"), pipeline.conditioner.tokenizers, strict=True):
             content = tokenizer.backend_tokenizer.to_str()
             (part / f"tokenizer{n}.json").write_text(content, encoding="utf-8")
-        form = _described(pipeline, backend)
-        form.write(part)
-    return form
+        described = _described(pipeline, backend)
+        described.write(part)
+    return described
+
+
+def keep_form(pipeline: Pipeline, folder: Path, asked: str, chosen: str) -> None:
+    """Writes the form of a pipeline that OpenVINO runs into the cache, for the next start."""
+    if chosen not in form.BACKENDS or pipeline.loras:
+        return
+    place = form.place_of(folder, chosen)
+    if not form.is_form(place):
+        write_form(pipeline, chosen, place)
+    if asked in form.REMEMBERED:
+        form.remember(folder, chosen)
 
 
 def _described(pipeline: Pipeline, backend: str) -> Form:
@@ -91,3 +104,30 @@ def _copied(file: Path, to: Path) -> None:
         os.link(file, to)
     except OSError:
         shutil.copyfile(file, to)
+
+
+@dataclass(frozen=True)
+class FormReport:
+    """What `export` did."""
+
+    model: str
+    backend: str
+    bytes: int  # of the folder
+    out: Path
+
+    def line(self) -> str:
+        """One line for the terminal."""
+        return f"{self.model} for {self.backend}, {self.bytes / 1e6:,.1f} MB in {self.out}"
+
+
+def export(pipeline: Pipeline, out: Path, dtype: str | None = None) -> FormReport:
+    """Writes a model's OpenVINO form as the folder `out`, which draws without PyTorch.
+
+    dtype: "fp32", or "bf16" for a processor that computes in it; by default fp32. UserError
+    for another dtype, for a package that is missing and if `out` exists.
+    """
+    check_export(out, dtype)
+    backend = OF_DTYPE[dtype]
+    write_form(pipeline, backend, out)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return FormReport(pipeline.name, backend, size, out)

@@ -9,12 +9,12 @@ import numpy as np
 from koala.errors import UserError
 from koala.generation.denoise import Condition
 from koala.generation.drawing import Drawing
+from koala.generation.form import Form
 from koala.generation.noise import NumpyNoise
 from koala.generation.pixels import finished
 from koala.generation.requests import Known, Loras
 from koala.generation.runtime.compiled import Compiled
 from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_by_one
-from koala.generation.runtime.form import Form
 from koala.utils.arrays import Array
 from koala.utils.extras import require
 
@@ -22,7 +22,7 @@ CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
 
 
 class LightPipeline(Drawing):
-    """The form in a folder (`koala.generation.runtime.form`), ready to draw.
+    """The form in a folder (`koala.generation.form`), ready to draw.
 
     It draws what `koala.generation.pipeline.Pipeline` draws with the same backend, within 1e-4.
     It has no LoRAs and starts from no images: both need PyTorch. UserError for a folder that is not

@@ -3,7 +3,6 @@
     form.json            what the model is (`Form`)
     unet.xml, .bin       and so on for decoder, text_encoder, text_encoder_2
     tokenizer.json       and tokenizer_2.json, for the package tokenizers
-    README.md            credits, if the model has any
 
 `koala convert MODEL --to openvino` writes one. A model that was drawn with OpenVINO once has one in
 the cache, under a name made of its files' sizes and times: other weights never draw from it.
@@ -20,13 +19,15 @@ from typing import Any
 from koala.checkpoints.validate import CONFIGS, read_json
 from koala.errors import UserError
 from koala.utils.asset_packages import cache_folder
-from koala.utils.atomic import new_file
+from koala.utils.atomic import check_new, new_file
 from koala.utils.digest import digest
+from koala.utils.extras import require
 
 FORM = "form.json"
 NETWORKS = ("unet", "decoder", "text_encoder", "text_encoder_2")
 LAYOUT = 1  # of the folder; another number is another layout
 BACKENDS = ("openvino", "openvino-bf16")  # that have a form
+OF_DTYPE = {None: "openvino", "fp32": "openvino", "bf16": "openvino-bf16"}
 REMEMBERED = ("auto", "remembered")  # what an earlier drawing found serves them
 
 
@@ -71,6 +72,14 @@ class Form:
 
     def write(self, folder: Path) -> None:
         (folder / FORM).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def check_export(out: Path, dtype: str | None) -> None:
+    """Before a model is read: UserError unless its form can be written to `out`."""
+    if dtype not in OF_DTYPE:
+        raise UserError(f"dtype {dtype!r}: an OpenVINO form is in fp32 or bf16")
+    require("an OpenVINO form", "openvino", "openvino")
+    check_new(out)
 
 
 def is_form(model: str | Path) -> bool:

@@ -130,7 +130,7 @@ def _run(o: argparse.Namespace) -> None:
     check_writable(o.out, len(o.prompt) * o.number)
     prompts, shared = shared_loras(o.prompt, o.lora_dir)
     loras = validation.loras(o.lora)
-    loras |= {file: scale for file, scale in shared.items()}
+    loras.update(shared.items())
     asked = {
         "negative_prompt": o.negative_prompt, "steps": o.steps, "guidance": o.guidance,
         "guidance_until": o.guidance_until, "scheduler": o.scheduler, "size": o.size,

@@ -76,6 +76,10 @@ def _convert_arguments(p: Parser) -> None:
         help="the new folder or .safetensors file",
     )
     p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
+    p.add_argument(
+        "--spelling",
+        help="of a LoRA's names: kohya, which other programs read in full (default), or same",
+    )
     p.add_push()
     p.add_json("the report")
 
@@ -86,6 +90,8 @@ def _convert(o: argparse.Namespace) -> None:
 
     if o.student is not None and o.dtype is not None:
         raise UserError("--dtype has no effect on a LoRA, which keeps its own: leave it out")
+    if o.student is None and o.spelling is not None:
+        raise UserError("--spelling is of a LoRA's names: leave it out, or give --for")
     check_push(o)
     if o.to == OPENVINO:
         report, line = _export(o)
@@ -93,7 +99,7 @@ def _convert(o: argparse.Namespace) -> None:
         converted = convert(o.model, o.to, o.out, o.dtype)
         report, line = asdict(converted), converted.line()
     else:
-        carried = convert_lora(o.model, o.student, o.out)
+        carried = convert_lora(o.model, o.student, o.out, o.spelling or "kohya")
         report, line = asdict(carried), carried.line()
     push(o, o.out.expanduser())
     show(o, report, line)

@@ -209,7 +209,9 @@ def loras(asked: Sequence[str]) -> dict[str | Path, float]:
     found: dict[str | Path, float] = {}
     for text in asked:
         file, colon, scale = text.rpartition(":")
-        number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", scale, re.ASCII)
+        number = re.fullmatch(
+            r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", scale, re.ASCII | re.IGNORECASE
+        )
         # "style.safetensors:0,8" is a file and no number; "C:\style.safetensors" is a file.
         names_file = Path(file).exists() or "." in Path(file).name
         if not colon or Path(text).exists() or not (number or names_file):

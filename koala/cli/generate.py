@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from koala.cli.command import Command, Parser, listed, number, say, show, whole
+from koala.cli.command import Command, Parser, assembled, listed, number, say, show, whole
 from koala.generation.samplers import SAMPLERS
 from koala.generation.validation import BACKENDS, DECODERS, STRENGTH, WEIGHTS
 
@@ -31,6 +31,8 @@ def _arguments(p: Parser) -> None:
         "--lora", action="append", default=[], metavar="FILE[:SCALE]",
         help="a LoRA for the model, or for SDXL, its teacher; repeat for several",
     )  # fmt: skip
+
+    p.add_parts("--model")
 
     sampling = p.add_argument_group("sampling")
     sampling.add_argument("--steps", type=whole, default=10, help="denoising steps (default 10)")
@@ -110,13 +112,14 @@ def _run(o: argparse.Namespace) -> None:
         "scheduler": o.scheduler, "size": o.size, "number": o.number, "seed": o.seed,
         "image": o.image, "strength": o.strength, "mask": o.mask,
     }  # fmt: skip
-    settings = checked(o.model, o.prompt, lora=loras, **asked).settings
+    model = assembled(o, o.model)
+    settings = checked(model, o.prompt, lora=loras, **asked).settings
 
     from koala.generation import load, save  # all is checked: now torch may load
     from koala.utils.progress import progress
 
     pipeline = load(
-        o.model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
+        model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
         images=len(settings), from_image=o.image is not None, say=say,
     )  # fmt: skip
     if pipeline.plan is not None:

@@ -38,7 +38,7 @@ def bundle(model: str | Path, out: Path) -> int:
             for file in sorted((source / component).glob("*.txt")):
                 shutil.copy(file, part / component)
             if component in WEIGHTS:
-                for file in weights_files(source, component):
+                for file in weights_files(source / component, component):
                     size += _write_half(file, part / component / file.name)
         if (source / TINY).is_dir():
             (part / TINY).mkdir()

@@ -198,7 +198,8 @@ class Service:
         requests = self.pipeline.requests(
             spec.prompt, negative_prompt=spec.negative_prompt, steps=spec.steps,
             guidance=spec.guidance, guidance_until=spec.guidance_until,
-            guidance_rescale=spec.guidance_rescale, scheduler=spec.scheduler, size=size, number=spec.number, seed=spec.seed,
+            guidance_rescale=spec.guidance_rescale, scheduler=spec.scheduler,
+            size=size, number=spec.number, seed=spec.seed,
             image=image, strength=spec.strength, mask=mask,
             lora={self._lora_file(name): scale for name, scale in spec.loras},
         )  # fmt: skip

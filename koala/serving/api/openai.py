@@ -107,7 +107,8 @@ class GenerationRequest(BaseModel):
         optional: dict[str, Any] = {
             "negative_prompt": self.negative_prompt, "steps": self.steps,
             "guidance": self.guidance, "guidance_until": self.guidance_until,
-            "guidance_rescale": self.guidance_rescale, "scheduler": self.scheduler, "number": self.n, "seed": self.seed,
+            "guidance_rescale": self.guidance_rescale, "scheduler": self.scheduler,
+            "number": self.n, "seed": self.seed,
             "size": None if self.size == "auto" else self.size,
         }  # fmt: skip
         loras = tuple((each.name, each.scale) for each in self.lora or ())

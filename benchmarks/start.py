@@ -2,8 +2,8 @@
 
 `python -m benchmarks.start [--model M] [--runs 5] [--out benchmarks/start.json]`
 
-Each way is run in a process of its own, in turns, after one run that fills the caches. Peak memory is
-the process's largest resident size.
+Each way is run in a process of its own, in turns, after one run that fills the caches. Peak memory
+is the process's largest resident size.
 """
 
 import argparse
@@ -74,7 +74,8 @@ def _command(model: str, backend: str, folder: str) -> list[str]:
         model,
         "--out",
         folder,
-    ] + named
+        *named,
+    ]
 
 
 def _drawn(model: str, backend: str, folder: str) -> dict[str, float]:

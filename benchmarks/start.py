@@ -65,17 +65,8 @@ def main() -> None:
 
 def _command(model: str, backend: str, folder: str) -> list[str]:
     named = [] if form.is_form(model) else ["--backend", backend]
-    return [
-        "generate",
-        "a fox, noto style",
-        "--seed",
-        "7",
-        "--model",
-        model,
-        "--out",
-        folder,
-        *named,
-    ]
+    asked = ["generate", "a fox, noto style", "--seed", "7", "--model", model, "--out", folder]
+    return [*asked, *named]
 
 
 def _drawn(model: str, backend: str, folder: str) -> dict[str, float]:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from koala.checkpoints.tensors import Stored, load_tensor
+from koala.checkpoints.prediction import of_config
+from koala.checkpoints.tensors import Stored, load_tensor, not_finite
 from koala.checkpoints.validate import (
     check_unet,
     describe_faults,
     read_json,
     read_tensors,
     unet_architecture,
+    variant_of,
 )
 from koala.errors import UserError
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
         CLIPTokenizer,
         UNet2DConditionModel,
     )
+
+_LEAST_ABAR = 2.0**-24  # noise level 4096
 
 
 def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
@@ -94,7 +98,7 @@ def _load_encoder(model_class: Any, folder: Path, component: str, dtype: torch.d
     for module in encoder.modules():
         if isinstance(module, CLIPTextEmbeddings):  # its only state that no file has
             positions = torch.arange(module.position_embedding.num_embeddings)
-            module.position_ids = positions.expand(1, -1)
+            module.register_buffer("position_ids", positions.expand(1, -1), persistent=False)
     return encoder.eval()
 
 
@@ -126,6 +130,7 @@ def _filled(model: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) 
         return False
     # A copy, so that torch owns the memory and aligns it.
     weights = {name: load_tensor(one).to(dtype, copy=True) for name, one in stored.items()}
+    _check_finite(weights, stored)
     model.load_state_dict(weights, assign=True)
     return True
 
@@ -135,9 +140,11 @@ def _by_library(model_class: Any, folder: Path, component: str, **options: Any) 
 
     `UserError` unless its weights fit its config.
     """
+    stored = read_tensors(folder, component)
     model, info = model_class.from_pretrained(
         folder / component,
         **options,
+        variant=variant_of(folder / component, component),
         local_files_only=True,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
@@ -147,7 +154,16 @@ def _by_library(model_class: Any, folder: Path, component: str, **options: Any) 
     keys = (info["missing_keys"], info["unexpected_keys"], misshapen)
     if faults := describe_faults(*map(sorted, keys)):
         raise UserError(f"{folder}/{component}: the weights do not fit config.json: {faults}")
+    _check_finite(model.state_dict(), stored)
     return model.eval()
+
+
+def _check_finite(weights: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Raises `UserError` naming the first weight that holds NaN or infinity."""
+    for name, weight in weights.items():
+        # The largest value tells: ten times faster than testing every element.
+        if weight.is_floating_point() and weight.numel() and not weight.abs().max().isfinite():
+            raise not_finite(stored.get(name, next(iter(stored.values()))), name)
 
 
 @contextlib.contextmanager
@@ -179,12 +195,22 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
 def noise_levels(config: Mapping[str, Any]) -> np.ndarray:
     """abar_t = prod (1 - beta_s) of a scheduler config, float32 [levels], for every timestep t.
 
-    Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022. Computed
-    without PyTorch, in its order and precision: `torch.linspace` counts from the nearer end.
+    Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022. For zero
+    terminal SNR, sqrt(abar) is shifted and scaled so that it ends at 0 (arXiv 2305.08891,
+    algorithm 1); the last is then 2**-24, so that its noise level is finite, as in diffusers.
+
+    Computed without PyTorch, in its order and precision: `torch.linspace` counts from the nearer
+    end.
     """
     count: int = config["num_train_timesteps"]
     first, last = (np.float32(config[key] ** 0.5) for key in ("beta_start", "beta_end"))
     step, i = np.float64((last - first) / np.float32(count - 1)), np.arange(count)
     roots = np.where(i < count // 2, first + step * i, last - step * (count - 1 - i))
     alphas = np.float32(1) - roots.astype(np.float32) ** 2
-    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+    abar = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+    if not of_config(config).zero_snr:
+        return abar
+    root = np.sqrt(abar)
+    rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    rescaled[-1] = _LEAST_ABAR
+    return rescaled

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from PIL import Image
 
 from koala.generation.samplers import Sampler
-from koala.utils.arrays import Array, joined, numbers
+from koala.utils.arrays import Array, deviation, joined, numbers
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +46,9 @@ class Condition:
         )
 
 
-# One evaluation of a U-Net: (x, timesteps, condition) -> epsilon. x is float32 [n, c, h, w], scaled
-# to the variance that the U-Net was trained with; timesteps float32 [n], one per row; epsilon
-# float32 [n, c, h, w]. The arguments may be on any device.
+# One evaluation of a U-Net: (x, timesteps, condition) -> its output, epsilon or v. x is float32
+# [n, c, h, w], scaled to the variance that the U-Net was trained with; timesteps float32 [n], one
+# per row; the output float32 [n, c, h, w]. The arguments may be on any device.
 Predict: TypeAlias = Callable[[Array, Array, Condition], Array]
 
 
@@ -76,6 +76,7 @@ class BatchRow:
     unconditional: Condition | None = None  # of the same length; None: no guidance
     guidance: float = 1.0
     guided_steps: int = 0  # counted from the first
+    guidance_rescale: float = 0.0  # 0: none
     kept: Inpainting | None = None
     size: tuple[int, int] | None = None  # of the image, if its last places are padding
     paste: Callable[[Image.Image], Image.Image] | None = None  # puts kept pixels back
@@ -112,10 +113,10 @@ class BatchRow:
             drawn = drawn.crop((0, 0, *self.size))
         return drawn if self.paste is None else self.paste(drawn)
 
-    def advance(self, epsilon: Array) -> None:
-        """Takes the next step with the predicted noise [1, c, h, w]."""
-        sigma, to = self.sampler.sigmas[self.done : self.done + 2]
-        self.denoised = self.x - sigma * epsilon
+    def advance(self, output: Array) -> None:
+        """Takes the next step with the U-Net's output [1, c, h, w]."""
+        to = self.sampler.sigmas[self.done + 1]
+        self.denoised = self.sampler.denoised(self.done, self.x, output)
         x = self.sampler.step(self.done, self.x, self.denoised)
         self.x = x if self.kept is None else self.kept.put_back(x, to)
         self.done += 1
@@ -124,9 +125,9 @@ class BatchRow:
 
 
 def evaluate(predict: Predict, rows: Sequence[BatchRow]) -> list[Array]:
-    """The predicted noise [1, c, h, w] of each row: one pass over rows of one shape.
+    """The U-Net's output [1, c, h, w] for each row: one pass over rows of one shape.
 
-    The unconditional rows of the guided ones come first. The two predictions are combined with
+    The unconditional rows of the guided ones come first. The two outputs are combined with
     weight `guidance` (arXiv 2207.12598, equation 6, w = guidance - 1).
     """
     guided = [row for row in rows if row.guided]
@@ -135,14 +136,19 @@ def evaluate(predict: Predict, rows: Sequence[BatchRow]) -> list[Array]:
     conditions += [row.condition for row in rows]
     x = joined([row.scaled for row in batch])
     timesteps = numbers(x, [row.sampler.timesteps[row.done] for row in batch])
-    predicted = predict(x, timesteps, Condition.joined(conditions))
-    epsilon = [predicted[i : i + 1] for i in range(len(batch))]
-    without, with_prompt = iter(epsilon[: len(guided)]), epsilon[len(guided) :]
+    output = predict(x, timesteps, Condition.joined(conditions))
+    outputs = [output[i : i + 1] for i in range(len(batch))]
+    without, with_prompt = iter(outputs[: len(guided)]), outputs[len(guided) :]
     return [
-        _guide(next(without), found, row.guidance) if row.guided else found
+        _guide(next(without), found, row) if row.guided else found
         for row, found in zip(rows, with_prompt, strict=True)
     ]
 
 
-def _guide(without: Array, with_prompt: Array, guidance: float) -> Array:
-    return without + guidance * (with_prompt - without)
+def _guide(without: Array, with_prompt: Array, row: BatchRow) -> Array:
+    guided = without + row.guidance * (with_prompt - without)
+    if not row.guidance_rescale:
+        return guided
+    # arXiv 2305.08891, section 3.4: guidance without the contrast that it adds.
+    rescaled = guided * (deviation(with_prompt) / deviation(guided))
+    return row.guidance_rescale * rescaled + (1 - row.guidance_rescale) * guided

@@ -128,6 +128,7 @@ class Drawing(ABC):
         steps: int = 10,
         guidance: float = 3.5,
         guidance_until: float = 1.0,
+        guidance_rescale: float = 0.0,
         scheduler: str = "euler",
         size: tuple[int, int] | str | None = None,
         number: int = 1,
@@ -145,6 +146,7 @@ class Drawing(ABC):
             (`koala.generation.prompt_editing`), and LoRAs of `lora_dir` as <lora:NAME:SCALE>.
         steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass.
         guidance_until: the share of the steps, from the first, with guidance: above 0, up to 1.
+        guidance_rescale: 0 to 1, how far the contrast that guidance adds is taken back.
         scheduler: a key of `samplers.SAMPLERS`.
         size: (width, height) in pixels or "WIDTHxHEIGHT", multiples of 8 from 16 to 4096; by
             default that of `image`, else the model's own. With an image it may be any size: what
@@ -161,9 +163,9 @@ class Drawing(ABC):
         """
         asked = checked(
             self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
-            guidance_until=guidance_until, scheduler=scheduler, size=size, number=number,
-            seed=seed, image=image, strength=strength, mask=mask, mask_blur=mask_blur, lora=lora,
-            lora_dir=lora_dir,
+            guidance_until=guidance_until, guidance_rescale=guidance_rescale, scheduler=scheduler,
+            size=size, number=number, seed=seed, image=image, strength=strength, mask=mask,
+            mask_blur=mask_blur, lora=lora, lora_dir=lora_dir,
         )  # fmt: skip
         if any(asked.loras) and not self.takes_loras:
             raise UserError(
@@ -176,7 +178,7 @@ class Drawing(ABC):
             image = image_inputs.on_white(asked.image, (first.width, first.height))
             pixels = self.own(image_inputs.to_pixels(image, self.factor))
             if asked.mask is not None:
-                places = self.own(np.float32(asked.mask.places)[None, None])
+                places = self.own(asked.mask.places.astype(np.float32)[None, None])
                 paste = Paste(image, asked.mask.blend)
         return [
             Request(settings, pixels, places, paste, loras)
@@ -205,8 +207,9 @@ class Drawing(ABC):
             (condition, unconditional), *later = self._conditions(asked, len(schedule))
             guided = math.ceil(asked.guidance_until * len(schedule))
             return BatchRow(
-                sampler, x, condition, unconditional, asked.guidance, guided, kept,
-                size=(asked.width, asked.height), paste=request.paste, later=later,
+                sampler, x, condition, unconditional, asked.guidance, guided,
+                asked.guidance_rescale, kept, size=(asked.width, asked.height),
+                paste=request.paste, later=later,
             )  # fmt: skip
 
     def finish(self, rows: Sequence[BatchRow]) -> list[Image.Image]:

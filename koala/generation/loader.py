@@ -92,7 +92,7 @@ def load(
         `Pipeline.requests`, how many will be asked for at once, and whether they start from
         others. Without a plan they are not used.
 
-    say: called with a line for each LoRA that is merged, a backend that was chosen, and a plan
+    say: called with a line for each LoRA, a backend that was chosen, and a plan
         that was given up because memory ran out.
 
     Raises UserError for a model that is not found or damaged, a device that is not there, a value
@@ -141,7 +141,7 @@ def load(
             keep_form(pipeline, folder, backend or "", chosen)
     else:
         for file, scale in scales.items():
-            pipeline.add_lora(file, scale)
+            say(pipeline.add_lora(file, scale).line())
     return pipeline
 
 
@@ -171,7 +171,8 @@ def _read(folder: Path, name: str, dtype: torch.dtype, put: Put) -> Pipeline:
     """The pipeline of a folder; `put` is given each part's models, on the CPU, once it is read."""
     conditioner = TextConditioner.from_folder(folder, dtype, cache_size=CACHED_CHUNKS)
     put(TEXT, conditioner.encoders)
-    unet = nn.Module.to(load_unet(folder, dtype), memory_format=torch.channels_last)
+    unet = load_unet(folder, dtype)
+    nn.Module.to(unet, memory_format=torch.channels_last)  # type: ignore[call-overload]  # it does take it
     put(UNET, [unet])
     vae = load_vae(folder, torch.float32)
     put(VAE, [vae])

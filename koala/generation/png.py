@@ -120,6 +120,8 @@ def parameters(settings: Settings) -> str:
         values["Mask blur"] = settings.mask_blur
     if settings.guidance_until < 1:
         values["Guidance until"] = f"{settings.guidance_until:g}"
+    if settings.guidance_rescale:
+        values["CFG Rescale"] = f"{settings.guidance_rescale:g}"
     loras = "".join(f" <lora:{name}:{scale:g}>" for name, scale in settings.loras)
     lines = [settings.prompt + loras]
     if settings.negative_prompt:

@@ -53,6 +53,7 @@ class Settings:
     schedule: str = "trailing"
     loras: tuple[tuple[str, float], ...] = ()  # name and scale, in order
     guidance_until: float = 1.0  # share of the steps with guidance, from the first
+    guidance_rescale: float = 0.0  # arXiv 2305.08891, section 3.4; 0: none
     strength: float = 1.0  # share of the steps that is done, from an image
     image: str = ""  # fingerprint of the image that it starts from, if any
     mask: str = ""  # fingerprint of the mask, if any
@@ -125,6 +126,7 @@ def checked(
     steps: int = 10,
     guidance: float = 3.5,
     guidance_until: float = 1.0,
+    guidance_rescale: float = 0.0,
     scheduler: str = "euler",
     size: tuple[int, int] | str | None = None,
     number: int = 1,
@@ -148,6 +150,7 @@ def checked(
     prompts = validation.prompts([text for text, _ in split])
     sampler = samplers.get(scheduler)
     until = validation.guidance_until(guidance_until, guidance)
+    rescale = validation.guidance_rescale(guidance_rescale, guidance)
     share = validation.strength(strength, image is not None, mask is not None)
     done = validation.steps_done(steps, share)
     for text in (*prompts, negative_prompt):
@@ -198,6 +201,7 @@ def checked(
         schedule=sampler.spacing,
         loras=names[0],
         guidance_until=until,
+        guidance_rescale=rescale,
         strength=share,
         image="" if given is None else fingerprint(given),
         mask="" if masked is None else fingerprint(masked),

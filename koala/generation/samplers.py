@@ -1,4 +1,4 @@
-"""The samplers: from one noise level to the next, given the predicted noise.
+"""The samplers: from one noise level to the next, given the estimated image.
 
 All use one notation: x = x0 + sigma * noise. The U-Net sees x / sqrt(sigma^2 + 1), of variance
 one; the papers of DDIM and LCM write their formulas for that. Every image has a sampler of its
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
+from koala.checkpoints.prediction import VELOCITY
 from koala.errors import unknown
 from koala.utils.arrays import Array
 
@@ -30,17 +31,26 @@ class Sampler:
     def __init__(self, schedule: Schedule, noise: Noise) -> None:
         self.timesteps: list[float] = schedule.timesteps.tolist()
         self.sigmas: list[float] = schedule.sigmas.tolist()
+        self.prediction = schedule.prediction
         self.noise = noise
 
     def start(self, noise: Array) -> Array:
         """x before the first step, of standard normal noise."""
         return noise * self.sigmas[0]
 
-    def step(self, i: int, x: Array, denoised: Array) -> Array:
-        """x after step i, from sigmas[i] to sigmas[i + 1].
+    def denoised(self, i: int, x: Array, output: Array) -> Array:
+        """The estimate of x0 before step i, from the U-Net's output.
 
-        denoised: the estimate of x0, x - sigmas[i] * predicted noise.
+        That is epsilon, or v = sqrt(abar) epsilon - sqrt(1 - abar) x0 (arXiv 2202.00512, section
+        2.2); abar = 1 / (sigma^2 + 1).
         """
+        sigma = self.sigmas[i]
+        if self.prediction == VELOCITY:
+            return x / (sigma**2 + 1) - sigma / _std(sigma) * output
+        return x - sigma * output
+
+    def step(self, i: int, x: Array, denoised: Array) -> Array:
+        """x after step i, from sigmas[i] to sigmas[i + 1], given the estimate of x0."""
         raise NotImplementedError
 
 

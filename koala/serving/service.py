@@ -192,9 +192,9 @@ class Service:
         requests = self.pipeline.requests(
             spec.prompt, negative_prompt=spec.negative_prompt, steps=spec.steps,
             guidance=spec.guidance, guidance_until=spec.guidance_until,
-            scheduler=spec.scheduler, size=size, number=spec.number, seed=spec.seed,
-            image=image, strength=spec.strength, mask=mask, mask_blur=spec.mask_blur,
-            lora=self._lora_files(spec.loras), lora_dir=self.lora_folder,
+            guidance_rescale=spec.guidance_rescale, scheduler=spec.scheduler, size=size,
+            number=spec.number, seed=spec.seed, image=image, strength=spec.strength, mask=mask,
+            mask_blur=spec.mask_blur, lora=self._lora_files(spec.loras), lora_dir=self.lora_folder,
         )  # fmt: skip
         if requests[0].pixels > self.most_pixels:
             settings = requests[0].settings
@@ -272,9 +272,9 @@ class Service:
 
     # --- helpers ----------------------------------------------------------------------------
 
-    def _lora_files(self, named: Sequence[tuple[str, float]]) -> dict[Path, float]:
+    def _lora_files(self, named: Sequence[tuple[str, float]]) -> dict[str | Path, float]:
         """The files of a request's LoRAs and their scales."""
-        found: dict[Path, float] = {}
+        found: dict[str | Path, float] = {}
         for name, scale in named:
             if self.lora_folder is None:
                 raise UserError(f"lora {name!r}: this server has no LoRA folder; leave it out")

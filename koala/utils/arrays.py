@@ -41,6 +41,11 @@ def zeros_like(array: Array) -> Array:
     return torch.zeros_like(array)
 
 
+def deviation(array: Array) -> Array:
+    """The standard deviation of all its numbers, with Bessel's correction; a scalar."""
+    return array.std(ddof=1) if isinstance(array, np.ndarray) else array.std()
+
+
 def to_numpy(array: Array) -> np.ndarray:
     """The array as NumPy's; a tensor in float32."""
     return array if isinstance(array, np.ndarray) else array.detach().float().cpu().numpy()

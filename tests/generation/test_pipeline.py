@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -167,15 +168,13 @@ def test_every_number_of_steps_has_falling_noise():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("prediction_type", "v_prediction"),
         ("beta_schedule", "linear"),
-        ("use_karras_sigmas", True),
-        ("rescale_betas_zero_snr", True),
+        ("trained_betas", [0.1]),
     ],
 )
 def test_a_scheduler_config_of_another_kind_is_refused(key, value):
     config = dict(EulerDiscreteScheduler.from_config(toy_scheduler().config).config)
-    with pytest.raises(UserError, match=f"{key} = {value!r}"):
+    with pytest.raises(UserError, match=re.escape(f"{key} = {value!r}")):
         trailing({**config, key: value}, 10)
 
 
@@ -295,6 +294,8 @@ def test_any_multiple_of_eight_is_a_size(folders, size):
         ({"guidance_until": 0}, "guidance until is 0: allowed are shares"),
         ({"guidance_until": 1.5}, "guidance until is 1.5"),
         ({"guidance_until": 0.5, "guidance": 1}, "0.5 has no effect at guidance 1"),
+        ({"guidance_rescale": 1.5}, "guidance rescale is 1.5: allowed are numbers from 0"),
+        ({"guidance_rescale": 0.5, "guidance": 1}, "0.5 has no effect at guidance 1"),
         ({"size": (100, 64)}, "100x64.*multiples of 8 from 16 to 4096"),
         ({"size": (8, 64)}, "8x64.*from 16"),
         ({"size": (4104, 64)}, "to 4096"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from koala.errors import UserError
 from koala.generation import form
 
 if TYPE_CHECKING:
+    import torch
+
     from koala.generation.light import LightPipeline
     from koala.generation.pipeline import Pipeline
 
@@ -20,12 +23,78 @@ _TORCH_ONLY = (
 )  # fmt: skip
 
 
-def load(model: str | Path = "koala-mini", device: Any = None, **options: Any) -> Any:
-    """`koala.generation.loader.load`, and the folder of an OpenVINO form.
+def load(
+    model: str | Path = "koala-mini",
+    device: torch.device | str | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    lora: Mapping[str | Path, float] | None = None,
+    backend: str | None = None,
+    compile: bool = False,
+    graphs: bool = False,
+    vram: float | str | None = None,
+    weights: str | None = None,
+    decode: str | None = None,
+    tiny_vae: str | Path | None = None,
+    size: tuple[int, int] | str | None = None,
+    images: int = 1,
+    from_image: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+) -> Any:
+    """Loads a model, ready to draw.
 
-    A form draws without PyTorch and has neither weights nor LoRAs. So does any model that has a
-    form in the cache where PyTorch is not installed.
+    model: a bundled name, a pipeline folder, a single file, a Hub id, or the folder of an OpenVINO
+        form, which draws without PyTorch and has neither weights nor LoRAs.
+    device: "cpu", "cuda", "cuda:1" or "mps"; by default the best there is.
+    dtype: "fp32", "fp16", "bf16" or torch's, of U-Net and text encoders; by default float32 on
+        the CPU, else float16. The VAE has it too, but on the CPU and where its config asks for
+        `force_upcast` it is float32.
+    lora: LoRA files and their scales, -100 to 100. They lie beside the weights, where
+        `Pipeline.scale_lora` and `remove_lora` reach them; with any of the arguments from
+        `backend` to `tiny_vae` they are merged into the weights, which costs no time per step.
+
+    How PyTorch or OpenVINO runs it, all on one device:
+
+    backend: "torch" (as None), "openvino", "torch-bf16", "openvino-bf16", "openvino-int8";
+        "auto" and "fastest" measure the exact ones, or all, once per machine; "remembered" takes
+        what "auto" has found, else torch (`koala.generation.runtime.backends`).
+    compile: fuse the U-Net's projections and compile the blocks of U-Net and VAE.
+    graphs: replay the U-Net from CUDA graphs. CUDA only.
+
+    Or a memory plan (`koala.generation.memory.plan`), kept as `Pipeline.plan`:
+
+    vram: GiB that the model may take, or "free": nine tenths of what is free now (the default if
+        one of the next three is given).
+    weights: "fp32", "fp16", "bf16" to compute in, or "int8", "fp8" to store U-Net and text
+        encoders in; by default the largest that fits.
+    decode: "full", "tiled" (by rows) or "tiny" (a tiny autoencoder); by default what fits.
+    tiny_vae: folder or Hub id of the tiny autoencoder; by default the model's own.
+    size, images, from_image: what the plan must hold: the images' size as in
+        `Pipeline.requests`, how many will be asked for at once, and whether they start from
+        others. Without a plan they are not used.
+
+    say: called with a line for each LoRA, a backend that was chosen, and a plan
+        that was given up because memory ran out.
+
+    Raises UserError for a model that is not found or damaged, a device that is not there, a value
+    that is not allowed, arguments that exclude each other, a backend that is not installed, and
+    a budget that nothing fits into.
     """
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "lora": lora,
+        "backend": backend,
+        "compile": compile,
+        "graphs": graphs,
+        "vram": vram,
+        "weights": weights,
+        "decode": decode,
+        "tiny_vae": tiny_vae,
+        "size": size,
+        "images": images,
+        "from_image": from_image,
+        "say": say,
+    }
     if form.is_form(model) or find_spec("torch") is None:
         return open_model(model, device, **options)
     from koala.generation.loader import load as load_with_torch

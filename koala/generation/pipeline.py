@@ -16,6 +16,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
+from koala.checkpoints.tensors import load_tensor
+from koala.checkpoints.textual_inversion import read_embedding
 from koala.errors import UserError
 from koala.generation import image_inputs, samplers, validation
 from koala.generation.decode import Decode, full, to_images
@@ -31,7 +33,7 @@ from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import BaseModel
 from koala.lora.reading import Lora, LoraReport, read
 from koala.lora.switching import LoraSwitcher
-from koala.text_conditioning import TextConditioner, time_ids
+from koala.text_conditioning import Ids, TextConditioner, time_ids
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Pipeline:
     batch_sizes: tuple[int, ...] = field(default=(), init=False)  # compiled rows; (): any
     _previewer: image_inputs.Previewer | None = field(default=None, init=False)
     _lora_switcher: LoraSwitcher = field(init=False, repr=False)
+    _embeddings: dict[Path, Ids] = field(default_factory=dict, init=False, repr=False)
     _plain: Predict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -138,6 +141,8 @@ class Pipeline:
         mask_blur: int | None = None,
         lora: Mapping[str | Path, float] | None = None,
         lora_dir: Path | None = None,
+        embedding: Sequence[str | Path] = (),
+        embedding_dir: Path | None = None,
     ) -> list[Request]:
         """One checked request per image: `number` of each prompt, in the order of the prompts.
 
@@ -157,13 +162,16 @@ class Pipeline:
             which the two blend; by default 4.
         lora: files and scales, -100 to 100, for these images alone, besides the model's own.
 
+        embedding: files of textual inversions, each named in a prompt by the file's name;
+            those of the folder `embedding_dir` may be.
+
         UserError for a value that is not allowed.
         """
         asked = checked(
             self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
             guidance_until=guidance_until, scheduler=scheduler, size=size, number=number,
             seed=seed, image=image, strength=strength, mask=mask, mask_blur=mask_blur, lora=lora,
-            lora_dir=lora_dir,
+            lora_dir=lora_dir, embedding=embedding, embedding_dir=embedding_dir,
         )  # fmt: skip
         if any(asked.loras) and self.predict is not self._plain:
             raise UserError(
@@ -179,7 +187,7 @@ class Pipeline:
                 places = torch.from_numpy(asked.mask.places).float()[None, None]
                 paste = Paste(image, asked.mask.blend)
         return [
-            Request(settings, pixels, places, paste, loras)
+            Request(settings, pixels, places, paste, loras, asked.embeddings)
             for settings, loras in zip(asked.settings, asked.loras, strict=True)
         ]
 
@@ -218,7 +226,8 @@ class Pipeline:
                 x = latents + sampler.sigmas[0] * first
             if request.mask is not None:
                 kept = Inpainting(latents, request.mask.to(self.device), first)
-        (condition, unconditional), *later = self._conditions(asked, len(schedule))
+        embeddings = {path.stem.lower(): self._embedding(path) for path in request.embeddings}
+        (condition, unconditional), *later = self._conditions(asked, len(schedule), embeddings)
         guided = math.ceil(asked.guidance_until * len(schedule))
         return BatchRow(
             sampler, x, condition, unconditional, asked.guidance, guided, kept,
@@ -241,13 +250,15 @@ class Pipeline:
     def _schedule(self, asked: Settings) -> Schedule:
         return SPACINGS[asked.schedule](self.scheduler_config, asked.steps).last(asked.strength)
 
-    def _conditions(self, asked: Settings, steps: int) -> list[tuple[Condition, Condition | None]]:
+    def _conditions(
+        self, asked: Settings, steps: int, embeddings: Mapping[str, Ids]
+    ) -> list[tuple[Condition, Condition | None]]:
         """For each step: the conditions with the prompt and, if there is guidance, without it."""
         prompts = by_step(asked.prompt, steps)
         zeros = not asked.negative_prompt and self.zeros_for_empty
         negatives = by_step(asked.negative_prompt, steps) if asked.guidance > 1 else []
         texts = {*prompts} if zeros else {*prompts, *negatives}
-        found = {text: encode(self.conditioner, text) for text in texts}
+        found = {text: encode(self.conditioner, text, embeddings) for text in texts}
         longest = max(one.text.shape[1] for one in found.values())
         conditions = {
             text: self._condition(padded(self.conditioner, one, longest), asked)
@@ -262,6 +273,20 @@ class Pipeline:
             )
             return [(conditions[prompt], empty) for prompt in prompts]
         return [(conditions[p], conditions[n]) for p, n in zip(prompts, negatives, strict=True)]
+
+    def _embedding(self, file: Path) -> Ids:
+        """The ids of a textual inversion's vectors, which are read once."""
+        if file not in self._embeddings:
+            first, second = self.conditioner.encoders
+            widths = (first.config.hidden_size, second.config.hidden_size)
+            vectors = [
+                load_tensor(stored, "F32").reshape(-1, width)
+                for stored, width in zip(read_embedding(file, widths).vectors, widths, strict=True)
+            ]
+            if not all(one.isfinite().all() for one in vectors):
+                raise UserError(f"{file} has NaN or infinite values; download it again")
+            self._embeddings[file] = self.conditioner.add_vectors(*vectors)
+        return self._embeddings[file]
 
     def _condition(self, encoded: PromptEmbedding, asked: Settings) -> Condition:
         pair = (asked.height, asked.width)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from koala.checkpoints import single_file
 from koala.checkpoints.bundled import bundled_folder, bundled_names
@@ -130,14 +134,29 @@ def read_model(model: str | Path) -> Contents:
 def unpacked(file: Path) -> Path:
     """The model folder of a single file, unpacked into the cache if it is not there yet.
 
-    Raises as `single_file.read` and `write_pipeline` do.
+    Of several processes that need it, one unpacks and the others wait. The lock is the operating
+    system's, so it ends with its process, however that ends. Raises as `single_file.read` and
+    `write_pipeline` do.
     """
     state = file.stat()
     key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
     name = f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder = cache_folder().parent / "models" / name
-    if not folder.is_dir():
-        contents = single_file.read(file)  # first, so that an invalid file prints only its error
-        print(f"koala: unpacking {file} into {folder}, once", file=sys.stderr)
-        write_pipeline(contents, folder)
+    if folder.is_dir():
+        return folder
+    contents = single_file.read(file)  # first, so that an invalid file prints only its error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{name}.lock"))
+        with lock:
+            if not folder.is_dir():
+                for leftover in folder.parent.glob(f".{glob.escape(name)}.*.part"):
+                    shutil.rmtree(leftover)  # of a process that was killed
+                print(f"koala: unpacking {file} into {folder}, once", file=sys.stderr)
+                write_pipeline(contents, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot unpack {file} into {folder} ({error}); set KOALA_CACHE to a folder that can "
+            "be written"
+        ) from None
     return folder

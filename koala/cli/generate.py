@@ -59,6 +59,11 @@ def _arguments(p: Parser) -> None:
         help="switch guidance off after this share of the steps (default 1.0: never)",
     )  # fmt: skip
     sampling.add_argument(
+        "--guidance-rescale", type=number, default=0.0, metavar="SHARE",
+        help="how much of the contrast that guidance adds is taken back, 0 to 1; 0.7 is usual for "
+        "models with zero terminal SNR (default 0)",
+    )  # fmt: skip
+    sampling.add_argument(
         "--negative-prompt", "--negative", default="", metavar="TEXT", help="what to keep away from"
     )
     sampling.add_argument(
@@ -138,17 +143,18 @@ def _run(o: argparse.Namespace) -> None:
     loras.update(shared.items())
     asked = {
         "negative_prompt": o.negative_prompt, "steps": o.steps, "guidance": o.guidance,
-        "guidance_until": o.guidance_until, "scheduler": o.scheduler, "size": o.size,
-        "number": o.number, "seed": o.seed, "image": o.image, "strength": o.strength,
-        "mask": o.mask, "mask_blur": o.mask_blur, "lora_dir": o.lora_dir,
-        "embedding": o.embedding,
+        "guidance_until": o.guidance_until, "guidance_rescale": o.guidance_rescale,
+        "scheduler": o.scheduler, "size": o.size, "number": o.number, "seed": o.seed,
+        "image": o.image, "strength": o.strength, "mask": o.mask, "mask_blur": o.mask_blur,
+        "lora_dir": o.lora_dir, "embedding": o.embedding,
     }  # fmt: skip
     settings = checked(o.model, prompts, lora=loras, **asked).settings
 
-    from koala.generation import load, save  # all is checked: now torch may load
+    from koala.generation import save
+    from koala.generation.opening import open_model  # all is checked: now torch may load
     from koala.utils.progress import progress
 
-    pipeline = load(
+    pipeline = open_model(
         o.model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
         images=len(settings), from_image=o.image is not None, say=say,
     )  # fmt: skip

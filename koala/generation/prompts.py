@@ -8,32 +8,59 @@ w (e - e0), as in ComfyUI and, for weights above 1, in compel. AUTOMATIC1111 sca
 restores the mean over the prompt, so that each weighted word changes all the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from types import MappingProxyType
+from typing import Protocol, TypeAlias
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+import numpy as np
 
 from koala.generation.prompt_embeddings import split_names
 from koala.generation.prompt_syntax import Fragment, parse
-from koala.text_conditioning import Ids, TextConditioner
+from koala.utils.arrays import Array, joined, like
 
+Ids: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # for each encoder
 NONE: Mapping[str, Ids] = MappingProxyType({})
+
+
+class Tokenizer(Protocol):
+    """Text to tokens, without the special ones."""
+
+    def ids(self, text: str) -> list[int]:
+        """The text's token ids."""
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """The tokens, of which a word's last ends in "</w>"."""
+
+
+class Encoder(Protocol):
+    """Both text encoders; `koala.text_conditioning.TextConditioner` is one."""
+
+    tokens: int  # t, that they read at a time
+
+    @property
+    def readers(self) -> tuple[Tokenizer, Tokenizer]:
+        """The tokenizer of each."""
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The widths of the embeddings of each."""
+
+    def encode_ids(self, ids: Ids) -> tuple[Array, Array]:
+        """Embeddings [t, d1 + d2] and pooled [p] of at most t - 2 tokens for each encoder."""
 
 
 @dataclass(frozen=True)
 class PromptEmbedding:
     """One prompt as the U-Net reads it; t is a multiple of a chunk's tokens."""
 
-    text: Tensor  # [1, t, d]
-    pooled: Tensor  # [1, p]
+    text: Array  # [1, t, d]
+    pooled: Array  # [1, p]
 
 
 def encode(
-    conditioner: TextConditioner, prompt: str, embeddings: Mapping[str, Ids] = NONE
+    conditioner: Encoder, prompt: str, embeddings: Mapping[str, Ids] = NONE
 ) -> PromptEmbedding:
     """The embedding of a whole prompt; `pooled` is that of its first chunk.
 
@@ -44,7 +71,7 @@ def encode(
     """
     parts = parse(prompt)
     sides = []
-    for side, tokenizer in enumerate(conditioner.tokenizers):
+    for side, tokenizer in enumerate(conditioner.readers):
         own = {name: ids[side] for name, ids in embeddings.items()}
         sides.append(_chunks(parts, tokenizer, conditioner.tokens - 2, own))
     texts, pooled = [], []
@@ -52,14 +79,14 @@ def encode(
         text, of_all = conditioner.encode_ids((pair[0].ids, pair[1].ids))
         texts.append(_weighted(conditioner, text, pair))
         pooled.append(of_all)
-    return PromptEmbedding(torch.cat(texts)[None], pooled[0][None])
+    return PromptEmbedding(joined(texts)[None], pooled[0][None])
 
 
-def padded(conditioner: TextConditioner, encoded: PromptEmbedding, tokens: int) -> PromptEmbedding:
+def padded(conditioner: Encoder, encoded: PromptEmbedding, tokens: int) -> PromptEmbedding:
     """The same, `tokens` long, with chunks of the empty prompt at the end."""
     missing = (tokens - encoded.text.shape[1]) // conditioner.tokens
     empty, _ = conditioner.encode_ids(((), ()))
-    return PromptEmbedding(torch.cat([encoded.text[0], *[empty] * missing])[None], encoded.pooled)
+    return PromptEmbedding(joined([encoded.text[0], *[empty] * missing])[None], encoded.pooled)
 
 
 @dataclass(frozen=True)
@@ -72,7 +99,7 @@ class _Chunk:
 
 def _chunks(
     parts: list[list[Fragment]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     length: int,
     embeddings: Mapping[str, tuple[int, ...]],
 ) -> list[_Chunk]:
@@ -87,8 +114,8 @@ def _chunks(
                     more = [*embeddings[piece.lower()]]
                     ends += [False] * (len(more) - 1) + [True]
                 else:
-                    more = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-                    ends += [t.endswith("</w>") for t in tokenizer.convert_ids_to_tokens(more)]
+                    more = tokenizer.ids(piece)
+                    ends += [token.endswith("</w>") for token in tokenizer.names(more)]
                 ids += more
                 weights += [fragment.weight] * len(more)
         while len(ids) > length:
@@ -99,14 +126,14 @@ def _chunks(
     return chunks
 
 
-def _weighted(conditioner: TextConditioner, text: Tensor, pair: tuple[_Chunk, ...]) -> Tensor:
+def _weighted(conditioner: Encoder, text: Array, pair: tuple[_Chunk, ...]) -> Array:
     """The embeddings [t, d1 + d2] of a chunk, moved away from the empty prompt's by the weights."""
     if all(weight == 1 for chunk in pair for weight in chunk.weights):
         return text
     columns = []
-    for chunk, encoder in zip(pair, conditioner.encoders, strict=True):
+    for chunk, width in zip(pair, conditioner.widths, strict=True):
         weights = [1.0, *chunk.weights]  # of the start token
         weights += [1.0] * (conditioner.tokens - len(weights))
-        columns.append(text.new_tensor(weights)[:, None].expand(-1, encoder.config.hidden_size))
+        columns.append(np.repeat(np.array(weights)[:, None], width, axis=1))
     empty, _ = conditioner.encode_ids(((), ()))
-    return empty + torch.cat(columns, dim=1) * (text - empty)
+    return empty + like(text, np.concatenate(columns, axis=1)) * (text - empty)

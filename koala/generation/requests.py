@@ -23,6 +23,7 @@ from koala.checkpoints.textual_inversion import read_embedding
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
 from koala.generation import samplers, validation
+from koala.generation.form import Form, is_form
 from koala.generation.image_files import Mask, fingerprint, open_image, read_mask
 from koala.generation.prompt_editing import by_step
 from koala.generation.prompt_embeddings import named_embeddings
@@ -32,7 +33,7 @@ from koala.lora.names import BaseModel, base_of
 from koala.lora.reading import read
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from koala.utils.arrays import Array
 
 Loras: TypeAlias = tuple[tuple[Path, float], ...]  # files and scales, in the order of application
 
@@ -54,6 +55,7 @@ class Settings:
     schedule: str = "trailing"
     loras: tuple[tuple[str, float], ...] = ()  # name and scale, in order
     guidance_until: float = 1.0  # share of the steps with guidance, from the first
+    guidance_rescale: float = 0.0  # arXiv 2305.08891, section 3.4; 0: none
     strength: float = 1.0  # share of the steps that is done, from an image
     image: str = ""  # fingerprint of the image that it starts from, if any
     mask: str = ""  # fingerprint of the mask, if any
@@ -78,8 +80,8 @@ class Request:
     """One image to draw, checked and complete; `Pipeline.requests` makes them."""
 
     settings: Settings
-    image: Tensor | None = None  # float32 [1, 3, 8h, 8w] in -1..1, padded
-    mask: Tensor | None = None  # float32 [1, 1, h, w]: 1 is repainted, 0 is kept
+    image: Array | None = None  # float32 [1, 3, 8h, 8w] in -1..1, padded
+    mask: Array | None = None  # float32 [1, 1, h, w]: 1 is repainted, 0 is kept
     paste: Paste | None = None  # with a mask
     lora: Loras = ()  # for this image alone, besides the model's
     embeddings: tuple[Path, ...] = ()  # textual inversions, by the names of the files
@@ -96,12 +98,15 @@ class Known:
     name: str
     native: int  # pixels of a side
     scheduler_config: Mapping[str, Any]
-    base: BaseModel  # what a LoRA must fit
+    base: BaseModel | None  # what a LoRA must fit; None: it takes none
     loras: tuple[tuple[str, float], ...] = ()  # names and scales of the model's own
 
     @classmethod
     def of(cls, model: str | Path) -> Known:
         """Of a bundled name, a folder, a Hub id or a single file. UserError if it is not found."""
+        if is_form(model):
+            form = Form.read(Path(model).expanduser())
+            return cls(form.name, form.native, form.scheduler, None)
         folder = resolve_model(model)
         native = unet_architecture(folder).sample * FACTOR
         return cls(str(model), native, load_scheduler_config(folder), base_of(folder))
@@ -126,6 +131,7 @@ def checked(
     steps: int = 10,
     guidance: float = 3.5,
     guidance_until: float = 1.0,
+    guidance_rescale: float = 0.0,
     scheduler: str = "euler",
     size: tuple[int, int] | str | None = None,
     number: int = 1,
@@ -151,6 +157,7 @@ def checked(
     prompts = validation.prompts([text for text, _ in split])
     sampler = samplers.get(scheduler)
     until = validation.guidance_until(guidance_until, guidance)
+    rescale = validation.guidance_rescale(guidance_rescale, guidance)
     share = validation.strength(strength, image is not None, mask is not None)
     done = validation.steps_done(steps, share)
     for text in (*prompts, negative_prompt):
@@ -178,10 +185,16 @@ def checked(
             if count > 1:
                 raise UserError(f"two LoRAs are called {name!r}: name each once")
     for path in named:
+        if known.base is None:
+            raise UserError(
+                f"{known.name} runs without PyTorch, which the LoRA {path} needs: leave it out, or "
+                "name the model that this was made of"
+            )
         read(path, known.base)
-    first_text, second_text = known.base.text_encoders
-    for path in embeddings:
-        read_embedding(path, (first_text.width, second_text.width))
+    if known.base is not None:  # a form takes none, which `Drawing.requests` says
+        first_text, second_text = known.base.text_encoders
+        for path in embeddings:
+            read_embedding(path, (first_text.width, second_text.width))
     width, height = drawn_size or (known.native, known.native)
     area = None
     if given is not None and masked is not None:
@@ -200,6 +213,7 @@ def checked(
         schedule=sampler.spacing,
         loras=names[0],
         guidance_until=until,
+        guidance_rescale=rescale,
         strength=share,
         image="" if given is None else fingerprint(given),
         mask="" if masked is None else fingerprint(masked),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from koala.architectures.table import FACTOR
+from koala.checkpoints.prediction import of_config
 from koala.checkpoints.tensors import DTYPES
 from koala.errors import UserError, unknown
 
@@ -31,21 +32,6 @@ MASK_BLUR = 4  # default, pixels
 MOST_MASK_BLUR = 64
 STRENGTH = 0.6  # default for an image without a strength
 LCM_LEVELS = 50  # noise levels of latent consistency models (arXiv 2310.04378)
-
-# Keys of diffusers' scheduler configs that change the schedule, and the value of SDXL's schedule,
-# which is also what a config without the key means.
-_SCHEDULE: dict[str, Any] = {
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
-}
 
 
 def prompts(prompt: str | list[str]) -> list[str]:
@@ -164,19 +150,27 @@ def seed(asked: int | None, images: int) -> int:
     return asked
 
 
+def guidance_rescale(asked: float, guidance: float) -> float:
+    """UserError unless it is a share and there is guidance to rescale."""
+    if not _number(asked) or not 0 <= asked <= 1:
+        raise UserError(
+            f"guidance rescale is {asked!r}: allowed are numbers from 0 (none) to 1, 0.7 is usual"
+        )
+    if asked and guidance <= 1:
+        raise UserError(
+            f"guidance rescale {asked:g} has no effect at guidance {guidance}: leave it out, or "
+            "set guidance above 1"
+        )
+    return float(asked)
+
+
 def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
     """The number of noise levels of a scheduler config.
 
     spacing: a sampler's, "trailing" or "lcm". UserError for a schedule that is not SDXL's kind
-    (discrete, predicting epsilon), or for more steps than it has noise levels.
+    (`koala.checkpoints.prediction`), or for more steps than it has noise levels.
     """
-    for key, wanted in _SCHEDULE.items():
-        found = config.get(key, wanted)
-        if found != wanted:
-            raise UserError(
-                f"the scheduler config has {key} = {found!r}, koala's schedulers need "
-                f"{wanted!r}: use a model trained on SDXL's schedule"
-            )
+    of_config(config)
     levels: int = config["num_train_timesteps"]
     if spacing == "lcm" and not 1 <= steps <= LCM_LEVELS:
         raise UserError(f"{steps} steps: the lcm scheduler takes 1 to {LCM_LEVELS}, 4 is usual")

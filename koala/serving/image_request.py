@@ -17,6 +17,7 @@ class ImageRequest:
     steps: int = 10
     guidance: float = 3.5
     guidance_until: float = 1.0
+    guidance_rescale: float = 0.0
     scheduler: str = "euler"
     size: str | None = None  # "WIDTHxHEIGHT"; None: the size of `image`, or the native size
     number: int = 1

@@ -17,7 +17,7 @@ from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ticket
-from koala.generation.pipeline import Result
+from koala.generation.drawing import Result
 from koala.generation.validation import SMALLEST
 from koala.lora.folder import lora_file, lora_names
 from koala.serving.admission import Admission, Busy
@@ -162,7 +162,7 @@ class Service:
     @property
     def native(self) -> int:
         """The model's native side in pixels."""
-        return self.pipeline.unet.config.sample_size * self.pipeline.factor
+        return self.pipeline.known.native
 
     @property
     def most_pixels(self) -> int:
@@ -194,9 +194,9 @@ class Service:
         requests = self.pipeline.requests(
             spec.prompt, negative_prompt=spec.negative_prompt, steps=spec.steps,
             guidance=spec.guidance, guidance_until=spec.guidance_until,
-            scheduler=spec.scheduler, size=size, number=spec.number, seed=spec.seed,
-            image=image, strength=spec.strength, mask=mask, mask_blur=spec.mask_blur,
-            lora=self._lora_files(spec.loras), lora_dir=self.lora_folder,
+            guidance_rescale=spec.guidance_rescale, scheduler=spec.scheduler, size=size,
+            number=spec.number, seed=spec.seed, image=image, strength=spec.strength, mask=mask,
+            mask_blur=spec.mask_blur, lora=self._lora_files(spec.loras), lora_dir=self.lora_folder,
             embedding_dir=self.embedding_folder,
         )  # fmt: skip
         if requests[0].pixels > self.most_pixels:

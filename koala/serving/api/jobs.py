@@ -44,6 +44,7 @@ class JobRequest(BaseModel):
     steps: int | None = None
     guidance: float | None = None
     guidance_until: float | None = None
+    guidance_rescale: float | None = None
     scheduler: str | None = None
     seed: int | None = None
     image: Annotated[str, Field(description="base64 or a data: URL")] | None = None

@@ -2,7 +2,8 @@
 
 https://platform.openai.com/docs/api-reference/images. `quality`, `style`, `moderation`, `user`,
 `safety_identifier` and `input_fidelity` are checked and have no effect. Our own additional fields
-are seed, steps, guidance, guidance_until, negative_prompt, scheduler, strength, mask_blur and lora.
+are seed, steps, guidance, guidance_until, guidance_rescale, negative_prompt, scheduler, strength,
+mask_blur and lora.
 """
 
 import asyncio
@@ -64,6 +65,7 @@ class GenerationRequest(BaseModel):
     steps: int | None = None
     guidance: float | None = None
     guidance_until: float | None = None
+    guidance_rescale: float | None = None
     negative_prompt: str | None = None
     scheduler: str | None = None
     lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
@@ -105,7 +107,8 @@ class GenerationRequest(BaseModel):
         optional: dict[str, Any] = {
             "negative_prompt": self.negative_prompt, "steps": self.steps,
             "guidance": self.guidance, "guidance_until": self.guidance_until,
-            "scheduler": self.scheduler, "number": self.n, "seed": self.seed,
+            "guidance_rescale": self.guidance_rescale, "scheduler": self.scheduler,
+            "number": self.n, "seed": self.seed,
             "size": None if self.size == "auto" else self.size,
         }  # fmt: skip
         loras = tuple((each.name, each.scale) for each in self.lora or ())

@@ -32,7 +32,7 @@ def running(
     """Serves a loaded pipeline until the block ends. `told`: further fields of `Options`."""
     limits = limits or Limits(max_batch=8)
     options = Options(data=data, limits=limits, **told)
-    service = Service(pipeline, limits, options.lora_dir)
+    service = Service(pipeline, limits, options.lora_dir, embeddings=options.embedding_dir)
     service.start()
     database = Database(data)
     app = create_app(service, database, options)

@@ -43,7 +43,15 @@ def _arguments(p: Parser) -> None:
         "--lora-dir", type=Path, metavar="DIR",
         help="LoRAs that prompts may name: 'a fox <lora:NAME:0.8>'",
     )  # fmt: skip
+<<<<<<< HEAD
     p.add_parts("--model")
+=======
+    model.add_argument(
+        "--embedding", action="append", default=[], metavar="FILE",
+        help="a textual inversion of SDXL, named in the prompt by the file's name; repeat for "
+        "several",
+    )  # fmt: skip
+>>>>>>> aa24a21b084dd8adfcf1445dd4630117e84d5810
 
     sampling = p.add_argument_group("sampling")
     sampling.add_argument("--steps", type=whole, default=10, help="denoising steps (default 10)")
@@ -142,7 +150,7 @@ def _run(o: argparse.Namespace) -> None:
         "guidance_until": o.guidance_until, "guidance_rescale": o.guidance_rescale,
         "scheduler": o.scheduler, "size": o.size, "number": o.number, "seed": o.seed,
         "image": o.image, "strength": o.strength, "mask": o.mask, "mask_blur": o.mask_blur,
-        "lora_dir": o.lora_dir,
+        "lora_dir": o.lora_dir, "embedding": o.embedding,
     }  # fmt: skip
     model = assembled(o, o.model)
     settings = checked(model, prompts, lora=loras, **asked).settings

@@ -35,6 +35,10 @@ def _arguments(p: Parser) -> None:
     )  # fmt: skip
     p.add_argument("--lora-dir", type=Path, metavar="DIR", help="LoRAs that requests may name")
     p.add_argument(
+        "--embedding-dir", type=Path, metavar="DIR",
+        help="textual inversions that prompts may name by their files' names",
+    )  # fmt: skip
+    p.add_argument(
         "--replicas", metavar="N or N-M",
         help="run N engines over Ray Serve, up to M while requests queue; each has a GPU or a core",
     )  # fmt: skip
@@ -76,6 +80,7 @@ def _run(o: argparse.Namespace) -> None:
     options = Options(
         model=o.model, host=o.host, port=o.port, api_key_file=o.api_key_file, device=o.device,
         backend=o.backend, vram=o.vram, compile=o.compile, graphs=o.graphs, lora_dir=o.lora_dir,
+        embedding_dir=o.embedding_dir,
         data=o.data or data_folder(), gallery_bytes=int(o.gallery_gib * 2**30),
         gallery_days=o.gallery_days, limits=limits,
     )  # fmt: skip

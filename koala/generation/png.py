@@ -95,6 +95,7 @@ def read_settings(path: str | Path) -> Settings:
             f"{path} holds no settings of koala's: give a PNG that koala wrote and nobody changed"
         )
     values["loras"] = tuple((name, scale) for name, scale in values.get("loras", ()))
+    values["embeddings"] = tuple(values.get("embeddings", ()))
     return Settings(**values)
 
 

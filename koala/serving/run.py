@@ -47,7 +47,8 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
 
         pipeline, options = loaded(options, say)
         sizes = pipeline.batch_sizes
-        service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
+        service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes,
+                          embeddings=options.embedding_dir)  # fmt: skip
         app = create_app(service, database, options)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False,

@@ -85,7 +85,7 @@ class Submission:
 class Service:
     """Accepts requests from every API and runs them on one engine.
 
-    loras: folder of the LoRAs that requests may name. sizes: batch sizes to compile or capture
+    loras, embeddings: folders of what requests may name. sizes: batch sizes to compile or capture
     during warm-up.
     """
 
@@ -96,8 +96,10 @@ class Service:
         loras: Path | None = None,
         metrics: Metrics | None = None,
         sizes: Sequence[int] = (),
+        embeddings: Path | None = None,
     ) -> None:
         self.pipeline, self.limits, self.lora_folder = pipeline, limits, loras
+        self.embedding_folder = embeddings
         self.metrics = metrics or Metrics()
         self.ready = False
         self.max_batch = limits.max_batch or 1  # images of the native size
@@ -195,6 +197,7 @@ class Service:
             guidance_rescale=spec.guidance_rescale, scheduler=spec.scheduler, size=size,
             number=spec.number, seed=spec.seed, image=image, strength=spec.strength, mask=mask,
             mask_blur=spec.mask_blur, lora=self._lora_files(spec.loras), lora_dir=self.lora_folder,
+            embedding_dir=self.embedding_folder,
         )  # fmt: skip
         if requests[0].pixels > self.most_pixels:
             settings = requests[0].settings

@@ -71,6 +71,7 @@ class Options:
     compile: bool = False
     graphs: bool = False
     lora_dir: Path | None = None
+    embedding_dir: Path | None = None
     data: Path = field(default_factory=lambda: data_folder())
     gallery_bytes: int = 4 * 1024**3  # the oldest images are deleted first
     gallery_days: float = 30.0
@@ -110,6 +111,9 @@ def check(options: Options) -> None:
     """UserError for options that are invalid or do not work together."""
     if options.api_key_file is not None:
         ApiKeys.read(options.api_key_file)
+    folder = options.embedding_dir
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--embedding-dir {folder} is not a folder: name an existing one")
     if options.lora_dir is not None:
         if not options.lora_dir.is_dir():
             raise UserError(f"--lora-dir {options.lora_dir} is not a folder: name an existing one")

@@ -11,13 +11,15 @@ from urllib.parse import urlsplit
 import numpy as np
 import openai
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from koala.generation import load, read_settings
 from koala.serving.settings import Limits
-from toy import toy_pipeline
+from toy import TEXT_WIDTHS, toy_pipeline
 from toy_lora import toy_base, toy_lora
 from toy_server import running
 
@@ -37,7 +39,14 @@ def server(pipeline, tmp_path_factory):
         toy_lora(loras / f"{name}.safetensors", toy_base(pipeline.unet), seed=seed)
     toy_lora(loras.parent / "outside.safetensors", toy_base(pipeline.unet))
     data = tmp_path_factory.mktemp("data")
-    with running(pipeline, data, LIMITS, lora_dir=loras) as found:
+    embeddings = tmp_path_factory.mktemp("embeddings")
+    save_file(
+        {"clip_l": torch.ones(2, TEXT_WIDTHS[0]), "clip_g": torch.ones(2, TEXT_WIDTHS[1])},
+        embeddings / "zork.safetensors",
+    )
+    save_file({"emb_params": torch.ones(2, 768)}, embeddings / "old.safetensors")
+    folders = {"lora_dir": loras, "embedding_dir": embeddings}
+    with running(pipeline, data, LIMITS, **folders) as found:
         yield found
 
 
@@ -327,6 +336,16 @@ def test_loras_change_the_images_that_name_them_and_no_other(client, server, pip
         image=png(photo), prompt="a", extra_body={"lora": loras[1], "steps": 2, "strength": 1}
     )
     assert json.loads(opened(edit.data[0]).info["koala"])["loras"] == [["ink", 0.8]]
+
+
+def test_embeddings_of_the_servers_folder_are_named_in_prompts(client, server, pipeline):
+    folder, asked = server.service.embedding_folder, {"seed": 2, "steps": 2}
+    answer = client.images.generate(prompt="a (zork:1.2)", size=SIZE, extra_body=asked)
+    own = pipeline("a (zork:1.2)", size=SIZE, embedding=[folder / "zork.safetensors"], **asked)
+    assert_near(opened(answer.data[0]), own.images[0])
+    assert json.loads(opened(answer.data[0]).info["koala"])["embeddings"] == ["zork"]
+    with pytest.raises(openai.BadRequestError, match=r"is a textual inversion of SD 1\.5"):
+        client.images.generate(prompt="an old fox", size=SIZE, extra_body=asked)
 
 
 def test_models(client, pipeline):

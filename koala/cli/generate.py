@@ -20,6 +20,9 @@ def _arguments(p: Parser) -> None:
     p.add_argument("-n", "--number", type=whole, default=1, help="images per prompt (default 1)")
     p.add_argument("--seed", type=whole, help="seed of the first image (default: random)")
     p.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the model's own)")
+    p.add_argument(
+        "--workflow", action="store_true", help="put a workflow for ComfyUI into each PNG"
+    )
     p.add_json("paths and settings")
 
     model = p.add_argument_group("model")
@@ -96,6 +99,7 @@ def _run(o: argparse.Namespace) -> None:
     from koala.generation import validation
     from koala.generation.png import check_writable
     from koala.generation.requests import checked
+    from koala.generation.workflow import workflow
     from koala.utils.device import check_device
 
     runtime = {
@@ -115,6 +119,9 @@ def _run(o: argparse.Namespace) -> None:
     model = assembled(o, o.model)
     settings = checked(model, o.prompt, lora=loras, **asked).settings
 
+    if o.workflow:
+        workflow(settings[0])  # refuses what it cannot say
+
     from koala.generation import load, save  # all is checked: now torch may load
     from koala.utils.progress import progress
 
@@ -127,7 +134,7 @@ def _run(o: argparse.Namespace) -> None:
     requests = pipeline.requests(o.prompt, **asked)
     with progress("drawing", pipeline.steps(requests), "steps") as advance:
         result = pipeline.draw(requests, strict=o.strict, on_step=lambda *_: advance(1))
-    made = list(zip(save(result, o.out), result.settings, strict=True))
+    made = list(zip(save(result, o.out, comfyui=o.workflow), result.settings, strict=True))
     show(
         o,
         [{"path": str(path), **asdict(settings)} for path, settings in made],

@@ -10,7 +10,7 @@ from koala.checkpoints.convert import TARGETS
 from koala.checkpoints.tensors import DTYPES
 from koala.cli.command import Command, Parser, assembled, check_push, listed, push, show
 from koala.errors import UserError
-from koala.utils.atomic import check_new
+from koala.utils.atomic import check_new, write_text
 
 MODEL = "bundled name, folder, single file or Hub id of an SDXL-class model"
 
@@ -76,6 +76,10 @@ def _convert_arguments(p: Parser) -> None:
         help="the new folder or .safetensors file",
     )
     p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
+    p.add_argument(
+        "--workflow", type=Path, metavar="FILE",
+        help="also write a ComfyUI workflow (JSON) that draws with the single file as koala does",
+    )  # fmt: skip
     p.add_parts("the model")
     p.add_push()
     p.add_json("the report")
@@ -90,15 +94,38 @@ def _convert(o: argparse.Namespace) -> None:
     check_push(o)
     if o.student is not None and (o.base or o.vae or o.teacher_lora):
         raise UserError("--base, --vae and --teacher-lora have no effect on a LoRA: leave them out")
+    if o.workflow is not None:
+        if o.to != "single-file":
+            raise UserError("--workflow is for --to single-file, which ComfyUI reads: leave it out")
+        if o.workflow.exists():
+            raise UserError(f"{o.workflow} exists; name a new file")
     if o.student is None:
         check_new(o.out.expanduser())
-        converted = convert(assembled(o, o.model), o.to, o.out, o.dtype)
+        model = assembled(o, o.model)
+        drawn = None if o.workflow is None else _workflow(model, o.out)
+        converted = convert(model, o.to, o.out, o.dtype)
+        if drawn is not None:
+            write_text(o.workflow, drawn)
         report, line = asdict(converted), converted.line()
     else:
         carried = convert_lora(o.model, o.student, o.out)
         report, line = asdict(carried), carried.line()
     push(o, o.out.expanduser())
     show(o, report, line)
+
+
+def _workflow(model: str | Path, out: Path) -> str:
+    """A workflow that draws an example with the single file `out`, as `model` is meant to be."""
+    from koala.checkpoints import sampling
+    from koala.checkpoints.pipeline_files import SCHEDULER
+    from koala.checkpoints.resolve import read_model
+    from koala.generation.requests import example
+    from koala.generation.workflow import as_text, workflow
+
+    contents = read_model(model)
+    stated = sampling.of_config(contents.config(SCHEDULER))
+    meant = stated or sampling.by_name(str(model)) or sampling.USUAL
+    return as_text(workflow(example(out.name, contents.architecture, meant), out.name))
 
 
 def _architectures_arguments(p: Parser) -> None:

@@ -202,7 +202,7 @@ def _carried(file: Path, metadata: Mapping[str, str]) -> dict[str, bytes]:
 
 def tensors_of(file: Path, opened: SingleFile) -> dict[str, Tensors]:
     """Diffusers' tensors of each component that a file holds. `UserError` names those at fault."""
-    tensors = {}
+    tensors: dict[str, Tensors] = {}
     for component, stored in opened.parts.items():
         arch = opened.found.architecture
         if component == "unet" and opened.found.layout == "diffusers":

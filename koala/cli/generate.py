@@ -23,6 +23,9 @@ def _arguments(p: Parser) -> None:
     p.add_argument("-n", "--number", type=whole, default=1, help="images per prompt (default 1)")
     p.add_argument("--seed", type=whole, help="seed of the first image (default: random)")
     p.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the model's own)")
+    p.add_argument(
+        "--workflow", action="store_true", help="put a workflow for ComfyUI into each PNG"
+    )
     p.add_json("paths and settings")
     p.add_argument(
         "--list-words", action="store_true",
@@ -43,15 +46,12 @@ def _arguments(p: Parser) -> None:
         "--lora-dir", type=Path, metavar="DIR",
         help="LoRAs that prompts may name: 'a fox <lora:NAME:0.8>'",
     )  # fmt: skip
-<<<<<<< HEAD
-    p.add_parts("--model")
-=======
     model.add_argument(
         "--embedding", action="append", default=[], metavar="FILE",
         help="a textual inversion of SDXL, named in the prompt by the file's name; repeat for "
         "several",
     )  # fmt: skip
->>>>>>> aa24a21b084dd8adfcf1445dd4630117e84d5810
+    p.add_parts("--model")
 
     sampling = p.add_argument_group("sampling")
     sampling.add_argument("--steps", type=whole, default=10, help="denoising steps (default 10)")
@@ -133,6 +133,7 @@ def _run(o: argparse.Namespace) -> None:
     from koala.generation.png import check_writable
     from koala.generation.prompt_loras import shared_loras
     from koala.generation.requests import checked
+    from koala.generation.workflow import workflow
     from koala.utils.device import check_device
 
     runtime = {
@@ -155,6 +156,9 @@ def _run(o: argparse.Namespace) -> None:
     model = assembled(o, o.model)
     settings = checked(model, prompts, lora=loras, **asked).settings
 
+    if o.workflow:
+        workflow(settings[0])  # refuses what it cannot say
+
     from koala.generation import save
     from koala.generation.opening import open_model  # all is checked: now torch may load
     from koala.utils.progress import progress
@@ -168,7 +172,7 @@ def _run(o: argparse.Namespace) -> None:
     requests = pipeline.requests(prompts, **asked)
     with progress("drawing", pipeline.steps(requests), "steps") as advance:
         result = pipeline.draw(requests, strict=o.strict, on_step=lambda *_: advance(1))
-    made = list(zip(save(result, o.out), result.settings, strict=True))
+    made = list(zip(save(result, o.out, comfyui=o.workflow), result.settings, strict=True))
     show(
         o,
         [{"path": str(path), **asdict(settings)} for path, settings in made],

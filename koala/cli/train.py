@@ -113,9 +113,18 @@ def _prepare(o: argparse.Namespace) -> None:
 
     given = {name: getattr(o, name) for name in (*PREPARATION, *FILTERS)}
     preparation = preparation_of(o.source, given)
-    model = assembled(o, o.model)
+    model = _with_parts(o, "--model", o.model)
     report = prepare(o.source, o.out, model, o.workers, o.device, o.sheet, o.kind, preparation)
     show(o, asdict(report), "\n".join(report.lines()))
+
+
+def _with_parts(o: argparse.Namespace, option: str, model: str | None) -> str | None:
+    """The model that the option names, put together with the parts that others name."""
+    if model is not None:
+        return assembled(o, model)
+    if o.base or o.vae or o.teacher_lora:
+        raise UserError(f"--base, --vae and --teacher-lora are parts for a model: give {option}")
+    return None
 
 
 def _distill_arguments(p: Parser) -> None:
@@ -170,7 +179,7 @@ def _distill(o: argparse.Namespace) -> None:
 
         found = dry_run(
             recipe,
-            teacher=assembled(o, o.teacher),
+            teacher=_with_parts(o, "--teacher", o.teacher),
             data=o.data,
             card=o.card,
             processes=gpus,
@@ -186,7 +195,7 @@ def _distill(o: argparse.Namespace) -> None:
             raise UserError(f"koala distill needs --{name} (only --dry-run goes without)")
     check(recipe, o.data, o.teacher, o.student, o.device, o.log)
     check_push(o)
-    teacher = assembled(o, o.teacher)
+    teacher = _with_parts(o, "--teacher", o.teacher)
     from koala.recipes.train import distill  # all is checked: now torch may load
 
     model = distill(o.recipe, o.data, o.out, teacher, o.device, o.set, o.log, o.student)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from PIL import Image
 
 import koala
-from koala.architectures.table import FACTOR
+from koala.architectures.table import FACTOR, UNetArchitecture
 from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.sampling import Sampling
 from koala.checkpoints.tensors import read_header
 from koala.checkpoints.textual_inversion import read_embedding
 from koala.checkpoints.validate import unet_architecture
@@ -121,6 +122,16 @@ class Checked:
     mask: Mask | None
     loras: list[Loras]  # for each image alone
     embeddings: tuple[Path, ...]  # textual inversions that the prompts name
+
+
+def example(model: str, architecture: UNetArchitecture, meant: Sampling) -> Settings:
+    """The settings of one image, drawn as a model is meant to be."""
+    side = architecture.sample * FACTOR
+    sampler = samplers.get(meant.scheduler)
+    return Settings(
+        "a red fox", "", meant.steps, meant.guidance, 0, side, side, model, koala.__version__,
+        sampler=sampler.name, schedule=sampler.spacing,
+    )  # fmt: skip
 
 
 def checked(

@@ -33,8 +33,8 @@ def _prepare_arguments(p: Parser) -> None:
     from koala.data.illustrations.scenes import ILLUSTRATIONS
 
     p.add_argument(
-        "source", help="a folder of images, webdataset tars, parquet files or ye-pop chunks; or "
-        f"{listed(ILLUSTRATIONS)}, which koala renders itself",
+        "source", help="a folder of images, webdataset tars, parquet files, a saved data set or "
+        f"ye-pop chunks; or {listed(ILLUSTRATIONS)}, which koala renders itself",
     )  # fmt: skip
     p.add_argument(
         "--as", dest="kind", metavar="KIND",

@@ -103,13 +103,18 @@ def _long(
 
 def _with_captions(source: Source, preparation: Preparation) -> Preparation:
     """The preparation with its captions resolved; UserError if the source lacks one."""
-    part = next(iter(source.parts()))
-    first = list(islice(source.items(part, 0, PEEK), PEEK))
+    there = (item for part in source.parts() for item in source.items(part, 0, PEEK))
+    first = list(islice((item for item in there if not item.damage), PEEK))
     fields = list(dict.fromkeys(name for item in first for name in item.captions))
-    captions = preparation.captions or source.captions or tuple(fields)
+    told = [item.captions for item in first if item.captions]
+    common = [name for name in fields if all(name in captions for captions in told)]
+    captions = preparation.captions or source.captions or tuple(common or fields)
     check_expressions(captions, fields)
     if not captions and first:
-        raise UserError(f"the first {len(first)} images of the source have no captions")
+        raise UserError(
+            f"the first {len(first)} images of the source have no captions: looked for "
+            f"{source.looked_in}"
+        )
     for score in preparation.filters.scores:
         if first and not any(score in item.scores for item in first):
             raise UserError(f"the first {len(first)} images of the source have no score {score}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from koala.data.captions import CaptionFitter
 from koala.data.encoding import MIRRORED, encoder_hash
 from koala.data.index import Index
+from koala.data.items import repeats_of
 from koala.data.sampler import WINDOW, BatchOrder
 from koala.data.shard_cache import BatchShare, ShardCache
 from koala.errors import UserError
@@ -58,7 +59,8 @@ class LatentSet:
             model: a model folder; its VAE must be the one that made the latents, and its
                 tokenizers decide which captions are too long.
             mix: how often an epoch shows the samples of each kind, e.g. {"emoji": 3, "scene": 1};
-                other kinds are not shown. None: all once.
+                other kinds are not shown. None: all once, but for folders that repeat their
+                images (`koala.data.sources.folder`).
             captions: captions to choose from, with weights. None: the only one.
             split: "train", or a held-out split.
             size: required size in pixels (side of the square bucket); None accepts any.
@@ -72,14 +74,17 @@ class LatentSet:
         self.index = Index(folder)
         self.captions = self._chosen_captions(captions)
         self._check_made(model, size)
+        kinds = self.index.kinds(split)
+        if mix is None and split == "train" and any(repeats_of(kind) > 1 for kind in kinds):
+            mix = {kind: repeats_of(kind) for kind in kinds}
         parts = {None: 1} if mix is None else dict(mix)
         shards = np.concatenate(
             [np.repeat(self.index.select(split, kind), n) for kind, n in parts.items()]
         )
         if not len(shards):
-            kinds = "" if mix is None else f" of the kinds {', '.join(mix)}"
+            wanted = "" if mix is None else f" of the kinds {', '.join(mix)}"
             raise UserError(
-                f"{folder}: no samples of the split {split}{kinds}; there are "
+                f"{folder}: no samples of the split {split}{wanted}; there are "
                 f"{', '.join(self.index.summary.samples) or 'none'}"
             )
         pairs = np.stack([self.index.height[shards], self.index.width[shards]])

@@ -46,6 +46,20 @@ def epoch(data: LatentSet) -> list[dict]:
     return [data.batch(n, 1) for n in range(data.epoch_length)]
 
 
+def test_an_epoch_repeats_images_as_their_folder_says(toy_sdxl, tmp_path):
+    files = images(5, [(70, 70)])
+    write_folder(tmp_path / "there" / "3_fox", files[:2], "none")
+    write_folder(tmp_path / "there" / "1_owl", files[2:], "none")
+    preparation = Preparation(size=64, held_out=0.0)
+    out = tmp_path / "data"
+    made = prepare_latents(recognise(tmp_path / "there"), out, toy_sdxl, preparation, workers=1)
+    assert made.samples == {"train repeated 3 times": 2, "train picture": 3}
+    told = [batch["captions"][0] for batch in epoch(LatentSet(out, toy_sdxl))]
+    assert sorted(told) == ["fox"] * 6 + ["owl"] * 3
+    once = LatentSet(out, toy_sdxl, {"picture": 1, "repeated 3 times": 1})
+    assert once.epoch_length == 5
+
+
 def test_an_epoch_shows_every_sample_as_it_was_prepared(folder, toy_sdxl):
     data, index = LatentSet(folder, toy_sdxl), Index(folder)
     held = LatentSet(folder, toy_sdxl, split="test")

@@ -310,7 +310,7 @@ def test_what_the_source_lacks_is_refused_before_the_work(folder, toy_sdxl, tmp_
     for place, change, said in (
         (folder, {"captions": ("title",)}, "no title; its first image has text"),
         (folder, {"filters": Filters(max_nsfw=0.5)}, "have no score nsfw"),
-        (tmp_path / "bare", {"captions": ()}, "no captions"),
+        (tmp_path / "bare", {"captions": ()}, r"no captions: looked for NAME\.txt, NAME\.c.*"),
     ):
         with pytest.raises(UserError, match=said):
             prepare_latents(recognise(place), out, toy_sdxl, replace(PREPARATION, **change), 1)

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from koala.checkpoints import single_file
-from koala.checkpoints.bundled import BUNDLED, bundled_names
+from koala.checkpoints.bundled import bundled_folder, bundled_names
 from koala.checkpoints.pipeline_files import Contents, from_folder, write_pipeline
 from koala.checkpoints.validate import CONFIGS, WEIGHTS, check_folder, some
 from koala.errors import UserError, unknown
@@ -45,7 +45,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
     if file := single_file_path(name_or_path):
         folder = unpacked(file)
     elif name in bundled_names():
-        folder = BUNDLED / name
+        folder = bundled_folder(name)
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
     elif isinstance(name_or_path, str) and HUB_ID.fullmatch(name):

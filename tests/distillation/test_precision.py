@@ -15,7 +15,8 @@ from koala.distillation.parallel import World, alone, lay_out
 from koala.distillation.precision import computing
 from koala.distillation.settings import Hardware
 from koala.errors import UserError
-from koala.generation.denoise import Condition, predictor
+from koala.generation.denoise import Condition
+from koala.generation.runtime.pytorch import predictor
 from toy import TEXT_WIDTHS, TIME_EMBED, toy_pipeline, toy_unet
 from toy_training import STEP, distil, toy_task
 

@@ -5,7 +5,6 @@ the values that tools send by default, and rejected by name at any other. Fields
 feature that is off, such as `hr_scale` to `enable_hr`, accept any value, as in AUTOMATIC1111's.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict
 
 from koala.generation import samplers
-from koala.generation.validation import lora_scale
+from koala.generation.image_files import as_grey
 from koala.serving.errors import ApiError
 from koala.serving.image_request import ImageRequest
 from koala.serving.uploads import decode_base64
@@ -59,7 +58,6 @@ FIXED_MASK: dict[str, tuple[Any, ...]] = {
     "inpaint_full_res": ANY_BOOL,  # the whole image is always generated
     "inpaint_full_res_padding": (None, 0, 32),
     "inpainting_fill": (None, 0, 1),  # always starts from the original
-    "mask_blur": (None, 0, 4),
     "mask_blur_x": (None, 0, 4),
     "mask_blur_y": (None, 0, 4),
     "mask_round": (None, True),
@@ -75,8 +73,6 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "sd_vae": ("Automatic", "None", None),
 }
 SCHEDULES = ("Automatic", "SGM Uniform")
-_LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?>")
-_OTHER = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 
 
 class A1111Request(BaseModel):
@@ -144,7 +140,6 @@ class A1111Request(BaseModel):
 
     def to_image_request(self, client: str) -> ImageRequest:
         """Converts the fields. Defaults are those of `koala generate`. ApiError."""
-        prompt, loras = with_loras(self.prompt)
         if (self.width is None) != (self.height is None):
             raise ApiError(400, "give width and height, or neither", "invalid_value", "width")
         seed = None if self.seed is None or self.seed == -1 else self.seed
@@ -153,13 +148,12 @@ class A1111Request(BaseModel):
                 raise ApiError(400, f"{name} is {value}: at least 1", "invalid_value", name)
         optional: dict[str, Any] = {"steps": self.steps, "guidance": self.cfg_scale}
         return ImageRequest(
-            prompt,
+            self.prompt,
             negative_prompt=self.negative_prompt or "",
             scheduler=self.sampler(),
             size=None if self.width is None else f"{self.width}x{self.height}",
             number=self.batch_size * self.n_iter,
             seed=seed,
-            loras=loras,
             client=client,
             **{name: value for name, value in optional.items() if value is not None},
         )
@@ -174,6 +168,7 @@ class Img2ImgRequest(A1111Request):
 
     init_images: list[str]
     mask: str | None = None
+    mask_blur: int | None = None
     denoising_strength: float | None = None
     inpainting_mask_invert: bool | None = None
     include_init_images: bool | None = None
@@ -195,26 +190,8 @@ class Img2ImgRequest(A1111Request):
             "image": decode_base64(self.init_images[0], "init_images"),
             "mask": None if not self.mask else decode_base64(self.mask, "mask"),
             "strength": self.denoising_strength,
+            "mask_blur": self.mask_blur if self.mask else None,  # belongs to the mask
         }
-
-
-def with_loras(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """Splits <lora:NAME:SCALE> off a prompt. ApiError for other kinds and bad scales."""
-    loras = []
-    for name, scale in _LORA.findall(prompt):
-        try:
-            loras.append((name, lora_scale(float(scale or 1))))
-        except ValueError:
-            raise ApiError(
-                400, f"<lora:{name}:{scale}>: the scale is not a number", "invalid_value", "prompt"
-            ) from None
-    left = _LORA.sub("", prompt)
-    if other := _OTHER.search(left):
-        raise ApiError(
-            400, f"{other[0]} is not supported: use <lora:NAME:SCALE>", "invalid_value",
-            "prompt",
-        )  # fmt: skip
-    return (left.strip() if loras else prompt), tuple(loras)
 
 
 def check_options(options: Mapping[str, Any], model: str) -> None:
@@ -231,8 +208,8 @@ def check_options(options: Mapping[str, Any], model: str) -> None:
 
 
 def inverted(mask: Image.Image) -> Image.Image:
-    """The mask with black and white swapped."""
-    return ImageOps.invert(mask.convert("L"))
+    """The mask with what is repainted and what is kept swapped."""
+    return ImageOps.invert(as_grey(mask))
 
 
 def _without_effect(name: str, value: object, allowed: tuple[Any, ...]) -> ApiError:

@@ -44,12 +44,17 @@ class JobRequest(BaseModel):
     steps: int | None = None
     guidance: float | None = None
     guidance_until: float | None = None
+    guidance_rescale: float | None = None
     scheduler: str | None = None
     seed: int | None = None
     image: Annotated[str, Field(description="base64 or a data: URL")] | None = None
-    mask: Annotated[str, Field(description="base64 or a data: URL; white is repainted")] | None = (
-        None
-    )
+    mask: (
+        Annotated[
+            str, Field(description="base64 or a data: URL; light or transparent is repainted")
+        ]
+        | None
+    ) = None
+    mask_blur: int | None = None
     strength: float | None = None
     lora: list[LoraScale] | None = None
     priority: Literal["interactive", "batch"] | None = None

@@ -2,7 +2,8 @@
 
 https://platform.openai.com/docs/api-reference/images. `quality`, `style`, `moderation`, `user`,
 `safety_identifier` and `input_fidelity` are checked and have no effect. Our own additional fields
-are seed, steps, guidance, guidance_until, negative_prompt, scheduler, strength and lora.
+are seed, steps, guidance, guidance_until, guidance_rescale, negative_prompt, scheduler, strength,
+mask_blur and lora.
 """
 
 import asyncio
@@ -64,6 +65,7 @@ class GenerationRequest(BaseModel):
     steps: int | None = None
     guidance: float | None = None
     guidance_until: float | None = None
+    guidance_rescale: float | None = None
     negative_prompt: str | None = None
     scheduler: str | None = None
     lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
@@ -105,7 +107,8 @@ class GenerationRequest(BaseModel):
         optional: dict[str, Any] = {
             "negative_prompt": self.negative_prompt, "steps": self.steps,
             "guidance": self.guidance, "guidance_until": self.guidance_until,
-            "scheduler": self.scheduler, "number": self.n, "seed": self.seed,
+            "guidance_rescale": self.guidance_rescale, "scheduler": self.scheduler,
+            "number": self.n, "seed": self.seed,
             "size": None if self.size == "auto" else self.size,
         }  # fmt: skip
         loras = tuple((each.name, each.scale) for each in self.lora or ())
@@ -117,6 +120,7 @@ class EditRequest(GenerationRequest):
     """The fields of an edit, without its files."""
 
     strength: float | None = None
+    mask_blur: int | None = None
     input_fidelity: Literal["high", "low"] | None = None
 
 
@@ -169,8 +173,9 @@ async def edits(request: Request) -> Response:
     if "image" not in files:
         raise ApiError(400, "image is missing", "missing_parameter", "image")
     spec = replace(
-        body.to_image_request(client_of(request)), image=files["image"], strength=body.strength
-    )
+        body.to_image_request(client_of(request)), image=files["image"], strength=body.strength,
+        mask_blur=body.mask_blur,
+    )  # fmt: skip
     if "mask" in files:
         most = service.limits.upload_pixels
         mask = await asyncio.to_thread(uploads.mask_of_transparency, files["mask"], most)

@@ -33,6 +33,8 @@ from koala.utils.atomic import claim
 from koala.utils.progress import progress
 
 PEEK = 64  # items inspected for captions and scores
+HELD_OUT = 16  # images of a source, on average, if that is no more than the share below
+HELD_OUT_SHARE = 0.1
 SEED = 0  # of the draws from the posterior, if stored
 
 T = TypeVar("T")
@@ -56,6 +58,7 @@ def prepare_latents(
         todo = [unit for unit in mine if not unit_file(out, unit).exists()]
         if todo:
             remove_parts(out, {*todo})
+            preparation = replace(preparation, held_out=_held_out(preparation, plan))
             encoder = Encoder(model, device, preparation, SEED)
             fitter = CaptionFitter.of(model, preparation.long_captions or "sentences")
             total = sum(map(plan.size, mine))
@@ -80,6 +83,15 @@ def _finish(out: Path, plan: UnitPlan, preparation: Preparation) -> Summary:
         counts = ", ".join(f"{n:,} {why}" for why, n in summary.dropped.items())
         raise UserError(f"none of {plan.items:,} images is left ({counts}): see {out}/report.jsonl")
     return summary
+
+
+def _held_out(preparation: Preparation, plan: UnitPlan) -> float:
+    """The share to hold out: more than asked of a small source, so that there is something.
+
+    A share of 0 holds out nothing.
+    """
+    few = min(HELD_OUT_SHARE, HELD_OUT / plan.items)
+    return max(preparation.held_out, few) if preparation.held_out else 0.0
 
 
 def _counted(results: Iterable[T], advance: Callable[[int], object]) -> Iterator[T]:

@@ -130,6 +130,17 @@ class LatentSet:
                 self._coming[key] = self._reader.submit(self._read, *key)
         return self._coming.pop(wanted[0]).result()
 
+    def stratified(self, count: int) -> list[dict[str, Any]]:
+        """Batches of at most `count` samples, one of each bucket, as of `batch`: a fixed choice.
+
+        Each sample comes once, and each bucket in proportion to its size.
+        """
+        batches, first = [], 0
+        for places in self.order.stratified(count):
+            batches.append(self._batch(places, first))
+            first += len(places)
+        return batches
+
     def close(self) -> None:
         """Stops reading ahead and removes downloaded shards."""
         self._reader.shutdown(cancel_futures=True)
@@ -139,9 +150,12 @@ class LatentSet:
         share = count // world
         part = BatchShare(count, rank, world)
         self._cache.advance_to(first // count, part)
-        places = part.of(self.order.batch(first // count, count))
+        return self._batch(part.of(self.order.batch(first // count, count)), first + rank * share)
+
+    def _batch(self, places: list[tuple[int, int]], first: int) -> dict[str, Any]:
+        """The samples at these places of one bucket; first: number of the first in the stream."""
         images, latents, text, captions, sizes = [], [], [], [], []
-        for number, (shard, row) in enumerate(places, first + rank * share):
+        for number, (shard, row) in enumerate(places, first):
             rng = np.random.default_rng((self.seed, 3, number))
             tensors = self.index.tensors(shard, row)
             noise = None  # of the draw from the posterior

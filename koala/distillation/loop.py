@@ -91,6 +91,12 @@ def train(
     with world.together():
         if world.first:
             claim(run / "run.json", {**asdict(settings), **(note or {})})
+    with world.together():
+        if not (run / "run.json").is_file():
+            raise UserError(
+                f"{run}: process {world.rank} does not see what process 0 wrote there: all "
+                "machines must share the folder --out"
+            )
     averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
     state = checkpoint.State(module, averages, new_optimizer(settings, module))
     last = checkpoint.newest(run)

@@ -149,7 +149,9 @@ def _distill_arguments(p: Parser) -> None:
         help="only print the recipe and what it costs: memory by part, samples per second, days",
     )  # fmt: skip
     dry.add_argument(
-        "--card", help=f"for this GPU: {', '.join(GPUS)} (default: measure this machine)"
+        "--card",
+        help=f"for this GPU: {', '.join(GPUS)}, or its bf16 rate and memory as in "
+        "35TFLOP,16GB (default: measure this machine)",
     )
     dry.add_argument("--gpus", type=whole, metavar="N", help="for this many (default 1)")
 

@@ -17,12 +17,12 @@ from koala.data.items import Item, damaged, held_out
 from koala.data.sources.parquet import image_column, item_of
 from koala.errors import UserError
 
-STATE, SPLITS = "state.json", "dataset_dict.json"
+STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
 def is_saved(root: Path) -> bool:
     """Whether `root` is such a folder, of one split or several."""
-    return (root / SPLITS).is_file() or (root / STATE).is_file()
+    return (root / SPLITS).is_file() or all((root / name).is_file() for name in (STATE, INFO))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 `python -m benchmarks.start [--model M] [--runs 5] [--out benchmarks/start.json]`
 
-Each way is run in a process of its own, in turns, after one run that fills the caches. Peak memory is
-the process's largest resident size.
+Each way is run in a process of its own, in turns, after one run that fills the caches. Peak memory
+is the process's largest resident size.
 """
 
 import argparse
@@ -65,16 +65,8 @@ def main() -> None:
 
 def _command(model: str, backend: str, folder: str) -> list[str]:
     named = [] if form.is_form(model) else ["--backend", backend]
-    return [
-        "generate",
-        "a fox, noto style",
-        "--seed",
-        "7",
-        "--model",
-        model,
-        "--out",
-        folder,
-    ] + named
+    asked = ["generate", "a fox, noto style", "--seed", "7", "--model", model, "--out", folder]
+    return [*asked, *named]
 
 
 def _drawn(model: str, backend: str, folder: str) -> dict[str, float]:

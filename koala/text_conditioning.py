@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class TokenReader:
         return found
 
     def names(self, ids: Sequence[int]) -> list[str]:
-        return self.tokenizer.convert_ids_to_tokens([*ids])
+        found: Any = self.tokenizer.convert_ids_to_tokens([*ids])
+        return found
 
 
 class TextConditioner:

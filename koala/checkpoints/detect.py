@@ -25,10 +25,13 @@ _VAE_ENDS = {
     "diffusers": "encoder.down_blocks.0.resnets.0.conv1.weight",
     "ldm": "encoder.down.0.block.0.conv1.weight",
 }
-_PART_ENDS = {  # the same for the other components of a single file
-    "vae": _VAE_ENDS["ldm"],
-    "text_encoder": "embedders.0.transformer.text_model.final_layer_norm.weight",
-    "text_encoder_2": "embedders.1.model.ln_final.weight",
+_PART_ENDS = {  # the same for the other components of a single file, whose names are `canonical`
+    "vae": tuple(_VAE_ENDS.values()),
+    "text_encoder": ("embedders.0.transformer.text_model.final_layer_norm.weight",),
+    "text_encoder_2": (
+        "embedders.1.model.ln_final.weight",
+        "embedders.1.model.text_model.final_layer_norm.weight",
+    ),
 }
 _APPLIED = "which is applied to a model with `koala generate --lora`"
 # Kind of file -> substrings of tensor names that identify it. The first match wins.
@@ -56,7 +59,9 @@ _FOREIGN = (
     ("a Stable Cascade model", ("clip_txt_mapper.", "clip_txt_pooled_mapper.")),
     ("a Hunyuan-DiT transformer", ("mlp_t5.0.",)),
     ("a Lumina or Z-Image transformer", ("cap_embedder.",)),
-    ("Playground v2.5, which has another noise schedule", ("edm_mean",)),
+    ("an EDM model, which has another noise schedule (Playground v2.5, CosXL)", (
+        "edm_mean", "edm_vpred.",
+    )),
     ("a video transformer", ("head.modulation", "patchify_proj.", "txt_in.individual_token")),
     ("a tiny autoencoder (TAESD)", ("decoder.layers.1.", "taesd_decoder.")),
     ("an upscaler (ESRGAN)", ("RRDB_trunk", "body.0.rdb1.")),
@@ -113,7 +118,7 @@ def detect(shapes: Shapes, stated: UNetArchitecture | None = None) -> Detected:
         }
     arch = stated or _described(unet, layout)
     _compare(unet, arch, layout)
-    found = [component for component, end in _PART_ENDS.items() if _find(shapes, [end])]
+    found = [component for component, ends in _PART_ENDS.items() if _find(shapes, ends)]
     return Detected(arch, layout, prefix, ("unet", *found))
 
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from koala.checkpoints.prediction import of_config
-from koala.checkpoints.tensors import Stored, load_tensor
+from koala.checkpoints.tensors import Stored, load_tensor, not_finite
 from koala.checkpoints.validate import (
     check_unet,
     describe_faults,
     read_json,
     read_tensors,
     unet_architecture,
+    variant_of,
 )
 from koala.errors import UserError
 
@@ -129,6 +130,7 @@ def _filled(model: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) 
         return False
     # A copy, so that torch owns the memory and aligns it.
     weights = {name: load_tensor(one).to(dtype, copy=True) for name, one in stored.items()}
+    _check_finite(weights, stored)
     model.load_state_dict(weights, assign=True)
     return True
 
@@ -138,9 +140,11 @@ def _by_library(model_class: Any, folder: Path, component: str, **options: Any) 
 
     `UserError` unless its weights fit its config.
     """
+    stored = read_tensors(folder, component)
     model, info = model_class.from_pretrained(
         folder / component,
         **options,
+        variant=variant_of(folder / component, component),
         local_files_only=True,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
@@ -150,7 +154,16 @@ def _by_library(model_class: Any, folder: Path, component: str, **options: Any) 
     keys = (info["missing_keys"], info["unexpected_keys"], misshapen)
     if faults := describe_faults(*map(sorted, keys)):
         raise UserError(f"{folder}/{component}: the weights do not fit config.json: {faults}")
+    _check_finite(model.state_dict(), stored)
     return model.eval()
+
+
+def _check_finite(weights: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Raises `UserError` naming the first weight that holds NaN or infinity."""
+    for name, weight in weights.items():
+        # The largest value tells: ten times faster than testing every element.
+        if weight.is_floating_point() and weight.numel() and not weight.abs().max().isfinite():
+            raise not_finite(stored.get(name, next(iter(stored.values()))), name)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.words import read_words
-from koala.cli.command import Command, Parser, listed, number, say, show, whole
+from koala.cli.command import Command, Parser, assembled, listed, number, say, show, whole
 from koala.errors import UserError
 from koala.generation.samplers import SAMPLERS
 from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, STRENGTH, WEIGHTS
@@ -43,6 +43,7 @@ def _arguments(p: Parser) -> None:
         "--lora-dir", type=Path, metavar="DIR",
         help="LoRAs that prompts may name: 'a fox <lora:NAME:0.8>'",
     )  # fmt: skip
+    p.add_parts("--model")
 
     sampling = p.add_argument_group("sampling")
     sampling.add_argument("--steps", type=whole, default=10, help="denoising steps (default 10)")
@@ -143,14 +144,15 @@ def _run(o: argparse.Namespace) -> None:
         "image": o.image, "strength": o.strength, "mask": o.mask, "mask_blur": o.mask_blur,
         "lora_dir": o.lora_dir,
     }  # fmt: skip
-    settings = checked(o.model, prompts, lora=loras, **asked).settings
+    model = assembled(o, o.model)
+    settings = checked(model, prompts, lora=loras, **asked).settings
 
     from koala.generation import save
     from koala.generation.opening import open_model  # all is checked: now torch may load
     from koala.utils.progress import progress
 
     pipeline = open_model(
-        o.model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
+        model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
         images=len(settings), from_image=o.image is not None, say=say,
     )  # fmt: skip
     if pipeline.plan is not None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from koala.architectures.block_map import DEPTH_RULES
-from koala.architectures.table import CUTS
+from koala.architectures.table import CUTS, check_student
 from koala.checkpoints.convert import TARGETS
 from koala.checkpoints.tensors import DTYPES
-from koala.cli.command import Command, Parser, check_push, listed, push, show
+from koala.cli.command import Command, Parser, assembled, check_push, listed, push, show
 from koala.errors import UserError
+from koala.utils.atomic import check_new
 
 OPENVINO = "openvino"  # a form (`koala.generation.form`), besides the formats of a model
 MODEL = "bundled name, folder, single file or Hub id of an SDXL-class model"
@@ -43,6 +44,7 @@ def _compress_arguments(p: Parser) -> None:
         help="which of the teacher's transformer blocks stay: "
         f"{listed(DEPTH_RULES)} (default bottom)",
     )  # fmt: skip
+    p.add_parts("the teacher")
     p.add_push()
     p.add_json("the report")
 
@@ -51,7 +53,9 @@ def _compress(o: argparse.Namespace) -> None:
     from koala.checkpoints.compress import compress
 
     check_push(o)
-    report = compress(o.teacher, o.to, o.out, o.dtype, o.depth_rule)
+    check_student(o.to)
+    check_new(o.out.expanduser())
+    report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, o.depth_rule)
     push(o, report.out)
     show(o, asdict(report), report.line())
 
@@ -80,6 +84,7 @@ def _convert_arguments(p: Parser) -> None:
         "--spelling",
         help="of a LoRA's names: kohya, which other programs read in full (default), or same",
     )
+    p.add_parts("the model")
     p.add_push()
     p.add_json("the report")
 
@@ -93,10 +98,13 @@ def _convert(o: argparse.Namespace) -> None:
     if o.student is None and o.spelling is not None:
         raise UserError("--spelling is of a LoRA's names: leave it out, or give --for")
     check_push(o)
+    if o.student is not None and (o.base or o.vae or o.teacher_lora):
+        raise UserError("--base, --vae and --teacher-lora have no effect on a LoRA: leave them out")
     if o.to == OPENVINO:
         report, line = _export(o)
     elif o.student is None:
-        converted = convert(o.model, o.to, o.out, o.dtype)
+        check_new(o.out.expanduser())
+        converted = convert(assembled(o, o.model), o.to, o.out, o.dtype)
         report, line = asdict(converted), converted.line()
     else:
         carried = convert_lora(o.model, o.student, o.out, o.spelling or "kohya")

@@ -178,7 +178,7 @@ class Drawing(ABC):
             image = image_inputs.on_white(asked.image, (first.width, first.height))
             pixels = self.own(image_inputs.to_pixels(image, self.factor))
             if asked.mask is not None:
-                places = self.own(np.float32(asked.mask.places)[None, None])
+                places = self.own(asked.mask.places.astype(np.float32)[None, None])
                 paste = Paste(image, asked.mask.blend)
         return [
             Request(settings, pixels, places, paste, loras)

@@ -52,13 +52,13 @@ class LightPipeline(Drawing):
             return unet(*(np.ascontiguousarray(part, np.float32) for part in given))[0]
 
         def decode(latents: Array) -> Array:
-            (pixels,) = decoder(np.float32(latents / form.latent_factor * std + mean))
+            (pixels,) = decoder((latents / form.latent_factor * std + mean).astype(np.float32))
             return finished(pixels, latents)
 
         self.predict = in_fixed_batches(predict)
         self.decode = one_by_one(decode)
 
-    def encode(self, pixels: Array) -> Array:  # type: ignore[override]  # a method of every one
+    def encode(self, pixels: Array) -> Array:
         raise UserError(
             f"{self.name} runs without PyTorch, which starting from an image needs: load the "
             "model itself with backend 'torch'"

@@ -60,7 +60,7 @@ class Generator:
     """
 
     def __init__(self, seed: int) -> None:
-        self._bits = np.random.RandomState(seed & 0xFFFFFFFF)._bit_generator  # type: ignore[attr-defined]
+        self._bits = np.random.RandomState(seed & 0xFFFFFFFF)._bit_generator
         self._pairs = self._single()
 
     def normal(self, count: int) -> np.ndarray:

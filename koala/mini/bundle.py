@@ -45,7 +45,7 @@ def bundle(model: str | Path, out: Path, data: Path | None = None) -> int:
             for file in sorted((source / component).glob("*.txt")):
                 shutil.copy(file, part / component)
             if component in WEIGHTS:
-                for file in weights_files(source, component):
+                for file in weights_files(source / component, component):
                     _write_half(file, part / component / file.name)
         if (source / TINY).is_dir():
             (part / TINY).mkdir()

@@ -38,7 +38,7 @@ def test_it_is_koala_by_its_shapes_and_finite():
 
 
 def test_it_takes_at_most_48_megabytes():
-    sizes = [f.stat().st_size for c in WEIGHTS for f in weights_files(FOLDER, c)]
+    sizes = [f.stat().st_size for c in WEIGHTS for f in weights_files(FOLDER / c, c)]
     assert sum(sizes) <= 48 * MEGABYTE
 
 

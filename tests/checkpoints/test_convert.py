@@ -325,7 +325,7 @@ def test_tensors_that_are_missing_extra_or_misshapen(toy_file, tmp_path):
 
     refused(
         changed(toy_file, tmp_path / "d.safetensors", only_unet),
-        "a U-Net in the ldm layout, without vae, text_encoder, text_encoder_2; use a complete",
+        "holds unet and lacks vae, text_encoder, text_encoder_2: add --base MODEL with the SDXL",
     )
 
     def integers(tensors):

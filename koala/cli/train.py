@@ -34,8 +34,8 @@ def _prepare_arguments(p: Parser) -> None:
     from koala.data.illustrations.scenes import ILLUSTRATIONS
 
     p.add_argument(
-        "source", help="a folder of images, webdataset tars, parquet files or ye-pop chunks; or "
-        f"{listed(ILLUSTRATIONS)}, which koala renders itself",
+        "source", help="a folder of images, webdataset tars, parquet files, a saved data set or "
+        f"ye-pop chunks; or {listed(ILLUSTRATIONS)}, which koala renders itself",
     )  # fmt: skip
     p.add_argument(
         "--as", dest="kind", metavar="KIND",
@@ -162,7 +162,9 @@ def _distill_arguments(p: Parser) -> None:
         help="only print the recipe and what it costs: memory by part, samples per second, days",
     )  # fmt: skip
     dry.add_argument(
-        "--card", help=f"for this GPU: {', '.join(GPUS)} (default: measure this machine)"
+        "--card",
+        help=f"for this GPU: {', '.join(GPUS)}, or its bf16 rate and memory as in "
+        "35TFLOP,16GB (default: measure this machine)",
     )
     dry.add_argument("--gpus", type=whole, metavar="N", help="for this many (default 1)")
 

@@ -63,6 +63,7 @@ class SecurityMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = _plain(scope)
         buffered = 0
         try:
             client = self._client(scope)
@@ -136,6 +137,13 @@ class SecurityMiddleware:
 def client_of(request: Request) -> str:
     """The client's name, for fair queueing, limits and ownership."""
     return request.state.client_name
+
+
+def _plain(scope: Scope) -> Scope:
+    """The request without a slash at its path's end, and as GET if it asks for a GET's headers."""
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]  # uvicorn omits the body
+    path = scope["path"].rstrip("/") or "/"
+    return {**scope, "method": method, "path": path}
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -58,12 +58,16 @@ def mask_of_transparency(data: bytes, most_pixels: int) -> bytes:
 
 
 def decode_base64(text: str, what: str) -> bytes:
-    """The bytes of base64 text or a base64 data: URL. UserError, which names it `what`."""
+    """The bytes of base64 text or a base64 data: URL. UserError, which names it `what`.
+
+    As some clients write it: with line breaks, or without padding at its end.
+    """
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
             raise UserError(f"{what} is a data: URL without base64: encode it as base64")
+    text = "".join(text.split()).rstrip("=")
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:
         raise UserError(f"{what} is not valid base64") from None

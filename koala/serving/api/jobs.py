@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from koala.serving.api.openai import LoraScale
 from koala.serving.api.streams import EventStream, event
+from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError
 from koala.serving.image_request import IMAGES, ImageRequest
 from koala.serving.jobs import serialise
@@ -83,9 +84,13 @@ def _found(found: Any, what: str, id: str) -> Any:
 
 
 @router.post("/jobs", status_code=202, summary="Submit a job")
-def submit(body: JobRequest, request: Request) -> dict[str, Any]:
+async def submit(body: JobRequest, request: Request) -> dict[str, Any]:
     jobs: Jobs = request.app.state.jobs
-    return jobs.submit(body.to_image_request(client_of(request)))
+    spec = await run_in_threadpool(body.to_image_request, client_of(request))
+    if spec.image is None:
+        return await run_in_threadpool(jobs.submit, spec)
+    decoder: Decoder = request.app.state.decoder
+    return await decoder.run(jobs.submit, spec)
 
 
 @router.get("/jobs", summary="Jobs, newest first")

@@ -21,7 +21,14 @@ from starlette.datastructures import UploadFile
 
 from koala.generation import Request as EngineRequest
 from koala.serving import uploads
-from koala.serving.api.streams import EventStream, cancelled_error, event, wait_for_images
+from koala.serving.api.streams import (
+    EventStream,
+    cancelled_error,
+    event,
+    submit,
+    wait_for_images,
+)
+from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError, to_api_error
 from koala.serving.image_request import ImageRequest
 from koala.serving.jobs.gallery_writer import encode, encode_and_store
@@ -173,7 +180,8 @@ async def edits(request: Request) -> Response:
     )
     if "mask" in files:
         most = service.limits.upload_pixels
-        mask = await asyncio.to_thread(uploads.mask_of_transparency, files["mask"], most)
+        decoder: Decoder = request.app.state.decoder
+        mask = await decoder.run(uploads.mask_of_transparency, files["mask"], most)
         spec = replace(spec, mask=mask, strength=body.strength or 1.0)
     return await _respond(request, body, spec, "image_edit")
 
@@ -226,7 +234,7 @@ async def _respond(
     service: Service = request.app.state.service
     if body.stream:
         return await _stream(request, body, spec, what)
-    submission = await asyncio.to_thread(service.submit, spec)
+    submission = await submit(request, spec)
     images = await wait_for_images(request, service, submission)
     data = [
         {"b64_json": await _base64(request, body, image, submission, i)}
@@ -278,7 +286,6 @@ async def _stream(
     request: Request, body: GenerationRequest, spec: ImageRequest, what: str
 ) -> Response:
     """Streams partial images, then each finished image."""
-    service: Service = request.app.state.service
     loop, coming = asyncio.get_running_loop(), asyncio.Queue[tuple[Event, Image.Image | None]]()
     partial_images = body.partial_images or 0
 
@@ -288,7 +295,7 @@ async def _stream(
             preview = seen.preview() if shown and seen.preview else None
             loop.call_soon_threadsafe(coming.put_nowait, (seen, preview))
 
-    submission = await asyncio.to_thread(service.submit, spec, on_event)
+    submission = await submit(request, spec, on_event)
     return EventStream(_events(request, body, what, submission, coming))
 
 

@@ -18,6 +18,7 @@ from koala.serving.jobs.gallery_writer import GalleryWriter
 from koala.serving.jobs.jobs import Jobs
 from koala.serving.jobs.table import JobTable
 from koala.serving.keys import ApiKeys
+from koala.serving.links import Links
 from koala.serving.security import SecurityMiddleware
 from koala.serving.service import Service
 from koala.serving.settings import Options
@@ -40,7 +41,7 @@ def create_app(service: Service, database: Database, options: Options) -> FastAP
     jobs = Jobs(service, JobTable(database, most_seconds=options.gallery_days * DAY), gallery)
     app.state.gallery, app.state.jobs = gallery, jobs
     app.state.gallery_writer = GalleryWriter(gallery)
-    app.state.decoder = Decoder()
+    app.state.decoder, app.state.links = Decoder(), Links()
     app.state.a1111 = a1111.ActiveRequests()
     page_routes = page.router(service.pipeline.name, service.native)
     for each in (router, openai.router, jobs_api.router, a1111.queue_router, page_routes):

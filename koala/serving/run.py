@@ -51,7 +51,8 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         app = create_app(service, database, options)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False,
-            timeout_graceful_shutdown=CONNECTIONS_END,
+            timeout_graceful_shutdown=CONNECTIONS_END, proxy_headers=bool(options.trusted_proxies),
+            forwarded_allow_ips=list(options.trusted_proxies),
         )  # fmt: skip
         try:
             closed = app.state.jobs.close

@@ -13,7 +13,6 @@ from koala.errors import UserError
 from koala.generation.image_files import open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 
 
 def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Image:
@@ -24,16 +23,16 @@ def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Ima
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            warnings.simplefilter("ignore")  # of large sizes, for which our limit is lower; of EXIF
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > most_pixels:
                     raise _too_large(what, f"{image.width}x{image.height}", most_pixels)
                 return open_image(image)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise _too_large(what, "huge", most_pixels) from None
-    except _UNREADABLE:
+    except Exception:  # damaged metadata raises anything from struct.error to KeyError
         raise UserError(
             f"{what} cannot be read as an image: allowed are complete {', '.join(FORMATS)} files"
         ) from None

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from koala.serving.api.openai import LoraScale
+from koala.serving.api.openai_fields import LoraScale
 from koala.serving.api.streams import EventStream, event
 from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError
@@ -52,7 +52,7 @@ class JobRequest(BaseModel):
         None
     )
     strength: float | None = None
-    lora: list[LoraScale] | None = None
+    lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
     priority: Literal["interactive", "batch"] | None = None
     deadline: Annotated[float, Field(description="seconds from now")] | None = None
 

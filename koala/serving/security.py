@@ -5,7 +5,6 @@ make its visitor's browser call this server, so requests of another origin are r
 host names that only a DNS rebinding attack would use.
 """
 
-import asyncio
 import ipaddress
 import socket
 import time
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from koala.serving import links
 from koala.serving.admission import Busy
+from koala.serving.bodies import Bodies
 from koala.serving.errors import ApiError, to_api_error
 from koala.serving.keys import ApiKeys
 from koala.serving.settings import LOOPBACK, Limits, Options
@@ -27,8 +27,6 @@ from koala.serving.settings import LOOPBACK, Limits, Options
 OPEN = ("/", "/health", "/ready", "/favicon.ico")
 OPEN_FOLDERS = ("/page/", links.FOLDER)
 PREFLIGHT_SECONDS = 600  # that a browser may remember an allowed origin
-BODY_SECONDS = 60.0  # a body may take to arrive
-BODIES = 8  # of the largest size in memory at once
 _REMEMBERED = 10_000  # clients whose rate is tracked
 
 
@@ -61,9 +59,8 @@ class SecurityMiddleware:
         self, app: ASGIApp, options: Options, keys: ApiKeys | None, on_error: Callable[[str], None]
     ) -> None:
         self.app, self.options, self.keys, self.on_error = app, options, keys, on_error
-        self.rates = RateLimiter(options.limits)
+        self.rates, self.bodies = RateLimiter(options.limits), Bodies(options.limits)
         self._own_name = socket.gethostname().lower()
-        self._buffered = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,8 +79,8 @@ class SecurityMiddleware:
             scope.setdefault("state", {})["client_name"] = client
             if scope["method"] == "POST":
                 self.rates.take(client)
-                body = await self._body(headers, receive)
-                self._buffered += (buffered := len(body))
+                body = await self.bodies.read(scope["path"], headers, receive)
+                buffered = len(body)
                 receive = _replayed(body, receive)
             await self.app(scope, receive, send)
         except (ApiError, Busy) as error:
@@ -91,7 +88,7 @@ class SecurityMiddleware:
             self.on_error(failure.code)
             await failure.response()(scope, receive, send)
         finally:
-            self._buffered -= buffered
+            self.bodies.release(buffered)
 
     def _client(self, scope: Scope) -> str:
         """The client's name, from its key, or from its address without keys. ApiError."""
@@ -138,35 +135,6 @@ class SecurityMiddleware:
                 403, "requests from other origins are not allowed: start the server with "
                 "--allow-origin", "origin",
             )  # fmt: skip
-
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """Reads the body. ApiError if too large or too slow, Busy if memory is short."""
-        limit = self.options.limits.upload_bytes
-        length = headers.get("content-length", "0")
-        too_large = ApiError(
-            413, f"the body is too large: allowed are {limit:,} bytes", "too_large"
-        )
-        if length.isdecimal() and int(length) > limit:
-            raise too_large
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the body is incomplete", "cut_short")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > limit:
-                        raise too_large
-                    if self._buffered + size > BODIES * limit:
-                        raise Busy("memory", 1.0)
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError:
-            raise ApiError(
-                408, f"the body took longer than {BODY_SECONDS:g} s", "timeout"
-            ) from None
 
 
 def _name_of(host: str) -> str:

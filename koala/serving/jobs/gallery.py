@@ -142,10 +142,8 @@ class Gallery:
         """Deletes an image. False if there is none."""
         if not is_id(id):
             return False
-        with self.database.transaction() as db:
-            found = db.execute(
-                "DELETE FROM pictures WHERE id = ? AND client = ifnull(?, client)", (id, owner)
-            ).rowcount
+        query = "DELETE FROM pictures WHERE id = ? AND client = ifnull(?, client)"
+        found = self.database.make_room(lambda db: db.execute(query, (id, owner)).rowcount)
         if found:
             self._unlink(id)
         return bool(found)
@@ -156,9 +154,7 @@ class Gallery:
 
     def tidy(self) -> None:
         """Deletes images beyond the bounds."""
-        with self.database.transaction() as db:
-            gone = self._evict(db)
-        self._unlink(*gone)
+        self._unlink(*self.database.make_room(self._evict))
 
     # --- on disk ----------------------------------------------------------------------------
 

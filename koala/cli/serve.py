@@ -14,6 +14,7 @@ from koala.serving.settings import (
     quality_steps,
     words,
 )
+from koala.utils.threads import limit_threads, sleep_while_waiting
 
 LIMITS = (  # name, what it limits, type
     ("queue", "images that wait or are being drawn", whole),
@@ -111,7 +112,9 @@ def _run(o: argparse.Namespace) -> None:
         quality_steps=quality_steps(o.quality_steps), allow_hosts=words(o.allow_host),
         allow_origins=words(o.allow_origin), trusted_proxies=words(o.trusted_proxy),
     )  # fmt: skip
+    sleep_while_waiting()
     if o.replicas is None:
+        limit_threads()  # Ray gives each replica its own
         from koala.serving.run import serve
 
         serve(options, say)

@@ -33,8 +33,8 @@ def running(
 ) -> Iterator[Running]:
     """Serves a loaded pipeline until the block ends. `told`: further fields of `Options`."""
     limits = limits or Limits(max_batch=8)
-    options = Options(data=data, limits=limits, **told)
-    service = Service(pipeline, limits, options.lora_dir)
+    options = Options(data=data, limits=limits, **{"fit": False, **told})
+    service = Service(pipeline, limits, options.lora_dir, fit=options.fit)
     service.start()
     database = Database(data)
     app = create_app(service, database, options)

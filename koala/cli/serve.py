@@ -56,6 +56,10 @@ def _arguments(p: Parser) -> None:
         "--quality-steps", metavar="TABLE",
         help="steps of OpenAI's qualities, such as low=4,high=25 (default: no effect)",
     )  # fmt: skip
+    p.add_argument(
+        "--fit", action=argparse.BooleanOptionalAction, default=True,
+        help="draw sizes that the model was not made for at its own size, and resize (default on)",
+    )  # fmt: skip
     network = p.add_argument_group("names and pages, each a list with commas")
     network.add_argument(
         "--allow-host", metavar="NAMES",
@@ -108,7 +112,7 @@ def _run(o: argparse.Namespace) -> None:
         model=o.model, host=o.host, port=o.port, api_key_file=o.api_key_file, device=o.device,
         backend=o.backend, vram=o.vram, compile=o.compile, graphs=o.graphs, lora_dir=o.lora_dir,
         data=o.data or data_folder(), gallery_bytes=int(o.gallery_gib * 2**30),
-        gallery_days=o.gallery_days, limits=limits, model_aliases=words(o.model_alias),
+        gallery_days=o.gallery_days, limits=limits, fit=o.fit, model_aliases=words(o.model_alias),
         quality_steps=quality_steps(o.quality_steps), allow_hosts=words(o.allow_host),
         allow_origins=words(o.allow_origin), trusted_proxies=words(o.trusted_proxy),
     )  # fmt: skip

@@ -54,6 +54,7 @@ class Settings:
     strength: float = 1.0  # share of the steps that is done, from an image
     image: str = ""  # fingerprint of the image that it starts from, if any
     mask: str = ""  # fingerprint of the mask, if any
+    enlarged: str = ""  # WIDTHxHEIGHT that the image was resized to once drawn, if it was
 
 
 @dataclass(frozen=True)

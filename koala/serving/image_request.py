@@ -25,6 +25,7 @@ class ImageRequest:
     mask: bytes | None = None  # an upload of the same size: white is repainted
     strength: float | None = None
     loras: tuple[tuple[str, float], ...] = ()  # (name in the LoRA folder, scale)
+    fit: bool | None = None  # draw at the native area and resize; None: as the server does
     client: str = "anonymous"  # a key or an address, for fair queueing
     priority: int = INTERACTIVE  # lower runs first
     deadline: float | None = None  # seconds after acceptance

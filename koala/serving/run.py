@@ -48,7 +48,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
 
         pipeline, options = loaded(options, say)
         sizes = pipeline.batch_sizes
-        service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
+        service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes, fit=options.fit)
         app = create_app(service, database, options)
         try:
             closed = app.state.jobs.close

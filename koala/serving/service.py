@@ -10,17 +10,27 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from koala.errors import UserError
-from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ticket
+from koala.generation import (
+    Engine,
+    Late,
+    Pass,
+    Pipeline,
+    Progress,
+    Request,
+    Ticket,
+    validation,
+)
 from koala.generation.pipeline import Result
 from koala.serving.admission import Admission, Busy
 from koala.serving.fair_queue import FairQueue, QueueEntry
+from koala.serving.fit import is_far, native_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.metrics import Metrics
 from koala.serving.settings import Limits
@@ -86,7 +96,8 @@ class Service:
     """Accepts requests from every API and runs them on one engine.
 
     loras: folder of the LoRAs that requests may name. sizes: batch sizes to compile or capture
-    during warm-up.
+    during warm-up. fit: draws sizes that the model was not made for at its native area, and has
+    them resized (`koala.serving.fit`), unless a request says otherwise.
     """
 
     def __init__(
@@ -96,6 +107,7 @@ class Service:
         loras: Path | None = None,
         metrics: Metrics | None = None,
         sizes: Sequence[int] = (),
+        fit: bool = False,
     ) -> None:
         self.pipeline, self.limits, self.lora_folder = pipeline, limits, loras
         self.metrics = metrics or Metrics()
@@ -103,7 +115,7 @@ class Service:
         self.max_batch = limits.max_batch or 1  # images of the native size
         self._admission = Admission(limits)
         self._fair_queue = FairQueue(limits.patience)
-        self._sizes = sizes
+        self._sizes, self.fit = sizes, fit
         self._draining = False
         self._idle = threading.Condition()  # notified when an image leaves
         self._submissions: set[Submission] = set()
@@ -190,8 +202,13 @@ class Service:
             for data, what in ((spec.image, "image"), (spec.mask, "mask"))
         )
         size = spec.size
+        fits = self.fit if spec.fit is None else spec.fit
+        enlarged = ""
         if image is not None and size is None:
-            size = self._size_for(image)
+            far = fits and is_far(image.size, self.native)
+            size = self._fitted(image.size) if far else self._size_for(image)
+        elif fits and size is not None and is_far(asked := validation.size(size), self.native):
+            size, enlarged = self._fitted(asked), f"{asked[0]}x{asked[1]}"
         names = [name for name, _ in spec.loras]
         if len(set(names)) < len(names):
             raise UserError(f"lora {', '.join(names)}: each may be named once")
@@ -208,6 +225,11 @@ class Service:
                 f"size {settings.width}x{settings.height}: this server allows at most "
                 f"{self.most_pixels:,} pixels per image, such as {self.native}x{self.native}"
             )
+        if enlarged:
+            requests = [
+                replace(request, settings=replace(request.settings, enlarged=enlarged))
+                for request in requests
+            ]
         return requests
 
     def submit(self, spec: ImageRequest, on_event: EventCallback | None = None) -> Submission:
@@ -286,6 +308,9 @@ class Service:
                 f"unknown lora {name!r}: allowed are {', '.join(self.loras()) or 'none'}"
             )
         return self.lora_folder / f"{name}.safetensors"
+
+    def _fitted(self, size: tuple[int, int]) -> str:
+        return "x".join(map(str, native_size(size, self.native, self.pipeline.factor)))
 
     def _size_for(self, image: Image.Image) -> str:
         """The image's size, rounded to the model's grid and shrunk to this server's limit."""

@@ -75,6 +75,7 @@ class Options:
     data: Path = field(default_factory=lambda: data_folder())
     gallery_bytes: int = 4 * 1024**3  # the oldest images are deleted first
     gallery_days: float = 30.0
+    fit: bool = True  # draw sizes that the model was not made for at its own, and resize
     model_aliases: tuple[str, ...] = ()  # further names of the model in OpenAI's API
     quality_steps: tuple[tuple[str, int], ...] = ()  # steps of each OpenAI `quality`
     allow_hosts: tuple[str, ...] = ()  # further names of this server; "*": any

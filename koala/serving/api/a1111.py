@@ -29,6 +29,7 @@ from koala.serving.api.a1111_fields import (
 from koala.serving.api.a1111_second_pass import SecondPass
 from koala.serving.api.streams import cancelled_error, submit, wait_for_images
 from koala.serving.decoder import Decoder
+from koala.serving.fit import note, shown_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.jobs.gallery_writer import encode_and_store
 from koala.serving.security import client_of
@@ -163,7 +164,8 @@ async def _respond(
     finished = [settings for settings, image in pairs if image is not None]
     if not finished:  # AUTOMATIC1111 answers an interrupt with the image as far as it is
         finished, pngs = [first], [_png(_unfinished(active, first))]
-    info = _info(finished, first, active, body) | {"ignored_fields": ignored}
+    told = {"ignored_fields": ignored, "note": note(first, request.app.state.service.native)}
+    info = _info(finished, first, active, body) | told
     echo = body.model_dump(exclude=set(body.model_extra or ()))
     if isinstance(body, Img2ImgRequest) and not body.include_init_images:
         echo |= {"init_images": None, "mask": None}
@@ -208,7 +210,7 @@ async def _draw_again(
 
 def _unfinished(active: ActiveRequest, settings: Settings) -> Image.Image:
     """The image as far as it was drawn; black if no step was done."""
-    size = (settings.width, settings.height)
+    size = shown_size(settings)
     if active.unfinished is None:
         return Image.new("RGB", size)
     return active.unfinished.resize(size, Image.Resampling.BICUBIC)
@@ -240,8 +242,8 @@ def _info(
         "subseed": first.seed,
         "all_subseeds": seeds,
         "subseed_strength": 0,
-        "width": first.width,
-        "height": first.height,
+        "width": shown_size(first)[0],
+        "height": shown_size(first)[1],
         "sampler_name": first.sampler,
         "cfg_scale": first.guidance,
         "steps": first.steps,

@@ -66,4 +66,5 @@ class SecondPass(BaseModel):
             seed=settings.seed,
             image=file.getvalue(),
             strength=self.denoising_strength,
+            fit=False,  # that it is larger is the point
         )

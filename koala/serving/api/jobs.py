@@ -53,6 +53,7 @@ class JobRequest(BaseModel):
     )
     strength: float | None = None
     lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
+    fit: bool | None = None
     priority: Literal["interactive", "batch"] | None = None
     deadline: Annotated[float, Field(description="seconds from now")] | None = None
 

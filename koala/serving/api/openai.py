@@ -28,6 +28,7 @@ from koala.serving.api.streams import (
 )
 from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError, to_api_error
+from koala.serving.fit import note, shown_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.gallery_writer import encode, encode_and_store
@@ -198,7 +199,9 @@ async def _respond(
     submission = await submit(request, spec)
     images = await wait_for_images(request, service, submission)
     data = [await _datum(request, body, image, submission, i) for i, image in enumerate(images)]
-    return JSONResponse({**_described(body, submission), "data": data, "usage": _usage(submission)})
+    return JSONResponse(
+        {**_described(body, submission, service.native), "data": data, "usage": _usage(submission)}
+    )
 
 
 async def _datum(
@@ -229,12 +232,12 @@ async def _base64(
     return base64.b64encode(data).decode()
 
 
-def _described(body: GenerationRequest, submission: Submission) -> dict[str, Any]:
+def _described(body: GenerationRequest, submission: Submission, native: int) -> dict[str, Any]:
     settings = submission.requests[0].settings
     return {
         "created": int(time.time()), "background": "opaque", "output_format": body.format,
-        "quality": body.quality or "auto", "size": f"{settings.width}x{settings.height}",
-        "seed": settings.seed,
+        "quality": body.quality or "auto", "size": "{}x{}".format(*shown_size(settings)),
+        "seed": settings.seed, "note": note(settings, native),
     }  # fmt: skip
 
 
@@ -287,7 +290,7 @@ async def _events(
     left = len(futures)
 
     def message(kind: str, index: int, **more: Any) -> bytes:
-        described = _described(body, submission)
+        described = _described(body, submission, service.native)
         described["created_at"] = described.pop("created")
         settings = submission.requests[index].settings
         name = f"{what}.{kind}"
@@ -318,6 +321,5 @@ async def _events(
 
 def _enlarged(preview: Image.Image, request: EngineRequest, body: GenerationRequest) -> str:
     """A preview, enlarged to the image's size, as base64."""
-    size = (request.settings.width, request.settings.height)
-    image = preview.resize(size, Image.Resampling.BICUBIC)
+    image = preview.resize(shown_size(request.settings), Image.Resampling.BICUBIC)
     return base64.b64encode(encode(image, None, body.format, body.output_compression)).decode()

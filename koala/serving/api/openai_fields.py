@@ -2,7 +2,7 @@
 
 `style`, `moderation`, `user`, `safety_identifier` and `input_fidelity` are checked and have no
 effect, and so has `quality` unless the server maps it to steps. Our own additional fields are seed,
-steps, guidance, guidance_until, negative_prompt, scheduler, strength and lora.
+steps, guidance, guidance_until, negative_prompt, scheduler, fit, strength and lora.
 """
 
 from collections.abc import Mapping
@@ -64,6 +64,7 @@ class GenerationRequest(BaseModel):
     guidance_until: float | None = None
     negative_prompt: str | None = None
     scheduler: str | None = None
+    fit: bool | None = None
     lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
 
     @model_validator(mode="before")
@@ -126,7 +127,7 @@ class GenerationRequest(BaseModel):
         optional: dict[str, Any] = {
             "negative_prompt": self.negative_prompt, "steps": self.steps,
             "guidance": self.guidance, "guidance_until": self.guidance_until,
-            "scheduler": self.scheduler, "number": self.n, "seed": self.seed,
+            "scheduler": self.scheduler, "fit": self.fit, "number": self.n, "seed": self.seed,
             "size": None if self.size == "auto" else self.size,
         }  # fmt: skip
         if self.steps is None:

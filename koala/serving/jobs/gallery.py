@@ -22,6 +22,7 @@ from PIL import Image
 from koala.errors import Failure
 from koala.generation.png import write_png
 from koala.generation.requests import Settings
+from koala.serving.fit import shown
 from koala.serving.jobs.database import Database, is_id
 
 THUMBNAIL = 256  # pixels of its longer side
@@ -76,6 +77,7 @@ class Gallery:
         `also(db, id)` runs in the same transaction; if it raises, the image is not stored.
         Failure if the disk is full.
         """
+        image = shown(image, settings)
         thumbnail = _thumbnail(image)
         id = self.database.new_id()
         size = self._write(id, image, settings, png) + len(thumbnail)

@@ -13,11 +13,12 @@ demo: $(VENV)/.demo
 # Two processes, each with whole files, fill two cores. OpenVINO runs by itself: trainings crash in a
 # process that has used it. Ray too: its cluster is many processes. torchao lies in a folder of its own:
 # beside diffusers it warns at every start (docs/log.md).
-ALONE := tests/generation/test_openvino.py tests/serving/test_scaleout.py tests/distillation/test_optimizers.py
+OPENVINO := tests/generation/test_openvino.py tests/generation/test_light.py
+ALONE := $(OPENVINO) tests/serving/test_scaleout.py tests/distillation/test_optimizers.py
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/distillation/test_optimizers.py
-	$(BIN)/python -m pytest tests/generation/test_openvino.py
+	$(BIN)/python -m pytest $(OPENVINO)
 	$(BIN)/python -m pytest tests/serving/test_scaleout.py
 
 lint: $(VENV)/.dev

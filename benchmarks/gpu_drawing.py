@@ -19,12 +19,12 @@ from koala.benchmark.models import build, stock
 from koala.benchmark.run import benchmark, image_flops
 from koala.errors import UserError
 from koala.generation.decode import tiny
-from koala.generation.denoise import predictor
 from koala.generation.engine import Engine
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.compile import compile_blocks, fuse_projections, graphed
+from koala.generation.runtime.pytorch import predictor
 
 
 def ladder(run: Run) -> Rows:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from koala.errors import Failure, UserError
     from koala.evaluation.report import evaluate
     from koala.evaluation.table import EvaluationReport
+    from koala.generation.drawing import Result
     from koala.generation.loader import load
-    from koala.generation.pipeline import Pipeline, Result
+    from koala.generation.pipeline import Pipeline
     from koala.generation.requests import Request, Settings
     from koala.mini.settings import Autoencoder, Base, Tiny
     from koala.recipes.recipe import Mixture, Recipe, Student, Teacher
@@ -39,8 +40,9 @@ _HOME = {
     "errors": ("Failure", "UserError"),
     "evaluation.report": ("evaluate",),
     "evaluation.table": ("EvaluationReport",),
-    "generation.loader": ("load",),
-    "generation.pipeline": ("Pipeline", "Result"),
+    "generation.opening": ("load",),
+    "generation.drawing": ("Result",),
+    "generation.pipeline": ("Pipeline",),
     "generation.requests": ("Request", "Settings"),
     "mini.settings": ("Autoencoder", "Base", "Tiny"),
     "recipes.recipe": ("Mixture", "Recipe", "Student", "Teacher"),

@@ -11,24 +11,40 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from koala.architectures import time_ids as sizes
+from koala.architectures.time_ids import Pair
 from koala.checkpoints.load import load_text
 from koala.errors import UserError
 
 if TYPE_CHECKING:  # loaded with the encoders; data with stored embeddings need neither
-    from transformers import (
+    from koala.utils.networks import (
         CLIPTextModel,
         CLIPTextModelWithProjection,
         CLIPTokenizer,
         PreTrainedTokenizerBase,
     )
 
-Pair = tuple[int, int]
 Ids = tuple[tuple[int, ...], tuple[int, ...]]  # token ids for each encoder, without special tokens
+
+
+class TokenReader:
+    """Text to tokens, without the special ones."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def ids(self, text: str) -> list[int]:
+        found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return found
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        found: Any = self.tokenizer.convert_ids_to_tokens([*ids])
+        return found
 
 
 class TextConditioner:
@@ -82,6 +98,18 @@ class TextConditioner:
             text_encoder_2.to(device),
             cache_size=cache_size,
         )
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """d1 and d2."""
+        first, second = (encoder.config.hidden_size for encoder in self.encoders)
+        return first, second
+
+    @property
+    def readers(self) -> tuple[TokenReader, TokenReader]:
+        """The tokenizers, as generation reads prompts with them."""
+        first, second = self.tokenizers
+        return TokenReader(first), TokenReader(second)
 
     @property
     def device(self) -> torch.device:
@@ -158,12 +186,8 @@ class TextConditioner:
 
 
 def time_ids(original: Sequence[Pair], crop: Sequence[Pair], target: Sequence[Pair]) -> Tensor:
-    """SDXL's size and crop micro-conditioning (arXiv 2307.01952, section 2.2), float32 [n, 6].
-
-    Row i is original (height, width), crop (top, left), target (height, width), in pixels.
-    """
-    rows = [(*a, *b, *c) for a, b, c in zip(original, crop, target, strict=True)]
-    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
+    """`koala.architectures.time_ids` as a tensor."""
+    return torch.from_numpy(sizes.time_ids(original, crop, target))
 
 
 def _tokens(

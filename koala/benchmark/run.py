@@ -23,11 +23,11 @@ from koala.benchmark.cases import BUDGETS, Subject, check
 from koala.benchmark.measure import GB, Ceilings, Timing
 from koala.benchmark.models import build, stock
 from koala.benchmark.report import BenchmarkReport, BenchmarkRow, write
-from koala.generation.denoise import predictor
 from koala.generation.loader import set_runtime
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.dtypes import check_dtype, torch_dtype
+from koala.generation.runtime.pytorch import predictor
 from koala.utils.device import hardware, pick_device
 
 UNET_STEPS = 25  # of the U-Net alone, as published

@@ -13,14 +13,13 @@ from koala.architectures.config import unet_config
 from koala.architectures.layout import parameters
 from koala.architectures.table import UNetArchitecture, check_student, student_of
 from koala.checkpoints import model_card
-from koala.checkpoints.pipeline_files import Contents, as_file, write_folder
+from koala.checkpoints.pipeline_files import SCHEDULER, Contents, as_file, write_folder
 from koala.checkpoints.resolve import read_model
 from koala.checkpoints.tensors import float_dtype
 from koala.checkpoints.validate import CONFIGS
 from koala.errors import UserError
 from koala.utils.atomic import check_new, new_folder
 
-_SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _SCHEDULE = (  # what the student keeps of its teacher's scheduler: the noise schedule
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr",
@@ -59,14 +58,14 @@ def _pipeline_files(contents: Contents, student: UNetArchitecture) -> dict[str, 
         if isinstance(value, list) and name not in CONFIGS:
             index[name] = [None, None]  # an optional part, such as an image encoder
     index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
-    schedule = contents.config(_SCHEDULER_FILE)
+    schedule = contents.config(SCHEDULER)
     kept = {key: schedule[key] for key in _SCHEDULE if key in schedule}
     scheduler = {"_class_name": "EulerDiscreteScheduler", **kept, "timestep_spacing": "trailing"}
     return {
         **contents.files,
         "model_index.json": as_file(index),
         "unet/config.json": as_file(config),
-        _SCHEDULER_FILE: as_file(scheduler),
+        SCHEDULER: as_file(scheduler),
     }
 
 
@@ -136,7 +135,7 @@ def adopt(
             f"{other.source} has the U-Net {other.architecture.name}, but this recipe trains "
             f"{cut.name}: give another --student, or none"
         )
-    mine, theirs = (_predicts(of) for of in (other, contents))
+    mine, theirs = (of.prediction for of in (other, contents))
     if mine != theirs:
         raise UserError(
             f"{other.source} predicts {mine}, but the teacher {contents.source} predicts {theirs}: "
@@ -154,10 +153,6 @@ def adopt(
         model_card.adopted_of(known, _known(contents), model_card.name_of(out)).write(part)
 
 
-def _predicts(contents: Contents) -> str:
-    return contents.config(_SCHEDULER_FILE).get("prediction_type", "epsilon")
-
-
 def _card(
     teacher: str | Path, contents: Contents, report: CompressReport, depth_rule: str
 ) -> model_card.ModelCard:
@@ -172,12 +167,11 @@ def _card(
         inherited=report.inherited,
         dropped=report.dropped,
         depth_rule=depth_rule,
+        predicts=str(contents.prediction),
     )
     return model_card.student_of(_known(contents), name, model_card.name_of(report.out), cut)
 
 
 def _known(contents: Contents) -> model_card.ModelCard:
     """The model card of a folder, or of a single file's metadata."""
-    if contents.source.is_dir():
-        return model_card.read(contents.source)
-    return model_card.read_metadata(contents.source, contents.metadata)
+    return model_card.of_contents(contents.source, contents.metadata)

@@ -6,13 +6,12 @@ are copied bit for bit unless another dtype is requested.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from koala.architectures.layout import parameters
-from koala.checkpoints import model_card, single_file
-from koala.checkpoints.pipeline_files import Contents, write_pipeline
+from koala.checkpoints import modelspec, single_file
+from koala.checkpoints.pipeline_files import write_pipeline
 from koala.checkpoints.resolve import read_model
 from koala.checkpoints.tensors import float_dtype
 from koala.errors import UserError, unknown
@@ -61,7 +60,7 @@ def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = Non
     check_new(out)
     contents = read_model(model)
     if to == "single-file":
-        written = single_file.write(contents, out, kind, _licence(contents))
+        written = single_file.write(contents, out, kind, modelspec.of_contents(contents))
     else:
         written = write_pipeline(contents, out, kind)
     views = [view for of in contents.tensors.values() for view in of.values()]
@@ -74,12 +73,3 @@ def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = Non
         left_out=contents.left_out,
         out=out,
     )
-
-
-def _licence(contents: Contents) -> Mapping[str, str]:
-    """The licence on a folder's card, in the form used in a single file's metadata."""
-    if "modelspec.license" in contents.metadata or not contents.source.is_dir():
-        return {}
-    licence = model_card.read(contents.source).licence
-    stated = licence.name or licence.identifier
-    return {} if stated == "unknown" else {"modelspec.license": stated}

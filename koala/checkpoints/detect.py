@@ -25,25 +25,31 @@ _VAE_ENDS = {
     "diffusers": "encoder.down_blocks.0.resnets.0.conv1.weight",
     "ldm": "encoder.down.0.block.0.conv1.weight",
 }
-_PART_ENDS = {  # the same for the other components of a single file
-    "vae": _VAE_ENDS["ldm"],
-    "text_encoder": "embedders.0.transformer.text_model.final_layer_norm.weight",
-    "text_encoder_2": "embedders.1.model.ln_final.weight",
+_PART_ENDS = {  # the same for the other components of a single file, whose names are `canonical`
+    "vae": tuple(_VAE_ENDS.values()),
+    "text_encoder": ("embedders.0.transformer.text_model.final_layer_norm.weight",),
+    "text_encoder_2": (
+        "embedders.1.model.ln_final.weight",
+        "embedders.1.model.text_model.final_layer_norm.weight",
+    ),
 }
+_APPLIED = "which is applied to a model with `koala generate --lora`"
 # Kind of file -> substrings of tensor names that identify it. The first match wins.
 _FOREIGN = (
-    ("a LoRA, which is applied to a model with `koala generate --lora`", (
+    (f"a LoHa, {_APPLIED}", (".hada_w1",)),
+    (f"a LoKr, {_APPLIED}", (".lokr_w1", ".lokr_w2")),
+    (f"a DoRA, {_APPLIED}", (".dora_scale", ".lora_magnitude_vector")),
+    ("an IA3 adapter", (".on_input", ".ia3_l")),
+    ("an OFT adapter", (".oft_", ".boft_")),
+    (f"a LoRA, {_APPLIED}", (
         ".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.",
         "lora_linear_layer.", "_lora.down.", ".lora_mid.",
-    )),
-    ("a LyCORIS adapter (LoHa, LoKr, IA3 or the like)", (
-        ".hada_w1", ".lokr_w1", ".lokr_w2", ".on_input", ".dora_scale", ".oft_",
     )),
     ("a ControlNet", ("controlnet_cond_embedding.", "input_hint_block.", "control_add_embedding.")),
     ("an IP-Adapter", ("ip_adapter.", "to_k_ip.")),
     ("a motion module (AnimateDiff)", ("motion_modules.",)),
     ("a Stable Video Diffusion model", ("time_stack.", "temporal_transformer_blocks.")),
-    ("a textual inversion embedding", ("emb_params", "string_to_param")),
+    ("a textual inversion of SD 1.5 or SD 2", ("emb_params", "string_to_param")),
     ("a Flux transformer", (
         "double_blocks.0.img_attn.", "single_transformer_blocks.0.proj_mlp.",
     )),
@@ -53,7 +59,9 @@ _FOREIGN = (
     ("a Stable Cascade model", ("clip_txt_mapper.", "clip_txt_pooled_mapper.")),
     ("a Hunyuan-DiT transformer", ("mlp_t5.0.",)),
     ("a Lumina or Z-Image transformer", ("cap_embedder.",)),
-    ("Playground v2.5, which has another noise schedule", ("edm_mean",)),
+    ("an EDM model, which has another noise schedule (Playground v2.5, CosXL)", (
+        "edm_mean", "edm_vpred.",
+    )),
     ("a video transformer", ("head.modulation", "patchify_proj.", "txt_in.individual_token")),
     ("a tiny autoencoder (TAESD)", ("decoder.layers.1.", "taesd_decoder.")),
     ("an upscaler (ESRGAN)", ("RRDB_trunk", "body.0.rdb1.")),
@@ -73,9 +81,13 @@ class Detected:
 
 def foreign(shapes: Shapes) -> str:
     """What a file is that koala does not work with, as "a Flux transformer"; "" if it may do."""
+    if {*shapes} == {"clip_l", "clip_g"}:
+        return "a textual inversion of SDXL, which `koala generate --embedding` reads"
     for kind, marks in _FOREIGN:
         if any(mark in name for name in shapes for mark in marks):
             return kind
+    if any(name.endswith(".diff") for name in shapes):
+        return f"a whole difference of weights, {_APPLIED}"
     if _find(shapes, _UNET_ENDS.values()):
         return ""
     for layout, end in _VAE_ENDS.items():
@@ -106,7 +118,7 @@ def detect(shapes: Shapes, stated: UNetArchitecture | None = None) -> Detected:
         }
     arch = stated or _described(unet, layout)
     _compare(unet, arch, layout)
-    found = [component for component, end in _PART_ENDS.items() if _find(shapes, [end])]
+    found = [component for component, ends in _PART_ENDS.items() if _find(shapes, ends)]
     return Detected(arch, layout, prefix, ("unet", *found))
 
 

@@ -15,6 +15,8 @@ from koala.architectures.layout import parameters
 from koala.architectures.table import UNetArchitecture
 from koala.checkpoints import model_card
 from koala.checkpoints.detect import foreign
+from koala.checkpoints.load import load_scheduler_config
+from koala.checkpoints.prediction import Prediction, of_config
 from koala.checkpoints.resolve import resolve_model, single_file_path
 from koala.checkpoints.single_file import FILES, open_file
 from koala.checkpoints.tensors import Stored, read_header, read_metadata
@@ -45,6 +47,7 @@ class Inspection:
     mid: int | None
     unet_parameters: int | None
     parts: dict[str, PartSummary]
+    prediction: str | None  # "epsilon" or "v", with ", zero terminal SNR" if so
     licence: str | None
     metadata: dict[str, str]  # of a single file
 
@@ -58,6 +61,7 @@ class Inspection:
             lines.append(f"  U-Net     {self.unet_parameters:,} parameters, depths "
                          f"{list(self.depths or ())}, {mid}")  # fmt: skip
             lines.append(f"  layout    {self.layout}")
+            lines.append(f"  predicts  {self.prediction}")
         for name, part in self.parts.items():
             lines.append(
                 f"  {name:<14} {part.tensors:>5,} tensors {part.parameters:>14,} parameters "
@@ -86,7 +90,8 @@ def inspect(model: str | Path) -> Inspection:
     folder = resolve_model(model)
     parts = {c: _part(read_tensors(folder, c).values()) for c in WEIGHTS}
     licence, arch = model_card.read(folder).licence, unet_architecture(folder)
-    return _described(str(model), arch, "diffusers", parts, _named(licence), {})
+    predicts = of_config(load_scheduler_config(folder))
+    return _described(str(model), arch, "diffusers", parts, str(predicts), _named(licence), {})
 
 
 def _of_file(file: Path) -> Inspection:
@@ -96,14 +101,15 @@ def _of_file(file: Path) -> Inspection:
     if kind := foreign({name: stored.shape for name, stored in header.items()}):
         whole = {"all": _part(header.values())}
         return Inspection(
-            str(file), kind, None, None, None, None, None, whole, _named(licence), stated
+            str(file), kind, None, None, None, None, None, whole, None, _named(licence), stated
         )
     opened = open_file(file)
     parts = {component: _part(of.values()) for component, of in opened.parts.items()}
     if opened.rest:
         parts["other"] = _part(opened.rest.values())
     arch, layout = opened.found.architecture, opened.found.layout
-    return _described(str(file), arch, layout, parts, _named(licence), stated)
+    predicts = str(opened.prediction or f"{Prediction()} (not stated: as SDXL)")
+    return _described(str(file), arch, layout, parts, predicts, _named(licence), stated)
 
 
 def _described(
@@ -111,12 +117,13 @@ def _described(
     arch: UNetArchitecture,
     layout: str,
     parts: dict[str, PartSummary],
+    prediction: str,
     licence: str | None,
     metadata: dict[str, str],
 ) -> Inspection:
     return Inspection(
         model, arch.name, layout, arch.depths, arch.up, arch.mid, parameters(arch), parts,
-        licence, metadata,
+        prediction, licence, metadata,
     )  # fmt: skip
 
 

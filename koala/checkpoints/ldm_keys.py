@@ -45,7 +45,7 @@ def join(pair: Pair, tensors: Mapping[str, View]) -> View:
 def fits(pair: Pair, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of that shape in the original layout can be split by the pair."""
     if pair.pointwise:
-        return len(shape) == 4 and shape[2:] == (1, 1)
+        return len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))
     if pair.transposed:
         return len(shape) == 2
     return len(pair.parts) == 1 or (len(shape) > 0 and shape[0] % len(pair.parts) == 0)
@@ -53,7 +53,7 @@ def fits(pair: Pair, shape: tuple[int, ...]) -> bool:
 
 def split(pair: Pair, stored: Stored) -> dict[str, View]:
     """Diffusers' tensors by name, from the original layout's, whose shape `fits`."""
-    if pair.pointwise:
+    if pair.pointwise:  # some writers save it as the matrix that it is
         stored = stored._replace(shape=stored.shape[:2])
     count = len(pair.parts)
     if count == 1:

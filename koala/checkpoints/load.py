@@ -7,75 +7,62 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from koala.checkpoints.tensors import load_tensor
+import numpy as np
+
+from koala.checkpoints.prediction import of_config
+from koala.checkpoints.tensors import Stored, load_tensor, not_finite
 from koala.checkpoints.validate import (
     check_unet,
     describe_faults,
     read_json,
     read_tensors,
     unet_architecture,
+    variant_of,
 )
 from koala.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from torch import Tensor
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from torch import Tensor, nn
 
-
-def _load(model_class: Any, folder: Path, component: str, **options: Any) -> Any:
-    """Loads a component in evaluation mode; `UserError` unless its weights fit its config."""
-    read_tensors(folder, component)
-    model, info = model_class.from_pretrained(
-        folder / component,
-        **options,
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
+    from koala.utils.networks import (
+        AutoencoderKL,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        UNet2DConditionModel,
     )
-    misshapen = (entry[0] for entry in info["mismatched_keys"])
-    keys = (info["missing_keys"], info["unexpected_keys"], misshapen)
-    if faults := describe_faults(*map(sorted, keys)):
-        raise UserError(f"{folder}/{component}: the weights do not fit config.json: {faults}")
-    return model.eval()
 
-
-def _load_diffusers(
-    model_class: Any, folder: Path, component: str, dtype: torch.dtype | None
-) -> Any:
-    import torch
-
-    # low_cpu_mem_usage needs accelerate, which is not a dependency.
-    dtype = dtype or torch.float32
-    return _load(model_class, folder, component, torch_dtype=dtype, low_cpu_mem_usage=False)
+_LEAST_ABAR = 2.0**-24  # noise level 4096
 
 
 def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
-    """The U-Net of a checked model folder, on the CPU; `dtype` None means float32.
-
-    Tensor by tensor: without accelerate, diffusers' own loader holds every weight twice.
-    """
+    """The U-Net of a checked model folder, on the CPU; `dtype` None means float32."""
     import torch
-    from diffusers import UNet2DConditionModel
+
+    from koala.utils.networks import UNet2DConditionModel
 
     stored = read_tensors(folder, "unet")
     check_unet(unet_architecture(folder), stored, folder)
-    with torch.device("meta"):
+    with without_weights():
         unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
-    kind = dtype or torch.float32
-    # A copy, so that torch owns the memory and aligns it.
-    weights = {name: load_tensor(one).to(kind, copy=True) for name, one in stored.items()}
-    unet.load_state_dict(weights, assign=True)
+    assert _filled(unet, stored, dtype or torch.float32)
     return unet.eval()
 
 
 def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:
     """The VAE of a checked model folder, on the CPU; `dtype` None means float32."""
-    from diffusers import AutoencoderKL
+    import torch
 
-    return _load_diffusers(AutoencoderKL, folder, "vae", dtype)
+    from koala.utils.networks import AutoencoderKL
+
+    kind = dtype or torch.float32
+    with without_weights():
+        vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
+    if _filled(vae, read_tensors(folder, "vae"), kind):
+        return vae.eval()
+    # low_cpu_mem_usage needs accelerate, which is not a dependency.
+    return _by_library(AutoencoderKL, folder, "vae", torch_dtype=kind, low_cpu_mem_usage=False)
 
 
 def load_text(
@@ -86,16 +73,97 @@ def load_text(
     On the CPU; `dtype` None means float32.
     """
     import torch
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    dtype = dtype or torch.float32
+    from koala.utils.networks import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    kind = dtype or torch.float32
     with _no_bars():
         return (
             CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
             CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
-            _load(CLIPTextModel, folder, "text_encoder", dtype=dtype),
-            _load(CLIPTextModelWithProjection, folder, "text_encoder_2", dtype=dtype),
+            _load_encoder(CLIPTextModel, folder, "text_encoder", kind),
+            _load_encoder(CLIPTextModelWithProjection, folder, "text_encoder_2", kind),
         )
+
+
+def _load_encoder(model_class: Any, folder: Path, component: str, dtype: torch.dtype) -> Any:
+    import torch
+
+    from koala.utils.networks import CLIPTextConfig, CLIPTextEmbeddings
+
+    with without_weights():
+        encoder = model_class(CLIPTextConfig.from_pretrained(folder / component))
+    if not _filled(encoder, read_tensors(folder, component), dtype):
+        return _by_library(model_class, folder, component, dtype=dtype)
+    for module in encoder.modules():
+        if isinstance(module, CLIPTextEmbeddings):  # its only state that no file has
+            positions = torch.arange(module.position_embedding.num_embeddings)
+            module.register_buffer("position_ids", positions.expand(1, -1), persistent=False)
+    return encoder.eval()
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Models that are made inside the block hold no memory, and nothing is initialised."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutInit(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"), WithoutInit():
+        yield
+
+
+def _filled(model: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> bool:
+    """Puts stored weights into a model on the meta device; False if their names or shapes differ.
+
+    Tensor by tensor, without the initialisation that a library's own loader does first.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if wanted != {name: tensor.shape for name, tensor in stored.items()}:
+        return False
+    # A copy, so that torch owns the memory and aligns it.
+    weights = {name: load_tensor(one).to(dtype, copy=True) for name, one in stored.items()}
+    _check_finite(weights, stored)
+    model.load_state_dict(weights, assign=True)
+    return True
+
+
+def _by_library(model_class: Any, folder: Path, component: str, **options: Any) -> Any:
+    """A component by its library's loader, which knows the names that older files have.
+
+    `UserError` unless its weights fit its config.
+    """
+    stored = read_tensors(folder, component)
+    model, info = model_class.from_pretrained(
+        folder / component,
+        **options,
+        variant=variant_of(folder / component, component),
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    misshapen = (entry[0] for entry in info["mismatched_keys"])
+    keys = (info["missing_keys"], info["unexpected_keys"], misshapen)
+    if faults := describe_faults(*map(sorted, keys)):
+        raise UserError(f"{folder}/{component}: the weights do not fit config.json: {faults}")
+    _check_finite(model.state_dict(), stored)
+    return model.eval()
+
+
+def _check_finite(weights: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Raises `UserError` naming the first weight that holds NaN or infinity."""
+    for name, weight in weights.items():
+        # The largest value tells: ten times faster than testing every element.
+        if weight.is_floating_point() and weight.numel() and not weight.abs().max().isfinite():
+            raise not_finite(stored.get(name, next(iter(stored.values()))), name)
 
 
 @contextlib.contextmanager
@@ -118,13 +186,31 @@ def load_scheduler_config(folder: Path) -> dict[str, Any]:
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
-    """abar_t = prod (1 - beta_s) of a scheduler config, float32 [levels], for every timestep t.
-
-    Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022.
-    """
+    """`noise_levels` as a tensor, bit for bit as diffusers computes it."""
     import torch
 
-    roots = torch.linspace(
-        config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, config["num_train_timesteps"]
-    )
-    return torch.cumprod(1.0 - roots**2, dim=0)
+    return torch.from_numpy(noise_levels(config))
+
+
+def noise_levels(config: Mapping[str, Any]) -> np.ndarray:
+    """abar_t = prod (1 - beta_s) of a scheduler config, float32 [levels], for every timestep t.
+
+    Ho et al. 2020, equation 4, with the scaled-linear betas of Rombach et al. 2022. For zero
+    terminal SNR, sqrt(abar) is shifted and scaled so that it ends at 0 (arXiv 2305.08891,
+    algorithm 1); the last is then 2**-24, so that its noise level is finite, as in diffusers.
+
+    Computed without PyTorch, in its order and precision: `torch.linspace` counts from the nearer
+    end.
+    """
+    count: int = config["num_train_timesteps"]
+    first, last = (np.float32(config[key] ** 0.5) for key in ("beta_start", "beta_end"))
+    step, i = np.float64((last - first) / np.float32(count - 1)), np.arange(count)
+    roots = np.where(i < count // 2, first + step * i, last - step * (count - 1 - i))
+    alphas = np.float32(1) - roots.astype(np.float32) ** 2
+    abar = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+    if not of_config(config).zero_snr:
+        return abar
+    root = np.sqrt(abar)
+    rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    rescaled[-1] = _LEAST_ABAR
+    return rescaled

@@ -55,6 +55,17 @@ class Compressed:
     inherited: int  # teacher tensors that the student inherits
     dropped: int  # teacher tensors that it does not inherit
     depth_rule: str
+    predicts: str = "epsilon"  # "v" for v-prediction, with ", zero terminal SNR" if so
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What a model was put together from, `koala.lora.assembly`."""
+
+    unet: str
+    base: str | None  # of what the U-Net's file lacks
+    vae: str | None
+    loras: list[str]  # merged: name:scale
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ class ModelCard:
     licence: Licence = field(default_factory=Licence)
     base_model: str | None = None  # Hub id of the model that it derives from
     cut: Compressed | None = None
+    assembled: Assembled | None = None
     trained: Trained | None = None
     evaluated: Evaluated | None = None
     ours: bool = True  # False: not written by koala
@@ -129,7 +141,7 @@ class ModelCard:
 
 
 _PAPER = "[KOALA](https://arxiv.org/abs/2312.04005)"
-_FACTS = {"cut": Compressed, "trained": Trained, "evaluated": Evaluated}
+_FACTS = {"cut": Compressed, "assembled": Assembled, "trained": Trained, "evaluated": Evaluated}
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -202,10 +214,15 @@ def read_metadata(file: Path, metadata: Mapping[str, str]) -> ModelCard:
     return ModelCard(name_of(file), Licence("other", title, link))
 
 
+def of_contents(source: Path, metadata: Mapping[str, str]) -> ModelCard:
+    """The model card of a folder, or of a single file by its metadata."""
+    return read(source) if source.is_dir() else read_metadata(source, metadata)
+
+
 def student_of(teacher: ModelCard, name: str, title: str, cut: Compressed) -> ModelCard:
     """The card of a compressed model: the teacher's licence, and how it was compressed."""
     base = "/".join(name.split("/")[:2]) if "/" in name else teacher.base_model  # not its file
-    return ModelCard(title, teacher.licence, base, cut)
+    return ModelCard(title, teacher.licence, base, cut, teacher.assembled)
 
 
 def adopted_of(student: ModelCard, teacher: ModelCard, title: str) -> ModelCard:
@@ -285,7 +302,16 @@ def _making(card: ModelCard) -> str:
             f"The student inherits {c.inherited:,} of its teacher's U-Net tensors; {c.dropped:,} "
             f"were dropped (depth rule `{c.depth_rule}` chooses the transformer blocks that stay). "
             "Text encoders, VAE and tokenizers are the teacher's."
+            + ("" if c.predicts == "epsilon" else f" The U-Net predicts {c.predicts}.")
         )
+    if a := card.assembled:
+        of = [
+            f"the U-Net of {a.unet}",
+            *([f"what that lacks of {a.base}"] if a.base else []),
+            *([f"the VAE of {a.vae}"] if a.vae else []),
+            *([f"merged LoRAs {', '.join(a.loras)}"] if a.loras else []),
+        ]
+        parts.append(f"{'The teacher' if card.cut else 'It'} was put together: {'; '.join(of)}.")
     if t := card.trained:
         samples = ", ".join(f"{what} {number:,}" for what, number in t.samples.items())
         data = {key: value for key, value in t.data.items() if key != "pictures"}

@@ -10,12 +10,15 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from koala.architectures.table import UNetArchitecture
 from koala.checkpoints import model_card
-from koala.checkpoints.tensors import FLOATS, View, size_of, write
+from koala.checkpoints.prediction import Prediction, of_config
+from koala.checkpoints.spellings import current
+from koala.checkpoints.tensors import FLOATS, FP8, Source, View, size_of, write
 from koala.checkpoints.validate import (
     CONFIGS,
     PIPELINE,
@@ -29,6 +32,7 @@ from koala.errors import UserError
 from koala.utils.atomic import new_folder
 
 _CREDITS = ("README.md", "NOTICE", "LICENSE")  # file name prefixes
+SCHEDULER = "scheduler/scheduler_config.json"
 _VISIBLE = 100_000_000  # bytes from which writing shows a progress bar
 
 # SDXL's noise schedule (Rombach et al. 2022) and the scale of its VAE's latents.
@@ -49,6 +53,11 @@ class Contents:
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a single file, for a single file
     left_out: tuple[str, ...] = ()  # tensors of a single file that no pipeline uses
 
+    @property
+    def prediction(self) -> Prediction:
+        """What the U-Net predicts. Raises `UserError` for a schedule that is not SDXL's kind."""
+        return of_config(self.config(SCHEDULER))
+
     def config(self, path: str) -> dict[str, Any]:
         """The JSON object in one of the files. Raises `UserError` if it holds none."""
         return parse_object(self.files[path], f"{self.source}: {path}")
@@ -63,7 +72,8 @@ def from_folder(folder: Path) -> Contents:
     """The contents of a model folder that passed `validate.check_folder`."""
     tensors = {
         component: {
-            name: View((stored,)) for name, stored in read_tensors(folder, component).items()
+            name: View((stored,))
+            for name, stored in current(read_tensors(folder, component)).items()
         }
         for component in WEIGHTS
     }
@@ -74,7 +84,7 @@ def from_folder(folder: Path) -> Contents:
     files = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in paths
-        if not path.name.endswith(".index.json")
+        if ".index." not in path.name
     }
     return Contents(folder, unet_architecture(folder), tensors, files)
 
@@ -102,13 +112,13 @@ def is_credit(name: str) -> bool:
 
 
 def check_dtypes(source: Path, tensors: Mapping[str, Tensors]) -> None:
-    """Raises `UserError` if weights are not floats of at least 16 bits."""
+    """Raises `UserError` if weights are not floats that can be read."""
     for component, of in tensors.items():
         parts = (part for name, v in of.items() if not is_obsolete(name) for part in v.parts)
-        if strange := {part.dtype for part in parts} - {*FLOATS}:
+        if strange := {part.dtype for part in parts} - {*FLOATS, *FP8}:
             raise UserError(
                 f"{source}: {component} holds {some(sorted(strange))} weights; they must be "
-                "fp32, fp16 or bf16"
+                "fp32, fp16, bf16 or fp8"
             )
 
 
@@ -126,17 +136,25 @@ def write_tensors(
     dtype: str | None,
     metadata: Mapping[str, str] | None = None,
     advance: Callable[[int], object] = lambda size: None,
+    change: Callable[[str, View, str], Source] = lambda name, view, dtype: view,
 ) -> int:
-    """Writes a weights file and returns its size in bytes; `dtype` as in `kinds_of`."""
+    """Writes a weights file and returns its size in bytes; `dtype` as in `kinds_of`.
+
+    change: what is written for a tensor, of its name, the tensor and the dtype to write.
+    """
     kinds = kinds_of(tensors, dtype)
     shapes = {name: (kinds[name], view.shape) for name, view in tensors.items()}
-    return write(file, shapes, tensors.__getitem__, metadata, advance)
+
+    def source(name: str) -> Source:
+        return change(name, tensors[name], kinds[name])
+
+    return write(file, shapes, source, metadata, advance)
 
 
 def kinds_of(tensors: Tensors, dtype: str | None) -> dict[str, str]:
     """The dtype each tensor is written in: `dtype` for floats, if given (safetensors' name)."""
     return {
-        name: dtype if dtype and view.parts[0].dtype in FLOATS else view.dtype
+        name: dtype if dtype and view.parts[0].dtype in (*FLOATS, *FP8) else view.dtype
         for name, view in tensors.items()
     }
 
@@ -146,11 +164,12 @@ def write_folder(
     tensors: Mapping[str, Tensors],
     files: Mapping[str, bytes],
     dtype: str | None = None,
+    change: Callable[[str, str, View, str], Source] = lambda component, name, view, dtype: view,
 ) -> dict[str, int]:
     """Fills a new model folder and returns the size of every component's weights in bytes.
 
-    `dtype`: safetensors' name, of all weights; None leaves each as it is. Raises as
-    `tensors.write` does.
+    `dtype`: safetensors' name, of all weights; None leaves each as it is. `change`: as in
+    `write_tensors`, after the component. Raises as `tensors.write` does.
     """
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +182,7 @@ def write_folder(
                 of,
                 dtype,
                 advance=advance,
+                change=partial(change, component),
             )
             for component, of in tensors.items()
         }

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import re
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from koala.checkpoints import single_file
-from koala.checkpoints.bundled import BUNDLED, bundled_names
+from koala.checkpoints.bundled import bundled_folder, bundled_names
 from koala.checkpoints.pipeline_files import Contents, from_folder, write_pipeline
-from koala.checkpoints.validate import CONFIGS, WEIGHTS, check_folder, some
+from koala.checkpoints.validate import CONFIGS, WEIGHTS, check_folder, check_kind, some
 from koala.errors import UserError, unknown
 from koala.utils.asset_packages import cache_folder
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILE = re.compile(rf"({HUB_ID.pattern})/([\w.-][\w./-]*\.safetensors)")  # org/name/FILE
-_HUB_FILES = [
+_HUB_SMALL = (
     "model_index.json",
     "README.md",
     "LICENSE*",
     "NOTICE*",
     *(f"{component}/*.{ending}" for component in CONFIGS for ending in ("json", "txt")),
-    *(f"{component}/*.safetensors" for component in WEIGHTS),
-]
+)
+_HUB_ALL = (*_HUB_SMALL, *(f"{component}/*.safetensors" for component in WEIGHTS))
+_PUBLISHED = {  # name -> KOALA's models on the Hub
+    name: f"etri-vilab/{name}"
+    for name in ("koala-700m", "koala-1b", "koala-lightning-700m", "koala-lightning-1b")
+}
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
@@ -41,13 +50,18 @@ def resolve_model(name_or_path: str | Path) -> Path:
     if file := single_file_path(name_or_path):
         folder = unpacked(file)
     elif name in bundled_names():
-        folder = BUNDLED / name
+        folder = bundled_folder(name)
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
     elif isinstance(name_or_path, str) and HUB_ID.fullmatch(name):
-        folder = _hub_folder(name)
+        folder = _hub_model(name)
     elif name.endswith(".safetensors"):
         raise UserError(f"model {name} does not exist: give an existing file, a folder or a Hub id")
+    elif name.lower() in _PUBLISHED:
+        raise UserError(
+            f"no model called {name} is bundled; on the Hub it is {_PUBLISHED[name.lower()]}: give "
+            "that"
+        )
     else:
         raise unknown(
             "model", name, bundled_names(), ", a folder in diffusers' SDXL layout, a single "
@@ -78,22 +92,44 @@ def single_file_path(model: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _hub_folder(hub_id: str) -> Path:
-    """A Hub model's folder in the local cache, downloaded only if it is not complete there."""
+def _hub_model(hub_id: str) -> Path:
+    """A Hub model's folder in the local cache, downloaded only if it is not complete there.
+
+    Its small files come first, so that a model of another kind is refused before its weights are
+    fetched. Weights of the fp16 variant are fetched where there are no others.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    files: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*.fp16*"]}
     with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not there, or incomplete
-        folder = Path(snapshot_download(hub_id, **files, local_files_only=True))
+        folder = Path(snapshot_download(hub_id, allow_patterns=[*_HUB_ALL], local_files_only=True))
         check_folder(folder)
         return folder
+    check_kind(hub_folder(hub_id, _HUB_SMALL))
+    folder = hub_folder(hub_id, _HUB_ALL, ("*.fp16*",))
+    for component in WEIGHTS:
+        if not any((folder / component).glob(f"{WEIGHTS[component]}*.safetensors")):
+            hub_folder(hub_id, (f"{component}/{WEIGHTS[component]}*.fp16*",))
+    return folder
+
+
+def hub_folder(hub_id: str, files: Sequence[str], but: Sequence[str] = ()) -> Path:
+    """The local copy of a Hub repository with the files of these patterns, downloaded if need be.
+
+    but: patterns of files that are not wanted. Raises `UserError` if it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns: dict[str, Any] = {"allow_patterns": [*files], "ignore_patterns": [*but]}
     try:
-        return Path(snapshot_download(hub_id, **files))
+        return Path(snapshot_download(hub_id, **patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"model {hub_id!r} is not a local folder and cannot be downloaded from the Hub "
-            f"({_first_line(error)}); bundled models: {some(bundled_names()) or 'none'}"
+            f"({_first_line(error)}); without a network, run `hf download {hub_id} --local-dir "
+            "DIR` where there is one, copy DIR here and give its path; bundled: "
+            f"{some(bundled_names())}"
         ) from None
 
 
@@ -109,7 +145,8 @@ def _hub_file(hub_id: str, file: str) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"model {f'{hub_id}/{file}'!r} is not a local file and cannot be downloaded from the "
-            f"Hub ({_first_line(error)})"
+            f"Hub ({_first_line(error)}); without a network, run `hf download {hub_id} {file} "
+            "--local-dir DIR` where there is one, copy the file here and give its path"
         ) from None
 
 
@@ -127,17 +164,37 @@ def read_model(model: str | Path) -> Contents:
     return from_folder(resolve_model(model))
 
 
+def models_cache() -> Path:
+    """Where models that koala made from others' files lie."""
+    return cache_folder().parent / "models"
+
+
 def unpacked(file: Path) -> Path:
     """The model folder of a single file, unpacked into the cache if it is not there yet.
 
-    Raises as `single_file.read` and `write_pipeline` do.
+    Of several processes that need it, one unpacks and the others wait. The lock is the operating
+    system's, so it ends with its process, however that ends. Raises as `single_file.read` and
+    `write_pipeline` do.
     """
     state = file.stat()
     key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
     name = f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    folder = cache_folder().parent / "models" / name
-    if not folder.is_dir():
-        contents = single_file.read(file)  # first, so that an invalid file prints only its error
-        print(f"koala: unpacking {file} into {folder}, once", file=sys.stderr)
-        write_pipeline(contents, folder)
+    folder = models_cache() / name
+    if folder.is_dir():
+        return folder
+    contents = single_file.read(file)  # first, so that an invalid file prints only its error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{name}.lock"))
+        with lock:
+            if not folder.is_dir():
+                for leftover in folder.parent.glob(f".{glob.escape(name)}.*.part"):
+                    shutil.rmtree(leftover)  # of a process that was killed
+                print(f"koala: unpacking {file} into {folder}, once", file=sys.stderr)
+                write_pipeline(contents, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot unpack {file} into {folder} ({error}); set KOALA_CACHE to a folder that can "
+            "be written"
+        ) from None
     return folder

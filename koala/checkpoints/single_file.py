@@ -8,19 +8,16 @@ files the configuration is inferred from the shapes and from SDXL's defaults.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.table import UNetArchitecture
 from koala.checkpoints import ldm_keys
-from koala.checkpoints.bundled import BUNDLED
-from koala.checkpoints.detect import GROUPS, Detected, detect
+from koala.checkpoints.detect import Detected, detect
 from koala.checkpoints.pipeline_files import (
-    BETAS,
-    SCALING_FACTOR,
+    SCHEDULER,
     Contents,
     Tensors,
     as_file,
@@ -28,34 +25,33 @@ from koala.checkpoints.pipeline_files import (
     check_dtypes,
     is_credit,
     is_obsolete,
-    pipeline_index,
     visible_progress,
     write_tensors,
 )
-from koala.checkpoints.tensors import Stored, View, read_header, read_metadata
+from koala.checkpoints.prediction import Prediction, is_mark, of_config, of_file
+from koala.checkpoints.sdxl_files import (
+    EMBEDDING,
+    TOKENIZERS,
+    VOCABULARY,
+    known_files,
+    vocabularies,
+)
+from koala.checkpoints.spellings import canonical, current
+from koala.checkpoints.tensors import Stored, View, read_header, read_metadata, rows
 from koala.checkpoints.validate import (
     CONFIGS,
     WEIGHTS,
+    Shapes,
     describe_faults,
     parse_object,
-    read_json,
     some,
     tensor_faults,
 )
 from koala.errors import UserError
 
 FILES = "koala.files"  # key of the metadata: JSON, path in a model folder -> content
-VOCABULARY = 49408  # tokens of CLIP; its tokenizer files are bundled, so single files omit them
 CREDIT = "NOTICE.modelspec.txt"  # metadata of others' files, in a folder
 _LONG = 4000  # characters: an embedded image, not a credit
-_TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
-_EMBEDDING = "text_model.embeddings.token_embedding.weight"
-_MARKS: dict[
-    str, dict[str, Any]
-] = {  # empty tensors that state the noise schedule of a fine-tuned model
-    "v_pred": {"prediction_type": "v_prediction"},
-    "ztsnr": {"rescale_betas_zero_snr": True},
-}
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -70,63 +66,117 @@ class SingleFile:
     rest: Mapping[str, Stored]  # tensors of no component
     metadata: Mapping[str, str]
     files: Mapping[str, bytes]  # of a model folder, carried in the metadata; empty in others' files
+    prediction: Prediction | None  # None: the file does not say
+
+    @property
+    def missing(self) -> list[str]:
+        """Components of a pipeline that it does not hold."""
+        return [component for component in WEIGHTS if component not in self.parts]
 
 
-def open_file(file: Path) -> SingleFile:
+def open_file(file: Path, like: UNetArchitecture | None = None) -> SingleFile:
     """What a file holds, from its header alone; it need not be a complete pipeline.
 
-    Raises `UserError` if it is damaged, a pickle, another kind of model (named in the message), or
-    has missing or unexpected U-Net tensors.
+    like: the U-Net it may hold where its shapes do not tell. Raises `UserError` if it is damaged,
+    a pickle, another kind of model (named in the message), or has missing or unexpected U-Net
+    tensors.
     """
-    header, metadata = read_header(file), read_metadata(file)
+    header, metadata = canonical(read_header(file)), read_metadata(file)
     files, stated = _carried(file, metadata), None
+    shapes = {name: stored.shape for name, stored in header.items() if not is_mark(name)}
     try:
+        prediction = of_file(header.keys(), metadata)
         if config := files.get("unet/config.json"):
             stated = from_unet_config(parse_object(config, "its unet/config.json"))
-        found = detect({name: stored.shape for name, stored in header.items()}, stated)
+        if prediction is None and files:
+            prediction = of_config(parse_object(files[SCHEDULER], f"its {SCHEDULER}"))
+        found = _detected(shapes, stated, like)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     parts: dict[str, dict[str, Stored]] = {component: {} for component in found.components}
     prefixes = {c: found.prefix if c == "unet" else ldm_keys.PREFIXES[c] for c in parts}
     rest = {}
-    for name, stored in header.items():
+    for name in shapes:
         fitting = [c for c, prefix in prefixes.items() if name.startswith(prefix)]
         if not fitting or is_obsolete(name):
-            rest[name] = stored
+            rest[name] = header[name]
         else:  # the longest prefix: the U-Net may have none
             component = max(fitting, key=lambda c: len(prefixes[c]))
-            parts[component][name.removeprefix(prefixes[component])] = stored
-    return SingleFile(found, parts, rest, metadata, files)
+            parts[component][name.removeprefix(prefixes[component])] = header[name]
+    return SingleFile(found, parts, rest, metadata, files, prediction)
 
 
-def read(file: Path) -> Contents:
-    """The contents of a single file with a complete pipeline, from its header alone.
+def _detected(
+    shapes: Shapes, stated: UNetArchitecture | None, like: UNetArchitecture | None
+) -> Detected:
+    try:
+        return detect(shapes, stated)
+    except UserError:
+        if like is None or stated is not None:
+            raise
+        return detect(shapes, like)
 
-    Raises `UserError` as `open_file` does, and if a component or some of its tensors are missing.
+
+def read(
+    file: Path, base: Contents | None = None, parts: Mapping[str, Tensors] | None = None
+) -> Contents:
+    """The contents of a single file, from its header alone.
+
+    base: a model that completes it: components and small files that it does not hold are the
+    base's. parts: components to take instead of its own. Raises `UserError` as `open_file` does, if
+    a component or some of its tensors are missing, and if the base would have no effect.
     """
-    opened = open_file(file)
-    found, parts = opened.found, opened.parts
-    if found.layout != "ldm" or set(parts) != set(WEIGHTS):
-        missing = [part for part in WEIGHTS if part not in parts]
+    opened = open_file(file, base.architecture if base else None)
+    found = opened.found
+    missing = [component for component in opened.missing if component not in (parts or {})]
+    if missing and base is None:
         raise UserError(
-            f"{file}: a U-Net in the {found.layout} layout, without {some(missing)}; use a "
-            "complete checkpoint, or a folder in diffusers' layout"
+            f"{file} holds {some(opened.parts)} and lacks {some(missing)}: add {_help_for(missing)}"
         )
-    pairs = _pairs(found.architecture, parts)
-    tensors = {c: _split(file, c, pairs[c], parts[c]) for c in WEIGHTS}
-    check_dtypes(file, tensors)
+    if base is not None and not missing:
+        raise UserError(f"--base {base.source} has no effect: {file} lacks nothing; leave it out")
+    own = tensors_of(file, opened)
+    check_dtypes(file, own)
+    tensors = {**(base.tensors if base else {}), **own, **(parts or {})}
     files = dict(opened.files)
-    if not files:
+    if base is not None:
+        files = _completed(file, opened, base)
+    elif not files:
         try:
-            files = _known_files(found.architecture, tensors, opened.rest)
+            files = known_files(found.architecture, tensors, opened.prediction)
         except (ValueError, LookupError) as error:
             raise UserError(f"{file} is not an SDXL pipeline: {error}") from None
-    files |= _vocabularies(file, files, tensors)
+    elif opened.prediction is not None:
+        schedule = parse_object(files[SCHEDULER], f"{file}: {SCHEDULER}")
+        if of_config(schedule) != opened.prediction:  # changed by another program since
+            files[SCHEDULER] = as_file(schedule | opened.prediction.config)
+    files |= vocabularies(file, files, tensors)
     kept = {k: v for k, v in opened.metadata.items() if k.startswith("modelspec.")}
-    if kept and CREDIT not in files:
+    if kept and not opened.files and CREDIT not in files:
         lines = [f"{key}: {value}\n" for key, value in kept.items() if len(value) < _LONG]
         files[CREDIT] = "".join(lines).encode()
     return Contents(file, found.architecture, tensors, files, kept, tuple(opened.rest))
+
+
+def _help_for(missing: list[str]) -> str:
+    if missing == ["vae"]:
+        return "--vae FILE, or --base MODEL with the SDXL model that it was made from"
+    return "--base MODEL with the SDXL model that it was made from, as for Lightning's and DMD2's"
+
+
+def _completed(file: Path, opened: SingleFile, base: Contents) -> dict[str, bytes]:
+    """The base's small files, for the file's U-Net and what that predicts."""
+    mine, theirs = opened.found.architecture, base.architecture
+    if (mine.context, mine.pooled) != (theirs.context, theirs.pooled):
+        raise UserError(
+            f"{file}: its U-Net reads text {mine.context} and {mine.pooled} wide, that of the base "
+            f"{base.source} is {theirs.context} and {theirs.pooled}: choose another --base"
+        )
+    files = {path: content for path, content in base.files.items() if not is_credit(path)}
+    files["unet/config.json"] = as_file(base.config("unet/config.json") | unet_config(mine))
+    if opened.prediction is not None:
+        files[SCHEDULER] = as_file(base.config(SCHEDULER) | opened.prediction.config)
+    return files
 
 
 def _carried(file: Path, metadata: Mapping[str, str]) -> dict[str, bytes]:
@@ -150,30 +200,66 @@ def _carried(file: Path, metadata: Mapping[str, str]) -> dict[str, bytes]:
     return files
 
 
-def _pairs(
-    arch: UNetArchitecture, parts: Mapping[str, Mapping[str, Stored]]
-) -> dict[str, list[ldm_keys.Pair]]:
-    """The pairs of every component, in the sizes that its tensors show."""
+def tensors_of(file: Path, opened: SingleFile) -> dict[str, Tensors]:
+    """Diffusers' tensors of each component that a file holds. `UserError` names those at fault."""
+    tensors: dict[str, Tensors] = {}
+    for component, stored in opened.parts.items():
+        arch = opened.found.architecture
+        if component == "unet" and opened.found.layout == "diffusers":
+            tensors[component] = {name: View((one,)) for name, one in stored.items()}
+        else:
+            tensors[component] = component_tensors(file, component, stored, arch)
+    return tensors
+
+
+def component_tensors(
+    file: Path, component: str, stored: Mapping[str, Stored], arch: UNetArchitecture | None = None
+) -> Tensors:
+    """Diffusers' tensors of a component, from either layout's without prefix.
+
+    arch: the U-Net's. Raises `UserError` naming the tensors at fault.
+    """
+    if component == "unet":
+        assert arch is not None
+        return _split(file, component, ldm_keys.unet_pairs(arch), stored)
+    pairs, direct = _part_pairs(component, stored)
+    return (_renamed if direct else _split)(file, component, pairs, stored)
+
+
+def _part_pairs(component: str, stored: Mapping[str, Stored]) -> tuple[list[ldm_keys.Pair], bool]:
+    """(the pairs of a VAE or text encoder in its size, whether it has diffusers' names)."""
+    if component == "text_encoder":
+        return ldm_keys.clip_pairs(_count(stored, "text_model.encoder.layers")), False
+    if component == "text_encoder_2":
+        layers = _count(stored, "text_model.encoder.layers")
+        blocks = layers or _count(stored, "transformer.resblocks")
+        return ldm_keys.open_clip_pairs(blocks), layers > 0
+    direct = _count(stored, "encoder.down_blocks") > 0
+    level, resnet = ("down_blocks", "resnets") if direct else ("down", "block")
     widths: list[int] = []
-    while stored := parts["vae"].get(f"encoder.down.{len(widths)}.block.0.conv1.weight"):
-        widths.append(stored.shape[0] if stored.shape else 0)
-    resnets = _count(parts["vae"], "encoder.down.0.block")
-    return {
-        "unet": ldm_keys.unet_pairs(arch),
-        "vae": ldm_keys.vae_pairs(widths, resnets),
-        "text_encoder": ldm_keys.clip_pairs(
-            _count(parts["text_encoder"], "text_model.encoder.layers")
-        ),
-        "text_encoder_2": ldm_keys.open_clip_pairs(
-            _count(parts["text_encoder_2"], "transformer.resblocks")
-        ),
-    }
+    while one := stored.get(f"encoder.{level}.{len(widths)}.{resnet}.0.conv1.weight"):
+        widths.append(one.shape[0] if one.shape else 0)
+    return ldm_keys.vae_pairs(widths, _count(stored, f"encoder.{level}.0.{resnet}")), direct
 
 
 def _count(names: Mapping[str, Stored], path: str) -> int:
     """Number of a module's children with tensors."""
     start = path + "."
     return len({name[len(start) :].split(".")[0] for name in names if name.startswith(start)})
+
+
+def _renamed(
+    file: Path, component: str, pairs: list[ldm_keys.Pair], stored: Mapping[str, Stored]
+) -> Tensors:
+    """The tensors of a component that has diffusers' or transformers' names already."""
+    tensors = {name: View((one,)) for name, one in current(stored).items()}
+    if bare := tensors.pop("text_projection", None):  # OpenCLIP's own, beside transformers' names
+        tensors["text_projection.weight"] = View(bare.parts, transposed=True)
+    expected = [name for pair in pairs for name in pair.parts]
+    missing = [name for name in expected if name not in tensors]
+    if faults := describe_faults(missing, [name for name in tensors if name not in expected], ()):
+        raise UserError(f"{file}: {component}: {faults}")
+    return tensors
 
 
 def _split(
@@ -196,118 +282,6 @@ def _split(
     for pair in pairs:
         tensors |= ldm_keys.split(pair, stored[pair.single])
     return tensors
-
-
-# --- what is known of SDXL ------------------------------------------------------------------
-
-
-def _known_files(
-    arch: UNetArchitecture, tensors: Mapping[str, Tensors], names: Collection[str]
-) -> dict[str, bytes]:
-    """The configs of a file that carries none: SDXL's, in the sizes that its shapes show.
-
-    `names`: of the other tensors in the file. Raises `ValueError` or `LookupError` if the VAE or a
-    text encoder is not SDXL's.
-    """
-    schedule: dict[str, Any] = {
-        "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, **BETAS,
-        "prediction_type": "epsilon", "timestep_spacing": "trailing",
-    }  # fmt: skip
-    for mark, settings in _MARKS.items():
-        schedule |= settings if mark in names else {}
-    configs = {
-        "model_index.json": pipeline_index(),
-        "scheduler/scheduler_config.json": schedule,
-        "unet/config.json": unet_config(arch),
-        "vae/config.json": _vae_config(tensors["vae"]),
-        "text_encoder/config.json": _text_config(tensors["text_encoder"], "quick_gelu", 49407),
-        "text_encoder_2/config.json": _text_config(tensors["text_encoder_2"], "gelu", 0),
-    }
-    for component, encoder in _TOKENIZERS.items():
-        bundled = read_json(_bundled(component) / "tokenizer_config.json")
-        positions = tensors[encoder]["text_model.embeddings.position_embedding.weight"].shape[0]
-        configs[f"{component}/tokenizer_config.json"] = {**bundled, "model_max_length": positions}
-    return {path: as_file(config) for path, config in configs.items()}
-
-
-def _bundled(tokenizer: str) -> Path:
-    """The folder of a tokenizer of the bundled model; its vocabulary is CLIP's."""
-    return BUNDLED / "koala-mini" / tokenizer
-
-
-def _vae_config(tensors: Tensors) -> dict[str, Any]:
-    widths: list[int] = []
-    while view := tensors.get(f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight"):
-        widths.append(view.shape[0])
-    if any(width % GROUPS for width in widths):
-        raise ValueError(f"the VAE has widths {widths}; they must be multiples of {GROUPS}")
-    layers = sum(
-        f"encoder.down_blocks.0.resnets.{j}.conv1.weight" in tensors for j in range(len(tensors))
-    )
-    return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "block_out_channels": widths,
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "force_upcast": True,  # its activations are too large for fp16
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": tensors["post_quant_conv.weight"].shape[0],
-        "layers_per_block": layers,
-        "norm_num_groups": GROUPS,
-        "sample_size": 1024,
-        "scaling_factor": SCALING_FACTOR,
-    }
-
-
-def _text_config(tensors: Tensors, activation: str, pad: int) -> dict[str, Any]:
-    """The config of CLIP-L or OpenCLIP bigG, whose heads are 64 wide."""
-    tokens, width = tensors[_EMBEDDING].shape
-    if width not in (768, 1280):
-        raise ValueError(f"a text encoder is {width} wide; SDXL's are 768 and 1280 wide")
-    positions = tensors["text_model.embeddings.position_embedding.weight"].shape[0]
-    projection = tensors.get("text_projection.weight")
-    layers = 0
-    while f"text_model.encoder.layers.{layers}.mlp.fc1.weight" in tensors:
-        layers += 1
-    return {
-        "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
-        "attention_dropout": 0.0,
-        "bos_token_id": VOCABULARY - 2,
-        "eos_token_id": VOCABULARY - 1,
-        "hidden_act": activation,
-        "hidden_size": width,
-        "initializer_factor": 1.0,
-        "initializer_range": 0.02,
-        "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "layer_norm_eps": 1e-05,
-        "max_position_embeddings": positions,
-        "model_type": "clip_text_model",
-        "num_attention_heads": max(1, width // 64),
-        "num_hidden_layers": layers,
-        "pad_token_id": pad,
-        "projection_dim": projection.shape[0] if projection else width,
-        "vocab_size": tokens,
-    }
-
-
-def _vocabularies(
-    file: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensors]
-) -> dict[str, bytes]:
-    """CLIP's vocabulary for tokenizers that the file does not carry."""
-    added = {}
-    for component, encoder in _TOKENIZERS.items():
-        names = {path.rpartition("/")[2] for path in files if path.startswith(f"{component}/")}
-        if names - {"tokenizer_config.json"}:
-            continue
-        if (tokens := tensors[encoder][_EMBEDDING].shape[0]) != VOCABULARY:
-            raise UserError(
-                f"{file}: {encoder} has {tokens:,} tokens, CLIP has {VOCABULARY:,}; the file does "
-                "not say which: use the folder that it was made from"
-            )
-        added[f"{component}/tokenizer.json"] = (_bundled(component) / "tokenizer.json").read_bytes()
-    return added
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -341,7 +315,7 @@ def _joined(contents: Contents) -> dict[str, View]:
         }
     except KeyError as error:
         raise UserError(f"{contents.source}: a config.json has no {error}") from None
-    joined = {}
+    joined = _marks(contents)
     for component, of in contents.tensors.items():
         tensors = {
             _published(component, name): v for name, v in of.items() if not is_obsolete(name)
@@ -355,6 +329,13 @@ def _joined(contents: Contents) -> dict[str, View]:
     return joined
 
 
+def _marks(contents: Contents) -> dict[str, View]:
+    """The empty tensors that state what the U-Net predicts."""
+    some_tensor = next(iter(contents.tensors["unet"].values())).parts[0]
+    empty = View((rows(some_tensor, 0, 0)._replace(shape=(0,)),))
+    return dict.fromkeys(contents.prediction.marks, empty)
+
+
 def _published(component: str, name: str) -> str:
     """CLIP-L's names as SDXL spells them; transformers shortens them since version 5.6."""
     short = component == "text_encoder" and not name.startswith("text_model.")
@@ -366,9 +347,9 @@ def _carriable(contents: Contents) -> dict[str, str]:
     files = {}
     for path, content in contents.files.items():
         component, _, name = path.partition("/")
-        if component in _TOKENIZERS and name != "tokenizer_config.json":
-            tensors = contents.tensors[_TOKENIZERS[component]]
-            embedding = next(v for n, v in tensors.items() if _EMBEDDING.endswith(n))
+        if component in TOKENIZERS and name != "tokenizer_config.json":
+            tensors = contents.tensors[TOKENIZERS[component]]
+            embedding = next(v for n, v in tensors.items() if EMBEDDING.endswith(n))
             if embedding.shape[0] == VOCABULARY:
                 continue
         files[path] = content.decode("utf-8", "replace")

@@ -27,6 +27,10 @@ DTYPE_BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that can be converted into each other
+FP8 = ("F8_E4M3", "F8_E5M2")  # only read: they become `_FROM_FP8` unless another dtype is asked for
+_FROM_FP8 = "F16"
+# Bits of the exponent, all set in NaN and infinity, by dtype.
+_EXPONENT = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # our names, and safetensors' own
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
 _AXES_LIMIT, _SIDE_LIMIT = 32, 2**48
@@ -43,6 +47,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
     size: int  # bytes
+    scale: float = 1.0  # by which its values are multiplied as they are read; fp8 only
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,14 @@ class View:
 
     @property
     def dtype(self) -> str:
-        """safetensors' name. Raises `UserError` if the parts have more than one."""
-        dtypes = {part.dtype for part in self.parts}
+        """safetensors' name, of what is read. Raises `UserError` if the parts have several."""
+        dtypes = {_FROM_FP8 if part.dtype in FP8 else part.dtype for part in self.parts}
         if len(dtypes) > 1:
             raise UserError(
                 f"{self.parts[0].file}: tensors to be joined have different dtypes, "
                 f"{', '.join(sorted(dtypes))}; choose one with --dtype"
             )
-        return self.parts[0].dtype
+        return dtypes.pop()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -246,19 +251,22 @@ def _transposed(view: View) -> Iterator[tuple[Stored, bytearray]]:
 
 
 def _converted(piece: bytearray, stored: Stored, dtype: str) -> memoryview:
-    if stored.dtype not in FLOATS or dtype not in FLOATS:
+    if stored.dtype not in (*FLOATS, *FP8) or dtype not in FLOATS:
         raise UserError(f"{stored.file}: cannot convert {stored.dtype} weights to {dtype}")
     import torch
 
-    source = torch.frombuffer(piece, dtype=_torch_dtype(stored.dtype))
-    tensor = source.to(_torch_dtype(dtype))
+    source = torch.frombuffer(piece, dtype=torch_dtype(stored.dtype))
+    if stored.dtype in FP8:
+        source = source.float() * stored.scale
+    tensor = source.to(torch_dtype(dtype))
     all_finite = tensor.abs().max().isfinite()  # ten times faster than testing every element
     if not all_finite and not torch.equal(tensor.isfinite(), source.isfinite()):
         raise UserError(f"{stored.file} holds values too large for {dtype}; use fp32 or bf16")
     return tensor.view(torch.uint8).numpy().data
 
 
-def _torch_dtype(dtype: str) -> torch.dtype:
+def torch_dtype(dtype: str) -> torch.dtype:
+    """torch's of safetensors' name."""
     import torch
 
     names = {
@@ -279,10 +287,36 @@ def load_tensor(tensor: Stored | View, dtype: str | None = None) -> torch.Tensor
     """A tensor on the CPU, in its own memory; `dtype` and errors as in `pieces`."""
     import torch
 
-    kind = _torch_dtype(dtype or tensor.dtype)
-    content = bytearray(read(tensor, dtype))
+    view = tensor if isinstance(tensor, View) else View((tensor,))
+    kind = torch_dtype(dtype or view.dtype)
+    content = bytearray(read(view, dtype))
     flat = torch.frombuffer(content, dtype=kind) if content else torch.empty(0, dtype=kind)
     return flat.reshape(tensor.shape)
+
+
+def all_finite(piece: bytes | bytearray | memoryview, dtype: str) -> bool:
+    """Whether values of a float dtype, little-endian, hold neither NaN nor infinity.
+
+    Whole numbers always do. By the bits alone, without torch.
+    """
+    import numpy as np
+
+    if dtype not in _EXPONENT or not len(piece):
+        return True
+    mask = _EXPONENT[dtype]
+    bits = np.frombuffer(piece, f"<u{DTYPE_BYTES[dtype]}")
+    return int((bits & mask).max()) != mask
+
+
+def not_finite(source: Source, name: str) -> UserError:
+    """The error for a tensor with values that no network can compute with."""
+    if isinstance(source, bytes):
+        return UserError(f"{name} is NaN or infinite after merging: merge with a smaller scale")
+    stored = source.parts[0] if isinstance(source, View) else source
+    return UserError(
+        f"{stored.file}: {name} holds NaN or infinite values, so every image would be black: the "
+        "file is damaged, as merges in fp16 can be; download or make it again"
+    )
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -300,8 +334,9 @@ def write(
     `tensors`: name -> (safetensors dtype, shape). `source(name)`: the tensor to copy, converted to
     that dtype, or its bytes. `metadata`: text by name. `advance(n)`: called for every n bytes
     written. Format: eight bytes with the header's length, the header as JSON, then the bytes of
-    all tensors without gaps. Raises `UserError` if the file cannot be written, a value does not
-    fit its dtype or a source is damaged; `Failure` if the disk is full. `file` is then unchanged.
+    all tensors without gaps. Raises `UserError` if the file cannot be written, a value is NaN or
+    infinite or does not fit its dtype, or a source is damaged; `Failure` if the disk is full.
+    `file` is then unchanged.
     """
     # Wide elements first, so that every tensor is aligned to its element size.
     order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name))
@@ -319,6 +354,8 @@ def write(
             dtype, shape = tensors[name]
             given, written = source(name), 0
             for piece in [given] if isinstance(given, bytes) else pieces(given, dtype):
+                if not all_finite(piece, dtype):
+                    raise not_finite(given, name)
                 stream.write(piece)
                 written += len(piece)
                 advance(len(piece))

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from koala.architectures.config import from_unet_config
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
+from koala.checkpoints.prediction import of_config
 from koala.checkpoints.tensors import Stored, read_header
 from koala.errors import UserError
 
@@ -63,15 +64,17 @@ def parse_object(content: bytes | str, where: str) -> dict[str, Any]:
     return value
 
 
-def weights_files(folder: Path, component: str) -> list[Path]:
-    """The safetensors files of a component: one, or the shards in its index.
+def weights_files(place: Path, component: str) -> list[Path]:
+    """The safetensors files in a component's folder: one, or the shards in its index.
 
-    Raises `UserError` if there are none.
+    Files of the `fp16` variant are taken where there are no others. Raises `UserError` if there
+    are none of either.
     """
-    stem, place = WEIGHTS[component], folder / component
-    if (single := place / f"{stem}.safetensors").is_file():
+    stem, variant = WEIGHTS[component], variant_of(place, component)
+    ending = f".{variant}" if variant else ""
+    if (single := place / f"{stem}{ending}.safetensors").is_file():
         return [single]
-    if (index := place / f"{stem}.safetensors.index.json").is_file():
+    if (index := place / f"{stem}.safetensors.index{ending}.json").is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map; download it again")
@@ -84,16 +87,31 @@ def weights_files(folder: Path, component: str) -> list[Path]:
     raise UserError(f"{place} lacks {stem}.safetensors{found}")
 
 
+def variant_of(place: Path, component: str) -> str | None:
+    """Which files of a component's folder diffusers must be told to take; None: the usual ones."""
+    stem = WEIGHTS[component]
+    usual = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+    halved = (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")
+    if any((place / name).is_file() for name in usual):
+        return None
+    return "fp16" if any((place / name).is_file() for name in halved) else None
+
+
 def read_tensors(folder: Path, component: str) -> dict[str, Stored]:
-    """All tensors of a component by name, from the headers alone. Raises `UserError`."""
+    """All tensors of a model's component by name, from the headers alone. Raises `UserError`."""
+    return read_component(folder / component, component)
+
+
+def read_component(place: Path, component: str) -> dict[str, Stored]:
+    """The same, of the component's own folder."""
     tensors: dict[str, Stored] = {}
-    for file in weights_files(folder, component):
+    for file in weights_files(place, component):
         tensors |= read_header(file)
     return tensors
 
 
-def check_folder(folder: Path) -> None:
-    """Raises `UserError` if `folder` is not a complete SDXL pipeline, naming the fault."""
+def check_kind(folder: Path) -> None:
+    """Raises `UserError` if the small files of `folder` are not those of an SDXL pipeline."""
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a model: it has no model_index.json")
     kind = read_json(folder / "model_index.json").get("_class_name")
@@ -105,10 +123,19 @@ def check_folder(folder: Path) -> None:
     for component, file in CONFIGS.items():
         if not (folder / component / file).is_file():
             raise UserError(f"{folder} lacks {component}/{file}, which every {PIPELINE} has")
+    try:
+        of_config(read_json(folder / "scheduler" / CONFIGS["scheduler"]))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    if not unet_architecture(folder).pooled:
+        raise UserError(f"{folder}/unet has no addition embedding; an SDXL U-Net has one")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `UserError` if `folder` is not a complete SDXL pipeline, naming the fault."""
+    check_kind(folder)
     stored = {component: read_tensors(folder, component) for component in WEIGHTS}
     arch = unet_architecture(folder)
-    if not arch.pooled:
-        raise UserError(f"{folder}/unet has no addition embedding; an SDXL U-Net has one")
     check_unet(arch, stored["unet"], folder)
     _check_widths(folder, arch)
 
@@ -116,8 +143,16 @@ def check_folder(folder: Path) -> None:
 def unet_architecture(folder: Path) -> UNetArchitecture:
     """The architecture of a model folder's U-Net, by its config. Raises `UserError`."""
     file = folder / "unet" / "config.json"
+    config = read_json(file)
+    kinds = {9: "an inpainting U-Net", 8: "an instruct-pix2pix U-Net"}
+    kind = kinds.get(config.get("in_channels", 0))
+    if kind:
+        raise UserError(
+            f"{folder} has {kind}: {config['in_channels']} input channels, SDXL's has "
+            f"{LATENT_CHANNELS}; use the base model, which koala inpaints with (--mask)"
+        )
     try:
-        return from_unet_config(read_json(file))
+        return from_unet_config(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

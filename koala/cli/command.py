@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from koala.errors import UserError, did_you_mean
+
+Name = TypeVar("Name", str, str | None)  # of a model
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,22 @@ class Parser(argparse.ArgumentParser):
 
     def add_json(self, what: str) -> None:
         self.add_argument("--json", action="store_true", help=f"print {what} as JSON")
+
+    def add_parts(self, model: str) -> None:
+        """The options of `assembled`; `model`: the option that they complete."""
+        parts = self.add_argument_group(f"parts for {model}")
+        parts.add_argument(
+            "--base", metavar="MODEL",
+            help="the SDXL model that completes a file with a U-Net alone, as SDXL-Lightning's",
+        )  # fmt: skip
+        parts.add_argument(
+            "--vae", metavar="FILE", help="another VAE: a file, a folder or a Hub id"
+        )
+        parts.add_argument(
+            "--teacher-lora", action="append", default=[], metavar="FILE[:SCALE]",
+            help="merge a LoRA into the model's weights, as Lightning's, Hyper-SD's or DMD2's; "
+            "repeat for several",
+        )  # fmt: skip
 
     def add_push(self) -> None:
         self.add_argument(
@@ -108,6 +126,18 @@ def push(o: argparse.Namespace, result: Path) -> None:
         from koala.checkpoints.upload import push
 
         say(f"uploaded: {push(result, o.push_to_hub)}")
+
+
+def assembled(o: argparse.Namespace, model: Name) -> Name:
+    """The model, put together with the parts that the options name."""
+    if not (o.base or o.vae or o.teacher_lora):
+        return model
+    if model is None:
+        raise UserError("--base, --vae and --teacher-lora need a model that they are for: name it")
+    from koala.generation.validation import loras
+    from koala.lora.assembly import assembled
+
+    return str(assembled(model, o.base, o.vae, loras(o.teacher_lora)))
 
 
 def first_process() -> bool:

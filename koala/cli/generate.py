@@ -5,13 +5,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from koala.cli.command import Command, Parser, listed, number, say, show, whole
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.words import read_words
+from koala.cli.command import Command, Parser, assembled, listed, number, say, show, whole
+from koala.errors import UserError
 from koala.generation.samplers import SAMPLERS
-from koala.generation.validation import BACKENDS, DECODERS, STRENGTH, WEIGHTS
+from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, STRENGTH, WEIGHTS
 
 
 def _arguments(p: Parser) -> None:
-    p.add_argument("prompt", nargs="+", help="what to draw; several prompts draw several images")
+    p.add_argument("prompt", nargs="*", help="what to draw; several prompts draw several images")
     p.add_argument(
         "--out", type=Path, default=Path("pictures"), metavar="PATH",
         help="a folder, where files are numbered (default pictures), or a file such as fox.png; "
@@ -21,6 +24,10 @@ def _arguments(p: Parser) -> None:
     p.add_argument("--seed", type=whole, help="seed of the first image (default: random)")
     p.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the model's own)")
     p.add_json("paths and settings")
+    p.add_argument(
+        "--list-words", action="store_true",
+        help="list the things, looks, colours and backgrounds that a mini model knows",
+    )  # fmt: skip
 
     model = p.add_argument_group("model")
     model.add_argument(
@@ -32,6 +39,12 @@ def _arguments(p: Parser) -> None:
         help="a LoRA for the model, or for SDXL, its teacher; repeat for several",
     )  # fmt: skip
 
+    model.add_argument(
+        "--lora-dir", type=Path, metavar="DIR",
+        help="LoRAs that prompts may name: 'a fox <lora:NAME:0.8>'",
+    )  # fmt: skip
+    p.add_parts("--model")
+
     sampling = p.add_argument_group("sampling")
     sampling.add_argument("--steps", type=whole, default=10, help="denoising steps (default 10)")
     sampling.add_argument(
@@ -40,6 +53,11 @@ def _arguments(p: Parser) -> None:
     sampling.add_argument(
         "--guidance-until", type=number, default=1.0, metavar="SHARE",
         help="switch guidance off after this share of the steps (default 1.0: never)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--guidance-rescale", type=number, default=0.0, metavar="SHARE",
+        help="how much of the contrast that guidance adds is taken back, 0 to 1; 0.7 is usual for "
+        "models with zero terminal SNR (default 0)",
     )  # fmt: skip
     sampling.add_argument(
         "--negative-prompt", "--negative", default="", metavar="TEXT", help="what to keep away from"
@@ -60,7 +78,12 @@ def _arguments(p: Parser) -> None:
     )  # fmt: skip
     start.add_argument(
         "--mask", type=Path, metavar="FILE",
-        help="an image of the same size: redraw only where it is light",
+        help="an image of the same size: redraw only where it is light or transparent; the rest "
+        "comes back pixel for pixel",
+    )  # fmt: skip
+    start.add_argument(
+        "--mask-blur", type=whole, metavar="PIXELS",
+        help=f"blend into the rest over so many pixels (default {MASK_BLUR})",
     )  # fmt: skip
 
     runtime = p.add_argument_group("speed")
@@ -85,9 +108,22 @@ def _arguments(p: Parser) -> None:
     )  # fmt: skip
 
 
+def _list_words(o: argparse.Namespace) -> None:
+    if o.prompt:
+        raise UserError(f"--list-words draws nothing: leave out the prompt {o.prompt[0]!r}, or it")
+    words = read_words(resolve_model(o.model), o.model)
+    show(o, asdict(words), words.text())
+
+
 def _run(o: argparse.Namespace) -> None:
+    if o.list_words:
+        _list_words(o)
+        return
+    if not o.prompt:
+        raise UserError("no prompt: say what to draw, koala generate 'a red fox, noto style'")
     from koala.generation import validation
     from koala.generation.png import check_writable
+    from koala.generation.prompt_loras import shared_loras
     from koala.generation.requests import checked
     from koala.utils.device import check_device
 
@@ -98,25 +134,30 @@ def _run(o: argparse.Namespace) -> None:
     validation.runtime(**runtime)
     check_device(o.device)
     check_writable(o.out, len(o.prompt) * o.number)
+    prompts, shared = shared_loras(o.prompt, o.lora_dir)
     loras = validation.loras(o.lora)
+    loras.update(shared.items())
     asked = {
         "negative_prompt": o.negative_prompt, "steps": o.steps, "guidance": o.guidance,
-        "guidance_until": o.guidance_until, "scheduler": o.scheduler, "size": o.size,
-        "number": o.number, "seed": o.seed, "image": o.image, "strength": o.strength,
-        "mask": o.mask,
+        "guidance_until": o.guidance_until, "guidance_rescale": o.guidance_rescale,
+        "scheduler": o.scheduler, "size": o.size, "number": o.number, "seed": o.seed,
+        "image": o.image, "strength": o.strength, "mask": o.mask, "mask_blur": o.mask_blur,
+        "lora_dir": o.lora_dir,
     }  # fmt: skip
-    settings = checked(o.model, o.prompt, lora=loras, **asked).settings
+    model = assembled(o, o.model)
+    settings = checked(model, prompts, lora=loras, **asked).settings
 
-    from koala.generation import load, save  # all is checked: now torch may load
+    from koala.generation import save
+    from koala.generation.opening import open_model  # all is checked: now torch may load
     from koala.utils.progress import progress
 
-    pipeline = load(
-        o.model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
+    pipeline = open_model(
+        model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
         images=len(settings), from_image=o.image is not None, say=say,
     )  # fmt: skip
     if pipeline.plan is not None:
         print(pipeline.plan.table(), file=sys.stderr)
-    requests = pipeline.requests(o.prompt, **asked)
+    requests = pipeline.requests(prompts, **asked)
     with progress("drawing", pipeline.steps(requests), "steps") as advance:
         result = pipeline.draw(requests, strict=o.strict, on_step=lambda *_: advance(1))
     made = list(zip(save(result, o.out), result.settings, strict=True))

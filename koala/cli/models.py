@@ -3,14 +3,17 @@
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from koala.architectures.block_map import DEPTH_RULES
-from koala.architectures.table import CUTS
+from koala.architectures.table import CUTS, check_student
 from koala.checkpoints.convert import TARGETS
 from koala.checkpoints.tensors import DTYPES
-from koala.cli.command import Command, Parser, check_push, listed, push, show
+from koala.cli.command import Command, Parser, assembled, check_push, listed, push, show
 from koala.errors import UserError
+from koala.utils.atomic import check_new
 
+OPENVINO = "openvino"  # a form (`koala.generation.form`), besides the formats of a model
 MODEL = "bundled name, folder, single file or Hub id of an SDXL-class model"
 
 
@@ -41,6 +44,7 @@ def _compress_arguments(p: Parser) -> None:
         help="which of the teacher's transformer blocks stay: "
         f"{listed(DEPTH_RULES)} (default bottom)",
     )  # fmt: skip
+    p.add_parts("the teacher")
     p.add_push()
     p.add_json("the report")
 
@@ -49,7 +53,9 @@ def _compress(o: argparse.Namespace) -> None:
     from koala.checkpoints.compress import compress
 
     check_push(o)
-    report = compress(o.teacher, o.to, o.out, o.dtype, o.depth_rule)
+    check_student(o.to)
+    check_new(o.out.expanduser())
+    report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, o.depth_rule)
     push(o, report.out)
     show(o, asdict(report), report.line())
 
@@ -58,8 +64,10 @@ def _convert_arguments(p: Parser) -> None:
     p.add_argument("model", help=f"{MODEL}; with --for, a LoRA's file")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--to", metavar="FORMAT", help=f"{listed(TARGETS)}: a folder, or a file for other programs"
-    )
+        "--to", metavar="FORMAT",
+        help=f"{listed((*TARGETS, OPENVINO))}: a folder, a file for other programs, or a folder "
+        "that draws without PyTorch",
+    )  # fmt: skip
     what.add_argument(
         "--for", dest="student", metavar="MODEL",
         help="turn SDXL's LoRA into one for this student: koala-700m, koala-1b, bk-sdxl or a model",
@@ -72,6 +80,11 @@ def _convert_arguments(p: Parser) -> None:
         help="the new folder or .safetensors file",
     )
     p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
+    p.add_argument(
+        "--spelling",
+        help="of a LoRA's names: kohya, which other programs read in full (default), or same",
+    )
+    p.add_parts("the model")
     p.add_push()
     p.add_json("the report")
 
@@ -82,15 +95,38 @@ def _convert(o: argparse.Namespace) -> None:
 
     if o.student is not None and o.dtype is not None:
         raise UserError("--dtype has no effect on a LoRA, which keeps its own: leave it out")
+    if o.student is None and o.spelling is not None:
+        raise UserError("--spelling is of a LoRA's names: leave it out, or give --for")
     check_push(o)
-    if o.student is None:
-        converted = convert(o.model, o.to, o.out, o.dtype)
+    if o.student is not None and (o.base or o.vae or o.teacher_lora):
+        raise UserError("--base, --vae and --teacher-lora have no effect on a LoRA: leave them out")
+    if o.to == OPENVINO:
+        report, line = _export(o)
+    elif o.student is None:
+        check_new(o.out.expanduser())
+        converted = convert(assembled(o, o.model), o.to, o.out, o.dtype)
         report, line = asdict(converted), converted.line()
     else:
-        carried = convert_lora(o.model, o.student, o.out)
+        carried = convert_lora(o.model, o.student, o.out, o.spelling or "kohya")
         report, line = asdict(carried), carried.line()
     push(o, o.out.expanduser())
     show(o, report, line)
+
+
+def _export(o: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from koala.checkpoints.resolve import check_name
+    from koala.generation.form import check_export
+
+    if o.push_to_hub is not None:
+        raise UserError("--push-to-hub uploads models, not their OpenVINO forms: leave it out")
+    out = o.out.expanduser()
+    check_export(out, o.dtype)
+    check_name(o.model)
+    from koala.generation.export import export  # all is checked: now torch may load
+    from koala.generation.loader import load
+
+    written = export(load(o.model, "cpu"), out, o.dtype)
+    return asdict(written), written.line()
 
 
 def _architectures_arguments(p: Parser) -> None:
@@ -127,6 +163,7 @@ CONVERT = Command(
     (
         "koala convert runs/student --to single-file --dtype fp16 --out student.safetensors",
         "koala convert student.safetensors --to diffusers --out runs/again",
+        "koala convert koala-mini --to openvino --out koala-mini-openvino",
         "koala convert style.safetensors --for runs/student --out student-style.safetensors",
     ),
     _convert_arguments,

@@ -8,6 +8,7 @@ from koala import recipes
 from koala.cli.command import (
     Command,
     Parser,
+    assembled,
     check_push,
     first_process,
     listed,
@@ -52,6 +53,7 @@ def _prepare_arguments(p: Parser) -> None:
         "--sheet", type=Path, metavar="FILE", help="a contact sheet of the illustrations, a PNG"
     )
     p.add_json("the report")
+    p.add_parts("--model")
     stored = p.add_argument_group("what is stored")
     stored.add_argument(
         "--size", type=whole, metavar="PIXELS",
@@ -111,7 +113,8 @@ def _prepare(o: argparse.Namespace) -> None:
 
     given = {name: getattr(o, name) for name in (*PREPARATION, *FILTERS)}
     preparation = preparation_of(o.source, given)
-    report = prepare(o.source, o.out, o.model, o.workers, o.device, o.sheet, o.kind, preparation)
+    model = assembled(o, o.model)
+    report = prepare(o.source, o.out, model, o.workers, o.device, o.sheet, o.kind, preparation)
     show(o, asdict(report), "\n".join(report.lines()))
 
 
@@ -141,6 +144,7 @@ def _distill_arguments(p: Parser) -> None:
         "--log", nargs="+", action="extend", default=[], metavar="LOGGER",
         help=f"log to {listed(LOGGERS)} as well",
     )  # fmt: skip
+    p.add_parts("--teacher")
     p.add_push()
     p.add_json("the model's folder, or with --dry-run recipe and cost,")
     dry = p.add_argument_group("dry run")
@@ -165,7 +169,12 @@ def _distill(o: argparse.Namespace) -> None:
         from koala.recipes.cost import dry_run  # all is checked: now torch may load
 
         found = dry_run(
-            recipe, teacher=o.teacher, data=o.data, card=o.card, processes=gpus, device=o.device
+            recipe,
+            teacher=assembled(o, o.teacher),
+            data=o.data,
+            card=o.card,
+            processes=gpus,
+            device=o.device,
         )
         show(o, found.as_dict(), found.text())
         return
@@ -177,9 +186,10 @@ def _distill(o: argparse.Namespace) -> None:
             raise UserError(f"koala distill needs --{name} (only --dry-run goes without)")
     check(recipe, o.data, o.teacher, o.student, o.device, o.log)
     check_push(o)
+    teacher = assembled(o, o.teacher)
     from koala.recipes.train import distill  # all is checked: now torch may load
 
-    model = distill(o.recipe, o.data, o.out, o.teacher, o.device, o.set, o.log, o.student)
+    model = distill(o.recipe, o.data, o.out, teacher, o.device, o.set, o.log, o.student)
     if first_process():
         show(o, {"model": str(model)}, f"finished model: {model}")
         push(o, model)

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/<samples seen>` with `state.safetensors` (weights, averages,
 optimiser) and `state.json` (samples seen, the log's open sums). It is written atomically. Tensors
-are stored whole and in fp32 even if they are sharded, so any number of processes can resume.
+are stored whole and in fp32 (the codes of 8-bit moments as bytes) even if they are sharded, so any
+number of processes can resume.
 """
 
 import json

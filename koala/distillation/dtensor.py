@@ -14,7 +14,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor, like: Tensor) -> Tensor:
-    """The whole of a tensor sharded like `like`: fp32 on the CPU, contiguous, its own memory.
+    """The whole of a tensor sharded like `like`: on the CPU, contiguous, its own memory.
+
+    fp32, or bytes as they are (the codes of 8-bit moments).
 
     tensor: the local part, or a DTensor. Every process must call this.
     """
@@ -24,7 +26,8 @@ def whole(tensor: Tensor, like: Tensor) -> Tensor:
             part.to(like.device), like.device_mesh, like.placements,
             shape=like.shape, stride=like.stride(),
         ).full_tensor()  # fmt: skip
-    return part.to("cpu", torch.float32, memory_format=torch.contiguous_format, copy=True)
+    dtype = torch.float32 if part.is_floating_point() else part.dtype
+    return part.to("cpu", dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:

@@ -15,30 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from koala.checkpoints.load import alphas_cumprod
-from koala.errors import UserError
+from koala.checkpoints.prediction import EPSILON, of_config
 
 
 class NoiseSchedule:
     """SDXL's discrete forward process: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps.
 
     config: a diffusers scheduler config as a dict (`koala.checkpoints.load.load_scheduler_config`).
-    UserError if it describes a process other than scaled-linear betas with epsilon prediction.
+    UserError if it describes another process (`koala.checkpoints.prediction`).
     Source: Ho et al. 2020, eq. 4.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        expected = {
-            "beta_schedule": "scaled_linear",
-            "prediction_type": "epsilon",
-            "trained_betas": None,
-            "rescale_betas_zero_snr": False,
-        }
-        for key, value in expected.items():
-            if config.get(key, value) != value:
-                raise UserError(
-                    f"scheduler config: {key} is {config[key]!r}, training needs {value!r}; "
-                    "use a model with SDXL's schedule"
-                )
+        self.prediction = of_config(config).type
         self.steps: int = config["num_train_timesteps"]
         self.alphas_cumprod = alphas_cumprod(config)
 
@@ -47,14 +36,26 @@ class NoiseSchedule:
         abar = self.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
         return abar.sqrt() * latents + (1.0 - abar).sqrt() * noise
 
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the U-Net is to predict, of `add_noise`'s arguments: eps, or v, fp32 [n,c,h,w].
+
+        v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0 (arXiv 2202.00512, section 2.2).
+        """
+        if self.prediction == EPSILON:
+            return noise
+        abar = self.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
+        return abar.sqrt() * noise - (1.0 - abar).sqrt() * latents
+
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """w_t = min(SNR_t, gamma) / SNR_t for epsilon prediction, fp32 [n], in (0, 1].
+        """w_t, fp32 [n], in 0..1: min(SNR_t, gamma) / SNR_t for eps, / (SNR_t + 1) for v.
 
         SNR_t = abar_t / (1 - abar_t): nearly clean samples, easy and numerous, count less.
         Source: Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy".
         """
         abar = self.alphas_cumprod.to(timesteps.device)[timesteps]
-        return (gamma * (1.0 - abar) / abar).clamp(max=1.0)
+        if self.prediction == EPSILON:
+            return (gamma * (1.0 - abar) / abar).clamp(max=1.0)
+        return torch.minimum(abar, gamma * (1.0 - abar))
 
 
 def generators_at(seed: int, first: int, count: int) -> list[torch.Generator]:
@@ -96,10 +97,10 @@ def draw_noise(shape: Sequence[int], steps: int, generators: Sequence[torch.Gene
 
 
 class Noised(NamedTuple):
-    """A noised batch, ready for a U-Net, with the noise to predict."""
+    """A noised batch, ready for a U-Net, with what it is to predict."""
 
     noisy: Tensor  # z_t, fp32 [n, 4, h, w]
-    noise: Tensor  # eps, fp32 [n, 4, h, w]
+    target: Tensor  # eps or v, fp32 [n, 4, h, w]
     timesteps: Tensor  # t, int64 [n]
     text: Tensor  # [n, L, D]
     pooled: Tensor  # [n, P]
@@ -107,13 +108,16 @@ class Noised(NamedTuple):
 
 
 def predict(unet: nn.Module, batch: Noised, dtype: torch.dtype) -> Tensor:
-    """The U-Net's prediction of eps, fp32 [n,4,h,w]; its inputs are cast to `dtype`."""
+    """The U-Net's prediction of eps or v, fp32 [n,4,h,w]; its inputs are cast to `dtype`.
+
+    Not the sizes and timesteps: bf16 has 8 bits, which would turn 1274 pixels into 1272.
+    """
     return unet(
         batch.noisy.to(dtype),
         batch.timesteps,
         encoder_hidden_states=batch.text.to(dtype),
         added_cond_kwargs={
             "text_embeds": batch.pooled.to(dtype),
-            "time_ids": batch.time_ids.to(dtype),
+            "time_ids": batch.time_ids,
         },
     ).sample.float()

@@ -50,7 +50,7 @@ def squared_error(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 class Denoising(nn.Module):
-    """L_task alone: ||eps - eps_S(z_t, t, c)||^2, for an SDXL-class U-Net.
+    """L_task alone: ||eps - eps_S(z_t, t, c)||^2, for an SDXL-class U-Net; or v in place of eps.
 
     unet: the trainable U-Net, float32. conditioner: the frozen text encoders.
     base: pipeline folder that `export` copies, with its U-Net replaced; it must exist (UserError).
@@ -131,7 +131,7 @@ class Denoising(nn.Module):
         kept = (drawn.share >= self.caption_dropout).to(self.device)  # the others get zeros
         return Noised(
             noisy=self.schedule.add_noise(latents, noise, timesteps),
-            noise=noise,
+            target=self.schedule.target(latents, noise, timesteps),
             timesteps=timesteps,
             text=text * kept[:, None, None],
             pooled=pooled * kept[:, None],
@@ -164,7 +164,7 @@ class Denoising(nn.Module):
         return {"task": task, "loss": task}
 
     def _task_loss(self, prediction: Tensor, noised: Noised) -> Tensor:
-        errors = squared_error(prediction, noised.noise)
+        errors = squared_error(prediction, noised.target)
         if self.min_snr is not None:
             errors = errors * self.schedule.min_snr_weights(noised.timesteps, self.min_snr)
         return errors.mean()
@@ -216,6 +216,8 @@ class Distillation(Denoising):
 
         L_outKD  = ||eps_T - eps_S||^2
         L_featKD = sum over taps of ||f_T - f_S||^2
+
+    eps stands for v where the models predict v.
 
     student: trained, float32. teacher: frozen, evaluated without gradient in `teacher_dtype`; it
     follows the student to its device. Both see the same z_t, t and text. Other arguments as in

@@ -7,17 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from koala.generation.drawing import Result
     from koala.generation.engine import Engine, Late, Pass, Progress, Ticket
     from koala.generation.loader import load
-    from koala.generation.pipeline import Pipeline, Result
+    from koala.generation.pipeline import Pipeline
     from koala.generation.png import check_writable, read_settings, save
     from koala.generation.requests import Request, Settings
 
 _HOME = {
     "engine": ("Engine", "Late", "Pass", "Progress", "Ticket"),
     "png": ("check_writable", "read_settings", "save"),
-    "loader": ("load",),
-    "pipeline": ("Pipeline", "Result"),
+    "opening": ("load",),
+    "drawing": ("Result",),
+    "pipeline": ("Pipeline",),
     "requests": ("Request", "Settings"),
 }
 __all__ = [

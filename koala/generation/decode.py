@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from PIL import Image
 from torch import Tensor, nn
 
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
@@ -15,12 +13,11 @@ from koala.checkpoints.latent_scale import LatentScale
 from koala.checkpoints.resolve import HUB_ID
 from koala.checkpoints.tensors import load_tensor, read_header
 from koala.checkpoints.validate import read_json
-from koala.errors import Failure, UserError
+from koala.errors import UserError
+from koala.generation.pixels import Decode, finished
 from koala.generation.row_tiling import POSITIONS, decode_tiled
 from koala.utils.device import device_and_dtype
-
-# Latents [n, 4, h, w] as the U-Net sees them -> images float32 [n, 3, 8h, 8w] in 0..1.
-Decode = Callable[[Tensor], Tensor]
+from koala.utils.networks import AutoencoderKL, AutoencoderTiny
 
 TINY = "vae_tiny"  # where a model folder keeps its tiny autoencoder
 TINY_FILE = "diffusion_pytorch_model.safetensors"
@@ -59,7 +56,7 @@ def _finite(model: nn.Module, run: Decode, prepared: Decode) -> Decode:
     """`run` on `prepared` latents, in float32 if it overflows: SDXL's own VAE does in float16."""
 
     def decode(latents: Tensor) -> Tensor:
-        return finished(computed(model, run, prepared(latents)), latents, torch.float32)
+        return finished(computed(model, run, prepared(latents)), latents)
 
     return decode
 
@@ -78,24 +75,6 @@ def computed(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Te
 def vae_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Latents as the VAE made them, float32, of latents as the U-Net sees them."""
     return LatentScale(vae.config, latents.device).denormalise(latents.float())
-
-
-def finished(pixels: Tensor, latents: Tensor, dtype: torch.dtype) -> Tensor:
-    """A decoder's -1..1 as 0..1. Failure if a value is not finite, saying what made it so."""
-    if pixels.isfinite().all():
-        return (pixels / 2 + 0.5).clamp(0, 1)
-    named = str(dtype).removeprefix("torch.")
-    if latents.isfinite().all():
-        raise Failure(f"the decoder gave NaN in {named}: its weights are damaged")
-    raise Failure(
-        "the U-Net gave NaN: load the model in float32, or in bfloat16 if the device has it"
-    )
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """8-bit RGB images of float [n, 3, h, w] in 0..1."""
-    rounded = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(image) for image in rounded]
 
 
 # --- tiny autoencoders ----------------------------------------------------------------------

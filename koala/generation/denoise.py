@@ -5,78 +5,62 @@ one image with its own timesteps, noise levels, guidance and number of steps, so
 size can share a forward pass.
 
 Letters: n rows, t text tokens, d text width, p pooled width, c latent channels, h and w the
-latent's height and width (pixels / 8).
+latent's height and width (pixels / 8). Arrays are NumPy's or PyTorch's: importing this loads
+no torch.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from PIL import Image
 
 from koala.generation.samplers import Sampler
-from koala.utils.device import device_and_dtype, to_device
+from koala.utils.arrays import Array, deviation, joined, numbers
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Condition:
     """The U-Net's conditioning of n rows."""
 
-    text: Tensor  # [n, t, d]
-    pooled: Tensor  # [n, p]
-    time_ids: Tensor  # [n, 6]
+    text: Array  # [n, t, d]
+    pooled: Array  # [n, p]
+    time_ids: Array  # float32 [n, 6]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Condition":
-        """The same on another device and in another dtype."""
-        parts = (self.text, self.pooled, self.time_ids)
-        return Condition(*(part.to(device, dtype) for part in parts))
+    def to(self, device: "torch.device", dtype: "torch.dtype") -> "Condition":
+        """Tensors on another device, text in another dtype; bf16 would round the sizes."""
+        text, pooled = (part.to(device, dtype) for part in (self.text, self.pooled))
+        return Condition(text, pooled, self.time_ids.to(device))
 
     @staticmethod
     def joined(parts: "Sequence[Condition]") -> "Condition":
         """All of them as one batch, in order."""
         return Condition(
-            torch.cat([part.text for part in parts]),
-            torch.cat([part.pooled for part in parts]),
-            torch.cat([part.time_ids for part in parts]),
+            joined([part.text for part in parts]),
+            joined([part.pooled for part in parts]),
+            joined([part.time_ids for part in parts]),
         )
 
 
-# One evaluation of a U-Net: (x, timesteps, condition) -> epsilon. x is float32 [n, c, h, w], scaled
-# to the variance that the U-Net was trained with; timesteps float32 [n], one per row; epsilon
-# float32 [n, c, h, w]. The arguments may be on any device.
-Predict: TypeAlias = Callable[[Tensor, Tensor, Condition], Tensor]
-
-
-def predictor(unet: UNet2DConditionModel) -> Predict:
-    """The U-Net run by PyTorch, on its device and in its dtype."""
-
-    def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        device, dtype = device_and_dtype(unet)
-        own = condition.to(device, dtype)
-        (epsilon,) = unet(
-            x.to(device, dtype),
-            to_device(timesteps, device),
-            encoder_hidden_states=own.text,
-            added_cond_kwargs={"text_embeds": own.pooled, "time_ids": own.time_ids},
-            return_dict=False,
-        )
-        return epsilon.float()
-
-    return predict
+# One evaluation of a U-Net: (x, timesteps, condition) -> its output, epsilon or v. x is float32
+# [n, c, h, w], scaled to the variance that the U-Net was trained with; timesteps float32 [n], one
+# per row; the output float32 [n, c, h, w]. The arguments may be on any device.
+Predict: TypeAlias = Callable[[Array, Array, Condition], Array]
 
 
 @dataclass(frozen=True)
 class Inpainting:
     """The part of an image that inpainting keeps: its latents outside the mask."""
 
-    latents: Tensor  # [1, c, h, w]
-    mask: Tensor  # [1, 1, h, w]: 1 is repainted, 0 is kept
-    noise: Tensor  # [1, c, h, w], unit normal
+    latents: Array  # [1, c, h, w]
+    mask: Array  # [1, 1, h, w]: 1 is repainted, 0 is kept
+    noise: Array  # [1, c, h, w], unit normal
 
-    def put_back(self, x: Tensor, sigma: float) -> Tensor:
+    def put_back(self, x: Array, sigma: float) -> Array:
         """x with the kept part replaced by the image at that noise level."""
         kept = self.latents + sigma * self.noise
         return (1 - self.mask) * kept + self.mask * x
@@ -87,14 +71,18 @@ class BatchRow:
     """One image that is being denoised."""
 
     sampler: Sampler
-    x: Tensor  # float32 [1, c, h, w], on the device
+    x: Array  # float32 [1, c, h, w], on the device
     condition: Condition  # n = 1
     unconditional: Condition | None = None  # of the same length; None: no guidance
     guidance: float = 1.0
     guided_steps: int = 0  # counted from the first
+    guidance_rescale: float = 0.0  # 0: none
     kept: Inpainting | None = None
+    size: tuple[int, int] | None = None  # of the image, if its last places are padding
+    paste: Callable[[Image.Image], Image.Image] | None = None  # puts kept pixels back
+    later: Sequence[tuple[Condition, Condition | None]] = ()  # of the steps after the first
     done: int = 0  # steps
-    denoised: Tensor | None = None  # the last step's estimate of the image, latents like x
+    denoised: Array | None = None  # the last step's estimate of the image, latents like x
 
     @property
     def steps(self) -> int:
@@ -115,40 +103,52 @@ class BatchRow:
         return (*self.x.shape[1:], self.condition.text.shape[1])
 
     @property
-    def scaled(self) -> Tensor:
+    def scaled(self) -> Array:
         """x scaled to the variance that the U-Net was trained with."""
         return self.x / math.sqrt(self.sampler.sigmas[self.done] ** 2 + 1)
 
-    def advance(self, epsilon: Tensor) -> None:
-        """Takes the next step with the predicted noise [1, c, h, w]."""
-        sigma, to = self.sampler.sigmas[self.done : self.done + 2]
-        self.denoised = self.x - sigma * epsilon
+    def cut(self, drawn: Image.Image) -> Image.Image:
+        """The finished image of what the latents decode to."""
+        if self.size is not None and drawn.size != self.size:
+            drawn = drawn.crop((0, 0, *self.size))
+        return drawn if self.paste is None else self.paste(drawn)
+
+    def advance(self, output: Array) -> None:
+        """Takes the next step with the U-Net's output [1, c, h, w]."""
+        to = self.sampler.sigmas[self.done + 1]
+        self.denoised = self.sampler.denoised(self.done, self.x, output)
         x = self.sampler.step(self.done, self.x, self.denoised)
         self.x = x if self.kept is None else self.kept.put_back(x, to)
         self.done += 1
+        if self.done <= len(self.later):
+            self.condition, self.unconditional = self.later[self.done - 1]
 
 
-def evaluate(predict: Predict, rows: Sequence[BatchRow]) -> list[Tensor]:
-    """The predicted noise [1, c, h, w] of each row: one pass over rows of one shape.
+def evaluate(predict: Predict, rows: Sequence[BatchRow]) -> list[Array]:
+    """The U-Net's output [1, c, h, w] for each row: one pass over rows of one shape.
 
-    The unconditional rows of the guided ones come first. The two predictions are combined with
+    The unconditional rows of the guided ones come first. The two outputs are combined with
     weight `guidance` (arXiv 2207.12598, equation 6, w = guidance - 1).
     """
     guided = [row for row in rows if row.guided]
     batch = [*guided, *rows]
     conditions = [row.unconditional for row in guided if row.unconditional is not None]
     conditions += [row.condition for row in rows]
-    epsilon = predict(
-        torch.cat([row.scaled for row in batch]),
-        torch.tensor([row.sampler.timesteps[row.done] for row in batch]),
-        Condition.joined(conditions),
-    ).split(1)
-    without, with_prompt = iter(epsilon[: len(guided)]), epsilon[len(guided) :]
+    x = joined([row.scaled for row in batch])
+    timesteps = numbers(x, [row.sampler.timesteps[row.done] for row in batch])
+    output = predict(x, timesteps, Condition.joined(conditions))
+    outputs = [output[i : i + 1] for i in range(len(batch))]
+    without, with_prompt = iter(outputs[: len(guided)]), outputs[len(guided) :]
     return [
-        _guide(next(without), found, row.guidance) if row.guided else found
+        _guide(next(without), found, row) if row.guided else found
         for row, found in zip(rows, with_prompt, strict=True)
     ]
 
 
-def _guide(without: Tensor, with_prompt: Tensor, guidance: float) -> Tensor:
-    return without + guidance * (with_prompt - without)
+def _guide(without: Array, with_prompt: Array, row: BatchRow) -> Array:
+    guided = without + row.guidance * (with_prompt - without)
+    if not row.guidance_rescale:
+        return guided
+    # arXiv 2305.08891, section 3.4: guidance without the contrast that it adds.
+    rescaled = guided * (deviation(with_prompt) / deviation(guided))
+    return row.guidance_rescale * rescaled + (1 - row.guidance_rescale) * guided

@@ -19,12 +19,12 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
-import torch
 from PIL import Image
 
 from koala.errors import Failure
 from koala.generation.denoise import BatchRow, Predict, evaluate
 from koala.generation.requests import Loras, Request
+from koala.utils.arrays import Array, no_gradients
 
 PIXELS_AT_ONCE = 512 * 512  # of a batch whose number of rows is not given
 STEPS_AHEAD = 2  # steps that are queued on a GPU
@@ -129,7 +129,7 @@ class Engine:
         self._active: list[Ticket] = []  # the worker's; the group that waited longest is first
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._ahead: deque[torch.cuda.Event] = deque()  # ends of the steps queued on a GPU
+        self._ahead: deque[Any] = deque()  # torch.cuda.Event: ends of the steps queued on a GPU
 
     # --- from any thread --------------------------------------------------------------------
 
@@ -205,12 +205,15 @@ class Engine:
 
     # --- the worker -------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def turn(self) -> bool:
         """One step of one group of requests, after admitting those that fit.
 
         Returns whether there is more to do. To be called by one thread only.
         """
+        with no_gradients():
+            return self._turn()
+
+    def _turn(self) -> bool:
         self._active = _without_cancelled(self._active)
         self._fail_late()
         self._admit()
@@ -298,7 +301,7 @@ class Engine:
         except Exception as error:
             self._one_by_one(self._step, group, error)
             return
-        self._keep_pace(epsilons[0].device)
+        self._keep_pace(epsilons[0])
         if self.on_pass is not None:
             self.on_pass(Pass(len(group), pixels, time.perf_counter() - start))
         for ticket, row, epsilon in zip(group, rows, epsilons, strict=True):
@@ -316,14 +319,16 @@ class Engine:
         if ready := [ticket for ticket in ready if ticket.row is not None]:
             self._finish(ready)
 
-    def _keep_pace(self, device: torch.device) -> None:
+    def _keep_pace(self, epsilon: Array) -> None:
         """Waits until a GPU has at most `STEPS_AHEAD` steps queued.
 
         So it never idles, and joining, cancelling and progress are not many steps behind it.
         """
-        if device.type == "cuda":
+        if getattr(epsilon, "is_cuda", False):
+            import torch
+
             event = torch.cuda.Event(blocking=True)
-            event.record(torch.cuda.current_stream(device))
+            event.record(torch.cuda.current_stream(epsilon.device))
             self._ahead.append(event)
             if len(self._ahead) > STEPS_AHEAD:
                 self._ahead.popleft().synchronize()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from koala.errors import UserError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MOST_PIXELS = 64_000_000
+LIGHT = 128  # from here on a mask's pixel is light, and alpha is opaque
 _RGB_LIKE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 # Other formats hold no pixels (EPS runs a program), or nobody uses them.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "TGA")
@@ -62,14 +64,24 @@ def fingerprint(image: Image.Image) -> str:
     return hashlib.sha256(header + image.tobytes()).hexdigest()[:16]
 
 
-def mask_places(
-    mask: Image.Image, image_size: tuple[int, int], size: tuple[int, int], factor: int
-) -> np.ndarray:
-    """bool [h, w] of a latent: where the mask is light, to be repainted.
+@dataclass(frozen=True)
+class Mask:
+    """What of an image is repainted: whole places of its latent, and how they blend into it."""
+
+    places: np.ndarray  # bool [h, w] of the latent: repainted
+    blend: Image.Image  # "L", of the image's size: 0 keeps the image's pixel, 255 repaints it
+
+
+def read_mask(
+    mask: Image.Image, image_size: tuple[int, int], size: tuple[int, int], factor: int, blur: int
+) -> Mask:
+    """The part of an image that a mask says to repaint: where it is light.
 
     image_size: of the image that the mask is for. size: of the image to be drawn. Both are
-    (width, height) in pixels. A latent position takes the mask's pixel in its upper left corner,
-    as in diffusers' pipeline. UserError for a mask of another size, or dark everywhere.
+    (width, height) in pixels. A mask with transparent pixels is read by these (`as_grey`). Every
+    place of the latent, factor x factor pixels, with a light pixel is repainted; dark pixels keep
+    the image's. blur: pixels, inwards from the mask's edge, over which the two blend.
+    UserError for a mask of another size, or dark everywhere.
     """
     import numpy as np
 
@@ -78,10 +90,52 @@ def mask_places(
             f"the mask is {mask.width}x{mask.height}, its image {image_size[0]}x{image_size[1]}: "
             "make them the same size"
         )
-    grey = mask.convert("L")
+    grey = as_grey(mask)
     if grey.size != size:
         grey = grey.resize(size, Image.Resampling.LANCZOS)
-    light = np.array(grey)[::factor, ::factor] >= 128
+    light = np.asarray(grey) >= LIGHT
     if not light.any():
         raise UserError("the mask is dark everywhere: make the part to repaint light")
-    return light
+    height, width = light.shape
+    padded = np.pad(light, ((0, -height % factor), (0, -width % factor)))
+    places = np.any(padded.reshape(-1, factor, padded.shape[1] // factor, factor), axis=(1, 3))
+    return Mask(places, _blend(Image.fromarray(light.astype(np.uint8)), blur))
+
+
+def as_grey(mask: Image.Image) -> Image.Image:
+    """A mask without transparency: light where it says to repaint.
+
+    Of one with transparent pixels these are repainted, whatever its colours, as in OpenAI's API
+    and in ComfyUI: the picture with a part erased. But where all that is opaque is light, and most
+    of the border is transparent, they are strokes on an empty layer, and the strokes are repainted.
+    """
+    import numpy as np
+
+    if not mask.has_transparency_data:
+        return mask.convert("L")
+    rgba = mask.convert("RGBA")
+    opaque = np.asarray(rgba.getchannel("A")) >= LIGHT
+    light = np.asarray(rgba.convert("RGB").convert("L")) >= LIGHT
+    if opaque.all():
+        return rgba.convert("RGB").convert("L")
+    border = np.concatenate([opaque[0], opaque[-1], opaque[:, 0], opaque[:, -1]])
+    strokes = light[opaque].all() and border.mean() < 0.5
+    return Image.fromarray(((opaque if strokes else ~opaque) * 255).astype(np.uint8))
+
+
+def _blend(light: Image.Image, blur: int) -> Image.Image:
+    """0 outside of the light pixels (1, not 0); inside rising to 255 within `blur` pixels.
+
+    A line that is too thin for that reaches 255 in its middle.
+    """
+    import numpy as np
+
+    depth, rest = np.zeros((light.height, light.width), np.uint8), light
+    for _ in range(blur + 1):  # the distance to the edge, up to blur + 1
+        depth += np.asarray(rest)
+        rest = rest.filter(ImageFilter.MinFilter(3))
+    peak = Image.fromarray(depth)
+    for _ in range(blur):
+        peak = peak.filter(ImageFilter.MaxFilter(3))
+    share = depth / np.maximum(np.asarray(peak), 1)
+    return Image.fromarray((share * 255).round().astype(np.uint8))

@@ -1,43 +1,35 @@
-"""Images to start from, as pixels and as latents; and previews of unfinished ones.
+"""Images to start from, as pixels; and previews of unfinished ones. Importing this loads no torch.
 
 `koala.generation.image_files` opens the files.
 """
 
 import numpy as np
-import torch
-from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
 
-from koala.checkpoints.latent_scale import LatentScale
-from koala.generation.decode import Decode, computed
-from koala.generation.row_tiling import encode_tiled
+from koala.architectures.table import FACTOR
+from koala.generation.pixels import Decode
+from koala.utils.arrays import Array, like, to_numpy
 
 
-def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Float32 [1, 3, height, width] in -1..1, of `size` (width, height), on white."""
+def on_white(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image as RGB of `size` (width, height), on white where it is transparent."""
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image.convert("RGBA"))
     rgb = image.convert("RGB")
     if rgb.size != size:
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None]
-    return pixels.float() / 127.5 - 1
+    return rgb
 
 
-def encode_image(vae: AutoencoderKL, pixels: Tensor, tiled: bool = False) -> Tensor:
-    """Latents float32 [n, c, h, w] as the U-Net sees them, of pixels [n, 3, 8h, 8w] in -1..1.
+def to_pixels(image: Image.Image, factor: int = FACTOR) -> np.ndarray:
+    """Float32 [1, 3, h, w] in -1..1 of an RGB image.
 
-    They are the posterior's mode, not a sample, as in diffusers' image-to-image pipeline. tiled:
-    with row tiling, which takes less memory (`koala.generation.row_tiling`).
+    Sides that are no multiple of `factor` are padded to one: with the last row and column.
     """
-
-    def mode(x: Tensor) -> Tensor:
-        return encode_tiled(vae, x) if tiled else vae.encode(x).latent_dist.mode()
-
-    z = computed(vae, mode, pixels)
-    return LatentScale(vae.config, z.device).normalise(z)
+    pixels = np.array(image, np.float32).transpose(2, 0, 1)[None] / np.float32(127.5) - 1
+    padding = ((0, 0), (0, 0), (0, -image.height % factor), (0, -image.width % factor))
+    return np.pad(pixels, padding, mode="edge")
 
 
 class Previewer:
@@ -47,16 +39,17 @@ class Previewer:
     standard deviation one as the U-Net's are.
     """
 
-    def __init__(self, decode: Decode, channels: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        samples = torch.randn(64, channels, generator=generator)
-        colours = decode(samples[:, :, None, None].expand(-1, -1, 4, 4).contiguous())
-        means = colours.mean((2, 3)).double().cpu()
-        known = torch.cat([samples, torch.ones(len(samples), 1)], dim=1).double()
-        self.map = torch.linalg.lstsq(known, means).solution.float()  # [c + 1, 3]
+    def __init__(self, decode: Decode, channels: int, kind: Array) -> None:
+        """kind: any array of the kind that `decode` takes."""
+        samples = np.random.RandomState(0).standard_normal((64, channels)).astype(np.float32)
+        places = np.broadcast_to(samples[:, :, None, None], (64, channels, 4, 4))
+        colours = to_numpy(decode(like(kind, np.ascontiguousarray(places))))
+        known = np.concatenate([samples, np.ones((64, 1))], axis=1)
+        means = colours.mean((2, 3), dtype=np.float64)
+        self.map = np.linalg.lstsq(known, means, rcond=None)[0].astype(np.float32)  # [c + 1, 3]
 
-    def __call__(self, latents: Tensor) -> Image.Image:
+    def __call__(self, latents: Array) -> Image.Image:
         """An RGB image of w x h pixels of latents [1, c, h, w] as the U-Net sees them."""
-        places = latents[0].float().cpu().permute(1, 2, 0)
-        colours = (places @ self.map[:-1] + self.map[-1]).clamp(0, 1)
-        return Image.fromarray((colours * 255).round().to(torch.uint8).numpy())
+        places = to_numpy(latents)[0].transpose(1, 2, 0)
+        colours = (places @ self.map[:-1] + self.map[-1]).clip(0, 1)
+        return Image.fromarray((colours * 255).round().astype(np.uint8))

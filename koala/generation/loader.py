@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 import koala
@@ -15,25 +14,26 @@ from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import read_json, unet_architecture
 from koala.generation import validation
 from koala.generation.decode import full
-from koala.generation.denoise import evaluate, predictor
+from koala.generation.denoise import evaluate
 from koala.generation.engine import PIXELS_AT_ONCE
+from koala.generation.export import keep_form
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.placement import Placement
 from koala.generation.memory.plan import Planner
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.backends import choose
 from koala.generation.runtime.compile import (
-    ROWS,
     compile_blocks,
     fuse_projections,
     graphed,
-    in_fixed_batches,
-    one_by_one,
 )
 from koala.generation.runtime.dtypes import DTYPES, torch_dtype
+from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_by_one
 from koala.generation.runtime.openvino import Calibration, UNetInputs, recorded
+from koala.generation.runtime.pytorch import predictor
 from koala.text_conditioning import TextConditioner
 from koala.utils.device import pick_device
+from koala.utils.networks import AutoencoderKL
 
 CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
 CALIBRATION = ("a fox, noto style", "two green apples on a light blue background")
@@ -92,7 +92,7 @@ def load(
         `Pipeline.requests`, how many will be asked for at once, and whether they start from
         others. Without a plan they are not used.
 
-    say: called with a line for each LoRA that is merged, a backend that was chosen, and a plan
+    say: called with a line for each LoRA, a backend that was chosen, and a plan
         that was given up because memory ran out.
 
     Raises UserError for a model that is not found or damaged, a device that is not there, a value
@@ -107,7 +107,10 @@ def load(
     scales = {file: validation.lora_scale(scale) for file, scale in (lora or {}).items()}
     if planned:
         native = unet_architecture(folder).sample * FACTOR
-        width, height = (native, native) if size is None else validation.size(size)
+        asked = (native, native)
+        if size is not None:  # what starts from an image is padded
+            asked = validation.size(size, 1 if from_image else FACTOR)
+        width, height = (-(-side // FACTOR) * FACTOR for side in asked)
         at_once = max(1, min(images, PIXELS_AT_ONCE // (width * height)))
         planner = Planner(
             folder, place, (width, height), at_once, weights, decode, tiny_vae, from_image
@@ -127,16 +130,18 @@ def load(
     def put(_: str, models: Sequence[nn.Module]) -> None:
         for each in models:
             if isinstance(each, AutoencoderKL) and place.type != "cpu":
-                each.to(torch.float32 if each.config.force_upcast else own)
-            each.to(place)
+                nn.Module.to(each, torch.float32 if each.config.force_upcast else own)
+            nn.Module.to(each, place)  # diffusers' own `to` asks for hooks that none has
 
     pipeline = _read(folder, name, own, put)
     if backend or compile or graphs:
         _merge(pipeline, scales, say)
-        set_runtime(pipeline, backend, compile, graphs, say)
+        chosen = set_runtime(pipeline, backend, compile, graphs, say)
+        if not compile and not graphs:
+            keep_form(pipeline, folder, backend or "", chosen)
     else:
         for file, scale in scales.items():
-            pipeline.add_lora(file, scale)
+            say(pipeline.add_lora(file, scale).line())
     return pipeline
 
 
@@ -166,7 +171,8 @@ def _read(folder: Path, name: str, dtype: torch.dtype, put: Put) -> Pipeline:
     """The pipeline of a folder; `put` is given each part's models, on the CPU, once it is read."""
     conditioner = TextConditioner.from_folder(folder, dtype, cache_size=CACHED_CHUNKS)
     put(TEXT, conditioner.encoders)
-    unet = load_unet(folder, dtype).to(memory_format=torch.channels_last)
+    unet = load_unet(folder, dtype)
+    nn.Module.to(unet, memory_format=torch.channels_last)  # type: ignore[call-overload]  # it does take it
     put(UNET, [unet])
     vae = load_vae(folder, torch.float32)
     put(VAE, [vae])
@@ -192,10 +198,10 @@ def set_runtime(
     compiled: bool = False,
     graphs: bool = False,
     say: Say = lambda line: None,
-) -> None:
+) -> str:
     """Sets what runs a pipeline's networks, which are all on one device, with LoRAs merged.
 
-    Arguments and errors as in `load`.
+    Returns the backend's name. Arguments and errors as in `load`.
     """
     validation.runtime(backend, compiled, graphs)
     if compiled:
@@ -207,7 +213,7 @@ def set_runtime(
         pipeline.predict = graphed(pipeline.predict, pipeline.unet.device)
     if compiled or graphs:
         pipeline.predict, pipeline.batch_sizes = in_fixed_batches(pipeline.predict), ROWS
-        return
+        return "torch"
     samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
     chosen = choose(pipeline.unet, pipeline.vae, backend or "torch", samples)
     if chosen.name != "torch":  # which a pipeline has from the beginning
@@ -217,6 +223,7 @@ def set_runtime(
     if backend != "remembered" or chosen.name != "torch":
         cost = _COST if chosen.name in validation.ROUNDED else ""
         say(f"backend {chosen.name} ({chosen.why}){cost}")
+    return chosen.name
 
 
 @torch.inference_mode()

@@ -1,48 +1,39 @@
-"""From prompts to images and a record of how each was made.
+"""A model that PyTorch holds, with its LoRAs.
 
 `koala.load("koala-mini")("a red fox, noto style", number=4, seed=7)` draws four.
 """
 
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from PIL import Image
 from torch import Tensor
 
 from koala.errors import UserError
-from koala.generation import image_inputs, samplers, validation
-from koala.generation.decode import Decode, full, to_images
-from koala.generation.denoise import BatchRow, Condition, Inpainting, Predict, predictor
-from koala.generation.engine import Engine, Progress
+from koala.generation import validation
+from koala.generation.decode import full
+from koala.generation.denoise import Predict
+from koala.generation.drawing import Drawing
 from koala.generation.memory.plan import MemoryPlan
-from koala.generation.noise import Noise
-from koala.generation.prompts import PromptEmbedding, encode, padded
-from koala.generation.requests import Known, Loras, Request, Settings, checked
-from koala.generation.schedule import SPACINGS, Schedule
+from koala.generation.noise import TorchNoise
+from koala.generation.pixels import Decode
+from koala.generation.requests import Known, Loras
+from koala.generation.runtime.pytorch import encode_image, predictor
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import BaseModel
 from koala.lora.reading import Lora, LoraReport, read
 from koala.lora.switching import LoraSwitcher
-from koala.text_conditioning import TextConditioner, time_ids
-
-
-@dataclass(frozen=True)
-class Result:
-    """Images and the settings of each."""
-
-    images: list[Image.Image]
-    settings: list[Settings]
+from koala.text_conditioning import TextConditioner
+from koala.utils.arrays import Array
+from koala.utils.device import device_and_dtype
+from koala.utils.networks import AutoencoderKL, UNet2DConditionModel
 
 
 @dataclass
-class Pipeline:
+class Pipeline(Drawing):
     """A loaded model, made by `koala.load`.
 
     `predict`, `encode` and `decode` run U-Net and VAE; they can be replaced.
@@ -58,121 +49,41 @@ class Pipeline:
     zeros_for_empty: bool = True  # without a negative prompt, not the embedding of ""
     loras: dict[str, Attached | Merged] = field(default_factory=dict, init=False)  # by name
     predict: Predict = field(init=False)
-    encode: Callable[[Tensor], Tensor] = field(init=False)  # images to latents
+    encode: Callable[[Array], Array] = field(init=False)
     decode: Decode = field(init=False)
     device: torch.device = field(init=False)  # of the latents between steps
     plan: MemoryPlan | None = field(default=None, init=False)  # that it was loaded by
     batch_sizes: tuple[int, ...] = field(default=(), init=False)  # compiled rows; (): any
-    _previewer: image_inputs.Previewer | None = field(default=None, init=False)
     _lora_switcher: LoraSwitcher = field(init=False, repr=False)
     _plain: Predict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._plain = self.predict = predictor(self.unet)
         self._lora_switcher = LoraSwitcher(self._modules, self._read_lora)
-        self.encode = partial(image_inputs.encode_image, self.vae)
+        self.encode = partial(encode_image, self.vae)
         self.decode = full(self.vae)
-        self.device = self.unet.device
+        self.device, _ = device_and_dtype(self.unet)
 
     @property
     def factor(self) -> int:
-        """Pixels per latent position, along a side: 8 in SDXL."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    def __call__(
-        self,
-        prompt: str | list[str],
-        *,
-        strict: bool = False,
-        on_step: Callable[[int, int], None] | None = None,
-        **asked: Any,
-    ) -> Result:
-        """Draws `number` images of each prompt, in the order of the prompts.
+    @property
+    def channels(self) -> int:
+        return int(self.unet.config.in_channels)
 
-        asked: keyword arguments of `requests`. strict: every image is bit for bit what it is when
-        drawn alone. on_step: called as on_step(done, total) after each step of each image.
-        UserError for a value that is not allowed.
-        """
-        return self.draw(self.requests(prompt, **asked), strict, on_step)
+    @property
+    def takes_loras(self) -> bool:  # type: ignore[override]  # found out, not set
+        return self.predict is self._plain
 
-    def draw(
-        self,
-        requests: Sequence[Request],
-        strict: bool = False,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> Result:
-        """The images of requests, in their order, batched as far as possible."""
-        done, total = itertools.count(1), self.steps(requests)
+    def own(self, array: Array) -> Tensor:
+        return torch.as_tensor(array).to(self.device)
 
-        def count(_: Progress) -> None:
-            if on_step is not None:
-                on_step(next(done), total)
-
-        engine = Engine(self, strict=strict)
-        tickets = [engine.submit(request, count) for request in requests]
-        while engine.turn():
-            pass
-        settings = [request.settings for request in requests]
-        return Result([ticket.result() for ticket in tickets], settings)
-
-    def steps(self, requests: Sequence[Request]) -> int:
-        """The number of steps of all requests together."""
-        return sum(len(self._schedule(request.settings)) for request in requests)
-
-    def requests(
-        self,
-        prompt: str | list[str],
-        *,
-        negative_prompt: str = "",
-        steps: int = 10,
-        guidance: float = 3.5,
-        guidance_until: float = 1.0,
-        scheduler: str = "euler",
-        size: tuple[int, int] | str | None = None,
-        number: int = 1,
-        seed: int | None = None,
-        image: str | Path | Image.Image | None = None,
-        strength: float | None = None,
-        mask: str | Path | Image.Image | None = None,
-        lora: Mapping[str | Path, float] | None = None,
-    ) -> list[Request]:
-        """One checked request per image: `number` of each prompt, in the order of the prompts.
-
-        prompt: text of any length, with weights (`koala.generation.prompt_syntax`).
-        steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass.
-        guidance_until: the share of the steps, from the first, with guidance: above 0, up to 1.
-        scheduler: a key of `samplers.SAMPLERS`.
-        size: (width, height) in pixels or "WIDTHxHEIGHT", multiples of 8 from 16 to 4096; by
-            default that of `image`, else the model's own.
-        seed: image i has seed + i; by default a random seed, which the settings record.
-        image: a file or an image to start from. strength: the share of the steps that is done on
-            it, above 0, up to 1; by default 0.6. mask: an image of the same size, light where it
-            is to be repainted.
-        lora: files and scales, -100 to 100, for these images alone, besides the model's own.
-
-        UserError for a value that is not allowed.
-        """
-        if lora and self.predict is not self._plain:
-            raise UserError(
-                "a LoRA for single requests needs a model that plain PyTorch runs: leave it out, "
-                "or load the model without compile, graphs, a memory plan or another backend"
-            )
-        asked = checked(
-            self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
-            guidance_until=guidance_until, scheduler=scheduler, size=size, number=number,
-            seed=seed, image=image, strength=strength, mask=mask, lora=lora,
-        )  # fmt: skip
-        first = asked.settings[0]
-        pixels = places = None
-        if asked.image is not None:
-            pixels = image_inputs.to_pixels(asked.image, (first.width, first.height))
-        if asked.mask is not None:
-            places = torch.from_numpy(asked.mask).float()[None, None]
-        return [Request(settings, pixels, places, asked.loras) for settings in asked.settings]
+    def noise(self, seed: int, shape: tuple[int, ...]) -> TorchNoise:
+        return TorchNoise(seed, shape, self.device)
 
     @property
     def known(self) -> Known:
-        """The facts that decide which images it can draw."""
         return Known(
             name=self.name,
             native=self.unet.config.sample_size * self.factor,
@@ -181,69 +92,9 @@ class Pipeline:
             loras=tuple((name, lora.scale) for name, lora in self.loras.items()),
         )
 
-    # --- what the engine calls -----------------------------------------------------------
-
     def use_loras(self, lora: Loras) -> None:
-        """Applies the LoRAs of one request, in place of those applied before."""
         if self._lora_switcher.switch(lora):
             self.conditioner.clear_cache()
-
-    @torch.inference_mode()
-    def begin(self, request: Request) -> BatchRow:
-        """A request's row before its first step."""
-        asked = request.settings
-        schedule = self._schedule(asked)
-        h, w = asked.height // self.factor, asked.width // self.factor
-        noise = Noise(asked.seed, (1, self.unet.config.in_channels, h, w), self.device)
-        sampler = samplers.BY_NAME[asked.sampler](schedule, noise)
-        first = noise.draw()
-        x, kept = sampler.start(first), None
-        if request.image is not None:
-            latents = self.encode(request.image).to(self.device)
-            # As in diffusers: with a mask and full strength, it starts from pure noise.
-            if request.mask is None or asked.strength < 1:
-                x = latents + sampler.sigmas[0] * first
-            if request.mask is not None:
-                kept = Inpainting(latents, request.mask.to(self.device), first)
-        condition, unconditional = self._conditions(asked)
-        guided = math.ceil(asked.guidance_until * len(schedule))
-        return BatchRow(sampler, x, condition, unconditional, asked.guidance, guided, kept)
-
-    @torch.inference_mode()
-    def finish(self, rows: Sequence[BatchRow]) -> list[Image.Image]:
-        """The images of rows of one shape that have taken their last step."""
-        return to_images(self.decode(torch.cat([row.x for row in rows])))
-
-    @torch.inference_mode()
-    def preview(self, row: BatchRow) -> Image.Image:
-        """A rough image of a row's last step: RGB, one pixel per latent position."""
-        if self._previewer is None:
-            self._previewer = image_inputs.Previewer(self.decode, self.unet.config.in_channels)
-        return self._previewer(row.x if row.denoised is None else row.denoised)
-
-    def _schedule(self, asked: Settings) -> Schedule:
-        return SPACINGS[asked.schedule](self.scheduler_config, asked.steps).last(asked.strength)
-
-    def _conditions(self, asked: Settings) -> tuple[Condition, Condition | None]:
-        """The conditions with the prompt and, if there is guidance, without it."""
-        prompt = encode(self.conditioner, asked.prompt)
-        if asked.guidance <= 1:
-            return self._condition(prompt, asked), None
-        if not asked.negative_prompt and self.zeros_for_empty:
-            negative = PromptEmbedding(
-                torch.zeros_like(prompt.text), torch.zeros_like(prompt.pooled)
-            )
-        else:
-            negative = encode(self.conditioner, asked.negative_prompt)
-            longest = max(one.text.shape[1] for one in (prompt, negative))
-            prompt = padded(self.conditioner, prompt, longest)
-            negative = padded(self.conditioner, negative, longest)
-        return self._condition(prompt, asked), self._condition(negative, asked)
-
-    def _condition(self, encoded: PromptEmbedding, asked: Settings) -> Condition:
-        pair = (asked.height, asked.width)
-        parts = (encoded.text, encoded.pooled, time_ids([pair], [(0, 0)], [pair]))
-        return Condition(*(part.to(self.device) for part in parts))
 
     # --- LoRAs ------------------------------------------------------------------------------
 

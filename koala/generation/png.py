@@ -20,7 +20,7 @@ from koala.errors import UserError
 from koala.generation.requests import Settings
 
 if TYPE_CHECKING:
-    from koala.generation.pipeline import Result
+    from koala.generation.drawing import Result
 
 LONGEST_STEM = 48  # letters of a prompt in a file's name
 # Suffixes of image files: --out with one of them names a file, not a folder.
@@ -116,8 +116,12 @@ def parameters(settings: Settings) -> str:
     }
     if settings.image:
         values["Denoising strength"] = f"{settings.strength:g}"
+    if settings.mask:
+        values["Mask blur"] = settings.mask_blur
     if settings.guidance_until < 1:
         values["Guidance until"] = f"{settings.guidance_until:g}"
+    if settings.guidance_rescale:
+        values["CFG Rescale"] = f"{settings.guidance_rescale:g}"
     loras = "".join(f" <lora:{name}:{scale:g}>" for name, scale in settings.loras)
     lines = [settings.prompt + loras]
     if settings.negative_prompt:

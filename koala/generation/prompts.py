@@ -11,44 +11,70 @@ restores the mean over the prompt, so that each weighted word changes all the ot
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Protocol
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+import numpy as np
 
 from koala.generation.prompt_syntax import Fragment, parse
-from koala.text_conditioning import TextConditioner
+from koala.utils.arrays import Array, joined, like
+
+
+class Tokenizer(Protocol):
+    """Text to tokens, without the special ones."""
+
+    def ids(self, text: str) -> list[int]:
+        """The text's token ids."""
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """The tokens, of which a word's last ends in "</w>"."""
+
+
+class Encoder(Protocol):
+    """Both text encoders; `koala.text_conditioning.TextConditioner` is one."""
+
+    tokens: int  # t, that they read at a time
+
+    @property
+    def readers(self) -> tuple[Tokenizer, Tokenizer]:
+        """The tokenizer of each."""
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The widths of the embeddings of each."""
+
+    def encode_ids(self, ids: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Array, Array]:
+        """Embeddings [t, d1 + d2] and pooled [p] of at most t - 2 tokens for each encoder."""
 
 
 @dataclass(frozen=True)
 class PromptEmbedding:
     """One prompt as the U-Net reads it; t is a multiple of a chunk's tokens."""
 
-    text: Tensor  # [1, t, d]
-    pooled: Tensor  # [1, p]
+    text: Array  # [1, t, d]
+    pooled: Array  # [1, p]
 
 
-def encode(conditioner: TextConditioner, prompt: str) -> PromptEmbedding:
+def encode(conditioner: Encoder, prompt: str) -> PromptEmbedding:
     """The embedding of a whole prompt; `pooled` is that of its first chunk.
 
     Chunks are split between words, unless a single word fills one. A prompt without brackets that
     fits into one chunk has exactly the embedding it has in training. UserError as from `parse`.
     """
     parts = parse(prompt)
-    sides = [_chunks(parts, side, conditioner.tokens - 2) for side in conditioner.tokenizers]
+    sides = [_chunks(parts, side, conditioner.tokens - 2) for side in conditioner.readers]
     texts, pooled = [], []
     for pair in zip_longest(*sides, fillvalue=_Chunk((), ())):
         text, of_all = conditioner.encode_ids((pair[0].ids, pair[1].ids))
         texts.append(_weighted(conditioner, text, pair))
         pooled.append(of_all)
-    return PromptEmbedding(torch.cat(texts)[None], pooled[0][None])
+    return PromptEmbedding(joined(texts)[None], pooled[0][None])
 
 
-def padded(conditioner: TextConditioner, encoded: PromptEmbedding, tokens: int) -> PromptEmbedding:
+def padded(conditioner: Encoder, encoded: PromptEmbedding, tokens: int) -> PromptEmbedding:
     """The same, `tokens` long, with chunks of the empty prompt at the end."""
     missing = (tokens - encoded.text.shape[1]) // conditioner.tokens
     empty, _ = conditioner.encode_ids(((), ()))
-    return PromptEmbedding(torch.cat([encoded.text[0], *[empty] * missing])[None], encoded.pooled)
+    return PromptEmbedding(joined([encoded.text[0], *[empty] * missing])[None], encoded.pooled)
 
 
 @dataclass(frozen=True)
@@ -59,19 +85,17 @@ class _Chunk:
     weights: tuple[float, ...]
 
 
-def _chunks(
-    parts: list[list[Fragment]], tokenizer: PreTrainedTokenizerBase, length: int
-) -> list[_Chunk]:
+def _chunks(parts: list[list[Fragment]], tokenizer: Tokenizer, length: int) -> list[_Chunk]:
     chunks = []
     for part in parts:
         ids: list[int] = []
         weights: list[float] = []
         for fragment in part:
-            more = tokenizer(fragment.text, add_special_tokens=False, verbose=False).input_ids
+            more = tokenizer.ids(fragment.text)
             ids += more
             weights += [fragment.weight] * len(more)
         while len(ids) > length:
-            end = _word_end(tokenizer.convert_ids_to_tokens(ids[:length])) or length
+            end = _word_end(tokenizer.names(ids[:length])) or length
             chunks.append(_Chunk(tuple(ids[:end]), tuple(weights[:end])))
             del ids[:end], weights[:end]
         chunks.append(_Chunk(tuple(ids), tuple(weights)))
@@ -83,14 +107,14 @@ def _word_end(tokens: Sequence[str]) -> int:
     return max((i + 1 for i, token in enumerate(tokens) if token.endswith("</w>")), default=0)
 
 
-def _weighted(conditioner: TextConditioner, text: Tensor, pair: tuple[_Chunk, ...]) -> Tensor:
+def _weighted(conditioner: Encoder, text: Array, pair: tuple[_Chunk, ...]) -> Array:
     """The embeddings [t, d1 + d2] of a chunk, moved away from the empty prompt's by the weights."""
     if all(weight == 1 for chunk in pair for weight in chunk.weights):
         return text
     columns = []
-    for chunk, encoder in zip(pair, conditioner.encoders, strict=True):
+    for chunk, width in zip(pair, conditioner.widths, strict=True):
         weights = [1.0, *chunk.weights]  # of the start token
         weights += [1.0] * (conditioner.tokens - len(weights))
-        columns.append(text.new_tensor(weights)[:, None].expand(-1, encoder.config.hidden_size))
+        columns.append(np.repeat(np.array(weights)[:, None], width, axis=1))
     empty, _ = conditioner.encode_ids(((), ()))
-    return empty + torch.cat(columns, dim=1) * (text - empty)
+    return empty + like(text, np.concatenate(columns, axis=1)) * (text - empty)

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from koala.utils.networks import AutoencoderKL, ResnetBlock2D
 
 POSITIONS = 2**15  # of a tile, at most: 32 rows of an image 1024 pixels wide
 

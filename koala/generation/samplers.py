@@ -1,4 +1,4 @@
-"""The samplers: from one noise level to the next, given the predicted noise.
+"""The samplers: from one noise level to the next, given the estimated image.
 
 All use one notation: x = x0 + sigma * noise. The U-Net sees x / sqrt(sigma^2 + 1), of variance
 one; the papers of DDIM and LCM write their formulas for that. Every image has a sampler of its
@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
+from koala.checkpoints.prediction import VELOCITY
 from koala.errors import unknown
+from koala.utils.arrays import Array
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from koala.generation.noise import Noise
     from koala.generation.schedule import Schedule
 
@@ -31,17 +31,26 @@ class Sampler:
     def __init__(self, schedule: Schedule, noise: Noise) -> None:
         self.timesteps: list[float] = schedule.timesteps.tolist()
         self.sigmas: list[float] = schedule.sigmas.tolist()
+        self.prediction = schedule.prediction
         self.noise = noise
 
-    def start(self, noise: Tensor) -> Tensor:
+    def start(self, noise: Array) -> Array:
         """x before the first step, of standard normal noise."""
         return noise * self.sigmas[0]
 
-    def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
-        """x after step i, from sigmas[i] to sigmas[i + 1].
+    def denoised(self, i: int, x: Array, output: Array) -> Array:
+        """The estimate of x0 before step i, from the U-Net's output.
 
-        denoised: the estimate of x0, x - sigmas[i] * predicted noise.
+        That is epsilon, or v = sqrt(abar) epsilon - sqrt(1 - abar) x0 (arXiv 2202.00512, section
+        2.2); abar = 1 / (sigma^2 + 1).
         """
+        sigma = self.sigmas[i]
+        if self.prediction == VELOCITY:
+            return x / (sigma**2 + 1) - sigma / _std(sigma) * output
+        return x - sigma * output
+
+    def step(self, i: int, x: Array, denoised: Array) -> Array:
+        """x after step i, from sigmas[i] to sigmas[i + 1], given the estimate of x0."""
         raise NotImplementedError
 
 
@@ -50,7 +59,7 @@ class Euler(Sampler):
 
     name = "Euler"
 
-    def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
+    def step(self, i: int, x: Array, denoised: Array) -> Array:
         sigma, to = self.sigmas[i], self.sigmas[i + 1]
         slope = (x - denoised) / sigma
         return x + (to - sigma) * slope
@@ -65,7 +74,7 @@ class DDIM(Euler):
 
     name = "DDIM"
 
-    def start(self, noise: Tensor) -> Tensor:
+    def start(self, noise: Array) -> Array:
         return noise * _std(self.sigmas[0])
 
 
@@ -77,7 +86,7 @@ class EulerAncestral(Sampler):
 
     name = "Euler a"
 
-    def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
+    def step(self, i: int, x: Array, denoised: Array) -> Array:
         sigma, to = self.sigmas[i], self.sigmas[i + 1]
         up = to * math.sqrt(sigma**2 - to**2) / sigma
         down = math.sqrt(to**2 - up**2)
@@ -96,13 +105,13 @@ class DPMSolver2M(Sampler):
 
     def __init__(self, schedule: Schedule, noise: Noise) -> None:
         super().__init__(schedule, noise)
-        self.before: Tensor | None = None  # the last step's denoised
+        self.before: Array | None = None  # the last step's denoised
         self.before_length = 0.0  # of the last step, in log(1 / sigma)
 
-    def start(self, noise: Tensor) -> Tensor:
+    def start(self, noise: Array) -> Array:
         return noise * _std(self.sigmas[0])
 
-    def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
+    def step(self, i: int, x: Array, denoised: Array) -> Array:
         sigma, to = self.sigmas[i], self.sigmas[i + 1]
         if to == 0:
             return denoised
@@ -120,10 +129,10 @@ class LCM(Sampler):
     name = "LCM"
     spacing = "lcm"
 
-    def start(self, noise: Tensor) -> Tensor:
+    def start(self, noise: Array) -> Array:
         return noise * _std(self.sigmas[0])
 
-    def step(self, i: int, x: Tensor, denoised: Tensor) -> Tensor:
+    def step(self, i: int, x: Array, denoised: Array) -> Array:
         sigma, to = self.sigmas[i], self.sigmas[i + 1]
         scaled_time, data = 10 * self.timesteps[i], 0.5  # the boundary condition, section 4.1
         norm = scaled_time**2 + data**2

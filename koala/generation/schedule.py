@@ -6,14 +6,13 @@ consistency models were trained on 50 levels of their own.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from koala.checkpoints.load import alphas_cumprod
+from koala.checkpoints.load import noise_levels
+from koala.checkpoints.prediction import EPSILON, of_config
 from koala.generation import validation
 from koala.generation.validation import LCM_LEVELS
 
@@ -22,8 +21,9 @@ from koala.generation.validation import LCM_LEVELS
 class Schedule:
     """Step i goes from noise level `sigmas[i]`, the U-Net's `timesteps[i]`, to the next."""
 
-    timesteps: Tensor  # float32 [steps], falling, 0..999
-    sigmas: Tensor  # float32 [steps + 1], falling, the last one 0
+    timesteps: np.ndarray  # float32 [steps], falling, 0..999
+    sigmas: np.ndarray  # float32 [steps + 1], falling, the last one 0
+    prediction: str = EPSILON  # the U-Net's, a type of `koala.checkpoints.prediction`
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -34,7 +34,7 @@ class Schedule:
         UserError if that leaves no step.
         """
         skipped = len(self) - validation.steps_done(len(self), share)
-        return Schedule(self.timesteps[skipped:], self.sigmas[skipped:])
+        return replace(self, timesteps=self.timesteps[skipped:], sigmas=self.sigmas[skipped:])
 
 
 def trailing(config: dict[str, Any], steps: int) -> Schedule:
@@ -42,7 +42,7 @@ def trailing(config: dict[str, Any], steps: int) -> Schedule:
 
     Equal to diffusers' `EulerDiscreteScheduler(timestep_spacing="trailing")`, whatever sampler
     and spacing the config names. UserError for a schedule that is not SDXL's kind (discrete,
-    predicting epsilon), or for more steps than it has noise levels.
+    predicting epsilon or v), or for more steps than it has noise levels.
     """
     levels = validation.schedule(config, "trailing", steps)
     # Equal parts of the levels, down from the last; halves round to even, and the slice drops a
@@ -66,12 +66,12 @@ SPACINGS: dict[str, Callable[[dict[str, Any], int], Schedule]] = {"trailing": tr
 
 
 def _schedule(config: dict[str, Any], timesteps: np.ndarray) -> Schedule:
-    chosen = torch.from_numpy(timesteps).long()
-    sigmas = torch.cat([_sigmas(config)[chosen], torch.zeros(1)])
-    return Schedule(chosen.float(), sigmas)
+    chosen = timesteps.astype(int)
+    sigmas = np.append(_sigmas(config)[chosen], np.float32(0))
+    return Schedule(chosen.astype(np.float32), sigmas, of_config(config).type)
 
 
-def _sigmas(config: dict[str, Any]) -> Tensor:
+def _sigmas(config: dict[str, Any]) -> np.ndarray:
     """sigma_t = sqrt((1 - abar_t) / abar_t) for every t, float32 [levels]."""
-    abar = alphas_cumprod(config)
-    return ((1 - abar) / abar) ** 0.5
+    abar = noise_levels(config)
+    return np.sqrt((1 - abar) / abar)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from koala.architectures.table import FACTOR
+from koala.checkpoints.prediction import of_config
 from koala.checkpoints.tensors import DTYPES
 from koala.errors import UserError, unknown
 
@@ -27,23 +28,10 @@ MOST_GUIDANCE = 100
 MOST_SEED = 2**63 - 1
 MOST_LORA_SCALE = 100
 LONGEST_TEXT = 10_000  # characters
+MASK_BLUR = 4  # default, pixels
+MOST_MASK_BLUR = 64
 STRENGTH = 0.6  # default for an image without a strength
 LCM_LEVELS = 50  # noise levels of latent consistency models (arXiv 2310.04378)
-
-# Keys of diffusers' scheduler configs that change the schedule, and the value of SDXL's schedule,
-# which is also what a config without the key means.
-_SCHEDULE: dict[str, Any] = {
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
-}
 
 
 def prompts(prompt: str | list[str]) -> list[str]:
@@ -115,13 +103,28 @@ def strength(asked: float | None, image: bool, mask: bool) -> float:
     return float(asked)
 
 
+def mask_blur(asked: int | None, mask: bool) -> int:
+    """Pixels over which a repainted part blends into its image; 0 without a mask. UserError."""
+    if asked is None:
+        return MASK_BLUR if mask else 0
+    if not mask:
+        raise UserError(f"mask blur {asked!r} has no effect without a mask: give one")
+    if not _whole(asked) or not 0 <= asked <= MOST_MASK_BLUR:
+        raise UserError(
+            f"mask blur is {asked!r}: allowed are whole numbers of pixels from 0 to "
+            f"{MOST_MASK_BLUR}, {MASK_BLUR} is usual"
+        )
+    return asked
+
+
 def size(asked: tuple[int, int] | str, factor: int = FACTOR) -> tuple[int, int]:
-    """(width, height) in pixels, each a multiple of the VAE's `factor`.
+    """(width, height) in pixels, each a multiple of `factor`: the VAE's, or 1 for any.
 
     No larger factor is needed: if the U-Net's downsampling does not divide the latent, diffusers
     passes the sizes on to the upsampling.
     """
-    rule = f"allowed are multiples of {factor} from {SMALLEST} to {LARGEST}, such as 512x512"
+    sides = "whole numbers" if factor == 1 else f"multiples of {factor}"
+    rule = f"allowed are {sides} from {SMALLEST} to {LARGEST}, such as 512x512"
     if isinstance(asked, str):
         match = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", asked.strip(), re.ASCII)
         if match is None:
@@ -147,19 +150,27 @@ def seed(asked: int | None, images: int) -> int:
     return asked
 
 
+def guidance_rescale(asked: float, guidance: float) -> float:
+    """UserError unless it is a share and there is guidance to rescale."""
+    if not _number(asked) or not 0 <= asked <= 1:
+        raise UserError(
+            f"guidance rescale is {asked!r}: allowed are numbers from 0 (none) to 1, 0.7 is usual"
+        )
+    if asked and guidance <= 1:
+        raise UserError(
+            f"guidance rescale {asked:g} has no effect at guidance {guidance}: leave it out, or "
+            "set guidance above 1"
+        )
+    return float(asked)
+
+
 def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
     """The number of noise levels of a scheduler config.
 
     spacing: a sampler's, "trailing" or "lcm". UserError for a schedule that is not SDXL's kind
-    (discrete, predicting epsilon), or for more steps than it has noise levels.
+    (`koala.checkpoints.prediction`), or for more steps than it has noise levels.
     """
-    for key, wanted in _SCHEDULE.items():
-        found = config.get(key, wanted)
-        if found != wanted:
-            raise UserError(
-                f"the scheduler config has {key} = {found!r}, koala's schedulers need "
-                f"{wanted!r}: use a model trained on SDXL's schedule"
-            )
+    of_config(config)
     levels: int = config["num_train_timesteps"]
     if spacing == "lcm" and not 1 <= steps <= LCM_LEVELS:
         raise UserError(f"{steps} steps: the lcm scheduler takes 1 to {LCM_LEVELS}, 4 is usual")
@@ -198,7 +209,9 @@ def loras(asked: Sequence[str]) -> dict[str | Path, float]:
     found: dict[str | Path, float] = {}
     for text in asked:
         file, colon, scale = text.rpartition(":")
-        number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", scale, re.ASCII)
+        number = re.fullmatch(
+            r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", scale, re.ASCII | re.IGNORECASE
+        )
         # "style.safetensors:0,8" is a file and no number; "C:\style.safetensors" is a file.
         names_file = Path(file).exists() or "." in Path(file).name
         if not colon or Path(text).exists() or not (number or names_file):

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from koala.checkpoints.tensors import load_tensor
 from koala.errors import UserError
+from koala.lora import kinds
 from koala.lora.names import PARTS, Target
 from koala.lora.reading import Adapter, Lora
 
@@ -34,8 +35,8 @@ def modules_of(unet: nn.Module, text_encoder: nn.Module, text_encoder_2: nn.Modu
 class Attached:
     """A LoRA attached to a model through forward hooks, until it is removed.
 
-    Each module adds scale * factor * up(mid(down(x))) to its output. `scale` may be set at any
-    time. The weights are unchanged, so `remove` restores the model exactly.
+    Each module adds what scale times the change of its weight gives to its output. `scale` may be
+    set at any time. The weights are unchanged, so `remove` restores the model exactly.
     """
 
     def __init__(
@@ -51,13 +52,23 @@ class Attached:
             self.attach()
 
     def _hook(self, module: Layer, adapter: Adapter, lora: Lora) -> Callable[..., Tensor]:
+        factors = _load(adapter, module, lora)
         weight = module.weight
-        matrices = [t.to(weight.device, weight.dtype) for t in _load(adapter, module, lora)]
+        if adapter.kind == "LoRA" and not adapter.decomposed:
+            matrices = {role: t.to(weight.device, weight.dtype) for role, t in factors.items()}
 
-        def add(module: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + self.scale * adapter.factor * _through(matrices, module, inputs[0])
+            def add(module: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                return output + self.scale * adapter.factor * _through(matrices, module, inputs[0])
 
-        return add
+            return add
+
+        factors = {role: t.to(weight.device) for role, t in factors.items()}
+
+        def add_change(module: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            change = self.scale * _change(adapter, factors, module.weight)
+            return output + _apply(change.to(output.dtype), module, inputs[0])
+
+        return add_change
 
     def attach(self) -> None:
         """Activates the LoRA, after those that are attached already."""
@@ -80,10 +91,11 @@ class Merged:
 
 @torch.no_grad()
 def merge(modules: Modules, lora: Lora, scale: float = 1.0) -> Merged:
-    """Adds scale * factor * up @ down to the weights, in float32, and keeps their dtype.
+    """Adds scale times the change of each weight to it, in float32, and keeps the dtype.
 
-    Raises `UserError` if a sum overflows the dtype (the model must then be loaded again), or the
-    weights are quantised.
+    A DoRA scales the sum of weight and change, so it depends on what was merged before. Raises
+    `UserError` if a sum overflows the dtype (the model must then be loaded again), or the weights
+    are quantised.
     """
     for target, adapter in lora.adapters.items():
         weight = modules[target].weight
@@ -92,9 +104,9 @@ def merge(modules: Modules, lora: Lora, scale: float = 1.0) -> Merged:
                 f"{lora.file} cannot be merged into quantised weights: merge it before "
                 "quantising, or attach it unmerged"
             )
-        matrices = [t.to(weight.device) for t in _load(adapter, modules[target], lora)]
-        change = scale * adapter.factor * product(matrices).reshape(weight.shape)
-        weight.copy_(weight.float() + change)
+        factors = _load(adapter, modules[target], lora)
+        factors = {role: t.to(weight.device) for role, t in factors.items()}
+        weight.copy_(weight.float() + scale * _change(adapter, factors, weight))
         if not weight.isfinite().all():
             raise UserError(
                 f"{lora.file} at scale {scale:g} overflows the weights of {target.path}"
@@ -102,39 +114,44 @@ def merge(modules: Modules, lora: Lora, scale: float = 1.0) -> Merged:
     return Merged(scale)
 
 
-def product(matrices: list[Tensor]) -> Tensor:
-    """up @ down, or up @ mid @ down, as one weight [out, in, *kernel]."""
-    down, *mid, up = matrices
-    if mid:
-        return torch.einsum("or,rskl,si->oikl", up.flatten(1), *mid, down.flatten(1))
-    return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+def _change(adapter: Adapter, factors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """What an adapter at scale 1 adds to a weight, float32."""
+    change = adapter.factor * kinds.change(factors, tuple(weight.shape))
+    if not adapter.decomposed:
+        return change
+    whole = weight.detach().float()
+    return kinds.renormalised(whole + change, factors) - whole
 
 
-def _through(matrices: list[Tensor], module: Layer, x: Tensor) -> Tensor:
-    """The module's output for x with `product(matrices)` as its weight and no bias."""
-    down, *mid, up = matrices
+def _through(matrices: Mapping[str, Tensor], module: Layer, x: Tensor) -> Tensor:
+    """The module's output for x with up @ mid @ down as its weight and no bias."""
+    down, mid, up = matrices["down"], matrices.get("mid"), matrices["up"]
     if isinstance(module, nn.Linear):
         return F.linear(F.linear(x, down), up)
-    if mid:
+    if mid is not None:
         x = F.conv2d(x, down)
-    kernel = mid[0] if mid else down
-    x = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation)
-    return F.conv2d(x, up)
+    return F.conv2d(_apply(down if mid is None else mid, module, x), up)
 
 
-def _load(adapter: Adapter, module: Layer, lora: Lora) -> list[Tensor]:
-    """float32 [down, up] or [down, mid, up] on the CPU, with as many axes as the module's weight.
+def _apply(weight: Tensor, module: Layer, x: Tensor) -> Tensor:
+    """The module's output for x with another weight and no bias."""
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight)
+    return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
+
+
+def _load(adapter: Adapter, module: Layer, lora: Lora) -> dict[str, Tensor]:
+    """The factors by role, float32 on the CPU; down and up with as many axes as the weight.
 
     Raises `UserError` for values that are not finite.
     """
     outer, inner, *kernel = module.weight.shape
     ones = [1] * len(kernel)
-    down, up = load_tensor(adapter.down, "F32"), load_tensor(adapter.up, "F32")
-    matrices = [
-        down.reshape(adapter.rank, inner, *(ones if adapter.mid else kernel)),
-        *([load_tensor(adapter.mid, "F32")] if adapter.mid else []),
-        up.reshape(outer, adapter.rank, *ones),
-    ]
-    if not all(matrix.isfinite().all() for matrix in matrices):
+    factors = {role: load_tensor(stored, "F32") for role, stored in adapter.factors.items()}
+    if adapter.kind == "LoRA":
+        own = ones if "mid" in factors else kernel
+        factors["down"] = factors["down"].reshape(-1, inner, *own)
+        factors["up"] = factors["up"].reshape(outer, -1, *ones)
+    if not all(factor.isfinite().all() for factor in factors.values()):
         raise UserError(f"{lora.file} has NaN or infinite values; download it again")
-    return matrices
+    return factors

@@ -7,19 +7,21 @@ the tensors of a converted file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from koala.architectures.config import from_unet_config
+from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.layout import modules
 from koala.architectures.table import ARCHITECTURES, UNetArchitecture
 from koala.checkpoints import ldm_keys
 from koala.checkpoints.bundled import bundled_names
-from koala.checkpoints.resolve import resolve_model
-from koala.checkpoints.validate import read_json
+from koala.checkpoints.resolve import resolve_model, single_file_path
+from koala.checkpoints.single_file import open_file
+from koala.checkpoints.validate import parse_object, read_json
 from koala.errors import UserError
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -36,8 +38,34 @@ ROLES = {  # suffix of a tensor's name -> its role
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
     ".alpha": "alpha",
-}
+    **{f".{role}": role for role in (
+        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+        "dora_scale", "diff",
+    )},
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}  # fmt: skip
+# PEFT's modules may hold several adapters, each with a name: ".lora_A.default.weight".
+_NAMED = re.compile(
+    r"(?P<stem>.+)(?P<role>\.(?:lora_(?:A|B|down|up|magnitude_vector)|hada_\w+|lokr_\w+))"
+    r"\.(?P<name>[^.]+)(?P<weight>\.weight)?"
+)
 _PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+_UNET_PREFIXES = (  # of OneTrainer's, ComfyUI's and PEFT's dotted names
+    "unet.", "diffusion_model.", "model.diffusion_model.", "unet.base_model.model.",
+    "base_model.model.unet.", "base_model.model.",
+)  # fmt: skip
+_TEXT_PREFIXES = (
+    ("te1.", "te2."),
+    ("clip_l.", "clip_g."),
+    ("clip_l.transformer.", "clip_g.transformer."),
+    ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."),
+    ("text_encoder.base_model.model.", "text_encoder_2.base_model.model."),
+    ("base_model.model.text_encoder.", "base_model.model.text_encoder_2."),
+)
 
 
 class Target(NamedTuple):
@@ -118,7 +146,19 @@ def spellings(base: BaseModel) -> dict[str, dict[Target, str]]:
     unet = [target for target in shapes(base) if target.part == "unet"]
     text = [target for target in shapes(base) if target.part != "unet"]
     kohya = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-    return {
+    dotted = {
+        f"{prefix} {form}": {t: prefix + paths[t] for t in unet}
+        for form, paths in (
+            ("original names", {t: original[t.path] for t in unet}),
+            ("diffusers names", {t: t.path for t in unet}),
+        )
+        for prefix in _UNET_PREFIXES
+    }
+    dotted |= {
+        f"{first} text": {t: (first if t.part == "text_encoder" else second) + t.path for t in text}
+        for first, second in _TEXT_PREFIXES
+    }
+    return dotted | {
         "kohya, original names": {t: "lora_unet_" + _flat(original[t.path]) for t in unet},
         "kohya, diffusers names": {t: "lora_unet_" + _flat(t.path) for t in unet},
         "kohya, text": {t: kohya[t.part] + _flat(t.path) for t in text},
@@ -168,18 +208,26 @@ def targets(base: BaseModel) -> dict[str, tuple[str, Target]]:
     }
 
 
-def split(key: str) -> tuple[str, str] | None:
-    """A tensor's name as (stem, suffix), the suffix a key of `ROLES`; None if it has none."""
+def split(key: str) -> tuple[str, str, str] | None:
+    """A tensor's name as (stem, suffix, adapter's name); None if it has no suffix of `ROLES`.
+
+    The adapter's name is "" where the tensor's has none.
+    """
     for ending in ROLES:
         if key.endswith(ending):
-            return key.removesuffix(ending), ending
+            return key.removesuffix(ending), ending, ""
+    if found := _NAMED.fullmatch(key):
+        ending = found["role"] + (found["weight"] or "")
+        if ending in ROLES:
+            return found["stem"], ending, found["name"]
     return None
 
 
 def base_named(name: str) -> BaseModel:
     """The base model called `name`: an architecture with SDXL's text encoders, or a model.
 
-    A model is a bundled name, a folder or a Hub id. Raises `UserError` if it is none of these.
+    A model is a bundled name, a folder, a Hub id or a single file, of which only the header is
+    read. Raises `UserError` if it is none of these.
     """
     row = ARCHITECTURES.get(name)
     if row and row.context == sum(encoder.width for encoder in SDXL_TEXT):
@@ -188,7 +236,20 @@ def base_named(name: str) -> BaseModel:
         raise UserError(
             f"{name} is an architecture whose text encoders vary; give the folder of a model"
         )
+    if file := single_file_path(name):
+        return base_of_file(file)
     return base_of(resolve_model(name))
+
+
+def base_of_file(file: Path) -> BaseModel:
+    """What a LoRA for the model of a single file is for, from its header alone."""
+    opened = open_file(file)
+    configs = [opened.files.get(f"{part}/config.json") for part in PARTS[1:]]
+    if not all(configs):
+        return BaseModel(opened.found.architecture, SDXL_TEXT)
+    unet = unet_config(opened.found.architecture)
+    text, text_2 = (parse_object(config or b"", f"{file}: a config") for config in configs)
+    return BaseModel.from_configs(unet, text, text_2)
 
 
 def base_of(folder: Path) -> BaseModel:

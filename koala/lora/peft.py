@@ -20,6 +20,7 @@ from koala.errors import UserError
 from koala.lora.names import PARTS, Target
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name
+TYPES = ("LORA", "LOHA", "LOKR")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 
 
@@ -31,32 +32,45 @@ class PeftSettings:
     prefixed: bool = True  # names in the metadata start with the part: "unet.r"
     beside: bool = False  # in a separate file
 
-    def factor(self, target: Target, rank: int) -> float:
-        """The factor of up @ down: alpha / rank, or alpha / sqrt(rank) if rank-stabilised."""
+    def factor(self, target: Target, rank: int | None) -> float:
+        """alpha / rank, or alpha / sqrt(rank) if rank-stabilised.
+
+        rank: None for a LoKr of whole matrices, which PEFT divides by the rank it was asked for.
+        """
         config = self.parts.get(target.part, {})
+        if rank is None:
+            ranks = config.get("rank_pattern") or {}
+            own = (value for name, value in ranks.items() if _names(name, target))
+            rank = next(own, config.get("r"))
+        if rank is None:
+            return 1.0
         patterns = config.get("alpha_pattern") or {}
         found = (alpha for name, alpha in patterns.items() if _names(name, target))
-        alpha = next(found, config.get("lora_alpha", rank))
+        alpha = next(found, config.get("lora_alpha", config.get("alpha", rank)))
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def decomposed(self, target: Target) -> bool:
+        """Whether the adapter of a module is a DoRA."""
+        return bool(self.parts.get(target.part, {}).get("use_dora"))
 
     def check(self, file: Path, targets: Collection[Target]) -> None:
         """Raises `UserError` for unsupported settings."""
         for part, config in self.parts.items():
-            if (kind := config.get("peft_type", "LORA")) != "LORA":
-                raise UserError(f"{file} is a PEFT adapter of type {kind}; it must be LORA")
-            if config.get("use_dora"):
-                raise UserError(f"{file} is a DoRA (use_dora); only LoRA and LoCon are supported")
+            if (kind := config.get("peft_type", "LORA")) not in TYPES:
+                raise UserError(
+                    f"{file} is a PEFT adapter of type {kind}; it must be one of {', '.join(TYPES)}"
+                )
             patterns = config.get("alpha_pattern") or {}
             if not isinstance(patterns, dict):
                 raise UserError(f"{file}: PEFT's alpha_pattern must be an object")
-            for value in (config.get("lora_alpha", 1), *patterns.values()):
+            for value in (config.get("lora_alpha", config.get("alpha", 1)), *patterns.values()):
                 if not isinstance(value, (int, float)) or isinstance(value, bool):
                     raise UserError(f"{file}: PEFT's lora_alpha is {value!r}; it must be a number")
             own = [target for target in targets if target.part == part]
             if strange := [p for p in patterns if not any(_names(p, target) for target in own)]:
                 raise UserError(f"{file}: PEFT's alpha_pattern matches no module: {some(strange)}")
 
-    def moved(self, adapters: Mapping[str, tuple[int, float]]) -> PeftSettings:
+    def moved(self, adapters: Mapping[str, tuple[int | None, float]]) -> PeftSettings:
         """The same settings for the U-Net modules `adapters`: path -> (rank, factor).
 
         Rules that select modules are replaced by the list of these modules.
@@ -67,13 +81,18 @@ class PeftSettings:
         alphas = {
             path: factor * (math.sqrt(rank) if config.get("use_rslora") else rank)
             for path, (rank, factor) in adapters.items()
+            if rank is not None
         }
-        ranks = {path: rank for path, (rank, _) in adapters.items()}
+        ranks = {path: rank for path, (rank, _) in adapters.items() if rank is not None}
         unet = {
             **config,
             "target_modules": sorted(adapters),
             "rank_pattern": {p: rank for p, rank in ranks.items() if rank != config.get("r")},
-            "alpha_pattern": {p: a for p, a in alphas.items() if a != config.get("lora_alpha")},
+            "alpha_pattern": {
+                p: a
+                for p, a in alphas.items()
+                if a != config.get("lora_alpha", config.get("alpha"))
+            },
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,

@@ -1,18 +1,19 @@
 """Reads a LoRA file: the modules it changes, and their counterparts in the model at hand.
 
-A LoRA adds `alpha / rank * up @ down` to a weight (arXiv 2106.09685); LoCon does the same for
-convolutions. A LoRA of a student's teacher is mapped by weight inheritance: each student block
+A LoRA adds `alpha / rank * up @ down` to a weight (arXiv 2106.09685); `koala.lora.kinds` has the
+other kinds. A LoRA of a student's teacher is mapped by weight inheritance: each student block
 takes the adapter of the teacher block that it inherits from. Adapters without a counterpart are
 dropped, counted and reported. Only the file's header is read here.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from koala.architectures.block_map import block_map, tensor_map
@@ -23,37 +24,47 @@ from koala.architectures.table import (
     student_of,
     teacher_faults,
 )
-from koala.checkpoints.tensors import FLOATS, Stored, load_tensor, read_header
+from koala.checkpoints.tensors import FLOATS, Stored, load_tensor, read_header, read_metadata
 from koala.checkpoints.validate import some
 from koala.errors import UserError
-from koala.lora import peft
+from koala.lora import kinds, peft
 from koala.lora.names import PARTS, ROLES, BaseModel, Target, shapes, split, targets
 
 _OTHER_ADAPTERS = {  # substrings of tensor names in other kinds of adapter
-    ".hada_": "LoHa", ".lokr_": "LoKr", ".dora_scale": "DoRA", ".lora_magnitude_vector": "DoRA",
-    ".on_input": "IA3", ".ia3_l": "IA3", ".oft_": "OFT", ".diff": "full difference",
+    ".on_input": "IA3", ".ia3_l": "IA3", ".oft_": "OFT", ".boft_": "BOFT", ".a1.weight": "GLoRA",
 }  # fmt: skip
+# What programs put beside a LoRA and no adapter of a weight needs: patterns of tensor names.
+_BESIDE = {
+    "embeddings": r"bundle_emb\..*",
+    "biases": r".*(\.diff_b|\.lora_B(\.[^.]+)?\.bias|\.bias)",
+    "norms": r".*\.[wb]_norm",
+    "training states": r"global_step|epoch|step",
+}
+STRAY = 0.1  # of a file's modules may be unknown; with more it is for another model
+MADE_FOR = "koala.unet"  # metadata: the U-Net that a file of ours is for
 _OTHER_MODELS = {  # prefixes of tensor names in LoRAs of other models
     "lora_te_": "SD 1.5 or SD 2",
     "lora_unet_double_blocks": "Flux",
     "lora_unet_single_blocks": "Flux",
     "transformer.": "a diffusion transformer such as Flux or SD 3",
 }
+_STATED = ("ss_base_model_version", "modelspec.architecture")  # kohya's metadata
 _CONTEXTS = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # widths of the text embeddings
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The adapter of one weight: factor * up(mid(down(x))), without the scale."""
+    """The adapter of one weight: factor * `kinds.change`, without the scale."""
 
-    down: Stored  # [rank, in, *kernel]; with mid [rank, in, 1, 1]
-    up: Stored  # [out, rank], or [out, rank, 1, 1]
-    mid: Stored | None  # [rank, rank, *kernel]
+    kind: str  # one of `kinds.KINDS`
+    factors: Mapping[str, Stored]  # by role, without alpha
+    rank: int | None
     factor: float  # alpha / rank
 
     @property
-    def rank(self) -> int:
-        return self.down.shape[0]
+    def decomposed(self) -> bool:
+        """Whether it is a DoRA: the sum with the weight is scaled to stored norms."""
+        return any(role in self.factors for role in kinds.NORMS)
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,17 @@ class Entry:
     stem: str  # their common name
     tensors: dict[str, Stored]  # by suffix, a key of ROLES
 
-    def role(self, role: str) -> Stored | None:
-        return next((s for ending, s in self.tensors.items() if ROLES[ending] == role), None)
+    @property
+    def file(self) -> Path:
+        return next(iter(self.tensors.values())).file
+
+    @property
+    def roles(self) -> dict[str, Stored]:
+        return {ROLES[ending]: stored for ending, stored in self.tensors.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {role: stored.shape for role, stored in self.roles.items()}
 
 
 @dataclass(frozen=True)
@@ -80,13 +100,19 @@ class LoraReport:
     parts: dict[str, int]  # modules applied, by part of the pipeline
     ranks: list[int]
     dropped: dict[str, dict[str, int]]  # reason -> the teacher's block -> modules
+    kinds: list[str]  # of adapters, such as "LoRA" and "LoHa with DoRA"
+    left_out: dict[str, list[str]]  # what is no adapter of a weight: kind -> tensors or modules
+    doubt: str  # why it may be made for another model; "" if it is clear
 
     def line(self) -> str:
         """The report in one line."""
-        text = f"LoRA {self.name}, made for {self.made_for}: {self.applied} of {self.modules}"
+        kind = self.kinds[0] if len(self.kinds) == 1 else "LoRA"
+        text = f"{kind} {self.name}, made for {self.made_for}: {self.applied} of {self.modules}"
         reasons = (f"{sum(blocks.values())} {why}" for why, blocks in self.dropped.items())
         lost = f"; dropped: {', '.join(reasons)}" if self.dropped else ""
-        return f"{text} modules fit {self.applied_to}{lost}"
+        beside = [f"{what} ({len(names)}: {some(names)})" for what, names in self.left_out.items()]
+        left = f"; left out: {', '.join(beside)}" if beside else ""
+        return f"{text} modules fit {self.applied_to}{lost}{left}{self.doubt and '; '}{self.doubt}"
 
 
 @dataclass(frozen=True)
@@ -124,20 +150,20 @@ def _inherits(student: UNetArchitecture, teacher: UNetArchitecture) -> bool:
 def read(file: Path, base: BaseModel, teacher: UNetArchitecture | None = None) -> Lora:
     """Reads a LoRA `file` for the model `base`.
 
-    `teacher`: the U-Net that the base's was cut from, by default `teacher_of(base.unet)`. A LoRA is
-    taken as made for `base` if all its tensors fit, else as made for the teacher. Raises
-    `UserError` if the file is not a LoRA or LoCon, or is for another kind of model.
+    `teacher`: the U-Net that the base's was cut from, by default `teacher_of(base.unet)`. Whether
+    it is made for `base` or for the teacher follows from its names and shapes; where both fit,
+    from its metadata, else it is taken as the teacher's, and the report says the doubt. Raises
+    `UserError` if the file is not a LoRA of a known kind, or is for another kind of model.
     """
-    entries, settings = _entries(file), peft.read_settings(file)
+    entries, left_out = _entries(file)
+    settings = peft.read_settings(file)
     _check_kind(file, entries, base)
-    made_for, faults = base, _faults(entries, base)
-    teacher = teacher or teacher_of(base.unet)
-    if faults and teacher:
-        made_for = replace(base, unet=teacher)
-        faults = _faults(entries, made_for)
-    if faults:
-        raise UserError(f"{file} does not fit {made_for.unet.name}: {faults[0]}")
-    of_file = {targets(made_for)[entry.stem][1]: entry for entry in entries}
+    made_for, entries, doubt = _made_for(file, entries, base, teacher or teacher_of(base.unet))
+    known = targets(made_for)
+    if strange := [entry.stem for entry in entries if entry.stem not in known]:
+        left_out = {**left_out, "unknown modules": strange}
+        entries = [entry for entry in entries if entry.stem in known]
+    of_file = {known[entry.stem][1]: entry for entry in entries}
     if len(of_file) < len(entries):
         raise UserError(f"{file} names a module twice, in two spellings")
     settings.check(file, of_file)
@@ -147,46 +173,77 @@ def read(file: Path, base: BaseModel, teacher: UNetArchitecture | None = None) -
         name=file.stem,
         made_for=made_for.unet.name,
         applied_to=base.unet.name,
-        spellings=sorted({targets(made_for)[entry.stem][0] for entry in entries}),
+        spellings=sorted({known[entry.stem][0] for entry in entries}),
         modules=len(of_file),
         applied=len(adapters),
         parts={part: sum(t.part == part for t in adapters) for part in PARTS},
-        ranks=sorted({adapter.rank for adapter in adapters.values()}),
+        ranks=sorted({adapter.rank for adapter in adapters.values() if adapter.rank}),
         dropped=_dropped([t for t in of_file if t not in moves], made_for, base),
+        kinds=sorted({_kind(adapter) for adapter in adapters.values()}),
+        left_out=left_out,
+        doubt=doubt,
     )
     if not adapters:
         raise UserError(f"{file}: none of its modules fits; {report.line()}")
     return Lora(file, base, made_for, of_file, moves, adapters, report)
 
 
+def _kind(adapter: Adapter) -> str:
+    if not adapter.decomposed:
+        return adapter.kind
+    return "DoRA" if adapter.kind == "LoRA" else f"{adapter.kind} with DoRA"
+
+
 # --- the file -------------------------------------------------------------------------------
 
 
-def _entries(file: Path) -> list[Entry]:
-    """The file's tensors by module. Raises `UserError` if it is not a complete LoRA."""
+def _entries(file: Path) -> tuple[list[Entry], dict[str, list[str]]]:
+    """The file's tensors by module, and those left out: kind -> names.
+
+    Raises `UserError` if it is not a complete LoRA.
+    """
     tensors: dict[str, dict[str, Stored]] = {}
-    unexpected = []
-    for key, stored in read_header(file).items():
+    left_out: dict[str, list[str]] = {}
+    adapter = None
+    header = read_header(file)
+    for key, stored in header.items():
         for mark, kind in _OTHER_ADAPTERS.items():
             if mark in key:
-                raise UserError(f"{file} is a {kind} ({key}); only LoRA and LoCon are supported")
-        if parts := split(key):
-            tensors.setdefault(parts[0], {})[parts[1]] = stored
+                raise UserError(f"{file} is {kind} ({key}); supported are LoRA, DoRA, LoHa, LoKr")
+        if what := _beside(key, stored):
+            left_out.setdefault(what, []).append(key)
+        elif parts := split(key):
+            stem, ending, named = parts
+            if adapter not in (None, named) or ending in tensors.get(stem, {}):
+                raise UserError(f"{file} holds several adapters ({adapter}, {named}): split it")
+            adapter = named if named else adapter
+            tensors.setdefault(stem, {})[ending] = stored
         else:
-            unexpected.append(key)
-    if not any(ROLES[ending] != "alpha" for endings in tensors.values() for ending in endings):
+            left_out.setdefault("other tensors", []).append(key)
+    for stem in [stem for stem, of in tensors.items() if {ROLES[e] for e in of} == {"alpha"}]:
+        left_out.setdefault("alphas without matrices", []).append(stem)
+        del tensors[stem]
+    others = left_out.get("other tensors", [])
+    if not tensors:
         raise UserError(
-            f"{file} is not a LoRA: none of its {len(unexpected)} tensors is named like one"
+            f"{file} is not a LoRA: none of its {len(header)} tensors is named like one"
         )
-    if unexpected:
-        raise UserError(f"{file} has tensors that are not part of a LoRA: {some(unexpected)}")
+    if len(others) > STRAY * len(header):
+        raise UserError(f"{file} has tensors that are not part of a LoRA: {some(others)}")
     entries = [Entry(stem, endings) for stem, endings in tensors.items()]
-    if half := [e.stem for e in entries if not (e.role("down") and e.role("up"))]:
-        raise UserError(f"{file} lacks the up or down matrix of {some(half)}")
-    kinds = {s.dtype for e in entries for s in e.tensors.values()}
-    if strange := kinds - {*FLOATS}:
+    if half := [e.stem for e in entries if not kinds.kind_of(e.roles)]:
+        raise UserError(f"{file}: the matrices of {some(half)} are not all there, or of two kinds")
+    strange = {s.dtype for e in entries for s in e.tensors.values()} - {*FLOATS}
+    if strange:
         raise UserError(f"{file} holds {some(sorted(strange))} tensors; they must be floats")
-    return entries
+    return entries, left_out
+
+
+def _beside(key: str, stored: Stored) -> str:
+    """What a tensor is that no adapter of a weight needs; "" if it may be part of one."""
+    if key.endswith(".diff") and len(stored.shape) == 1:
+        return "norms"
+    return next((what for what, mark in _BESIDE.items() if re.fullmatch(mark, key)), "")
 
 
 def _check_kind(file: Path, entries: list[Entry], base: BaseModel) -> None:
@@ -196,9 +253,9 @@ def _check_kind(file: Path, entries: list[Entry], base: BaseModel) -> None:
         for beginning, model in _OTHER_MODELS.items():
             if entry.stem.startswith(beginning):
                 raise UserError(f"{file} is a LoRA for {model} ({entry.stem}), not for SDXL")
-        down = entry.role("down")
+        down = entry.shapes.get("down")
         if "attn2" in entry.stem and entry.stem.endswith(("to_k", "to_v")) and down:
-            context = down.shape[1] if len(down.shape) > 1 else 0
+            context = down[1] if len(down) > 1 else 0
             if context != own:
                 model = _CONTEXTS.get(context, "another model")
                 raise UserError(
@@ -207,48 +264,85 @@ def _check_kind(file: Path, entries: list[Entry], base: BaseModel) -> None:
                 )
 
 
-def _faults(entries: Iterable[Entry], base: BaseModel) -> list[str]:
-    """Why the entries are not a LoRA for `base`, worst first; empty if they are one."""
-    known, sizes = targets(base), shapes(base)
-    unknown = [e.stem for e in entries if e.stem not in known]
+def _made_for(
+    file: Path, entries: list[Entry], base: BaseModel, teacher: UNetArchitecture | None
+) -> tuple[BaseModel, list[Entry], str]:
+    """What the entries are a LoRA for, the entries, and why that may be wrong.
+
+    Entries of a few unknown modules are among them; UserError for many, or a wrong shape.
+    """
+    readings = [base, *([replace(base, unet=teacher)] if teacher else [])]
+    unknown = [[e.stem for e in entries if e.stem not in targets(each)] for each in readings]
     misshapen = [
-        f"{e.stem}, expected {list(sizes[known[e.stem][1]])}"
-        for e in entries
-        if e.stem in known and not _fits(e, sizes[known[e.stem][1]])
+        [
+            f"{e.stem}, expected {list(shapes(each)[found[1]])}"
+            for e in entries
+            if (found := targets(each).get(e.stem))
+            and not kinds.fits(e.shapes, shapes(each)[found[1]])
+        ]
+        for each in readings
     ]
-    named = {"unknown modules": unknown, "wrong shape": misshapen}
-    return [f"{what}: {some(stems)}" for what, stems in named.items() if stems]
+    faults = [len(one) + len(other) for one, other in zip(unknown, misshapen, strict=True)]
+    if len(readings) == 2 and faults == [0, 0]:
+        made_for, doubt = _either(file, entries, *readings)
+        return made_for, entries, doubt
+    best = min(range(len(readings)), key=lambda n: (faults[n], -n))
+    name = readings[best].unet.name
+    if len(unknown[best]) > STRAY * len(entries):
+        raise UserError(f"{file} does not fit {name}: unknown modules: {some(unknown[best])}")
+    if misshapen[best]:
+        raise UserError(f"{file} does not fit {name}: wrong shape: {some(misshapen[best])}")
+    return readings[best], entries, ""
 
 
-def _fits(entry: Entry, weight: tuple[int, ...]) -> bool:
-    """Whether up @ down has the weight's shape, and alpha is a single number."""
-    down, up, mid, alpha = (entry.role(role) for role in ("down", "up", "mid", "alpha"))
-    assert down and up
-    rank = down.shape[0] if down.shape else 0
-    inner = (rank, weight[1])
-    if mid:
-        whole = _flat(down.shape) == inner and mid.shape == (rank, rank, *weight[2:])
-    else:
-        whole = _flat(down.shape) == _flat((*inner, *weight[2:]))
-    single = alpha is None or math.prod(alpha.shape) == 1
-    return rank > 0 and whole and _flat(up.shape) == (weight[0], rank) and single
+def _either(
+    file: Path, entries: list[Entry], base: BaseModel, teacher: BaseModel
+) -> tuple[BaseModel, str]:
+    """Which of two readings, that both fit, is meant, and why that may be wrong."""
+    moves, own = _moves(teacher, base), targets(base)
+    read_as = [(targets(teacher)[e.stem][1], own[e.stem][1]) for e in entries]
+    if all(moves.get(source) == target for source, target in read_as):
+        return base, ""  # they change the same weights either way
+    metadata = read_metadata(file)
+    for each in (base, teacher):
+        if metadata.get(MADE_FOR) == signature(each.unet):
+            return each, ""
+    found = {target for _, target in read_as if target.part == "unet"}
+    ends = {_end(target.path) for target in found}
+    if all(t in found for t in shapes(base) if t.part == "unet" and _end(t.path) in ends):
+        return base, ""  # every such module of the student, and none that only the teacher has
+    stated = " ".join(metadata.get(key, "") for key in _STATED).lower()
+    if "sdxl" in stated or "stable-diffusion-xl" in stated:
+        return teacher, ""
+    names = base.unet.name, teacher.unet.name
+    return teacher, (
+        f"its names fit {names[0]} as well, and nothing in it says which is meant: "
+        f"taken as made for {names[1]}"
+    )
 
 
-def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 kernel as a matrix."""
-    return shape[:2] if all(side == 1 for side in shape[2:]) else shape
+def _end(path: str) -> str:
+    """A module's path within its block."""
+    return re.split(r"(?:transformer_blocks|attentions|resnets)\.\d+\.", path)[-1]
+
+
+def signature(unet: UNetArchitecture) -> str:
+    """A U-Net's architecture as text, for the metadata."""
+    return json.dumps({**asdict(unet), "name": ""}, sort_keys=True)
 
 
 def _adapter(entry: Entry, target: Target, settings: peft.PeftSettings) -> Adapter:
-    down, up, mid, alpha = (entry.role(role) for role in ("down", "up", "mid", "alpha"))
-    assert down and up
-    rank = down.shape[0]
+    factors = entry.roles
+    alpha = factors.pop("alpha", None)
+    kind, rank = kinds.kind_of(factors), kinds.rank_of(entry.shapes)
+    if settings.decomposed(target) and not any(role in factors for role in kinds.NORMS):
+        raise UserError(f"{entry.file} is a DoRA (use_dora) without the magnitude of {entry.stem}")
     factor = settings.factor(target, rank)
-    if alpha:
+    if alpha and rank:  # without a rank, LyCORIS stores an alpha of no meaning
         factor = load_tensor(alpha, "F32").item() / rank
     if not math.isfinite(factor):
-        raise UserError(f"{down.file}: alpha of {entry.stem} is {factor * rank}")
-    return Adapter(down, up, mid, factor)
+        raise UserError(f"{entry.file}: alpha of {entry.stem} is {factor}")
+    return Adapter(kind, factors, rank, factor)
 
 
 # --- the map --------------------------------------------------------------------------------

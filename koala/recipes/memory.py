@@ -94,9 +94,11 @@ def device_memory(setup: TrainingSetup) -> dict[str, int]:
 def main_memory(setup: TrainingSetup) -> dict[str, int]:
     """Bytes of main memory in the first process, by part; only it writes checkpoints."""
     weights, lengths = 4 * parameters(setup.student), len(setup.training.half_lives)
+    numbers = [p.numel() for p in blank_unet(setup.student).parameters()]
+    moments = optimiser_bytes(numbers, setup.training.optimizer)
     parts = {
         "averages": lengths * weights if setup.hardware.ema_on_cpu else 0,
-        "a checkpoint while it is written": (1 + 2 + lengths) * weights,  # moments and averages
+        "a checkpoint while it is written": (1 + lengths) * weights + moments,
     }
     if setup.teacher is not None and setup.hardware.teacher == "offloaded":
         parts["teacher"] = 2 * parameters(setup.teacher)

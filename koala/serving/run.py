@@ -75,7 +75,7 @@ def http_config(app: "FastAPI", options: Options) -> "uvicorn.Config":
 def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Options]":
     """The model as asked for, and the options with limits that its memory plan can hold."""
     from koala.generation import load
-    from koala.generation.runtime.compile import one_by_one
+    from koala.generation.runtime.fixed_batches import one_by_one
 
     limits = options.limits
     side = None if limits.size is None else int(limits.size**0.5) // 8 * 8

@@ -5,7 +5,6 @@ The engine's thread owns the device. Any thread may call a `Service`; only `Subm
 """
 
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,17 +16,11 @@ from pathlib import Path
 from PIL import Image
 
 from koala.errors import UserError
-from koala.generation import (
-    Engine,
-    Late,
-    Pass,
-    Pipeline,
-    Progress,
-    Request,
-    Ticket,
-    validation,
-)
-from koala.generation.pipeline import Result
+from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ticket
+from koala.generation.drawing import Result
+from koala.generation.validation import FACTOR, SMALLEST
+from koala.generation.validation import size as checked_size
+from koala.lora.folder import lora_file, lora_names
 from koala.serving.admission import Admission, Busy
 from koala.serving.fair_queue import FairQueue, QueueEntry
 from koala.serving.fit import is_far, native_size
@@ -37,7 +30,6 @@ from koala.serving.settings import Limits
 from koala.serving.uploads import open_upload
 from koala.serving.warmup import warm_up
 
-_LORA_NAME = re.compile(r"\w[\w .+-]{0,127}")
 LARGEST = 4  # default limit of an image, in multiples of the native size
 LONGEST_DEADLINE = 7 * 24 * 3600.0  # seconds
 
@@ -172,7 +164,7 @@ class Service:
     @property
     def native(self) -> int:
         """The model's native side in pixels."""
-        return self.pipeline.unet.config.sample_size * self.pipeline.factor
+        return self.pipeline.known.native
 
     @property
     def most_pixels(self) -> int:
@@ -183,10 +175,7 @@ class Service:
 
     def loras(self) -> list[str]:
         """The LoRA names that requests may use."""
-        if self.lora_folder is None:
-            return []
-        files = self.lora_folder.glob("*.safetensors")
-        return sorted(file.stem for file in files if _LORA_NAME.fullmatch(file.stem))
+        return lora_names(self.lora_folder)
 
     def requests(self, spec: ImageRequest) -> list[Request]:
         """Checks a request and returns one engine request per image. UserError for a bad value."""
@@ -207,17 +196,16 @@ class Service:
         if image is not None and size is None:
             far = fits and is_far(image.size, self.native)
             size = self._fitted(image.size) if far else self._size_for(image)
-        elif fits and size is not None and is_far(asked := validation.size(size), self.native):
-            size, enlarged = self._fitted(asked), f"{asked[0]}x{asked[1]}"
-        names = [name for name, _ in spec.loras]
-        if len(set(names)) < len(names):
-            raise UserError(f"lora {', '.join(names)}: each may be named once")
+        elif fits and size is not None:
+            asked = checked_size(size, FACTOR if image is None else 1)
+            if is_far(asked, self.native):
+                size, enlarged = self._fitted(asked), f"{asked[0]}x{asked[1]}"
         requests = self.pipeline.requests(
             spec.prompt, negative_prompt=spec.negative_prompt, steps=spec.steps,
             guidance=spec.guidance, guidance_until=spec.guidance_until,
-            scheduler=spec.scheduler, size=size, number=spec.number, seed=spec.seed,
-            image=image, strength=spec.strength, mask=mask,
-            lora={self._lora_file(name): scale for name, scale in spec.loras},
+            guidance_rescale=spec.guidance_rescale, scheduler=spec.scheduler, size=size,
+            number=spec.number, seed=spec.seed, image=image, strength=spec.strength, mask=mask,
+            mask_blur=spec.mask_blur, lora=self._lora_files(spec.loras), lora_dir=self.lora_folder,
         )  # fmt: skip
         if requests[0].pixels > self.most_pixels:
             settings = requests[0].settings
@@ -300,24 +288,25 @@ class Service:
 
     # --- helpers ----------------------------------------------------------------------------
 
-    def _lora_file(self, name: str) -> Path:
-        if self.lora_folder is None:
-            raise UserError(f"lora {name!r}: this server has no LoRA folder; leave it out")
-        if name not in self.loras():
-            raise UserError(
-                f"unknown lora {name!r}: allowed are {', '.join(self.loras()) or 'none'}"
-            )
-        return self.lora_folder / f"{name}.safetensors"
+    def _lora_files(self, named: Sequence[tuple[str, float]]) -> dict[str | Path, float]:
+        """The files of a request's LoRAs and their scales."""
+        found: dict[str | Path, float] = {}
+        for name, scale in named:
+            if self.lora_folder is None:
+                raise UserError(f"lora {name!r}: this server has no LoRA folder; leave it out")
+            file = lora_file(self.lora_folder, name)
+            if file in found:
+                raise UserError(f"lora {name!r} is named twice: each may be named once")
+            found[file] = scale
+        return found
 
     def _fitted(self, size: tuple[int, int]) -> str:
         return "x".join(map(str, native_size(size, self.native, self.pipeline.factor)))
 
     def _size_for(self, image: Image.Image) -> str:
-        """The image's size, rounded to the model's grid and shrunk to this server's limit."""
-        grid = self.pipeline.factor
+        """The image's size, shrunk to this server's limit."""
         shrink = min(1.0, math.sqrt(self.most_pixels / (image.width * image.height)))
-        sides = (max(2 * grid, int(side * shrink) // grid * grid) for side in image.size)
-        return "x".join(map(str, sides))
+        return "x".join(str(max(SMALLEST, int(side * shrink))) for side in image.size)
 
     def _work(self, request: Request) -> float:
         """Pixels to evaluate for an image over all its steps."""

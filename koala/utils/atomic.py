@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,7 +109,9 @@ def _to_disk(path: Path) -> None:
 
 
 def _part(out: Path) -> Path:
-    return out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.part")
+    # Not by the process's number alone: processes of several machines may share the folder.
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return out.absolute().with_name(f".{out.absolute().name}.{unique}.part")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from diffusers import StableDiffusionXLPipeline
 
 import koala
 from koala.architectures.config import from_unet_config
-from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.bundled import BUNDLED, bundled_names
 from koala.checkpoints.load import load_unet
+from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import WEIGHTS, weights_files
 from koala.generation.noise import Noise
 
@@ -36,8 +38,33 @@ def test_it_is_koala_by_its_shapes_and_finite():
 
 
 def test_it_takes_at_most_48_megabytes():
-    sizes = [f.stat().st_size for c in WEIGHTS for f in weights_files(FOLDER, c)]
+    sizes = [f.stat().st_size for c in WEIGHTS for f in weights_files(FOLDER / c, c)]
     assert sum(sizes) <= 48 * MEGABYTE
+
+
+def _refuse(*_):
+    raise OSError("a required privilege is not held by the client")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_member_of_the_family_borrows_what_it_lacks(tmp_path, monkeypatch, links):
+    """The teacher beside the student: one VAE on the disk, and a folder that diffusers loads."""
+    monkeypatch.setattr("koala.checkpoints.bundled.BUNDLED", tmp_path / "bundled")
+    monkeypatch.setenv("KOALA_CACHE", str(tmp_path / "cache"))
+    if not links:  # as on Windows
+        monkeypatch.setattr("os.symlink", _refuse)
+    whole = Path(shutil.copytree(FOLDER, tmp_path / "bundled" / "koala-mini"))
+    lean = tmp_path / "bundled" / "other-mini"
+    shutil.copytree(whole / "unet", lean / "unet")
+    shutil.copy(whole / "model_index.json", lean)
+    assert bundled_names() == ["koala-mini", "other-mini"]
+    assert resolve_model("koala-mini") == whole
+    folder = resolve_model("other-mini")
+    assert folder.name == "other-mini" and resolve_model("other-mini") == folder
+    assert (folder / "vae").is_symlink() == links
+    StableDiffusionXLPipeline.from_pretrained(folder)
+    (lean / "NOTICE.txt").write_text("its own")  # an upgrade of the package
+    assert (resolve_model("other-mini") / "NOTICE.txt").read_text() == "its own"
 
 
 def test_no_path_of_another_machine_is_in_it():

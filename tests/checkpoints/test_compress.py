@@ -340,7 +340,7 @@ def test_what_is_no_such_student_is_refused(teacher, tmp_path):
     scheduler = other / "scheduler" / "scheduler_config.json"
     config = json.loads(scheduler.read_text())
     scheduler.write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
-    with pytest.raises(UserError, match=r"predicts v_prediction, but .* predicts epsilon"):
+    with pytest.raises(UserError, match=r"predicts v, but .* predicts epsilon"):
         adopt(other, teacher, "koala-700m", out)
     upper = compress(teacher, "koala-700m", tmp_path / "upper", depth_rule="up").out
     with pytest.raises(UserError, match=r"cut by depth rule 'up'.*--set settings\.depth_rule=up"):

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.compress import compress
 from koala.checkpoints.convert import convert
 from koala.checkpoints.load import load_text
-from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.resolve import resolve_model, unpacked
 from koala.checkpoints.tensors import read_metadata, size_of
 from koala.errors import UserError
 from published import published
@@ -146,6 +148,21 @@ def test_a_single_file_is_a_model_to_generate_with(
     assert drawn.tobytes() == expected.tobytes()
     os.utime(toy_file, ns=(0, 0))  # a changed file is another model
     assert resolve_model(toy_file) != folder
+
+
+def test_of_several_processes_one_unpacks_and_the_others_wait(toy_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("KOALA_CACHE", str(tmp_path))
+    name = unpacked(toy_file).name  # what is left when a process is killed while it unpacks
+    models = tmp_path / "models"
+    shutil.move(models / name, models / f".{name}.1234-ab.part")
+    assert (models / f".{name}.lock").exists()
+    program = "import sys; from koala.checkpoints.resolve import resolve_model as r; r(sys.argv[1])"
+    command = [sys.executable, "-c", program, str(toy_file)]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], said
+    assert sorted(text.count("unpacking") for text in said) == [0, 0, 1]
+    assert sorted(p.name for p in models.iterdir()) == [f".{name}.lock", name]
 
 
 # --- readers that are not ours --------------------------------------------------------------
@@ -308,7 +325,7 @@ def test_tensors_that_are_missing_extra_or_misshapen(toy_file, tmp_path):
 
     refused(
         changed(toy_file, tmp_path / "d.safetensors", only_unet),
-        "a U-Net in the ldm layout, without vae, text_encoder, text_encoder_2; use a complete",
+        "holds unet and lacks vae, text_encoder, text_encoder_2: add --base MODEL with the SDXL",
     )
 
     def integers(tensors):

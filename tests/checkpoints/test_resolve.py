@@ -167,8 +167,30 @@ def test_damaged_weights(folder):
 
 
 def test_absent_weights_name_what_is_there(folder):
-    (folder / UNET).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    refused(folder, r"lacks diffusion_pytorch_model.safetensors; found only .*fp16.safetensors")
+    (folder / UNET).rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    refused(folder, r"lacks diffusion_pytorch_model.safetensors; found only .*model.bin")
+
+
+def test_a_published_name_suggests_its_hub_id():
+    with pytest.raises(UserError, match="on the Hub it is etri-vilab/koala-lightning-700m"):
+        resolve_model("koala-lightning-700m")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "an EDM model"),
+        ("scheduler/scheduler_config.json", {"beta_start": None}, "lacks beta_start: without"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "flow-match"),
+        ("unet/config.json", {"in_channels": 9}, "has an inpainting U-Net: 9 input channels"),
+    ],
+)
+def test_another_kind_of_model_is_refused_at_the_first_look(folder, file, changes, message):
+    edit(folder / file, **changes)
+    refused(folder, message)
+    check_name("some/model")  # a Hub id is looked at when it is there
+    with pytest.raises(UserError, match=message):
+        check_name(str(folder))
 
 
 def test_shards(folder):

@@ -25,6 +25,9 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     (["compress", "koala-mini"], "required: --to, --out; see koala compress --help"),
     (["convert", "x", "--to", "diffusers", "--for", "x", "--out", "y"], "--for: not allowed with"),
     # generate
+    (["generate"], "no prompt: say what to draw"),
+    ([*GENERATE, "--list-words"], "--list-words draws nothing: leave out the prompt 'a fox'"),
+    (["generate", "--list-words", "--model", "koala-mni"], "unknown model 'koala-mni'"),
     ([*GENERATE, "--size", "70x64"], "size 70x64: allowed are multiples of 8"),
     ([*GENERATE, "--steps", "0"], "steps is 0: allowed are whole numbers from 1 to 1000"),
     ([*GENERATE, "--scheduler", "lcm", "--steps", "51"], "takes 1 to 50"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from koala.distillation import checkpoint
@@ -49,6 +50,9 @@ def test_moments_come_back_bit_for_bit(tmp_path: Path, name: str, eager: None) -
     for number in range(3):
         step(left, number)
     checkpoint.save(tmp_path, 12, left, {}, settings(name))
+    saved = load_file(tmp_path / "checkpoints" / f"{12:012d}" / "state.safetensors")
+    width = {value.element_size() for key, value in saved.items() if key.endswith(".codes")}
+    assert width == (set() if name == "adamw" else {1})
     assert checkpoint.load(tmp_path / "checkpoints" / f"{12:012d}", taken_up) == (12, {})
     for state in (left, taken_up):
         step(state, 3)

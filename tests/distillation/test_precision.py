@@ -6,14 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from koala.distillation.forward_process import Noised, predict
 from koala.distillation.parallel import World, alone, lay_out
 from koala.distillation.precision import computing
 from koala.distillation.settings import Hardware
 from koala.errors import UserError
-from toy import toy_pipeline
+from koala.generation.denoise import Condition
+from koala.generation.runtime.pytorch import predictor
+from toy import TEXT_WIDTHS, TIME_EMBED, toy_pipeline, toy_unet
 from toy_training import STEP, distil, toy_task
 
 CPU = torch.device("cpu")
@@ -107,3 +111,28 @@ def test_a_processor_without_bf16_is_named(base, monkeypatch) -> None:
         lay_out(toy_task(base), Hardware(cpu_bf16=True), World(device=CPU))
     with pytest.raises(UserError, match="has no bf16 instructions"):
         alone("cpu", cpu_bf16=True)
+
+
+def test_teacher_and_student_are_told_the_same_sizes_and_timesteps(base) -> None:
+    """At the sizes of real images: bf16 would change 83 % of the integers from 512 to 2048."""
+    sizes = torch.tensor(
+        [[1274.0, 1457, 0, 91, 1024, 1024], [513, 2047, 0, 769, 640, 1536]]
+    )  # of the image, of the crop, of the bucket
+    ticks = torch.tensor([999, 261])
+    text, pooled = drawn(2, 7, sum(TEXT_WIDTHS)), drawn(2, TEXT_WIDTHS[1])
+    batch = Noised(drawn(2, 4, 8, 8), drawn(2, 4, 8, 8), ticks, text, pooled, sizes)
+    exact = get_timestep_embedding(sizes.flatten(), TIME_EMBED, True, 0)
+    told = {}
+    for name, dtype in (("sdxl", torch.bfloat16), ("koala", torch.float32)):
+        unet, heard = nn.Module.to(toy_unet(name), dtype), told.setdefault(name, [])
+        for part in (unet.add_time_proj, unet.time_proj):
+            part.register_forward_hook(lambda _, __, output, heard=heard: heard.append(output))
+        with computing(CPU, cpu_bf16=dtype == torch.float32):
+            assert predict(unet, batch, dtype).isfinite().all()
+        if dtype == torch.bfloat16:  # as in generation
+            predictor(unet)(batch.noisy, ticks.float(), Condition(text, pooled, sizes))
+    teacher, student = told["sdxl"], told["koala"]
+    assert len(teacher) == 4 and len(student) == 2
+    for ours, theirs in zip(teacher, student * 2, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(exact, student[1])

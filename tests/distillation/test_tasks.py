@@ -11,6 +11,8 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from PIL import Image
 
 from koala.checkpoints.load import load_scheduler_config
+from koala.checkpoints.pipeline_files import BETAS
+from koala.checkpoints.prediction import VELOCITY, Prediction
 from koala.checkpoints.sampling import Sampling, of_config
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.settings import PAPER_TAPS, DistillationSettings, Tap
@@ -20,6 +22,7 @@ from koala.text_conditioning import TextConditioner
 from toy import toy_pipeline, toy_scheduler, toy_unet
 
 CAPTIONS = ["a red fox", "two green apples", "a drum"]
+PLAIN = {"num_train_timesteps": 1000, "timestep_spacing": "trailing", **BETAS}
 SCHEDULE = NoiseSchedule(dict(toy_scheduler().config))
 NO_FEATURES = {"feature_weight": 0.0, "taps": ()}
 
@@ -295,7 +298,7 @@ def test_images_are_encoded_as_they_come(base: Path, conditioner: TextConditione
     given["pixels"] = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     del given["latents"]
     noised = task.noised(given, seeded())
-    assert torch.equal(noised.noise, prepared.noise)
+    assert torch.equal(noised.target, prepared.target)
     assert torch.equal(noised.timesteps, prepared.timesteps)
     assert torch.equal(noised.text, prepared.text)
     assert 0 < (noised.noisy - prepared.noisy).abs().max() < 6e-3
@@ -376,11 +379,43 @@ def test_the_forward_process_is_that_of_diffusers_bit_for_bit() -> None:
     assert torch.equal(SCHEDULE.alphas_cumprod, scheduler.alphas_cumprod)
 
 
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_v_and_its_weights_are_those_of_diffusers(zero_snr: bool) -> None:
+    config = {**PLAIN, **Prediction(VELOCITY, zero_snr).config}
+    ours, theirs = NoiseSchedule(config), DDPMScheduler.from_config(config)
+    assert ours.alphas_cumprod.isfinite().all() and ours.alphas_cumprod.min() > 0
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    t = torch.tensor([0, 500, 999])
+    for own, other in (
+        (ours.add_noise(latents, noise, t), theirs.add_noise(latents, noise, t)),
+        (ours.target(latents, noise, t), theirs.get_velocity(latents, noise, t)),
+    ):  # diffusers' last abar is 0 with zero terminal SNR, ours 2**-24
+        torch.testing.assert_close(own, other, atol=2e-3, rtol=0)
+        torch.testing.assert_close(own[:2], other[:2], atol=1e-5, rtol=0)
+    snr = ours.alphas_cumprod / (1 - ours.alphas_cumprod)
+    every = torch.arange(1000)
+    expected = torch.minimum(snr, torch.tensor(5.0)) / (snr + 1)
+    torch.testing.assert_close(ours.min_snr_weights(every, 5.0), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_of_v_is_taught_v(base: Path, conditioner: TextConditioner) -> None:
+    schedule = NoiseSchedule({**toy_scheduler().config, **Prediction(VELOCITY).config})
+    task = Denoising(unet("koala", 1), conditioner, schedule, base)
+    noised = task.noised(batch(), seeded())
+    args, kwargs, noise = by_hand(conditioner)
+    expected = DDPMScheduler.from_config(PLAIN).get_velocity(batch()["latents"], noise, args[1])
+    torch.testing.assert_close(noised.target, expected)
+    with torch.no_grad():
+        prediction = unet("koala", 1)(*args, **kwargs).sample
+    losses = task.losses(batch(), seeded())
+    torch.testing.assert_close(losses["task"].detach(), (prediction - expected).square().mean())
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("prediction_type", "v_prediction"), ("beta_schedule", "linear")]
+    ("key", "value"), [("prediction_type", "sample"), ("beta_schedule", "linear")]
 )
 def test_another_forward_process_is_refused(key: str, value: str) -> None:
-    with pytest.raises(UserError, match=f"{key} is '{value}'"):
+    with pytest.raises(UserError, match=f"'{value}'"):
         NoiseSchedule({**toy_scheduler().config, key: value})
 
 

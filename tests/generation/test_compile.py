@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from koala.errors import UserError
-from koala.generation.denoise import evaluate, predictor
+from koala.generation.denoise import evaluate
 from koala.generation.loader import load
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.compile import (
@@ -19,6 +19,7 @@ from koala.generation.runtime.compile import (
     one_by_one,
 )
 from koala.generation.runtime.dtypes import check_dtype
+from koala.generation.runtime.pytorch import predictor
 from koala.generation.samplers import SAMPLERS
 from koala.utils.device import device_and_dtype
 from toy import toy_pipeline, toy_unet

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_vae
 from koala.errors import Failure, UserError
-from koala.generation.decode import full, load_tiny, tiled, tiny, to_images
-from koala.generation.image_inputs import encode_image
+from koala.generation.decode import full, load_tiny, tiled, tiny
+from koala.generation.pixels import to_images
 from koala.generation.row_tiling import encode_tiled
+from koala.generation.runtime.pytorch import encode_image
 from toy import toy_tiny, toy_vae
 
 

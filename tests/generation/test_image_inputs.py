@@ -11,9 +11,10 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
 from koala.generation.denoise import evaluate
-from koala.generation.image_files import fingerprint, mask_places, open_image
-from koala.generation.image_inputs import encode_image, to_pixels
+from koala.generation.image_files import fingerprint, open_image, read_mask
+from koala.generation.image_inputs import on_white, to_pixels
 from koala.generation.png import parameters
+from koala.generation.runtime.pytorch import encode_image
 from toy import toy_pipeline
 
 
@@ -37,9 +38,8 @@ def image():
 @pytest.fixture(scope="module")
 def mask():
     grey = np.zeros((48, 64), np.uint8)
-    grey[8:40, 21:50] = 255
+    grey[8:40, 16:48] = 255  # whole places: diffusers looks at their corners alone
     grey[:, 0] = 127  # just too dark
-    grey[0, 60] = 128  # just light, but in no place's corner
     return Image.fromarray(grey)
 
 
@@ -58,7 +58,7 @@ def generators(*seeds):
 
 def encoded(pipe, image):
     with torch.inference_mode():
-        return encode_image(pipe.vae, to_pixels(image, image.size))
+        return encode_image(pipe.vae, torch.from_numpy(to_pixels(image)))
 
 
 # --- equality with diffusers ----------------------------------------------------------------
@@ -117,11 +117,77 @@ def test_inpainting_equals_diffusers(folder, image, mask, strength, guidance):
 
 def test_what_the_mask_leaves_dark_is_kept(pipeline, image, mask):
     x = latents_of(pipeline, "an owl", image=image, mask=mask, strength=0.8, seed=1)
-    places = torch.from_numpy(mask_places(mask, image.size, image.size, 8)).float()
+    places = torch.from_numpy(read_mask(mask, image.size, image.size, 8, 0).places).float()
     original = encoded(pipeline, image)
-    assert places.mean() == pytest.approx(16 / 48)  # corners at 24..48 by 8..32 pixels
+    assert places.mean() == pytest.approx(16 / 48)
     torch.testing.assert_close(x * (1 - places), original * (1 - places), atol=1e-5, rtol=0)
     assert ((x - original).abs() * places).max() > 0.1
+
+
+def test_every_place_with_a_light_pixel_is_repainted():
+    grey = np.zeros((48, 64), np.uint8)
+    grey[7, 15] = 128  # the lower right pixel of a place
+    grey[40:, 63] = 127  # just too dark
+    found = read_mask(Image.fromarray(grey), (64, 48), (64, 48), 8, 0).places
+    assert np.argwhere(found).tolist() == [[0, 1]]
+
+
+WHITE, CLEAR_WHITE, CLEAR_BLACK = (255,) * 4, (255, 255, 255, 0), (0, 0, 0, 0)
+BOX = (16, 8, 48, 32)
+
+
+def boxed(ground, box=WHITE, mode="RGBA"):
+    """A mask of one colour with a box of another."""
+    found = Image.new("RGBA", (64, 48), ground)
+    found.paste(box, BOX)
+    return found.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        boxed((0, 0, 0, 255), WHITE, "L"),
+        boxed((0, 0, 0, 255)),  # alpha that says nothing
+        boxed(CLEAR_WHITE),  # strokes on an empty layer
+        boxed(CLEAR_BLACK),
+        boxed(CLEAR_BLACK, WHITE, "LA"),
+        boxed(WHITE, CLEAR_BLACK),  # a hole in a white sheet
+        boxed(WHITE, CLEAR_WHITE),
+        boxed((90, 140, 60, 255), CLEAR_BLACK),  # the picture itself with a part erased
+        boxed((0, 0, 0, 255), CLEAR_BLACK),
+    ],
+)  # fmt: skip
+def test_a_masks_alpha_counts_where_it_has_one(mask):
+    found = read_mask(mask, (64, 48), (64, 48), 8, 0)
+    wanted = np.zeros((6, 8), bool)
+    wanted[1:4, 2:6] = True
+    assert (found.places == wanted).all()
+    assert (np.asarray(found.blend) == np.kron(wanted, np.full((8, 8), 255))).all()
+
+
+@pytest.mark.parametrize("blur", [None, 0, 9])
+def test_what_is_not_painted_comes_back_pixel_for_pixel(pipeline, blur):
+    """Whatever the mask's edge, and in a picture whose sides are no multiples of 8."""
+    noise = np.random.default_rng(0).integers(0, 256, (45, 61, 3), dtype=np.uint8)
+    grey = np.zeros((45, 61), np.uint8)
+    grey[11:38, 5:33] = 255
+    image, mask = Image.fromarray(noise), Image.fromarray(grey)
+    asked = {"image": image, "mask": mask, "steps": 2, "strength": 1.0, "seed": 1}
+    (drawn,) = pipeline("an owl", **asked, mask_blur=blur).images
+    assert drawn.size == image.size
+    found = np.asarray(drawn)
+    assert (found[grey == 0] == noise[grey == 0]).all()
+    assert (found[20:30, 15:23] != noise[20:30, 15:23]).mean() > 0.9
+
+
+def test_a_masks_edge_rises_within_the_blur():
+    grey = np.zeros((40, 40), np.uint8)
+    grey[:, 8:] = 255
+    grey[20, 3] = 255  # too thin to rise
+    blend = np.asarray(read_mask(Image.fromarray(grey), (40, 40), (40, 40), 8, 3).blend)
+    assert blend[5, 6:14].tolist() == [0, 0, 64, 128, 191, 255, 255, 255]
+    assert blend[20, 2:5].tolist() == [0, 255, 0]
+    assert (blend[:, 20:] == 255).all()  # a picture's border is no edge
 
 
 # --- sizes ----------------------------------------------------------------------------------
@@ -132,9 +198,12 @@ def test_a_image_is_drawn_in_its_own_size_or_the_one_asked_for(pipeline, image, 
     assert pipeline("a", **asked).images[0].size == (64, 48)
     result = pipeline("a", **asked, size=(32, 40))
     assert result.images[0].size == (32, 40)
-    odd = image.resize((50, 60))
+    odd = image.resize((50, 61))
+    assert pipeline("a", image=odd, steps=2).images[0].size == (50, 61)
     with pytest.raises(UserError, match="size 50x60: allowed are multiples of 8"):
-        pipeline("a", image=odd)
+        pipeline("a", size="50x60")
+    with pytest.raises(UserError, match="size 15x48: allowed are whole numbers from 16 to 4096"):
+        pipeline("a", image=image.resize((15, 48)))
     assert pipeline("a", image=odd, size=(48, 64), steps=2).images[0].size == (48, 64)
 
 
@@ -144,7 +213,8 @@ def test_settings_say_from_what_a_image_was_made(pipeline, image, mask, tmp_path
     found = read_settings(path)
     assert found == result.settings[0]
     assert (found.image, found.mask) == (fingerprint(image), fingerprint(mask))
-    assert "Denoising strength: 0.5" in parameters(found)
+    assert found.mask_blur == 4
+    assert "Denoising strength: 0.5, Mask blur: 4" in parameters(found)
     plain = pipeline("a fox", steps=1).settings[0]
     assert (plain.image, plain.mask, plain.strength) == ("", "", 1.0)
     assert "Denoising" not in parameters(plain)
@@ -171,14 +241,14 @@ def test_a_image_is_turned_as_its_camera_says(tmp_path):
 def test_every_mode_of_eight_bits_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.new("RGB", (16, 16), "white").convert(mode).save(path)
-    pixels = to_pixels(open_image(path), (16, 16))
-    assert pixels.shape == (1, 3, 16, 16) and pixels.dtype == torch.float32
+    pixels = to_pixels(on_white(open_image(path), (16, 16)))
+    assert pixels.shape == (1, 3, 16, 16) and pixels.dtype == np.float32
     assert pixels.min() > 0.98 and pixels.max() <= 1
 
 
 def test_transparent_images_lie_on_white():
     clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
-    assert (to_pixels(clear, (16, 16)) == 1).all()
+    assert (to_pixels(on_white(clear, (16, 16))) == 1).all()
 
 
 def bomb(path):
@@ -232,6 +302,8 @@ def test_files_that_are_no_images_are_refused_in_one_line(tmp_path, pipeline):
         ({"image": True, "strength": float("nan")}, "strength is nan"),
         ({"image": True, "strength": 0.09}, "strength 0.09 of 10 steps leaves no step"),
         ({"mask": True}, "a mask needs an image"),
+        ({"image": True, "mask_blur": 4}, "mask blur 4 has no effect without a mask"),
+        ({"image": True, "mask": True, "mask_blur": 65}, "mask blur is 65: allowed are whole"),
         ({"image": True, "mask": (32, 48)}, "the mask is 32x48, its image 64x48"),
         ({"image": True, "mask": "dark"}, "the mask is dark everywhere"),
     ],

@@ -12,11 +12,12 @@ import koala
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation.decode import full
-from koala.generation.denoise import predictor
 from koala.generation.loader import placed
 from koala.generation.memory.placement import Placement
 from koala.generation.memory.plan import Planner
-from koala.generation.runtime.compile import ROWS, fuse_projections, in_fixed_batches, one_by_one
+from koala.generation.runtime.compile import fuse_projections
+from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_by_one
+from koala.generation.runtime.pytorch import predictor
 from koala.lora.adapters import Attached, Merged
 from koala.serving.run import loaded
 from koala.serving.settings import Limits, Options

@@ -18,11 +18,11 @@ from koala.cli import main
 from koala.errors import UserError
 from koala.generation import Engine
 from koala.generation.decode import full
-from koala.generation.denoise import predictor
 from koala.generation.loader import load, set_runtime
-from koala.generation.runtime import openvino
+from koala.generation.runtime import compiled, openvino
 from koala.generation.runtime.backends import Backend, choose, example
-from koala.generation.runtime.compile import ROWS
+from koala.generation.runtime.fixed_batches import ROWS
+from koala.generation.runtime.pytorch import predictor
 from koala.serving.warmup import warm_up
 from koala.utils.device import has_bf16
 from toy import toy_pipeline, toy_unet, toy_vae
@@ -236,7 +236,7 @@ def test_the_cache_keeps_to_its_size(tmp_path):
         file = tmp_path / ("0a" if i % 2 else "") / f"{i}.blob"
         file.write_bytes(bytes(10))
         os.utime(file, (i, i))
-    openvino.trim(tmp_path, 25)
+    compiled.trim(tmp_path, 25)
     assert sorted(file.name for file in tmp_path.rglob("*.blob")) == ["2.blob", "3.blob"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import load
 from koala.generation.denoise import evaluate
-from koala.generation.noise import Noise
+from koala.generation.noise import TorchNoise
 from koala.generation.schedule import trailing
 from toy import toy_pipeline, toy_scheduler
 
@@ -46,7 +47,8 @@ def theirs(folders):
 
 
 def noise_of(seeds, height, width):
-    return torch.cat([Noise(s, (1, 4, height, width), torch.device("cpu")).draw() for s in seeds])
+    shape = (1, 4, height, width)
+    return torch.cat([TorchNoise(s, shape, torch.device("cpu")).draw() for s in seeds])
 
 
 @torch.inference_mode()
@@ -149,10 +151,10 @@ def test_schedule_equals_diffusers_euler_with_trailing_spacing(steps):
     scheduler = toy_scheduler()
     scheduler.set_timesteps(steps)
     ours = trailing(dict(scheduler.config), steps)
-    assert torch.equal(ours.timesteps, scheduler.timesteps)
-    torch.testing.assert_close(ours.sigmas, scheduler.sigmas, atol=1e-6, rtol=1e-6)
-    assert ours.sigmas[0] == scheduler.init_noise_sigma
-    assert ours.sigmas.dtype == ours.timesteps.dtype == torch.float32
+    assert ours.timesteps.tolist() == scheduler.timesteps.tolist()
+    np.testing.assert_allclose(ours.sigmas, scheduler.sigmas, atol=1e-6, rtol=1e-6)
+    assert ours.sigmas[0] == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-6)
+    assert ours.sigmas.dtype == ours.timesteps.dtype == np.float32
 
 
 def test_every_number_of_steps_has_falling_noise():
@@ -160,21 +162,19 @@ def test_every_number_of_steps_has_falling_noise():
     for steps in range(1, 1001):
         schedule = trailing(config, steps)
         assert len(schedule.timesteps) == steps and schedule.timesteps[0] == 999
-        assert (schedule.timesteps.diff() < 0).all() and (schedule.sigmas.diff() < 0).all()
+        assert (np.diff(schedule.timesteps) < 0).all() and (np.diff(schedule.sigmas) < 0).all()
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("prediction_type", "v_prediction"),
         ("beta_schedule", "linear"),
-        ("use_karras_sigmas", True),
-        ("rescale_betas_zero_snr", True),
+        ("trained_betas", [0.1]),
     ],
 )
 def test_a_scheduler_config_of_another_kind_is_refused(key, value):
     config = dict(EulerDiscreteScheduler.from_config(toy_scheduler().config).config)
-    with pytest.raises(UserError, match=f"{key} = {value!r}"):
+    with pytest.raises(UserError, match=re.escape(f"{key} = {value!r}")):
         trailing({**config, key: value}, 10)
 
 
@@ -294,6 +294,8 @@ def test_any_multiple_of_eight_is_a_size(folders, size):
         ({"guidance_until": 0}, "guidance until is 0: allowed are shares"),
         ({"guidance_until": 1.5}, "guidance until is 1.5"),
         ({"guidance_until": 0.5, "guidance": 1}, "0.5 has no effect at guidance 1"),
+        ({"guidance_rescale": 1.5}, "guidance rescale is 1.5: allowed are numbers from 0"),
+        ({"guidance_rescale": 0.5, "guidance": 1}, "0.5 has no effect at guidance 1"),
         ({"size": (100, 64)}, "100x64.*multiples of 8 from 16 to 4096"),
         ({"size": (8, 64)}, "8x64.*from 16"),
         ({"size": (4104, 64)}, "to 4096"),

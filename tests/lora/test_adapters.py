@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from koala.errors import UserError
 from koala.lora.adapters import Attached, merge, modules_of
-from koala.lora.conversion import write_converted
+from koala.lora.conversion import SPELLINGS, write_converted
 from koala.lora.names import PARTS
 from koala.lora.reading import read
 from toy import TEXT_WIDTHS, TIME_EMBED, TOKENS, toy_pipeline, toy_unet
@@ -228,13 +228,14 @@ def test_a_teachers_lora_gives_what_diffusers_gives(sdxl, tmp_path, form, alpha)
     [("kohya", 1.0), ("kohya of diffusers", 1.0), ("diffusers", None), ("PEFT", None),
      ("old diffusers", None)],
 )  # fmt: skip
-def test_a_converted_lora_loads_in_diffusers_on_the_student(koala, tmp_path, form, alpha):
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_converted_lora_loads_in_diffusers_on_the_student(koala, tmp_path, form, alpha, spelling):
     """What the file for the student does there, for diffusers, is what we carry over."""
     (tmp_path / "out").mkdir()
     file = toy_lora(tmp_path / "a.safetensors", SDXL, form, diffusers_knows, rank=4, alpha=alpha)
     lora = read(file, KOALA, SDXL.unet)
     assert lora.report.dropped
-    write_converted(lora, tmp_path / "out" / "b.safetensors")
+    write_converted(lora, tmp_path / "out" / "b.safetensors", spelling)
     ours = our_outputs(koala, file, KOALA, SDXL.unet)
     assert difference(ours, outputs(*models_of(koala))) > 1e-3
     assert difference(ours, diffusers_outputs(koala, tmp_path / "out" / "b.safetensors")) < 1e-5
@@ -282,8 +283,8 @@ def test_a_peft_folder_is_read_and_carried_with_its_settings(sdxl, koala, tmp_pa
     assert difference(our_outputs(sdxl, file, SDXL), outputs(trained, *encoders)) < 1e-5
     lora = read(file, KOALA, SDXL.unet)
     with pytest.raises(UserError, match=r"name the output adapter_model\.safetensors"):
-        write_converted(lora, tmp_path / "b.safetensors")
-    write_converted(lora, tmp_path / "out" / "adapter_model.safetensors")
+        write_converted(lora, tmp_path / "b.safetensors", "same")
+    write_converted(lora, tmp_path / "out" / "adapter_model.safetensors", "same")
     student = PeftModel.from_pretrained(models_of(koala)[0], tmp_path / "out")
     theirs = outputs(student, *models_of(koala)[1:])
     assert difference(our_outputs(koala, file, KOALA, SDXL.unet), theirs) < 1e-5

@@ -157,7 +157,7 @@ def test_every_key_of_a_full_lora_finds_its_module(tmp_path, form, name, depth, 
         moved = lora.moves.get(target)
         assert (moved and moved.path) == expected
         if moved:
-            assert lora.adapters[moved].down == lora.entries[target].role("down")
+            assert lora.adapters[moved].factors["down"] == lora.entries[target].roles["down"]
 
 
 def test_what_is_dropped_is_told_by_reason_and_block(tmp_path):
@@ -198,22 +198,135 @@ def test_a_students_teacher():
 
 
 def test_a_lora_of_the_students_own_is_not_moved(tmp_path):
-    """Every tensor fits the student: no name is taken for the teacher's."""
+    """It has every such module of the student, and none that only the teacher has."""
     student = base_named("koala-700m")
-    stems = spellings(student)["diffusers"]
-    path = "up_blocks.0.attentions.1.transformer_blocks.4.attn1.to_q"
-    target = Target("unet", path)
-    weight = shapes(student)[target]
-    save_file(
-        {
-            f"{stems[target]}.lora_A.weight": torch.zeros(2, weight[1]),
-            f"{stems[target]}.lora_B.weight": torch.zeros(weight[0], 2),
-        },
-        tmp_path / "own.safetensors",
+    file = toy_lora(
+        tmp_path / "own.safetensors", student, "PEFT", lambda t: t.path.endswith("attn1.to_q")
     )
-    lora = read(tmp_path / "own.safetensors", student)
-    assert lora.report.made_for == "koala-700m"
-    assert list(lora.adapters) == [target]
+    lora = read(file, student)
+    assert lora.report.made_for == "koala-700m" and not lora.report.doubt
+    assert lora.report.applied == lora.report.modules
+
+
+SDXL_SAID = {"ss_base_model_version": "sdxl_base_v1-0"}
+
+
+@pytest.mark.parametrize("form", ["kohya", "PEFT"])
+@pytest.mark.parametrize("said", [None, SDXL_SAID, {"modelspec.title": "a style"}])
+def test_a_partial_lora_that_fits_both_is_sdxls_and_the_doubt_is_said(tmp_path, form, said):
+    """A B-LoRA: the two blocks of content and style alone."""
+
+    def chosen(target):
+        return re.match(r"up_blocks\.0\.attentions\.[01]\..*attn1\.to_q", target.path)
+
+    file = toy_lora(tmp_path / "b.safetensors", SDXL, form, chosen, metadata=said)
+    lora = read(file, base_named("bk-sdxl"))
+    assert lora.report.made_for == "sdxl"
+    assert {t.path.split(".")[3] for t in lora.adapters} == {
+        "0"
+    }  # its second layer was SDXL's third
+    doubted = said != SDXL_SAID
+    assert (
+        "its names fit bk-sdxl as well, and nothing in it says" in lora.report.line()
+    ) == doubted
+    student = convert_lora(file, "bk-sdxl", tmp_path / "c.safetensors")
+    again = read(tmp_path / "c.safetensors", base_named("bk-sdxl"))  # which our own file says
+    assert (again.report.made_for, again.report.doubt) == ("bk-sdxl", "")
+    assert again.report.applied == student.applied
+
+
+def test_what_changes_the_same_weights_either_way_is_not_doubted(tmp_path):
+    file = toy_lora(
+        tmp_path / "t.safetensors", SDXL, "kohya", lambda t: t.path == "time_embedding.linear_1"
+    )
+    assert not read(file, base_named("koala-1b")).report.doubt
+
+
+# --- what stands beside, and how it is spelled ----------------------------------------------
+
+
+def test_what_is_no_adapter_is_left_out_counted_and_named(tmp_path):
+    file = toy_lora(tmp_path / "a.safetensors", TOY, "kohya", alpha=1)
+    whole = load_file(file)
+    beside = {
+        "bundle_emb.mytok.clip_l": torch.zeros(2, 16),
+        "bundle_emb.mytok.clip_g": torch.zeros(2, 24),
+        "global_step": torch.tensor(5),
+        "lora_unet_nothing.alpha": torch.tensor(1.0),
+        "lora_unet_out_0.diff": torch.zeros(16),
+        "lora_unet_out_0.diff_b": torch.zeros(16),
+        "diffusion_model_stray": torch.zeros(1),
+    }
+    unknown = {
+        f"lora_unet_new_module.lora_{side}.weight": torch.zeros(2, 2) for side in ("up", "down")
+    }
+    save_file(whole | beside | unknown, file)
+    report = read(file, TOY).report
+    assert report.applied == len(shapes(TOY))
+    assert report.left_out == {
+        "embeddings": ["bundle_emb.mytok.clip_g", "bundle_emb.mytok.clip_l"],
+        "training states": ["global_step"],
+        "alphas without matrices": ["lora_unet_nothing"],
+        "norms": ["lora_unet_out_0.diff"],
+        "biases": ["lora_unet_out_0.diff_b"],
+        "other tensors": ["diffusion_model_stray"],
+        "unknown modules": ["lora_unet_new_module"],
+    }
+    assert "embeddings (2: bundle_emb.mytok.clip_g, bundle_emb.mytok.clip_l)" in report.line()
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        ("unet.", "base_model.model."),
+        ("unet.", "unet.base_model.model."),
+        ("unet.", "base_model.model.unet."),
+        (".lora_A.", ".lora_A.default."),
+        (".lora_A.", ".lora_A.my_style."),
+    ],
+)
+def test_pefts_own_names(tmp_path, rename):
+    def chosen(target):
+        return target.part == "unet"
+
+    file = toy_lora(tmp_path / "a.safetensors", TOY, "PEFT", chosen)
+    expected = {t: a.factors["up"].shape for t, a in read(file, TOY).adapters.items()}
+    old, new = rename
+    pairs = [rename, (old.replace("A", "B"), new.replace("A", "B"))] if "_A" in old else [rename]
+    tensors = load_file(file)
+    for old, new in pairs:
+        tensors = {name.replace(old, new, 1): tensor for name, tensor in tensors.items()}
+    save_file(tensors, file)
+    assert {t: a.factors["up"].shape for t, a in read(file, TOY).adapters.items()} == expected
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "diffusion_model.", "model.diffusion_model."])
+def test_dotted_original_names(tmp_path, prefix):
+    """OneTrainer's and ComfyUI's: those of SDXL's own checkpoint."""
+    tensors = {
+        f"{prefix}input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_{side}.weight": matrix
+        for side, matrix in (("down", torch.zeros(2, 640)), ("up", torch.zeros(640, 2)))
+    } | {
+        "text_encoders.clip_g.transformer.text_model.encoder.layers.3.mlp.fc1"
+        f".lora_{side}.weight": matrix
+        for side, matrix in (("down", torch.zeros(2, 1280)), ("up", torch.zeros(5120, 2)))
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert set(read(tmp_path / "a.safetensors", SDXL).adapters) == {
+        Target("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"),
+        Target("text_encoder_2", "text_model.encoder.layers.3.mlp.fc1"),
+    }
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path):
+    pair = {
+        f"{PEFT_STEM}.lora_{side}.{name}.weight": tensor
+        for name in ("one", "two")
+        for side, tensor in (("A", torch.zeros(2, 640)), ("B", torch.zeros(640, 2)))
+    }
+    save_file(pair, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="holds several adapters"):
+        read(tmp_path / "a.safetensors", SDXL)
 
 
 @settings(max_examples=30, deadline=None)
@@ -305,14 +418,14 @@ PEFT_PAIR = {
 @pytest.mark.parametrize(
     ("extra", "told"),
     [
-        ({f"{QUERY}.hada_w1_a": torch.zeros(1)}, "is a LoHa .*; only LoRA and LoCon are supported"),
-        ({f"{QUERY}.lokr_w1": torch.zeros(1)}, "is a LoKr"),
-        ({f"{QUERY}.dora_scale": torch.zeros(1)}, "is a DoRA"),
-        ({f"{PEFT_STEM}.lora_magnitude_vector": torch.zeros(1)}, "is a DoRA"),
-        ({f"{QUERY}.on_input": torch.zeros(1)}, "is a IA3"),
-        ({f"{QUERY}.diff": torch.zeros(1)}, "is a full difference"),
+        ({f"{QUERY}.hada_w1_a": torch.zeros(1)}, "are not all there, or of two kinds"),
+        ({f"{QUERY}.lokr_w1": torch.zeros(1)}, "are not all there, or of two kinds"),
+        ({f"{QUERY}.dora_scale": torch.zeros(1)}, "wrong shape"),
+        ({f"{PEFT_STEM}.lora_magnitude_vector": torch.zeros(1)}, "are not all there"),
+        ({f"{QUERY}.on_input": torch.zeros(1)}, "is IA3 .*; supported are LoRA, DoRA, LoHa, LoKr"),
+        ({f"{QUERY}.diff": torch.zeros(2, 2)}, "are not all there, or of two kinds"),
         ({"emb_params": torch.zeros(1)}, "tensors that are not part of a LoRA: emb_params"),
-        ({f"{KEY}.lora_up.weight": torch.zeros(640, 2)}, f"lacks the up or down matrix .* {KEY}"),
+        ({f"{KEY}.lora_up.weight": torch.zeros(640, 2)}, f"the matrices of {KEY} are not all"),
         (tensors(KEY, context=768), "for SD 1.5, whose text embeddings are 768 wide; .* 2048"),
         (tensors(KEY, context=1024), "is a LoRA for SD 2"),
         (tensors("lora_te_text_model_encoder_layers_0_mlp_fc1"), "for SD 1.5 or SD 2 .*not for SD"),
@@ -369,8 +482,8 @@ def test_other_files_are_refused_by_name(tmp_path):
     [
         ("no json", "is not valid JSON"),
         ("[1]", "must be a JSON object"),
-        ({"unet.peft_type": "LOHA"}, "adapter of type LOHA; it must be LORA"),
-        ({"unet.use_dora": True}, "is a DoRA"),
+        ({"unet.peft_type": "OFT"}, "of type OFT; it must be one of LORA, LOHA, LOKR"),
+        ({"unet.use_dora": True}, r"is a DoRA \(use_dora\) without the magnitude of unet"),
         ({"unet.lora_alpha": "4"}, "lora_alpha is '4'; it must be a number"),
         ({"unet.alpha_pattern": [1]}, "alpha_pattern must be an object"),
         ({"unet.alpha_pattern": {"to_q.*": 4}}, r"matches no module: to_q\.\*"),

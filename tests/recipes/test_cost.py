@@ -134,6 +134,12 @@ def test_shards_and_main_memory_take_their_part():
         "a checkpoint while it is written": 5 * whole["gradients"],
         "teacher": 2 * parameters(plan.teacher),
     }
+    in_8_bits = replace(plan, training=replace(plan.training, optimizer="adamw-8bit"))
+    moments = memory_of(in_8_bits)["optimiser"]
+    assert moments < whole["optimiser"]
+    assert main_memory(in_8_bits) == {
+        "a checkpoint while it is written": 3 * whole["gradients"] + moments
+    }
 
 
 def test_a_gpu_computes_in_bf16():

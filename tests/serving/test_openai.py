@@ -156,7 +156,7 @@ def test_fields_without_effect_are_taken_and_size_may_be_auto(client, pipeline):
         ({"prompt": " "}, None, "the prompt is empty"),
         ({"prompt": "\ud800"}, None, "half a character"),
         ({"\ud800": 1}, None, "unicode"),
-        ({"lora": [{"name": "../outside"}]}, None, "allowed are ink, oil"),
+        ({"lora": [{"name": "../outside"}]}, None, "choose ink, oil"),
         ({"lora": [{"name": "ink"}, {"name": "ink"}]}, None, "named once"),
         ({"lora": [{"name": "ink", "scale": 1000}]}, None, "LoRA scale"),
     ],
@@ -328,6 +328,8 @@ def test_loras_change_the_images_that_name_them_and_no_other(client, server, pip
         assert_near(image, own.images[0])
         assert json.loads(image.info["koala"])["loras"] == [list(p) for p in own.settings[0].loras]
     assert len({image.tobytes() for image in images}) == 3
+    tagged = client.images.generate(prompt="a <lora:ink:0.8>", size=SIZE, extra_body=asked)
+    assert_near(opened(tagged.data[0]), images[1])
     edit = client.images.edit(
         image=png(photo), prompt="a", extra_body={"lora": loras[1], "steps": 2, "strength": 1}
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from koala.generation import load
-from koala.generation.runtime.compile import ROWS, in_fixed_batches
+from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches
 from koala.serving.image_request import ImageRequest
 from koala.serving.run import loaded
 from koala.serving.service import Service

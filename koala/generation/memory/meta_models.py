@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from koala.architectures.config import pooled_width
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
@@ -22,6 +20,14 @@ from koala.generation.memory.peak import peak_bytes
 from koala.generation.memory.quantise import quantise
 from koala.generation.row_tiling import decode_tiled, encode_tiled
 from koala.generation.runtime.dtypes import DTYPES
+from koala.utils.networks import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+)
 
 TEXT, UNET, VAE, TINY = "text encoders", "U-Net", "VAE", "tiny VAE"
 
@@ -114,7 +120,7 @@ def _predict(unet: Any, rows: int, latents: tuple[int, ...], tokens: int) -> Ten
         encoder_hidden_states=_blank(rows, tokens, config.cross_attention_dim, dtype=dtype),
         added_cond_kwargs={
             "text_embeds": _blank(rows, pooled, dtype=dtype),
-            "time_ids": _blank(rows, 6, dtype=dtype),
+            "time_ids": _blank(rows, 6, dtype=torch.float32),
         },
     ).sample.float()
 

@@ -20,14 +20,18 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPTextEmbeddings
+
+from koala.utils.networks import (
+    Attention,
+    BasicTransformerBlock,
+    CLIPEncoderLayer,
+    CLIPTextEmbeddings,
+    Downsample2D,
+    ResnetBlock2D,
+    Upsample2D,
+)
 
 UNITS = (
     ResnetBlock2D,

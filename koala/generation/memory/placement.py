@@ -8,17 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from koala.errors import Failure
-from koala.generation.decode import Decode, full, load_tiny, tiled, tiny
-from koala.generation.image_inputs import encode_image
+from koala.generation.decode import full, load_tiny, tiled, tiny
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.offload import GroupOffload, ModelOffload, OneAtATime, Resident
 from koala.generation.memory.plan import GIB, MemoryPlan, Planner
 from koala.generation.memory.quantise import quantise
+from koala.generation.pixels import Decode
 from koala.generation.runtime.dtypes import DTYPES
+from koala.generation.runtime.pytorch import encode_image
+from koala.utils.networks import AutoencoderKL
 
 P = ParamSpec("P")
 R = TypeVar("R")

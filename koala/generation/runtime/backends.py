@@ -15,23 +15,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from koala.architectures.config import pooled_width
 from koala.errors import UserError
 from koala.generation import validation
-from koala.generation.decode import Decode, full
-from koala.generation.denoise import Condition, Predict, predictor
+from koala.generation.decode import full
+from koala.generation.denoise import Condition, Predict
+from koala.generation.pixels import Decode
 from koala.generation.runtime import openvino
-from koala.generation.runtime.compile import in_fixed_batches, one_by_one
+from koala.generation.runtime.fixed_batches import in_fixed_batches, one_by_one
 from koala.generation.runtime.openvino import Calibration
+from koala.generation.runtime.pytorch import predictor
 from koala.generation.validation import EXACT, ROUNDED
 from koala.text_conditioning import time_ids
 from koala.utils.asset_packages import cache_folder
 from koala.utils.atomic import new_file
-from koala.utils.device import cpu_name, free_bytes, has_bf16
+from koala.utils.device import cpu_name, device_and_dtype, free_bytes, has_bf16
 from koala.utils.extras import absent
+from koala.utils.networks import AutoencoderKL, UNet2DConditionModel
 
 _RUNS = 5  # timed evaluations of each; the median counts
 _MARGIN = 1.1  # another backend must be this much faster than PyTorch
@@ -91,8 +93,9 @@ def _lacking(backend: str, unet: UNet2DConditionModel, samples: Calibration | No
     dtype = str(unet.dtype).removeprefix("torch.")
     if backend == "torch":
         return None
-    if unet.device.type != "cpu":
-        return f"it runs on the CPU, this model is on {unet.device}"
+    device, _ = device_and_dtype(unet)
+    if device.type != "cpu":
+        return f"it runs on the CPU, this model is on {device}"
     if unet.dtype != torch.float32 and not (backend == "openvino" and dtype == "bfloat16"):
         return f"it takes a model in float32 (openvino: or bfloat16), this one is in {dtype}"
     if precision == "bf16" and not has_bf16():
@@ -104,7 +107,7 @@ def _lacking(backend: str, unet: UNet2DConditionModel, samples: Calibration | No
     if precision == "int8" and samples is None:
         return "it needs samples of the U-Net's inputs"
     size = sum(p.numel() * p.element_size() for p in unet.parameters())
-    free, wanted = free_bytes(unet.device), _CONVERTING * size
+    free, wanted = free_bytes(device), _CONVERTING * size
     if engine == "openvino" and wanted > free:
         return f"conversion takes about {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
     return None
@@ -188,7 +191,7 @@ def example(
         time_ids(pixels, [(0, 0)] * rows, pixels),
     )
     x = torch.randn(rows, config.in_channels, h, w, generator=draw)
-    return x, torch.linspace(999, 1, rows), condition.to(unet.device, unet.dtype)
+    return x, torch.linspace(999, 1, rows), condition.to(*device_and_dtype(unet))
 
 
 def _key(unet: UNet2DConditionModel, among: Iterable[str]) -> dict[str, object]:

@@ -4,8 +4,9 @@ They are applied in this order, from outside the model, after every LoRA was mer
 projections cannot take one, and a compiled or captured model must not change.
 
 Compiling takes a minute or two the first time, so it is never done unasked, and its results are
-kept in the cache folder. Each is for one shape: batches have one of a few fixed sizes (`ROWS`),
-and `koala.serving.warmup.warm_up` runs each of them once.
+kept in the cache folder. Each is for one shape: batches have one of a few fixed sizes
+(`koala.generation.runtime.fixed_batches`), and `koala.serving.warmup.warm_up` runs each of them
+once.
 """
 
 import os
@@ -13,20 +14,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from koala.errors import UserError
-from koala.generation.decode import Decode
 from koala.generation.denoise import Condition, Predict
 from koala.utils.asset_packages import cache_folder
+from koala.utils.deferred import mark
+from koala.utils.networks import Attention, BasicTransformerBlock, ResnetBlock2D
 
 _MOST_GRAPHS = 256  # compiled variants of one kind of block: its shapes times the batch sizes
 _WARM_UP = 3  # runs before a capture, in which libraries choose kernels and allocate
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # fixed batch sizes: at most a third is padding
 
 
 # --- fused projections ----------------------------------------------------------------------
@@ -120,6 +118,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     shape. Results are kept under $KOALA_CACHE, or in $TORCHINDUCTOR_CACHE_DIR if that is set.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder().parent / "inductor"))
+    mark()
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 4 * _MOST_GRAPHS
     kinds = (BasicTransformerBlock, ResnetBlock2D)
@@ -177,38 +176,3 @@ class _Graph:
             own.copy_(given, non_blocking=True)
         self.graph.replay()
         return self.output.clone()
-
-
-# --- fixed batches --------------------------------------------------------------------------
-
-
-def in_fixed_batches(predict: Predict, sizes: Sequence[int] = ROWS) -> Predict:
-    """`predict` for any number of rows, which calls it with batches of the given sizes only.
-
-    It takes the smallest size that holds the rows, padded with copies of the last row; more rows
-    than the largest size are split. So requests that join and leave cause no new shape.
-    """
-    largest = max(sizes)
-
-    def predict_all(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        parts = (condition.text, condition.pooled, condition.time_ids)
-        batches = zip(*(tensor.split(largest) for tensor in (x, timesteps, *parts)), strict=True)
-        return torch.cat([one_batch(*batch) for batch in batches])
-
-    def one_batch(*given: Tensor) -> Tensor:
-        rows = len(given[0])
-        more = min(size for size in sizes if size >= rows) - rows
-        x, timesteps, *parts = (_padded(tensor, more) for tensor in given)
-        return predict(x, timesteps, Condition(*parts))[:rows]
-
-    return predict_all
-
-
-def _padded(tensor: Tensor, more: int) -> Tensor:
-    """The tensor with `more` copies of its last row appended."""
-    return torch.cat([tensor, tensor[-1:].expand(more, *tensor.shape[1:])]) if more else tensor
-
-
-def one_by_one(decode: Decode) -> Decode:
-    """`decode`, one image at a time."""
-    return lambda latents: torch.cat([decode(latent) for latent in latents.split(1)])

@@ -12,7 +12,6 @@ approximations, whose cost `python -m benchmarks.fidelity` measures.
 import hashlib
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,21 +22,19 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from koala.architectures.config import pooled_width
 from koala.errors import UserError
-from koala.generation.decode import Decode, finished, vae_latents
+from koala.generation.decode import vae_latents
 from koala.generation.denoise import Condition, Predict
-from koala.utils.asset_packages import cache_folder
+from koala.generation.pixels import Decode, finished
+from koala.generation.runtime.compiled import Compiled, openvino_folder
+from koala.utils.digest import digest
 from koala.utils.extras import require
-
-# OpenVINO and NNCF report their use through this package, if it can be imported.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not there
+from koala.utils.networks import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 
 PRECISIONS = ("fp32", "bf16", "int8")
-CACHE_BYTES = 16 << 30  # of all models in the cache folder
 _EXAMPLE = 10  # latent side of the example: one that U-Nets round up, so that every size works
 
 # (x, timesteps, condition), the arguments of a `Predict`.
@@ -63,11 +60,7 @@ def predictor(
     activations with NNCF by `samples` of the U-Net's inputs (`recorded` collects them). UserError
     for a missing package, or a LoRA beside the weights: it must be merged.
     """
-    _check(precision, samples)
-    refuse_hooks(unet)
-    if not isinstance(samples, Calibration):
-        samples = Calibration(_hash(_flat(samples)), partial(list, samples))
-    engine = _Engine(_FlatUNet(unet), _unet_example(unet), precision, samples)
+    engine = unet_engine(unet, precision, samples)
 
     def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         return engine(x, timesteps, condition.text, condition.pooled, condition.time_ids)
@@ -75,18 +68,36 @@ def predictor(
     return predict
 
 
+def unet_engine(
+    unet: UNet2DConditionModel,
+    precision: str,
+    samples: Sequence[UNetInputs] | Calibration = (),
+) -> "Engine":
+    """What `predictor` runs; UserError as there."""
+    _check(precision, samples)
+    refuse_hooks(unet)
+    if not isinstance(samples, Calibration):
+        samples = Calibration(_hash(_flat(samples)), partial(list, samples))
+    return Engine(_FlatUNet(unet), _unet_example(unet), precision, samples)
+
+
 def decoder(vae: AutoencoderKL, precision: str = "fp32") -> Decode:
     """The VAE's decoder run by OpenVINO, all images at once; in "fp32" or "bf16"."""
+    engine = decoder_engine(vae, precision)
+
+    def decode(latents: Tensor) -> Tensor:
+        return finished(engine(vae_latents(vae, latents)), latents)
+
+    return decode
+
+
+def decoder_engine(vae: AutoencoderKL, precision: str) -> "Engine":
+    """What `decoder` runs."""
     if precision == "int8":
         raise UserError("precision 'int8' is for the U-Net: the VAE takes fp32 or bf16")
     _check(precision, ())
     example = torch.zeros(1, vae.config.latent_channels, _EXAMPLE, _EXAMPLE)
-    engine = _Engine(_FlatDecoder(vae), (example,), precision)
-
-    def decode(latents: Tensor) -> Tensor:
-        return finished(engine(vae_latents(vae, latents)), latents, torch.float32)
-
-    return decode
+    return Engine(_FlatDecoder(vae), (example,), precision)
 
 
 def recorded(predict: Predict, into: list[UNetInputs]) -> Predict:
@@ -110,7 +121,7 @@ class _FlatUNet(nn.Module):
         self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
-        x, text, pooled, ids = (tensor.to(self.unet.dtype) for tensor in (x, text, pooled, ids))
+        x, text, pooled = (tensor.to(self.unet.dtype) for tensor in (x, text, pooled))
         added = {"text_embeds": pooled, "time_ids": ids}
         return self.unet(x, t, text, added_cond_kwargs=added, return_dict=False)[0].float()
 
@@ -124,7 +135,7 @@ class _FlatDecoder(nn.Module):
         return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
 
 
-class _Engine:
+class Engine:
     """One module in one precision, compiled for each shape of its inputs."""
 
     def __init__(
@@ -136,60 +147,48 @@ class _Engine:
     ) -> None:
         import openvino
 
-        self.ov, self.core = openvino, openvino.Core()
+        self.ov = openvino
         self.module, self.example = module, example
         self.precision, self.samples = precision, samples
-        if precision == "bf16" and "BF16" not in self.core.get_property(
+        if precision == "bf16" and "BF16" not in openvino.Core().get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
             raise UserError("precision 'bf16': this CPU has no bfloat16; choose fp32 or int8")
-        self.options = {
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-            # A pinned thread waits for whatever else runs on its core.
-            "ENABLE_CPU_PINNING": False,
-        }
-        # OpenVINO's cache does not tell options apart: a model compiled for bf16 would be found for
-        # fp32. So every set of options has a folder of its own.
-        self.options["CACHE_DIR"] = str(_folder() / digest([self.options]))
         # By the weights' values, so that a merged LoRA makes another model.
         kind = f"int8 {samples.name}" if precision == "int8" and samples else "float"
         self.key = _fingerprint(module, kind)
-        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Tensor:
         arrays = [tensor.detach().float().cpu().contiguous().numpy() for tensor in inputs]
-        shapes = tuple(array.shape for array in arrays)
-        if shapes not in self._requests:
-            self._requests[shapes] = self._compiled(shapes).create_infer_request()
-        answer = self._requests[shapes].infer(arrays, share_inputs=True)
-        return torch.from_numpy(answer[0])
-
-    def _compiled(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
-        """The model for these shapes; OpenVINO keeps it in the cache folder."""
-        model = self._converted.clone()
-        model.reshape(dict(enumerate(shapes)))
-        compiled = self.core.compile_model(model, "CPU", self.options)
-        trim(_folder(), CACHE_BYTES)
-        return compiled
+        return torch.from_numpy(self._compiled(*arrays)[0])
 
     @cached_property
-    def _converted(self) -> Any:
+    def _compiled(self) -> Compiled:
+        return Compiled(self.file, self.precision == "bf16", torch.get_num_threads())
+
+    @cached_property
+    def file(self) -> Path:
         """The module as an OpenVINO model, quantised if asked for; kept on disk."""
-        file = _folder() / f"{digest([self.key, self.ov.__version__])}.xml"
+        file = openvino_folder() / f"{digest([self.key, self.ov.__version__])}.xml"
         if not (file.is_file() and file.with_suffix(".bin").is_file()):
             model = convert(self.module, self.example)
             if self.precision == "int8" and self.samples is not None:
                 model = _quantised(model, _flat(self.samples.made()))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f"part-{os.getpid()}-{file.name}")
-            self.ov.save_model(model, part, compress_to_fp16=False)
-            os.replace(part.with_suffix(".bin"), file.with_suffix(".bin"))
-            os.replace(part, file)  # last: if it exists, both do
-        return self.core.read_model(file)
+            save_model(model, file)
+        return file
+
+
+def save_model(model: Any, file: Path) -> None:
+    """Writes the model's xml and bin, whole or not at all."""
+    import openvino
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"part-{os.getpid()}-{file.name}")
+    openvino.save_model(model, part, compress_to_fp16=False)
+    os.replace(part.with_suffix(".bin"), file.with_suffix(".bin"))
+    os.replace(part, file)  # last: if it exists, both do
 
 
 def convert(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
@@ -271,22 +270,3 @@ def _flat(samples: Iterable[UNetInputs]) -> list[tuple[Tensor, ...]]:
 def settings_of(model: ConfigMixin) -> dict[str, Any]:
     """A model's configuration without private keys, such as the folder it was read from."""
     return {key: value for key, value in model.config.items() if not key.startswith("_")}
-
-
-def digest(values: Sequence[Any]) -> str:
-    """A file name for these values: a hash of their JSON, or of their str if they have none."""
-    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:32]
-
-
-def _folder() -> Path:
-    return cache_folder().parent / "openvino"
-
-
-def trim(folder: Path, limit: int) -> None:
-    """Deletes the oldest files, also in subfolders, until the rest takes at most `limit` bytes."""
-    files = [file for file in folder.rglob("[0-9a-f]*") if file.is_file()]
-    total = 0
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        total += file.stat().st_size
-        if total > limit:
-            file.unlink()

@@ -18,6 +18,7 @@ from PIL import Image
 
 from koala import __version__
 from koala.generation import Settings, validation
+from koala.generation.image_files import as_grey
 from koala.generation.png import parameters
 from koala.serving.api.a1111_fields import (
     A1111Request,
@@ -126,13 +127,13 @@ async def img2img(body: Img2ImgRequest, request: Request) -> dict[str, Any]:
 def _as_asked(spec: ImageRequest, body: Img2ImgRequest, most_pixels: int) -> ImageRequest:
     """The request with its image and mask framed and inverted as the fields say. UserError."""
     mode = body.resize_mode or 0
-    size = validation.size(spec.size) if mode and spec.size else None
+    size = validation.size(spec.size, 1) if mode and spec.size else None
     changed: dict[str, bytes] = {}
     if size is not None:
         assert spec.image is not None
         changed["image"] = _png(framed(open_upload(spec.image, most_pixels), size, mode))
     if spec.mask is not None and (size is not None or body.inpainting_mask_invert):
-        mask = open_upload(spec.mask, most_pixels, "mask").convert("L")
+        mask = as_grey(open_upload(spec.mask, most_pixels, "mask"))
         mask = inverted(mask) if body.inpainting_mask_invert else mask
         changed["mask"] = _png(mask if size is None else framed(mask, size, mode))
     return replace(spec, **changed)  # type: ignore[arg-type]

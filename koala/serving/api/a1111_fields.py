@@ -3,7 +3,6 @@
 What it has and this server lacks is in `a1111_accepted`.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from PIL import Image, ImageFilter, ImageOps
 from pydantic import BaseModel, ConfigDict
 
 from koala.generation import samplers
-from koala.generation.validation import lora_scale
+from koala.generation.image_files import as_grey
 from koala.serving.api import a1111_accepted as accepted
 from koala.serving.api.a1111_second_pass import SecondPass
 from koala.serving.errors import ApiError
@@ -27,8 +26,6 @@ ALIASES = {
     "ddim": (),
     "lcm": ("k_lcm",),
 }
-_LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?>")
-_OTHER = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 
 
 class A1111Request(BaseModel):
@@ -93,7 +90,6 @@ class A1111Request(BaseModel):
 
     def to_image_request(self, client: str) -> ImageRequest:
         """Converts the fields. Defaults are those of `koala generate`. ApiError."""
-        prompt, loras = with_loras(self.prompt)
         if (self.width is None) != (self.height is None):
             raise ApiError(400, "give width and height, or neither", "invalid_value", "width")
         seed = None if self.seed is None or self.seed == -1 else self.seed
@@ -102,13 +98,12 @@ class A1111Request(BaseModel):
                 raise ApiError(400, f"{name} is {value}: at least 1", "invalid_value", name)
         optional: dict[str, Any] = {"steps": self.steps, "guidance": self.cfg_scale}
         return ImageRequest(
-            prompt,
+            self.prompt,
             negative_prompt=self.negative_prompt or "",
             scheduler=self.sampler(),
             size=None if self.width is None else f"{self.width}x{self.height}",
             number=self.batch_size * self.n_iter,
             seed=seed,
-            loras=loras,
             client=client,
             **{name: value for name, value in optional.items() if value is not None},
         )
@@ -134,6 +129,7 @@ class Img2ImgRequest(A1111Request):
 
     init_images: list[str]
     mask: str | None = None
+    mask_blur: int | None = None
     denoising_strength: float | None = None
     inpainting_mask_invert: bool | None = None
     include_init_images: bool | None = None
@@ -157,31 +153,13 @@ class Img2ImgRequest(A1111Request):
             "image": decode_base64(self.init_images[0], "init_images"),
             "mask": None if not self.mask else decode_base64(self.mask, "mask"),
             "strength": self.denoising_strength,
+            "mask_blur": self.mask_blur if self.mask else None,  # belongs to the mask
         }
 
 
-def with_loras(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """Splits <lora:NAME:SCALE> off a prompt. ApiError for other kinds and bad scales."""
-    loras = []
-    for name, scale in _LORA.findall(prompt):
-        try:
-            loras.append((name, lora_scale(float(scale or 1))))
-        except ValueError:
-            raise ApiError(
-                400, f"<lora:{name}:{scale}>: the scale is not a number", "invalid_value", "prompt"
-            ) from None
-    left = _LORA.sub("", prompt)
-    if other := _OTHER.search(left):
-        raise ApiError(
-            400, f"{other[0]} is not supported: use <lora:NAME:SCALE>", "invalid_value",
-            "prompt",
-        )  # fmt: skip
-    return (left.strip() if loras else prompt), tuple(loras)
-
-
 def inverted(mask: Image.Image) -> Image.Image:
-    """The mask with black and white swapped."""
-    return ImageOps.invert(mask.convert("L"))
+    """The mask with what is repainted and what is kept swapped."""
+    return ImageOps.invert(as_grey(mask))
 
 
 def framed(image: Image.Image, size: tuple[int, int], mode: int) -> Image.Image:

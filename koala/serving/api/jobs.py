@@ -45,12 +45,17 @@ class JobRequest(BaseModel):
     steps: int | None = None
     guidance: float | None = None
     guidance_until: float | None = None
+    guidance_rescale: float | None = None
     scheduler: str | None = None
     seed: int | None = None
     image: Annotated[str, Field(description="base64 or a data: URL")] | None = None
-    mask: Annotated[str, Field(description="base64 or a data: URL; white is repainted")] | None = (
-        None
-    )
+    mask: (
+        Annotated[
+            str, Field(description="base64 or a data: URL; light or transparent is repainted")
+        ]
+        | None
+    ) = None
+    mask_blur: int | None = None
     strength: float | None = None
     lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
     fit: bool | None = None

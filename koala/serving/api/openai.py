@@ -95,7 +95,9 @@ async def edits(request: Request) -> Response:
     service: Service = request.app.state.service
     fields, files = await _form(request)
     body = EditRequest.model_validate(fields, strict=False)
-    spec = replace(_spec(request, body), image=_image(files), strength=body.strength)
+    spec = replace(
+        _spec(request, body), image=_image(files), strength=body.strength, mask_blur=body.mask_blur
+    )
     if "mask" in files:
         most = service.limits.upload_pixels
         decoder: Decoder = request.app.state.decoder

@@ -2,7 +2,8 @@
 
 `style`, `moderation`, `user`, `safety_identifier` and `input_fidelity` are checked and have no
 effect, and so has `quality` unless the server maps it to steps. Our own additional fields are seed,
-steps, guidance, guidance_until, negative_prompt, scheduler, fit, strength and lora.
+steps, guidance, guidance_until, guidance_rescale, negative_prompt, scheduler, fit, strength,
+mask_blur and lora.
 """
 
 from collections.abc import Mapping
@@ -62,6 +63,7 @@ class GenerationRequest(BaseModel):
     steps: Whole | None = None
     guidance: float | None = None
     guidance_until: float | None = None
+    guidance_rescale: float | None = None
     negative_prompt: str | None = None
     scheduler: str | None = None
     fit: bool | None = None
@@ -127,6 +129,7 @@ class GenerationRequest(BaseModel):
         optional: dict[str, Any] = {
             "negative_prompt": self.negative_prompt, "steps": self.steps,
             "guidance": self.guidance, "guidance_until": self.guidance_until,
+            "guidance_rescale": self.guidance_rescale,
             "scheduler": self.scheduler, "fit": self.fit, "number": self.n, "seed": self.seed,
             "size": None if self.size == "auto" else self.size,
         }  # fmt: skip
@@ -141,6 +144,7 @@ class EditRequest(GenerationRequest):
     """The fields of an edit, without its files."""
 
     strength: float | None = None
+    mask_blur: int | None = None
     input_fidelity: Literal["high", "low"] | None = None
 
 

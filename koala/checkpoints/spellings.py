@@ -1,0 +1,92 @@
+"""Other writers' names for the tensors of a single file, told as SDXL's original names.
+
+Programs disagree on the prefixes of text encoders and VAE, and on whether the parts keep the names
+of Stability's code or have transformers' and diffusers'. Eight-bit files carry a scale beside each
+weight. After `canonical` every component has its prefix of `ldm_keys.PREFIXES`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Mapping
+
+from koala.checkpoints.ldm_keys import PREFIXES
+from koala.checkpoints.tensors import FP8, Stored, read
+from koala.errors import UserError
+
+_PREFIXES = (  # other writers', the longer of two that fit first
+    ("text_encoders.clip_l.transformer.", "text_encoder"),
+    ("text_encoders.clip_l.", "text_encoder"),
+    ("clip_l.transformer.", "text_encoder"),
+    ("text_encoder.", "text_encoder"),
+    ("conditioner.embedders.1.transformer.", "text_encoder_2"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2"),
+    ("text_encoders.clip_g.model.", "text_encoder_2"),
+    ("text_encoders.clip_g.", "text_encoder_2"),
+    ("clip_g.transformer.", "text_encoder_2"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("vae.", "vae"),
+)
+_SCALES = (".scale_weight", ".weight_scale")  # a number beside X.weight, in X
+_OF_SCALING = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")  # not needed to read it
+_SCALED = "scaled_fp8"  # an empty tensor
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ATTENTION = re.compile(
+    r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn|to_[qkv]|to_out\.0)\.(.*)"
+)
+
+
+def canonical(header: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors of a file by SDXL's original prefixes, fp8 ones with their scales.
+
+    Raises `UserError` if two tensors have one name then, or a scale is not a single number.
+    """
+    named: dict[str, Stored] = {}
+    for name, stored in header.items():
+        if name == _SCALED or name.endswith(_OF_SCALING):
+            continue
+        own = _canonical(name)
+        if own in named:
+            raise UserError(f"{stored.file} holds {own} twice, under two names")
+        named[own] = stored
+    for name, scale in header.items():
+        if ending := next((end for end in _SCALES if name.endswith(end)), None):
+            weight = _canonical(name.removesuffix(ending) + ".weight")
+            if weight in named and named[weight].dtype in FP8:
+                named[weight] = named[weight]._replace(scale=_number(name, scale))
+    return named
+
+
+def _canonical(name: str) -> str:
+    for prefix, component in _PREFIXES:
+        if name.startswith(prefix):
+            return PREFIXES[component] + name.removeprefix(prefix)
+    return name
+
+
+def _number(name: str, stored: Stored) -> float:
+    if math.prod(stored.shape) != 1 or stored.dtype != "F32":
+        raise UserError(
+            f"{stored.file}: {name} is {stored.dtype} {list(stored.shape)}, not one F32 number; "
+            "only fp8 with one scale for each weight can be read: take the fp16 file"
+        )
+    value: float = struct.unpack("<f", read(stored))[0]
+    return value
+
+
+def current(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """A component's tensors by diffusers' names of today: attention had others until 2023.
+
+    An attention's weights that were saved as 1x1 convolutions become matrices.
+    """
+    named = {}
+    for name, stored in tensors.items():
+        if found := _ATTENTION.fullmatch(name):
+            path, kind, leaf = found.groups()
+            name = f"{path}.{_OLD_ATTENTION.get(kind, kind)}.{leaf}"
+            if len(stored.shape) == 4 and stored.shape[2:] == (1, 1):
+                stored = stored._replace(shape=stored.shape[:2])
+        named[name] = stored
+    return named

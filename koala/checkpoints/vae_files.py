@@ -1,0 +1,62 @@
+"""Reads a VAE that takes the place of a model's own: from a file, a folder or the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from koala.checkpoints.ldm_keys import PREFIXES
+from koala.checkpoints.pipeline_files import Tensors, check_dtypes, is_obsolete
+from koala.checkpoints.resolve import HUB_ID, hub_folder, single_file_path
+from koala.checkpoints.single_file import component_tensors
+from koala.checkpoints.spellings import canonical
+from koala.checkpoints.tensors import Stored, read_header
+from koala.checkpoints.validate import WEIGHTS, read_component, read_json
+from koala.errors import UserError
+
+_FILES = ("config.json", f"{WEIGHTS['vae']}*.safetensors", "*.index.json")
+
+
+@dataclass(frozen=True)
+class VaeFiles:
+    """A VAE without its weights read: tensors by diffusers' names, and its config if it has one."""
+
+    source: Path
+    tensors: Tensors
+    config: bytes | None
+
+
+def read_vae(vae: str | Path) -> VaeFiles:
+    """The VAE in a .safetensors file (alone or of a whole model), a folder or a Hub id.
+
+    A folder holds its config.json, or is a model's. Raises `UserError` if there is none.
+    """
+    if file := single_file_path(vae):
+        return _of_file(file)
+    folder = Path(vae).expanduser()
+    if not folder.is_dir():
+        if not (isinstance(vae, str) and HUB_ID.fullmatch(vae)):
+            raise UserError(f"--vae {vae} does not exist: give a file, a folder or a Hub id")
+        folder = hub_folder(vae, _FILES)
+    place = folder / "vae" if (folder / "vae").is_dir() else folder
+    if read_json(place / "config.json").get("_class_name") != "AutoencoderKL":
+        raise UserError(f"{place} is no AutoencoderKL, as SDXL's VAE is: choose another --vae")
+    config = (place / "config.json").read_bytes()
+    return _checked(place, read_component(place, "vae"), config)
+
+
+def _of_file(file: Path) -> VaeFiles:
+    header = canonical(read_header(file))
+    prefix = PREFIXES["vae"]
+    own = {n.removeprefix(prefix): s for n, s in header.items() if n.startswith(prefix)}
+    if not own:
+        own = {n: s for n, s in header.items() if not is_obsolete(n)}
+    if "decoder.conv_in.weight" not in own:
+        raise UserError(f"{file} holds no VAE of SDXL's kind: choose another --vae")
+    return _checked(file, own, None)
+
+
+def _checked(source: Path, stored: dict[str, Stored], config: bytes | None) -> VaeFiles:
+    tensors = component_tensors(source, "vae", stored)
+    check_dtypes(source, {"vae": tensors})
+    return VaeFiles(source, tensors, config)

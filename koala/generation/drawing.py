@@ -1,0 +1,254 @@
+"""Drawing with whatever runs the networks: from prompts to images, and a record of each.
+
+Everything here takes NumPy's arrays or PyTorch's. Importing it loads no torch.
+"""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from koala.architectures.time_ids import time_ids
+from koala.errors import UserError
+from koala.generation import image_inputs, samplers
+from koala.generation.denoise import BatchRow, Condition, Inpainting, Predict
+from koala.generation.engine import Engine, Progress
+from koala.generation.noise import Noise
+from koala.generation.pixels import Decode, to_images
+from koala.generation.prompt_editing import by_step
+from koala.generation.prompts import Encoder, PromptEmbedding, encode, padded
+from koala.generation.requests import Known, Loras, Paste, Request, Settings, checked
+from koala.generation.schedule import SPACINGS, Schedule
+from koala.utils.arrays import Array, joined, no_gradients, zeros_like
+
+
+@dataclass(frozen=True)
+class Result:
+    """Images and the settings of each."""
+
+    images: list[Image.Image]
+    settings: list[Settings]
+
+
+class Drawing(ABC):
+    """What every pipeline can do: subclasses have the networks.
+
+    `predict` runs the U-Net, `encode` and `decode` the VAE, `conditioner` the text encoders.
+    """
+
+    name: str
+    conditioner: Encoder
+    scheduler_config: dict[str, Any]
+    zeros_for_empty: bool  # without a negative prompt, not the embedding of ""
+    predict: Predict
+    encode: Callable[[Array], Array]  # images to latents
+    decode: Decode
+    batch_sizes: tuple[int, ...]  # compiled rows; (): any
+    takes_loras: bool  # for single requests
+    _previewer: image_inputs.Previewer | None = None
+
+    @property
+    @abstractmethod
+    def factor(self) -> int:
+        """Pixels per latent position, along a side: 8 in SDXL."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of a latent."""
+
+    @property
+    @abstractmethod
+    def known(self) -> Known:
+        """The facts that decide which images it can draw."""
+
+    @abstractmethod
+    def own(self, array: Array) -> Array:
+        """An array as the networks take it: of their kind, on their device."""
+
+    @abstractmethod
+    def noise(self, seed: int, shape: tuple[int, ...]) -> Noise:
+        """An image's noise."""
+
+    @abstractmethod
+    def use_loras(self, lora: Loras) -> None:
+        """Applies the LoRAs of one request, in place of those applied before."""
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        strict: bool = False,
+        on_step: Callable[[int, int], None] | None = None,
+        **asked: Any,
+    ) -> Result:
+        """Draws `number` images of each prompt, in the order of the prompts.
+
+        asked: keyword arguments of `requests`. strict: every image is bit for bit what it is when
+        drawn alone. on_step: called as on_step(done, total) after each step of each image.
+        UserError for a value that is not allowed.
+        """
+        return self.draw(self.requests(prompt, **asked), strict, on_step)
+
+    def draw(
+        self,
+        requests: Sequence[Request],
+        strict: bool = False,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """The images of requests, in their order, batched as far as possible."""
+        done, total = itertools.count(1), self.steps(requests)
+
+        def count(_: Progress) -> None:
+            if on_step is not None:
+                on_step(next(done), total)
+
+        engine = Engine(self, strict=strict)
+        tickets = [engine.submit(request, count) for request in requests]
+        while engine.turn():
+            pass
+        settings = [request.settings for request in requests]
+        return Result([ticket.result() for ticket in tickets], settings)
+
+    def steps(self, requests: Sequence[Request]) -> int:
+        """The number of steps of all requests together."""
+        return sum(len(self._schedule(request.settings)) for request in requests)
+
+    def requests(
+        self,
+        prompt: str | list[str],
+        *,
+        negative_prompt: str = "",
+        steps: int = 10,
+        guidance: float = 3.5,
+        guidance_until: float = 1.0,
+        guidance_rescale: float = 0.0,
+        scheduler: str = "euler",
+        size: tuple[int, int] | str | None = None,
+        number: int = 1,
+        seed: int | None = None,
+        image: str | Path | Image.Image | None = None,
+        strength: float | None = None,
+        mask: str | Path | Image.Image | None = None,
+        mask_blur: int | None = None,
+        lora: Mapping[str | Path, float] | None = None,
+        lora_dir: Path | None = None,
+    ) -> list[Request]:
+        """One checked request per image: `number` of each prompt, in the order of the prompts.
+
+        prompt: text of any length, with weights (`koala.generation.prompt_syntax`), changes
+            (`koala.generation.prompt_editing`), and LoRAs of `lora_dir` as <lora:NAME:SCALE>.
+        steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass.
+        guidance_until: the share of the steps, from the first, with guidance: above 0, up to 1.
+        guidance_rescale: 0 to 1, how far the contrast that guidance adds is taken back.
+        scheduler: a key of `samplers.SAMPLERS`.
+        size: (width, height) in pixels or "WIDTHxHEIGHT", multiples of 8 from 16 to 4096; by
+            default that of `image`, else the model's own. With an image it may be any size: what
+            is no multiple of 8 is padded, and cut back at the end.
+        seed: image i has seed + i; by default a random seed, which the settings record.
+        image: a file or an image to start from. strength: the share of the steps that is done on
+            it, above 0, up to 1; by default 0.6. mask: an image of the same size, light or
+            transparent where it is to be repainted (`image_files.read_mask`); what is not comes
+            back pixel for pixel. mask_blur: pixels, 0 to 64, inwards from the mask's edge, over
+            which the two blend; by default 4.
+        lora: files and scales, -100 to 100, for these images alone, besides the model's own.
+
+        UserError for a value that is not allowed.
+        """
+        asked = checked(
+            self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
+            guidance_until=guidance_until, guidance_rescale=guidance_rescale, scheduler=scheduler,
+            size=size, number=number, seed=seed, image=image, strength=strength, mask=mask,
+            mask_blur=mask_blur, lora=lora, lora_dir=lora_dir,
+        )  # fmt: skip
+        if any(asked.loras) and not self.takes_loras:
+            raise UserError(
+                "a LoRA for single requests needs a model that plain PyTorch runs: leave it out, "
+                "or load the model without compile, graphs, a memory plan or another backend"
+            )
+        first = asked.settings[0]
+        pixels = places = paste = None
+        if asked.image is not None:
+            image = image_inputs.on_white(asked.image, (first.width, first.height))
+            pixels = self.own(image_inputs.to_pixels(image, self.factor))
+            if asked.mask is not None:
+                places = self.own(asked.mask.places.astype(np.float32)[None, None])
+                paste = Paste(image, asked.mask.blend)
+        return [
+            Request(settings, pixels, places, paste, loras)
+            for settings, loras in zip(asked.settings, asked.loras, strict=True)
+        ]
+
+    # --- what the engine calls -----------------------------------------------------------
+
+    def begin(self, request: Request) -> BatchRow:
+        """A request's row before its first step."""
+        with no_gradients():
+            asked = request.settings
+            schedule = self._schedule(asked)
+            h, w = -(-asked.height // self.factor), -(-asked.width // self.factor)  # rounded up
+            noise = self.noise(asked.seed, (1, self.channels, h, w))
+            sampler = samplers.BY_NAME[asked.sampler](schedule, noise)
+            first = noise.draw()
+            x, kept = sampler.start(first), None
+            if request.image is not None:
+                latents = self.own(self.encode(request.image))
+                # As in diffusers: with a mask and full strength, it starts from pure noise.
+                if request.mask is None or asked.strength < 1:
+                    x = latents + sampler.sigmas[0] * first
+                if request.mask is not None:
+                    kept = Inpainting(latents, self.own(request.mask), first)
+            (condition, unconditional), *later = self._conditions(asked, len(schedule))
+            guided = math.ceil(asked.guidance_until * len(schedule))
+            return BatchRow(
+                sampler, x, condition, unconditional, asked.guidance, guided,
+                asked.guidance_rescale, kept, size=(asked.width, asked.height),
+                paste=request.paste, later=later,
+            )  # fmt: skip
+
+    def finish(self, rows: Sequence[BatchRow]) -> list[Image.Image]:
+        """The images of rows of one shape that have taken their last step."""
+        with no_gradients():
+            drawn = to_images(self.decode(joined([row.x for row in rows])))
+            return [row.cut(image) for row, image in zip(rows, drawn, strict=True)]
+
+    def preview(self, row: BatchRow) -> Image.Image:
+        """A rough image of a row's last step: RGB, one pixel per latent position."""
+        with no_gradients():
+            if self._previewer is None:
+                self._previewer = image_inputs.Previewer(self.decode, self.channels, row.x)
+            return self._previewer(row.x if row.denoised is None else row.denoised)
+
+    def _schedule(self, asked: Settings) -> Schedule:
+        return SPACINGS[asked.schedule](self.scheduler_config, asked.steps).last(asked.strength)
+
+    def _conditions(self, asked: Settings, steps: int) -> list[tuple[Condition, Condition | None]]:
+        """For each step: the conditions with the prompt and, if there is guidance, without it."""
+        prompts = by_step(asked.prompt, steps)
+        zeros = not asked.negative_prompt and self.zeros_for_empty
+        negatives = by_step(asked.negative_prompt, steps) if asked.guidance > 1 else []
+        texts = {*prompts} if zeros else {*prompts, *negatives}
+        found = {text: encode(self.conditioner, text) for text in texts}
+        longest = max(one.text.shape[1] for one in found.values())
+        conditions = {
+            text: self._condition(padded(self.conditioner, one, longest), asked)
+            for text, one in found.items()
+        }
+        if not negatives:
+            return [(conditions[prompt], None) for prompt in prompts]
+        if zeros:
+            empty = conditions[prompts[0]]
+            empty = replace(empty, text=zeros_like(empty.text), pooled=zeros_like(empty.pooled))
+            return [(conditions[prompt], empty) for prompt in prompts]
+        return [(conditions[p], conditions[n]) for p, n in zip(prompts, negatives, strict=True)]
+
+    def _condition(self, encoded: PromptEmbedding, asked: Settings) -> Condition:
+        pair = (asked.height, asked.width)
+        parts = (encoded.text, encoded.pooled, time_ids([pair], [(0, 0)], [pair]))
+        return Condition(*(self.own(part) for part in parts))

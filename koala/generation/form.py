@@ -1,0 +1,126 @@
+"""The OpenVINO form of a model: a folder that draws without PyTorch. Importing this loads no torch.
+
+    form.json            what the model is (`Form`)
+    unet.xml, .bin       and so on for decoder, text_encoder, text_encoder_2
+    tokenizer.json       and tokenizer_2.json, for the package tokenizers
+
+`koala convert MODEL --to openvino` writes one. A model that was drawn with OpenVINO once has one in
+the cache, under a name made of its files' sizes and times: other weights never draw from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from koala.checkpoints.validate import CONFIGS, read_json
+from koala.errors import UserError
+from koala.utils.asset_packages import cache_folder
+from koala.utils.atomic import check_new, new_file
+from koala.utils.digest import digest
+from koala.utils.extras import require
+
+FORM = "form.json"
+NETWORKS = ("unet", "decoder", "text_encoder", "text_encoder_2")
+LAYOUT = 1  # of the folder; another number is another layout
+BACKENDS = ("openvino", "openvino-bf16")  # that have a form
+OF_DTYPE = {None: "openvino", "fp32": "openvino", "bf16": "openvino-bf16"}
+REMEMBERED = ("auto", "remembered")  # what an earlier drawing found serves them
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a form's networks do not say themselves."""
+
+    layout: int
+    name: str
+    backend: str  # of BACKENDS
+    native: int  # pixels of a side
+    channels: int  # of a latent
+    factor: int  # pixels per latent position, along a side
+    tokens: int  # that the text encoders read at a time
+    special: tuple[tuple[int, int, int], ...]  # of each tokenizer: start, end, padding
+    widths: tuple[int, int]  # of the text encoders' embeddings
+    latent_factor: float  # VAE latents = U-Net latents / latent_factor * latent_std + latent_mean
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    scheduler: dict[str, Any]
+    zeros_for_empty: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> Form:
+        """UserError for a folder that is not whole, or of another layout."""
+        values = read_json(folder / FORM)
+        names = {field.name for field in fields(cls)}
+        if values.get("layout") != LAYOUT or {*values} != names:
+            raise UserError(
+                f"{folder / FORM} is of another version of koala: write it again with koala "
+                "convert MODEL --to openvino"
+            )
+        needed = [f"{name}.{ending}" for name in NETWORKS for ending in ("xml", "bin")]
+        needed += ["tokenizer.json", "tokenizer_2.json"]
+        for file in needed:
+            if not (folder / file).is_file():
+                raise UserError(f"{folder} lacks {file}: write it again, or copy all of it")
+        values["special"] = tuple(tuple(three) for three in values["special"])
+        for name in ("widths", "latent_mean", "latent_std"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+    def write(self, folder: Path) -> None:
+        (folder / FORM).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def check_export(out: Path, dtype: str | None) -> None:
+    """Before a model is read: UserError unless its form can be written to `out`."""
+    if dtype not in OF_DTYPE:
+        raise UserError(f"dtype {dtype!r}: an OpenVINO form is in fp32 or bf16")
+    require("an OpenVINO form", "openvino", "openvino")
+    check_new(out)
+
+
+def is_form(model: str | Path) -> bool:
+    """Whether a model's name is the folder of a form."""
+    return (Path(model).expanduser() / FORM).is_file()
+
+
+def place_of(folder: Path, backend: str) -> Path:
+    """Where the cache keeps the form of a model folder, or would."""
+    return cache_folder().parent / "forms" / digest([*_key(folder), backend])
+
+
+def found(folder: Path, backend: str) -> Path | None:
+    """The form in the cache that a backend draws a model folder from; None if there is none."""
+    if backend in REMEMBERED:
+        file = _choice(folder)
+        backend = file.read_text().strip() if file.is_file() else ""
+    place = place_of(folder, backend)
+    return place if backend in BACKENDS and is_form(place) else None
+
+
+def remember(folder: Path, backend: str) -> None:
+    """Keeps which backend a measurement has chosen for a model folder."""
+    with new_file(_choice(folder)) as part:
+        part.write_text(backend + "\n")
+
+
+def _choice(folder: Path) -> Path:
+    return place_of(folder, "chosen").with_suffix(".txt")
+
+
+def _key(folder: Path) -> list[Any]:
+    """All that a form depends on."""
+    parts = [folder / "model_index.json", *(folder / part for part in sorted(CONFIGS))]
+    files = [file for part in parts for file in ([part] if part.is_file() else part.rglob("*"))]
+    states = [(file, file.stat()) for file in sorted(files) if file.is_file()]
+    try:
+        openvino = version("openvino")
+    except PackageNotFoundError:
+        openvino = ""
+    return [
+        LAYOUT, openvino, str(folder.resolve()),
+        [(str(file.relative_to(folder)), s.st_size, s.st_mtime_ns) for file, s in states],
+    ]  # fmt: skip

@@ -1,0 +1,133 @@
+"""A pipeline without PyTorch, which OpenVINO runs. Importing this loads no torch."""
+
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from koala.errors import UserError
+from koala.generation.denoise import Condition
+from koala.generation.drawing import Drawing
+from koala.generation.form import Form
+from koala.generation.noise import NumpyNoise
+from koala.generation.pixels import finished
+from koala.generation.requests import Known, Loras
+from koala.generation.runtime.compiled import Compiled
+from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_by_one
+from koala.utils.arrays import Array
+from koala.utils.extras import require
+
+CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
+
+
+class LightPipeline(Drawing):
+    """The form in a folder (`koala.generation.form`), ready to draw.
+
+    It draws what `koala.generation.pipeline.Pipeline` draws with the same backend, within 1e-4.
+    It has no LoRAs and starts from no images: both need PyTorch. UserError for a folder that is not
+    whole, and where OpenVINO is missing.
+    """
+
+    plan = None
+    takes_loras = False
+    batch_sizes = ROWS
+
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        require("drawing without PyTorch", "openvino", "openvino", "tokenizers")
+        self.form = form = Form.read(folder)
+        self.name = name or form.name
+        self.scheduler_config, self.zeros_for_empty = form.scheduler, form.zeros_for_empty
+        half = form.backend == "openvino-bf16"
+        self.conditioner = LightConditioner(folder, form)
+        unet = Compiled(folder / "unet.xml", half)
+        decoder = Compiled(folder / "decoder.xml", half)
+        mean, std = (
+            np.array(values, np.float32).reshape(1, -1, 1, 1)
+            for values in (form.latent_mean, form.latent_std)
+        )
+
+        def predict(x: Array, timesteps: Array, condition: Condition) -> Array:
+            given = (x, timesteps, condition.text, condition.pooled, condition.time_ids)
+            return unet(*(np.ascontiguousarray(part, np.float32) for part in given))[0]
+
+        def decode(latents: Array) -> Array:
+            (pixels,) = decoder((latents / form.latent_factor * std + mean).astype(np.float32))
+            return finished(pixels, latents)
+
+        self.predict = in_fixed_batches(predict)
+        self.decode = one_by_one(decode)
+
+    def encode(self, pixels: Array) -> Array:
+        raise UserError(
+            f"{self.name} runs without PyTorch, which starting from an image needs: load the "
+            "model itself with backend 'torch'"
+        )
+
+    @property
+    def factor(self) -> int:
+        return self.form.factor
+
+    @property
+    def channels(self) -> int:
+        return self.form.channels
+
+    @property
+    def known(self) -> Known:
+        return Known(self.name, self.form.native, self.form.scheduler, base=None)
+
+    def own(self, array: Array) -> np.ndarray:
+        return np.asarray(array, np.float32)
+
+    def noise(self, seed: int, shape: tuple[int, ...]) -> NumpyNoise:
+        return NumpyNoise(seed, shape)
+
+    def use_loras(self, lora: Loras) -> None:
+        assert not lora  # `requests` refuses them
+
+
+class LightConditioner:
+    """Both text encoders; in float32 also where the U-Net is run in bfloat16."""
+
+    def __init__(self, folder: Path, form: Form) -> None:
+        self.tokens, self.widths = form.tokens, form.widths
+        self.readers = (Reader(folder / "tokenizer.json"), Reader(folder / "tokenizer_2.json"))
+        self._special = form.special
+        self._encoders = [Compiled(folder / f"text_encoder{n}.xml") for n in ("", "_2")]
+        self.encode_ids = lru_cache(CACHED_CHUNKS)(self._encode)
+
+    def _encode(
+        self, ids: tuple[tuple[int, ...], tuple[int, ...]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        outputs = []
+        for encoder, own, (start, end, padding) in zip(
+            self._encoders, ids, self._special, strict=True
+        ):
+            row = [start, *own, end]
+            row += [padding] * (self.tokens - len(row))
+            outputs.append(encoder(np.array([row], np.int64)))
+        (first,), (second, pooled) = outputs
+        return np.concatenate([first[0], second[0]], axis=-1), pooled[0]
+
+
+class Reader:
+    """Text to tokens, by the package tokenizers."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self._file))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def ids(self, text: str) -> list[int]:
+        found: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return found
+
+    def names(self, ids: Any) -> list[str]:
+        return [self._tokenizer.id_to_token(one) for one in ids]

@@ -1,0 +1,108 @@
+"""The classes of diffusers and transformers that a model is made of, imported without the rest.
+
+Import them from here: then a drawing loads no compiler, no peft, no scipy and no other models.
+What is deferred here are modules that those classes never call while they draw; a version of a
+library that asks for other names runs them at once, which is slower and else the same.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from koala.utils.deferred import (
+    Deferral,
+    called_later,
+    class_later,
+    deferred,
+    marked_later,
+    wrapped_later,
+)
+
+_PEFT: dict[str, Deferral] = {
+    "peft": {},
+    "peft.tuners": {},
+    "peft.tuners.tuners_utils": {"BaseTunerLayer": class_later},
+}
+_REST: dict[str, Deferral] = {
+    **_PEFT,
+    "diffusers.hooks": None,
+    "diffusers.hooks.group_offloading": {
+        "_maybe_remove_and_reapply_group_offloading": called_later,
+        "_get_group_onload_device": called_later,
+    },
+    "diffusers.models.autoencoders": None,
+    "diffusers.models.transformers": None,
+    "diffusers.models.unets": None,
+    "scipy.integrate": {},
+    "scipy.optimize": {"linear_sum_assignment": called_later},
+    "scipy.stats": {},
+    "torch._dynamo": {
+        "allow_in_graph": marked_later,
+        "assume_constant_result": marked_later,
+        "disable": wrapped_later,
+    },
+    "torch._dynamo._trace_wrapped_higher_order_op": {"TransformGetItemToIndex": class_later},
+    "torch.distributed._composable.fsdp": {"fully_shard": called_later},
+    "torch.distributed.checkpoint": {},
+    "torch.distributed.checkpoint.hf_storage": {
+        "HuggingFaceStorageReader": class_later,
+        "HuggingFaceStorageWriter": class_later,
+    },
+    "torch.distributed.fsdp": {
+        "CPUOffloadPolicy": class_later,
+        "MixedPrecisionPolicy": class_later,
+    },
+    "transformers.generation.continuous_batching": {"PagedAttentionCache": class_later},
+    "transformers.generation.continuous_batching.cache": {"PagedAttentionCache": class_later},
+}
+
+with deferred(_REST):
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.models.upsampling import Upsample2D
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import (
+        CLIPEncoderLayer,
+        CLIPTextEmbeddings,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+    )
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+@contextmanager
+def without_peft() -> Iterator[None]:
+    """diffusers' U-Net imports peft at each call, if it is installed: not inside this block.
+
+    Nothing changes for a program that has imported peft.
+    """
+    with nullcontext() if "peft" in sys.modules else deferred(_PEFT):
+        yield
+
+
+__all__ = [
+    "Attention",
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "BasicTransformerBlock",
+    "CLIPEncoderLayer",
+    "CLIPTextConfig",
+    "CLIPTextEmbeddings",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPTokenizer",
+    "ConfigMixin",
+    "Downsample2D",
+    "PreTrainedTokenizerBase",
+    "ResnetBlock2D",
+    "UNet2DConditionModel",
+    "Upsample2D",
+    "without_peft",
+]

@@ -1,0 +1,75 @@
+"""What a drawing imports: only what draws."""
+
+import json
+import subprocess
+import sys
+
+HEAVY = (
+    "torch._dynamo",
+    "torch._inductor",
+    "peft",
+    "scipy.optimize",
+    "scipy.stats",
+    "diffusers.pipelines",
+    "diffusers.models.transformers.transformer_flux",
+    "diffusers.models.unets.unet_3d_condition",
+    "transformers.generation.continuous_batching",
+    "matplotlib",
+    "pyarrow",
+)
+_DRAW = """
+import json, sys
+from koala.cli import main
+status = main(["generate", "a fox", "--steps", "2", "--backend", "torch", "--out", sys.argv[1]])
+print(json.dumps([status, sorted(sys.modules)]))
+"""
+
+
+def python(code, *arguments):
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_drawing_imports_no_compiler_no_peft_and_no_other_models(tmp_path):
+    status, modules = python(_DRAW, str(tmp_path / "fox.png"))
+    assert status == 0 and (tmp_path / "fox.png").is_file()
+    assert not {*modules} & {*HEAVY}
+    others = {name.split(".")[2] for name in modules if name.startswith("transformers.models.")}
+    assert others <= {"auto", "clip", "encoder_decoder"}  # configurations alone, but clip
+
+
+_ALL_THERE = """
+import json, sys
+import koala.utils.networks as networks
+from koala.utils.deferred import mark
+import peft, peft.utils, scipy.stats, scipy.optimize, torch
+import torch._dynamo.config, torch.distributed.fsdp._fully_shard
+from diffusers.models.transformers import FluxTransformer2DModel
+from diffusers.hooks import HookRegistry
+import diffusers, transformers
+mark()
+before = networks.BasicTransformerBlock
+compiled = torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.hooks.group_offloading import apply_group_offloading
+lora = peft.get_peft_model(
+    torch.nn.Sequential(torch.nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"])
+)
+from diffusers.loaders import lora_base
+layer = lora.base_model.model[0]
+print(json.dumps([
+    before is BasicTransformerBlock,
+    isinstance(layer, lora_base.BaseTunerLayer),
+    isinstance(lora, lora_base.BaseTunerLayer),
+    networks.UNet2DConditionModel is diffusers.UNet2DConditionModel,
+    networks.CLIPTextModel is transformers.CLIPTextModel,
+    compiled.shape[1],
+    networks.AutoencoderKL is diffusers.AutoencoderKL,
+]))
+"""
+
+
+def test_what_was_deferred_is_all_there_for_others():
+    assert python(_ALL_THERE) == [True, True, False, True, True, 2, True]

@@ -81,7 +81,7 @@ def _named(out: Path, images: int) -> list[Path]:
     return files
 
 
-def read_settings(path: str | Path) -> Settings:
+def read_settings(path: str | Path | IO[bytes]) -> Settings:
     """The settings an image was made with. UserError for a file without them."""
     try:
         with Image.open(path) as image:

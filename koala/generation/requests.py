@@ -62,6 +62,7 @@ class Settings:
     mask: str = ""  # fingerprint of the mask, if any
     mask_blur: int = 0  # pixels over which the repainted part blends into the image
     embeddings: tuple[str, ...] = ()  # textual inversions that the prompts name
+    enlarged: str = ""  # WIDTHxHEIGHT that the image was resized to once drawn, if it was
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 
 import koala
 from koala.architectures.table import FACTOR
@@ -15,7 +15,7 @@ from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import read_json, unet_architecture
 from koala.generation import validation
 from koala.generation.decode import full
-from koala.generation.denoise import evaluate, predictor
+from koala.generation.denoise import Condition, Predict, evaluate, predictor
 from koala.generation.engine import PIXELS_AT_ONCE
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.placement import Placement
@@ -74,9 +74,12 @@ def load(
 
     How PyTorch or OpenVINO runs it, all on one device:
 
-    backend: "torch" (as None), "openvino", "torch-bf16", "openvino-bf16", "openvino-int8";
-        "auto" and "fastest" measure the exact ones, or all, once per machine; "remembered" takes
-        what "auto" has found, else torch (`koala.generation.runtime.backends`).
+    backend: by default $KOALA_BACKEND, else the fastest exact one, if finding out which it is
+        takes no longer than two seconds (`koala.generation.runtime.backends.choose`). "torch",
+        "openvino", "torch-bf16", "openvino-bf16", "openvino-int8"; "auto" and "fastest" measure
+        the exact ones, or all, once per machine; "remembered" takes what was measured. All but
+        "torch" draw with a copy of the U-Net's weights as they are now. While a LoRA is added to
+        the pipeline later, or a request has one, PyTorch draws.
     compile: fuse the U-Net's projections and compile the blocks of U-Net and VAE.
     graphs: replay the U-Net from CUDA graphs. CUDA only.
 
@@ -134,9 +137,11 @@ def load(
     if backend or compile or graphs:
         _merge(pipeline, scales, say)
         set_runtime(pipeline, backend, compile, graphs, say)
-    else:
+    elif scales:  # they can be scaled and removed: PyTorch's, which a default gives way to
         for file, scale in scales.items():
             pipeline.add_lora(file, scale)
+    else:
+        set_runtime(pipeline, say=say)
     return pipeline
 
 
@@ -209,14 +214,27 @@ def set_runtime(
         pipeline.predict, pipeline.batch_sizes = in_fixed_batches(pipeline.predict), ROWS
         return
     samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
-    chosen = choose(pipeline.unet, pipeline.vae, backend or "torch", samples)
+    chosen = choose(pipeline.unet, pipeline.vae, backend, samples)
     if chosen.name != "torch":  # which a pipeline has from the beginning
-        pipeline.predict, pipeline.decode = chosen.predict, chosen.decode
+        pipeline.decode = chosen.decode
+        # Requests may have LoRAs of their own, as under PyTorch.
+        pipeline.predict = pipeline._plain = _giving_way(pipeline, chosen.predict)
     if chosen.name.startswith("openvino"):
         pipeline.batch_sizes = ROWS
-    if backend != "remembered" or chosen.name != "torch":
-        cost = _COST if chosen.name in validation.ROUNDED else ""
+    cost = _COST if chosen.name in validation.ROUNDED else ""
+    if backend not in (None, "remembered") or pipeline.unet.device.type == "cpu":
         say(f"backend {chosen.name} ({chosen.why}){cost}")
+
+
+def _giving_way(pipeline: Pipeline, predict: Predict) -> Predict:
+    """`predict`, and PyTorch while the pipeline has LoRAs that `predict` was not made with."""
+    plain, made_with = predictor(pipeline.unet), len(pipeline.loras)
+
+    def evaluate_unet(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        changed = len(pipeline.loras) != made_with or pipeline._lora_switcher.active
+        return (plain if changed else predict)(x, timesteps, condition)
+
+    return evaluate_unet
 
 
 @torch.inference_mode()

@@ -19,8 +19,10 @@ from toy import toy_pipeline
 from toy_family import toy_mini_base
 from toy_packages import toy_packages
 
-# A cache of the tests' own but for the data packages: which backend this machine's user has had
-# measured must not decide what draws here (OpenVINO and a training in one process: docs/log.md).
+# What draws here must not depend on what is measured: PyTorch, but in tests of the choice.
+os.environ["KOALA_BACKEND"] = "torch"
+
+# A cache of the tests' own but for the data packages.
 cache_folder().mkdir(parents=True, exist_ok=True)
 CACHE = Path(tempfile.mkdtemp(prefix="koala-tests-"))
 (CACHE / "packages").symlink_to(cache_folder())

@@ -120,8 +120,7 @@ def _rows(chosen: Subject, options: BenchmarkOptions, reached: Ceilings) -> Iter
 
 def _ours(pipeline: Pipeline, options: BenchmarkOptions) -> Pipeline:
     pipeline.unet.to(memory_format=torch.channels_last)
-    backend = options.backend or "remembered"
-    set_runtime(pipeline, backend, options.compiled, options.graphs)
+    set_runtime(pipeline, options.backend, options.compiled, options.graphs)
     return pipeline
 
 

@@ -98,8 +98,9 @@ def _arguments(p: Parser) -> None:
     runtime.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     runtime.add_argument(
         "--backend",
-        help=f"{listed(BACKENDS)}. auto times torch and openvino once and remembers the faster; "
-        "fastest also tries those that round; remembered (default) is torch if nothing was timed",
+        help=f"{listed(BACKENDS)}. auto times torch and openvino once and remembers the faster, "
+        "fastest also tries those that round, remembered never times; default: $KOALA_BACKEND, "
+        "else auto for a small model and remembered for others",
     )  # fmt: skip
     runtime.add_argument("--compile", action="store_true", help="use torch.compile, cached on disk")
     runtime.add_argument("--graphs", action="store_true", help="replay steps from CUDA graphs")
@@ -137,7 +138,9 @@ def _run(o: argparse.Namespace) -> None:
     from koala.utils.device import check_device
 
     runtime = {
-        "backend": o.backend or "remembered", "compile": o.compile, "graphs": o.graphs,
+        # With any backend named LoRAs are merged, so that they cost no time per step.
+        "backend": o.backend or ("remembered" if o.lora else None),
+        "compile": o.compile, "graphs": o.graphs,
         "vram": o.vram, "weights": o.weights, "decode": o.decode, "tiny_vae": o.tiny_vae,
     }  # fmt: skip
     validation.runtime(**runtime)

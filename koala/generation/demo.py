@@ -28,7 +28,7 @@ def demo(out: Path, model: str | Path = "koala-mini") -> Path:
     """Draws the eight prompts into the PNG `out`, prints the seconds of each; returns the path."""
     check_writable(out.parent)
     start = time.perf_counter()
-    pipeline = load(model)
+    pipeline = load(model, say=print)
     print(f"loaded {pipeline.name} in {time.perf_counter() - start:.1f} s", flush=True)
     images = []
     for prompt in EIGHT_PROMPTS:

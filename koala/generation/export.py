@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from koala.generation import form
 from koala.generation.form import BACKENDS, LAYOUT, OF_DTYPE, Form, check_export
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime import openvino
+from koala.generation.runtime.backends import Backend
 from koala.utils.atomic import new_folder
 from koala.utils.extras import require
 
@@ -30,6 +32,15 @@ class _FlatEncoder(nn.Module):
         output = self.encoder(ids, output_hidden_states=True)
         hidden = output.hidden_states[-2]
         return (hidden, output.text_embeds) if self.pooled else hidden
+
+
+def _traced(module: nn.Module, example: Tensor) -> Any:
+    """The module as an `openvino.Model` of dynamic shapes."""
+    import openvino
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # one row of tokens is all we ask
+        return openvino.convert_model(module, example_input=(example,))
 
 
 @torch.inference_mode(False)
@@ -56,7 +67,7 @@ def write_form(pipeline: Pipeline, backend: str, out: Path) -> Form:
             openvino.refuse_hooks(encoder)
             example = torch.zeros(1, pipeline.conditioner.tokens, dtype=torch.long)
             flat = _FlatEncoder(encoder, pooled=n == "_2").eval()
-            openvino.save_model(openvino.convert(flat, (example,)), part / f"text_encoder{n}.xml")
+            openvino.save_model(_traced(flat, example), part / f"text_encoder{n}.xml")
         for n, tokenizer in zip(("", "_2"), pipeline.conditioner.tokenizers, strict=True):
             content = tokenizer.backend_tokenizer.to_str()
             (part / f"tokenizer{n}.json").write_text(content, encoding="utf-8")
@@ -65,15 +76,19 @@ def write_form(pipeline: Pipeline, backend: str, out: Path) -> Form:
     return described
 
 
-def keep_form(pipeline: Pipeline, folder: Path, asked: str, chosen: str) -> None:
-    """Writes the form of a pipeline that OpenVINO runs into the cache, for the next start."""
-    if chosen not in form.BACKENDS or pipeline.loras:
-        return
-    place = form.place_of(folder, chosen)
-    if not form.is_form(place):
-        write_form(pipeline, chosen, place)
-    if asked in form.REMEMBERED:
-        form.remember(folder, chosen)
+def keep_form(pipeline: Pipeline, folder: Path, chosen: Backend) -> None:
+    """Keeps in the cache what the next start needs to draw as this pipeline does, without PyTorch.
+
+    That is its form, if OpenVINO runs it, and the verdict, if a measurement chose it.
+    """
+    if pipeline.loras or pipeline.unet.dtype != torch.float32:
+        return  # not the folder's own weights
+    if chosen.name in form.BACKENDS:
+        place = form.place_of(folder, chosen.name)
+        if not form.is_form(place):
+            write_form(pipeline, chosen.name, place)
+    if chosen.by_verdict:
+        form.remember(folder, chosen.name)
 
 
 def _described(pipeline: Pipeline, backend: str) -> Form:

@@ -11,6 +11,7 @@ the cache, under a name made of its files' sizes and times: other weights never 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from koala.checkpoints.validate import CONFIGS, read_json
 from koala.errors import UserError
 from koala.utils.asset_packages import cache_folder
 from koala.utils.atomic import check_new, new_file
+from koala.utils.device import cpu_name
 from koala.utils.digest import digest
 from koala.utils.extras import require
 
@@ -102,13 +104,18 @@ def found(folder: Path, backend: str) -> Path | None:
 
 
 def remember(folder: Path, backend: str) -> None:
-    """Keeps which backend a measurement has chosen for a model folder."""
+    """Keeps which backend a measurement has chosen for a model folder on this machine."""
     with new_file(_choice(folder)) as part:
         part.write_text(backend + "\n")
 
 
 def _choice(folder: Path) -> Path:
-    return place_of(folder, "chosen").with_suffix(".txt")
+    return place_of(folder, json.dumps(["chosen", *_machine()])).with_suffix(".txt")
+
+
+def _machine() -> list[Any]:
+    """What a measurement depends on besides the model, as far as it is known without PyTorch."""
+    return [cpu_name(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), _version("torch")]
 
 
 def _key(folder: Path) -> list[Any]:
@@ -116,11 +123,14 @@ def _key(folder: Path) -> list[Any]:
     parts = [folder / "model_index.json", *(folder / part for part in sorted(CONFIGS))]
     files = [file for part in parts for file in ([part] if part.is_file() else part.rglob("*"))]
     states = [(file, file.stat()) for file in sorted(files) if file.is_file()]
-    try:
-        openvino = version("openvino")
-    except PackageNotFoundError:
-        openvino = ""
     return [
-        LAYOUT, openvino, str(folder.resolve()),
+        LAYOUT, _version("openvino"), str(folder.resolve()),
         [(str(file.relative_to(folder)), s.st_size, s.st_mtime_ns) for file, s in states],
     ]  # fmt: skip
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -5,23 +5,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import koala
 from koala.architectures.table import FACTOR
 from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import read_json, unet_architecture
+from koala.errors import Failure, UserError
 from koala.generation import validation
 from koala.generation.decode import full
-from koala.generation.denoise import evaluate
+from koala.generation.denoise import Condition, Predict, evaluate
 from koala.generation.engine import PIXELS_AT_ONCE
 from koala.generation.export import keep_form
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.placement import Placement
 from koala.generation.memory.plan import Planner
 from koala.generation.pipeline import Pipeline
-from koala.generation.runtime.backends import choose
+from koala.generation.runtime.backends import Backend, choose
 from koala.generation.runtime.compile import (
     compile_blocks,
     fuse_projections,
@@ -100,11 +101,17 @@ def load(
     if backend or compile or graphs:
         _merge(pipeline, scales, say)
         chosen = set_runtime(pipeline, backend, compile, graphs, say)
-        if not compile and not graphs:
-            keep_form(pipeline, folder, backend or "", chosen)
-    else:
+    elif scales:  # they can be scaled and removed: PyTorch's, which a default gives way to
         for file, scale in scales.items():
             say(pipeline.add_lora(file, scale).line())
+        return pipeline
+    else:
+        chosen = set_runtime(pipeline, say=say)
+    if chosen is not None:
+        try:
+            keep_form(pipeline, folder, chosen)
+        except (OSError, UserError, Failure) as error:
+            say(f"the cache cannot keep the model's OpenVINO form, so starts stay slow: {error}")
     return pipeline
 
 
@@ -161,10 +168,11 @@ def set_runtime(
     compiled: bool = False,
     graphs: bool = False,
     say: Say = lambda line: None,
-) -> str:
+) -> Backend | None:
     """Sets what runs a pipeline's networks, which are all on one device, with LoRAs merged.
 
-    Returns the backend's name. Arguments and errors as in `load`.
+    Returns the backend; None where PyTorch is compiled or replays graphs. Arguments and errors as
+    in `load`.
     """
     validation.runtime(backend, compiled, graphs)
     if compiled:
@@ -176,17 +184,30 @@ def set_runtime(
         pipeline.predict = graphed(pipeline.predict, pipeline.unet.device)
     if compiled or graphs:
         pipeline.predict, pipeline.batch_sizes = in_fixed_batches(pipeline.predict), ROWS
-        return "torch"
+        return None
     samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
-    chosen = choose(pipeline.unet, pipeline.vae, backend or "torch", samples)
+    chosen = choose(pipeline.unet, pipeline.vae, backend, samples)
     if chosen.name != "torch":  # which a pipeline has from the beginning
-        pipeline.predict, pipeline.decode = chosen.predict, chosen.decode
+        pipeline.decode = chosen.decode
+        # Requests may have LoRAs of their own, as under PyTorch.
+        pipeline.predict = pipeline._plain = _giving_way(pipeline, chosen.predict)
     if chosen.name.startswith("openvino"):
         pipeline.batch_sizes = ROWS
-    if backend != "remembered" or chosen.name != "torch":
-        cost = _COST if chosen.name in validation.ROUNDED else ""
+    cost = _COST if chosen.name in validation.ROUNDED else ""
+    if backend not in (None, "remembered") or pipeline.unet.device.type == "cpu":
         say(f"backend {chosen.name} ({chosen.why}){cost}")
-    return chosen.name
+    return chosen
+
+
+def _giving_way(pipeline: Pipeline, predict: Predict) -> Predict:
+    """`predict`, and PyTorch while the pipeline has LoRAs that `predict` was not made with."""
+    plain, made_with = predictor(pipeline.unet), len(pipeline.loras)
+
+    def evaluate_unet(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        changed = len(pipeline.loras) != made_with or pipeline._lora_switcher.active
+        return (plain if changed else predict)(x, timesteps, condition)
+
+    return evaluate_unet
 
 
 @torch.inference_mode()

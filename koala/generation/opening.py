@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
 from koala.generation import form
+from koala.generation.validation import default_backend
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +56,12 @@ def load(
 
     How PyTorch or OpenVINO runs it, all on one device:
 
-    backend: "torch" (as None), "openvino", "torch-bf16", "openvino-bf16", "openvino-int8";
-        "auto" and "fastest" measure the exact ones, or all, once per machine; "remembered" takes
-        what "auto" has found, else torch (`koala.generation.runtime.backends`).
+    backend: by default $KOALA_BACKEND, else the fastest exact one, if finding out which it is
+        takes no longer than two seconds (`koala.generation.runtime.backends.choose`). "torch",
+        "openvino", "torch-bf16", "openvino-bf16", "openvino-int8"; "auto" and "fastest" measure
+        the exact ones, or all, once per machine; "remembered" takes what was measured. All but
+        "torch" draw with a copy of the U-Net's weights as they are now. While a LoRA is added to
+        the pipeline later, or a request has one, PyTorch draws.
     compile: fuse the U-Net's projections and compile the blocks of U-Net and VAE.
     graphs: replay the U-Net from CUDA graphs. CUDA only.
 
@@ -113,18 +117,21 @@ def open_model(
     demanded = [name for name in _TORCH_ONLY if options.get(name)]
     if device not in (None, "cpu"):
         demanded.insert(0, "device")
-    backend = options.get("backend") or "remembered"
     if form.is_form(model):
         return _of_folder(Path(model).expanduser(), demanded, options.get("backend"))
-    if not demanded and backend in (*form.BACKENDS, *form.REMEMBERED):
-        # On a machine with a GPU the model is drawn there, unless the processor is asked for.
-        asked = device == "cpu" or backend in form.BACKENDS or not _has_gpu()
-        place = form.found(resolve_model(model), backend) if asked else None
+    backend = options.get("backend")
+    # On a machine with a GPU the model is drawn there, unless the processor is asked for.
+    if not demanded and (device == "cpu" or backend in form.BACKENDS or not _has_gpu()):
+        if backend in (None, "remembered"):
+            backend = default_backend() or "remembered"
+        place = form.found(resolve_model(model), backend)
         if place is not None and find_spec("openvino") and find_spec("tokenizers"):
             from koala.generation.light import LightPipeline
 
             name = Path(model).resolve().name if Path(model).exists() else str(model)
-            return LightPipeline(place, name)
+            pipeline = LightPipeline(place, name)
+            options.get("say", str)(f"backend {pipeline.form.backend} (from the cache)")
+            return pipeline
     if find_spec("torch") is None:
         raise UserError(
             f"{model} needs PyTorch, which is not installed: pip install torch, or write the "

@@ -4,6 +4,7 @@ Importing this loads no torch.
 """
 
 import math
+import os
 import re
 import secrets
 import unicodedata
@@ -240,6 +241,7 @@ def runtime(
     """
     if backend not in (None, *BACKENDS):
         raise unknown("backend", backend, BACKENDS)
+    default_backend()
     if weights not in (None, *WEIGHTS):
         raise unknown("weights", weights, WEIGHTS)
     if decode not in (None, *DECODERS):
@@ -258,6 +260,14 @@ def runtime(
     if (compile or graphs) and demanded not in (None, "torch"):
         raise UserError(f"{named[1]} is PyTorch's: it does not go with --backend {backend}")
     return planned
+
+
+def default_backend() -> str | None:
+    """$KOALA_BACKEND: the backend of whoever names none; None where it is not set. UserError."""
+    named = os.environ.get("KOALA_BACKEND") or None
+    if named not in (None, *BACKENDS):
+        raise unknown("backend in $KOALA_BACKEND", named, BACKENDS)
+    return named
 
 
 def budget(vram: float | str) -> int | None:

@@ -18,6 +18,11 @@ class LoraSwitcher:
         self._loaded: OrderedDict[Path, Attached] = OrderedDict()
         self._active: tuple[tuple[Path, float], ...] = ()
 
+    @property
+    def active(self) -> bool:
+        """Whether any LoRA is active."""
+        return bool(self._active)
+
     def switch(self, loras: Sequence[tuple[Path, float]]) -> bool:
         """Activates exactly these, in this order; returns whether that changed anything.
 

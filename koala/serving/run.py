@@ -85,7 +85,7 @@ def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Opt
     pipeline = load(
         options.model,
         options.device,
-        backend="torch" if options.lora_dir is not None else options.backend or "remembered",
+        backend=options.backend,
         compile=options.compile,
         graphs=options.graphs,
         vram=options.vram,

@@ -116,6 +116,29 @@ def test_a_drawing_with_openvino_leaves_a_form_and_changed_weights_do_not_use_it
     assert form.found(folder, "openvino") is None
 
 
+@pytest.mark.parametrize("faster", ["openvino", "torch"])
+def test_nobody_asked_and_what_was_measured_decides(model, cache, monkeypatch, faster):
+    """The default takes the form exactly where it would run OpenVINO."""
+    folder, _ = model
+    monkeypatch.delenv("KOALA_BACKEND")
+    lines = []
+    load(folder, "cpu")  # measures, unless that is done
+    for file in (cache / "backends").glob("*.json"):
+        verdict = json.loads(file.read_text())
+        verdict["seconds"] = {name: 1.0 if name == faster else 9.0 for name in verdict["seconds"]}
+        file.write_text(json.dumps(verdict))
+    load(folder, "cpu")
+    for backend in (None, "auto", "remembered"):
+        opened = open_model(folder, "cpu", backend=backend, say=lines.append)
+        assert isinstance(opened, LightPipeline) == (faster == "openvino")
+        assert lines.pop().startswith(f"backend {faster} (")
+    monkeypatch.setenv("KOALA_BACKEND", "torch")
+    assert not isinstance(open_model(folder, "cpu"), LightPipeline)
+    monkeypatch.setenv("KOALA_BACKEND", "openvino")
+    load(folder, "cpu")
+    assert isinstance(open_model(folder, "cpu"), LightPipeline)
+
+
 def test_what_a_form_cannot_do_is_refused(model, tmp_path):
     _, out = model
     light = LightPipeline(out)

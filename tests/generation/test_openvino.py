@@ -26,13 +26,15 @@ from koala.generation.runtime.pytorch import predictor
 from koala.serving.warmup import warm_up
 from koala.utils.device import has_bf16
 from toy import toy_pipeline, toy_unet, toy_vae
+from toy_lora import toy_base, toy_lora
 
 LATENTS = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("KOALA_BACKEND")  # the choice is what is tested here
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("KOALA_CACHE", str(folder))
         yield folder
@@ -72,10 +74,11 @@ def test_the_decoder_gives_the_same_images(vae):
         torch.testing.assert_close(images, full(vae)(LATENTS), atol=1e-4, rtol=0)
 
 
-def test_what_is_in_the_cache_is_not_made_again(vae, monkeypatch):
+def test_what_is_in_the_cache_is_not_made_again(vae, cache):
     expected = openvino.decoder(vae)(LATENTS)
-    monkeypatch.setattr(openvino, "convert", None)  # would fail if it were called
+    written = {file: file.stat().st_mtime_ns for file in (cache / "openvino").glob("*.xml")}
     assert torch.equal(openvino.decoder(vae)(LATENTS), expected)
+    assert written == {file: file.stat().st_mtime_ns for file in (cache / "openvino").glob("*.xml")}
 
 
 def test_other_weights_are_another_model(vae):
@@ -140,6 +143,97 @@ def test_a_model_in_bfloat16_runs_in_it(cache):
     assert 1e-5 < error < 0.03
 
 
+def by_default(pipeline, cache, faster):
+    """A pipeline like it, with the verdict that `faster` wins by far; and what was said."""
+    drawn, lines = dataclasses.replace(pipeline), []
+    choose(drawn.unet, drawn.vae)
+    for file in (cache / "backends").glob("*.json"):
+        verdict = json.loads(file.read_text())
+        verdict["seconds"] = {name: 1.0 if name == faster else 9.0 for name in verdict["seconds"]}
+        file.write_text(json.dumps(verdict))
+    set_runtime(drawn, say=lines.append)
+    return drawn, lines
+
+
+def test_nobody_asked_and_the_faster_draws(pipeline, cache, monkeypatch):
+    asked = {"seed": 3, "steps": 2}
+    expected = np.asarray(pipeline("a fox", **asked).images[0], dtype=np.int16)
+    for name in ("torch", "openvino"):
+        drawn, lines = by_default(pipeline, cache, name)
+        assert len(lines) == 1 and re.match(rf"backend {name} \(one evaluation: .* ms\)$", lines[0])
+        found = np.asarray(drawn("a fox", **asked).images[0], dtype=np.int16)
+        assert np.abs(found - expected).max() <= 1  # of 255
+        again = np.asarray(drawn("a fox", strict=True, **asked).images[0])
+        assert np.array_equal(again, np.asarray(drawn("a fox", strict=True, **asked).images[0]))
+    monkeypatch.setenv("KOALA_BACKEND", "torch")
+    assert choose(pipeline.unet, pipeline.vae).why == "as $KOALA_BACKEND says"
+    assert choose(pipeline.unet, pipeline.vae, "openvino").name == "openvino"
+    monkeypatch.setenv("KOALA_BACKEND", "abacus")
+    with pytest.raises(UserError, match="KOALA_BACKEND 'abacus'"):
+        load("koala-mini", "cpu")
+
+
+def test_other_predictions_and_vaes(pipeline, vae):
+    """What a U-Net predicts is the sampler's affair; a VAE that is not built stays PyTorch's."""
+    asked = {"seed": 3, "steps": 2}
+    drawn = []
+    for backend in ("torch", "openvino"):
+        other = dataclasses.replace(pipeline)
+        other.scheduler_config = {**pipeline.scheduler_config, "prediction_type": "v_prediction"}
+        set_runtime(other, backend)
+        drawn.append(np.asarray(other("a fox", **asked).images[0], dtype=np.int16))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1  # of 255
+    usual = np.asarray(pipeline("a fox", **asked).images[0], dtype=np.int16)
+    assert np.abs(drawn[0] - usual).max() > 1
+    strange = toy_vae()
+    strange.register_to_config(act_fn="gelu")
+    with pytest.raises(UserError, match="act_fn is 'silu', this one's is 'gelu'"):
+        choose(pipeline.unet, strange, "openvino")
+    with pytest.raises(UserError, match="act_fn"):
+        openvino.decoder(strange)
+    assert choose(pipeline.unet, strange).name == "torch"
+
+
+def test_a_large_model_is_not_converted_unasked(unet, vae, cache, monkeypatch):
+    choose(unet, vae, "auto")
+    monkeypatch.setattr("koala.generation.runtime.backends._SMALL", 1000)
+    assert "one evaluation" in choose(unet, vae).why  # it was, when somebody asked
+    bias = unet.conv_out.bias
+    bias += 0.1  # another model of this architecture
+    chosen = choose(unet, vae)
+    bias -= 0.1
+    assert chosen.name == "torch" and "--backend auto converts" in chosen.why
+
+
+def test_a_lora_that_comes_later_is_drawn(pipeline, folder, cache, tmp_path):
+    """By PyTorch, whichever way it comes; and when it goes, all is as before."""
+    style = toy_lora(tmp_path / "style.safetensors", toy_base(pipeline.unet))
+    asked = {"seed": 3, "steps": 2}
+
+    def pixels(from_pipeline, **more):
+        image = from_pipeline("a fox", **asked, **more).images[0]
+        return np.asarray(image, dtype=np.int16)
+
+    plain = load(folder, "cpu", backend="torch")
+    before = pixels(plain)
+    plain.add_lora(style, 0.5)
+    with_lora = pixels(plain)
+    assert np.abs(with_lora - before).max() > 1
+    drawn, _ = by_default(load(folder, "cpu", backend="torch"), cache, "openvino")
+    own = pixels(drawn)
+    assert np.array_equal(pixels(drawn, lora={style: 0.5}), with_lora)
+    assert np.array_equal(pixels(drawn), own)
+    drawn.add_lora(style, 1.0)
+    drawn.scale_lora("style", 0.5)
+    assert np.array_equal(pixels(drawn), with_lora)
+    drawn.remove_lora("style")
+    assert np.array_equal(pixels(drawn), own)
+    drawn.add_lora(style, 0.5, merged=True)
+    assert np.abs(pixels(drawn) - with_lora).max() <= 1
+    beside = load(folder, "cpu", lora={style: 0.5})
+    assert np.array_equal(pixels(beside), with_lora)
+
+
 def test_a_lora_beside_the_weights_is_refused(unet):
     handle = unet.conv_in.register_forward_hook(lambda module, inputs, output: output)
     with pytest.raises(UserError, match="merge"):
@@ -166,22 +260,24 @@ def test_refusals(unet, vae, monkeypatch):
     monkeypatch.setattr("koala.generation.runtime.backends.free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match=r"conversion takes about .* GiB, 0\.0 GiB are free"):
         choose(unet, vae, "openvino")
-    assert choose(unet, vae, "auto").why == "no other is installed or fits"
+    assert "conversion takes" in choose(unet, vae, "auto").why
 
 
-def test_a_back_end_is_measured_when_asked_and_remembered(unet, vae, cache):
-    before = choose(unet, vae)
+def test_a_back_end_is_measured_once_and_remembered(unet, vae, monkeypatch, tmp_path):
+    monkeypatch.setenv("KOALA_CACHE", str(tmp_path))
+    before = choose(unet, vae, "remembered")
     assert before.name == "torch" and "auto measures" in before.why
-    chosen = choose(unet, vae, "auto")
-    (file,) = (cache / "backends").glob("*.json")
+    chosen = choose(unet, vae)
+    (file,) = (tmp_path / "backends").glob("*.json")
     seconds = json.loads(file.read_text())["seconds"]
     assert set(seconds) == {"torch", "openvino"} and min(seconds.values()) > 0
-    # The verdict is obeyed, whichever it is, and by requests that do not ask.
+    # The verdict is obeyed, whichever it is and however it is asked for.
     for torch_s, openvino_s, name in ((1.0, 2.0, "torch"), (2.0, 1.0, "openvino")):
         verdict = json.loads(file.read_text())
         verdict["seconds"] = {"torch": torch_s, "openvino": openvino_s}
         file.write_text(json.dumps(verdict))
-        assert choose(unet, vae).name == choose(unet, vae, "auto").name == name
+        for asked in (None, "auto", "remembered"):
+            assert choose(unet, vae, asked).name == name
     assert isinstance(chosen, Backend)
     asked = example(unet)
     torch.testing.assert_close(
@@ -204,7 +300,7 @@ def test_the_fastest_may_round_and_says_so(cache, monkeypatch, tmp_path):
     assert set(verdict["seconds"]) == {"torch", "openvino", "torch-bf16", "openvino-bf16"}
     verdict["seconds"] = dict.fromkeys(verdict["seconds"], 1.0) | {"torch-bf16": 0.5}
     file.write_text(json.dumps(verdict))
-    assert choose(unet, tiny_vae).name == "torch"  # never unasked
+    assert choose(unet, tiny_vae, "remembered").name == "torch"  # never unasked
     chosen = choose(unet, tiny_vae, "fastest")
     assert chosen.name == "torch-bf16" and unet.dtype == torch.float32
     asked = example(unet, 2, 8, 5)
@@ -272,4 +368,4 @@ def test_the_page(cache, tmp_path, monkeypatch, capsys):
             if program == "koala" and "fastest" not in given:
                 assert main(given) == 0, capsys.readouterr().err
                 drawn += 1
-    assert drawn == len([*tmp_path.rglob("*.png")]) == 2
+    assert drawn == len([*tmp_path.rglob("*.png")]) == 3

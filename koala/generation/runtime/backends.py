@@ -3,14 +3,15 @@
 Which is faster depends on the CPU, the model and its size. So `choose` times one evaluation of
 each, once, and keeps the result for this machine, these versions and this architecture in the
 cache folder. "auto" chooses among the backends that give the same image within 1e-4, "fastest"
-also among those that round to bfloat16 or to 8 bits.
+also among those that round to bfloat16 or to 8 bits. Unasked it does what "auto" does where that
+takes at most two seconds: a small model, or one that is converted already.
 """
 
 import json
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from koala.generation.pixels import Decode
 from koala.generation.runtime import openvino
 from koala.generation.runtime.fixed_batches import in_fixed_batches, one_by_one
 from koala.generation.runtime.openvino import Calibration
+from koala.generation.runtime.openvino_graph import unsupported
 from koala.generation.runtime.pytorch import predictor
 from koala.generation.validation import EXACT, ROUNDED
 from koala.text_conditioning import time_ids
@@ -38,6 +40,7 @@ from koala.utils.networks import AutoencoderKL, UNet2DConditionModel
 _RUNS = 5  # timed evaluations of each; the median counts
 _MARGIN = 1.1  # another backend must be this much faster than PyTorch
 _CONVERTING = 4.5  # memory that OpenVINO's conversion takes, in sizes of the U-Net
+_SMALL = 20_000_000  # parameters of a U-Net that is converted unasked
 
 
 @dataclass(frozen=True)
@@ -48,47 +51,70 @@ class Backend:
     why: str  # for a person to read
     predict: Predict
     decode: Decode
+    by_verdict: bool = False  # whoever names no backend on this machine gets it
 
 
 def choose(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
-    asked: str = "remembered",
+    asked: str | None = None,
     samples: Calibration | None = None,
 ) -> Backend:
     """The backend asked for; "auto" and "fastest" measure which it is, unless that is known.
 
-    "remembered" takes what an earlier "auto" found and never measures: who did not ask for it
-    does not wait for a conversion. Without `samples` nothing is quantised to 8 bits.
-    UserError for a backend that is unknown, not installed, not for this device or dtype, or
-    too large for this machine; "auto" and "fastest" leave such a one out.
+    None is $KOALA_BACKEND. Where that is not set it is "auto" for a small model, or one that is
+    converted already, and "torch" for others: who did not ask does not wait for a conversion.
+    "remembered" is None without the measurement. Without `samples` nothing is quantised to 8 bits.
+    UserError for a backend that is unknown, not installed, not for this device or dtype, or too
+    large for this machine; "auto", "fastest" and None leave such a one out.
     """
     validation.runtime(asked, False, False)
+    why = "as asked"
+    if asked in (None, "remembered") and unet.device.type == "cpu":
+        named = validation.default_backend()
+        asked, why = named or asked, "as $KOALA_BACKEND says"
     if asked in (*EXACT, *ROUNDED):
-        if reason := _lacking(asked, unet, samples):
+        if reason := _lacking(asked, unet, vae, samples):
             raise UserError(f"backend {asked!r}: {reason}")
-        return _made(asked, "as asked", unet, vae, samples)
+        return _made(asked, why, unet, vae, samples)
     among = (*EXACT, *ROUNDED) if asked == "fastest" else EXACT
-    fitting = [one for one in among if one == "torch" or not _lacking(one, unet, samples)]
+    fitting = [one for one in among if not _lacking(one, unet, vae, samples)]
     if fitting == ["torch"]:
-        return _made("torch", "no other is installed or fits", unet, vae)
+        return _made("torch", f"openvino: {_lacking('openvino', unet, vae, None)}", unet, vae)
     file = _record_file(unet, fitting)
+    unasked = asked in (None, "remembered")
+    if unasked and not (_is_small(unet) or (file.is_file() and openvino.is_converted(unet))):
+        return _made(
+            "torch", "--backend auto converts the model, once, and may be faster", unet, vae
+        )
     if file.is_file():
         seconds = json.loads(file.read_text())["seconds"]
-    elif asked != "remembered":
-        seconds = _measured(unet, fitting, samples)
-        with new_file(file) as part:
-            key = _key(unet, fitting)
-            part.write_text(json.dumps({"seconds": seconds, "key": key}, indent=1) + "\n")
+    elif asked == "remembered":
+        return _made("torch", "none was measured: --backend auto measures", unet, vae)
     else:
-        return _made("torch", "none was measured: auto measures", unet, vae)
+        try:
+            seconds = _measured(unet, fitting, samples)
+            with new_file(file) as part:
+                key = _key(unet, fitting)
+                part.write_text(json.dumps({"seconds": seconds, "key": key}, indent=1) + "\n")
+        except OSError as error:
+            if not unasked:
+                raise
+            return _made("torch", f"the cache cannot be written: {error}", unet, vae)
     best = min(seconds, key=lambda one: seconds[one] * (1 if one == "torch" else _MARGIN))
     figures = ", ".join(f"{one} {1e3 * value:.1f} ms" for one, value in seconds.items())
-    return _made(best, f"one evaluation: {figures}", unet, vae, samples)
+    made = _made(best, f"one evaluation: {figures}", unet, vae, samples)
+    return replace(made, by_verdict=asked != "fastest")
 
 
-def _lacking(backend: str, unet: UNet2DConditionModel, samples: Calibration | None) -> str | None:
-    """Why a backend cannot run the U-Net here; None if it can."""
+def _is_small(unet: UNet2DConditionModel) -> bool:
+    return sum(p.numel() for p in unet.parameters()) <= _SMALL
+
+
+def _lacking(
+    backend: str, unet: UNet2DConditionModel, vae: AutoencoderKL, samples: Calibration | None
+) -> str | None:
+    """Why a backend cannot run the model here; None if it can."""
     engine, _, precision = backend.partition("-")
     dtype = str(unet.dtype).removeprefix("torch.")
     if backend == "torch":
@@ -106,6 +132,9 @@ def _lacking(backend: str, unet: UNet2DConditionModel, samples: Calibration | No
         return lacking
     if precision == "int8" and samples is None:
         return "it needs samples of the U-Net's inputs"
+    strange = unsupported(unet.config) or unsupported(vae.config, vae=True)
+    if engine == "openvino" and strange:
+        return strange
     size = sum(p.numel() * p.element_size() for p in unet.parameters())
     free, wanted = free_bytes(device), _CONVERTING * size
     if engine == "openvino" and wanted > free:

@@ -1,9 +1,8 @@
-"""U-Net and VAE on a CPU through OpenVINO, converted from the PyTorch modules.
+"""U-Net and VAE on a CPU through OpenVINO, built from their weights (`openvino_graph`).
 
 OpenVINO packs the weights once for the CPU it runs on; PyTorch does so at every step, which costs
-a small model most. Conversion takes seconds to minutes, so the cache folder keeps the converted
-model, and what was compiled of it for each shape. Fixed shapes are a third faster than dynamic
-ones.
+a small model most. The cache folder keeps the converted model, and what was compiled of it for
+each shape. Fixed shapes are a third faster than dynamic ones.
 
 Needs the extra `openvino`. Numbers agree with PyTorch's within 1e-4 in fp32; bf16 and int8 are
 approximations, whose cost `python -m benchmarks.fidelity` measures.
@@ -12,7 +11,6 @@ approximations, whose cost `python -m benchmarks.fidelity` measures.
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,18 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from koala.architectures.config import pooled_width
 from koala.errors import UserError
 from koala.generation.decode import vae_latents
 from koala.generation.denoise import Condition, Predict
 from koala.generation.pixels import Decode, finished
 from koala.generation.runtime.compiled import Compiled, openvino_folder
+from koala.generation.runtime.openvino_graph import decoder_model, unet_model, unsupported
 from koala.utils.digest import digest
 from koala.utils.extras import require
 from koala.utils.networks import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 
 PRECISIONS = ("fp32", "bf16", "int8")
-_EXAMPLE = 10  # latent side of the example: one that U-Nets round up, so that every size works
+_BUILT = 1  # counts changes of what `openvino_graph` builds: others' files are not taken for it
 
 # (x, timesteps, condition), the arguments of a `Predict`.
 UNetInputs: TypeAlias = tuple[Tensor, Tensor, Condition]
@@ -58,7 +56,8 @@ def predictor(
 
     precision: "fp32"; "bf16", if the CPU has it; or "int8", which quantises weights and
     activations with NNCF by `samples` of the U-Net's inputs (`recorded` collects them). UserError
-    for a missing package, or a LoRA beside the weights: it must be merged.
+    for a missing package, a setting that is not built, or a LoRA beside the weights: it must be
+    merged.
     """
     engine = unet_engine(unet, precision, samples)
 
@@ -78,7 +77,8 @@ def unet_engine(
     refuse_hooks(unet)
     if not isinstance(samples, Calibration):
         samples = Calibration(_hash(_flat(samples)), partial(list, samples))
-    return Engine(_FlatUNet(unet), _unet_example(unet), precision, samples)
+    _refuse_unsupported(unsupported(unet.config))
+    return Engine(unet, unet_model, precision, samples)
 
 
 def decoder(vae: AutoencoderKL, precision: str = "fp32") -> Decode:
@@ -96,8 +96,13 @@ def decoder_engine(vae: AutoencoderKL, precision: str) -> "Engine":
     if precision == "int8":
         raise UserError("precision 'int8' is for the U-Net: the VAE takes fp32 or bf16")
     _check(precision, ())
-    example = torch.zeros(1, vae.config.latent_channels, _EXAMPLE, _EXAMPLE)
-    return Engine(_FlatDecoder(vae), (example,), precision)
+    _refuse_unsupported(unsupported(vae.config, vae=True))
+    return Engine(vae, decoder_model, precision)
+
+
+def is_converted(unet: UNet2DConditionModel) -> bool:
+    """Whether the cache has this U-Net, with these weights, as an OpenVINO model in floats."""
+    return Engine(unet, unet_model).place.is_file()
 
 
 def recorded(predict: Predict, into: list[UNetInputs]) -> Predict:
@@ -113,42 +118,23 @@ def recorded(predict: Predict, into: list[UNetInputs]) -> Predict:
 # --- from PyTorch to a compiled model -------------------------------------------------------
 
 
-class _FlatUNet(nn.Module):
-    """A U-Net whose inputs are positional float32 tensors, as tracing needs them."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
-        x, text, pooled = (tensor.to(self.unet.dtype) for tensor in (x, text, pooled))
-        added = {"text_embeds": pooled, "time_ids": ids}
-        return self.unet(x, t, text, added_cond_kwargs=added, return_dict=False)[0].float()
-
-
-class _FlatDecoder(nn.Module):
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
-
-
 class Engine:
-    """One module in one precision, compiled for each shape of its inputs."""
+    """One model in one precision, compiled for each shape of its inputs.
+
+    build: makes the `openvino.Model` of a config and its tensors.
+    """
 
     def __init__(
         self,
-        module: nn.Module,
-        example: tuple[Tensor, ...],
-        precision: str,
+        model: UNet2DConditionModel | AutoencoderKL,
+        build: Callable[[Any, dict[str, Tensor]], Any],
+        precision: str = "fp32",
         samples: Calibration | None = None,
     ) -> None:
         import openvino
 
         self.ov = openvino
-        self.module, self.example = module, example
+        self.model, self.build = model, build
         self.precision, self.samples = precision, samples
         if precision == "bf16" and "BF16" not in openvino.Core().get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
@@ -156,7 +142,7 @@ class Engine:
             raise UserError("precision 'bf16': this CPU has no bfloat16; choose fp32 or int8")
         # By the weights' values, so that a merged LoRA makes another model.
         kind = f"int8 {samples.name}" if precision == "int8" and samples else "float"
-        self.key = _fingerprint(module, kind)
+        self.key = _fingerprint(model, f"{build.__name__} {_BUILT} {kind}")
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -168,12 +154,17 @@ class Engine:
     def _compiled(self) -> Compiled:
         return Compiled(self.file, self.precision == "bf16", torch.get_num_threads())
 
+    @property
+    def place(self) -> Path:
+        """Where the cache keeps the OpenVINO model, or would."""
+        return openvino_folder() / f"{digest([self.key, self.ov.__version__])}.xml"
+
     @cached_property
     def file(self) -> Path:
-        """The module as an OpenVINO model, quantised if asked for; kept on disk."""
-        file = openvino_folder() / f"{digest([self.key, self.ov.__version__])}.xml"
+        """The model as an OpenVINO model, quantised if asked for; kept on disk."""
+        file = self.place
         if not (file.is_file() and file.with_suffix(".bin").is_file()):
-            model = convert(self.module, self.example)
+            model = self.build(self.model.config, self.model.state_dict())
             if self.precision == "int8" and self.samples is not None:
                 model = _quantised(model, _flat(self.samples.made()))
             save_model(model, file)
@@ -191,16 +182,6 @@ def save_model(model: Any, file: Path) -> None:
     os.replace(part, file)  # last: if it exists, both do
 
 
-def convert(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
-    """The module as an `openvino.Model` of dynamic shapes."""
-    import openvino
-
-    with warnings.catch_warnings():
-        # Branches follow the example's shape; with its odd side they fit all sizes.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        return openvino.convert_model(module, example_input=example)
-
-
 def _quantised(model: Any, samples: Sequence[tuple[Tensor, ...]]) -> Any:
     """The model with 8-bit weights and activations, by NNCF's post-training quantisation."""
     import nncf
@@ -214,18 +195,6 @@ def _quantised(model: Any, samples: Sequence[tuple[Tensor, ...]]) -> Any:
         preset=nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(samples),
-    )
-
-
-def _unet_example(unet: UNet2DConditionModel) -> tuple[Tensor, ...]:
-    config = unet.config
-    pooled = pooled_width(config)
-    return (
-        torch.zeros(2, config.in_channels, _EXAMPLE, _EXAMPLE),
-        torch.zeros(2),
-        torch.zeros(2, 8, config.cross_attention_dim),
-        torch.zeros(2, pooled),
-        torch.zeros(2, 6),
     )
 
 
@@ -249,11 +218,15 @@ def refuse_hooks(unet: nn.Module) -> None:
         )
 
 
-def _fingerprint(module: nn.Module, kind: str) -> str:
-    """A hash of a module's weights and configuration, and of `kind`."""
-    settings = [settings_of(part) for part in module.children() if isinstance(part, ConfigMixin)]
-    weights = _hash([tuple(tensor for _, tensor in sorted(module.state_dict().items()))])
-    return digest([json.dumps(settings, sort_keys=True), weights, kind])
+def _refuse_unsupported(reason: str | None) -> None:
+    if reason:
+        raise UserError(f"OpenVINO cannot run this model: {reason}")
+
+
+def _fingerprint(model: UNet2DConditionModel | AutoencoderKL, kind: str) -> str:
+    """A hash of a model's weights and configuration, and of `kind`."""
+    weights = _hash([tuple(tensor for _, tensor in sorted(model.state_dict().items()))])
+    return digest([json.dumps(settings_of(model), sort_keys=True), weights, kind])
 
 
 def _hash(samples: Iterable[tuple[Tensor, ...]]) -> str:

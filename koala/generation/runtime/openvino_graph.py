@@ -1,0 +1,281 @@
+"""SDXL's U-Net and the VAE's decoder as OpenVINO models, layer by layer from the weights.
+
+OpenVINO can trace a PyTorch module itself; for a U-Net of 5 million parameters that takes seconds,
+for one of 800 million over 13 GB. Here the weights are used where they lie, and which layers there
+are is read from their names, those of diffusers.
+
+Letters: n rows, c channels, h and w height and width, s = h * w positions, d width.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from koala.architectures.config import from_unet_config
+from koala.errors import UserError
+
+_LAYER_NORM, _TRANSFORMER_NORM, _VAE_NORM = 1e-5, 1e-6, 1e-6  # epsilons that no config names
+# Settings of diffusers' classes that change what is computed, with the values that are built here.
+_UNET: dict[str, Any] = {
+    "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
+    "downsample_padding": 1, "mid_block_scale_factor": 1, "time_embedding_type": "positional",
+    "timestep_post_act": None, "time_embedding_act_fn": None, "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0, "cross_attention_norm": None, "upcast_attention": False,
+}  # fmt: skip
+_VAE: dict[str, Any] = {"act_fn": "silu"}
+
+
+def unsupported(config: Mapping[str, Any], vae: bool = False) -> str | None:
+    """Which setting of a model's config is not built here; None if all are."""
+    for key, value in (_VAE if vae else _UNET).items():
+        if config.get(key, value) != value:
+            return f"it takes models whose {key} is {value!r}, this one's is {config[key]!r}"
+    if vae:
+        strange = {*config["up_block_types"]} - {"UpDecoderBlock2D"}
+        return f"it takes no VAE with {min(strange)}" if strange else None
+    try:
+        from_unet_config(config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def unet_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """A U-Net as an `openvino.Model` of dynamic shapes, float32.
+
+    Inputs: x [n, c, h, w], timesteps [n], text [n, t, d], pooled [n, p], time ids [n, 6]. Output:
+    epsilon or v [n, c, h, w]. The model uses the tensors' memory.
+    """
+    import openvino
+
+    layers, arch = _Layers(tensors), from_unet_config(config)
+    ops = layers.ops
+    x, t = ops.parameter([-1, config["in_channels"], -1, -1]), ops.parameter([-1])
+    text = ops.parameter([-1, -1, arch.context])
+    inputs = [x, t, text, ops.parameter([-1, arch.pooled or -1]), ops.parameter([-1, 6])]
+    emb = layers.embedding("time_embedding", layers.waves(t, arch.widths[0]))
+    if arch.pooled:
+        flat = ops.reshape(inputs[4], layers.constant([-1]), False)
+        ids = layers.waves(flat, arch.time_ids)
+        ids = ops.reshape(ids, layers.constant([-1, 6 * arch.time_ids]), False)
+        added = layers.embedding("add_embedding", ops.concat([inputs[3], ids], 1))
+        emb = ops.add(emb, added)
+    blocks = _UNetBlocks(layers, ops.swish(emb), text, arch.groups, config.get("norm_eps", 1e-5))
+    y = layers.conv("conv_in", x)
+    skips = [y]
+    for i, heads in enumerate(arch.heads):
+        stage = f"down_blocks.{i}"
+        for j in range(layers.count(f"{stage}.resnets")):
+            y = blocks.layer(stage, j, y, heads)
+            skips.append(y)
+        if layers.has(f"{stage}.downsamplers.0"):
+            y = layers.conv(f"{stage}.downsamplers.0.conv", y, stride=2)
+            skips.append(y)
+    if layers.has("mid_block"):
+        y = blocks.layer("mid_block", 0, y, arch.heads[-1])
+        for j in range(1, layers.count("mid_block.resnets")):
+            y = blocks.resnet(f"mid_block.resnets.{j}", y)
+    for i, heads in enumerate(reversed(arch.heads)):
+        stage = f"up_blocks.{i}"
+        for j in range(layers.count(f"{stage}.resnets")):
+            y = blocks.layer(stage, j, ops.concat([y, skips.pop()], 1), heads)
+        if layers.has(f"{stage}.upsamplers.0"):
+            y = layers.upsampled(f"{stage}.upsamplers.0.conv", y, layers.side_lengths(skips[-1]))
+    y = ops.swish(layers.group_norm("conv_norm_out", y, arch.groups, config.get("norm_eps", 1e-5)))
+    return openvino.Model([layers.conv("conv_out", y)], inputs)
+
+
+def decoder_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The VAE's decoder as an `openvino.Model`: latents [n, c, h, w] to images [n, 3, 8h, 8w]."""
+    import openvino
+
+    layers, groups = _Layers(tensors), config["norm_num_groups"]
+    ops = layers.ops
+    z = ops.parameter([-1, config["latent_channels"], -1, -1])
+    y = layers.conv("post_quant_conv", z) if layers.has("post_quant_conv") else z
+    y = layers.conv("decoder.conv_in", y)
+    y = _vae_resnet(layers, "decoder.mid_block.resnets.0", y, groups)
+    if layers.has(name := "decoder.mid_block.attentions.0"):
+        flat = layers.flat(layers.group_norm(f"{name}.group_norm", y, groups, _VAE_NORM))
+        y = ops.add(y, layers.square(layers.attention(name, flat, flat, 1), y))
+    y = _vae_resnet(layers, "decoder.mid_block.resnets.1", y, groups)
+    for i in range(layers.count("decoder.up_blocks")):
+        stage = f"decoder.up_blocks.{i}"
+        for j in range(layers.count(f"{stage}.resnets")):
+            y = _vae_resnet(layers, f"{stage}.resnets.{j}", y, groups)
+        if layers.has(f"{stage}.upsamplers.0"):
+            twice = ops.multiply(layers.side_lengths(y), layers.constant([2, 2]))
+            y = layers.upsampled(f"{stage}.upsamplers.0.conv", y, twice)
+    y = ops.swish(layers.group_norm("decoder.conv_norm_out", y, groups, _VAE_NORM))
+    return openvino.Model([layers.conv("decoder.conv_out", y)], [z])
+
+
+def _vae_resnet(layers: "_Layers", name: str, x: Any, groups: int) -> Any:
+    return layers.resnet(name, x, groups, _VAE_NORM)
+
+
+class _UNetBlocks:
+    """The blocks of a U-Net, which share its embedding of time and its text."""
+
+    def __init__(self, layers: "_Layers", emb: Any, text: Any, groups: int, eps: float) -> None:
+        self.layers, self.emb, self.text, self.groups, self.eps = layers, emb, text, groups, eps
+
+    def layer(self, stage: str, j: int, x: Any, heads: int) -> Any:
+        """A resnet and, if the stage has any, its transformer."""
+        y = self.resnet(f"{stage}.resnets.{j}", x)
+        name = f"{stage}.attentions.{j}"
+        return self.transformer(name, y, heads) if self.layers.has(name) else y
+
+    def resnet(self, name: str, x: Any) -> Any:
+        return self.layers.resnet(name, x, self.groups, self.eps, self.emb)
+
+    def transformer(self, name: str, x: Any, heads: int) -> Any:
+        """diffusers' Transformer2DModel; its projections are linear layers or 1 x 1 kernels."""
+        layers = self.layers
+        linear = layers.tensors[f"{name}.proj_in.weight"].ndim == 2
+        y = layers.group_norm(f"{name}.norm", x, self.groups, _TRANSFORMER_NORM)
+        if linear:
+            y = layers.linear(f"{name}.proj_in", layers.flat(y))
+        else:
+            y = layers.flat(layers.conv(f"{name}.proj_in", y))
+        for k in range(layers.count(f"{name}.transformer_blocks")):
+            y = self.block(f"{name}.transformer_blocks.{k}", y, heads)
+        if linear:
+            y = layers.square(layers.linear(f"{name}.proj_out", y), x)
+        else:
+            y = layers.conv(f"{name}.proj_out", layers.square(y, x))
+        return layers.ops.add(x, y)
+
+    def block(self, name: str, x: Any, heads: int) -> Any:
+        layers, ops = self.layers, self.layers.ops
+        normed = layers.layer_norm(f"{name}.norm1", x)
+        x = ops.add(x, layers.attention(f"{name}.attn1", normed, normed, heads))
+        normed = layers.layer_norm(f"{name}.norm2", x)
+        x = ops.add(x, layers.attention(f"{name}.attn2", normed, self.text, heads))
+        both = layers.linear(f"{name}.ff.net.0.proj", layers.layer_norm(f"{name}.norm3", x))
+        y, gate = ops.split(both, layers.constant(-1), 2).outputs()
+        y = ops.multiply(y, ops.gelu(gate, "erf"))
+        return ops.add(x, layers.linear(f"{name}.ff.net.2", y))
+
+
+class _Layers:
+    """Layers by the names of their weights."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        import openvino
+        import openvino.opset13 as ops
+
+        self.ov, self.ops, self.tensors = openvino, ops, tensors
+
+    def has(self, name: str) -> bool:
+        return any(key.startswith(f"{name}.") for key in self.tensors)
+
+    def count(self, name: str) -> int:
+        """The number of layers in the list of that name."""
+        found = {key[len(name) + 1 :].partition(".")[0] for key in self.tensors
+                 if key.startswith(f"{name}.")}  # fmt: skip
+        return len(found)
+
+    def constant(self, value: int | Sequence[int]) -> Any:
+        return self.ops.constant(np.array(value, dtype=np.int64))
+
+    def weight(self, name: str, *shape: int) -> Any:
+        tensor = self.tensors[name].detach().float().contiguous()
+        return self.ops.constant(
+            (tensor.reshape(shape) if shape else tensor).numpy(), shared_memory=True
+        )
+
+    # --- layers with weights ------------------------------------------------------------
+
+    def conv(self, name: str, x: Any, stride: int = 1) -> Any:
+        """A kernel of odd side, padded to keep the size."""
+        side = self.tensors[f"{name}.weight"].shape[-1]
+        pads = [side // 2] * 2
+        weight = self.weight(f"{name}.weight")
+        y = self.ops.convolution(x, weight, [stride] * 2, pads, pads, [1, 1])
+        return self.ops.add(y, self.weight(f"{name}.bias", 1, -1, 1, 1))
+
+    def linear(self, name: str, x: Any) -> Any:
+        y = self.ops.matmul(x, self.weight(f"{name}.weight"), False, True)
+        bias = f"{name}.bias"
+        return self.ops.add(y, self.weight(bias)) if bias in self.tensors else y
+
+    def group_norm(self, name: str, x: Any, groups: int, eps: float) -> Any:
+        scale, shift = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        return self.ops.group_normalization(x, scale, shift, groups, eps)
+
+    def layer_norm(self, name: str, x: Any) -> Any:
+        normed = self.ops.mvn(x, self.constant([-1]), True, _LAYER_NORM, "inside_sqrt")
+        scaled = self.ops.multiply(normed, self.weight(f"{name}.weight"))
+        return self.ops.add(scaled, self.weight(f"{name}.bias"))
+
+    def embedding(self, name: str, x: Any) -> Any:
+        return self.linear(f"{name}.linear_2", self.ops.swish(self.linear(f"{name}.linear_1", x)))
+
+    def resnet(self, name: str, x: Any, groups: int, eps: float, emb: Any = None) -> Any:
+        """A residual block; `emb` [n, d] is added between its kernels."""
+        ops = self.ops
+        y = self.conv(f"{name}.conv1", ops.swish(self.group_norm(f"{name}.norm1", x, groups, eps)))
+        if emb is not None:
+            shift = self.linear(f"{name}.time_emb_proj", emb)
+            y = ops.add(y, ops.unsqueeze(shift, self.constant([2, 3])))
+        y = self.conv(f"{name}.conv2", ops.swish(self.group_norm(f"{name}.norm2", y, groups, eps)))
+        if self.has(f"{name}.conv_shortcut"):
+            x = self.conv(f"{name}.conv_shortcut", x)
+        return ops.add(x, y)
+
+    def attention(self, name: str, x: Any, context: Any, heads: int) -> Any:
+        """Of x [n, s, d] to the context [n, s', d']."""
+        ops, asked = self.ops, {"to_q": x, "to_k": context, "to_v": context}
+        parts = []
+        for projection, given in asked.items():
+            width = self.tensors[f"{name}.{projection}.weight"].shape[0]
+            y = self.linear(f"{name}.{projection}", given)
+            y = ops.reshape(y, self.constant([0, 0, heads, width // heads]), True)
+            parts.append(ops.transpose(y, self.constant([0, 2, 1, 3])))
+        y = ops.scaled_dot_product_attention(*parts, causal=False)
+        y = ops.transpose(y, self.constant([0, 2, 1, 3]))
+        return self.linear(f"{name}.to_out.0", ops.reshape(y, self.constant([0, 0, width]), True))
+
+    # --- layers without -----------------------------------------------------------------
+
+    def waves(self, x: Any, width: int) -> Any:
+        """Sinusoids of x [n]: [n, width], cosines first (arXiv 1706.03762, section 3.5)."""
+        half = width // 2
+        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        angles = self.ops.multiply(
+            self.ops.unsqueeze(x, self.constant([1])), self.ops.constant(rates[None].numpy())
+        )
+        return self.ops.concat([self.ops.cos(angles), self.ops.sin(angles)], 1)
+
+    def flat(self, x: Any) -> Any:
+        """[n, c, h, w] as [n, s, c]."""
+        channels = x.get_output_partial_shape(0)[1].get_length()
+        rows = self.ops.transpose(x, self.constant([0, 2, 3, 1]))
+        return self.ops.reshape(rows, self.constant([0, -1, channels]), True)
+
+    def square(self, x: Any, like: Any) -> Any:
+        """[n, s, c] as [n, c, h, w], with the sides of `like`."""
+        ops = self.ops
+        channels = x.get_output_partial_shape(0)[2].get_length()
+        shape = ops.concat(
+            [self.constant([0]), self.side_lengths(like), self.constant([channels])], 0
+        )
+        return ops.transpose(ops.reshape(x, shape, True), self.constant([0, 3, 1, 2]))
+
+    def side_lengths(self, x: Any) -> Any:
+        """(h, w) of x."""
+        ops = self.ops
+        return ops.gather(ops.shape_of(x, "i64"), self.constant([2, 3]), self.constant(0))
+
+    def upsampled(self, name: str, x: Any, sides: Any) -> Any:
+        """A kernel over x, enlarged to `sides` by repeating its nearest positions."""
+        larger = self.ops.interpolate(
+            x, sides, "nearest", "sizes", coordinate_transformation_mode="asymmetric",
+            nearest_mode="floor", axes=self.constant([2, 3]),
+        )  # fmt: skip
+        return self.conv(name, larger)

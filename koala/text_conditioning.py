@@ -8,8 +8,9 @@ Letters: n prompts, t tokens the encoders read, d1 and d2 the encoders' widths, 
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # loaded with the encoders; data with stored embeddings need 
         PreTrainedTokenizerBase,
     )
 
+ADDED = 1 << 24  # ids from here on are of vectors that `TextConditioner.add_vectors` was given
 Ids = tuple[tuple[int, ...], tuple[int, ...]]  # token ids for each encoder, without special tokens
 
 
@@ -80,6 +82,7 @@ class TextConditioner:
         self.pooled_width: int = text_encoder_2.config.projection_dim
         self._cache_size = cache_size
         self._cache: OrderedDict[Ids, tuple[Tensor, Tensor]] = OrderedDict()
+        self._added: tuple[list[Tensor], list[Tensor]] = ([], [])  # [d1] and [d2]
 
     @classmethod
     def from_folder(
@@ -148,6 +151,15 @@ class TextConditioner:
         """Empties the cache. Call it whenever the encoders have changed, for example by a LoRA."""
         self._cache.clear()
 
+    def add_vectors(self, first: Tensor, second: Tensor) -> Ids:
+        """Adds token embeddings [v, d1] and [v, d2] and returns the ids that stand for them."""
+        ids = []
+        for vectors, added in zip((first, second), self._added, strict=True):
+            start = ADDED + len(added)
+            added.extend(vectors)
+            ids.append(tuple(range(start, start + len(vectors))))
+        return ids[0], ids[1]
+
     def encode_ids(self, ids: Ids) -> tuple[Tensor, Tensor]:
         """Embeddings [t, d1 + d2] and pooled [p] of at most t - 2 tokens for each encoder.
 
@@ -180,9 +192,33 @@ class TextConditioner:
             padded = [row + [tokenizer.pad_token_id] * (self.tokens - len(row)) for row in special]
             token_ids = torch.tensor(padded, device=self.device)
             assert token_ids.shape[1] == self.tokens
-            output = encoder(token_ids, output_hidden_states=True)
+            with self._replaced(n, token_ids) as known:
+                output = encoder(known, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
         return torch.cat(hidden, dim=-1), output.text_embeds
+
+    @contextlib.contextmanager
+    def _replaced(self, n: int, token_ids: Tensor) -> Iterator[Tensor]:
+        """Token ids that encoder n knows; inside, it reads the added vectors in their places.
+
+        Their own ids stay below the end token's, which some encoders find as the highest.
+        """
+        places = token_ids >= ADDED
+        if not places.any():
+            yield token_ids
+            return
+        vectors = torch.stack([self._added[n][i - ADDED] for i in token_ids[places].tolist()])
+
+        def put(module: object, inputs: object, output: Tensor) -> Tensor:
+            output = output.clone()
+            output[places.to(output.device)] = vectors.to(output)
+            return output
+
+        handle = self.encoders[n].get_input_embeddings().register_forward_hook(put)
+        try:
+            yield token_ids.masked_fill(places, 0)
+        finally:
+            handle.remove()
 
 
 def time_ids(original: Sequence[Pair], crop: Sequence[Pair], target: Sequence[Pair]) -> Tensor:

@@ -1,5 +1,6 @@
 """A real server on loopback, with a toy model, for the tests of `koala.serving`."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import uvicorn
 from koala.generation import Pipeline
 from koala.serving.app import create_app
 from koala.serving.jobs.database import Database
+from koala.serving.run import http_config
 from koala.serving.service import Service
 from koala.serving.settings import Limits, Options
 
@@ -31,15 +33,18 @@ def running(
 ) -> Iterator[Running]:
     """Serves a loaded pipeline until the block ends. `told`: further fields of `Options`."""
     limits = limits or Limits(max_batch=8)
-    options = Options(data=data, limits=limits, **told)
-    service = Service(pipeline, limits, options.lora_dir)
+    options = Options(data=data, limits=limits, **{"fit": False, **told})
+    service = Service(
+        pipeline, limits, options.lora_dir, embeddings=options.embedding_dir, fit=options.fit
+    )
     service.start()
     database = Database(data)
     app = create_app(service, database, options)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        server = uvicorn.Server(http_config(app, options))
+        thread = threading.Thread(
+            target=lambda: asyncio.run(server.serve([listening])), daemon=True
+        )
         thread.start()
         try:
             yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", service, app)

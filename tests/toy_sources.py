@@ -43,15 +43,23 @@ def images(number: int, sizes: Sequence[tuple[int, int]] = SIZES) -> list[bytes]
 
 
 def write_folder(root: Path, files: Sequence[bytes], metadata: str = "txt") -> Path:
-    """metadata: "txt", "jsonl" or "csv"."""
+    """metadata: "jsonl", "csv", "captions.jsonl", or the suffix of a file beside each image."""
     root.mkdir(parents=True)
     for n, data in enumerate(files):
         (root / f"{n:04d}.jpg").write_bytes(data)
-        if metadata == "txt":
-            (root / f"{n:04d}.txt").write_text(caption(n))
+        if metadata in ("txt", "caption"):
+            (root / f"{n:04d}.{metadata}").write_text(caption(n))
+        if metadata == "json":
+            about = {"text": caption(n), "nsfw": str(n / 10), "LANGUAGE": "en", "width": 80}
+            (root / f"{n:04d}.json").write_text(json.dumps(about))
     rows = [
         {"file_name": f"{n:04d}.jpg", "text": caption(n), "nsfw": n / 10} for n in range(len(files))
     ]
+    if metadata == "captions.jsonl":
+        lines = "".join(
+            json.dumps({"image": r["file_name"], "text": r["text"]}) + "\n" for r in rows
+        )
+        (root / metadata).write_text(lines, encoding="utf-8-sig")
     if metadata == "jsonl":
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (root / "metadata.jsonl").write_text(lines)
@@ -63,14 +71,53 @@ def write_folder(root: Path, files: Sequence[bytes], metadata: str = "txt") -> P
     return root
 
 
-def write_tars(root: Path, files: Sequence[bytes], each: int = 10) -> Path:
+def write_nested(root: Path, files: Sequence[bytes]) -> Path:
+    """An imagefolder whose two folders have a table each."""
+    for name, numbers in (("a", range(10)), ("b", range(10, len(files)))):
+        (root / name / "images").mkdir(parents=True)
+        rows = []
+        for n in numbers:
+            (root / name / "images" / f"{n:04d}.jpg").write_bytes(files[n])
+            rows.append({"file_name": f"images/{n:04d}.jpg", "text": caption(n)})
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (root / name / "metadata.jsonl").write_text(lines)
+    return root
+
+
+def write_saved(root: Path, files: Sequence[bytes], splits: dict[str, int] | None = None) -> Path:
+    """What `datasets` leaves with `save_to_disk`. splits: their numbers of images."""
+    if splits is not None:
+        root.mkdir()
+        (root / "dataset_dict.json").write_text(json.dumps({"splits": [*splits]}))
+    first = 0
+    for split, count in (splits or {"": len(files)}).items():
+        folder, numbers = root / split, range(first, first + count)
+        folder.mkdir(parents=True)
+        first += count
+        table = pa.table(
+            {
+                "image": [{"bytes": files[n], "path": None} for n in numbers],
+                "text": [caption(n) for n in numbers],
+            }
+        )
+        with pa.ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=8)
+        (folder / "cache-1234.arrow").write_bytes(b"what `map` left")
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
+        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "dataset_info.json").write_text("{}")
+    return root
+
+
+def write_tars(root: Path, files: Sequence[bytes], each: int = 10, ending: str = "tar") -> Path:
     """Tars as img2dataset makes them, and the parquet that it leaves beside each."""
     root.mkdir(parents=True)
     for first in range(0, len(files), each):
         name = f"{first // each:05d}"
-        with tarfile.open(root / f"{name}.tar", "w") as tar:
+        with tarfile.open(root / f"{name}.{ending}", "w:gz" if "gz" in ending else "w") as tar:
             for n in range(first, min(first + each, len(files))):
                 about = {"caption": caption(n), "key": f"{n:09d}", "punsafe": n / 10}
+                about |= {"LANGUAGE": "en", "status": "success", "width": 80}
                 for suffix, data in (
                     ("jpg", files[n]),
                     ("txt", caption(n).encode()),
@@ -132,7 +179,13 @@ LAYOUTS = {
     "folder of txt": lambda root, files: write_folder(root, files),
     "folder of jsonl": lambda root, files: write_folder(root, files, "jsonl"),
     "folder of csv": lambda root, files: write_folder(root, files, "csv"),
+    "folder of caption": lambda root, files: write_folder(root, files, "caption"),
+    "folder of json": lambda root, files: write_folder(root, files, "json"),
+    "folder of captions.jsonl": lambda root, files: write_folder(root, files, "captions.jsonl"),
+    "folder of folders": write_nested,
     "webdataset": write_tars,
+    "webdataset compressed": lambda root, files: write_tars(root, files, ending="tar.gz"),
+    "saved": write_saved,
     "parquet of bytes": write_parquet,
     "parquet of paths": lambda root, files: write_parquet(root, files, embedded=False),
     "ye-pop zipped": write_yepop,

@@ -97,7 +97,7 @@ def distil(
     """A whole distillation on such hardware."""
     task, world = toy_distillation(base), world or World()
     layout = lay_out(task, hardware, world)
-    validation = Stream().batch(100, 6) if settings.validate_every else None
+    validation = [Stream().batch(100, n) for n in (4, 2)] if settings.validate_every else []
     train(task, data or Stream(), settings, run, layout=layout, validation=validation)
 
 

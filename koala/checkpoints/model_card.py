@@ -100,10 +100,10 @@ class ModelCard:
     licence: Licence = field(default_factory=Licence)
     base_model: str | None = None  # Hub id of the model that it derives from
     cut: Compressed | None = None
-    assembled: Assembled | None = None
     trained: Trained | None = None
     evaluated: Evaluated | None = None
     ours: bool = True  # False: not written by koala
+    assembled: Assembled | None = None
 
     def metadata(self) -> ModelCardData:
         """The front matter."""
@@ -222,7 +222,7 @@ def of_contents(source: Path, metadata: Mapping[str, str]) -> ModelCard:
 def student_of(teacher: ModelCard, name: str, title: str, cut: Compressed) -> ModelCard:
     """The card of a compressed model: the teacher's licence, and how it was compressed."""
     base = "/".join(name.split("/")[:2]) if "/" in name else teacher.base_model  # not its file
-    return ModelCard(title, teacher.licence, base, cut, teacher.assembled)
+    return ModelCard(title, teacher.licence, base, cut, assembled=teacher.assembled)
 
 
 def adopted_of(student: ModelCard, teacher: ModelCard, title: str) -> ModelCard:

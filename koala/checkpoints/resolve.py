@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from koala.checkpoints import single_file
 from koala.checkpoints.bundled import bundled_folder, bundled_names
-from koala.checkpoints.pipeline_files import Contents, from_folder, write_pipeline
-from koala.checkpoints.validate import CONFIGS, WEIGHTS, check_folder, check_kind, some
+from koala.checkpoints.pipeline_files import SCHEDULER, Contents, from_folder, write_pipeline
+from koala.checkpoints.prediction import Prediction, of_config
+from koala.checkpoints.validate import CONFIGS, WEIGHTS, check_folder, check_kind, read_json, some
 from koala.errors import UserError, unknown
 from koala.utils.asset_packages import cache_folder
 
@@ -72,11 +73,29 @@ def resolve_model(name_or_path: str | Path) -> Path:
 
 
 def check_name(model: str) -> None:
-    """UserError as in `resolve_model`, but without downloading or unpacking."""
+    """UserError as in `resolve_model`, but without downloading or unpacking.
+
+    A single file need not be complete: parts of others may be meant for it.
+    """
     path = Path(model).expanduser()
     of_hub = not path.exists() and (HUB_ID.fullmatch(model) or _HUB_FILE.fullmatch(model))
-    if not (path.is_file() or of_hub):
+    if path.is_file():
+        single_file.open_file(path)
+    elif not of_hub:
         resolve_model(model)
+
+
+def local_prediction(model: str) -> Prediction | None:
+    """What a model predicts; None for one on the Hub, which is not downloaded.
+
+    Reads headers and small files alone. Raises `UserError` as `check_name` does.
+    """
+    check_name(model)
+    path = Path(model).expanduser()
+    if model in bundled_names() or path.is_dir():
+        folder = resolve_model(model)
+        return of_config(read_json(folder / SCHEDULER))
+    return single_file.open_file(path).prediction or Prediction() if path.is_file() else None
 
 
 def single_file_path(model: str | Path) -> Path | None:

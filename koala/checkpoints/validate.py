@@ -144,8 +144,9 @@ def unet_architecture(folder: Path) -> UNetArchitecture:
     """The architecture of a model folder's U-Net, by its config. Raises `UserError`."""
     file = folder / "unet" / "config.json"
     config = read_json(file)
-    kinds = {9: "an inpainting U-Net", 8: "an instruct-pix2pix U-Net"}
-    kind = kinds.get(config.get("in_channels", 0))
+    kind = {9: "an inpainting U-Net", 8: "an instruct-pix2pix U-Net"}.get(
+        config.get("in_channels", LATENT_CHANNELS)
+    )
     if kind:
         raise UserError(
             f"{folder} has {kind}: {config['in_channels']} input channels, SDXL's has "

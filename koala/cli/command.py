@@ -10,11 +10,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from koala.errors import UserError, did_you_mean
-
-Name = TypeVar("Name", str, str | None)  # of a model
 
 
 @dataclass(frozen=True)
@@ -128,12 +126,10 @@ def push(o: argparse.Namespace, result: Path) -> None:
         say(f"uploaded: {push(result, o.push_to_hub)}")
 
 
-def assembled(o: argparse.Namespace, model: Name) -> Name:
+def assembled(o: argparse.Namespace, model: str) -> str:
     """The model, put together with the parts that the options name."""
     if not (o.base or o.vae or o.teacher_lora):
         return model
-    if model is None:
-        raise UserError("--base, --vae and --teacher-lora need a model that they are for: name it")
     from koala.generation.validation import loras
     from koala.lora.assembly import assembled
 

@@ -23,6 +23,9 @@ def _arguments(p: Parser) -> None:
     p.add_argument("-n", "--number", type=whole, default=1, help="images per prompt (default 1)")
     p.add_argument("--seed", type=whole, help="seed of the first image (default: random)")
     p.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the model's own)")
+    p.add_argument(
+        "--workflow", action="store_true", help="put a workflow for ComfyUI into each PNG"
+    )
     p.add_json("paths and settings")
     p.add_argument(
         "--list-words", action="store_true",
@@ -42,6 +45,11 @@ def _arguments(p: Parser) -> None:
     model.add_argument(
         "--lora-dir", type=Path, metavar="DIR",
         help="LoRAs that prompts may name: 'a fox <lora:NAME:0.8>'",
+    )  # fmt: skip
+    model.add_argument(
+        "--embedding", action="append", default=[], metavar="FILE",
+        help="a textual inversion of SDXL, named in the prompt by the file's name; repeat for "
+        "several",
     )  # fmt: skip
     p.add_parts("--model")
 
@@ -126,6 +134,7 @@ def _run(o: argparse.Namespace) -> None:
     from koala.generation.png import check_writable
     from koala.generation.prompt_loras import shared_loras
     from koala.generation.requests import checked
+    from koala.generation.workflow import workflow
     from koala.utils.device import check_device
 
     runtime = {
@@ -145,10 +154,13 @@ def _run(o: argparse.Namespace) -> None:
         "guidance_until": o.guidance_until, "guidance_rescale": o.guidance_rescale,
         "scheduler": o.scheduler, "size": o.size, "number": o.number, "seed": o.seed,
         "image": o.image, "strength": o.strength, "mask": o.mask, "mask_blur": o.mask_blur,
-        "lora_dir": o.lora_dir,
+        "lora_dir": o.lora_dir, "embedding": o.embedding,
     }  # fmt: skip
     model = assembled(o, o.model)
     settings = checked(model, prompts, lora=loras, **asked).settings
+
+    if o.workflow:
+        workflow(settings[0])  # refuses what it cannot say
 
     from koala.generation import save
     from koala.generation.opening import open_model  # all is checked: now torch may load
@@ -157,13 +169,14 @@ def _run(o: argparse.Namespace) -> None:
     pipeline = open_model(
         model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
         images=len(settings), from_image=o.image is not None, say=say,
+        of_requests=[name for name in ("embedding", "lora_dir") if getattr(o, name)],
     )  # fmt: skip
     if pipeline.plan is not None:
         print(pipeline.plan.table(), file=sys.stderr)
     requests = pipeline.requests(prompts, **asked)
     with progress("drawing", pipeline.steps(requests), "steps") as advance:
         result = pipeline.draw(requests, strict=o.strict, on_step=lambda *_: advance(1))
-    made = list(zip(save(result, o.out), result.settings, strict=True))
+    made = list(zip(save(result, o.out, comfyui=o.workflow), result.settings, strict=True))
     show(
         o,
         [{"path": str(path), **asdict(settings)} for path, settings in made],

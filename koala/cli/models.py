@@ -11,7 +11,7 @@ from koala.checkpoints.convert import TARGETS
 from koala.checkpoints.tensors import DTYPES
 from koala.cli.command import Command, Parser, assembled, check_push, listed, push, show
 from koala.errors import UserError
-from koala.utils.atomic import check_new
+from koala.utils.atomic import check_new, write_text
 
 OPENVINO = "openvino"  # a form (`koala.generation.form`), besides the formats of a model
 MODEL = "bundled name, folder, single file or Hub id of an SDXL-class model"
@@ -84,6 +84,10 @@ def _convert_arguments(p: Parser) -> None:
         "--spelling",
         help="of a LoRA's names: kohya, which other programs read in full (default), or same",
     )
+    p.add_argument(
+        "--workflow", type=Path, metavar="FILE",
+        help="also write a ComfyUI workflow (JSON) that draws with the single file as koala does",
+    )  # fmt: skip
     p.add_parts("the model")
     p.add_push()
     p.add_json("the report")
@@ -100,11 +104,20 @@ def _convert(o: argparse.Namespace) -> None:
     check_push(o)
     if o.student is not None and (o.base or o.vae or o.teacher_lora):
         raise UserError("--base, --vae and --teacher-lora have no effect on a LoRA: leave them out")
+    if o.workflow is not None:
+        if o.to != "single-file":
+            raise UserError("--workflow is for --to single-file, which ComfyUI reads: leave it out")
+        if o.workflow.exists():
+            raise UserError(f"{o.workflow} exists; name a new file")
     if o.to == OPENVINO:
         report, line = _export(o)
     elif o.student is None:
         check_new(o.out.expanduser())
-        converted = convert(assembled(o, o.model), o.to, o.out, o.dtype)
+        model = assembled(o, o.model)
+        drawn = None if o.workflow is None else _workflow(model, o.out)
+        converted = convert(model, o.to, o.out, o.dtype)
+        if drawn is not None:
+            write_text(o.workflow, drawn)
         report, line = asdict(converted), converted.line()
     else:
         carried = convert_lora(o.model, o.student, o.out, o.spelling or "kohya")
@@ -125,8 +138,22 @@ def _export(o: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from koala.generation.export import export  # all is checked: now torch may load
     from koala.generation.loader import load
 
-    written = export(load(o.model, "cpu"), out, o.dtype)
+    written = export(load(assembled(o, o.model), "cpu"), out, o.dtype)
     return asdict(written), written.line()
+
+
+def _workflow(model: str | Path, out: Path) -> str:
+    """A workflow that draws an example with the single file `out`, as `model` is meant to be."""
+    from koala.checkpoints import sampling
+    from koala.checkpoints.pipeline_files import SCHEDULER
+    from koala.checkpoints.resolve import read_model
+    from koala.generation.requests import example
+    from koala.generation.workflow import as_text, workflow
+
+    contents = read_model(model)
+    stated = sampling.of_config(contents.config(SCHEDULER))
+    meant = stated or sampling.by_name(str(model)) or sampling.USUAL
+    return as_text(workflow(example(out.name, contents.architecture, meant), out.name))
 
 
 def _architectures_arguments(p: Parser) -> None:

@@ -4,7 +4,17 @@ import argparse
 from pathlib import Path
 
 from koala.cli.command import Command, Parser, number, say, whole
-from koala.serving.settings import Limits, Options, Scale, check, data_folder, limits_of
+from koala.serving.settings import (
+    Limits,
+    Options,
+    Scale,
+    check,
+    data_folder,
+    limits_of,
+    quality_steps,
+    words,
+)
+from koala.utils.threads import limit_threads, sleep_while_waiting
 
 LIMITS = (  # name, what it limits, type
     ("queue", "images that wait or are being drawn", whole),
@@ -35,8 +45,37 @@ def _arguments(p: Parser) -> None:
     )  # fmt: skip
     p.add_argument("--lora-dir", type=Path, metavar="DIR", help="LoRAs that requests may name")
     p.add_argument(
+        "--embedding-dir", type=Path, metavar="DIR",
+        help="textual inversions that prompts may name by their files' names",
+    )  # fmt: skip
+    p.add_argument(
         "--replicas", metavar="N or N-M",
         help="run N engines over Ray Serve, up to M while requests queue; each has a GPU or a core",
+    )  # fmt: skip
+    p.add_argument(
+        "--model-alias", metavar="NAMES",
+        help="further names of the model in OpenAI's API, such as gpt-image-1,dall-e-3",
+    )  # fmt: skip
+    p.add_argument(
+        "--quality-steps", metavar="TABLE",
+        help="steps of OpenAI's qualities, such as low=4,high=25 (default: no effect)",
+    )  # fmt: skip
+    p.add_argument(
+        "--fit", action=argparse.BooleanOptionalAction, default=True,
+        help="draw sizes that the model was not made for at its own size, and resize (default on)",
+    )  # fmt: skip
+    network = p.add_argument_group("names and pages, each a list with commas")
+    network.add_argument(
+        "--allow-host", metavar="NAMES",
+        help="further names that this server is called by, such as host.docker.internal; * for any",
+    )  # fmt: skip
+    network.add_argument(
+        "--allow-origin", metavar="ORIGINS",
+        help="pages elsewhere that may call this server, such as https://example.org",
+    )  # fmt: skip
+    network.add_argument(
+        "--trusted-proxy", metavar="ADDRESSES",
+        help="proxies whose X-Forwarded-For and -Proto are believed (default: none)",
     )  # fmt: skip
     runtime = p.add_argument_group("speed and memory, as in koala generate")
     runtime.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best available)")
@@ -76,10 +115,15 @@ def _run(o: argparse.Namespace) -> None:
     options = Options(
         model=o.model, host=o.host, port=o.port, api_key_file=o.api_key_file, device=o.device,
         backend=o.backend, vram=o.vram, compile=o.compile, graphs=o.graphs, lora_dir=o.lora_dir,
+        embedding_dir=o.embedding_dir,
         data=o.data or data_folder(), gallery_bytes=int(o.gallery_gib * 2**30),
-        gallery_days=o.gallery_days, limits=limits,
+        gallery_days=o.gallery_days, limits=limits, fit=o.fit, model_aliases=words(o.model_alias),
+        quality_steps=quality_steps(o.quality_steps), allow_hosts=words(o.allow_host),
+        allow_origins=words(o.allow_origin), trusted_proxies=words(o.trusted_proxy),
     )  # fmt: skip
+    sleep_while_waiting()
     if o.replicas is None:
+        limit_threads()  # Ray gives each replica its own
         from koala.serving.run import serve
 
         serve(options, say)

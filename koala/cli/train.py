@@ -34,8 +34,8 @@ def _prepare_arguments(p: Parser) -> None:
     from koala.data.illustrations.scenes import ILLUSTRATIONS
 
     p.add_argument(
-        "source", help="a folder of images, webdataset tars, parquet files or ye-pop chunks; or "
-        f"{listed(ILLUSTRATIONS)}, which koala renders itself",
+        "source", help="a folder of images, webdataset tars, parquet files, a saved data set or "
+        f"ye-pop chunks; or {listed(ILLUSTRATIONS)}, which koala renders itself",
     )  # fmt: skip
     p.add_argument(
         "--as", dest="kind", metavar="KIND",
@@ -113,9 +113,18 @@ def _prepare(o: argparse.Namespace) -> None:
 
     given = {name: getattr(o, name) for name in (*PREPARATION, *FILTERS)}
     preparation = preparation_of(o.source, given)
-    model = assembled(o, o.model)
+    model = _with_parts(o, "--model", o.model)
     report = prepare(o.source, o.out, model, o.workers, o.device, o.sheet, o.kind, preparation)
     show(o, asdict(report), "\n".join(report.lines()))
+
+
+def _with_parts(o: argparse.Namespace, option: str, model: str | None) -> str | None:
+    """The model that the option names, put together with the parts that others name."""
+    if model is not None:
+        return assembled(o, model)
+    if o.base or o.vae or o.teacher_lora:
+        raise UserError(f"--base, --vae and --teacher-lora are parts for a model: give {option}")
+    return None
 
 
 def _distill_arguments(p: Parser) -> None:
@@ -153,7 +162,9 @@ def _distill_arguments(p: Parser) -> None:
         help="only print the recipe and what it costs: memory by part, samples per second, days",
     )  # fmt: skip
     dry.add_argument(
-        "--card", help=f"for this GPU: {', '.join(GPUS)} (default: measure this machine)"
+        "--card",
+        help=f"for this GPU: {', '.join(GPUS)}, or its bf16 rate and memory as in "
+        "35TFLOP,16GB (default: measure this machine)",
     )
     dry.add_argument("--gpus", type=whole, metavar="N", help="for this many (default 1)")
 
@@ -170,7 +181,7 @@ def _distill(o: argparse.Namespace) -> None:
 
         found = dry_run(
             recipe,
-            teacher=assembled(o, o.teacher),
+            teacher=_with_parts(o, "--teacher", o.teacher),
             data=o.data,
             card=o.card,
             processes=gpus,
@@ -186,7 +197,7 @@ def _distill(o: argparse.Namespace) -> None:
             raise UserError(f"koala distill needs --{name} (only --dry-run goes without)")
     check(recipe, o.data, o.teacher, o.student, o.device, o.log)
     check_push(o)
-    teacher = assembled(o, o.teacher)
+    teacher = _with_parts(o, "--teacher", o.teacher)
     from koala.recipes.train import distill  # all is checked: now torch may load
 
     model = distill(o.recipe, o.data, o.out, teacher, o.device, o.set, o.log, o.student)

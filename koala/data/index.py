@@ -168,6 +168,12 @@ class Index:
             chosen = pc.and_(chosen, pc.equal(self._table["kind"], kind))
         return np.flatnonzero(chosen.to_numpy())
 
+    def kinds(self, split: str) -> list[str]:
+        """The kinds of a split's images."""
+        return sorted(
+            self._table.filter(pc.equal(self._table["split"], split))["kind"].unique().to_pylist()
+        )
+
     def bucket(self, shard: int) -> Size:
         """(height, width) in pixels of a shard's images."""
         return int(self.height[shard]), int(self.width[shard])

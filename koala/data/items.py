@@ -4,19 +4,30 @@ A source locates images, captions and scores, and does nothing else with them. I
 worker processes, so it holds settings and no open files.
 """
 
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-KINDS = ("folder", "webdataset", "parquet", "ye-pop")  # of sources, as `--as` calls them
+KINDS = ("folder", "webdataset", "parquet", "saved", "ye-pop")  # of sources, as `--as` calls them
 SCORES = {  # our name of a score -> names in data sets; the first one present counts
     "nsfw": ("nsfw", "nsfw_prediction", "punsafe"),
     "similarity": ("similarity", "alt_txt_similarity", "clip_similarity"),
 }
 NOT_CAPTIONS = frozenset(
-    ("id", "key", "url", "path", "file_name", "filename", "image", "status", "error_message",
-     "exif", "sha256", "md5", "license", "split", "kind")
+    ("id", "uid", "key", "url", "path", "file_name", "filename", "image", "image_path", "img",
+     "file", "status", "error_message", "exif", "sha256", "md5", "hash", "phash", "license",
+     "split", "kind", "language", "lang", "mime", "mime_type", "mimetype", "format", "source",
+     "dataset", "author", "date", "created_at", "timestamp", "width", "height", "original_width",
+     "original_height", "pwatermark", "aesthetic",
+     *(name for names in SCORES.values() for name in names))
 )  # fmt: skip
+HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # names of such files or folders
+_SPLIT = re.compile(rf"({'|'.join(HELD_OUT)})(?=[-_.]|$)", re.IGNORECASE)
+_TEXTS = re.compile("caption|text|prompt|descri|sentence|title|tag", re.IGNORECASE)
+_REPEATS = re.compile(r"repeated (\d+) times")
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class Item:
     scores: dict[str, float] = field(default_factory=dict)  # by the keys of SCORES
     split: str | None = None  # if the source has its own: "train", "test-pair", ...
     kind: str = "picture"
+    damage: str = ""  # of the file that the item stands for: nothing more can be read of it
 
 
 class Source(Protocol):
@@ -42,6 +54,11 @@ class Source(Protocol):
     @property
     def captions(self) -> tuple[str, ...]:
         """The captions that `prepare` uses by default; () for all."""
+        ...
+
+    @property
+    def looked_in(self) -> str:
+        """Where it looks for captions, for the message that there are none."""
         ...
 
     def parts(self) -> dict[str, int]:
@@ -60,20 +77,83 @@ class Source(Protocol):
         ...
 
 
+def damaged(part: str, why: object) -> Item:
+    """Stands for what cannot be read of a damaged file, so that it is counted and reported."""
+    return Item(part, bytes, {}, damage=f"{why}: download it again")
+
+
 def captions_of(record: dict[str, Any]) -> dict[str, str]:
-    """The fields of a record that may be captions: text that is not metadata."""
-    return {
-        name: value.strip()
-        for name, value in record.items()
-        if isinstance(value, str) and value.strip() and name.lower() not in NOT_CAPTIONS
-    }
+    """The fields of a record that may be captions: text that is not metadata.
+
+    A list of captions gives "name.0", "name.1", ..., a structure "name.key"; tags are one caption.
+    """
+    found: dict[str, str] = {}
+    for name, value in record.items():
+        if name.lower() in NOT_CAPTIONS:
+            continue
+        if isinstance(value, list | dict) and not _TEXTS.search(name):
+            continue
+        found |= {key: text.strip() for key, text in _texts(name, value) if text.strip()}
+    return found
+
+
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """(name, text) of every text in a value."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, list) and "tag" in name.lower():
+        yield name, ", ".join(map(str, value))
+    elif isinstance(value, list | dict):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, one in inner:
+            if str(key).lower() not in NOT_CAPTIONS:
+                yield from _texts(f"{name}.{key}", one)
 
 
 def scores_of(record: dict[str, Any]) -> dict[str, float]:
-    """The scores of a record, by our names."""
+    """The scores of a record, by our names; text that is no number is no score."""
     found = {}
     for score, names in SCORES.items():
-        values = [record[n] for n in names if isinstance(record.get(n), int | float)]
+        values = [value for n in names if (value := _number(record.get(n))) is not None]
         if values:
-            found[score] = float(values[0])
+            found[score] = values[0]
     return found
+
+
+def _number(value: Any) -> float | None:
+    if not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return None if math.isnan(number) and isinstance(value, str) else number
+
+
+# --- what a place says of its images --------------------------------------------------------
+
+
+def held_out(parts: Iterable[str]) -> frozenset[str]:
+    """The parts of which the source says that they are not for training: `test-00000.parquet`.
+
+    Unless all are: then they were named on purpose.
+    """
+    parts = list(parts)
+    found = frozenset(part for part in parts if _says_held_out(PurePosixPath(part)))
+    return frozenset() if len(found) == len(parts) else found
+
+
+def _says_held_out(part: PurePosixPath) -> bool:
+    folders = {folder.lower() for folder in part.parts[:-1]}
+    return bool(_SPLIT.match(part.name)) or bool(folders & {*HELD_OUT})
+
+
+def repeated(times: int) -> str:
+    """The kind of images that an epoch shows several times."""
+    return "picture" if times == 1 else f"repeated {times} times"
+
+
+def repeats_of(kind: str) -> int:
+    """How often an epoch shows the images of a kind, if the training does not say otherwise."""
+    found = _REPEATS.fullmatch(kind)
+    return int(found[1]) if found else 1

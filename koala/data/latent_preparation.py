@@ -33,6 +33,8 @@ from koala.utils.atomic import claim
 from koala.utils.progress import progress
 
 PEEK = 64  # items inspected for captions and scores
+HELD_OUT = 16  # images of a source, on average, if that is no more than the share below
+HELD_OUT_SHARE = 0.1
 SEED = 0  # of the draws from the posterior, if stored
 
 T = TypeVar("T")
@@ -56,6 +58,7 @@ def prepare_latents(
         todo = [unit for unit in mine if not unit_file(out, unit).exists()]
         if todo:
             remove_parts(out, {*todo})
+            preparation = replace(preparation, held_out=_held_out(preparation, plan))
             encoder = Encoder(model, device, preparation, SEED)
             fitter = CaptionFitter.of(model, preparation.long_captions or "sentences")
             total = sum(map(plan.size, mine))
@@ -82,6 +85,15 @@ def _finish(out: Path, plan: UnitPlan, preparation: Preparation) -> Summary:
     return summary
 
 
+def _held_out(preparation: Preparation, plan: UnitPlan) -> float:
+    """The share to hold out: more than asked of a small source, so that there is something.
+
+    A share of 0 holds out nothing.
+    """
+    few = min(HELD_OUT_SHARE, HELD_OUT / plan.items)
+    return max(preparation.held_out, few) if preparation.held_out else 0.0
+
+
 def _counted(results: Iterable[T], advance: Callable[[int], object]) -> Iterator[T]:
     for result in results:
         yield result
@@ -103,13 +115,18 @@ def _long(
 
 def _with_captions(source: Source, preparation: Preparation) -> Preparation:
     """The preparation with its captions resolved; UserError if the source lacks one."""
-    part = next(iter(source.parts()))
-    first = list(islice(source.items(part, 0, PEEK), PEEK))
+    there = (item for part in source.parts() for item in source.items(part, 0, PEEK))
+    first = list(islice((item for item in there if not item.damage), PEEK))
     fields = list(dict.fromkeys(name for item in first for name in item.captions))
-    captions = preparation.captions or source.captions or tuple(fields)
+    told = [item.captions for item in first if item.captions]
+    common = [name for name in fields if all(name in captions for captions in told)]
+    captions = preparation.captions or source.captions or tuple(common or fields)
     check_expressions(captions, fields)
     if not captions and first:
-        raise UserError(f"the first {len(first)} images of the source have no captions")
+        raise UserError(
+            f"the first {len(first)} images of the source have no captions: looked for "
+            f"{source.looked_in}"
+        )
     for score in preparation.filters.scores:
         if first and not any(score in item.scores for item in first):
             raise UserError(f"the first {len(first)} images of the source have no score {score}")

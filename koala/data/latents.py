@@ -18,6 +18,7 @@ from torch import Tensor
 from koala.data.captions import CaptionFitter
 from koala.data.encoding import MIRRORED, encoder_hash
 from koala.data.index import Index
+from koala.data.items import repeats_of
 from koala.data.sampler import WINDOW, BatchOrder
 from koala.data.shard_cache import BatchShare, ShardCache
 from koala.errors import UserError
@@ -58,7 +59,8 @@ class LatentSet:
             model: a model folder; its VAE must be the one that made the latents, and its
                 tokenizers decide which captions are too long.
             mix: how often an epoch shows the samples of each kind, e.g. {"emoji": 3, "scene": 1};
-                other kinds are not shown. None: all once.
+                other kinds are not shown. None: all once, but for folders that repeat their
+                images (`koala.data.sources.folder`).
             captions: captions to choose from, with weights. None: the only one.
             split: "train", or a held-out split.
             size: required size in pixels (side of the square bucket); None accepts any.
@@ -72,14 +74,17 @@ class LatentSet:
         self.index = Index(folder)
         self.captions = self._chosen_captions(captions)
         self._check_made(model, size)
+        kinds = self.index.kinds(split)
+        if mix is None and split == "train" and any(repeats_of(kind) > 1 for kind in kinds):
+            mix = {kind: repeats_of(kind) for kind in kinds}
         parts = {None: 1} if mix is None else dict(mix)
         shards = np.concatenate(
             [np.repeat(self.index.select(split, kind), n) for kind, n in parts.items()]
         )
         if not len(shards):
-            kinds = "" if mix is None else f" of the kinds {', '.join(mix)}"
+            wanted = "" if mix is None else f" of the kinds {', '.join(mix)}"
             raise UserError(
-                f"{folder}: no samples of the split {split}{kinds}; there are "
+                f"{folder}: no samples of the split {split}{wanted}; there are "
                 f"{', '.join(self.index.summary.samples) or 'none'}"
             )
         pairs = np.stack([self.index.height[shards], self.index.width[shards]])
@@ -125,6 +130,17 @@ class LatentSet:
                 self._coming[key] = self._reader.submit(self._read, *key)
         return self._coming.pop(wanted[0]).result()
 
+    def stratified(self, count: int) -> list[dict[str, Any]]:
+        """Batches of at most `count` samples, one of each bucket, as of `batch`: a fixed choice.
+
+        Each sample comes once, and each bucket in proportion to its size.
+        """
+        batches, first = [], 0
+        for places in self.order.stratified(count):
+            batches.append(self._batch(places, first))
+            first += len(places)
+        return batches
+
     def close(self) -> None:
         """Stops reading ahead and removes downloaded shards."""
         self._reader.shutdown(cancel_futures=True)
@@ -134,9 +150,12 @@ class LatentSet:
         share = count // world
         part = BatchShare(count, rank, world)
         self._cache.advance_to(first // count, part)
-        places = part.of(self.order.batch(first // count, count))
+        return self._batch(part.of(self.order.batch(first // count, count)), first + rank * share)
+
+    def _batch(self, places: list[tuple[int, int]], first: int) -> dict[str, Any]:
+        """The samples at these places of one bucket; first: number of the first in the stream."""
         images, latents, text, captions, sizes = [], [], [], [], []
-        for number, (shard, row) in enumerate(places, first + rank * share):
+        for number, (shard, row) in enumerate(places, first):
             rng = np.random.default_rng((self.seed, 3, number))
             tensors = self.index.tensors(shard, row)
             noise = None  # of the draw from the posterior

@@ -119,6 +119,8 @@ def read_samples(
 
 def sample_of(item: Item, preparation: Preparation) -> Sample | Dropped:
     """The sample of an item, or why it is dropped."""
+    if item.damage:
+        return Dropped(item.id, "damaged file", item.damage)
     captions = tuple(compose(expression, item.captions) for expression in preparation.captions)
     for reason, detail in _faults(item, captions, preparation.filters):
         return Dropped(item.id, reason, detail)

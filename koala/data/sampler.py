@@ -62,6 +62,24 @@ class BatchOrder:
         """(shard, row) of each sample of a batch, all of one bucket."""
         return self._stretch(*self._place_of(number, size), size)
 
+    def stratified(self, count: int) -> list[list[tuple[int, int]]]:
+        """(shard, row) of at most `count` samples by bucket, in proportion to the buckets' sizes.
+
+        Each sample once, and one of each bucket if `count` allows. Empty buckets are left out.
+        """
+        count = min(count, self.epoch_length)
+        shares = self.sizes * count / self.epoch_length
+        numbers = np.floor(shares).astype(np.int64)
+        if count >= len(numbers):
+            numbers = np.maximum(numbers, 1)
+        while (over := int(numbers.sum()) - count) != 0:
+            lacking = shares - numbers
+            if over > 0:  # take from the one that has most beyond its share, and keep one
+                numbers[np.argmin(np.where(numbers > 1, lacking, np.inf))] -= 1
+            else:
+                numbers[np.argmax(np.where(numbers < self.sizes, lacking, -np.inf))] += 1
+        return [self._stretch(bucket, 0, int(n)) for bucket, n in enumerate(numbers) if n]
+
     def windows(self, number: int, size: int) -> list[tuple[int, int, int]]:
         """(bucket, epoch, window) of each window that a batch takes samples from, in order.
 

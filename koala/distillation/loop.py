@@ -67,14 +67,14 @@ def train(
     note: dict[str, Any] | None = None,
     *,
     layout: Layout | None = None,
-    validation: dict[str, Any] | None = None,
+    validation: Sequence[dict[str, Any]] = (),
     loggers: Sequence[str] = (),
     flops: float | None = None,
 ) -> nn.Module:
     """Trains to the end, from the newest checkpoint in `run` if any; returns the EMA weights.
 
     run: folder for `run.json` (settings and `note`), `stats.jsonl`, `previews/`, `checkpoints/`,
-      and `validation.jsonl` if there is a `validation` batch, of the data's format.
+      and `validation.jsonl` if there are batches for `validation`, of the data's format.
     layout: of several processes, or of other hardware (`koala.distillation.parallel`); None: this
       process and the task's device.
     loggers: "tensorboard", "wandb". flops: of one sample's step, to show the share of the peak.
@@ -91,6 +91,12 @@ def train(
     with world.together():
         if world.first:
             claim(run / "run.json", {**asdict(settings), **(note or {})})
+    with world.together():
+        if not (run / "run.json").is_file():
+            raise UserError(
+                f"{run}: process {world.rank} does not see what process 0 wrote there: all "
+                "machines must share the folder --out"
+            )
     averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
     state = checkpoint.State(module, averages, new_optimizer(settings, module))
     last = checkpoint.newest(run)
@@ -132,8 +138,8 @@ def train(
                 if record:
                     record.write("train", seen, {**means, **pace, "seconds": log.seconds})
             advance(settings.batch, f"loss {log.latest:.4f} {meter.note}".strip())
-            if validation is not None and (done or due(settings.validate_every)):
-                means = _validate(task, validation, micro)
+            if validation and (done or due(settings.validate_every)):
+                means = _validate(task, layout, averages[0], validation, micro)
                 if record:
                     record.write("validation", seen, means)
             if done or due(settings.preview_every):
@@ -171,16 +177,16 @@ def gradients(
     return sums
 
 
-def _check(settings: Training, layout: Layout, validation: dict[str, Any] | None) -> None:
+def _check(settings: Training, layout: Layout, validation: Sequence[dict[str, Any]]) -> None:
     if settings.optimizer == "adamw-8bit" and layout.hardware.sharding == "fsdp":
         raise UserError(
             "optimizer adamw-8bit does not support sharding=fsdp: its moments are not sharded; "
             "use adamw"
         )
-    if bool(settings.validate_every) != (validation is not None):
+    if bool(settings.validate_every) != bool(validation):
         raise UserError(
             f"validate_every is {settings.validate_every} but there are "
-            f"{'no' if validation is None else 'some'} validation samples: give both or neither"
+            f"{'some' if validation else 'no'} validation samples: give both or neither"
         )
 
 
@@ -219,32 +225,48 @@ def _check_finite(layout: Layout, values: dict[str, float], seen: int, run: Path
 
 
 @torch.no_grad()
-def _validate(task: Task, validation: dict[str, Any], size: int) -> dict[str, float]:
-    """Means of the task's losses on the validation batch, always with the same noise.
+def _validate(
+    task: Task, layout: Layout, average: EMA, validation: Sequence[dict[str, Any]], size: int
+) -> dict[str, float]:
+    """Means of the averaged weights' losses on the validation samples, always with the same noise.
 
-    Every process computes all of it, since sharded models need every process.
+    In the training's precision. Every process computes all of it, since sharded models need every
+    process. size: samples computed at once.
     """
-    count = len(next(iter(validation.values())))
-    sums: dict[str, float] = {}
-    with torch.compiler.set_stance("force_eager"):  # not worth compiling
-        for first in range(0, count, size):
-            batch = _cut(validation, first // size, size)
-            number = min(size, count - first)
-            losses = task.losses(batch, generators_at(VALIDATION_SEED, first, number))
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * number / count
+    lengths = [len(next(iter(batch.values()))) for batch in validation]
+    device, sums = next(task.trainable.parameters()).device, dict[str, float]()
+    first = 0  # sample of all
+    with _averaged(task.trainable, average):
+        for batch, length in zip(validation, lengths, strict=True):
+            for part in range(-(-length // size)):
+                number = min(size, length - part * size)
+                with computing(device, layout.hardware.cpu_bf16):
+                    losses = task.losses(
+                        _cut(batch, part, size), generators_at(VALIDATION_SEED, first, number)
+                    )
+                first += number
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + value.item() * number / sum(lengths)
     return sums
 
 
+@contextmanager
+def _averaged(module: nn.Module, average: EMA) -> Iterator[None]:
+    """The module with the averaged weights, for a moment, and eager: not worth compiling."""
+    average.swap(module)
+    module.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        average.swap(module)
+        module.train()
+
+
 def _preview(task: Task, average: EMA) -> Image.Image | None:
-    """Draws a preview with the averaged weights, then restores the trained ones."""
-    module = task.trainable
-    average.swap(module)
-    with torch.compiler.set_stance("force_eager"):
-        image = task.preview(module.eval())
-    average.swap(module)
-    module.train()
-    return image
+    """A preview drawn with the averaged weights."""
+    with _averaged(task.trainable, average):
+        return task.preview(task.trainable)
 
 
 def _write_image(image: Image.Image, path: Path) -> None:

@@ -22,7 +22,7 @@ from koala.generation.engine import Engine, Progress
 from koala.generation.noise import Noise
 from koala.generation.pixels import Decode, to_images
 from koala.generation.prompt_editing import by_step
-from koala.generation.prompts import Encoder, PromptEmbedding, encode, padded
+from koala.generation.prompts import Encoder, Ids, PromptEmbedding, encode, padded
 from koala.generation.requests import Known, Loras, Paste, Request, Settings, checked
 from koala.generation.schedule import SPACINGS, Schedule
 from koala.utils.arrays import Array, joined, no_gradients, zeros_like
@@ -51,6 +51,7 @@ class Drawing(ABC):
     decode: Decode
     batch_sizes: tuple[int, ...]  # compiled rows; (): any
     takes_loras: bool  # for single requests
+    takes_embeddings: bool = False  # textual inversions
     _previewer: image_inputs.Previewer | None = None
 
     @property
@@ -75,6 +76,10 @@ class Drawing(ABC):
     @abstractmethod
     def noise(self, seed: int, shape: tuple[int, ...]) -> Noise:
         """An image's noise."""
+
+    def embedding(self, file: Path) -> Ids:
+        """The ids of a textual inversion's vectors, if it `takes_embeddings`."""
+        raise NotImplementedError
 
     @abstractmethod
     def use_loras(self, lora: Loras) -> None:
@@ -139,6 +144,8 @@ class Drawing(ABC):
         mask_blur: int | None = None,
         lora: Mapping[str | Path, float] | None = None,
         lora_dir: Path | None = None,
+        embedding: Sequence[str | Path] = (),
+        embedding_dir: Path | None = None,
     ) -> list[Request]:
         """One checked request per image: `number` of each prompt, in the order of the prompts.
 
@@ -158,6 +165,8 @@ class Drawing(ABC):
             back pixel for pixel. mask_blur: pixels, 0 to 64, inwards from the mask's edge, over
             which the two blend; by default 4.
         lora: files and scales, -100 to 100, for these images alone, besides the model's own.
+        embedding: files of textual inversions, each named in a prompt by the file's name; those of
+            the folder `embedding_dir` may be.
 
         UserError for a value that is not allowed.
         """
@@ -165,12 +174,18 @@ class Drawing(ABC):
             self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
             guidance_until=guidance_until, guidance_rescale=guidance_rescale, scheduler=scheduler,
             size=size, number=number, seed=seed, image=image, strength=strength, mask=mask,
-            mask_blur=mask_blur, lora=lora, lora_dir=lora_dir,
+            mask_blur=mask_blur, lora=lora, lora_dir=lora_dir, embedding=embedding,
+            embedding_dir=embedding_dir,
         )  # fmt: skip
         if any(asked.loras) and not self.takes_loras:
             raise UserError(
                 "a LoRA for single requests needs a model that plain PyTorch runs: leave it out, "
                 "or load the model without compile, graphs, a memory plan or another backend"
+            )
+        if asked.embeddings and not self.takes_embeddings:
+            raise UserError(
+                f"the textual inversion {asked.embeddings[0].stem} needs text encoders that "
+                "PyTorch runs: leave its name out, or load the model with the backend torch"
             )
         first = asked.settings[0]
         pixels = places = paste = None
@@ -181,7 +196,7 @@ class Drawing(ABC):
                 places = self.own(asked.mask.places.astype(np.float32)[None, None])
                 paste = Paste(image, asked.mask.blend)
         return [
-            Request(settings, pixels, places, paste, loras)
+            Request(settings, pixels, places, paste, loras, asked.embeddings)
             for settings, loras in zip(asked.settings, asked.loras, strict=True)
         ]
 
@@ -204,7 +219,8 @@ class Drawing(ABC):
                     x = latents + sampler.sigmas[0] * first
                 if request.mask is not None:
                     kept = Inpainting(latents, self.own(request.mask), first)
-            (condition, unconditional), *later = self._conditions(asked, len(schedule))
+            embeddings = {path.stem.lower(): self.embedding(path) for path in request.embeddings}
+            (condition, unconditional), *later = self._conditions(asked, len(schedule), embeddings)
             guided = math.ceil(asked.guidance_until * len(schedule))
             return BatchRow(
                 sampler, x, condition, unconditional, asked.guidance, guided,
@@ -228,13 +244,15 @@ class Drawing(ABC):
     def _schedule(self, asked: Settings) -> Schedule:
         return SPACINGS[asked.schedule](self.scheduler_config, asked.steps).last(asked.strength)
 
-    def _conditions(self, asked: Settings, steps: int) -> list[tuple[Condition, Condition | None]]:
+    def _conditions(
+        self, asked: Settings, steps: int, embeddings: Mapping[str, Ids]
+    ) -> list[tuple[Condition, Condition | None]]:
         """For each step: the conditions with the prompt and, if there is guidance, without it."""
         prompts = by_step(asked.prompt, steps)
         zeros = not asked.negative_prompt and self.zeros_for_empty
         negatives = by_step(asked.negative_prompt, steps) if asked.guidance > 1 else []
         texts = {*prompts} if zeros else {*prompts, *negatives}
-        found = {text: encode(self.conditioner, text) for text in texts}
+        found = {text: encode(self.conditioner, text, embeddings) for text in texts}
         longest = max(one.text.shape[1] for one in found.values())
         conditions = {
             text: self._condition(padded(self.conditioner, one, longest), asked)

@@ -62,47 +62,7 @@ def load(
     from_image: bool = False,
     say: Say = lambda line: None,
 ) -> Pipeline:
-    """Loads a model, ready to draw.
-
-    model: a bundled name, a pipeline folder, a single file or a Hub id.
-    device: "cpu", "cuda", "cuda:1" or "mps"; by default the best there is.
-    dtype: "fp32", "fp16", "bf16" or torch's, of U-Net and text encoders; by default float32 on
-        the CPU, else float16. The VAE has it too, but on the CPU and where its config asks for
-        `force_upcast` it is float32.
-    lora: LoRA files and their scales, -100 to 100. They lie beside the weights, where
-        `Pipeline.scale_lora` and `remove_lora` reach them; with any of the arguments from
-        `backend` to `tiny_vae` they are merged into the weights, which costs no time per step.
-
-    How PyTorch or OpenVINO runs it, all on one device:
-
-    backend: by default $KOALA_BACKEND, else the fastest exact one, if finding out which it is
-        takes no longer than two seconds (`koala.generation.runtime.backends.choose`). "torch",
-        "openvino", "torch-bf16", "openvino-bf16", "openvino-int8"; "auto" and "fastest" measure
-        the exact ones, or all, once per machine; "remembered" takes what was measured. All but
-        "torch" draw with a copy of the U-Net's weights as they are now. While a LoRA is added to
-        the pipeline later, or a request has one, PyTorch draws.
-    compile: fuse the U-Net's projections and compile the blocks of U-Net and VAE.
-    graphs: replay the U-Net from CUDA graphs. CUDA only.
-
-    Or a memory plan (`koala.generation.memory.plan`), kept as `Pipeline.plan`:
-
-    vram: GiB that the model may take, or "free": nine tenths of what is free now (the default if
-        one of the next three is given).
-    weights: "fp32", "fp16", "bf16" to compute in, or "int8", "fp8" to store U-Net and text
-        encoders in; by default the largest that fits.
-    decode: "full", "tiled" (by rows) or "tiny" (a tiny autoencoder); by default what fits.
-    tiny_vae: folder or Hub id of the tiny autoencoder; by default the model's own.
-    size, images, from_image: what the plan must hold: the images' size as in
-        `Pipeline.requests`, how many will be asked for at once, and whether they start from
-        others. Without a plan they are not used.
-
-    say: called with a line for each LoRA, a backend that was chosen, and a plan
-        that was given up because memory ran out.
-
-    Raises UserError for a model that is not found or damaged, a device that is not there, a value
-    that is not allowed, arguments that exclude each other, a backend that is not installed, and
-    a budget that nothing fits into.
-    """
+    """`koala.load` with PyTorch; arguments and errors as in `koala.generation.opening.load`."""
     planned = validation.runtime(
         backend, compile, graphs, vram, weights, decode, tiny_vae, str(dtype) if dtype else None
     )

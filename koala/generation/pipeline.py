@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from koala.checkpoints.tensors import load_tensor
+from koala.checkpoints.textual_inversion import read_embedding
 from koala.errors import UserError
 from koala.generation import validation
 from koala.generation.decode import full
@@ -26,7 +28,7 @@ from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import BaseModel
 from koala.lora.reading import Lora, LoraReport, read
 from koala.lora.switching import LoraSwitcher
-from koala.text_conditioning import TextConditioner
+from koala.text_conditioning import Ids, TextConditioner
 from koala.utils.arrays import Array
 from koala.utils.device import device_and_dtype
 from koala.utils.networks import AutoencoderKL, UNet2DConditionModel
@@ -55,6 +57,7 @@ class Pipeline(Drawing):
     plan: MemoryPlan | None = field(default=None, init=False)  # that it was loaded by
     batch_sizes: tuple[int, ...] = field(default=(), init=False)  # compiled rows; (): any
     _lora_switcher: LoraSwitcher = field(init=False, repr=False)
+    _embeddings: dict[Path, Ids] = field(default_factory=dict, init=False, repr=False)
     _plain: Predict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +98,22 @@ class Pipeline(Drawing):
     def use_loras(self, lora: Loras) -> None:
         if self._lora_switcher.switch(lora):
             self.conditioner.clear_cache()
+
+    takes_embeddings = True
+
+    def embedding(self, file: Path) -> Ids:
+        """The ids of a textual inversion's vectors, which are read once."""
+        if file not in self._embeddings:
+            first, second = self.conditioner.encoders
+            widths = (first.config.hidden_size, second.config.hidden_size)
+            vectors = [
+                load_tensor(stored, "F32").reshape(-1, width)
+                for stored, width in zip(read_embedding(file, widths).vectors, widths, strict=True)
+            ]
+            if not all(one.isfinite().all() for one in vectors):
+                raise UserError(f"{file} has NaN or infinite values; download it again")
+            self._embeddings[file] = self.conditioner.add_vectors(*vectors)
+        return self._embeddings[file]
 
     # --- LoRAs ------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from koala.errors import UserError
 from koala.generation.requests import Settings
+from koala.generation.workflow import workflow
 
 if TYPE_CHECKING:
     from koala.generation.drawing import Result
@@ -39,11 +40,14 @@ def check_writable(out: str | Path, images: int = 1) -> None:
         raise _unwritable(out, error) from error
 
 
-def save(result: Result, out: str | Path, stem: str | None = None) -> list[Path]:
+def save(
+    result: Result, out: str | Path, stem: str | None = None, comfyui: bool = False
+) -> list[Path]:
     """Writes each image as a PNG and returns the paths, in order.
 
     out: a folder, or a file such as fox.png; several images become fox-1.png, fox-2.png and so
     on. stem: of the files in a folder, `stem`-NNNN.png; by default each is named after its prompt.
+    comfyui: put a workflow for ComfyUI into each (`koala.generation.workflow`).
     Numbers continue from the highest that exists, so no file is replaced. A file is written as a
     whole or not at all. UserError for a file that exists or cannot be written.
     """
@@ -56,7 +60,7 @@ def save(result: Result, out: str | Path, stem: str | None = None) -> list[Path]
         folder.mkdir(parents=True, exist_ok=True)
         for i, (image, settings) in enumerate(zip(result.images, result.settings, strict=True)):
             path = named[i] if named else _next_path(folder, stem or _slug(settings.prompt))
-            _write(image, settings, path)
+            _write(image, settings, path, comfyui)
             paths.append(path)
     except OSError as error:
         raise _unwritable(out, error) from error
@@ -77,7 +81,7 @@ def _named(out: Path, images: int) -> list[Path]:
     return files
 
 
-def read_settings(path: str | Path) -> Settings:
+def read_settings(path: str | Path | IO[bytes]) -> Settings:
     """The settings an image was made with. UserError for a file without them."""
     try:
         with Image.open(path) as image:
@@ -95,6 +99,7 @@ def read_settings(path: str | Path) -> Settings:
             f"{path} holds no settings of koala's: give a PNG that koala wrote and nobody changed"
         )
     values["loras"] = tuple((name, scale) for name, scale in values.get("loras", ()))
+    values["embeddings"] = tuple(values.get("embeddings", ()))
     return Settings(**values)
 
 
@@ -135,19 +140,23 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n\"]", value) else value
 
 
-def write_png(image: Image.Image, settings: Settings, file: IO[bytes]) -> None:
-    """Writes an image as PNG, with its settings, to an open file."""
+def write_png(
+    image: Image.Image, settings: Settings, file: IO[bytes], comfyui: bool = False
+) -> None:
+    """Writes an image as PNG, with its settings, to an open file; `comfyui` as in `save`."""
     info = PngImagePlugin.PngInfo()
     _add(info, "parameters", parameters(settings))
     _add(info, "koala", json.dumps(asdict(settings)))
+    if comfyui:
+        _add(info, "prompt", json.dumps(workflow(settings)))  # where ComfyUI looks for it
     image.save(file, format="PNG", pnginfo=info)
 
 
-def _write(image: Image.Image, settings: Settings, path: Path) -> None:
+def _write(image: Image.Image, settings: Settings, path: Path, comfyui: bool) -> None:
     handle, temporary = tempfile.mkstemp(prefix=".koala-", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            write_png(image, settings, file)
+            write_png(image, settings, file, comfyui)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

@@ -8,15 +8,20 @@ w (e - e0), as in ComfyUI and, for weights above 1, in compel. AUTOMATIC1111 sca
 restores the mean over the prompt, so that each weighted word changes all the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Protocol
+from types import MappingProxyType
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from koala.generation.prompt_embeddings import split_names
 from koala.generation.prompt_syntax import Fragment, parse
 from koala.utils.arrays import Array, joined, like
+
+Ids: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # for each encoder
+NONE: Mapping[str, Ids] = MappingProxyType({})
 
 
 class Tokenizer(Protocol):
@@ -42,7 +47,7 @@ class Encoder(Protocol):
     def widths(self) -> tuple[int, int]:
         """The widths of the embeddings of each."""
 
-    def encode_ids(self, ids: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Array, Array]:
+    def encode_ids(self, ids: Ids) -> tuple[Array, Array]:
         """Embeddings [t, d1 + d2] and pooled [p] of at most t - 2 tokens for each encoder."""
 
 
@@ -54,14 +59,21 @@ class PromptEmbedding:
     pooled: Array  # [1, p]
 
 
-def encode(conditioner: Encoder, prompt: str) -> PromptEmbedding:
+def encode(
+    conditioner: Encoder, prompt: str, embeddings: Mapping[str, Ids] = NONE
+) -> PromptEmbedding:
     """The embedding of a whole prompt; `pooled` is that of its first chunk.
 
-    Chunks are split between words, unless a single word fills one. A prompt without brackets that
-    fits into one chunk has exactly the embedding it has in training. UserError as from `parse`.
+    embeddings: lower-case name of a textual inversion -> ids of its vectors, which take the place
+    of the name. Chunks are split between words, unless a single word fills one. A prompt without
+    brackets that fits into one chunk has exactly the embedding it has in training. UserError as
+    from `parse`.
     """
     parts = parse(prompt)
-    sides = [_chunks(parts, side, conditioner.tokens - 2) for side in conditioner.readers]
+    sides = []
+    for side, tokenizer in enumerate(conditioner.readers):
+        own = {name: ids[side] for name, ids in embeddings.items()}
+        sides.append(_chunks(parts, tokenizer, conditioner.tokens - 2, own))
     texts, pooled = [], []
     for pair in zip_longest(*sides, fillvalue=_Chunk((), ())):
         text, of_all = conditioner.encode_ids((pair[0].ids, pair[1].ids))
@@ -85,26 +97,33 @@ class _Chunk:
     weights: tuple[float, ...]
 
 
-def _chunks(parts: list[list[Fragment]], tokenizer: Tokenizer, length: int) -> list[_Chunk]:
+def _chunks(
+    parts: list[list[Fragment]],
+    tokenizer: Tokenizer,
+    length: int,
+    embeddings: Mapping[str, tuple[int, ...]],
+) -> list[_Chunk]:
     chunks = []
     for part in parts:
         ids: list[int] = []
         weights: list[float] = []
+        ends: list[bool] = []  # whether a word ends with the token
         for fragment in part:
-            more = tokenizer.ids(fragment.text)
-            ids += more
-            weights += [fragment.weight] * len(more)
+            for i, piece in enumerate(split_names(fragment.text, embeddings)):
+                if i % 2:
+                    more = [*embeddings[piece.lower()]]
+                    ends += [False] * (len(more) - 1) + [True]
+                else:
+                    more = tokenizer.ids(piece)
+                    ends += [token.endswith("</w>") for token in tokenizer.names(more)]
+                ids += more
+                weights += [fragment.weight] * len(more)
         while len(ids) > length:
-            end = _word_end(tokenizer.names(ids[:length])) or length
+            end = max((i + 1 for i in range(length) if ends[i]), default=length)
             chunks.append(_Chunk(tuple(ids[:end]), tuple(weights[:end])))
-            del ids[:end], weights[:end]
+            del ids[:end], weights[:end], ends[:end]
         chunks.append(_Chunk(tuple(ids), tuple(weights)))
     return chunks
-
-
-def _word_end(tokens: Sequence[str]) -> int:
-    """How many of the first tokens form whole words."""
-    return max((i + 1 for i, token in enumerate(tokens) if token.endswith("</w>")), default=0)
 
 
 def _weighted(conditioner: Encoder, text: Array, pair: tuple[_Chunk, ...]) -> Array:

@@ -7,7 +7,7 @@ A PNG keeps the settings. They are complete: the same model makes the same image
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from PIL import Image
 
 import koala
-from koala.architectures.table import FACTOR
+from koala.architectures.table import FACTOR, UNetArchitecture
 from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.sampling import Sampling
 from koala.checkpoints.tensors import read_header
+from koala.checkpoints.textual_inversion import read_embedding
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
 from koala.generation import samplers, validation
 from koala.generation.form import Form, is_form
 from koala.generation.image_files import Mask, fingerprint, open_image, read_mask
 from koala.generation.prompt_editing import by_step
+from koala.generation.prompt_embeddings import named_embeddings
 from koala.generation.prompt_loras import refuse_loras, split_loras
 from koala.generation.prompt_syntax import parse
 from koala.lora.names import BaseModel, base_of
@@ -58,6 +61,8 @@ class Settings:
     image: str = ""  # fingerprint of the image that it starts from, if any
     mask: str = ""  # fingerprint of the mask, if any
     mask_blur: int = 0  # pixels over which the repainted part blends into the image
+    embeddings: tuple[str, ...] = ()  # textual inversions that the prompts name
+    enlarged: str = ""  # WIDTHxHEIGHT that the image was resized to once drawn, if it was
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Request:
     mask: Array | None = None  # float32 [1, 1, h, w]: 1 is repainted, 0 is kept
     paste: Paste | None = None  # with a mask
     lora: Loras = ()  # for this image alone, besides the model's
+    embeddings: tuple[Path, ...] = ()  # textual inversions, by the names of the files
 
     @property
     def pixels(self) -> int:
@@ -116,6 +122,17 @@ class Checked:
     image: Image.Image | None  # that they start from, upright
     mask: Mask | None
     loras: list[Loras]  # for each image alone
+    embeddings: tuple[Path, ...]  # textual inversions that the prompts name
+
+
+def example(model: str, architecture: UNetArchitecture, meant: Sampling) -> Settings:
+    """The settings of one image, drawn as a model is meant to be."""
+    side = architecture.sample * FACTOR
+    sampler = samplers.get(meant.scheduler)
+    return Settings(
+        "a red fox", "", meant.steps, meant.guidance, 0, side, side, model, koala.__version__,
+        sampler=sampler.name, schedule=sampler.spacing,
+    )  # fmt: skip
 
 
 def checked(
@@ -137,6 +154,8 @@ def checked(
     mask_blur: int | None = None,
     lora: Mapping[str | Path, float] | None = None,
     lora_dir: Path | None = None,
+    embedding: Sequence[str | Path] = (),
+    embedding_dir: Path | None = None,
 ) -> Checked:
     """Validates the arguments of `Pipeline.requests`. UserError for a value that is not allowed.
 
@@ -164,9 +183,10 @@ def checked(
         drawn_size = validation.size(asked_size, FACTOR if given is None else 1)
     blur = validation.mask_blur(mask_blur, masked is not None)
     own = tuple((Path(f).expanduser(), validation.lora_scale(s)) for f, s in (lora or {}).items())
+    embeddings = named_embeddings([*prompts, negative_prompt], embedding, embedding_dir)
     loras = [(*own, *files.items()) for _, files in split]  # of each prompt
     named = {path for files in loras for path, _ in files}
-    for path in named:
+    for path in (*named, *embeddings):
         read_header(path)  # refuses a file that is missing or damaged before a model is fetched
 
     known = model if isinstance(model, Known) else Known.of(model)
@@ -183,6 +203,10 @@ def checked(
                 "name the model that this was made of"
             )
         read(path, known.base)
+    if known.base is not None:  # a form takes none, which `Drawing.requests` says
+        first_text, second_text = known.base.text_encoders
+        for path in embeddings:
+            read_embedding(path, (first_text.width, second_text.width))
     width, height = drawn_size or (known.native, known.native)
     area = None
     if given is not None and masked is not None:
@@ -206,10 +230,11 @@ def checked(
         image="" if given is None else fingerprint(given),
         mask="" if masked is None else fingerprint(masked),
         mask_blur=blur,
+        embeddings=tuple(path.stem for path in embeddings),
     )
     of = [i // number for i in range(len(prompts) * number)]  # the prompt of each image
     every = [
         replace(first, prompt=prompts[n], loras=names[n], seed=first.seed + i)
         for i, n in enumerate(of)
     ]
-    return Checked(every, given, area, [loras[n] for n in of])
+    return Checked(every, given, area, [loras[n] for n in of], embeddings)

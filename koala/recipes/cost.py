@@ -24,7 +24,7 @@ from koala.architectures.flops import flops as forward_flops
 from koala.architectures.layout import parameters
 from koala.architectures.table import FACTOR, UNetArchitecture, get, student_of
 from koala.checkpoints.bundled import BUNDLED, bundled_names
-from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.resolve import local_prediction, resolve_model
 from koala.checkpoints.validate import read_json, read_tensors, unet_architecture
 from koala.data.index import Index
 from koala.distillation.taps import tap_points
@@ -48,6 +48,7 @@ class Estimate:
 
     student: str
     teacher: str | None
+    predicts: str | None  # the teacher: "epsilon" or "v"; None if it is not here, or there is none
     trained: int  # parameters
     frozen: int  # of the teacher's U-Net, text encoders and VAE
     taps: dict[str, int]  # by location
@@ -83,7 +84,8 @@ class Estimate:
         again = f" + {self.tflop_again:.4g} recomputed" if self.tflop_again else ""
         lines = [
             f"student       {self.student}, {self.trained:,} parameters trained",
-            f"teacher       {self.teacher or 'none'}; {self.frozen:,} parameters frozen",
+            f"teacher       {self.teacher or 'none'}; {self.frozen:,} parameters frozen"
+            + (f"; predicts {self.predicts}" if self.predicts else ""),
             f"taps          {taps}",
             f"samples       {self.samples:,} of {self.pixels} px, {self.batch} a step: "
             f"{self.processes} x {self.micro_batch} at once",
@@ -140,6 +142,7 @@ def estimate(
     if not isinstance(recipe, Student | Teacher):
         raise UserError("a dry run covers U-Nets only; this recipe trains a VAE or text encoders")
     check_dry_run(recipe, processes, card, device, data)
+    prediction = None if teacher is None else local_prediction(teacher)
     made_with = Index(data).made_with if data is not None else {}
     known = assumed(card) if card is not None else None
     here = pick_device(device)
@@ -156,6 +159,7 @@ def estimate(
     return Estimate(
         student=setup.student.name,
         teacher=setup.teacher.name if setup.teacher else None,
+        predicts=None if prediction is None else str(prediction),
         trained=parameters(setup.student),
         frozen=sum(frozen.values()),
         taps=_taps(recipe, setup.student),

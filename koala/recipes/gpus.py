@@ -1,14 +1,18 @@
-"""GPUs by name, for dry runs without the GPU itself.
+"""GPUs by name or by numbers, for dry runs without the GPU itself.
 
 Memory in GiB as reported by the driver; peak in TFLOP/s of dense bf16 products accumulated in fp32,
 from data sheets (for GeForce cards twice the fp32 rate, as in the white papers).
 """
 
+import re
 from typing import NamedTuple
 
-from koala.errors import unknown
+from koala.errors import UserError, unknown
 
 SHARE = 0.35  # of the peak that a training is assumed to reach; not yet measured
+
+
+_NUMBERS = re.compile(r"([\d.]+)TFLOPS?,([\d.]+)Gi?B", re.IGNORECASE)
 
 
 class Gpu(NamedTuple):
@@ -25,6 +29,7 @@ GPUS = {
     "a100": Gpu(79.2, 312.0),
     "a100-40gb": Gpu(39.4, 312.0),
     "l40s": Gpu(44.5, 362.0),
+    "a6000": Gpu(47.4, 154.8),
     "5090": Gpu(31.4, 209.5),
     "4090": Gpu(23.5, 165.2),
     "3090": Gpu(23.6, 71.2),
@@ -34,7 +39,18 @@ GPUS = {
 
 
 def get(name: str) -> Gpu:
-    """The GPU of that name; `UserError` lists the names."""
+    """The GPU of that name, or of numbers such as "35TFLOP,16GB"; `UserError` lists the names.
+
+    A GB counts as a GiB, as on the cards' labels.
+    """
+    if found := _NUMBERS.fullmatch(name):
+        try:
+            tflops, gib = float(found[1]), float(found[2])
+        except ValueError:
+            tflops = gib = 0.0
+        if not (tflops > 0 and gib > 0):
+            raise UserError(f"card {name}: both numbers must be above 0, as in 35TFLOP,16GB")
+        return Gpu(gib, tflops)
     if name not in GPUS:
-        raise unknown("card", name, GPUS)
+        raise unknown("card", name, GPUS, ", or its numbers, as in 35TFLOP,16GB")
     return GPUS[name]

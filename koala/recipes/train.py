@@ -38,7 +38,7 @@ from koala.recipes.validation import check, teacher_of
 from koala.text_conditioning import TextConditioner
 
 CAPTION_CACHE = 2**31  # bytes of embeddings cached by a training on the CPU: the whole mini set's
-VALIDATION_BATCH = 64  # samples
+VALIDATION_SAMPLES = 128
 VALIDATION_SPLITS = ("test", "test-pair")  # the first one present
 
 
@@ -112,7 +112,7 @@ def _run(
         mixture = recipe.mixture
         size = recipe.pixels if isinstance(recipe, Student) else None
         latents = LatentSet(data, source, mixture.kinds, mixture.captions, training.seed, size=size)
-        validation = _validation_batch(latents, recipe, source) if training.validate_every else None
+        validation = _validation(latents, recipe, source) if training.validate_every else []
         start = out / "start"
         if isinstance(recipe, Student) and world.first and not start.exists():
             rule = recipe.settings.depth_rule
@@ -156,18 +156,18 @@ def _check_guidance(recipe: Student, teacher: str, folder: Path) -> None:
         )
 
 
-def _validation_batch(latents: LatentSet, recipe: Teacher | Student, model: Path) -> dict[str, Any]:
-    """A batch of held-out samples, for validation."""
+def _validation(latents: LatentSet, recipe: Teacher | Student, model: Path) -> list[dict[str, Any]]:
+    """Batches of held-out samples, a fixed choice from all buckets."""
     folder, captions = latents.index.files.folder, recipe.mixture.captions
     for split in VALIDATION_SPLITS:
         if len(latents.index.select(split)):
             there = LatentSet(folder, model, None, captions, recipe.training.seed, split=split)
-            batch = there.batch(0, VALIDATION_BATCH)
+            batches = there.stratified(VALIDATION_SAMPLES)
             there.close()
-            return batch
+            return batches
     raise UserError(
-        f"{folder} has no validation split: prepare with --held-out, or use a "
-        "recipe with validate_every 0"
+        f"{folder} holds out no images for validation: prepare with a larger --held-out, or train "
+        "without (--set training.validate_every=0)"
     )
 
 

@@ -9,14 +9,16 @@ from fastapi.responses import JSONResponse, Response
 
 from koala import __version__
 from koala.serving import errors
-from koala.serving.api import a1111, openai, page
+from koala.serving.api import a1111, a1111_lists, a1111_tools, openai, page
 from koala.serving.api import jobs as jobs_api
+from koala.serving.decoder import Decoder
 from koala.serving.jobs.database import Database
 from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.gallery_writer import GalleryWriter
 from koala.serving.jobs.jobs import Jobs
 from koala.serving.jobs.table import JobTable
 from koala.serving.keys import ApiKeys
+from koala.serving.links import Links
 from koala.serving.security import SecurityMiddleware
 from koala.serving.service import Service
 from koala.serving.settings import Options
@@ -39,10 +41,13 @@ def create_app(service: Service, database: Database, options: Options) -> FastAP
     jobs = Jobs(service, JobTable(database, most_seconds=options.gallery_days * DAY), gallery)
     app.state.gallery, app.state.jobs = gallery, jobs
     app.state.gallery_writer = GalleryWriter(gallery)
+    app.state.decoder, app.state.links = Decoder(), Links()
     app.state.a1111 = a1111.ActiveRequests()
     page_routes = page.router(service.pipeline.name, service.native)
-    for each in (router, openai.router, jobs_api.router, a1111.router, page_routes):
+    for each in (router, openai.router, jobs_api.router, a1111.queue_router, page_routes):
         app.include_router(each)
+    for each in (a1111.router, a1111_lists.router, a1111_tools.router):
+        app.include_router(each, prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
     errors.install(app, service.metrics.failed)
     keys = ApiKeys.read(options.api_key_file) if options.api_key_file else None
     app.add_middleware(
@@ -59,6 +64,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(jobs.close)
+        await asyncio.to_thread(app.state.decoder.close)
         await asyncio.to_thread(app.state.gallery_writer.close)
 
 

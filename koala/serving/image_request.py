@@ -27,6 +27,7 @@ class ImageRequest:
     mask_blur: int | None = None  # pixels
     strength: float | None = None
     loras: tuple[tuple[str, float], ...] = ()  # (name in the LoRA folder, scale)
+    fit: bool | None = None  # draw at the native area and resize; None: as the server does
     client: str = "anonymous"  # a key or an address, for fair queueing
     priority: int = INTERACTIVE  # lower runs first
     deadline: float | None = None  # seconds after acceptance

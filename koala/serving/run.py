@@ -19,6 +19,7 @@ from koala.utils.extras import require
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
 
     from koala.generation import Pipeline
     from koala.serving.service import Service
@@ -47,18 +48,31 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
 
         pipeline, options = loaded(options, say)
         sizes = pipeline.batch_sizes
-        service = Service(pipeline, options.limits, options.lora_dir, sizes=sizes)
-        app = create_app(service, database, options)
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False,
-            timeout_graceful_shutdown=CONNECTIONS_END,
+        service = Service(
+            pipeline, options.limits, options.lora_dir, sizes=sizes,
+            embeddings=options.embedding_dir, fit=options.fit,
         )  # fmt: skip
+        app = create_app(service, database, options)
         try:
             closed = app.state.jobs.close
-            server = uvicorn.Server(config)
+            server = uvicorn.Server(http_config(app, options))
             asyncio.run(_until_signalled(server, service, closed, listening, options, say))
         finally:
             service.close()
+
+
+def http_config(app: "FastAPI", options: Options) -> "uvicorn.Config":
+    """How uvicorn is to serve the app: bounded connections, a log that no client can fill."""
+    import uvicorn
+
+    from koala.serving.connections import BACKLOG, bounded, most_connections
+
+    return uvicorn.Config(
+        app, log_level="error", access_log=False, server_header=False, ws="none", backlog=BACKLOG,
+        http=bounded(most_connections()), timeout_graceful_shutdown=CONNECTIONS_END,
+        proxy_headers=bool(options.trusted_proxies),
+        forwarded_allow_ips=list(options.trusted_proxies),
+    )  # fmt: skip
 
 
 def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Options]":

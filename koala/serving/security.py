@@ -5,25 +5,28 @@ make its visitor's browser call this server, so requests of another origin are r
 host names that only a DNS rebinding attack would use.
 """
 
-import asyncio
+import ipaddress
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from koala.serving import links
 from koala.serving.admission import Busy
+from koala.serving.bodies import Bodies
 from koala.serving.errors import ApiError, to_api_error
 from koala.serving.keys import ApiKeys
 from koala.serving.settings import LOOPBACK, Limits, Options
 
 OPEN = ("/", "/health", "/ready", "/favicon.ico")
-OPEN_FOLDER = "/page/"
-BODY_SECONDS = 60.0  # a body may take to arrive
-BODIES = 8  # of the largest size in memory at once
+OPEN_FOLDERS = ("/page/", links.FOLDER)
+PREFLIGHT_SECONDS = 600  # that a browser may remember an allowed origin
 _REMEMBERED = 10_000  # clients whose rate is tracked
 
 
@@ -56,21 +59,28 @@ class SecurityMiddleware:
         self, app: ASGIApp, options: Options, keys: ApiKeys | None, on_error: Callable[[str], None]
     ) -> None:
         self.app, self.options, self.keys, self.on_error = app, options, keys, on_error
-        self.rates = RateLimiter(options.limits)
-        self._buffered = 0  # bytes of all bodies
+        self.rates, self.bodies = RateLimiter(options.limits), Bodies(options.limits)
+        self._own_name = socket.gethostname().lower()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = _plain(scope)
         buffered = 0
+        headers = Headers(scope=scope)
+        if headers.get("origin") in self.options.allow_origins:
+            send = _with_origin(headers["origin"], send)
+            if scope["method"] == "OPTIONS":
+                await _allow(headers)(scope, receive, send)
+                return
         try:
             client = self._client(scope)
             scope.setdefault("state", {})["client_name"] = client
             if scope["method"] == "POST":
                 self.rates.take(client)
-                body = await self._body(Headers(scope=scope), receive)
-                self._buffered += (buffered := len(body))
+                body = await self.bodies.read(scope["path"], headers, receive)
+                buffered = len(body)
                 receive = _replayed(body, receive)
             await self.app(scope, receive, send)
         except (ApiError, Busy) as error:
@@ -78,64 +88,107 @@ class SecurityMiddleware:
             self.on_error(failure.code)
             await failure.response()(scope, receive, send)
         finally:
-            self._buffered -= buffered
+            self.bodies.release(buffered)
 
     def _client(self, scope: Scope) -> str:
         """The client's name, from its key, or from its address without keys. ApiError."""
         headers = Headers(scope=scope)
         address = scope["client"][0] if scope.get("client") else "local"
         path = scope["path"]
+        name = _name_of(headers.get("host", ""))
         if self.keys is None:
+            self._check_host(name)
             self._check_origin(headers)
-        elif path not in OPEN and not path.startswith(OPEN_FOLDER):
+        elif path not in OPEN and not path.startswith(OPEN_FOLDERS):
             client = self.keys.client(headers.get("authorization", ""))
             if client is None:
                 raise ApiError(401, "send an API key: Authorization: Bearer KEY", "invalid_api_key")
             return client
         return f"address-{address}"
 
-    def _check_origin(self, headers: Headers) -> None:
-        host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
-        if self.options.on_loopback and name not in LOOPBACK:
-            raise ApiError(403, f"host {name!r} is not a name of this server", "host")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            raise ApiError(403, "requests from other origins are not allowed", "origin")
+    def _check_host(self, name: str) -> None:
+        """ApiError for a name that only a DNS rebinding attack would use.
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """Reads the body. ApiError if too large or too slow, Busy if memory is short."""
-        limit = self.options.limits.upload_bytes
-        length = headers.get("content-length", "0")
-        too_large = ApiError(
-            413, f"the body is too large: allowed are {limit:,} bytes", "too_large"
-        )
-        if length.isdecimal() and int(length) > limit:
-            raise too_large
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the body is incomplete", "cut_short")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > limit:
-                        raise too_large
-                    if self._buffered + size > BODIES * limit:
-                        raise Busy("memory", 1.0)
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError:
+        Such an attack needs a name of its own with a dot. An address, a name without a dot and
+        this machine's own are none.
+        """
+        allowed = (*LOOPBACK, *self.options.allow_hosts)
+        if name in allowed or "*" in allowed:
+            return
+        own = name == self._own_name or "." not in name or _is_address(name)
+        if self.options.on_loopback or not own:
             raise ApiError(
-                408, f"the body took longer than {BODY_SECONDS:g} s", "timeout"
-            ) from None
+                403, f"host {name!r} is not a name of this server: start it with --allow-host",
+                "host",
+            )  # fmt: skip
+
+    def _check_origin(self, headers: Headers) -> None:
+        origin = headers.get("origin")
+        if origin is None or origin in self.options.allow_origins:
+            return
+        try:
+            same = urlsplit(origin).netloc == headers.get("host", "")
+        except ValueError:
+            same = False
+        if not same:
+            raise ApiError(
+                403, "requests from other origins are not allowed: start the server with "
+                "--allow-origin", "origin",
+            )  # fmt: skip
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, in lower case. ApiError for what is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        raise ApiError(400, "the Host header is no name", "host") from None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _allow(headers: Headers) -> Response:
+    """The answer to a browser that asks, for an allowed page, what it may send."""
+    wanted = headers.get("access-control-request-headers", "")
+    return Response(
+        status_code=204,
+        headers={
+            "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE",
+            "Access-Control-Allow-Headers": wanted or "Authorization, Content-Type",
+            "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
+        },
+    )
+
+
+def _with_origin(origin: str, send: Send) -> Send:
+    """A `send` that tells the browser that the page may read the answer."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["Access-Control-Allow-Origin"] = origin
+            headers.add_vary_header("Origin")
+        await send(message)
+
+    return sent
 
 
 def client_of(request: Request) -> str:
     """The client's name, for fair queueing, limits and ownership."""
     return request.state.client_name
+
+
+def _plain(scope: Scope) -> Scope:
+    """The request without a slash at its path's end, and as GET if it asks for a GET's headers."""
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]  # uvicorn omits the body
+    path = scope["path"].rstrip("/") or "/"
+    return {**scope, "method": method, "path": path}
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ticket
 from koala.generation.drawing import Result
-from koala.generation.validation import SMALLEST
+from koala.generation.validation import FACTOR, SMALLEST
+from koala.generation.validation import size as checked_size
 from koala.lora.folder import lora_file, lora_names
 from koala.serving.admission import Admission, Busy
 from koala.serving.fair_queue import FairQueue, QueueEntry
+from koala.serving.fit import is_far, native_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.metrics import Metrics
 from koala.serving.settings import Limits
@@ -85,8 +87,9 @@ class Submission:
 class Service:
     """Accepts requests from every API and runs them on one engine.
 
-    loras: folder of the LoRAs that requests may name. sizes: batch sizes to compile or capture
-    during warm-up.
+    loras, embeddings: folders of what requests may name. sizes: batch sizes to compile or capture
+    during warm-up. fit: draws sizes that the model was not made for at its native area, and has
+    them resized (`koala.serving.fit`), unless a request says otherwise.
     """
 
     def __init__(
@@ -96,14 +99,17 @@ class Service:
         loras: Path | None = None,
         metrics: Metrics | None = None,
         sizes: Sequence[int] = (),
+        embeddings: Path | None = None,
+        fit: bool = False,
     ) -> None:
         self.pipeline, self.limits, self.lora_folder = pipeline, limits, loras
+        self.embedding_folder = embeddings
         self.metrics = metrics or Metrics()
         self.ready = False
         self.max_batch = limits.max_batch or 1  # images of the native size
         self._admission = Admission(limits)
         self._fair_queue = FairQueue(limits.patience)
-        self._sizes = sizes
+        self._sizes, self.fit = sizes, fit
         self._draining = False
         self._idle = threading.Condition()  # notified when an image leaves
         self._submissions: set[Submission] = set()
@@ -187,14 +193,22 @@ class Service:
             for data, what in ((spec.image, "image"), (spec.mask, "mask"))
         )
         size = spec.size
+        fits = self.fit if spec.fit is None else spec.fit
+        enlarged = ""
         if image is not None and size is None:
-            size = self._size_for(image)
+            far = fits and is_far(image.size, self.native)
+            size = self._fitted(image.size) if far else self._size_for(image)
+        elif fits and size is not None:
+            asked = checked_size(size, FACTOR if image is None else 1)
+            if is_far(asked, self.native):
+                size, enlarged = self._fitted(asked), f"{asked[0]}x{asked[1]}"
         requests = self.pipeline.requests(
             spec.prompt, negative_prompt=spec.negative_prompt, steps=spec.steps,
             guidance=spec.guidance, guidance_until=spec.guidance_until,
             guidance_rescale=spec.guidance_rescale, scheduler=spec.scheduler, size=size,
             number=spec.number, seed=spec.seed, image=image, strength=spec.strength, mask=mask,
             mask_blur=spec.mask_blur, lora=self._lora_files(spec.loras), lora_dir=self.lora_folder,
+            embedding_dir=self.embedding_folder,
         )  # fmt: skip
         if requests[0].pixels > self.most_pixels:
             settings = requests[0].settings
@@ -202,6 +216,11 @@ class Service:
                 f"size {settings.width}x{settings.height}: this server allows at most "
                 f"{self.most_pixels:,} pixels per image, such as {self.native}x{self.native}"
             )
+        if enlarged:
+            requests = [
+                replace(request, settings=replace(request.settings, enlarged=enlarged))
+                for request in requests
+            ]
         return requests
 
     def submit(self, spec: ImageRequest, on_event: EventCallback | None = None) -> Submission:
@@ -283,6 +302,9 @@ class Service:
                 raise UserError(f"lora {name!r} is named twice: each may be named once")
             found[file] = scale
         return found
+
+    def _fitted(self, size: tuple[int, int]) -> str:
+        return "x".join(map(str, native_size(size, self.native, self.pipeline.factor)))
 
     def _size_for(self, image: Image.Image) -> str:
         """The image's size, shrunk to this server's limit."""

@@ -3,6 +3,7 @@
 This module imports nothing heavy: the command line reads its defaults from here.
 """
 
+import ipaddress
 import math
 import os
 import re
@@ -71,9 +72,16 @@ class Options:
     compile: bool = False
     graphs: bool = False
     lora_dir: Path | None = None
+    embedding_dir: Path | None = None
     data: Path = field(default_factory=lambda: data_folder())
     gallery_bytes: int = 4 * 1024**3  # the oldest images are deleted first
     gallery_days: float = 30.0
+    fit: bool = True  # draw sizes that the model was not made for at its own, and resize
+    model_aliases: tuple[str, ...] = ()  # further names of the model in OpenAI's API
+    quality_steps: tuple[tuple[str, int], ...] = ()  # steps of each OpenAI `quality`
+    allow_hosts: tuple[str, ...] = ()  # further names of this server; "*": any
+    allow_origins: tuple[str, ...] = ()  # pages elsewhere that may call this server
+    trusted_proxies: tuple[str, ...] = ()  # addresses whose X-Forwarded-For is believed
     limits: Limits = Limits()
 
     @property
@@ -98,6 +106,28 @@ class Scale:
         return Scale(least, most)
 
 
+QUALITIES = ("auto", "low", "medium", "high", "standard", "hd")
+
+
+def words(text: str | None) -> tuple[str, ...]:
+    """The words of a list with commas."""
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
+def quality_steps(text: str | None) -> tuple[tuple[str, int], ...]:
+    """Steps by quality, from a list such as low=4,high=25. UserError."""
+    pairs = []
+    for word in words(text):
+        quality, _, steps = word.partition("=")
+        if quality not in QUALITIES or not re.fullmatch(r"\d{1,4}", steps, re.ASCII):
+            raise UserError(
+                f"--quality-steps {word!r}: give QUALITY=STEPS, such as low=4,high=25; qualities "
+                f"are {', '.join(QUALITIES)}"
+            )
+        pairs.append((quality, int(steps)))
+    return tuple(pairs)
+
+
 def data_folder() -> Path:
     """$KOALA_DATA, else $XDG_DATA_HOME/koala, else ~/.local/share/koala."""
     if "KOALA_DATA" in os.environ:
@@ -110,6 +140,26 @@ def check(options: Options) -> None:
     """UserError for options that are invalid or do not work together."""
     if options.api_key_file is not None:
         ApiKeys.read(options.api_key_file)
+    folder = options.embedding_dir
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--embedding-dir {folder} is not a folder: name an existing one")
+    for origin in options.allow_origins:
+        if not re.fullmatch(r"https?://[^/?#@\s*]+", origin):
+            raise UserError(
+                f"--allow-origin {origin!r}: give scheme and host, such as https://example.org"
+            )
+    for quality, steps in options.quality_steps:
+        if not 1 <= steps <= options.limits.steps:
+            raise UserError(
+                f"--quality-steps {quality}={steps}: allowed are 1 to {options.limits.steps} steps"
+            )
+    for proxy in options.trusted_proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError:
+            raise UserError(
+                f"--trusted-proxy {proxy!r}: give an address or a network, such as 10.0.0.0/8"
+            ) from None
     if options.lora_dir is not None:
         if not options.lora_dir.is_dir():
             raise UserError(f"--lora-dir {options.lora_dir} is not a folder: name an existing one")

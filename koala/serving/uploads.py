@@ -13,7 +13,6 @@ from koala.errors import UserError
 from koala.generation.image_files import open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 
 
 def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Image:
@@ -24,16 +23,16 @@ def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Ima
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            warnings.simplefilter("ignore")  # of large sizes, for which our limit is lower; of EXIF
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > most_pixels:
                     raise _too_large(what, f"{image.width}x{image.height}", most_pixels)
                 return open_image(image)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise _too_large(what, "huge", most_pixels) from None
-    except _UNREADABLE:
+    except Exception:  # damaged metadata raises anything from struct.error to KeyError
         raise UserError(
             f"{what} cannot be read as an image: allowed are complete {', '.join(FORMATS)} files"
         ) from None
@@ -58,12 +57,16 @@ def mask_of_transparency(data: bytes, most_pixels: int) -> bytes:
 
 
 def decode_base64(text: str, what: str) -> bytes:
-    """The bytes of base64 text or a base64 data: URL. UserError, which names it `what`."""
+    """The bytes of base64 text or a base64 data: URL. UserError, which names it `what`.
+
+    As some clients write it: with line breaks, or without padding at its end.
+    """
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
             raise UserError(f"{what} is a data: URL without base64: encode it as base64")
+    text = "".join(text.split()).rstrip("=")
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:
         raise UserError(f"{what} is not valid base64") from None

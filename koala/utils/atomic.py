@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     replace: replaces an existing folder; otherwise `UserError` if `out` is not empty. Raises
     `UserError` if `out` is a file or cannot be created, `Failure` if the disk is full.
     """
+    _clear_leftovers(out)
     if not (replace and out.is_dir()):
         check_new(out)
     part = _part(out)
@@ -95,6 +97,33 @@ def check_new(out: Path) -> None:
         raise UserError(f"{out} exists and is not empty; name a new folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a new one")
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Removes what killed runs left of this folder; one that was being replaced comes back."""
+    parent, name = out.absolute().parent, out.absolute().name
+    pattern = re.compile(rf"\.{re.escape(name)}\.(\d+)\.(part|old)", re.ASCII)
+    for left in sorted(parent.iterdir()) if parent.is_dir() else ():
+        match = pattern.fullmatch(left.name)
+        if match is None or _runs(int(match[1])):
+            continue
+        if match[2] == "old" and not out.exists():
+            os.replace(left, out)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of that number runs. In a container a new one often has the same."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _to_disk(path: Path) -> None:

@@ -109,7 +109,10 @@ def refused(found: dict[str, tuple[int, ...]], message: str) -> None:
 FOREIGN = {
     "LoRA": ["lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "a.lora_A.weight",
              "unet.a.lora.down.weight", "unet.a.processor.to_q_lora.down.weight"],
-    "LyCORIS": ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1"],
+    "LoHa": ["lora_unet_x.hada_w1_a"],
+    "LoKr": ["lora_unet_x.lokr_w1"],
+    "DoRA": ["lora_unet_x.dora_scale", "unet.x.lora_magnitude_vector"],
+    "whole difference": ["lora_unet_x.diff"],
     "ControlNet": ["controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight",
                    "control_model.input_hint_block.0.weight"],
     "IP-Adapter": ["ip_adapter.1.to_k_ip.weight"],

@@ -248,7 +248,7 @@ def test_foreign_weights_are_refused_on_loading(folder, file, load):
         ("text_encoder_2/config.json", {"projection_dim": 9}, "pooled width is 24, .* give 9"),
         ("vae/config.json", {"latent_channels": 16}, "latent channels is 4, .* give 16"),
         ("vae/config.json", {"block_out_channels": [8, 8]}, "latent factor is 8, .* give 2"),
-        ("unet/config.json", {"in_channels": 9}, "unet/config.json: .*in_channels is 9"),
+        ("unet/config.json", {"in_channels": 9}, "an inpainting U-Net: 9 input channels"),
         ("unet/config.json", {"layers_per_block": 1}, "the weights do not fit"),
         ("unet/config.json", {"addition_embed_type": None}, "no addition embedding"),
     ],

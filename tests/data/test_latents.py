@@ -46,6 +46,46 @@ def epoch(data: LatentSet) -> list[dict]:
     return [data.batch(n, 1) for n in range(data.epoch_length)]
 
 
+def test_an_epoch_repeats_images_as_their_folder_says(toy_sdxl, tmp_path):
+    files = images(5, [(70, 70)])
+    write_folder(tmp_path / "there" / "3_fox", files[:2], "none")
+    write_folder(tmp_path / "there" / "1_owl", files[2:], "none")
+    preparation = Preparation(size=64, held_out=0.0)
+    out = tmp_path / "data"
+    made = prepare_latents(recognise(tmp_path / "there"), out, toy_sdxl, preparation, workers=1)
+    assert made.samples == {"train repeated 3 times": 2, "train picture": 3}
+    told = [batch["captions"][0] for batch in epoch(LatentSet(out, toy_sdxl))]
+    assert sorted(told) == ["fox"] * 6 + ["owl"] * 3
+    once = LatentSet(out, toy_sdxl, {"picture": 1, "repeated 3 times": 1})
+    assert once.epoch_length == 5
+
+
+def test_what_is_validated_comes_from_every_bucket_and_each_sample_once(folder, toy_sdxl):
+    data = LatentSet(folder, toy_sdxl)
+    buckets = {n["latents"].shape[2:]: 0 for n in epoch(data)}
+    assert len(buckets) == 3
+    for count in (1, 3, 10, 1_000):
+        batches = data.stratified(count)
+        told = [caption for batch in batches for caption in batch["captions"]]
+        assert len(told) == len({*told}) == min(count, data.epoch_length)
+        shapes = [batch["latents"].shape[2:] for batch in batches]
+        assert len({*shapes}) == len(shapes) == min(count, 3)
+    again = data.stratified(10)
+    for ours, theirs in zip(data.stratified(10), again, strict=True):
+        assert torch.equal(ours["latents"], theirs["latents"])
+
+
+def test_a_small_source_holds_out_some_images(folder, toy_sdxl, tmp_path):
+    there = write_folder(tmp_path / "there", images(40, [(16, 16)]))
+    made = {}
+    for share in (0.002, 0.0):
+        out = tmp_path / str(share)
+        some = Preparation(size=16, held_out=share)
+        made[share] = prepare_latents(recognise(there), out, toy_sdxl, some, workers=1).samples
+    assert 1 <= made[0.002]["test picture"] <= 12
+    assert made[0.0] == {"train picture": 40}
+
+
 def test_an_epoch_shows_every_sample_as_it_was_prepared(folder, toy_sdxl):
     data, index = LatentSet(folder, toy_sdxl), Index(folder)
     held = LatentSet(folder, toy_sdxl, split="test")

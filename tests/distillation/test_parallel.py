@@ -222,6 +222,10 @@ def _work(rank: int, base: Path, folder: Path) -> None:
                     raise UserError("the second process's mistake")
         except (UserError, Failure) as error:
             raised.append((type(error).__name__, str(error)))
+        try:  # as if each machine had a disk of its own
+            distil(base, folder / f"own-{rank}", settings=STEP, world=world)
+        except (UserError, Failure) as error:
+            raised.append((type(error).__name__, str(error)))
         told = {"raised": raised, "asked": streams}
         (folder / f"{rank}.json").write_text(json.dumps(told))
 
@@ -256,6 +260,12 @@ def test_what_fails_in_one_process_fails_in_all_and_is_said_once(folder: Path) -
         ["FailedElsewhere", "process 1 failed"],
         ["UserError", "the second process's mistake"],
     ]
+
+
+def test_machines_must_share_the_runs_folder(folder: Path) -> None:
+    told = [json.loads((folder / f"{rank}.json").read_text())["raised"][3] for rank in (0, 1)]
+    assert told[0] == ["FailedElsewhere", "process 1 failed"]
+    assert told[1][0] == "UserError" and "all machines must share the folder --out" in told[1][1]
 
 
 def test_a_run_goes_on_with_other_processes(folder: Path, course: Path, base: Path) -> None:

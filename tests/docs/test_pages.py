@@ -51,10 +51,12 @@ def desk(tmp_path, monkeypatch) -> Path:
 
 def test_your_own_sdxl(desk, capsys):
     commands = commands_of("your-own-sdxl.md")
-    assert len(commands) == 9
+    assert len(commands) == 11
     for command in commands:
         if command[0] == "distill":
             recipes.get(command[1])  # weeks on a GPU: that there is such a recipe is all for here
+        elif any("sdxl_lightning" in part for part in command):
+            continue  # a model of parts: tests/lora/test_assembly.py
         elif command[0] != "prepare":  # pictures of one's own: test_data's matter
             assert main(command) == 0, (command, capsys.readouterr().err)
     written = {p.name for p in desk.iterdir()}

@@ -10,15 +10,9 @@ from koala.errors import UserError
 from koala.generation.denoise import evaluate
 from koala.generation.loader import load
 from koala.generation.runtime.backends import example
-from koala.generation.runtime.compile import (
-    ROWS,
-    compile_blocks,
-    fuse_projections,
-    graphed,
-    in_fixed_batches,
-    one_by_one,
-)
+from koala.generation.runtime.compile import compile_blocks, fuse_projections, graphed
 from koala.generation.runtime.dtypes import check_dtype
+from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_by_one
 from koala.generation.runtime.pytorch import predictor
 from koala.generation.samplers import SAMPLERS
 from koala.utils.device import device_and_dtype

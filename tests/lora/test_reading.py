@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.table import ARCHITECTURES
+from koala.checkpoints.convert import convert
 from koala.checkpoints.tensors import read_metadata
 from koala.errors import UserError
 from koala.lora.conversion import convert_lora
@@ -512,3 +513,11 @@ def test_alpha_in_the_settings_of_peft(tmp_path, config, factor):
     file = tmp_path / "x.safetensors"
     save_file(PEFT_PAIR, file, {"lora_adapter_metadata": json.dumps(config)})
     assert [a.factor for a in read(file, SDXL).adapters.values()] == [pytest.approx(factor)]
+
+
+def test_a_single_files_header_says_what_a_lora_is_for(toy_cache, tmp_path, monkeypatch):
+    """Without unpacking it into the cache."""
+    monkeypatch.setenv("KOALA_CACHE", str(tmp_path / "cache"))
+    file = convert("koala-mini", "single-file", tmp_path / "mini.safetensors").out
+    assert base_named(str(file)) == base_named("koala-mini")
+    assert not list(tmp_path.glob("models*")) and not (tmp_path / "cache").exists()

@@ -258,3 +258,10 @@ def test_only_u_nets_are_reckoned():
 def test_the_pages_table_is_the_scripts():
     page = Path(__file__).parents[2] / "docs" / "training.md"
     assert scaling.table() in page.read_text()
+
+
+def test_a_card_may_be_given_by_its_numbers():
+    assert gpus.get("35TFLOP,16GB") == gpus.get("35tflops,16GiB") == gpus.Gpu(16.0, 35.0)
+    for card, said in (("0TFLOP,16GB", "both numbers must be above 0"), ("35,16", "35TFLOP,16GB")):
+        with pytest.raises(UserError, match=said):
+            gpus.get(card)

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -408,3 +410,16 @@ def test_what_was_said_is_there_after_kill_9(tmp_path):
         assert len(set(recorded)) == len(recorded) and found <= set(recorded)
         gallery.database.close()
     assert len(drawn) > 10
+
+
+def test_on_a_full_disk_deleting_and_cancelling_work(tmp_path):
+    script = Path(__file__).with_name("full_disk.py")
+    command = ["unshare", "-rm", sys.executable, script, tmp_path]
+    missing = shutil.which("unshare") is None
+    if missing or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("needs leave to mount a small disk")
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "held\n", done.stderr

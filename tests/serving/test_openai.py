@@ -4,20 +4,26 @@ import base64
 import http.client
 import io
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
+import httpx2
 import numpy as np
 import openai
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
+from koala.errors import UserError
 from koala.generation import load, read_settings
-from koala.serving.settings import Limits
-from toy import toy_pipeline
+from koala.serving.links import SECONDS, Links
+from koala.serving.settings import Limits, Options, check, quality_steps
+from toy import TEXT_WIDTHS, toy_pipeline
 from toy_lora import toy_base, toy_lora
 from toy_server import running
 
@@ -37,7 +43,15 @@ def server(pipeline, tmp_path_factory):
         toy_lora(loras / f"{name}.safetensors", toy_base(pipeline.unet), seed=seed)
     toy_lora(loras.parent / "outside.safetensors", toy_base(pipeline.unet))
     data = tmp_path_factory.mktemp("data")
-    with running(pipeline, data, LIMITS, lora_dir=loras) as found:
+    embeddings = tmp_path_factory.mktemp("embeddings")
+    save_file(
+        {"clip_l": torch.ones(2, TEXT_WIDTHS[0]), "clip_g": torch.ones(2, TEXT_WIDTHS[1])},
+        embeddings / "zork.safetensors",
+    )
+    save_file({"emb_params": torch.ones(2, 768)}, embeddings / "old.safetensors")
+    folders = {"lora_dir": loras, "embedding_dir": embeddings}
+    names = {"model_aliases": ("gpt-image-1", "dall-e-3"), "quality_steps": (("low", 2),)}
+    with running(pipeline, data, LIMITS, **folders, **names) as found:
         yield found
 
 
@@ -136,7 +150,9 @@ def test_fields_without_effect_are_taken_and_size_may_be_auto(client, pipeline):
         ({"size": "big"}, None, "is not WIDTHxHEIGHT"),
         ({"size": "1024x1024"}, None, "allows at most 16,384 pixels"),
         ({"size": "33x16"}, None, "multiples of 8"),
-        ({"response_format": "url"}, "response_format", "allowed is b64_json"),
+        ({"response_format": "gif"}, "response_format", "allowed are b64_json and url"),
+        ({"response_format": "url", "stream": True}, "response_format", "not streamed"),
+        ({"cfg_scale": 2, "guidance": 2}, None, "give one"),
         ({"background": "transparent"}, "background", "opaque"),
         ({"output_format": "gif"}, "output_format", "'png', 'webp' or 'jpeg'"),
         ({"output_compression": 50}, "output_compression", "applies to webp and jpeg"),
@@ -145,7 +161,7 @@ def test_fields_without_effect_are_taken_and_size_may_be_auto(client, pipeline):
         ({"quality": "best"}, "quality", "'auto'"),
         ({"guidance": 1000}, None, "guidance is 1000"),
         ({"scheduler": "magic"}, None, "magic"),
-        ({"seed": -1}, None, "seed is -1"),
+        ({"seed": -2}, None, "seed is -2"),
         ({"prompt": " "}, None, "the prompt is empty"),
         ({"prompt": "\ud800"}, None, "half a character"),
         ({"\ud800": 1}, None, "unicode"),
@@ -165,7 +181,7 @@ def test_what_is_not_allowed_is_refused_by_name(server, said, param, words):
 
 def test_an_unknown_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError, match="this server has"):
-        client.images.generate(prompt="a", model="dall-e-3")
+        client.images.generate(prompt="a", model="dall-e-2")
 
 
 @pytest.mark.parametrize(
@@ -329,8 +345,18 @@ def test_loras_change_the_images_that_name_them_and_no_other(client, server, pip
     assert json.loads(opened(edit.data[0]).info["koala"])["loras"] == [["ink", 0.8]]
 
 
+def test_embeddings_of_the_servers_folder_are_named_in_prompts(client, server, pipeline):
+    folder, asked = server.service.embedding_folder, {"seed": 2, "steps": 2}
+    answer = client.images.generate(prompt="a (zork:1.2)", size=SIZE, extra_body=asked)
+    own = pipeline("a (zork:1.2)", size=SIZE, embedding=[folder / "zork.safetensors"], **asked)
+    assert_near(opened(answer.data[0]), own.images[0])
+    assert json.loads(opened(answer.data[0]).info["koala"])["embeddings"] == ["zork"]
+    with pytest.raises(openai.BadRequestError, match=r"is a textual inversion of SD 1\.5"):
+        client.images.generate(prompt="an old fox", size=SIZE, extra_body=asked)
+
+
 def test_models(client, pipeline):
-    (found,) = client.models.list().data
+    found = client.models.list().data[0]
     assert found.id == pipeline.name and found.loras == ["ink", "oil"]
     assert client.models.retrieve(pipeline.name).id == pipeline.name
     with pytest.raises(openai.NotFoundError):
@@ -362,3 +388,83 @@ def test_the_images_of_synchronous_requests_are_in_the_gallery(client, server):
     (image,) = gallery.page(1)
     assert image.settings["prompt"] == "kept"
     assert gallery.png(image.id) == base64.b64decode(answer.data[0].b64_json)
+
+
+# --- as other clients ask -------------------------------------------------------------------
+
+
+def test_an_image_can_be_had_at_an_address_that_needs_no_key(client, server):
+    asked = {"prompt": "a", "size": SIZE, "extra_body": {"steps": 1, "seed": 3}}
+    (item,) = client.images.generate(**asked, response_format="url").data
+    assert item.url.startswith(server.url) and item.b64_json is None
+    found = httpx2.get(item.url)
+    assert found.headers["content-type"] == "image/png"
+    assert read_settings(io.BytesIO(found.content)).seed == 3
+    head, _, signature = item.url.rpartition("=")
+    later = re.sub(r"expires=(\d)", r"expires=9\1", item.url)
+    for forged in (f"{head}={'0' * len(signature)}", head, later, item.url.split("?")[0]):
+        assert httpx2.get(forged).status_code == 404
+    assert httpx2.get(f"{head}=\u00e9").status_code == 404
+
+
+def test_addresses_expire():
+    now = [1000.0]
+    links = Links(lambda: now[0])
+    query = dict(parse_qsl(urlsplit(links.path("a" * 32)).query))
+    told = ("a" * 32, int(query["expires"]), query["signature"])
+    assert links.good(*told) and not links.good("b" * 32, *told[1:])
+    now[0] += SECONDS
+    assert not links.good(*told) and not Links(lambda: 1000.0).good(*told)
+
+
+def test_other_names_of_the_field_are_understood(server, client):
+    asked = {"prompt": "a", "n": 1.0, "width": 32, "height": 16, "seed": -1, "steps": 2.0,
+             "guidance_scale": 2.5, "sampler": "ddim", "model": "gpt-image-1"}  # fmt: skip
+    status, answer = post(server, "/v1/images/generations/", json.dumps(asked).encode())
+    assert status == 200, answer
+    made = json.loads(
+        Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).info["koala"]
+    )
+    assert (made["width"], made["height"], made["steps"]) == (32, 16, 2)
+    assert (made["guidance"], made["sampler"]) == (2.5, "DDIM") and made["seed"] >= 0
+    assert [one.id for one in client.models.list().data][1:] == ["gpt-image-1", "dall-e-3"]
+    assert client.models.retrieve("dall-e-3").id == "dall-e-3"
+
+
+@pytest.mark.parametrize(("quality", "steps"), [("low", 2), ("high", 10), (None, 10)])
+def test_a_table_maps_quality_to_steps(client, quality, steps):
+    asked = {} if quality is None else {"quality": quality}
+    (item,) = client.images.generate(prompt="a", size=SIZE, **asked).data
+    assert json.loads(opened(item).info["koala"])["steps"] == steps
+
+
+def test_a_variation_starts_from_the_image_and_its_own_prompt(client, server):
+    (first,) = client.images.generate(prompt="a fox", size=SIZE, extra_body={"steps": 2}).data
+    image = base64.b64decode(first.b64_json)
+    (item,) = client.images.create_variation(image=image, size=SIZE, n=1).data
+    made = json.loads(opened(item).info["koala"])
+    assert made["prompt"] == "a fox" and made["image"] and made["strength"] == 0.6
+    plain = png(Image.new("RGB", (32, 16), "teal"))
+    (item,) = client.images.create_variation(image=plain, extra_body={"steps": 2}).data
+    assert opened(item).size == (32, 16)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"quality_steps": quality_steps("low=4,high=900")},
+        {"allow_origins": ("*",)},
+        {"allow_origins": ("https://a.example/path",)},
+        {"trusted_proxies": ("proxy.example",)},
+    ],
+)
+def test_options_that_make_no_sense_are_refused(told):
+    with pytest.raises(UserError):
+        check(Options(**told))
+
+
+def test_a_table_of_steps_names_known_qualities():
+    assert quality_steps("low=4, hd=30") == (("low", 4), ("hd", 30)) and quality_steps(None) == ()
+    for wrong in ("best=4", "low", "low=many"):
+        with pytest.raises(UserError, match="such as low=4"):
+            quality_steps(wrong)

@@ -4,6 +4,8 @@ import contextlib
 import http.client
 import io
 import json
+import random
+import socket
 import struct
 import zlib
 from urllib.parse import urlsplit
@@ -133,6 +135,65 @@ def test_other_sites_and_forged_names_are_not_answered(open_server):
     assert "access-control-allow-origin" not in ask(open_server, "/v1/models")[1]
 
 
+@pytest.mark.parametrize("host", ["[", "[::1", "a]b", "[v1.x]"])
+def test_a_host_that_is_no_name_is_the_clients_mistake(open_server, host):
+    assert ask(open_server, "/v1/models", Host=host)[0] in (400, 403)
+    assert ask(open_server, "/v1/models", Origin=f"http://{host}")[0] == 403
+
+
+@pytest.fixture(scope="module")
+def everywhere(pipeline, tmp_path_factory):
+    """As on 0.0.0.0, with a name and a page allowed."""
+    told = {"host": "0.0.0.0", "allow_hosts": ("pictures.example",)}
+    told["allow_origins"] = ("https://page.example",)
+    with running(pipeline, tmp_path_factory.mktemp("wide"), Limits(max_batch=2), **told) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("192.168.1.5:8000", 200),
+        ("[fe80::1]:8000", 200),
+        ("koala:8000", 200),  # a container's name: no DNS of an attacker's answers for it
+        (socket.gethostname(), 200),
+        ("pictures.example", 200),
+        ("rebound.example", 403),
+        ("host.docker.internal", 403),
+    ],
+)
+def test_on_every_address_names_are_checked_too(everywhere, host, status):
+    assert ask(everywhere, "/v1/models", Host=host)[0] == status
+
+
+def test_a_page_elsewhere_may_be_allowed_by_name(everywhere):
+    answer = ask(everywhere, DRAW, ASKED, Origin="https://page.example")
+    assert answer[0] == 200
+    assert answer[1]["access-control-allow-origin"] == "https://page.example"
+    assert answer[1]["vary"] == "Origin"
+    assert ask(everywhere, DRAW, ASKED, Origin="http://page.example")[0] == 403
+    connection = http.client.HTTPConnection(urlsplit(everywhere.url).netloc, timeout=60)
+    headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST",
+               "Access-Control-Request-Headers": "authorization"}  # fmt: skip
+    connection.request("OPTIONS", DRAW, headers=headers)
+    answer = connection.getresponse()
+    assert (
+        answer.status == 204 and answer.headers["access-control-allow-headers"] == "authorization"
+    )
+
+
+def test_with_keys_an_allowed_page_reads_answers_and_still_needs_its_key(pipeline, tmp_path):
+    (tmp_path / "keys").write_text(KEYS[0])
+    told = {"api_key_file": tmp_path / "keys", "allow_origins": ("https://page.example",)}
+    with running(pipeline, tmp_path / "data", Limits(max_batch=2), **told) as server:
+        answer = ask(server, "/v1/models", Origin="https://page.example")
+        assert answer[0] == 401 and "access-control-allow-origin" in answer[1]
+        key = {"Authorization": f"Bearer {KEYS[0]}"}
+        assert ask(server, "/v1/models", Origin="https://page.example", **key)[0] == 200
+        answer = ask(server, "/v1/models", Origin="https://other.example", **key)
+        assert "access-control-allow-origin" not in answer[1]
+
+
 # --- bodies ---------------------------------------------------------------------------------
 
 
@@ -213,6 +274,17 @@ def test_forged_bytes_are_refused_or_read(kind, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(UserError):
         assert open_upload(bytes(content), 10_000).width > 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_jpeg_with_random_exif_is_refused_or_read(seed):
+    noise, file = random.Random(seed), io.BytesIO()
+    tags = [struct.pack(">HHI", 0x0112, noise.randrange(14), noise.randrange(4)) for _ in range(3)]
+    entries = b"".join(tag + noise.randbytes(4) for tag in tags)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x03" + entries + noise.randbytes(seed)
+    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=exif)
+    with contextlib.suppress(UserError):
+        assert open_upload(file.getvalue(), 64).size == (8, 8)
 
 
 def test_a_mask_is_light_where_it_was_transparent():

@@ -10,12 +10,13 @@ from pathlib import Path
 from koala.data.items import KINDS, Source
 from koala.data.sources.folder import SUFFIXES, Folder
 from koala.data.sources.parquet import Parquet
-from koala.data.sources.webdataset import WebDataset
+from koala.data.sources.saved import Saved, is_saved
+from koala.data.sources.webdataset import WebDataset, is_tar
 from koala.data.sources.yepop import YePop, chunk_files
 from koala.errors import UserError, unknown
 
 _KINDS: dict[str, Callable[[Path], Source]] = dict(
-    zip(KINDS, (Folder, WebDataset, Parquet, YePop), strict=True)
+    zip(KINDS, (Folder, WebDataset, Parquet, Saved, YePop), strict=True)
 )
 
 
@@ -43,11 +44,13 @@ def recognise(place: str | Path, kind: str | None = None) -> Source:
 def _found(root: Path) -> list[str]:
     """The kinds found at `root`. A parquet beside a tar of its name is img2dataset's log."""
     if root.is_file():
-        return {".tar": ["webdataset"], ".parquet": ["parquet"]}.get(root.suffix, [])
+        return ["webdataset"] if is_tar(root) else ["parquet"] if root.suffix == ".parquet" else []
     if chunk_files(root):
         return ["ye-pop"]
+    if is_saved(root):
+        return ["saved"]
     files = [p for p in root.rglob("*") if p.is_file()]
-    tars = {p.with_suffix("") for p in files if p.suffix == ".tar"}
+    tars = {p.with_name(p.name.split(".tar")[0].split(".tgz")[0]) for p in files if is_tar(p)}
     tables = [p for p in files if p.suffix == ".parquet" and p.with_suffix("") not in tars]
     there = {
         "webdataset": bool(tars),

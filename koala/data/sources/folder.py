@@ -1,22 +1,33 @@
-"""A folder of images: captions in a `.txt` beside each, or in one metadata.jsonl or .csv.
+"""A folder of images: captions in a file beside each, or in tables of metadata.
 
-The metadata's column `file_name` names the image, relative to the folder; its text columns are
-captions. Order: by path.
+Beside `fox.jpg`: `fox.txt`, `fox.caption`, or `fox.json`, whose text fields are captions. Tables
+are `metadata.jsonl`, `metadata.csv` or `captions.jsonl`, in any folder; `file_name` (or another of
+`NAMES`) names the image relative to the table's folder, and the text columns are captions. Order:
+by path.
+
+Folders named as kohya's scripts name them, `10_a fox`, repeat their images ten times in an epoch;
+an image without a caption of its own gets the rest of that name. Images in folders named `test`,
+`validation` and the like are held out, if there are others.
 """
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from koala.data.items import SCORES, Item, captions_of, scores_of
+from koala.data.items import HELD_OUT, Item, captions_of, repeated, scores_of
 from koala.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-METADATA = ("metadata.jsonl", "metadata.csv")
+TEXTS = (".txt", ".caption")  # of files beside an image
+METADATA = ("metadata.jsonl", "metadata.csv", "captions.jsonl")
+NAMES = ("file_name", "filename", "image", "path", "image_path", "file")  # columns with the image
+TEXT = "utf-8-sig"  # UTF-8, with a byte order mark or without
+_KOHYA = re.compile(r"([1-9]\d{0,2}|0)_(.*\D.*)")  # not 2024_05, 001_cats
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,7 @@ class Folder:
     root: Path
     name = "folder"
     captions = ()
+    looked_in = f"NAME{', NAME'.join(TEXTS)}, NAME.json beside NAME.jpg, and {', '.join(METADATA)}"
 
     def parts(self) -> dict[str, int]:
         """One: the folder itself, with its number of images. UserError if there are none."""
@@ -38,15 +50,49 @@ class Folder:
         return len(_images(self.root))
 
     def items(self, part: str, first: int, count: int) -> Iterator[Item]:
-        """Images that the metadata does not name have only the caption in their .txt."""
-        metadata = _metadata(self.root)
+        """A file beside an image adds to what the metadata say of it."""
+        metadata, apart = _metadata(self.root), _held_out(self.root)
         for path in _images(self.root)[first : first + count]:
             id = path.relative_to(self.root).as_posix()
-            record = dict(metadata.get(id, {}))
-            beside = path.with_suffix(".txt")
-            if beside.is_file():
-                record["text"] = beside.read_text(encoding="utf-8", errors="replace")
-            yield Item(id, partial(Path.read_bytes, path), captions_of(record), scores_of(record))
+            read = partial(Path.read_bytes, path)
+            try:
+                record = metadata.get(id, {}) | _beside(path)
+            except ValueError as error:
+                record, read = metadata.get(id, {}), partial(_refuse, str(error))
+            kohya = _kohya(path.relative_to(self.root))
+            captions = captions_of(record)
+            if kohya and not captions:
+                captions = {"text": kohya[2]}
+            kind = repeated(int(kohya[1])) if kohya else "picture"
+            split = "test" if path.relative_to(self.root).parts[0] in apart else None
+            yield Item(id, read, captions, scores_of(record), split, kind)
+
+
+def _beside(image: Path) -> dict[str, Any]:
+    """The fields of the files beside an image; ValueError if its JSON cannot be read."""
+    record: dict[str, Any] = {}
+    if (sidecar := image.with_suffix(".json")).is_file():
+        try:
+            found = json.loads(sidecar.read_bytes().decode(TEXT))
+        except ValueError as error:
+            raise ValueError(f"{sidecar.name} is not valid JSON ({error})") from None
+        record = found if isinstance(found, dict) else {"text": found}
+    for suffix in TEXTS:
+        if (text := image.with_suffix(suffix)).is_file():
+            record["text"] = text.read_text(encoding=TEXT, errors="replace")
+    return record
+
+
+def _refuse(why: str) -> bytes:
+    raise OSError(why)
+
+
+def _kohya(image: Path) -> re.Match[str] | None:
+    """The match of the innermost folder `REPEATS_NAME`."""
+    found = [match for part in image.parts[:-1] if (match := _KOHYA.fullmatch(part))]
+    if found and int(found[-1][1]) < 1:
+        raise UserError(f"{image.parent}: 0 repeats show nothing; rename or remove the folder")
+    return found[-1] if found else None
 
 
 @lru_cache(maxsize=2)
@@ -55,27 +101,46 @@ def _images(root: Path) -> list[Path]:
 
 
 @lru_cache(maxsize=2)
+def _held_out(root: Path) -> frozenset[str]:
+    """The folders in `root` with held-out images."""
+    tops = {path.relative_to(root).parts[0] for path in _images(root)}
+    found = frozenset(top for top in tops if top.lower() in HELD_OUT)
+    return frozenset() if found == tops else found
+
+
+@lru_cache(maxsize=2)
 def _metadata(root: Path) -> dict[str, dict[str, Any]]:
-    """Records by file name; UserError if a line cannot be read."""
-    found = [root / name for name in METADATA if (root / name).is_file()]
-    if len(found) > 1:
-        raise UserError(f"{root} has both {' and '.join(METADATA)}: keep one")
-    if not found:
-        return {}
-    (path,) = found
-    records = {}
-    for number, record in enumerate(_records(path), 1):
-        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
-            raise UserError(f"{path}: record {number} has no file_name")
-        records[Path(record["file_name"]).as_posix()] = record
+    """Records by path of the image; UserError if a line cannot be read, or none has an image."""
+    records: dict[str, dict[str, Any]] = {}
+    for folder in sorted({root, *(p.parent for name in METADATA for p in root.rglob(name))}):
+        found = [folder / name for name in METADATA if (folder / name).is_file()]
+        if len(found) > 1:
+            raise UserError(f"{folder} has both {' and '.join(p.name for p in found)}: keep one")
+        for number, record in enumerate(_records(found[0]) if found else (), 1):
+            named = _image_of(record)
+            if named is None:
+                raise UserError(f"{found[0]}: record {number} names no image ({', '.join(NAMES)})")
+            image = Path(folder.relative_to(root), named).as_posix()
+            records[image] = records.get(image, {}) | record
+    images = {path.relative_to(root).as_posix() for path in _images(root)}
+    if records and images.isdisjoint(records):
+        raise UserError(
+            f"{root}: its metadata name {len(records)} images, such as {next(iter(records))}, and "
+            "none of them is there: names are relative to the table's folder"
+        )
     return records
 
 
+def _image_of(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return None
+    return next((record[name] for name in NAMES if isinstance(record.get(name), str)), None)
+
+
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding=TEXT, newline="") as file:
         if path.suffix == ".csv":
-            for row in csv.DictReader(file):
-                yield {k: _number(v) if k in _NUMBERS else v for k, v in row.items()}
+            yield from csv.DictReader(file)
             return
         for number, line in enumerate(file, 1):
             try:
@@ -83,14 +148,3 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}: line {number} is not valid JSON ({error})") from None
-
-
-_NUMBERS = {name for names in SCORES.values() for name in names}
-
-
-def _number(text: str | None) -> float | None:
-    """A score in a csv cell; None if it is not a number."""
-    try:
-        return float(text or "")
-    except ValueError:
-        return None

@@ -3,7 +3,8 @@
 The image is the column `image` (bytes, or Hugging Face's {bytes, path}), `jpg`, `png`, `webp` or
 `bytes`; else the path in `path`, `file_name` or `image_path`, relative to the file's folder. Order:
 files by name, rows as they come. A row group is read at once, so groups of a few hundred rows
-are best. The illustration set is stored in such files, with its own splits and kinds.
+are best. Files named `test-...` or `validation-...`, as on the Hub, are held out, if there are
+others. The illustration set is stored in such files, with its own splits and kinds.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from koala.data.items import Item, captions_of, scores_of
+from koala.data.items import Item, captions_of, damaged, held_out, scores_of
 from koala.errors import UserError
 
 EMBEDDED = ("image", "jpg", "png", "webp", "bytes")
@@ -30,6 +31,7 @@ class Parquet:
     captions: tuple[str, ...] = ()
     pattern: str = "*.parquet"
     name = "parquet"
+    looked_in = "columns of text, of lists of texts and of structures with texts"
 
     def parts(self) -> dict[str, int]:
         """Paths of the files relative to `root`, with their sizes. UserError if there are none."""
@@ -39,21 +41,42 @@ class Parquet:
         return {p.relative_to(self.root).as_posix(): p.stat().st_size for p in found}
 
     def count(self, part: str) -> int:
-        """Number of rows, from the file's footer."""
-        file = _file(self.root / part)
-        _image_column(self.root / part, file.schema_arrow.names)
+        """Number of rows, from the file's footer; one for a file that is cut off."""
+        try:
+            file = _file(self.root / part)
+        except (pa.ArrowException, OSError):
+            return 1
+        image_column(self.root / part, file.schema_arrow.names)
         return file.metadata.num_rows
 
     def items(self, part: str, first: int, count: int) -> Iterator[Item]:
         """The id is the column `id` or `key`, else file name and row number."""
-        path = self.root / part
-        column = _image_column(path, _file(path).schema_arrow.names)
+        path, split = self.root / part, "test" if part in _held_out(self) else None
+        try:
+            names = _file(path).schema_arrow.names
+        except (pa.ArrowException, OSError) as error:
+            yield damaged(part, f"not a complete parquet file ({error})")
+            return
+        column = image_column(path, names)
         for number, record in _records(path, first, count):
-            id = record.get("id") or record.get("key") or f"{path.stem}/{number}"
-            read = partial(_read, path, record[column])
-            captions, scores = captions_of(record), scores_of(record)
-            kind = record.get("kind") or "picture"
-            yield Item(str(id), read, captions, scores, record.get("split"), kind)
+            yield item_of(path.parent, f"{path.stem}/{number}", record, column, split)
+
+
+@lru_cache(maxsize=2)
+def _held_out(source: Parquet) -> frozenset[str]:
+    return held_out(source.parts())
+
+
+def item_of(folder: Path, id: str, record: dict[str, Any], column: str, split: str | None) -> Item:
+    """The item of a table's row.
+
+    folder: of the images that are named by path. id, split: if the row has none of its own.
+    column: with the image.
+    """
+    id = str(record.get("id") or record.get("key") or id)
+    read = partial(_read, folder, record[column])
+    kind, split = record.get("kind") or "picture", record.get("split") or split
+    return Item(id, read, captions_of(record), scores_of(record), split, kind)
 
 
 def _records(path: Path, first: int, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -70,12 +93,7 @@ def _records(path: Path, first: int, count: int) -> Iterator[tuple[int, dict[str
 
 @lru_cache(maxsize=2)
 def _file(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is not a complete parquet file ({error}): download it again"
-        ) from None
+    return pq.ParquetFile(path)
 
 
 @lru_cache(maxsize=1)
@@ -83,7 +101,8 @@ def _group(path: Path, group: int) -> pa.Table:
     return _file(path).read_row_group(group)
 
 
-def _image_column(path: Path, names: list[str]) -> str:
+def image_column(path: Path, names: list[str]) -> str:
+    """The column with the images; UserError if there is none."""
     for name in (*EMBEDDED, *PATHS):
         if name in names:
             return name
@@ -93,11 +112,11 @@ def _image_column(path: Path, names: list[str]) -> str:
     )
 
 
-def _read(path: Path, image: Any) -> bytes:
+def _read(folder: Path, image: Any) -> bytes:
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
         return image
     if not image:
         raise OSError("no image in this row")
-    return (path.parent / image).read_bytes()
+    return (folder / image).read_bytes()

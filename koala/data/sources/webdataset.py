@@ -1,21 +1,31 @@
 """Webdataset tars in img2dataset's layout: KEY.jpg, KEY.txt (the caption) and KEY.json.
 
-Images are read in place. Each process scans a tar's headers once, which takes a second or two for
-ten thousand images. Order: tars by name, keys as they come.
+`KEY.NAME.txt` is a caption by that name. Images are read in place; of a compressed tar each process
+reads on from where it is. Each process scans a tar's headers once, which takes a second or two for
+ten thousand images. Order: tars by name, keys as they come. Tars named `test-...`, `validation-...`
+are held out, if there are others.
 """
 
+import gzip
 import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-from koala.data.items import Item, captions_of, scores_of
-from koala.data.sources.folder import SUFFIXES
+from koala.data.items import Item, captions_of, damaged, held_out, scores_of
+from koala.data.sources.folder import SUFFIXES, TEXT, TEXTS
 from koala.errors import UserError
 
-Place = tuple[int, int]  # offset and bytes in the tar
+Place = tuple[int, int]  # offset and bytes in the tar, decompressed
+TARS = (".tar", ".tar.gz", ".tgz")
+
+
+def is_tar(path: Path) -> bool:
+    """Whether it is a tar, by its name."""
+    return path.name.lower().endswith(TARS)
 
 
 @dataclass(frozen=True)
@@ -25,39 +35,65 @@ class WebDataset:
     root: Path
     name = "webdataset"
     captions = ()
+    looked_in = f"KEY{', KEY'.join(TEXTS)}, KEY.NAME.txt and KEY.json beside KEY.jpg"
 
     def parts(self) -> dict[str, int]:
         """Paths of the tars relative to `root`, with their sizes. UserError if there are none."""
-        found = [self.root] if self.root.is_file() else sorted(self.root.rglob("*.tar"))
+        there = [self.root] if self.root.is_file() else sorted(self.root.rglob("*"))
+        found = [path for path in there if is_tar(path) and path.is_file()]
         if not found:
-            raise UserError(f"{self.root} has no .tar (decompress compressed ones first)")
+            raise UserError(f"{self.root} has none of {', '.join(TARS)}")
         return {p.relative_to(self.root).as_posix(): p.stat().st_size for p in found}
 
     def count(self, part: str) -> int:
-        """The number of keys."""
-        return len(_contents(self.root / part))
+        """The number of keys, and one for the rest of a tar that is cut off."""
+        keys, damage = _contents(self.root / part)
+        return len(keys) + bool(damage)
 
     def items(self, part: str, first: int, count: int) -> Iterator[Item]:
-        """Captions: `text` of KEY.txt, and the text fields of KEY.json."""
-        path = self.root / part
-        for key, files in _contents(path)[first : first + count]:
+        """Captions: `text` of KEY.txt, `NAME` of KEY.NAME.txt, and the text fields of KEY.json."""
+        path, split = self.root / part, "test" if part in _held_out(self) else None
+        keys, damage = _contents(path)
+        for key, files in keys[first : first + count]:
             read = partial(_read, path, next((files[s] for s in SUFFIXES if s in files), None))
             try:
-                record = json.loads(_read(path, files[".json"])) if ".json" in files else {}
+                record = _record(path, files)
             except ValueError:
                 record, read = {}, partial(_refuse, f"{key}.json is not valid JSON")
-            if ".txt" in files:
-                record["text"] = _read(path, files[".txt"]).decode("utf-8", errors="replace")
-            yield Item(f"{path.stem}/{key}", read, captions_of(record), scores_of(record))
+            id = f"{path.name.split('.')[0]}/{key}"
+            yield Item(id, read, captions_of(record), scores_of(record), split)
+        if damage and first + count > len(keys):
+            yield damaged(part, damage)
+
+
+def _record(path: Path, files: dict[str, Place]) -> dict[str, Any]:
+    """The fields of a key; ValueError if its JSON cannot be read."""
+    record: dict[str, Any] = {}
+    if ".json" in files:
+        found = json.loads(_read(path, files[".json"]).decode(TEXT))
+        record = found if isinstance(found, dict) else {"text": found}
+    for suffix, place in files.items():
+        if suffix.endswith(TEXTS):
+            name = suffix.rpartition(".")[0].removeprefix(".") or "text"
+            record[name] = _read(path, place).decode(TEXT, errors="replace")
+    return record
 
 
 @lru_cache(maxsize=2)
-def _contents(path: Path) -> list[tuple[str, dict[str, Place]]]:
-    """Keys in the order of their first file, each with its files by suffix."""
+def _held_out(source: WebDataset) -> frozenset[str]:
+    return held_out(source.parts())
+
+
+@lru_cache(maxsize=2)
+def _contents(path: Path) -> tuple[list[tuple[str, dict[str, Place]]], str]:
+    """Keys in the order of their first file, each with its files by suffix; and what is damaged.
+
+    Of a tar that is cut off, the files before the cut.
+    """
     keys: dict[str, dict[str, Place]] = {}
-    end = 0
+    end, damage = 0, ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:gz" if _compressed(path) else "r:") as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isfile():
@@ -68,20 +104,34 @@ def _contents(path: Path) -> list[tuple[str, dict[str, Place]]]:
                     keys.setdefault(key, {})[(dot + suffix).lower()] = place
         if _read(path, (end, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("no end marker")  # tarfile accepts that
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"{path} is not a complete tar ({error}): download it again or remove it"
-        ) from None
-    return list(keys.items())
+    except (tarfile.TarError, EOFError, OSError) as error:
+        damage = f"not a complete tar ({error}), of which {len(keys)} images are read"
+        if keys:
+            keys.popitem()  # perhaps not all of its files are there
+    return list(keys.items()), damage
 
 
 def _refuse(why: str) -> bytes:
     raise OSError(why)
 
 
+def _compressed(path: Path) -> bool:
+    return path.suffix.lower() in (".gz", ".tgz")
+
+
+@lru_cache(maxsize=1)
+def _decompressed(path: Path) -> gzip.GzipFile:
+    """Kept open: a step back would start from the beginning."""
+    return gzip.open(path)
+
+
 def _read(path: Path, place: Place | None) -> bytes:
     if place is None:
         raise OSError("no image under this key")
+    if _compressed(path):
+        stream = _decompressed(path)
+        stream.seek(place[0])
+        return stream.read(place[1])
     with path.open("rb") as file:
         file.seek(place[0])
         return file.read(place[1])

@@ -24,12 +24,13 @@ _JSON = re.compile(r"(chunk_(\d+))\.\d+\.json")
 class YePop:
     """The chunks below `root`; a part is a JSON file.
 
-    The default caption is the paper's: a synthetic one appended to the original.
+    The default caption is a synthetic one appended to the original, as in the paper's data study.
     """
 
     root: Path
     name = "ye-pop"
     captions = ("alt_txt+cogvlm_caption",)
+    looked_in = "the text fields of chunk_N.0.json"
 
     def parts(self) -> dict[str, int]:
         """Paths of the JSON files relative to `root`, with their sizes. UserError if none."""

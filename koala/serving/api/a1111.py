@@ -17,25 +17,28 @@ from fastapi import APIRouter, Request
 from PIL import Image
 
 from koala import __version__
-from koala.generation import Settings, samplers
+from koala.generation import Settings, validation
+from koala.generation.image_files import as_grey
 from koala.generation.png import parameters
 from koala.serving.api.a1111_fields import (
-    OPTIONS,
-    SCHEDULES,
     A1111Request,
     Img2ImgRequest,
     Txt2ImgRequest,
-    check_options,
+    framed,
     inverted,
 )
-from koala.serving.api.streams import cancelled_error, wait_for_images
+from koala.serving.api.a1111_second_pass import SecondPass
+from koala.serving.api.streams import cancelled_error, submit, wait_for_images
+from koala.serving.decoder import Decoder
+from koala.serving.fit import note, shown_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.jobs.gallery_writer import encode_and_store
 from koala.serving.security import client_of
 from koala.serving.service import Event, Service, Submission
 from koala.serving.uploads import open_upload
 
-router = APIRouter(prefix="/sdapi/v1")
+router = APIRouter()
+queue_router = APIRouter()  # what the web UI itself has at the root
 PREVIEW_SECONDS = 5.0  # previews are decoded for so long after a progress call
 
 
@@ -52,6 +55,8 @@ class ActiveRequest:
     ended: int = 0  # images
     preview: Image.Image | None = None
     preview_until: float = 0.0  # Unix seconds
+    finished: int = 0  # images
+    unfinished: Image.Image | None = None  # how far the first image had come at an interrupt
 
     def on_event(self, event: Event) -> None:
         """Records an image's progress; called on the engine's thread."""
@@ -59,13 +64,20 @@ class ActiveRequest:
         self.done[event.index] = event.done
         if event.kind in ("picture", "failed", "cancelled"):
             self.ended += 1
+        self.finished += event.kind == "picture"
         if event.preview is not None and time.time() < self.preview_until:
             self.preview = event.preview()
+        if self.interrupted and event.preview is not None and self.submission is not None:
+            self.unfinished = self.unfinished or event.preview()
+            self.submission.cancel()
 
     def interrupt(self) -> None:
-        """Ends the request with the images that are finished."""
+        """Ends the request with the images that are finished, or else with an unfinished one.
+
+        That one is taken after the step in progress.
+        """
         self.interrupted = True
-        if self.submission is not None:
+        if self.submission is not None and (self.finished or not self.done):
             self.submission.cancel()
 
 
@@ -96,64 +108,113 @@ class ActiveRequests:
 
 @router.post("/txt2img", summary="Generate images")
 async def txt2img(body: Txt2ImgRequest, request: Request) -> dict[str, Any]:
-    body.check(request.app.state.service.pipeline.name)
-    return await _respond(request, body, body.to_image_request(client_of(request)), "txt2img")
+    ignored = body.check(request.app.state.service.pipeline.name)
+    spec = body.to_image_request(client_of(request))
+    return await _respond(request, body, spec, "txt2img", ignored, body.second_pass())
 
 
 @router.post("/img2img", summary="Generate from an image")
 async def img2img(body: Img2ImgRequest, request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
-    body.check(service.pipeline.name)
-    spec = replace(body.to_image_request(client_of(request)), **body.images())
-    if body.inpainting_mask_invert and spec.mask is not None:
-        most = service.limits.upload_pixels
-        mask = await asyncio.to_thread(_inverted, spec.mask, most)
-        spec = replace(spec, mask=mask)
-    return await _respond(request, body, spec, "img2img")
+    ignored = body.check(service.pipeline.name)
+    given = await asyncio.to_thread(body.images)
+    spec = replace(body.to_image_request(client_of(request)), **given)
+    decoder: Decoder = request.app.state.decoder
+    spec = await decoder.run(_as_asked, spec, body, service.limits.upload_pixels)
+    return await _respond(request, body, spec, "img2img", ignored)
 
 
-def _inverted(mask: bytes, most_pixels: int) -> bytes:
-    return _png(inverted(open_upload(mask, most_pixels, "mask")))
+def _as_asked(spec: ImageRequest, body: Img2ImgRequest, most_pixels: int) -> ImageRequest:
+    """The request with its image and mask framed and inverted as the fields say. UserError."""
+    mode = body.resize_mode or 0
+    size = validation.size(spec.size, 1) if mode and spec.size else None
+    changed: dict[str, bytes] = {}
+    if size is not None:
+        assert spec.image is not None
+        changed["image"] = _png(framed(open_upload(spec.image, most_pixels), size, mode))
+    if spec.mask is not None and (size is not None or body.inpainting_mask_invert):
+        mask = as_grey(open_upload(spec.mask, most_pixels, "mask"))
+        mask = inverted(mask) if body.inpainting_mask_invert else mask
+        changed["mask"] = _png(mask if size is None else framed(mask, size, mode))
+    return replace(spec, **changed)  # type: ignore[arg-type]
 
 
 async def _respond(
-    request: Request, body: A1111Request, spec: ImageRequest, kind: str
-) -> dict[str, Any]:
-    service: Service = request.app.state.service
+    request: Request, body: A1111Request, spec: ImageRequest, kind: str, ignored: list[str],
+    second: SecondPass | None = None,
+) -> dict[str, Any]:  # fmt: skip
     active_requests: ActiveRequests = request.app.state.a1111
     active = ActiveRequest(kind)
     active_requests.add(spec.client, active)
     try:
-        submission = await asyncio.to_thread(service.submit, spec, active.on_event)
-        active.submission = submission
-        if active.interrupted:
-            submission.cancel()
-        outcomes = await wait_for_images(request, service, submission, return_exceptions=True)
-        images = [_image_or_none(outcome, active, service) for outcome in outcomes]
+        pairs = await _draw(request, spec, active)
+        if second is not None:
+            pairs = await _draw_again(request, spec, active, pairs, second)
     finally:
         active_requests.remove(spec.client, active)
-    pairs = [
-        (each.settings, image)
-        for each, image in zip(submission.requests, images, strict=True)
-        if image is not None
-    ]
-    echo = body.model_dump(exclude=set(body.model_extra or ()))
-    if isinstance(body, Img2ImgRequest) and not body.include_init_images:
-        echo |= {"init_images": None, "mask": None}
     writer = None if body.do_not_save_samples else request.app.state.gallery_writer
     pngs = await asyncio.gather(
         *(
             asyncio.to_thread(encode_and_store, writer, image, settings, spec.client)
             for settings, image in pairs
+            if image is not None
         )
     )
+    assert active.submission is not None
+    first = active.submission.requests[0].settings
+    finished = [settings for settings, image in pairs if image is not None]
+    if not finished:  # AUTOMATIC1111 answers an interrupt with the image as far as it is
+        finished, pngs = [first], [_png(_unfinished(active, first))]
+    told = {"ignored_fields": ignored, "note": note(first, request.app.state.service.native)}
+    info = _info(finished, first, active, body) | told
+    echo = body.model_dump(exclude=set(body.model_extra or ()))
+    if isinstance(body, Img2ImgRequest) and not body.include_init_images:
+        echo |= {"init_images": None, "mask": None}
     texts = [base64.b64encode(png).decode() for png in pngs]
-    first = submission.requests[0].settings
     return {
         "images": [] if body.send_images is False else texts,
         "parameters": echo,
-        "info": json.dumps(_info([settings for settings, _ in pairs], first, active, body)),
+        "info": json.dumps(info),
     }
+
+
+async def _draw(
+    request: Request, spec: ImageRequest, active: ActiveRequest
+) -> list[tuple[Settings, Image.Image | None]]:
+    """The images with their settings; None for those that the client interrupted."""
+    service: Service = request.app.state.service
+    active.submission = submission = await submit(request, spec, active.on_event)
+    if active.interrupted:
+        submission.cancel()
+    outcomes = await wait_for_images(request, service, submission, return_exceptions=True)
+    images = [_image_or_none(outcome, active, service) for outcome in outcomes]
+    return [(each.settings, image) for each, image in zip(submission.requests, images, strict=True)]
+
+
+async def _draw_again(
+    request: Request, spec: ImageRequest, active: ActiveRequest,
+    pairs: list[tuple[Settings, Image.Image | None]], second: SecondPass,
+) -> list[tuple[Settings, Image.Image | None]]:  # fmt: skip
+    """The images after a second pass, one by one; an interrupt leaves the others as they are."""
+    decoder: Decoder = request.app.state.decoder
+    drawn = []
+    for settings, image in pairs:
+        if image is not None and not active.interrupted:
+            larger = await decoder.run(second.request, spec, image, settings)
+            active.done.clear()
+            ((again, repeated),) = await _draw(request, larger, active)
+            if repeated is not None:
+                settings, image = again, repeated
+        drawn.append((settings, image))
+    return drawn
+
+
+def _unfinished(active: ActiveRequest, settings: Settings) -> Image.Image:
+    """The image as far as it was drawn; black if no step was done."""
+    size = shown_size(settings)
+    if active.unfinished is None:
+        return Image.new("RGB", size)
+    return active.unfinished.resize(size, Image.Resampling.BICUBIC)
 
 
 def _image_or_none(outcome: Any, active: ActiveRequest, service: Service) -> Image.Image | None:
@@ -182,8 +243,8 @@ def _info(
         "subseed": first.seed,
         "all_subseeds": seeds,
         "subseed_strength": 0,
-        "width": first.width,
-        "height": first.height,
+        "width": shown_size(first)[0],
+        "height": shown_size(first)[1],
         "sampler_name": first.sampler,
         "cfg_scale": first.guidance,
         "steps": first.steps,
@@ -242,7 +303,8 @@ async def progress(request: Request, skip_current_image: bool = False) -> dict[s
     }  # fmt: skip
 
 
-@router.post("/interrupt", summary="End the client's requests with their finished images")
+@router.post("/interrupt", summary="End the client's requests with what is drawn")
+@router.post("/skip", summary="The same")
 async def interrupt(request: Request) -> dict[str, Any]:
     active_requests: ActiveRequests = request.app.state.a1111
     for active in active_requests.for_client(client_of(request)):
@@ -250,48 +312,15 @@ async def interrupt(request: Request) -> dict[str, Any]:
     return {}
 
 
-# --- models and options ---------------------------------------------------------------------
-
-
-@router.get("/sd-models", summary="The model")
-async def models(request: Request) -> list[dict[str, Any]]:
-    name = request.app.state.service.pipeline.name
-    one = {"title": name, "model_name": name, "hash": None, "sha256": None}
-    return [{**one, "filename": name, "config": None}]
-
-
-@router.get("/samplers", summary="The samplers")
-async def all_samplers() -> list[dict[str, Any]]:
-    return [
-        {"name": sampler.name, "aliases": [name], "options": {}}
-        for name, sampler in samplers.SAMPLERS.items()
-    ]
-
-
-@router.get("/schedulers", summary="The schedules")
-async def schedulers() -> list[dict[str, Any]]:
-    return [
-        {"name": label.lower().replace(" ", "_"), "label": label, "aliases": None,
-         "default_rho": -1, "need_inner_model": False}
-        for label in SCHEDULES
-    ]  # fmt: skip
-
-
-@router.get("/loras", summary="The LoRAs a prompt may name")
-def loras(request: Request) -> list[dict[str, Any]]:
-    service: Service = request.app.state.service
-    return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in service.loras()]
-
-
-@router.get("/options", summary="Options")
-async def options(request: Request) -> dict[str, Any]:
-    current = {name: values[0] for name, values in OPTIONS.items()}
-    return {"sd_model_checkpoint": request.app.state.service.pipeline.name, **current}
-
-
-@router.post("/options", summary="Confirm options; other values are rejected")
-async def set_options(body: dict[str, Any], request: Request) -> None:
-    check_options(body, request.app.state.service.pipeline.name)
+@router.get("/queue/status", summary="The client's requests")
+@queue_router.get("/queue/status", summary="The client's requests")
+async def queue_status(request: Request) -> dict[str, Any]:
+    active_requests: ActiveRequests = request.app.state.a1111
+    number = len(active_requests.for_client(client_of(request)))
+    return {
+        "msg": "estimation", "rank": None, "queue_size": number, "avg_event_process_time": None,
+        "avg_event_concurrent_process_time": None, "rank_eta": None, "queue_eta": 0,
+    }  # fmt: skip
 
 
 def _png(image: Image.Image) -> bytes:

@@ -1,82 +1,35 @@
-"""The fields of AUTOMATIC1111's API: what each does here, or which values are accepted.
+"""The fields of AUTOMATIC1111's API as requests for images.
 
-Its tools send about fifty fields with every request. A field without effect here is accepted at
-the values that tools send by default, and rejected by name at any other. Fields that belong to a
-feature that is off, such as `hr_scale` to `enable_hr`, accept any value, as in AUTOMATIC1111's.
+What it has and this server lacks is in `a1111_accepted`.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from pydantic import BaseModel, ConfigDict
 
 from koala.generation import samplers
 from koala.generation.image_files import as_grey
+from koala.serving.api import a1111_accepted as accepted
+from koala.serving.api.a1111_second_pass import SecondPass
 from koala.serving.errors import ApiError
 from koala.serving.image_request import ImageRequest
 from koala.serving.uploads import decode_base64
 
-OFF: tuple[Any, ...] = (None, False, "", [], {})  # also matches 0
-ANY_BOOL = (None, False, True)
-# Fields without effect, with their accepted values.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "alwayson_scripts": OFF,
-    "clip_skip": (None, 1, 2),
-    "comments": OFF,
-    "disable_extra_networks": OFF,
-    "do_not_save_grid": ANY_BOOL,  # no grids here
-    "enable_hr": OFF,
-    "eta": (None, 1, 0),  # the values "Euler a" and "DDIM" use
-    "firstpass_image": OFF,
-    "force_task_id": OFF,
-    "infotext": OFF,
-    "override_settings_restore_afterwards": ANY_BOOL,  # overrides change nothing
-    "refiner_checkpoint": (*OFF, "None"),
-    "restore_faces": OFF,
-    "s_churn": OFF,
-    "s_min_uncond": OFF,
-    "s_noise": (None, 1),
-    "s_tmax": OFF,
-    "s_tmin": OFF,
-    "save_images": ANY_BOOL,  # `do_not_save_samples` decides
-    "script_name": (*OFF, "None"),
-    "seed_resize_from_h": (None, -1, 0),
-    "seed_resize_from_w": (None, -1, 0),
-    "styles": OFF,
-    "subseed_strength": OFF,
-    "tiling": OFF,
-    "use_deprecated_controlnet": OFF,
+SCHEDULES = {"automatic": "Automatic", "sgm_uniform": "SGM Uniform"}  # labels by name
+# AUTOMATIC1111's further names of the samplers.
+ALIASES = {
+    "euler": ("k_euler",),
+    "euler-a": ("k_euler_a", "k_euler_ancestral"),
+    "dpm++2m": ("k_dpmpp_2m",),
+    "ddim": (),
+    "lcm": ("k_lcm",),
 }
-FIXED_IMG2IMG: dict[str, tuple[Any, ...]] = {
-    "image_cfg_scale": (None, 0, 1.5),
-    "initial_noise_multiplier": (None, 0, 1),
-    "latent_mask": OFF,
-    "resize_mode": (None, 0),
-}
-FIXED_MASK: dict[str, tuple[Any, ...]] = {
-    "inpaint_full_res": ANY_BOOL,  # the whole image is always generated
-    "inpaint_full_res_padding": (None, 0, 32),
-    "inpainting_fill": (None, 0, 1),  # always starts from the original
-    "mask_blur_x": (None, 0, 4),
-    "mask_blur_y": (None, 0, 4),
-    "mask_round": (None, True),
-}
-# Prefixes of fields that belong to features listed in `FIXED`.
-INACTIVE = ("hr_", "firstphase_", "refiner_switch_at", "script_args", "subseed")
-# Options with their accepted values; the first is reported.
-OPTIONS: dict[str, tuple[Any, ...]] = {
-    "CLIP_stop_at_last_layers": (2, 1),  # SDXL always uses the last layer but one
-    "eta_noise_seed_delta": (0,),
-    "return_grid": (False,),
-    "samples_format": ("png",),
-    "sd_vae": ("Automatic", "None", None),
-}
-SCHEDULES = ("Automatic", "SGM Uniform")
 
 
 class A1111Request(BaseModel):
-    """The fields of txt2img and img2img. Others are looked up in the tables above."""
+    """The fields of txt2img and img2img. Others are looked up in `a1111_accepted`."""
 
     model_config = ConfigDict(extra="allow")
     prompt: str = ""
@@ -95,46 +48,43 @@ class A1111Request(BaseModel):
     send_images: bool | None = None
     override_settings: dict[str, Any] | None = None
 
-    def fixed(self) -> Mapping[str, tuple[Any, ...]]:
-        """The fields without effect, with their accepted values."""
-        return FIXED
+    def harmless(self) -> Mapping[str, tuple[Any, ...]]:
+        """The fields that are ignored, with the values at which nobody need be told."""
+        return accepted.HARMLESS
 
     def inactive(self, name: str) -> bool:
         """Whether a field belongs to a feature that is off."""
-        return name.startswith(INACTIVE) or name == "denoising_strength"
+        return name.startswith("hr_") or name == "denoising_strength"
 
-    def check(self, model: str) -> None:
-        """Raises ApiError for a field or value that would be ignored."""
-        fixed = self.fixed()
-        for name, value in (self.model_extra or {}).items():
-            if name not in fixed and not self.inactive(name):
-                raise ApiError(400, f"unknown field {name!r}", "unknown_parameter", name)
-            if name in fixed and value not in fixed[name]:
-                raise _without_effect(name, value, fixed[name])
-        if self._eta_conflicts():
-            raise _without_effect("eta", 0, (None, 1))
-        check_options(self.override_settings or {}, model)
-
-    def _eta_conflicts(self) -> bool:
-        """Whether eta is 0 for "Euler a", which would make it another sampler."""
-        eta = (self.model_extra or {}).get("eta")
-        return eta is not None and eta == 0 and self.sampler() == "euler-a"
+    def check(self, model: str) -> list[str]:
+        """The names of the fields that are ignored. ApiError for a feature that is missing."""
+        given = {
+            name: value
+            for name, value in (self.model_extra or {}).items()
+            if not self.inactive(name)
+        }
+        accepted.refuse_lacking(given | {"resize_mode": getattr(self, "resize_mode", 0)})
+        if given.get("eta") == 0 and given["eta"] is not None and self.sampler() == "euler-a":
+            raise accepted.without_effect("eta", 0, (None, 1))  # it would be another sampler
+        options = accepted.ignored_options(self.override_settings or {}, model)
+        return sorted({*accepted.ignored(given, self.harmless()), *options})
 
     def sampler(self) -> str:
-        """Our name of the sampler. ApiError for an unknown one."""
+        """Our name of the sampler. ApiError for an unknown one, or an unknown schedule."""
         wanted = self.sampler_name or self.sampler_index or "Euler"
-        names = {sampler.name: name for name, sampler in samplers.SAMPLERS.items()}
-        found = names.get(wanted, wanted)
-        if found not in samplers.SAMPLERS:
+        found = _samplers().get(wanted.strip().lower())
+        if found is None:
+            names = ", ".join(sampler.name for sampler in samplers.SAMPLERS.values())
             raise ApiError(
-                400, f"unknown sampler {wanted!r}: allowed are {', '.join(names)}",
+                400, f"unknown sampler {wanted!r}: allowed are {names}",
                 "invalid_value", "sampler_name" if self.sampler_name else "sampler_index",
             )  # fmt: skip
-        schedules = ("", *(SCHEDULES if found != "lcm" else SCHEDULES[:1]))
-        if (self.scheduler or "") not in schedules:
+        schedules = list(SCHEDULES) if found != "lcm" else ["automatic"]
+        if (self.scheduler or "automatic").strip().lower().replace(" ", "_") not in schedules:
+            labels = ", ".join(SCHEDULES[name] for name in schedules)
             raise ApiError(
                 400, f"scheduler {self.scheduler!r} does not work with {wanted}: allowed are "
-                f"{', '.join(schedules[1:])}", "invalid_value", "scheduler",
+                f"{labels}", "invalid_value", "scheduler",
             )  # fmt: skip
         return found
 
@@ -162,6 +112,17 @@ class A1111Request(BaseModel):
 class Txt2ImgRequest(A1111Request):
     """The fields of txt2img."""
 
+    def inactive(self, name: str) -> bool:
+        return super().inactive(name) or name == "enable_hr"
+
+    def check(self, model: str) -> list[str]:
+        second, given = self.second_pass(), self.model_extra or {}
+        return [*super().check(model), *(second.ignored(given) if second else ())]
+
+    def second_pass(self) -> SecondPass | None:
+        """What to do with the images that are drawn, if anything."""
+        return SecondPass.of(self.model_extra or {})
+
 
 class Img2ImgRequest(A1111Request):
     """The fields of img2img."""
@@ -172,12 +133,14 @@ class Img2ImgRequest(A1111Request):
     denoising_strength: float | None = None
     inpainting_mask_invert: bool | None = None
     include_init_images: bool | None = None
+    resize_mode: int | None = None
 
-    def fixed(self) -> Mapping[str, tuple[Any, ...]]:
-        return {**FIXED, **FIXED_IMG2IMG, **(FIXED_MASK if self.mask else {})}
+    def harmless(self) -> Mapping[str, tuple[Any, ...]]:
+        masks = accepted.HARMLESS_MASK if self.mask else {}
+        return {**accepted.HARMLESS, **accepted.HARMLESS_IMG2IMG, **masks}
 
     def inactive(self, name: str) -> bool:
-        return name.startswith(INACTIVE) or (not self.mask and name in FIXED_MASK)
+        return name.startswith("hr_") or (not self.mask and name in accepted.HARMLESS_MASK)
 
     def images(self) -> dict[str, Any]:
         """The image, mask and strength of the request. ApiError, UserError."""
@@ -194,27 +157,28 @@ class Img2ImgRequest(A1111Request):
         }
 
 
-def check_options(options: Mapping[str, Any], model: str) -> None:
-    """Raises ApiError for unknown options, and for values other than the current ones."""
-    allowed = {**OPTIONS, "sd_model_checkpoint": (model, None)}
-    for name, value in options.items():
-        if name not in allowed:
-            raise ApiError(
-                400, f"unknown option {name!r}: allowed are {', '.join(sorted(allowed))}",
-                "unknown_parameter", name,
-            )  # fmt: skip
-        if value not in allowed[name]:
-            raise _without_effect(name, value, allowed[name])
-
-
 def inverted(mask: Image.Image) -> Image.Image:
     """The mask with what is repainted and what is kept swapped."""
     return ImageOps.invert(as_grey(mask))
 
 
-def _without_effect(name: str, value: object, allowed: tuple[Any, ...]) -> ApiError:
-    values = ", ".join(sorted({repr(each) for each in allowed if each is not None}))
-    return ApiError(
-        400, f"{name} {value!r} has no effect here: leave it out, or send {values}",
-        "invalid_value", name,
-    )  # fmt: skip
+def framed(image: Image.Image, size: tuple[int, int], mode: int) -> Image.Image:
+    """The image at `size` in one of the modes: 0 stretched, 1 cropped, 2 with blurred borders."""
+    if mode == 0:
+        return image.resize(size, Image.Resampling.LANCZOS)
+    cropped = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    if mode == 1:
+        return cropped
+    ground = cropped.filter(ImageFilter.GaussianBlur(max(size) / 16))
+    inner = ImageOps.contain(image, size, Image.Resampling.LANCZOS)
+    ground.paste(inner, ((size[0] - inner.width) // 2, (size[1] - inner.height) // 2))
+    return ground
+
+
+def _samplers() -> dict[str, str]:
+    """Our names of the samplers by all others, in lower case."""
+    return {
+        other.lower(): name
+        for name, sampler in samplers.SAMPLERS.items()
+        for other in (name, sampler.name, *ALIASES.get(name, ()))
+    }

@@ -12,8 +12,9 @@ from fastapi.responses import Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from koala.serving.api.openai import LoraScale
+from koala.serving.api.openai_fields import LoraScale
 from koala.serving.api.streams import EventStream, event
+from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError
 from koala.serving.image_request import IMAGES, ImageRequest
 from koala.serving.jobs import serialise
@@ -56,7 +57,8 @@ class JobRequest(BaseModel):
     ) = None
     mask_blur: int | None = None
     strength: float | None = None
-    lora: list[LoraScale] | None = None
+    lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
+    fit: bool | None = None
     priority: Literal["interactive", "batch"] | None = None
     deadline: Annotated[float, Field(description="seconds from now")] | None = None
 
@@ -88,9 +90,13 @@ def _found(found: Any, what: str, id: str) -> Any:
 
 
 @router.post("/jobs", status_code=202, summary="Submit a job")
-def submit(body: JobRequest, request: Request) -> dict[str, Any]:
+async def submit(body: JobRequest, request: Request) -> dict[str, Any]:
     jobs: Jobs = request.app.state.jobs
-    return jobs.submit(body.to_image_request(client_of(request)))
+    spec = await run_in_threadpool(body.to_image_request, client_of(request))
+    if spec.image is None:
+        return await run_in_threadpool(jobs.submit, spec)
+    decoder: Decoder = request.app.state.decoder
+    return await decoder.run(jobs.submit, spec)
 
 
 @router.get("/jobs", summary="Jobs, newest first")

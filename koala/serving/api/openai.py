@@ -1,31 +1,38 @@
-"""OpenAI's images API. Every field takes effect, is checked and ignored as listed, or is rejected.
-
-https://platform.openai.com/docs/api-reference/images. `quality`, `style`, `moderation`, `user`,
-`safety_identifier` and `input_fidelity` are checked and have no effect. Our own additional fields
-are seed, steps, guidance, guidance_until, guidance_rescale, negative_prompt, scheduler, strength,
-mask_blur and lora.
-"""
+"""OpenAI's images API: https://platform.openai.com/docs/api-reference/images."""
 
 import asyncio
 import base64
+import io
 import json
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
+from koala.errors import UserError
 from koala.generation import Request as EngineRequest
+from koala.generation import read_settings
 from koala.serving import uploads
-from koala.serving.api.streams import EventStream, cancelled_error, event, wait_for_images
+from koala.serving.api.openai_fields import EditRequest, GenerationRequest, VariationRequest
+from koala.serving.api.streams import (
+    EventStream,
+    cancelled_error,
+    event,
+    submit,
+    wait_for_images,
+)
+from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError, to_api_error
+from koala.serving.fit import note, shown_size
 from koala.serving.image_request import ImageRequest
+from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.gallery_writer import encode, encode_and_store
+from koala.serving.links import Links
 from koala.serving.security import client_of
 from koala.serving.service import Event, Service, Submission
 
@@ -34,153 +41,113 @@ STARTED = int(time.time())
 MOST_FIELDS = 64  # of a form
 
 
-class LoraScale(BaseModel):
-    """A LoRA in the server's folder, and its scale."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    name: str
-    scale: float = 1.0
-
-
-class GenerationRequest(BaseModel):
-    """The fields that generations and edits share."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    prompt: str
-    model: str | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    size: str | None = None
-    response_format: str | None = None
-    output_format: Literal["png", "webp", "jpeg"] | None = None
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
-    background: str | None = None
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
-    style: Literal["vivid", "natural"] | None = None
-    moderation: Literal["auto", "low"] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
-    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
-    stream: bool | None = None
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
-    seed: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    guidance_until: float | None = None
-    guidance_rescale: float | None = None
-    negative_prompt: str | None = None
-    scheduler: str | None = None
-    lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
-
-    def check(self, service: Service) -> None:
-        """Raises ApiError for what this server cannot do."""
-        if self.model not in (None, service.pipeline.name):
-            raise ApiError(
-                404, f"unknown model {self.model!r}: this server has {service.pipeline.name!r}",
-                "model_not_found", "model",
-            )  # fmt: skip
-        if self.response_format not in (None, "b64_json"):
-            raise ApiError(
-                400, f"response_format {self.response_format!r}: allowed is b64_json",
-                "invalid_value", "response_format",
-            )  # fmt: skip
-        if self.background not in (None, "auto", "opaque"):
-            raise ApiError(
-                400, f"background {self.background!r}: images are opaque; leave it out",
-                "invalid_value", "background",
-            )  # fmt: skip
-        if self.format == "png" and self.output_compression not in (None, 100):
-            raise ApiError(
-                400, "output_compression applies to webp and jpeg: leave it out for png",
-                "invalid_value", "output_compression",
-            )  # fmt: skip
-        if self.partial_images and not self.stream:
-            raise ApiError(
-                400, "partial_images needs stream: set stream to true", "invalid_value",
-                "partial_images",
-            )  # fmt: skip
-
-    @property
-    def format(self) -> str:
-        return self.output_format or "png"
-
-    def to_image_request(self, client: str) -> ImageRequest:
-        """Converts the fields."""
-        optional: dict[str, Any] = {
-            "negative_prompt": self.negative_prompt, "steps": self.steps,
-            "guidance": self.guidance, "guidance_until": self.guidance_until,
-            "guidance_rescale": self.guidance_rescale, "scheduler": self.scheduler,
-            "number": self.n, "seed": self.seed,
-            "size": None if self.size == "auto" else self.size,
-        }  # fmt: skip
-        loras = tuple((each.name, each.scale) for each in self.lora or ())
-        given = {name: value for name, value in optional.items() if value is not None}
-        return ImageRequest(self.prompt, client=client, loras=loras, **given)
-
-
-class EditRequest(GenerationRequest):
-    """The fields of an edit, without its files."""
-
-    strength: float | None = None
-    mask_blur: int | None = None
-    input_fidelity: Literal["high", "low"] | None = None
-
-
 @router.get("/models", summary="The served model")
 async def models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [_model(request.app.state.service)]}
+    data = [_model(request.app.state.service, name) for name in _names(request)]
+    return {"object": "list", "data": data}
 
 
 @router.get("/models/{name:path}", summary="One model")
 async def model(name: str, request: Request) -> dict[str, Any]:
-    found = _model(request.app.state.service)
-    if name != found["id"]:
+    if name not in _names(request):
         raise ApiError(404, f"unknown model {name!r}", "model_not_found", "model")
-    return found
+    return _model(request.app.state.service, name)
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _names(request: Request) -> tuple[str, ...]:
+    """The names of the served model."""
+    return (request.app.state.service.pipeline.name, *request.app.state.options.model_aliases)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
     return {
-        "id": service.pipeline.name, "object": "model", "created": STARTED, "owned_by": "koala",
+        "id": name, "object": "model", "created": STARTED, "owned_by": "koala",
         "loras": service.loras(), "size": f"{service.native}x{service.native}",
     }  # fmt: skip
 
 
 @router.post("/images/generations", summary="Generate images")
 async def generations(body: GenerationRequest, request: Request) -> Response:
-    body.check(request.app.state.service)
-    return await _respond(
-        request, body, body.to_image_request(client_of(request)), "image_generation"
-    )
+    return await _respond(request, body, _spec(request, body), "image_generation")
 
 
-def _form_schema() -> dict[str, Any]:
-    """The form of an edit, for the OpenAPI document."""
-    schema = EditRequest.model_json_schema()
+def _spec(request: Request, body: GenerationRequest) -> ImageRequest:
+    """The checked fields as a request. ApiError."""
+    name, *aliases = _names(request)
+    body.check(name, tuple(aliases))
+    return body.to_image_request(client_of(request), dict(request.app.state.options.quality_steps))
+
+
+def _form_schema(fields: type[EditRequest]) -> dict[str, Any]:
+    """A form with images, for the OpenAPI document."""
+    schema = fields.model_json_schema()
     schema.pop("$defs", None)
     file = {"type": "string", "format": "binary"}
     lora = {"type": "string", "description": "JSON: a list of objects with name and scale"}
     schema["properties"] |= {"image": file, "mask": file, "lora": lora}
-    schema["required"] = ["image", "prompt"]
+    schema["required"] = ["image", *schema.get("required", ())]
     content = {"multipart/form-data": {"schema": schema}}
     return {"requestBody": {"required": True, "content": content}}
 
 
-@router.post("/images/edits", summary="Edit an image", openapi_extra=_form_schema())
+@router.post("/images/edits", summary="Edit an image", openapi_extra=_form_schema(EditRequest))
 async def edits(request: Request) -> Response:
     service: Service = request.app.state.service
     fields, files = await _form(request)
     body = EditRequest.model_validate(fields, strict=False)
-    body.check(service)
-    if "image" not in files:
-        raise ApiError(400, "image is missing", "missing_parameter", "image")
     spec = replace(
-        body.to_image_request(client_of(request)), image=files["image"], strength=body.strength,
-        mask_blur=body.mask_blur,
-    )  # fmt: skip
+        _spec(request, body), image=_image(files), strength=body.strength, mask_blur=body.mask_blur
+    )
     if "mask" in files:
         most = service.limits.upload_pixels
-        mask = await asyncio.to_thread(uploads.mask_of_transparency, files["mask"], most)
+        decoder: Decoder = request.app.state.decoder
+        mask = await decoder.run(uploads.mask_of_transparency, files["mask"], most)
         spec = replace(spec, mask=mask, strength=body.strength or 1.0)
     return await _respond(request, body, spec, "image_edit")
+
+
+@router.post(
+    "/images/variations", summary="Vary an image", openapi_extra=_form_schema(VariationRequest)
+)
+async def variations(request: Request) -> Response:
+    fields, files = await _form(request)
+    body = VariationRequest.model_validate(fields, strict=False)
+    image = _image(files)
+    if "mask" in files:
+        raise ApiError(400, "mask is for edits: leave it out", "unknown_parameter", "mask")
+    spec = _spec(request, body)
+    decoder: Decoder = request.app.state.decoder
+    prompt = spec.prompt or await decoder.run(_prompt_of, image)
+    spec = replace(spec, prompt=prompt, image=image, strength=body.strength)
+    return await _respond(request, body, spec, "image_edit")
+
+
+def _image(files: dict[str, bytes]) -> bytes:
+    if "image" not in files:
+        raise ApiError(400, "image is missing", "missing_parameter", "image")
+    return files["image"]
+
+
+def _prompt_of(image: bytes) -> str:
+    """The prompt that koala drew the image from, or else a word for any."""
+    try:
+        return read_settings(io.BytesIO(image)).prompt
+    except UserError:
+        return "picture"
+
+
+@router.get(
+    "/images/files/{id}.png",
+    summary="An image at a signed address",
+    response_class=Response,
+    responses={200: {"content": {"image/png": {}}}},
+)
+def image_file(id: str, request: Request, expires: int = 0, signature: str = "") -> Response:
+    links: Links = request.app.state.links
+    found = request.app.state.gallery.png(id) if links.good(id, expires, signature) else None
+    if found is None:
+        raise ApiError(404, "the address has expired, or never was one", "not_found")
+    return Response(found, media_type="image/png", headers={"Cache-Control": "private"})
 
 
 async def _form(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -231,13 +198,25 @@ async def _respond(
     service: Service = request.app.state.service
     if body.stream:
         return await _stream(request, body, spec, what)
-    submission = await asyncio.to_thread(service.submit, spec)
+    submission = await submit(request, spec)
     images = await wait_for_images(request, service, submission)
-    data = [
-        {"b64_json": await _base64(request, body, image, submission, i)}
-        for i, image in enumerate(images)
-    ]
-    return JSONResponse({**_described(body, submission), "data": data, "usage": _usage(submission)})
+    data = [await _datum(request, body, image, submission, i) for i, image in enumerate(images)]
+    return JSONResponse(
+        {**_described(body, submission, service.native), "data": data, "usage": _usage(submission)}
+    )
+
+
+async def _datum(
+    request: Request, body: GenerationRequest, image: Image.Image, submission: Submission, i: int
+) -> dict[str, str]:
+    """An image as the response holds it: its bytes, or its address in the gallery."""
+    if body.response_format != "url":
+        return {"b64_json": await _base64(request, body, image, submission, i)}
+    gallery: Gallery = request.app.state.gallery
+    settings = submission.requests[i].settings
+    stored = await asyncio.to_thread(gallery.add, image, settings, client_of(request))
+    root = str(request.base_url).rstrip("/")
+    return {"url": root + request.app.state.links.path(stored.id)}
 
 
 async def _base64(
@@ -255,12 +234,12 @@ async def _base64(
     return base64.b64encode(data).decode()
 
 
-def _described(body: GenerationRequest, submission: Submission) -> dict[str, Any]:
+def _described(body: GenerationRequest, submission: Submission, native: int) -> dict[str, Any]:
     settings = submission.requests[0].settings
     return {
         "created": int(time.time()), "background": "opaque", "output_format": body.format,
-        "quality": body.quality or "auto", "size": f"{settings.width}x{settings.height}",
-        "seed": settings.seed,
+        "quality": body.quality or "auto", "size": "{}x{}".format(*shown_size(settings)),
+        "seed": settings.seed, "note": note(settings, native),
     }  # fmt: skip
 
 
@@ -283,7 +262,6 @@ async def _stream(
     request: Request, body: GenerationRequest, spec: ImageRequest, what: str
 ) -> Response:
     """Streams partial images, then each finished image."""
-    service: Service = request.app.state.service
     loop, coming = asyncio.get_running_loop(), asyncio.Queue[tuple[Event, Image.Image | None]]()
     partial_images = body.partial_images or 0
 
@@ -293,7 +271,7 @@ async def _stream(
             preview = seen.preview() if shown and seen.preview else None
             loop.call_soon_threadsafe(coming.put_nowait, (seen, preview))
 
-    submission = await asyncio.to_thread(service.submit, spec, on_event)
+    submission = await submit(request, spec, on_event)
     return EventStream(_events(request, body, what, submission, coming))
 
 
@@ -314,7 +292,7 @@ async def _events(
     left = len(futures)
 
     def message(kind: str, index: int, **more: Any) -> bytes:
-        described = _described(body, submission)
+        described = _described(body, submission, service.native)
         described["created_at"] = described.pop("created")
         settings = submission.requests[index].settings
         name = f"{what}.{kind}"
@@ -345,6 +323,5 @@ async def _events(
 
 def _enlarged(preview: Image.Image, request: EngineRequest, body: GenerationRequest) -> str:
     """A preview, enlarged to the image's size, as base64."""
-    size = (request.settings.width, request.settings.height)
-    image = preview.resize(size, Image.Resampling.BICUBIC)
+    image = preview.resize(shown_size(request.settings), Image.Resampling.BICUBIC)
     return base64.b64encode(encode(image, None, body.format, body.output_compression)).decode()

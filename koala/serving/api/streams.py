@@ -10,8 +10,10 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from koala.serving.admission import Busy
+from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError
-from koala.serving.service import Service, Submission
+from koala.serving.image_request import ImageRequest
+from koala.serving.service import EventCallback, Service, Submission
 
 KEEP_ALIVE = 15.0  # seconds of silence before a comment is sent
 
@@ -73,6 +75,17 @@ async def disconnected(receive: Receive) -> None:
     """Returns when the client disconnects. Call it after the body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def submit(
+    request: Request, spec: ImageRequest, on_event: EventCallback | None = None
+) -> Submission:
+    """Queues a request off the event loop; uploads are decoded one after the other."""
+    service: Service = request.app.state.service
+    if spec.image is None:
+        return await asyncio.to_thread(service.submit, spec, on_event)
+    decoder: Decoder = request.app.state.decoder
+    return await decoder.run(service.submit, spec, on_event)
 
 
 async def wait_for_images(

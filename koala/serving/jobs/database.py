@@ -7,18 +7,23 @@ files lie beside it (`koala.serving.jobs.gallery`).
 
 import contextlib
 import itertools
+import os
 import re
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from koala.errors import Failure, UserError
 
+T = TypeVar("T")
 FILE = "koala.sqlite3"
 APPLICATION = 0x6B6F616C  # SQLite application_id: "koal"
 VERSION = 1  # of the schema below
+RESERVE_FILE = "reserve"
+RESERVE = 4 * 1024 * 1024  # bytes kept free on the disk, for deleting and cancelling
 WAIT = 5.0  # seconds to wait for a server that is shutting down
 ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
@@ -90,6 +95,7 @@ class Database:
             for table in ("pictures", "jobs")
         )
         self._numbers = itertools.count(int(last[:12], 16) + 1)
+        self._keep_reserve()
 
     def new_id(self) -> str:
         """32 hexadecimal digits that sort after all earlier ids; the last 20 are random."""
@@ -110,6 +116,40 @@ class Database:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    def make_room(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        """Runs a transaction that deletes or ends something: on a full disk too.
+
+        To delete a row SQLite first writes to its log; there is space kept for that.
+        """
+        try:
+            with self.transaction() as db:
+                return change(db)
+        except Failure:
+            (self.folder / RESERVE_FILE).unlink(missing_ok=True)
+        with self.transaction() as db:
+            return change(db)
+
+    def has_room(self) -> bool:
+        """Whether the disk has space for images again, beside what is kept for deleting."""
+        try:
+            disk = os.statvfs(self.folder)
+        except OSError:
+            return False
+        return self._keep_reserve() and disk.f_bavail * disk.f_frsize > RESERVE
+
+    def _keep_reserve(self) -> bool:
+        """Takes the space for `make_room`, if it is free. Whether it is taken."""
+        path = self.folder / RESERVE_FILE
+        try:
+            with open(path, "ab") as file:
+                if missing := RESERVE - file.tell():
+                    file.write(bytes(max(0, missing)))  # zeros take space, a longer file may not
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return False
+        return True
 
     def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         """All rows of a read-only query."""

@@ -22,6 +22,7 @@ from PIL import Image
 from koala.errors import Failure
 from koala.generation.png import write_png
 from koala.generation.requests import Settings
+from koala.serving.fit import shown
 from koala.serving.jobs.database import Database, is_id
 
 THUMBNAIL = 256  # pixels of its longer side
@@ -76,6 +77,7 @@ class Gallery:
         `also(db, id)` runs in the same transaction; if it raises, the image is not stored.
         Failure if the disk is full.
         """
+        image = shown(image, settings)
         thumbnail = _thumbnail(image)
         id = self.database.new_id()
         size = self._write(id, image, settings, png) + len(thumbnail)
@@ -142,10 +144,8 @@ class Gallery:
         """Deletes an image. False if there is none."""
         if not is_id(id):
             return False
-        with self.database.transaction() as db:
-            found = db.execute(
-                "DELETE FROM pictures WHERE id = ? AND client = ifnull(?, client)", (id, owner)
-            ).rowcount
+        query = "DELETE FROM pictures WHERE id = ? AND client = ifnull(?, client)"
+        found = self.database.make_room(lambda db: db.execute(query, (id, owner)).rowcount)
         if found:
             self._unlink(id)
         return bool(found)
@@ -156,9 +156,7 @@ class Gallery:
 
     def tidy(self) -> None:
         """Deletes images beyond the bounds."""
-        with self.database.transaction() as db:
-            gone = self._evict(db)
-        self._unlink(*gone)
+        self._unlink(*self.database.make_room(self._evict))
 
     # --- on disk ----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from PIL import Image
 from koala.errors import Failure
 from koala.generation.png import write_png
 from koala.generation.requests import Settings
+from koala.serving.fit import shown
 from koala.serving.jobs.gallery import Gallery
 
 DEFAULT_QUALITY = 90  # of WebP and JPEG
@@ -59,6 +60,7 @@ def encode_and_store(
     quality: int | None = None,
 ) -> bytes:
     """Encodes an image for the client, and passes it to the writer, if any."""
+    image = shown(image, settings)
     data = encode(image, settings, format, quality)
     if writer is not None:
         writer.write(image, settings, client, data if format == "png" else None)

@@ -31,7 +31,7 @@ from koala.serving.service import Event, Service, Submission
 WRITERS = 4  # images encoded at once
 RETRY = 30.0  # seconds, of Retry-After when too many jobs are open
 TICK = 1.0  # seconds between checks of the deadlines
-DISK_RETRY = 30.0  # seconds before retrying when an image cannot be stored
+DISK_RETRY = 5.0  # seconds before retrying when an image cannot be stored
 TIDY = 60.0  # seconds between deletions of old jobs and images
 BETWEEN_PREVIEWS = 0.1  # seconds, for each image
 
@@ -48,7 +48,7 @@ class Jobs:
         self.service, self.table, self.gallery = service, table, gallery
         self._queue = JobQueue(service.limits.patience)
         self._changed = threading.Condition()  # guards _queue and its jobs
-        self._closing = False
+        self._closing = self._disk_full = False
         self._tidied = time.monotonic()
         self._writers = ThreadPoolExecutor(WRITERS, "koala-gallery")
         self._submitter = threading.Thread(target=self._run, name="koala-jobs", daemon=True)
@@ -166,8 +166,11 @@ class Jobs:
 
     def _run(self) -> None:
         while True:
+            if self._disk_full:
+                self._disk_full = not self.gallery.database.has_room()
             with self._changed:
-                found = None if self._closing else self._queue.take(self._capacity(), time.time())
+                idle = self._closing or self._disk_full
+                found = None if idle else self._queue.take(self._capacity(), time.time())
                 if self._closing:
                     return
                 if found is None:
@@ -279,6 +282,7 @@ class Jobs:
             retry = not open_job.ended
             log.error("image of job %s queued again: %s", id, error)
             with self._changed:
+                self._disk_full = True
                 self._queue.pause("", DISK_RETRY)
         with self._changed:
             if retry:

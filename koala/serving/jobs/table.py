@@ -150,8 +150,7 @@ class JobTable:
 
     def cancel(self, id: str) -> bool:
         """Cancels an open job. False if it was not open."""
-        with self.database.transaction() as db:
-            return self._end(db, id, "cancelled")
+        return self.database.make_room(lambda db: self._end(db, id, "cancelled"))
 
     def tidy(self) -> None:
         """Deletes ended jobs that are too old or too many."""

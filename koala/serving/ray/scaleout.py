@@ -65,7 +65,10 @@ class ScaledService(Service):
     """A service whose engine runs on replicas."""
 
     def __init__(self, options: Options, handle: Any) -> None:
-        super().__init__(load_meta_pipeline(options.model), options.limits, options.lora_dir)
+        super().__init__(
+            load_meta_pipeline(options.model), options.limits, options.lora_dir,
+            embeddings=options.embedding_dir, fit=options.fit,
+        )  # fmt: skip
         assert options.limits.max_batch is not None
         self.handle, self.batch, self.replicas = handle, options.limits.max_batch, 1
 

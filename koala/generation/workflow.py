@@ -1,0 +1,77 @@
+"""The settings of an image as a ComfyUI workflow that draws the same one there.
+
+It is the API format, which ComfyUI loads from a file or from a PNG that is dropped on it: nodes by
+number, each input a value or [node, output]. What it cannot say is refused. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from koala.errors import UserError
+from koala.generation.requests import Settings
+
+_SAMPLERS = {  # A1111's names, as in `Settings` -> ComfyUI's
+    "Euler": "euler",
+    "Euler a": "euler_ancestral",
+    "DPM++ 2M": "dpmpp_2m",
+    "DDIM": "ddim",
+    "LCM": "lcm",
+}
+_TRAILING = "sgm_uniform"  # its name of trailing spacing
+_SEEDS = 2**64
+
+Workflow = dict[str, dict[str, Any]]
+
+
+def workflow(settings: Settings, checkpoint: str | None = None) -> Workflow:
+    """The nodes that draw an image of these settings from noise.
+
+    checkpoint: the single file in ComfyUI's folder of checkpoints; by default named after the
+    model. Raises `UserError` for an image that starts from another, for guidance that ends early,
+    which needs other nodes, and for the LCM sampler's own noise levels.
+    """
+    if settings.image or settings.guidance_until < 1 or settings.schedule != "trailing":
+        raise UserError(
+            "a ComfyUI workflow is made for images from noise, with guidance to the end and "
+            "trailing steps: leave out --image, --guidance-until and --scheduler lcm"
+        )
+    nodes: Workflow = {}
+
+    def add(kind: str, **inputs: Any) -> str:
+        nodes[str(len(nodes) + 1)] = {"class_type": kind, "inputs": inputs}
+        return str(len(nodes))
+
+    name = checkpoint or f"{Path(settings.model).name.removesuffix('.safetensors')}.safetensors"
+    loaded = add("CheckpointLoaderSimple", ckpt_name=name)
+    model, clip, vae = [loaded, 0], [loaded, 1], [loaded, 2]
+    for lora, scale in settings.loras:
+        node = add(
+            "LoraLoader", model=model, clip=clip, lora_name=f"{lora}.safetensors",
+            strength_model=scale, strength_clip=scale,
+        )  # fmt: skip
+        model, clip = [node, 0], [node, 1]
+    if settings.guidance_rescale:
+        model = [add("RescaleCFG", model=model, multiplier=settings.guidance_rescale), 0]
+    positive = [add("CLIPTextEncode", clip=clip, text=settings.prompt), 0]
+    negative = [add("CLIPTextEncode", clip=clip, text=settings.negative_prompt), 0]
+    if not settings.negative_prompt:  # the U-Net was trained with zeros, not with the text ""
+        negative = [add("ConditioningZeroOut", conditioning=negative), 0]
+    latent = add(
+        "EmptyLatentImage", width=settings.width, height=settings.height, batch_size=1
+    )  # fmt: skip
+    sampled = add(
+        "KSampler", model=model, positive=positive, negative=negative, latent_image=[latent, 0],
+        seed=settings.seed % _SEEDS, steps=settings.steps, cfg=max(1.0, settings.guidance),
+        sampler_name=_SAMPLERS[settings.sampler], scheduler=_TRAILING, denoise=1.0,
+    )  # fmt: skip
+    decoded = add("VAEDecode", samples=[sampled, 0], vae=vae)
+    add("SaveImage", images=[decoded, 0], filename_prefix="koala")
+    return nodes
+
+
+def as_text(nodes: Workflow) -> str:
+    """The workflow as a file's content."""
+    return json.dumps(nodes, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,126 @@
+"""/sdapi/v1: what AUTOMATIC1111's tools do with finished images."""
+
+import base64
+import io
+from typing import Any
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+from koala.serving.api.a1111_lists import UPSCALERS
+from koala.serving.decoder import Decoder
+from koala.serving.errors import ApiError
+from koala.serving.service import Service
+from koala.serving.uploads import decode_base64, open_upload
+
+router = APIRouter()
+KERNELS = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
+MOST_TEXT = 100_000  # characters of an image's texts that are answered
+
+
+class PngInfoRequest(BaseModel):
+    """The fields of png-info."""
+
+    image: str
+
+
+class ExtrasRequest(BaseModel):
+    """The fields of extra-single-image that have an effect."""
+
+    model_config = ConfigDict(extra="allow")
+    image: str
+    resize_mode: int = 0  # 0: by `upscaling_resize`; 1: to the width and height
+    upscaling_resize: float = 2.0
+    upscaling_resize_w: int = 512
+    upscaling_resize_h: int = 512
+    upscaling_crop: bool = True
+    upscaler_1: str = "None"
+    gfpgan_visibility: float = 0.0
+    codeformer_visibility: float = 0.0
+
+
+class InterrogateRequest(BaseModel):
+    """The fields of interrogate, none of which is looked at."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+@router.post("/png-info", summary="The settings in an image")
+async def png_info(body: PngInfoRequest, request: Request) -> dict[str, Any]:
+    decoder: Decoder = request.app.state.decoder
+    service: Service = request.app.state.service
+    return await decoder.run(_png_info, body.image, service.limits.upload_pixels)
+
+
+def _png_info(text: str, most_pixels: int) -> dict[str, Any]:
+    image = open_upload(decode_base64(text, "image"), most_pixels)
+    items = {
+        str(name): value[:MOST_TEXT] for name, value in image.info.items() if isinstance(value, str)
+    }
+    return {"info": items.get("parameters", ""), "items": items, "parameters": {}}
+
+
+@router.post("/extra-single-image", summary="Enlarge an image")
+async def enlarge(body: ExtrasRequest, request: Request) -> dict[str, Any]:
+    for name in ("gfpgan_visibility", "codeformer_visibility"):
+        if getattr(body, name):
+            raise ApiError(
+                400, f"{name}: this server restores no faces; leave it out", "invalid_value", name
+            )
+    names = {name.lower(): name for name in UPSCALERS}
+    wanted = names.get(body.upscaler_1.lower())
+    if wanted is None:
+        raise ApiError(
+            400, f"unknown upscaler {body.upscaler_1!r}: allowed are {', '.join(UPSCALERS)}",
+            "invalid_value", "upscaler_1",
+        )  # fmt: skip
+    decoder: Decoder = request.app.state.decoder
+    service: Service = request.app.state.service
+    png = await decoder.run(_enlarged, body, wanted, service.limits.upload_pixels)
+    info = f"{wanted}: {', '.join(sorted(body.model_extra or ()))} ignored"
+    return {
+        "html_info": "" if not body.model_extra else info,
+        "image": base64.b64encode(png).decode(),
+    }
+
+
+def _enlarged(body: ExtrasRequest, upscaler: str, most_pixels: int) -> bytes:
+    image = open_upload(decode_base64(body.image, "image"), most_pixels)
+    size = _target(body, image.size)
+    if min(size) < 1 or size[0] * size[1] > most_pixels:
+        raise ApiError(
+            400, f"{size[0]}x{size[1]}: allowed are {most_pixels:,} pixels; enlarge it less",
+            "invalid_value", "upscaling_resize",
+        )  # fmt: skip
+    if upscaler != "None":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = image.resize(size, KERNELS[upscaler])
+        if body.resize_mode == 1 and body.upscaling_crop:
+            width, height = body.upscaling_resize_w, body.upscaling_resize_h
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _target(body: ExtrasRequest, size: tuple[int, int]) -> tuple[int, int]:
+    """The size to enlarge to, with the image's shape; to be cropped in resize mode 1."""
+    if body.resize_mode != 1:
+        scale = min(max(body.upscaling_resize, 0.0), 1e6)
+        return int(size[0] * scale), int(size[1] * scale)
+    width, height = (min(max(side, 0), 10**6) for side in
+                     (body.upscaling_resize_w, body.upscaling_resize_h))  # fmt: skip
+    scales = (width / size[0], height / size[1])
+    scale = max(scales) if body.upscaling_crop else min(scales)
+    return max(width if body.upscaling_crop else 1, round(size[0] * scale)), max(
+        height if body.upscaling_crop else 1, round(size[1] * scale)
+    )
+
+
+@router.post("/interrogate", summary="Not here", status_code=501)
+async def interrogate(body: InterrogateRequest) -> None:
+    raise ApiError(
+        501, "this server has no model that describes images: use another for that", "not_here"
+    )

@@ -1,0 +1,46 @@
+"""Sizes that a model was not made for: drawn at its native area, and resized to what was asked."""
+
+import math
+
+from PIL import Image
+
+from koala.generation import Settings
+
+FAR = 1.5  # factor of the native area, up or down, within which a model draws as it should
+
+
+def is_far(size: tuple[int, int], native: int) -> bool:
+    """Whether a model of the native side was not made for such an area."""
+    share = size[0] * size[1] / native**2
+    return not 1 / FAR <= share <= FAR
+
+
+def native_size(size: tuple[int, int], native: int, grid: int) -> tuple[int, int]:
+    """The native area in the shape of `size`, in multiples of `grid`."""
+    scale = native / math.sqrt(size[0] * size[1])
+    width, height = (max(2 * grid, round(side * scale / grid) * grid) for side in size)
+    return width, height
+
+
+def shown_size(settings: Settings) -> tuple[int, int]:
+    """The size that the client gets."""
+    if not settings.enlarged:
+        return settings.width, settings.height
+    width, height = map(int, settings.enlarged.split("x"))
+    return width, height
+
+
+def shown(image: Image.Image, settings: Settings) -> Image.Image:
+    """The image at the size that the client gets."""
+    size = shown_size(settings)
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def note(settings: Settings, native: int) -> str | None:
+    """What a client should know of the size, in a line; None if there is nothing."""
+    drawn = f"{settings.width}x{settings.height}"
+    if settings.enlarged:
+        return f"drawn at {drawn}, which the model was made for, and resized to {settings.enlarged}"
+    if is_far((settings.width, settings.height), native):
+        return f"the model was made for {native}x{native}, and draws worse at {drawn}"
+    return None

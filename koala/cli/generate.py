@@ -169,6 +169,7 @@ def _run(o: argparse.Namespace) -> None:
     pipeline = open_model(
         model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
         images=len(settings), from_image=o.image is not None, say=say,
+        of_requests=[name for name in ("embedding", "lora_dir") if getattr(o, name)],
     )  # fmt: skip
     if pipeline.plan is not None:
         print(pipeline.plan.table(), file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,14 +107,19 @@ def load(
 
 
 def open_model(
-    model: str | Path = "koala-mini", device: Any = None, **options: Any
+    model: str | Path = "koala-mini",
+    device: Any = None,
+    *,
+    of_requests: Sequence[str] = (),
+    **options: Any,
 ) -> Pipeline | LightPipeline:
     """The model's form, if it has one that serves these arguments of `load`; else as `load`.
 
+    of_requests: names of what requests will bring that a form cannot serve, such as "lora_dir".
     UserError as from `load`; for arguments that a form's folder cannot serve; and where PyTorch is
     needed and not installed.
     """
-    demanded = [name for name in _TORCH_ONLY if options.get(name)]
+    demanded = [*(name for name in _TORCH_ONLY if options.get(name)), *of_requests]
     if device not in (None, "cpu"):
         demanded.insert(0, "device")
     if form.is_form(model):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from koala.checkpoints.prediction import VELOCITY
 from koala.errors import unknown
-from koala.utils.arrays import Array
 
 if TYPE_CHECKING:
     from koala.generation.noise import Noise
     from koala.generation.schedule import Schedule
+    from koala.utils.arrays import Array
 
 
 class Sampler:

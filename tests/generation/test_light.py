@@ -132,6 +132,8 @@ def test_nobody_asked_and_what_was_measured_decides(model, cache, monkeypatch, f
         opened = open_model(folder, "cpu", backend=backend, say=lines.append)
         assert isinstance(opened, LightPipeline) == (faster == "openvino")
         assert lines.pop().startswith(f"backend {faster} (")
+    of_torch = open_model(folder, "cpu", of_requests=["embedding"])
+    assert not isinstance(of_torch, LightPipeline)  # though the form is there
     monkeypatch.setenv("KOALA_BACKEND", "torch")
     assert not isinstance(open_model(folder, "cpu"), LightPipeline)
     monkeypatch.setenv("KOALA_BACKEND", "openvino")

@@ -182,6 +182,7 @@ def _run(o: argparse.Namespace) -> None:
         [{"path": str(path), **asdict(settings)} for path, settings in made],
         "\n".join(f"{path}  seed {settings.seed}" for path, settings in made),
     )
+    pipeline.keep_form()
 
 
 GENERATE = Command(

@@ -52,6 +52,9 @@ class Drawing(ABC):
     batch_sizes: tuple[int, ...]  # compiled rows; (): any
     takes_loras: bool  # for single requests
     takes_embeddings: bool = False  # textual inversions
+    # Keeps in the cache what lets the next start be fast. It takes seconds, once for a model, so
+    # it is for after the images are there.
+    keep_form: Callable[[], None] = staticmethod(lambda: None)
     _previewer: image_inputs.Previewer | None = None
 
     @property

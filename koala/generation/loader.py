@@ -108,11 +108,15 @@ def load(
     else:
         chosen = set_runtime(pipeline, say=say)
     if chosen is not None:
-        try:
-            keep_form(pipeline, folder, chosen)
-        except (OSError, UserError, Failure) as error:
-            say(f"the cache cannot keep the model's OpenVINO form, so starts stay slow: {error}")
+        pipeline.keep_form = partial(_keep_form, pipeline, folder, chosen, say)
     return pipeline
+
+
+def _keep_form(pipeline: Pipeline, folder: Path, chosen: Backend, say: Say) -> None:
+    try:
+        keep_form(pipeline, folder, chosen)
+    except (OSError, UserError, Failure) as error:
+        say(f"the cache cannot keep the model's OpenVINO form, so starts stay slow: {error}")
 
 
 def placed(

@@ -122,12 +122,12 @@ def test_nobody_asked_and_what_was_measured_decides(model, cache, monkeypatch, f
     folder, _ = model
     monkeypatch.delenv("KOALA_BACKEND")
     lines = []
-    load(folder, "cpu")  # measures, unless that is done
+    load(folder, "cpu").keep_form()  # measures, unless that is done
     for file in (cache / "backends").glob("*.json"):
         verdict = json.loads(file.read_text())
         verdict["seconds"] = {name: 1.0 if name == faster else 9.0 for name in verdict["seconds"]}
         file.write_text(json.dumps(verdict))
-    load(folder, "cpu")
+    load(folder, "cpu").keep_form()
     for backend in (None, "auto", "remembered"):
         opened = open_model(folder, "cpu", backend=backend, say=lines.append)
         assert isinstance(opened, LightPipeline) == (faster == "openvino")
@@ -137,7 +137,7 @@ def test_nobody_asked_and_what_was_measured_decides(model, cache, monkeypatch, f
     monkeypatch.setenv("KOALA_BACKEND", "torch")
     assert not isinstance(open_model(folder, "cpu"), LightPipeline)
     monkeypatch.setenv("KOALA_BACKEND", "openvino")
-    load(folder, "cpu")
+    load(folder, "cpu").keep_form()
     assert isinstance(open_model(folder, "cpu"), LightPipeline)
 
 

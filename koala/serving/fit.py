@@ -32,8 +32,9 @@ def shown_size(settings: Settings) -> tuple[int, int]:
 
 def shown(image: Image.Image, settings: Settings) -> Image.Image:
     """The image at the size that the client gets."""
-    size = shown_size(settings)
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+    if not settings.enlarged:
+        return image
+    return image.resize(shown_size(settings), Image.Resampling.LANCZOS)
 
 
 def note(settings: Settings, native: int) -> str | None:

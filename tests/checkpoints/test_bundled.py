@@ -19,7 +19,7 @@ from koala.checkpoints.bundled import BUNDLED, bundled_names
 from koala.checkpoints.load import load_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import WEIGHTS, weights_files
-from koala.generation.noise import Noise
+from koala.generation.noise import TorchNoise
 
 ROOT = Path(__file__).parents[2]
 FOLDER = BUNDLED / "koala-mini"
@@ -77,7 +77,7 @@ def test_no_path_of_another_machine_is_in_it():
 
 def test_plain_diffusers_draws_the_same_image(pipeline):
     plain = StableDiffusionXLPipeline.from_pretrained(FOLDER)
-    noise = Noise(7, (1, 4, 16, 16), torch.device("cpu")).draw()
+    noise = TorchNoise(7, (1, 4, 16, 16), torch.device("cpu")).draw()
     theirs = plain(
         prompt="a fox, noto style", guidance_scale=3.5, num_inference_steps=10,
         latents=noise, output_type="np",

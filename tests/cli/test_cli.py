@@ -79,7 +79,7 @@ def test_generate_writes_the_file_that_is_named(toy_sdxl, tmp_path, capsys):
     assert read_settings(fox).negative_prompt == "blue"
     line = refused(capsys, *given, "--out", str(fox))
     assert line == f"koala: {fox} exists; name another file, or a folder, which is added to"
-    assert main([*given, "--negative", "blue", "-n", "2", "--out", str(fox)]) == 0
+    assert main([*given, "--negative", "blue", "-n", "2", "--strict", "--out", str(fox)]) == 0
     assert capsys.readouterr().out.split() == [
         str(fox.with_name("fox-1.png")), "seed", "7", str(fox.with_name("fox-2.png")), "seed", "8",
     ]  # fmt: skip

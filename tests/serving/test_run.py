@@ -159,8 +159,8 @@ def test_the_page_works(data, tmp_path, capsys):
                 shell(line.replace("python ", f"{shlex.quote(sys.executable)} "))
     for line, todo in parts:
         do = lambda todo=todo: [each() for each in todo]  # noqa: E731
-        assert serving(do, port, *shlex.split(line)[2:]) == 0
-    assert len(parts) == 3 and len(answers) == 9
+        assert serving(do, port, *shlex.split(line, comments=True)[2:]) == 0
+    assert len(parts) == 5 and len(answers) == 9
     assert json.loads((tmp_path / "answer.json").read_text())["seed"] == 7
     assert len(names["answer"].data) == 2 and names["edited"].size == "128x128"
     assert names["event"].type == "image_generation.completed"

@@ -171,6 +171,9 @@ def _run(o: argparse.Namespace) -> None:
         images=len(settings), from_image=o.image is not None, say=say,
         of_requests=[name for name in ("embedding", "lora_dir") if getattr(o, name)],
     )  # fmt: skip
+    drawn_size = settings[0].width, settings[0].height
+    if note := validation.size_note(drawn_size, pipeline.known.native):
+        say(note)
     if pipeline.plan is not None:
         print(pipeline.plan.table(), file=sys.stderr)
     requests = pipeline.requests(prompts, **asked)

@@ -17,6 +17,7 @@ from koala.generation.form import BACKENDS, LAYOUT, OF_DTYPE, Form, check_export
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime import openvino
 from koala.generation.runtime.backends import Backend
+from koala.lora.adapters import Attached
 from koala.utils.atomic import new_folder
 from koala.utils.extras import require
 
@@ -37,10 +38,16 @@ class _FlatEncoder(nn.Module):
 def _traced(module: nn.Module, example: Tensor) -> Any:
     """The module as an `openvino.Model` of dynamic shapes."""
     import openvino
+    from transformers.utils import logging
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # one row of tokens is all we ask
-        return openvino.convert_model(module, example_input=(example,))
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the conversion asks for every attribute, also deprecated ones
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return openvino.convert_model(module, example_input=(example,))
+    finally:
+        logging.set_verbosity(level)
 
 
 @torch.inference_mode(False)
@@ -54,6 +61,8 @@ def write_form(pipeline: Pipeline, backend: str, out: Path) -> Form:
     if backend not in BACKENDS:
         raise UserError(f"backend {backend!r} has no form: allowed are {', '.join(BACKENDS)}")
     require("an OpenVINO form", "openvino", "openvino")
+    if any(isinstance(lora, Attached) for lora in pipeline.loras.values()):
+        raise UserError("a LoRA lies beside the weights, where a form does not see it: merge it")
     half = backend == "openvino-bf16"
     networks = {
         "unet": openvino.unet_engine(pipeline.unet, "bf16" if half else "fp32").file,
@@ -64,7 +73,6 @@ def write_form(pipeline: Pipeline, backend: str, out: Path) -> Form:
             for ending in (".xml", ".bin"):
                 _copied(file.with_suffix(ending), part / f"{name}{ending}")
         for n, encoder in zip(("", "_2"), pipeline.conditioner.encoders, strict=True):
-            openvino.refuse_hooks(encoder)
             example = torch.zeros(1, pipeline.conditioner.tokens, dtype=torch.long)
             flat = _FlatEncoder(encoder, pooled=n == "_2").eval()
             openvino.save_model(_traced(flat, example), part / f"text_encoder{n}.xml")

@@ -23,6 +23,7 @@ BACKENDS = (*EXACT, *ROUNDED, "auto", "fastest", "remembered")
 WEIGHTS = (*DTYPES, "int8", "fp8")
 DECODERS = ("full", "tiled", "tiny")
 SMALLEST, LARGEST = 16, 4096  # pixels a side
+FAR = 1.5  # factor of the native area, up or down, within which a model draws as it should
 MOST_STEPS = 1000
 MOST_IMAGES = 10_000  # of all prompts
 MOST_GUIDANCE = 100
@@ -137,6 +138,18 @@ def size(asked: tuple[int, int] | str, factor: int = FACTOR) -> tuple[int, int]:
     if any(side % factor or not SMALLEST <= side <= LARGEST for side in (width, height)):
         raise UserError(f"size {width}x{height}: {rule}")
     return width, height
+
+
+def is_far(size: tuple[int, int], native: int) -> bool:
+    """Whether a model of the native side was not made for such an area."""
+    return not 1 / FAR <= size[0] * size[1] / native**2 <= FAR
+
+
+def size_note(size: tuple[int, int], native: int) -> str | None:
+    """A line about a size that the model was not made for; None for others."""
+    if not is_far(size, native):
+        return None
+    return f"the model was made for {native}x{native}, and draws worse at {size[0]}x{size[1]}"
 
 
 def seed(asked: int | None, images: int) -> int:

@@ -5,14 +5,7 @@ import math
 from PIL import Image
 
 from koala.generation import Settings
-
-FAR = 1.5  # factor of the native area, up or down, within which a model draws as it should
-
-
-def is_far(size: tuple[int, int], native: int) -> bool:
-    """Whether a model of the native side was not made for such an area."""
-    share = size[0] * size[1] / native**2
-    return not 1 / FAR <= share <= FAR
+from koala.generation.validation import size_note
 
 
 def native_size(size: tuple[int, int], native: int, grid: int) -> tuple[int, int]:
@@ -39,9 +32,8 @@ def shown(image: Image.Image, settings: Settings) -> Image.Image:
 
 def note(settings: Settings, native: int) -> str | None:
     """What a client should know of the size, in a line; None if there is nothing."""
-    drawn = f"{settings.width}x{settings.height}"
+    size = settings.width, settings.height
     if settings.enlarged:
+        drawn = f"{settings.width}x{settings.height}"
         return f"drawn at {drawn}, which the model was made for, and resized to {settings.enlarged}"
-    if is_far((settings.width, settings.height), native):
-        return f"the model was made for {native}x{native}, and draws worse at {drawn}"
-    return None
+    return size_note(size, native)

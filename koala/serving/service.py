@@ -18,12 +18,12 @@ from PIL import Image
 from koala.errors import UserError
 from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ticket
 from koala.generation.drawing import Result
-from koala.generation.validation import FACTOR, SMALLEST
+from koala.generation.validation import FACTOR, SMALLEST, is_far
 from koala.generation.validation import size as checked_size
 from koala.lora.folder import lora_file, lora_names
 from koala.serving.admission import Admission, Busy
 from koala.serving.fair_queue import FairQueue, QueueEntry
-from koala.serving.fit import is_far, native_size
+from koala.serving.fit import native_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.metrics import Metrics
 from koala.serving.settings import Limits

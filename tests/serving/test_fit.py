@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from koala.generation import load, read_settings
-from koala.serving.fit import is_far, native_size
+from koala.generation.validation import is_far
+from koala.serving.fit import native_size
 from toy import toy_pipeline
 from toy_server import running
 

@@ -19,6 +19,7 @@ from koala.checkpoints.bundled import BUNDLED, bundled_names
 from koala.checkpoints.load import load_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import WEIGHTS, weights_files
+from koala.checkpoints.words import read_words
 from koala.generation.noise import TorchNoise
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,12 @@ def test_plain_diffusers_draws_the_same_image(pipeline):
     ).images[0]  # fmt: skip
     ours = np.asarray(pipeline("a fox, noto style", seed=7).images[0]) / 255
     assert np.abs(ours - theirs).max() <= 1 / 255
+
+
+def test_it_lists_the_words_that_it_knows():
+    words = read_words(FOLDER, "koala-mini")
+    assert {"fox", "bicycle", "whale"} <= set(words.things) and "noto style" in words.looks
+    assert {"light blue", "black"} <= set(words.backgrounds)  # which are drawn, below
 
 
 def test_words_change_the_image(pipeline):

@@ -138,6 +138,8 @@ def product(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Tensor:
     """up @ down, or up @ mid @ down, as one weight [o, i, k, l] or [o, i]."""
     import torch
 
+    if mid is not None and mid.dim() == 2:
+        return up.flatten(1) @ mid @ down.flatten(1)
     if mid is not None:
         return torch.einsum("or,rskl,si->oikl", up.flatten(1), mid, down.flatten(1))
     return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from koala.cli import main
 from koala.errors import UserError
@@ -225,7 +226,8 @@ def test_generate_takes_them_also_under_a_memory_plan(toy_sdxl, loras, tmp_path,
     command[1] = "a fox"
     assert main([*command, "--lora", f"{loras / 'ink.safetensors'}:0.8", "--out", str(given)]) == 0
     assert read_settings(plain).loras == read_settings(planned).loras == (("ink", 0.8),)
-    assert plain.read_bytes() == given.read_bytes()
+    one, other = (Image.open(file).tobytes() for file in (plain, given))
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 1
     command[1] = "a fox <lora:pen:1>"
     assert main([*command, "--out", str(tmp_path / "d.png")]) == 2
     assert "unknown LoRA 'pen'" in capsys.readouterr().err

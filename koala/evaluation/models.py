@@ -47,7 +47,7 @@ def check(
         raise UserError(f"prompts {prompts}: a distance needs at least 2")
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds {list(seeds)}: give different whole numbers from 0, such as 0 1 2")
-    validation.numbers(steps, guidance, 1)
+    validation.numbers(steps, guidance)
     if judge is not None and not Path(judge).is_file():
         raise UserError(f"the judge {judge} does not exist: leave it out to train one")
     shards_at(images)

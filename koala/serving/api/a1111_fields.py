@@ -69,9 +69,15 @@ class A1111Request(BaseModel):
         options = accepted.ignored_options(self.override_settings or {}, model)
         return sorted({*accepted.ignored(given, self.harmless()), *options})
 
-    def sampler(self) -> str:
-        """Our name of the sampler. ApiError for an unknown one, or an unknown schedule."""
-        wanted = self.sampler_name or self.sampler_index or "Euler"
+    def sampler(self) -> str | None:
+        """Our name of the sampler; None if none is named: the model's own.
+
+        ApiError for an unknown one, or an unknown schedule.
+        """
+        wanted = self.sampler_name or self.sampler_index
+        if wanted is None and self.scheduler is None:
+            return None
+        wanted = wanted or "Euler"
         found = _samplers().get(wanted.strip().lower())
         if found is None:
             names = ", ".join(sampler.name for sampler in samplers.SAMPLERS.values())

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 
 from koala.generation import samplers
 from koala.generation.requests import Known
+from koala.generation.validation import FAR
 from koala.serving.errors import ApiError
 
 FOLDER = Path(__file__).parents[1] / "page"
@@ -60,12 +61,18 @@ def files() -> dict[str, PageFile]:
     return {path.name: _file(path.read_bytes(), path.suffix) for path in sorted(FOLDER.iterdir())}
 
 
-def router(model: Known) -> APIRouter:
-    """Routes for `/` and the files below `/page`, of a server of that model."""
+def router(model: Known, fit: bool, pixels: int) -> APIRouter:
+    """Routes for `/` and the files below `/page`, of a server of that model.
+
+    fit: whether sizes that it was not made for are drawn at its own. pixels: the most of an image.
+    """
     about = {
         "model": model.name,
         "size": model.native,
-        "sampling": asdict(model.sampling),
+        "far": FAR,
+        "fit": fit,
+        "pixels": pixels,
+        "sampling": {**asdict(model.sampling), "few": model.sampling.few_steps},
         "schedulers": {key: sampler.name for key, sampler in samplers.SAMPLERS.items()},
     }
     known = files() | {"about.json": _file(json.dumps(about).encode(), ".json")}

@@ -55,10 +55,10 @@ def _judge(report: EvaluationReport) -> str:
     return (
         "R@k is the share of images whose own prompt is among the k that a judge ranks highest of "
         f"all. The judge was trained on {judge['pictures']} real pictures of the training split "
-        f"and no generated ones (seed {judge['seed']}, {judge['epochs']} epochs). FD-EffLite0 and the "
-        "kernel distance are on EfficientNet-Lite0's features, which no training loss uses; they "
-        "are neither FID nor KID. The prompts' own images are part of the reference, so the first "
-        "row has the distances of as many other real images, of the training split."
+        f"and no generated ones (seed {judge['seed']}, {judge['epochs']} epochs). FD-EffLite0 and "
+        "the kernel distance are on EfficientNet-Lite0's features, which no training loss uses; "
+        "they are neither FID nor KID. The prompts' own images are part of the reference, so the "
+        "first row has the distances of as many other real images, of the training split."
     )
 
 

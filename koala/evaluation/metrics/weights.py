@@ -44,8 +44,6 @@ WEIGHTS: dict[str, Weights] = {
     "clip-vit-large-patch14": Weights("openai/clip-vit-large-patch14"),
     "clip-vit-large-patch14-336": Weights("openai/clip-vit-large-patch14-336"),
     "clip-vit-base-patch32": Weights("openai/clip-vit-base-patch32"),
-    "imagereward": Weights("zai-org/ImageReward", "ImageReward.pt"),
-    "bert-base-uncased": Weights("google-bert/bert-base-uncased", marks=("vocab.txt",)),
     "aesthetic": Weights(
         None, "sac+logos+ava1-l14-linearMSE.pth",
         "https://github.com/christophschuhmann/improved-aesthetic-predictor",

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from koala.checkpoints.tensors import DTYPES
-from koala.cli.command import Command, Parser, listed, number, show, whole
+from koala.cli.command import Command, Parser, listed, number, say, show, whole
+from koala.errors import UserError
 from koala.evaluation.metrics.catalogue import METRICS
 from koala.evaluation.metrics.weights import WEIGHTS
 from koala.evaluation.prompt_sets import ILLUSTRATIONS, SETS
@@ -14,11 +15,19 @@ from koala.generation.validation import BACKENDS
 
 def _evaluate_arguments(p: Parser) -> None:
     p.add_argument(
-        "model", nargs="+",
+        "model", nargs="*",
         help="MODEL, a folder of pictures that any program drew, or NAME=RUN,RUN,... for several "
         "trainings; one row of the report each",
     )  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
+    p.add_argument(
+        "--compare", nargs=2, default=[], metavar=("A", "B"),
+        help="two models or folders of pictures, side by side; measured only by --metrics",
+    )  # fmt: skip
+    p.add_argument(
+        "--page", action="store_true",
+        help="with --compare: a blind page, OUT/blind.html, that counts wins by keyboard",
+    )  # fmt: skip
 
     asked = p.add_argument_group("what is drawn")
     asked.add_argument(
@@ -74,18 +83,28 @@ def _evaluate(o: argparse.Namespace) -> None:
     from koala.evaluation.cards import enter, folders_with_cards
     from koala.evaluation.plan import plan
 
+    if bool(o.model) == bool(o.compare):
+        raise UserError("give models to measure, or two to --compare A B")
+    if o.page and not o.compare:
+        raise UserError("--page is of two models: koala evaluate --compare A B --page")
     asked = plan(
-        o.model, o.out, o.prompts, o.pictures, metrics=o.metrics, count=o.count, seeds=o.seeds,
-        steps=o.steps, guidance=o.guidance, size=o.size, weights=o.weights, judge=o.judge,
-        device=o.device,
+        o.model or o.compare, o.out, o.prompts, o.pictures, metrics=o.metrics, count=o.count,
+        seeds=o.seeds, steps=o.steps, guidance=o.guidance, size=o.size, weights=o.weights, judge=o.judge,
+        device=o.device, measured=bool(o.model or o.metrics),
     )  # fmt: skip
     cards = folders_with_cards(asked.rows) if o.card else {}
     from koala.evaluation.report import run  # all is checked: now torch may load
 
     report = run(asked)
-    if report is not None:
-        enter(report, cards)
-        show(o, report.as_dict(), report.table())
+    if report is None:  # another process of torchrun says it
+        return
+    enter(report, cards)
+    if o.compare:
+        from koala.evaluation.pages import write_pages
+
+        for line in write_pages(asked, o.page):
+            say(line)
+    show(o, report.as_dict(), report.table())
 
 
 def _benchmark_arguments(p: Parser) -> None:
@@ -134,6 +153,8 @@ EVALUATE = Command(
         "--metrics hpsv2.1 clip-score --out report-2",
         "koala evaluate koala=etri-vilab/koala-lightning-700m sdxl=path/to/sdxl --steps 10 sdxl=25 "
         "--prompts hpsv2=HPDv2/benchmark t2i-compbench=T2I-CompBench --out table",
+        "koala evaluate --compare koala-mini path/to/pictures --prompts prompts.txt --page "
+        "--out blind",
     ),
     _evaluate_arguments,
     _evaluate,

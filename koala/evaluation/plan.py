@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from koala.errors import UserError
@@ -91,8 +91,12 @@ def plan(
     judge: str | Path | None = None,
     device: str | None = None,
     notes: Mapping[str, str] | None = None,
+    measured: bool = True,
 ) -> Plan:
-    """Checks the arguments of `koala.evaluate`. UserError as stated there."""
+    """Checks the arguments of `koala.evaluate`. UserError as stated there.
+
+    measured: whether anything is where no metrics are named; else pictures are only drawn.
+    """
     rows = rows_of(models)
     chosen = infos(metrics)
     if count is not None and count < 2:
@@ -110,6 +114,8 @@ def plan(
     if judge is not None and not Path(judge).is_file():
         raise UserError(f"the judge {judge} does not exist: leave it out to train one")
     parts = _parts(rows, prompts, pictures, chosen, count, seeds, judge)
+    if not measured:
+        parts = [replace(part, metrics=()) for part in parts]
     asked = [metric for part in parts for metric in part.metrics]
     for metric in asked:
         check_packages(metric)

@@ -8,7 +8,9 @@ from koala.evaluation.table import EvaluationReport
 
 def report_page(report: EvaluationReport) -> str:
     """The whole page."""
-    parts = ["# Evaluation", report.table(), _cells(report)]
+    parts = ["# Evaluation"]
+    if report.columns:
+        parts += [report.table(), _cells(report)]
     if report.comparisons:
         parts += ["## What the differences are worth", report.verdicts(), _VERDICTS]
     for column, table in report.by_category():
@@ -16,7 +18,9 @@ def report_page(report: EvaluationReport) -> str:
     parts += ["## How it was measured", _method(report)]
     if report.judge:
         parts.append(_judge(report))
-    parts += ["![the first prompts, one row for each model](sheet.png)", _sources(report)]
+    parts.append("![the first prompts, one row for each model](sheet.png)")
+    if report.columns:
+        parts.append(_sources(report))
     parts += [f"Hardware: {report.hardware}", f"Command: `{report.command}`"]
     return "\n\n".join(parts) + "\n"
 

@@ -36,11 +36,12 @@ from koala.data.prepare import encode_images
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.tasks import Denoising
 from koala.errors import UserError
-from koala.evaluation.features import EffLite0, at_size, extract
-from koala.evaluation.report import hardware
+from koala.evaluation.features import EffLite0, extract
+from koala.evaluation.pictures import at_size
 from koala.generation import Pipeline, load
 from koala.text_conditioning import TextConditioner
 from koala.utils.contact_sheet import contact_sheet
+from koala.utils.device import hardware
 from koala.utils.progress import progress
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name of the file

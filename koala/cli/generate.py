@@ -9,7 +9,7 @@ from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.words import read_words
 from koala.cli.command import Command, Parser, assembled, listed, number, say, show, whole
 from koala.errors import UserError
-from koala.generation.samplers import SAMPLERS
+from koala.generation.samplers import SAMPLERS, Sampler
 from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, STRENGTH, WEIGHTS
 
 
@@ -71,8 +71,10 @@ def _arguments(p: Parser) -> None:
         "--negative-prompt", "--negative", default="", metavar="TEXT", help="what to keep away from"
     )
     sampling.add_argument(
-        "--scheduler", default="euler", help=f"{listed(SAMPLERS)} (default euler)"
-    )
+        "--scheduler", default="euler",
+        help=f"{listed(SAMPLERS)} (default euler); each but lcm also with other steps: "
+        f"{listed(f'-{name}' for name in Sampler.spacings)}, as in dpm++2m-karras",
+    )  # fmt: skip
     sampling.add_argument(
         "--strict", action="store_true",
         help="draw each image bit for bit as if it were drawn alone",

@@ -16,7 +16,7 @@ from PIL import Image
 
 from koala.architectures.time_ids import time_ids
 from koala.errors import UserError
-from koala.generation import image_inputs, samplers
+from koala.generation import image_inputs, samplers, validation
 from koala.generation.denoise import BatchRow, Condition, Inpainting, Predict
 from koala.generation.engine import Engine, Progress
 from koala.generation.noise import Noise
@@ -125,7 +125,7 @@ class Drawing(ABC):
         return Result([ticket.result() for ticket in tickets], settings)
 
     def steps(self, requests: Sequence[Request]) -> int:
-        """The number of steps of all requests together."""
+        """The number of steps of all requests together, each evaluation of the U-Net one."""
         return sum(len(self._schedule(request.settings)) for request in requests)
 
     def requests(
@@ -157,7 +157,7 @@ class Drawing(ABC):
         steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass.
         guidance_until: the share of the steps, from the first, with guidance: above 0, up to 1.
         guidance_rescale: 0 to 1, how far the contrast that guidance adds is taken back.
-        scheduler: a key of `samplers.SAMPLERS`.
+        scheduler: a name that `samplers.get` knows, such as "euler" or "dpm++2m-karras".
         size: (width, height) in pixels or "WIDTHxHEIGHT", multiples of 8 from 16 to 4096; by
             default that of `image`, else the model's own. With an image it may be any size: what
             is no multiple of 8 is padded, and cut back at the end.
@@ -223,8 +223,11 @@ class Drawing(ABC):
                 if request.mask is not None:
                     kept = Inpainting(latents, self.own(request.mask), first)
             embeddings = {path.stem.lower(): self.embedding(path) for path in request.embeddings}
-            (condition, unconditional), *later = self._conditions(asked, len(schedule), embeddings)
-            guided = math.ceil(asked.guidance_until * len(schedule))
+            steps = validation.steps_done(asked.steps, asked.strength)
+            of_steps = self._conditions(asked, steps, embeddings)
+            each = [pair for pair in of_steps for _ in range(sampler.evaluations)]
+            (condition, unconditional), *later = each[: len(schedule)]
+            guided = sampler.evaluations * math.ceil(asked.guidance_until * steps)
             return BatchRow(
                 sampler, x, condition, unconditional, asked.guidance, guided,
                 asked.guidance_rescale, kept, size=(asked.width, asked.height),
@@ -245,7 +248,10 @@ class Drawing(ABC):
             return self._previewer(row.x if row.denoised is None else row.denoised)
 
     def _schedule(self, asked: Settings) -> Schedule:
-        return SPACINGS[asked.schedule](self.scheduler_config, asked.steps).last(asked.strength)
+        """A step for each evaluation of the U-Net."""
+        schedule = SPACINGS[asked.schedule](self.scheduler_config, asked.steps)
+        sampler = samplers.BY_NAME[asked.sampler]
+        return sampler.adapted(schedule.last(asked.strength), asked.schedule)
 
     def _conditions(
         self, asked: Settings, steps: int, embeddings: Mapping[str, Ids]

@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from koala.errors import UserError
 from koala.generation.requests import Settings
+from koala.generation.samplers import LABELS
 from koala.generation.workflow import workflow
 
 if TYPE_CHECKING:
@@ -104,15 +105,11 @@ def read_settings(path: str | Path | IO[bytes]) -> Settings:
 
 
 def parameters(settings: Settings) -> str:
-    """The settings as AUTOMATIC1111's text.
-
-    Its "SGM Uniform" is closest to trailing spacing: both start at the last training timestep, and
-    no later step is two timesteps off. LCM has its own levels in both.
-    """
+    """The settings as AUTOMATIC1111's text."""
     values = {
         "Steps": settings.steps,
         "Sampler": settings.sampler,
-        "Schedule type": "SGM Uniform" if settings.schedule == "trailing" else "Automatic",
+        "Schedule type": LABELS[settings.schedule],
         "CFG scale": f"{settings.guidance:g}",
         "Seed": settings.seed,
         "Size": f"{settings.width}x{settings.height}",

@@ -128,10 +128,10 @@ class Checked:
 def example(model: str, architecture: UNetArchitecture, meant: Sampling) -> Settings:
     """The settings of one image, drawn as a model is meant to be."""
     side = architecture.sample * FACTOR
-    sampler = samplers.get(meant.scheduler)
+    sampler, spacing = samplers.get(meant.scheduler)
     return Settings(
         "a red fox", "", meant.steps, meant.guidance, 0, side, side, model, koala.__version__,
-        sampler=sampler.name, schedule=sampler.spacing,
+        sampler=sampler.name, schedule=spacing,
     )  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def checked(
     refuse_loras(negative_prompt)
     split = [split_loras(text, lora_dir) for text in prompts]
     prompts = validation.prompts([text for text, _ in split])
-    sampler = samplers.get(scheduler)
+    sampler, spacing = samplers.get(scheduler)
     until = validation.guidance_until(guidance_until, guidance)
     rescale = validation.guidance_rescale(guidance_rescale, guidance)
     share = validation.strength(strength, image is not None, mask is not None)
@@ -190,7 +190,7 @@ def checked(
         read_header(path)  # refuses a file that is missing or damaged before a model is fetched
 
     known = model if isinstance(model, Known) else Known.of(model)
-    validation.schedule(known.scheduler_config, sampler.spacing, steps)
+    validation.schedule(known.scheduler_config, spacing, steps)
     names = [(*known.loras, *((path.stem, scale) for path, scale in files)) for files in loras]
     for of_prompt in names:
         for name, count in Counter(name for name, _ in of_prompt).items():
@@ -222,7 +222,7 @@ def checked(
         model=known.name,
         version=koala.__version__,
         sampler=sampler.name,
-        schedule=sampler.spacing,
+        schedule=spacing,
         loras=names[0],
         guidance_until=until,
         guidance_rescale=rescale,

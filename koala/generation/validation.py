@@ -181,8 +181,8 @@ def guidance_rescale(asked: float, guidance: float) -> float:
 def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
     """The number of noise levels of a scheduler config.
 
-    spacing: a sampler's, "trailing" or "lcm". UserError for a schedule that is not SDXL's kind
-    (`koala.checkpoints.prediction`), or for more steps than it has noise levels.
+    spacing: a key of `koala.generation.schedule.SPACINGS`. UserError for a schedule that is not
+    SDXL's kind (`koala.checkpoints.prediction`), or for more steps than it has noise levels.
     """
     of_config(config)
     levels: int = config["num_train_timesteps"]

@@ -10,7 +10,7 @@ from koala.checkpoints.words import read_words
 from koala.cli.command import Command, Parser, assembled, listed, number, say, show, whole
 from koala.errors import UserError
 from koala.generation.samplers import SAMPLERS, Sampler
-from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, STRENGTH, WEIGHTS
+from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, MASK_FILLS, STRENGTH, WEIGHTS
 
 
 def _arguments(p: Parser) -> None:
@@ -96,6 +96,11 @@ def _arguments(p: Parser) -> None:
         help=f"blend into the rest over so many pixels (default {MASK_BLUR})",
     )  # fmt: skip
 
+    start.add_argument(
+        "--mask-fill", metavar="FILL",
+        help=f"what the redrawn part starts from: {listed(MASK_FILLS)} (default original)",
+    )  # fmt: skip
+
     runtime = p.add_argument_group("speed")
     runtime.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     runtime.add_argument(
@@ -156,6 +161,7 @@ def _run(o: argparse.Namespace) -> None:
         "guidance_until": o.guidance_until, "guidance_rescale": o.guidance_rescale,
         "scheduler": o.scheduler, "size": o.size, "number": o.number, "seed": o.seed,
         "image": o.image, "strength": o.strength, "mask": o.mask, "mask_blur": o.mask_blur,
+        "mask_fill": o.mask_fill,
         "lora_dir": o.lora_dir, "embedding": o.embedding,
     }  # fmt: skip
     model = assembled(o, o.model)

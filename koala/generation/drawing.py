@@ -145,6 +145,7 @@ class Drawing(ABC):
         strength: float | None = None,
         mask: str | Path | Image.Image | None = None,
         mask_blur: int | None = None,
+        mask_fill: str | None = None,
         lora: Mapping[str | Path, float] | None = None,
         lora_dir: Path | None = None,
         embedding: Sequence[str | Path] = (),
@@ -166,7 +167,9 @@ class Drawing(ABC):
             it, above 0, up to 1; by default 0.6. mask: an image of the same size, light or
             transparent where it is to be repainted (`image_files.read_mask`); what is not comes
             back pixel for pixel. mask_blur: pixels, 0 to 64, inwards from the mask's edge, over
-            which the two blend; by default 4.
+            which the two blend; by default 4. mask_fill: what the repainted part starts from, if
+            strength is below 1: the "original", its "surroundings" drawn into it, "noise" or
+            "nothing" (latents of 0); by default the original.
         lora: files and scales, -100 to 100, for these images alone, besides the model's own.
         embedding: files of textual inversions, each named in a prompt by the file's name; those of
             the folder `embedding_dir` may be.
@@ -177,8 +180,8 @@ class Drawing(ABC):
             self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
             guidance_until=guidance_until, guidance_rescale=guidance_rescale, scheduler=scheduler,
             size=size, number=number, seed=seed, image=image, strength=strength, mask=mask,
-            mask_blur=mask_blur, lora=lora, lora_dir=lora_dir, embedding=embedding,
-            embedding_dir=embedding_dir,
+            mask_blur=mask_blur, mask_fill=mask_fill, lora=lora, lora_dir=lora_dir,
+            embedding=embedding, embedding_dir=embedding_dir,
         )  # fmt: skip
         if any(asked.loras) and not self.takes_loras:
             raise UserError(
@@ -194,7 +197,10 @@ class Drawing(ABC):
         pixels = places = paste = None
         if asked.image is not None:
             image = image_inputs.on_white(asked.image, (first.width, first.height))
-            pixels = self.own(image_inputs.to_pixels(image, self.factor))
+            start = image
+            if asked.mask is not None and first.mask_fill == "surroundings":
+                start = image_inputs.filled(image, asked.mask.places, self.factor)
+            pixels = self.own(image_inputs.to_pixels(start, self.factor))
             if asked.mask is not None:
                 places = self.own(asked.mask.places.astype(np.float32)[None, None])
                 paste = Paste(image, asked.mask.blend)
@@ -222,6 +228,7 @@ class Drawing(ABC):
                     x = latents + sampler.sigmas[0] * first
                 if request.mask is not None:
                     kept = Inpainting(latents, self.own(request.mask), first)
+                    x = x + _refilled(kept, asked.mask_fill, noise)
             embeddings = {path.stem.lower(): self.embedding(path) for path in request.embeddings}
             steps = validation.steps_done(asked.steps, asked.strength)
             of_steps = self._conditions(asked, steps, embeddings)
@@ -279,3 +286,10 @@ class Drawing(ABC):
         pair = (asked.height, asked.width)
         parts = (encoded.text, encoded.pooled, time_ids([pair], [(0, 0)], [pair]))
         return Condition(*(self.own(part) for part in parts))
+
+
+def _refilled(kept: Inpainting, fill: str, noise: Noise) -> Array:
+    """What to add to x, so that the repainted part starts from something else than the image."""
+    if fill not in ("noise", "nothing"):
+        return 0
+    return kept.mask * ((noise.draw() if fill == "noise" else 0) - kept.latents)

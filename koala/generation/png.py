@@ -24,6 +24,8 @@ from koala.generation.workflow import workflow
 if TYPE_CHECKING:
     from koala.generation.drawing import Result
 
+# AUTOMATIC1111's names of what a repainted part starts from; "original" is not said.
+MASKED_CONTENT = {"surroundings": "fill", "noise": "latent noise", "nothing": "latent nothing"}
 LONGEST_STEM = 48  # letters of a prompt in a file's name
 # Suffixes of image files: --out with one of them names a file, not a folder.
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -120,6 +122,8 @@ def parameters(settings: Settings) -> str:
         values["Denoising strength"] = f"{settings.strength:g}"
     if settings.mask:
         values["Mask blur"] = settings.mask_blur
+        if settings.mask_fill in MASKED_CONTENT:
+            values["Masked content"] = MASKED_CONTENT[settings.mask_fill]
     if settings.guidance_until < 1:
         values["Guidance until"] = f"{settings.guidance_until:g}"
     if settings.guidance_rescale:

@@ -61,6 +61,7 @@ class Settings:
     image: str = ""  # fingerprint of the image that it starts from, if any
     mask: str = ""  # fingerprint of the mask, if any
     mask_blur: int = 0  # pixels over which the repainted part blends into the image
+    mask_fill: str = "original"  # what the repainted part starts from
     embeddings: tuple[str, ...] = ()  # textual inversions that the prompts name
     enlarged: str = ""  # WIDTHxHEIGHT that the image was resized to once drawn, if it was
 
@@ -152,6 +153,7 @@ def checked(
     strength: float | None = None,
     mask: str | Path | Image.Image | None = None,
     mask_blur: int | None = None,
+    mask_fill: str | None = None,
     lora: Mapping[str | Path, float] | None = None,
     lora_dir: Path | None = None,
     embedding: Sequence[str | Path] = (),
@@ -182,6 +184,7 @@ def checked(
     if asked_size is not None:  # what starts from an image is padded, and cut back
         drawn_size = validation.size(asked_size, FACTOR if given is None else 1)
     blur = validation.mask_blur(mask_blur, masked is not None)
+    fill = validation.mask_fill(mask_fill, masked is not None, share)
     own = tuple((Path(f).expanduser(), validation.lora_scale(s)) for f, s in (lora or {}).items())
     embeddings = named_embeddings([*prompts, negative_prompt], embedding, embedding_dir)
     loras = [(*own, *files.items()) for _, files in split]  # of each prompt
@@ -230,6 +233,7 @@ def checked(
         image="" if given is None else fingerprint(given),
         mask="" if masked is None else fingerprint(masked),
         mask_blur=blur,
+        mask_fill=fill,
         embeddings=tuple(path.stem for path in embeddings),
     )
     of = [i // number for i in range(len(prompts) * number)]  # the prompt of each image

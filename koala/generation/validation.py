@@ -32,6 +32,7 @@ MOST_LORA_SCALE = 100
 LONGEST_TEXT = 10_000  # characters
 MASK_BLUR = 4  # default, pixels
 MOST_MASK_BLUR = 64
+MASK_FILLS = ("original", "surroundings", "noise", "nothing")
 STRENGTH = 0.6  # default for an image without a strength
 LCM_LEVELS = 50  # noise levels of latent consistency models (arXiv 2310.04378)
 
@@ -116,6 +117,21 @@ def mask_blur(asked: int | None, mask: bool) -> int:
             f"mask blur is {asked!r}: allowed are whole numbers of pixels from 0 to "
             f"{MOST_MASK_BLUR}, {MASK_BLUR} is usual"
         )
+    return asked
+
+
+def mask_fill(asked: str | None, mask: bool, strength: float) -> str:
+    """What a repainted part starts from: one of `MASK_FILLS`. UserError.
+
+    It has no effect without a mask, and at strength 1, where it starts from noise alone.
+    """
+    if asked is None or asked == MASK_FILLS[0]:
+        return MASK_FILLS[0]
+    if asked not in MASK_FILLS:
+        raise unknown("mask fill", asked, MASK_FILLS)
+    if not mask or strength == 1:
+        without = "without a mask: give one" if not mask else "at strength 1: set it below"
+        raise UserError(f"mask fill {asked!r} has no effect {without}, or leave it out")
     return asked
 
 

@@ -341,11 +341,29 @@ def test_fields_without_effect_are_named(client):
     info = json.loads(ok(client.post("/txt2img", json={**LIBRARY, **ASKED}))["info"])
     assert info["ignored_fields"] == []
     asked = {**LIBRARY, **MASKING, **ASKED, "init_images": [as_text("teal")], "mask": half(),
-             "mask_blur": 8, "inpainting_fill": 2}  # fmt: skip
+             "mask_blur": 8, "mask_round": False}  # fmt: skip
     info = json.loads(ok(client.post("/img2img", json=asked))["info"])
-    assert info["ignored_fields"] == ["inpainting_fill"]
+    assert info["ignored_fields"] == ["mask_round"]
     answer = ok(client.post("/options", json={"jpeg_quality": 80}))
     assert answer == {"ignored_options": ["jpeg_quality"]}
+
+
+def test_a_masked_part_starts_from_what_is_asked_for(client):
+    asked = {**LIBRARY, **MASKING, **ASKED, "init_images": [as_text("teal")], "mask": half(),
+             "denoising_strength": 0.7}  # fmt: skip
+    drawn = {}
+    for number, name in enumerate(("fill", None, "latent noise", "latent nothing")):
+        (text,) = ok(client.post("/img2img", json={**asked, "inpainting_fill": number}))["images"]
+        told = ok(client.post("/png-info", json={"image": text}))["info"]
+        assert ("Masked content" in told) == (name is not None)
+        assert name is None or f"Masked content: {name}" in told
+        drawn[number] = opened(text).tobytes()
+    assert drawn[0] == drawn[1] and len({*drawn.values()}) == 3  # the image is teal all over
+    answer = client.post("/img2img", json={**asked, "inpainting_fill": 4})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "inpainting_fill is 4: allowed are 0 to 3"
+    ok(client.post("/img2img", json={**asked, "inpainting_fill": 4, "mask": None}))
+    ok(client.post("/img2img", json={**asked, "inpainting_fill": 2, "denoising_strength": 1}))
 
 
 def test_what_clients_ask_for_first_is_there(client):

@@ -36,6 +36,7 @@ ALIASES = {
     "lcm": ("k_lcm",),
 }
 
+FILLS = ("surroundings", "original", "noise", "nothing")  # by the numbers of "inpainting_fill"
 NOISY = ("euler-a", "dpm++2m-sde", "dpm++sde")  # samplers that "eta" concerns
 
 
@@ -146,6 +147,7 @@ class Img2ImgRequest(A1111Request):
     init_images: list[str]
     mask: str | None = None
     mask_blur: int | None = None
+    inpainting_fill: int | None = None
     denoising_strength: float | None = None
     inpainting_mask_invert: bool | None = None
     include_init_images: bool | None = None
@@ -157,6 +159,17 @@ class Img2ImgRequest(A1111Request):
 
     def inactive(self, name: str) -> bool:
         return name.startswith("hr_") or (not self.mask and name in accepted.HARMLESS_MASK)
+
+    def fill(self) -> str | None:
+        """What the masked part starts from; None where that has no effect. ApiError."""
+        if not self.mask or self.inpainting_fill is None or self.denoising_strength == 1:
+            return None
+        if self.inpainting_fill not in range(len(FILLS)):
+            raise ApiError(
+                400, f"inpainting_fill is {self.inpainting_fill}: allowed are 0 to "
+                f"{len(FILLS) - 1}", "invalid_value", "inpainting_fill",
+            )  # fmt: skip
+        return FILLS[self.inpainting_fill]
 
     def images(self) -> dict[str, Any]:
         """The image, mask and strength of the request. ApiError, UserError."""
@@ -170,6 +183,7 @@ class Img2ImgRequest(A1111Request):
             "mask": None if not self.mask else decode_base64(self.mask, "mask"),
             "strength": self.denoising_strength,
             "mask_blur": self.mask_blur if self.mask else None,  # belongs to the mask
+            "mask_fill": self.fill(),
         }
 
 

@@ -20,6 +20,7 @@ from koala.errors import UserError
 from koala.generation.requests import Settings
 from koala.generation.samplers import LABELS
 from koala.generation.workflow import workflow
+from koala.utils.atomic import new_file
 
 if TYPE_CHECKING:
     from koala.generation.drawing import Result
@@ -52,7 +53,8 @@ def save(
     on. stem: of the files in a folder, `stem`-NNNN.png; by default each is named after its prompt.
     comfyui: put a workflow for ComfyUI into each (`koala.generation.workflow`).
     Numbers continue from the highest that exists, so no file is replaced. A file is written as a
-    whole or not at all. UserError for a file that exists or cannot be written.
+    whole or not at all. UserError for a file that exists or cannot be written; Failure if the disk
+    is full.
     """
     if stem is not None and (not stem or Path(stem).name != stem):
         raise UserError(f"file name {stem!r}: allowed is a plain name without folders")
@@ -154,15 +156,8 @@ def write_png(
 
 
 def _write(image: Image.Image, settings: Settings, path: Path, comfyui: bool) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=".koala-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write_png(image, settings, file, comfyui)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with new_file(path) as part, part.open("wb") as file:
+        write_png(image, settings, file, comfyui)
 
 
 def _add(info: PngImagePlugin.PngInfo, key: str, text: str) -> None:
@@ -171,13 +166,6 @@ def _add(info: PngImagePlugin.PngInfo, key: str, text: str) -> None:
         info.add_text(key, text)
     else:
         info.add_itxt(key, text)
-
-
-def _umask() -> int:
-    """This process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _slug(prompt: str) -> str:

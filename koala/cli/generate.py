@@ -9,8 +9,8 @@ from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.words import read_words
 from koala.cli.command import Command, Parser, assembled, listed, number, say, show, whole
 from koala.errors import UserError
-from koala.generation.samplers import SAMPLERS
-from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, STRENGTH, WEIGHTS
+from koala.generation.samplers import SAMPLERS, Sampler
+from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, MASK_FILLS, STRENGTH, WEIGHTS
 
 
 def _arguments(p: Parser) -> None:
@@ -71,8 +71,10 @@ def _arguments(p: Parser) -> None:
         "--negative-prompt", "--negative", default="", metavar="TEXT", help="what to keep away from"
     )
     sampling.add_argument(
-        "--scheduler", default="euler", help=f"{listed(SAMPLERS)} (default euler)"
-    )
+        "--scheduler", default="euler",
+        help=f"{listed(SAMPLERS)} (default euler); each but lcm also with other steps: "
+        f"{listed(f'-{name}' for name in Sampler.spacings)}, as in dpm++2m-karras",
+    )  # fmt: skip
     sampling.add_argument(
         "--strict", action="store_true",
         help="draw each image bit for bit as if it were drawn alone",
@@ -92,6 +94,11 @@ def _arguments(p: Parser) -> None:
     start.add_argument(
         "--mask-blur", type=whole, metavar="PIXELS",
         help=f"blend into the rest over so many pixels (default {MASK_BLUR})",
+    )  # fmt: skip
+
+    start.add_argument(
+        "--mask-fill", metavar="FILL",
+        help=f"what the redrawn part starts from: {listed(MASK_FILLS)} (default original)",
     )  # fmt: skip
 
     runtime = p.add_argument_group("speed")
@@ -154,6 +161,7 @@ def _run(o: argparse.Namespace) -> None:
         "guidance_until": o.guidance_until, "guidance_rescale": o.guidance_rescale,
         "scheduler": o.scheduler, "size": o.size, "number": o.number, "seed": o.seed,
         "image": o.image, "strength": o.strength, "mask": o.mask, "mask_blur": o.mask_blur,
+        "mask_fill": o.mask_fill,
         "lora_dir": o.lora_dir, "embedding": o.embedding,
     }  # fmt: skip
     model = assembled(o, o.model)

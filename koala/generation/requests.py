@@ -61,6 +61,7 @@ class Settings:
     image: str = ""  # fingerprint of the image that it starts from, if any
     mask: str = ""  # fingerprint of the mask, if any
     mask_blur: int = 0  # pixels over which the repainted part blends into the image
+    mask_fill: str = "original"  # what the repainted part starts from
     embeddings: tuple[str, ...] = ()  # textual inversions that the prompts name
     enlarged: str = ""  # WIDTHxHEIGHT that the image was resized to once drawn, if it was
 
@@ -128,10 +129,10 @@ class Checked:
 def example(model: str, architecture: UNetArchitecture, meant: Sampling) -> Settings:
     """The settings of one image, drawn as a model is meant to be."""
     side = architecture.sample * FACTOR
-    sampler = samplers.get(meant.scheduler)
+    sampler, spacing = samplers.get(meant.scheduler)
     return Settings(
         "a red fox", "", meant.steps, meant.guidance, 0, side, side, model, koala.__version__,
-        sampler=sampler.name, schedule=sampler.spacing,
+        sampler=sampler.name, schedule=spacing,
     )  # fmt: skip
 
 
@@ -152,6 +153,7 @@ def checked(
     strength: float | None = None,
     mask: str | Path | Image.Image | None = None,
     mask_blur: int | None = None,
+    mask_fill: str | None = None,
     lora: Mapping[str | Path, float] | None = None,
     lora_dir: Path | None = None,
     embedding: Sequence[str | Path] = (),
@@ -167,7 +169,7 @@ def checked(
     refuse_loras(negative_prompt)
     split = [split_loras(text, lora_dir) for text in prompts]
     prompts = validation.prompts([text for text, _ in split])
-    sampler = samplers.get(scheduler)
+    sampler, spacing = samplers.get(scheduler)
     until = validation.guidance_until(guidance_until, guidance)
     rescale = validation.guidance_rescale(guidance_rescale, guidance)
     share = validation.strength(strength, image is not None, mask is not None)
@@ -182,6 +184,7 @@ def checked(
     if asked_size is not None:  # what starts from an image is padded, and cut back
         drawn_size = validation.size(asked_size, FACTOR if given is None else 1)
     blur = validation.mask_blur(mask_blur, masked is not None)
+    fill = validation.mask_fill(mask_fill, masked is not None, share)
     own = tuple((Path(f).expanduser(), validation.lora_scale(s)) for f, s in (lora or {}).items())
     embeddings = named_embeddings([*prompts, negative_prompt], embedding, embedding_dir)
     loras = [(*own, *files.items()) for _, files in split]  # of each prompt
@@ -190,7 +193,7 @@ def checked(
         read_header(path)  # refuses a file that is missing or damaged before a model is fetched
 
     known = model if isinstance(model, Known) else Known.of(model)
-    validation.schedule(known.scheduler_config, sampler.spacing, steps)
+    validation.schedule(known.scheduler_config, spacing, steps)
     names = [(*known.loras, *((path.stem, scale) for path, scale in files)) for files in loras]
     for of_prompt in names:
         for name, count in Counter(name for name, _ in of_prompt).items():
@@ -222,7 +225,7 @@ def checked(
         model=known.name,
         version=koala.__version__,
         sampler=sampler.name,
-        schedule=sampler.spacing,
+        schedule=spacing,
         loras=names[0],
         guidance_until=until,
         guidance_rescale=rescale,
@@ -230,6 +233,7 @@ def checked(
         image="" if given is None else fingerprint(given),
         mask="" if masked is None else fingerprint(masked),
         mask_blur=blur,
+        mask_fill=fill,
         embeddings=tuple(path.stem for path in embeddings),
     )
     of = [i // number for i in range(len(prompts) * number)]  # the prompt of each image

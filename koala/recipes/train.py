@@ -3,6 +3,7 @@
 A run writes its finished pipeline folder to `<out>/model`; the same call resumes it.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from koala.recipes.previews import drawing
 from koala.recipes.recipe import ALONE, MINI_PROMPTS, Recipe, Student, Teacher
 from koala.recipes.validation import check, teacher_of
 from koala.text_conditioning import TextConditioner
+from koala.utils.atomic import locked
 
 CAPTION_CACHE = 2**31  # bytes of embeddings cached by a training on the CPU: the whole mini set's
 VALIDATION_SAMPLES = 128
@@ -69,13 +71,15 @@ def distill(
     """
     name = recipe if isinstance(recipe, str) else "custom"
     out = Path(out)
-    with joined(device) as world:
+    with joined(device) as world, contextlib.ExitStack() as stack:
         with world.together():
             recipe = configured(recipe, settings)
             check(recipe, data, teacher, student, device, loggers)
             if isinstance(recipe, ALONE) and world.size > 1:
                 raise UserError("this recipe trains in one process: run it without torchrun")
             teacher = teacher_of(recipe, teacher)
+            if world.first:
+                stack.enter_context(locked(out))
         if isinstance(recipe, Base):
             models = [run_base(recipe, Path(data), out, str(world.device), loggers)]
         elif isinstance(recipe, Autoencoder):

@@ -1,20 +1,15 @@
-"""The benchmark report as Markdown, CSV, JSON and a plot."""
+"""The benchmark report as Markdown, CSV and JSON."""
 
 import csv
 import io
-import json
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from koala.benchmark.cases import CASES, GPUS
 from koala.benchmark.measure import Ceilings, Timing
-from koala.benchmark.plot import plot
 from koala.benchmark.ratio import Ratio
 from koala.benchmark.ways import DEFAULT
 from koala.utils import markdown
-from koala.utils.atomic import new_file
 
 
 @dataclass(frozen=True)
@@ -139,16 +134,3 @@ class BenchmarkReport:
         """The names of all columns, and the cells of the rows."""
         rows = [row.cells() for row in self.rows]
         return list(dict.fromkeys(name for row in rows for name in row)), rows
-
-
-def write(report: BenchmarkReport, out: Path) -> None:
-    """Writes benchmark.json, .csv, .md and, with matplotlib, .png into the folder `out`."""
-    for name, text in (
-        ("benchmark.json", json.dumps(report.as_dict(), indent=1) + "\n"),
-        ("benchmark.csv", report.csv()),
-        ("benchmark.md", report.table()),
-    ):
-        with new_file(out / name) as part:
-            part.write_text(text)
-    if report.rows and find_spec("matplotlib"):
-        plot(report, out / "benchmark.png")

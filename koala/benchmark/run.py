@@ -5,17 +5,21 @@ machine that does other work too. The report is written after every model: an in
 its results.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from koala.benchmark import measure
 from koala.benchmark.cases import ROUNDS, check
 from koala.benchmark.measure import Timing
-from koala.benchmark.report import BenchmarkReport, BenchmarkRow, write
+from koala.benchmark.plot import plot
+from koala.benchmark.report import BenchmarkReport, BenchmarkRow
 from koala.benchmark.turns import Turns
 from koala.benchmark.ways import DEFAULT, PYTORCH, STOCK, ways_of
 from koala.generation.runtime.dtypes import check_dtype, torch_dtype
+from koala.utils.atomic import new_file
 from koala.utils.device import hardware, pick_device
 from koala.utils.threads import available_cores
 
@@ -95,3 +99,16 @@ def _rows(turns: Turns, flops_per_second: float) -> Iterator[BenchmarkRow]:
             budgets=one.budgets,
             floor=None if one.flops is None else one.flops / flops_per_second,
         )
+
+
+def write(report: BenchmarkReport, out: Path) -> None:
+    """Writes benchmark.json, .csv, .md and, with matplotlib, .png into the folder `out`."""
+    for name, text in (
+        ("benchmark.json", json.dumps(report.as_dict(), indent=1) + "\n"),
+        ("benchmark.csv", report.csv()),
+        ("benchmark.md", report.table()),
+    ):
+        with new_file(out / name) as part:
+            part.write_text(text)
+    if report.rows and find_spec("matplotlib"):
+        plot(report, out / "benchmark.png")

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from koala.architectures.block_map import DEPTH_RULES
-from koala.architectures.table import CUTS, check_student
+from koala.architectures.table import CUTS
 from koala.checkpoints.convert import TARGETS
 from koala.checkpoints.tensors import DTYPES
 from koala.cli.command import Command, Parser, assembled, check_push, listed, push, show
 from koala.errors import UserError
-from koala.utils.atomic import check_new, write_text
+from koala.utils.atomic import write_text
 
 OPENVINO = "openvino"  # a form (`koala.generation.form`), besides the formats of a model
 MODEL = "bundled name, folder, single file or Hub id of an SDXL-class model"
@@ -50,11 +50,10 @@ def _compress_arguments(p: Parser) -> None:
 
 
 def _compress(o: argparse.Namespace) -> None:
-    from koala.checkpoints.compress import compress
+    from koala.checkpoints.compress import check_compression, compress
 
     check_push(o)
-    check_student(o.to)
-    check_new(o.out.expanduser())
+    check_compression(o.to, o.out, o.dtype, o.depth_rule)  # before the teacher is assembled
     report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, o.depth_rule)
     push(o, report.out)
     show(o, asdict(report), report.line())
@@ -94,7 +93,7 @@ def _convert_arguments(p: Parser) -> None:
 
 
 def _convert(o: argparse.Namespace) -> None:
-    from koala.checkpoints.convert import convert
+    from koala.checkpoints.convert import check_conversion, convert
     from koala.lora.conversion import convert_lora
 
     if o.student is not None and o.dtype is not None:
@@ -112,7 +111,7 @@ def _convert(o: argparse.Namespace) -> None:
     if o.to == OPENVINO:
         report, line = _export(o)
     elif o.student is None:
-        check_new(o.out.expanduser())
+        check_conversion(o.to, o.out, o.dtype)  # before the model is assembled
         model = assembled(o, o.model)
         drawn = None if o.workflow is None else _workflow(model, o.out)
         converted = convert(model, o.to, o.out, o.dtype)
@@ -151,8 +150,7 @@ def _workflow(model: str | Path, out: Path) -> str:
     from koala.generation.workflow import as_text, workflow
 
     contents = read_model(model)
-    stated = sampling.of_config(contents.config(SCHEDULER))
-    meant = stated or sampling.by_name(str(model)) or sampling.USUAL
+    meant = sampling.of_named(str(model), contents.config(SCHEDULER))
     return as_text(workflow(example(out.name, contents.architecture, meant), out.name))
 
 

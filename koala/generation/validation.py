@@ -59,8 +59,8 @@ def negative_prompt(text: str, guidance: float) -> None:
         )
 
 
-def numbers(steps: int, guidance: float, number: int) -> None:
-    """UserError unless steps, guidance and the number of images are in range."""
+def numbers(steps: int, guidance: float) -> None:
+    """UserError unless steps and guidance are in range."""
     if not _whole(steps) or not 1 <= steps <= MOST_STEPS:
         raise UserError(
             f"steps is {steps!r}: allowed are whole numbers from 1 to {MOST_STEPS}, 10 is usual"
@@ -69,9 +69,13 @@ def numbers(steps: int, guidance: float, number: int) -> None:
         raise UserError(
             f"guidance is {guidance!r}: allowed are numbers from 0 to {MOST_GUIDANCE}, 3.5 is usual"
         )
-    if not _whole(number) or not 1 <= number <= MOST_IMAGES:
+
+
+def number(asked: int) -> None:
+    """UserError unless it is a number of images that may be drawn at once."""
+    if not _whole(asked) or not 1 <= asked <= MOST_IMAGES:
         raise UserError(
-            f"the number of pictures is {number!r}: allowed are whole numbers from 1 to "
+            f"the number of pictures is {asked!r}: allowed are whole numbers from 1 to "
             f"{MOST_IMAGES:,}"
         )
 

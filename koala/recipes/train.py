@@ -116,6 +116,12 @@ def _run(
         mixture = recipe.mixture
         size = recipe.pixels if isinstance(recipe, Student) else None
         latents = LatentSet(data, source, mixture.kinds, mixture.captions, training.seed, size=size)
+        if recipe.hardware.stored_text and not latents.index.made_with["text"]:
+            raise UserError(
+                f"{data} holds no text embeddings, which this recipe's hardware needs: koala "
+                "prepare it with --text, or encode while training (--set "
+                "hardware.stored_text=false)"
+            )
         validation = _validation(latents, recipe, source) if training.validate_every else []
         start = out / "start"
         if isinstance(recipe, Student) and world.first and not start.exists():

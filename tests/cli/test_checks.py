@@ -49,6 +49,13 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     ([*GENERATE, "--out", "fox.jpg"], "fox.jpg: pictures are written as PNG; name it fox.png"),
     ([*GENERATE, "--out", "black.png"], "black.png exists; name another file"),
     ([*GENERATE, "--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+    # before a model is put together
+    ([*GENERATE, "--steps", "0", "--model", "gone", "--base", "gone"], "steps is 0"),
+    (["generate", " ", "--model", "gone", "--vae", "gone"], "the prompt is empty"),
+    (["generate", "a <lora:x", "--model", "gone", "--base", "gone", "--size", "9x9"], "size 9x9"),
+    (["compress", "gone", "--base", "gone", "--to", "koala-1b", "--out", "x", "--dtype", "fp61"],
+     "mean fp16?"),
+    (["convert", "gone", "--base", "gone", "--to", "single-file", "--out", "x"], "must end in"),
     # serve
     (["serve", "--model", "koala-mni"], "did you mean koala-mini?"),
     (["serve", "--backend", "atuo"], "unknown backend 'atuo'"),

@@ -59,6 +59,7 @@ def distil(
         ({"changes": ["hardware.accumulate=3"]}, "does not divide into 3 equal parts"),
         ({"changes": ["training.batch=5"]}, "16 samples are not a multiple of the batch 5: use 20"),
         ({"changes": ["pixels=128"]}, "latents for 64 pixels, this training is for 128"),
+        ({"changes": ["hardware.stored_text=true"]}, "holds no text embeddings"),
         ({"teacher": "vae"}, "latents of another VAE"),
         ({"teacher": "student"}, "koala"),
         ({"student": "vae"}, "has the U-Net custom, but this recipe trains koala-1b of custom"),

@@ -18,7 +18,13 @@ from koala.errors import FailedElsewhere, Failure, UserError, unknown
 
 GROUPS = {
     "draw": (generate.GENERATE, serve.SERVE),
-    "models": (models.INSPECT, models.COMPRESS, models.CONVERT, models.ARCHITECTURES),
+    "models": (
+        models.INSPECT,
+        models.COMPRESS,
+        models.CONVERT,
+        models.EXPORT,
+        models.ARCHITECTURES,
+    ),
     "training": (train.PREPARE, train.DISTILL),
     "measuring": (measure.EVALUATE, measure.BENCHMARK),
 }

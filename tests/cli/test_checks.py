@@ -72,6 +72,12 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
      "unknown depth rule 'botom': .*; did you mean bottom?"),
     (["convert", "org/name", "--to", "difusers", "--out", "x"], "did you mean diffusers?"),
     (["convert", "org/name", "--to", "diffusers", "--dtype", "fp61", "--out", "x"], "mean fp16?"),
+    (["convert", "koala-mini", "--to", "onnx", "--out", "x"], "use koala export --to onnx"),
+    (["export", "koala-mini", "--to", "onx", "--out", "x"], "unknown format 'onx': .* mean onnx?"),
+    (["export", "koala-mini", "--to", "coreml", "--out", "x"], "run on Apple's systems alone"),
+    (["export", "koala-mini", "--to", "gguf", "--out", "x"], "must end in .gguf, not x"),
+    (["export", "koala-mini", "--to", "onnx", "--dtype", "bf16", "--out", "x"], "in fp32, fp16"),
+    (["export", "koala-mni", "--to", "openvino", "--out", "x"], "did you mean koala-mini?"),
     (["convert", "gone.safetensors", "--for", "koala-700", "--out", "x"], "unknown model"),
     # training
     (["prepare", "illustrations-smal", "--out", "x"], "did you mean illustrations-small?"),

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from koala.generation.loader import load
     from koala.generation.pipeline import Pipeline
     from koala.generation.requests import Request, Settings
+    from koala.lora.training import LoraSettings
     from koala.mini.settings import Autoencoder, Base, Tiny
-    from koala.recipes.recipe import Mixture, Recipe, Student, Teacher
-    from koala.recipes.train import distill
+    from koala.recipes.recipe import Finetune, Mixture, Recipe, Student, Teacher
+    from koala.recipes.train import distill, finetune
 
 __version__ = "0.2.0"
 
@@ -45,8 +46,9 @@ _HOME = {
     "generation.pipeline": ("Pipeline",),
     "generation.requests": ("Request", "Settings"),
     "mini.settings": ("Autoencoder", "Base", "Tiny"),
-    "recipes.recipe": ("Mixture", "Recipe", "Student", "Teacher"),
-    "recipes.train": ("distill",),
+    "lora.training": ("LoraSettings",),
+    "recipes.recipe": ("Finetune", "Mixture", "Recipe", "Student", "Teacher"),
+    "recipes.train": ("distill", "finetune"),
 }
 __all__ = [
     "Autoencoder",
@@ -57,8 +59,10 @@ __all__ = [
     "EvaluationReport",
     "Failure",
     "Filters",
+    "Finetune",
     "Hardware",
     "Inspection",
+    "LoraSettings",
     "Mixture",
     "Pipeline",
     "Preparation",
@@ -78,6 +82,7 @@ __all__ = [
     "convert",
     "distill",
     "evaluate",
+    "finetune",
     "inspect",
     "load",
     "prepare",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from koala.distillation.dtensor import local, part_of, whole
 from koala.distillation.ema import EMA
-from koala.distillation.optimizers import make_moments, plain_parts
+from koala.distillation.optimizers import make_moments, plain_parts, trained_parameters
 from koala.distillation.settings import Training
 from koala.errors import Failure, UserError
 from koala.utils.atomic import new_folder
@@ -37,7 +37,7 @@ class State:
 
     def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, local tensor, tensor with its sharding) of everything that is saved."""
-        parameters = dict(self.module.named_parameters())
+        parameters = trained_parameters(self.module)
         for name, parameter in parameters.items():
             yield f"weights.{name}", parameter, parameter
         for average in self.averages:
@@ -105,7 +105,7 @@ def load(checkpoint: Path, state: State) -> tuple[int, dict[str, Any]]:
     try:
         with safe_open(checkpoint / "state.safetensors", "pt") as file:
             saved = set(file.keys())
-            named = state.module.named_parameters()  # frozen parameters have no moments
+            named = trained_parameters(state.module).items()
             moving = [value for name, value in named if f"optimizer.{name}.step" in saved]
             make_moments(state.optimizer, moving)
             for name, tensor, like in state.tensors():

@@ -14,7 +14,8 @@
     koala-mini-task-out  the same, L_task + L_outKD                   (a control)
     tiny-mini            a tiny autoencoder beside the VAE            any of them, latents
 
-and the paper's runs at full size, one row each in `koala.recipes.paper`.
+and the paper's runs at full size, one row each in `koala.recipes.paper`. Those of `koala finetune`
+are in `koala.recipes.finetune`.
 
 Importing this package is cheap; `koala.recipes.train` does the work.
 """
@@ -22,7 +23,7 @@ Importing this package is cheap; `koala.recipes.train` does the work.
 from collections.abc import Callable, Sequence
 
 from koala.errors import unknown
-from koala.recipes import mini, paper
+from koala.recipes import finetune, mini, paper
 from koala.recipes.overrides import overridden
 from koala.recipes.recipe import Recipe
 
@@ -40,19 +41,23 @@ MINI = (
     "koala-mini-task-out",
     "tiny-mini",
 )
-NAMES = (*MINI, *paper.PRESETS)
+NAMES = (*MINI, *paper.PRESETS)  # of `koala distill`
+FINETUNES = ("full", "lora", "dreambooth")  # of `koala finetune`
 
 
-def get(name: str) -> Recipe:
-    """The recipe of that name; `UserError` lists the names."""
-    if name not in NAMES:
-        raise unknown("recipe", name, NAMES)
+def get(name: str, names: Sequence[str] = NAMES) -> Recipe:
+    """The recipe of that name; `UserError` lists the `names`."""
+    if name not in names:
+        raise unknown("recipe", name, names)
     if name in paper.PRESETS:
         return paper.student(name)
-    recipe: Callable[[], Recipe] = getattr(mini, name.replace("-", "_"))
+    module = finetune if name in FINETUNES else mini
+    recipe: Callable[[], Recipe] = getattr(module, name.replace("-", "_"))
     return recipe()
 
 
-def configured(recipe: str | Recipe, settings: Sequence[str] = ()) -> Recipe:
+def configured(
+    recipe: str | Recipe, settings: Sequence[str] = (), names: Sequence[str] = NAMES
+) -> Recipe:
     """The recipe, its settings replaced by those given as "name=value"; UserError as there."""
-    return overridden(get(recipe) if isinstance(recipe, str) else recipe, settings)
+    return overridden(get(recipe, names) if isinstance(recipe, str) else recipe, settings)

@@ -55,7 +55,7 @@ def _settings(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
         value = getattr(node, field.name)
         if is_dataclass(value):
             found += _settings(value, f"{prefix}{field.name}.")
-        else:
+        elif not any(is_dataclass(kind) for kind in get_args(hints[field.name])):
             found.append((prefix + field.name, hints[field.name]))
     return found
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from koala.distillation.settings import PLAIN, DistillationSettings, Hardware, Training
+from koala.lora.training import LoraSettings
 from koala.mini.settings import Autoencoder, Base, Tiny
 
 MINI_PROMPTS = (  # of previews
@@ -65,7 +66,21 @@ class Student:
     prompts: tuple[str, ...] = MINI_PROMPTS  # of previews
 
 
-Recipe = Base | Autoencoder | Teacher | Student | Tiny
+@dataclass(frozen=True)
+class Finetune:
+    """A model's U-Net trained further by L_task: whole, or as a LoRA."""
+
+    training: Training
+    lora: LoraSettings | None  # None: the whole U-Net
+    caption_dropout: float = 0.1
+    min_snr: float | None = None  # as in `koala.distillation.tasks.Denoising`
+    mixture: Mixture = Mixture()
+    hardware: Hardware = PLAIN
+    pixels: int | None = None  # side of the square bucket; other data are rejected
+    prompts: tuple[str, ...] = ()  # of previews; (): captions of the data
+
+
+Recipe = Base | Autoencoder | Teacher | Student | Finetune | Tiny
 ALONE = (Base, Autoencoder, Tiny)  # train in one process, without `Hardware`
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from koala.generation.requests import Request, Settings
     from koala.lora.training import LoraSettings
     from koala.mini.settings import Autoencoder, Base, Tiny
-    from koala.recipes.recipe import Finetune, Mixture, Recipe, Student, Teacher
+    from koala.recipes.recipe import Custom, Finetune, Mixture, Recipe, Student, Teacher
     from koala.recipes.train import distill, finetune
 
 __version__ = "0.2.0"
@@ -47,7 +47,7 @@ _HOME = {
     "generation.requests": ("Request", "Settings"),
     "mini.settings": ("Autoencoder", "Base", "Tiny"),
     "lora.training": ("LoraSettings",),
-    "recipes.recipe": ("Finetune", "Mixture", "Recipe", "Student", "Teacher"),
+    "recipes.recipe": ("Custom", "Finetune", "Mixture", "Recipe", "Student", "Teacher"),
     "recipes.train": ("distill", "finetune"),
 }
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "Base",
     "CompressReport",
     "ConvertReport",
+    "Custom",
     "DistillationSettings",
     "EvaluationReport",
     "Failure",

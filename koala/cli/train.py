@@ -128,7 +128,11 @@ def _with_parts(o: argparse.Namespace, option: str, model: str | None) -> str | 
 
 
 def _distill_arguments(p: Parser) -> None:
-    p.add_argument("recipe", help=", ".join(recipes.NAMES))
+    p.add_argument("name", nargs="?", metavar="recipe", help=", ".join(recipes.NAMES))
+    p.add_argument(
+        "--recipe", type=Path, metavar="FILE",
+        help="in place of a name: a Python file whose recipe() returns one of your own",
+    )  # fmt: skip
     p.add_argument(
         "--teacher", metavar="MODEL",
         help="name, folder, file or Hub id of the model to learn from (default: the recipe's)",
@@ -159,7 +163,7 @@ def _training_arguments(p: Parser, model: str, result: str) -> None:
     p.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="override settings of the recipe, such as training.batch=64 hardware.accumulate=4; "
-        "hardware.* may also change when a run resumes",
+        "hardware.* may also change when a run resumes; `--set help` lists them all",
     )  # fmt: skip
     p.add_argument(
         "--log", nargs="+", action="extend", default=[], metavar="LOGGER",
@@ -185,7 +189,13 @@ def _distill(o: argparse.Namespace) -> None:
     require("koala distill", "train", "pyarrow")
     from koala.recipes.validation import check
 
-    recipe = recipes.configured(o.recipe, o.set)
+    if (o.name is None) == (o.recipe is None):
+        raise UserError("give a recipe: a name, or --recipe FILE for one of your own")
+    own = None if o.recipe is None else recipes.from_file(o.recipe)
+    chosen = o.name if own is None else own.recipe
+    if _explain(o, recipes.configured(chosen)):
+        return
+    recipe = recipes.configured(chosen, o.set)
     if o.dry_run:
         _dry_run(o, recipe, "--teacher", o.teacher)
         return
@@ -195,7 +205,7 @@ def _distill(o: argparse.Namespace) -> None:
     teacher = _with_parts(o, "--teacher", o.teacher)
     from koala.recipes.train import distill  # all is checked: now torch may load
 
-    model = distill(o.recipe, o.data, o.out, teacher, o.device, o.set, o.log, o.student)
+    model = distill(own or o.name, o.data, o.out, teacher, o.device, o.set, o.log, o.student)
     if first_process():
         show(o, {"model": str(model)}, f"finished model: {model}")
         push(o, model)
@@ -206,6 +216,8 @@ def _finetune(o: argparse.Namespace) -> None:
     from koala.recipes.recipe import Finetune
     from koala.recipes.validation import check_finetune
 
+    if _explain(o, recipes.get(o.recipe, recipes.FINETUNES)):
+        return
     recipe = recipes.configured(o.recipe, o.set, recipes.FINETUNES)
     assert isinstance(recipe, Finetune)
     if o.dry_run:
@@ -222,6 +234,16 @@ def _finetune(o: argparse.Namespace) -> None:
         what = "LoRA" if recipe.lora else "model"
         show(o, {what.lower(): str(result)}, f"finished {what}: {result}")
         push(o, result)
+
+
+def _explain(o: argparse.Namespace, recipe: recipes.Recipe) -> bool:
+    """Prints what each setting means, if --set asks for help; whether it did."""
+    if o.set != ["help"]:
+        return False
+    from koala.recipes.meanings import as_json, explained
+
+    show(o, as_json(recipe), explained(recipe))
+    return True
 
 
 def _dry_run(o: argparse.Namespace, recipe: recipes.Recipe, option: str, model: str | None) -> None:
@@ -247,6 +269,23 @@ def _check_run(o: argparse.Namespace, command: str, *also: str) -> None:
     for name in (*also, "data", "out"):
         if getattr(o, name) is None:
             raise UserError(f"koala {command} needs --{name} (only --dry-run goes without)")
+
+
+def _runs_arguments(p: Parser) -> None:
+    p.add_argument("folder", help="the --out of a training, or a folder with several")
+    p.add_argument(
+        "--plot", type=Path, metavar="FILE", help="a PNG with losses and speed of all runs"
+    )
+    p.add_json("the runs")
+
+
+def _runs(o: argparse.Namespace) -> None:
+    from koala.recipes import runs
+
+    found = runs.list_runs(o.folder)
+    if o.plot is not None:
+        runs.plot(o.folder, o.plot)
+    show(o, runs.as_json(found), runs.table(found))
 
 
 PREPARE = Command(
@@ -283,4 +322,11 @@ FINETUNE = Command(
     ),
     _finetune_arguments,
     _finetune,
+)
+RUNS = Command(
+    "runs",
+    "list trainings with their losses, speed and time left; plot them",
+    ("koala runs runs --plot runs.png", "koala runs runs/koala --json"),
+    _runs_arguments,
+    _runs,
 )

@@ -20,12 +20,16 @@ are in `koala.recipes.finetune`.
 Importing this package is cheap; `koala.recipes.train` does the work.
 """
 
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
-from koala.errors import unknown
+from koala.errors import UserError, unknown
 from koala.recipes import finetune, mini, paper
 from koala.recipes.overrides import overridden
-from koala.recipes.recipe import Recipe
+from koala.recipes.recipe import Custom, Recipe, Student
 
 MINI = (
     "mini-base",
@@ -61,3 +65,33 @@ def configured(
 ) -> Recipe:
     """The recipe, its settings replaced by those given as "name=value"; UserError as there."""
     return overridden(get(recipe, names) if isinstance(recipe, str) else recipe, settings)
+
+
+def from_file(file: Path) -> Custom:
+    """The recipe that a Python file's function `recipe` returns; the file is run.
+
+    UserError if there is no such file or function, it fails, or returns something else.
+    """
+    if not file.is_file():
+        raise UserError(f"--recipe {file} does not exist: give a Python file with a recipe()")
+    spec = spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--recipe {file}: it must be a Python file, NAME.py")
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "recipe", None)):
+            raise UserError("it must define recipe(), which returns a Student or a Custom")
+        made = module.recipe()
+    except Exception as error:
+        where = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        line = f", line {where[-1].lineno}" if where else ""
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"--recipe {file}{line}: {kind}{error}") from error
+    made = Custom(made) if isinstance(made, Student) else made
+    if not (isinstance(made, Custom) and isinstance(made.recipe, Student)):
+        raise UserError(
+            f"--recipe {file}: recipe() returned {type(made).__name__}; it must be a Student, or a "
+            "Custom with one"
+        )
+    return replace(made, file=file)

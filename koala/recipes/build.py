@@ -51,14 +51,16 @@ def task_of(
     device: torch.device,
     encode: Encode | None,
     latents: LatentSet,
+    kind: type[Distillation] = Distillation,
 ) -> Denoising:
     """The recipe's task.
 
     source: the folder of the teacher, or of the model that is fine-tuned. start: that of the
-    student before distillation. encode: the VAE, if the data hold images.
+    student before distillation. encode: the VAE, if the data hold images. kind: of task, for a
+    student.
     """
     if isinstance(recipe, Student):
-        return _distilling(recipe, source, start, conditioner, device, encode)
+        return _distilling(recipe, source, start, conditioner, device, encode, kind)
     if isinstance(recipe, Teacher):
         return _teaching(recipe, source, conditioner, device, encode)
     return _finetuning(recipe, source, conditioner, device, encode, latents)
@@ -116,9 +118,10 @@ def _distilling(
     conditioner: TextConditioner,
     device: torch.device,
     encode: Encode | None,
+    kind: type[Distillation],
 ) -> Distillation:
     """Distils a copy of `start`, the student before distillation."""
-    return Distillation(
+    return kind(
         load_unet(start).to(device),
         load_unet(teacher),  # the task casts it and moves it to the device
         conditioner,

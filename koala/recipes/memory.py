@@ -77,14 +77,19 @@ def device_memory(setup: TrainingSetup) -> dict[str, int]:
     shares = setup.world if setup.hardware.sharding == "fsdp" else 1
     numbers = [p.numel() for p in trained_parameters(student).values()]
     frozen = sum(p.nbytes for p in student.parameters() if not p.requires_grad)
-    gathered = _gathered(student, AHEAD) if shares > 1 else 0
+    in_bf16 = setup.on_gpu or setup.hardware.cpu_bf16
+    width = 2 if in_bf16 else 4
+    gathered = width * _gathered(student, AHEAD) if shares > 1 else 0
     lengths = 0 if setup.hardware.ema_on_cpu else len(setup.training.half_lives)
     kept_gradients = setup.world > 1 or setup.hardware.accumulate > 1
     step = _step(setup, student, kept_gradients)
     gradients = 4 * sum(numbers) if kept_gradients else step.pop("gradients")
+    whole = gradients if setup.hardware.reduce_last else gathered  # beside the shares
+    if shares > 1 and in_bf16:
+        step["copies"] = 0  # what is gathered is in bf16 already
     parts = {
         "weights": 4 * sum(numbers) // shares + gathered,
-        "gradients": gradients // shares + gathered,
+        "gradients": gradients // shares + whole,
         "optimiser": optimiser_bytes(numbers, setup.training.optimizer) // shares,
         "averages": 4 * lengths * sum(numbers) // shares,
         "teacher": _teacher_bytes(setup),
@@ -138,10 +143,10 @@ def blank_student(setup: TrainingSetup) -> UNet2DConditionModel:
 
 
 def _gathered(unet: nn.Module, regions_at_once: int) -> int:
-    """Bytes of fp32 parameters gathered at once; those outside the regions always are."""
+    """Parameters gathered at once; those outside the regions always are."""
     inside = [sum(p.numel() for p in region.block.parameters()) for region in regions(unet)]
     every = sum(p.numel() for p in unet.parameters())
-    return 4 * (every - sum(inside) + regions_at_once * max(inside))
+    return every - sum(inside) + regions_at_once * max(inside)
 
 
 def _teacher_bytes(setup: TrainingSetup) -> int:
@@ -152,7 +157,7 @@ def _teacher_bytes(setup: TrainingSetup) -> int:
     if setup.hardware.teacher == "whole":
         return whole
     sharded = setup.hardware.teacher == "sharded"
-    held = _gathered(blank_unet(setup.teacher), AHEAD if sharded else 1) * width // 4
+    held = width * _gathered(blank_unet(setup.teacher), AHEAD if sharded else 1)
     return held + (whole // setup.world if sharded else 0)
 
 

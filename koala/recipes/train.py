@@ -6,6 +6,7 @@ A run writes its finished pipeline folder to `<out>/model`; the same call resume
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 
@@ -18,9 +19,9 @@ from koala.data.encoding import Moments
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of
 from koala.distillation import checkpoint
-from koala.distillation.loop import train
+from koala.distillation.loop import Data, train
 from koala.distillation.parallel import World, joined, lay_out
-from koala.distillation.tasks import Denoising
+from koala.distillation.tasks import Denoising, Distillation
 from koala.errors import UserError
 from koala.lora.names import base_of
 from koala.lora.training import write_lora
@@ -28,14 +29,14 @@ from koala.mini.runs import run_autoencoder, run_base, run_tiny
 from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes import FINETUNES, configured
 from koala.recipes.build import UNet, conditioner_of, task_of, validation_of
-from koala.recipes.recipe import ALONE, Finetune, Recipe, Student, Teacher
+from koala.recipes.recipe import ALONE, Custom, Finetune, Recipe, Student, Teacher
 from koala.recipes.validation import check, check_finetune, teacher_of
 
 UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run is resumed
 
 
 def distill(
-    recipe: str | Recipe,
+    recipe: str | Recipe | Custom,
     data: str | Path,
     out: str | Path,
     teacher: str | None = None,
@@ -46,8 +47,8 @@ def distill(
 ) -> Path:
     """Runs a recipe to its end and returns the folder of the finished pipeline, `out`/model.
 
-    recipe: a name in `koala.recipes` or a configuration. data: a folder made by `koala prepare`, or
-    for U-Nets the URL of one.
+    recipe: a name in `koala.recipes` or a configuration; `Custom` has parts of one's own. data: a
+    folder made by `koala prepare`, or for U-Nets the URL of one.
     teacher: the model to learn from (for `Teacher`, the one that provides VAE and text encoders);
     the paper's recipes have a default.
     device: by default the GPU if there is one, else the CPU; under torchrun each process gets its
@@ -58,6 +59,7 @@ def distill(
     """
     name = recipe if isinstance(recipe, str) else "custom"
     out = Path(out)
+    own, recipe = (recipe, recipe.recipe) if isinstance(recipe, Custom) else (None, recipe)
     with joined(device) as world:
         with world.together():
             recipe = configured(recipe, settings)
@@ -75,7 +77,7 @@ def distill(
             return run_tiny(recipe, data, out, teacher, str(world.device), loggers)
         else:
             assert teacher is not None
-            models = _run(recipe, data, out, teacher, student, world, loggers)
+            models = _run(recipe, data, out, teacher, student, world, loggers, own)
         with world.together():
             for model in models if world.first else ():
                 _card(name, recipe, data, out, teacher, student).write(model)
@@ -125,6 +127,7 @@ def _run(
     student: str | None,
     world: World,
     loggers: Sequence[str],
+    own: Custom | None = None,
 ) -> list[Path]:
     """Trains a U-Net and exports it with each average, the main one first."""
     training = recipe.training
@@ -146,25 +149,45 @@ def _run(
                 adopt(student, teacher, recipe.cut, start, rule)
     conditioner = conditioner_of(source, world.device, latents)
     encode = Moments(source, world.device) if latents.images else None
-    task = task_of(recipe, source, start, conditioner, world.device, encode, latents)
-    layout = lay_out(task, recipe.hardware, world)
+    kind = own.task if own and own.task else Distillation
+    task = task_of(recipe, source, start, conditioner, world.device, encode, latents, kind)
+    layout = lay_out(task, recipe.hardware, world, latents.buckets)
     claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
     begun_from = teacher if isinstance(recipe, Finetune) else student
-    note = {"recipe": claimed} | ({"student": model_card.name_of(begun_from)} if begun_from else {})
+    note: dict[str, Any] = {"recipe": claimed}
+    note |= {"student": model_card.name_of(begun_from)} if begun_from else {}
+    note |= {"custom": own.described()} if own and own.described() else {}
     try:
         train(
-            task, latents, training, out, note, layout=layout, validation=validation,
+            task,
+            _stream(own, recipe, data, source) or latents,
+            training,
+            out,
+            note,
+            layout=layout,
+            validation=validation,
             loggers=loggers,
             flops=_flops(task, latents, recipe) if world.device.type == "cuda" else None,
-        )  # fmt: skip
+            optimizer=own.optimizer if own else None,
+        )
     finally:
         latents.close()
-    kind = "lora" if isinstance(recipe, Finetune) and recipe.lora else "model"
-    results = [out / kind, *(out / f"{kind}-ema-{length}" for length in training.ema_others)]
+    result = "lora" if isinstance(recipe, Finetune) and recipe.lora else "model"
+    results = [out / result, *(out / f"{result}-ema-{length}" for length in training.ema_others)]
     with world.together():
         for length, path in zip(training.half_lives, results, strict=True) if world.first else ():
             _export(recipe, task, out, length, path)
     return results
+
+
+def _stream(own: Custom | None, recipe: UNet, data: str | Path, source: Path) -> Data | None:
+    """The user's own stream of batches; None: there is none."""
+    if own is None or own.data is None:
+        return None
+    assert isinstance(recipe, Student)
+    if recipe.training.validate_every:
+        raise UserError("data of one's own are not validated: set training.validate_every=0")
+    return own.data(str(data), source, recipe)
 
 
 def _export(recipe: UNet, task: Denoising, run: Path, half_life: int, path: Path) -> None:

@@ -25,7 +25,7 @@ GROUPS = {
         models.EXPORT,
         models.ARCHITECTURES,
     ),
-    "training": (train.PREPARE, train.DISTILL),
+    "training": (train.PREPARE, train.DISTILL, train.FINETUNE, train.RUNS),
     "measuring": (measure.EVALUATE, measure.BENCHMARK),
 }
 COMMANDS: dict[str, Command] = {

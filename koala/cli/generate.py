@@ -141,7 +141,7 @@ def _run(o: argparse.Namespace) -> None:
         _list_words(o)
         return
     if not o.prompt:
-        raise UserError("no prompt: say what to draw, koala generate 'a red fox, noto style'")
+        raise UserError("no prompt: say what to draw, koala generate 'an owl, noto style'")
     from koala.generation import validation
     from koala.generation.png import check_writable
     from koala.generation.prompt_loras import shared_loras
@@ -205,10 +205,10 @@ GENERATE = Command(
     "generate",
     "draw images from prompts",
     (
-        'koala generate "a red fox, noto style" --out fox.png',
+        'koala generate "a fox, noto style" --out fox.png',
         'koala generate "a fox, noto style" "an owl, noto style" -n 4 --seed 7 --out drawn',
         'koala generate "a fox, noto style" --steps 20 --scheduler dpm++2m --negative-prompt blue',
-        'koala generate "a blue fish, noto style" --image fox.png --strength 0.6 --out fish.png',
+        'koala generate "an owl, noto style" --image fox.png --strength 0.8 --out owl.png',
     ),
     _arguments,
     _run,

@@ -41,7 +41,7 @@ def prompts(prompt: str | list[str]) -> list[str]:
     """The prompts as a list. UserError if there is none, or one is empty."""
     found = [prompt] if isinstance(prompt, str) else list(prompt)
     if not found:
-        raise UserError("no prompt: give at least one, such as 'a red fox, noto style'")
+        raise UserError("no prompt: give at least one, such as 'a fox, noto style'")
     for one in found:
         _text(one, "prompt")
         if not one.strip():

@@ -65,7 +65,7 @@ def test_the_examples_work_in_their_order(desk, capsys):
                 del given[given.index("--size") : given.index("--size") + 2]
             given += SMALLER.get(name, [])
         assert main([name, *given]) == 0, (example, capsys.readouterr().err)
-    for made in ("fox.png", "fish.png", "runs/student", "student.safetensors", "runs/smaller",
+    for made in ("fox.png", "owl.png", "runs/student", "student.safetensors", "runs/smaller",
                  "student-style.safetensors", "data/index.arrow", "runs/koala/model",
                  "runs/turbo/model", "benchmark-mini/benchmark.json"):  # fmt: skip
         assert (desk / made).exists(), made

@@ -310,4 +310,7 @@ def test_the_figures_of_docs_speed_are_those_of_the_records():
     ]
     assert [[cell.strip() for cell in row] for row in rows] == expected
     assert f"took {stock['peak_gb']:.1f} GB" in page
+    starts = json.loads((ROOT / "benchmarks" / "start.json").read_text())["ways"]
+    for way in starts.values():
+        assert f"{way['seconds']:.1f} s and {way['peak MB'] / 1000:.2f} GB" in page
     assert (ROOT / "benchmarks" / "fidelity" / "fidelity.md").read_text() in page

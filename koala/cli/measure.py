@@ -89,8 +89,8 @@ def _evaluate(o: argparse.Namespace) -> None:
         raise UserError("--page is of two models: koala evaluate --compare A B --page")
     asked = plan(
         o.model or o.compare, o.out, o.prompts, o.pictures, metrics=o.metrics, count=o.count,
-        seeds=o.seeds, steps=o.steps, guidance=o.guidance, size=o.size, weights=o.weights, judge=o.judge,
-        device=o.device, measured=bool(o.model or o.metrics),
+        seeds=o.seeds, steps=o.steps, guidance=o.guidance, size=o.size, weights=o.weights,
+        judge=o.judge, device=o.device, measured=bool(o.model or o.metrics),
     )  # fmt: skip
     cards = folders_with_cards(asked.rows) if o.card else {}
     from koala.evaluation.report import run  # all is checked: now torch may load

@@ -30,9 +30,7 @@ def test_every_arm_is_a_training_of_its_own():
     assert named == set(ablations.ARMS), "every arm is there for a line of the paper"
 
 
-def test_arms_are_trained_scored_and_judged_and_a_second_run_does_nothing(
-    base_parts, tmp_path, packages, monkeypatch
-):
+def test_arms_are_trained_scored_and_judged(base_parts, tmp_path, packages, monkeypatch):
     monkeypatch.setattr("koala.recipes.train.MINI_PROMPTS", ("a fox",))
     data, base = base_parts
     first = replace(recipes.get("sdxl-mini-64"), training=TINY)
@@ -40,7 +38,7 @@ def test_arms_are_trained_scored_and_judged_and_a_second_run_does_nothing(
     given = [
         "--teacher", str(teacher), "--data", str(data), "--out", str(tmp_path / "out"),
         "--only", "SA", "task", "--seeds", "0", "1", "--samples", "8", "--set", *TOY,
-        "--count", "2", "--metrics", METRIC, "--metric", METRIC,
+        "--count", "3", "--metrics", METRIC, "--metric", METRIC,
     ]  # fmt: skip
     ablations.main(given)
     out = tmp_path / "out"
@@ -53,12 +51,6 @@ def test_arms_are_trained_scored_and_judged_and_a_second_run_does_nothing(
     trainings = [row["trainings"] for row in report["rows"] if row["name"] in ("SA", "task")]
     assert trainings == [2, 2]
     assert "distillation beats the task alone | SA | task" in (out / "ablations.md").read_text()
-    kept = [*out.rglob("*.png"), *(out / "report" / "scores").rglob("*"), *out.rglob("stats.jsonl")]
-    kept.remove(out / "report" / "sheet.png")
-    made = {path: path.stat().st_mtime_ns for path in kept}
-    assert len(made) > 4 * 2
-    ablations.main(given)
-    assert {path: path.stat().st_mtime_ns for path in kept} == made
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from koala.utils.device import check_device
 from koala.utils.extras import require
 
 ILLUSTRATION_SEEDS = (0, 1, 2)
+FEWEST = 3  # prompts: a distance without one of them still has a covariance
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def plan(
     """
     rows = rows_of(models)
     chosen = infos(metrics)
-    if count is not None and count < 2:
-        raise UserError(f"count {count}: an evaluation needs at least 2 prompts")
+    if count is not None and count < FEWEST:
+        raise UserError(f"count {count}: an evaluation needs at least {FEWEST} prompts")
     if seeds is not None:
         check_seeds(seeds)
     by_row_steps = per_row("steps", steps, rows, int)
@@ -174,8 +175,10 @@ def _part(
     seeds: Sequence[int] | None,
     judge: str | Path | None,
 ) -> Part:
-    if len(prompts.prompts) < 2:
-        raise UserError(f"{prompts.name} has one prompt: an evaluation needs at least 2")
+    if len(prompts.prompts) < FEWEST:
+        raise UserError(
+            f"{prompts.name} has {len(prompts.prompts)} prompts: an evaluation needs {FEWEST} or more"
+        )
     if folder is not None and not folder.is_dir():
         raise UserError(f"--pictures {folder}: there is no such folder")
     if folder is not None and is_prepared(folder):

@@ -312,7 +312,7 @@ def test_too_little_to_train_a_judge_on_is_told(tmp_path):
     ("wrong", "says"),
     [
         ({"count": 13}, "13 prompts requested, but"),
-        ({"count": 1}, "at least 2"),
+        ({"count": 2}, "at least 3"),
         ({"seeds": ()}, "seeds"),
         ({"seeds": (1, 1)}, "seeds"),
         ({"models": {}}, "at least one"),

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koala.checkpoints.validate import read_small
 from koala.errors import UserError
 from koala.utils.atomic import write_text
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 FILE = "README.md"
+_FRONT_MATTER = 200_000  # characters, the most that is read
 RUN_FOLDERS = ("model", "start")  # of a run: the result, and the student before distillation
 _HUB_LICENCES = (  # the Hub's identifiers
     "openrail++", "openrail", "creativeml-openrail-m", "apache-2.0", "mit", "cc0-1.0",
@@ -170,11 +172,10 @@ def read(folder: Path) -> ModelCard:
     title, file = name_of(folder), folder / FILE
     if not file.is_file():
         return ModelCard(title)
-    from huggingface_hub import metadata_load
     from yaml import YAMLError
 
     try:
-        data = metadata_load(file) or {}
+        data = _front_matter(read_small(file))
         found = data.get("koala", {})
         base = data.get("base_model")
         return ModelCard(
@@ -184,11 +185,35 @@ def read(folder: Path) -> ModelCard:
             ours="koala" in data,
             **{k: kind(**found[k]) for k, kind in _FACTS.items() if k in found},
         )
-    except (OSError, ValueError, TypeError, AttributeError, YAMLError) as error:
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError, YAMLError) as error:
         raise UserError(
-            f"{file}: its front matter cannot be read ({error}); fix it, or remove the file if "
-            "its licence need not be carried over"
+            f"{file}: its front matter cannot be read ({str(error)[:300]}); fix it, or remove the "
+            "file if its licence need not be carried over"
         ) from error
+
+
+def _front_matter(content: bytes) -> dict[str, Any]:
+    """What is between the first two lines of dashes. Raises `ValueError` or `YAMLError`.
+
+    A few lines of YAML can stand for billions of values by references to themselves: none are
+    allowed.
+    """
+    import yaml
+
+    found = re.match(r"\s*---\s*\n(.*?)\n---\s*(?:\n|$)", content.decode("utf-8"), re.DOTALL)
+    if found is None:
+        return {}
+    text = found[1]
+    if len(text) > _FRONT_MATTER:
+        raise ValueError(f"it has {len(text):,} characters, allowed are {_FRONT_MATTER:,}")
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        raise ValueError("it refers to parts of itself")
+    data = yaml.safe_load(text)
+    if not isinstance(data, dict):
+        raise ValueError("it is no mapping of names to values")
+    return data
 
 
 def _licence_in(data: Mapping[str, Any]) -> Licence:

@@ -17,7 +17,7 @@ from koala.generation import validation
 from koala.generation.decode import full
 from koala.generation.denoise import Condition, Predict, evaluate
 from koala.generation.engine import PIXELS_AT_ONCE
-from koala.generation.export import keep_form
+from koala.generation.form_writing import keep_form
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.placement import Placement
 from koala.generation.memory.plan import Planner, beside_model

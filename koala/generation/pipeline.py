@@ -1,6 +1,6 @@
 """A model that PyTorch holds, with its LoRAs.
 
-`koala.load("koala-mini")("a red fox, noto style", number=4, seed=7)` draws four.
+`koala.load("koala-mini")("a fox, noto style", number=4, seed=7)` draws four.
 """
 
 from collections.abc import Callable

@@ -61,6 +61,7 @@ class Settings:
     image: str = ""  # fingerprint of the image that it starts from, if any
     mask: str = ""  # fingerprint of the mask, if any
     mask_blur: int = 0  # pixels over which the repainted part blends into the image
+    mask_fill: str = "original"  # what the repainted part starts from
     embeddings: tuple[str, ...] = ()  # textual inversions that the prompts name
     enlarged: str = ""  # WIDTHxHEIGHT that the image was resized to once drawn, if it was
 
@@ -138,10 +139,10 @@ class Checked:
 def example(model: str, architecture: UNetArchitecture, meant: Sampling) -> Settings:
     """The settings of one image, drawn as a model is meant to be."""
     side = architecture.sample * FACTOR
-    sampler = samplers.get(meant.scheduler)
+    sampler, spacing = samplers.get(meant.scheduler)
     return Settings(
         "a red fox", "", meant.steps, meant.guidance, 0, side, side, model, koala.__version__,
-        sampler=sampler.name, schedule=sampler.spacing,
+        sampler=sampler.name, schedule=spacing,
     )  # fmt: skip
 
 
@@ -162,6 +163,7 @@ class Asked:
     strength: float | None = None
     mask: str | Path | Image.Image | None = None
     mask_blur: int | None = None
+    mask_fill: str | None = None
     lora: Mapping[str | Path, float] | None = None
     lora_dir: Path | None = None
     embedding: Sequence[str | Path] = ()
@@ -214,6 +216,8 @@ class _Sampled:
     rescale: float
     strength: float
     sampler: type[samplers.Sampler]
+    spacing: str  # of the noise levels
+    mask_fill: str
 
     @classmethod
     def of(cls, texts: Sequence[str], asked: Asked, meant: Sampling | None) -> _Sampled:
@@ -225,14 +229,17 @@ class _Sampled:
         validation.negative_prompt(asked.negative_prompt, guidance)
         until = validation.guidance_until(asked.guidance_until, guidance)
         rescale = validation.guidance_rescale(asked.guidance_rescale, guidance)
-        sampler = samplers.get(own.scheduler if asked.scheduler is None else asked.scheduler)
-        share = validation.strength(asked.strength, asked.image is not None, asked.mask is not None)
+        named = own.scheduler if asked.scheduler is None else asked.scheduler
+        sampler, spacing = samplers.get(named)
+        masked = asked.mask is not None
+        share = validation.strength(asked.strength, asked.image is not None, masked)
+        fill = validation.mask_fill(asked.mask_fill, masked, share)
         known = meant is not None or asked.steps is not None
         done = validation.steps_done(steps, share) if known else steps
         for text in (*texts, asked.negative_prompt):
             for variant in set(by_step(text, done)):
                 parse(variant)  # refuses weights out of their range
-        return cls(steps, float(guidance), until, rescale, share, sampler)
+        return cls(steps, float(guidance), until, rescale, share, sampler, spacing, fill)
 
 
 def check_values(prompt: str | list[str], **asked: Any) -> None:
@@ -253,7 +260,7 @@ def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) ->
         inputs = _without_model(prompt, values)
         known = Known.of(model)
     sampled = _Sampled.of(inputs.prompts, values, known.sampling)
-    validation.schedule(known.scheduler_config, sampled.sampler.spacing, sampled.steps)
+    validation.schedule(known.scheduler_config, sampled.spacing, sampled.steps)
     names = _check_loras(known, inputs)
     width, height = inputs.size or (known.native, known.native)
     area = None
@@ -271,13 +278,14 @@ def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) ->
         model=known.name,
         version=koala.__version__,
         sampler=sampled.sampler.name,
-        schedule=sampled.sampler.spacing,
+        schedule=sampled.spacing,
         guidance_until=sampled.until,
         guidance_rescale=sampled.rescale,
         strength=sampled.strength,
         image="" if inputs.image is None else fingerprint(inputs.image),
         mask="" if inputs.mask is None else fingerprint(inputs.mask),
         mask_blur=inputs.mask_blur,
+        mask_fill=sampled.mask_fill,
         embeddings=tuple(path.stem for path in inputs.embeddings),
     )
     # The prompt of each image.

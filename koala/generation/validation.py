@@ -32,6 +32,7 @@ MOST_LORA_SCALE = 100
 LONGEST_TEXT = 10_000  # characters
 MASK_BLUR = 4  # default, pixels
 MOST_MASK_BLUR = 64
+MASK_FILLS = ("original", "surroundings", "noise", "nothing")
 STRENGTH = 0.6  # default for an image without a strength
 LCM_LEVELS = 50  # noise levels of latent consistency models (arXiv 2310.04378)
 
@@ -40,7 +41,7 @@ def prompts(prompt: str | list[str]) -> list[str]:
     """The prompts as a list. UserError if there is none, or one is empty."""
     found = [prompt] if isinstance(prompt, str) else list(prompt)
     if not found:
-        raise UserError("no prompt: give at least one, such as 'a red fox, noto style'")
+        raise UserError("no prompt: give at least one, such as 'a fox, noto style'")
     for one in found:
         _text(one, "prompt")
         if not one.strip():
@@ -123,6 +124,21 @@ def mask_blur(asked: int | None, mask: bool) -> int:
     return asked
 
 
+def mask_fill(asked: str | None, mask: bool, strength: float) -> str:
+    """What a repainted part starts from: one of `MASK_FILLS`. UserError.
+
+    It has no effect without a mask, and at strength 1, where it starts from noise alone.
+    """
+    if asked is None or asked == MASK_FILLS[0]:
+        return MASK_FILLS[0]
+    if asked not in MASK_FILLS:
+        raise unknown("mask fill", asked, MASK_FILLS)
+    if not mask or strength == 1:
+        without = "without a mask: give one" if not mask else "at strength 1: set it below"
+        raise UserError(f"mask fill {asked!r} has no effect {without}, or leave it out")
+    return asked
+
+
 def size(asked: tuple[int, int] | str, factor: int = FACTOR) -> tuple[int, int]:
     """(width, height) in pixels, each a multiple of `factor`: the VAE's, or 1 for any.
 
@@ -185,8 +201,8 @@ def guidance_rescale(asked: float, guidance: float) -> float:
 def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
     """The number of noise levels of a scheduler config.
 
-    spacing: a sampler's, "trailing" or "lcm". UserError for a schedule that is not SDXL's kind
-    (`koala.checkpoints.prediction`), or for more steps than it has noise levels.
+    spacing: a key of `koala.generation.schedule.SPACINGS`. UserError for a schedule that is not
+    SDXL's kind (`koala.checkpoints.prediction`), or for more steps than it has noise levels.
     """
     of_config(config)
     levels: int = config["num_train_timesteps"]

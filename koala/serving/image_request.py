@@ -25,6 +25,7 @@ class ImageRequest:
     image: bytes | None = None  # an upload: PNG, JPEG or WebP
     mask: bytes | None = None  # an upload of the same size: light or transparent is repainted
     mask_blur: int | None = None  # pixels
+    mask_fill: str | None = None  # one of `validation.MASK_FILLS`
     strength: float | None = None
     loras: tuple[tuple[str, float], ...] = ()  # (name in the LoRA folder, scale)
     fit: bool | None = None  # draw at the native area and resize; None: as the server does

@@ -13,7 +13,7 @@ from koala.generation import load
 from koala.generation.memory.meta_models import DTYPES
 from koala.generation.memory.quantise import LARGEST
 from koala.generation.requests import Known, check_values, checked
-from koala.generation.samplers import SAMPLERS
+from koala.generation.samplers import LABELS, SAMPLERS
 from koala.generation.schedule import SPACINGS
 from koala.generation.validation import WEIGHTS, runtime
 
@@ -102,7 +102,8 @@ def test_a_model_warns_when_it_draws_what_it_was_not_made_for(pipeline):
 
 def test_the_names_that_are_listed_are_those_that_there_are():
     assert (*DTYPES, *LARGEST) == WEIGHTS
-    assert {sampler.spacing for sampler in SAMPLERS.values()} == {*SPACINGS}
+    assert {name for sampler in SAMPLERS.values() for name in sampler.spacings} == {*SPACINGS}
+    assert {*LABELS} == {*SPACINGS}
 
 
 def test_a_plan_is_asked_for_by_any_of_its_settings():

@@ -17,7 +17,7 @@ from koala.data.illustrations import art, scenes
 from koala.generation import Settings, read_settings
 from koala.generation.png import parameters
 from koala.generation.requests import Known
-from koala.generation.samplers import SAMPLERS
+from koala.generation.samplers import SAMPLERS, get
 from koala.serving import errors
 from koala.serving.api import page as served
 from toy_browser import (
@@ -72,10 +72,13 @@ def test_the_files_are_sent_with_the_policy_and_only_when_changed():
     app.include_router(served.router(Known("toy", 64, {}, None), True, 1024))
     client = TestClient(app)
     about = client.get("/page/about.json").json()
-    schedulers = {key: sampler.name for key, sampler in SAMPLERS.items()}
+    schedulers = about.pop("schedulers")
+    assert {*SAMPLERS} <= {*schedulers} and schedulers["euler-karras"] == "Euler Karras"
+    for key, name in schedulers.items():
+        assert get(key) == get(name)
     usual = {"steps": 10, "guidance": 3.5, "scheduler": "euler", "few": False}
     sizes = {"size": 64, "far": 1.5, "fit": True, "pixels": 1024}
-    assert about == {"model": "toy", "sampling": usual, "schedulers": schedulers} | sizes
+    assert about == {"model": "toy", "sampling": usual} | sizes
     for path in ("/", "/page/page.js"):
         answer = client.get(path)
         policy = answer.headers["content-security-policy"]

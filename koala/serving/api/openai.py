@@ -97,13 +97,14 @@ async def edits(request: Request) -> Response:
     fields, files = await _form(request)
     body = EditRequest.model_validate(fields, strict=False)
     spec = replace(
-        _spec(request, body), image=_image(files), strength=body.strength, mask_blur=body.mask_blur
-    )
+        _spec(request, body), image=_image(files), strength=body.strength,
+        mask_blur=body.mask_blur, mask_fill=body.mask_fill,
+    )  # fmt: skip
     if "mask" in files:
         most = service.limits.upload_pixels
         decoder: Decoder = request.app.state.decoder
         mask = await decoder.run(uploads.mask_of_transparency, files["mask"], most)
-        spec = replace(spec, mask=mask, strength=body.strength or 1.0)
+        spec = replace(spec, mask=mask, strength=1.0 if body.strength is None else body.strength)
     return await _respond(request, body, spec, "image_edit")
 
 

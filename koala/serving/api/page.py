@@ -73,7 +73,7 @@ def router(model: Known, fit: bool, pixels: int) -> APIRouter:
         "fit": fit,
         "pixels": pixels,
         "sampling": {**asdict(model.sampling), "few": model.sampling.few_steps},
-        "schedulers": {key: sampler.name for key, sampler in samplers.SAMPLERS.items()},
+        "schedulers": _schedulers(),
     }
     known = files() | {"about.json": _file(json.dumps(about).encode(), ".json")}
     routes = APIRouter(include_in_schema=False)
@@ -93,6 +93,16 @@ def router(model: Known, fit: bool, pixels: int) -> APIRouter:
         return _respond(known[name], request)
 
     return routes
+
+
+def _schedulers() -> dict[str, str]:
+    """The samplers with their own steps, and with Karras'; other steps come with an image."""
+    found = {}
+    for key, sampler in samplers.SAMPLERS.items():
+        found[key] = sampler.name
+        if "karras" in sampler.spacings:
+            found[f"{key}-karras"] = f"{sampler.name} {samplers.LABELS['karras']}"
+    return found
 
 
 def _file(content: bytes, ending: str) -> PageFile:

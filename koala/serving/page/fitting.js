@@ -17,7 +17,7 @@ const MOST_SEED = Number.MAX_SAFE_INTEGER;
 export function fitted(found, about) {
   const { source, model, others = [] } = found;
   const foreign = Boolean(source) && (source !== "koala" || model !== about.model);
-  const settings = { ...found, scheduler: schedulerOf(found.sampler, about) };
+  const settings = { ...found, scheduler: schedulerOf(found, about) };
   const left = [...others];
   const notes = [];
   if (found.seed > MOST_SEED) {
@@ -57,13 +57,11 @@ export function fitted(found, about) {
   return [settings, notes];
 }
 
-/** Our name of a sampler as other programs call it; undefined if it is not here. */
-function schedulerOf(sampler, about) {
+/** Our name of a sampler, with its steps; undefined if it is not here. */
+function schedulerOf({ sampler, schedule }, about) {
   if (!sampler) return undefined;
-  const plain = (name) => name.toLowerCase()
-    .replace(/\b(karras|exponential|simple|normal|sgm_uniform|trailing|beta)\b/g, "")
-    .replace(/pp/g, "++").replace(/ancestral/g, "a").replace(/[^a-z0-9+]/g, "");
-  const wanted = plain(sampler).replace(/^k_?/, "");
+  const own = !schedule || schedule === "trailing" || schedule === "lcm";
   const entries = Object.entries(about.schedulers);
-  return entries.find(([id, name]) => [plain(id), plain(name)].includes(wanted))?.[0];
+  const id = entries.find(([, name]) => name.toLowerCase() === sampler.toLowerCase())?.[0];
+  return id && (own ? id : `${id}-${schedule}`);
 }

@@ -78,6 +78,10 @@ function setValues(next) {
     const [width, height] = next.size.split("x");
     next = { ...next, size: "own", width, height };
   }
+  if (next.scheduler && !(next.scheduler in about.schedulers)) {
+    about.schedulers[next.scheduler] = next.scheduler; // steps that are not in the list
+    $("scheduler").append(new Option(next.scheduler, next.scheduler));
+  }
   for (const [name, value] of Object.entries(next)) {
     if (NAMES.includes(name)) $(name).value = value ?? "";
   }

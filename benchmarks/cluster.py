@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,10 +36,10 @@ from koala.checkpoints.convert import convert
 from koala.utils.device import hardware
 
 BOUND = 1e-5  # of a loss, relative
-PIXELS = 256
-SIZES = ((256, 256), (192, 320), (320, 192), (128, 512), (512, 128))  # width, height: a bucket each
+PIXELS = 512  # the least with several buckets
+SIZES = ((512, 512), (448, 576), (576, 448), (384, 640), (640, 384))  # width, height: a bucket each
 IMAGES = 16  # of each size
-BATCH, STEPS = 16, 8
+BATCH, STEPS = 16, 6
 TERMS = ("task", "out", "feat", "loss", "grad_norm")
 SHARDINGS = ("ddp", "fsdp")
 # What every run is given; the rate is low, so that AdamW's division by small gradients, which makes
@@ -56,7 +57,8 @@ def desk(folder: Path) -> tuple[Path, Path]:
     model = shutil.copytree(BUNDLED / "koala-mini", folder / "model")
     shutil.rmtree(model / "unet")
     torch.manual_seed(0)
-    UNet2DConditionModel(**unet_config(get("sdxl-mini"))).save_pretrained(model / "unet")
+    narrow = replace(get("sdxl-mini"), widths=(32, 32, 32), heads=(1, 1, 1))
+    UNet2DConditionModel(**unet_config(narrow)).save_pretrained(model / "unet")
     convert(model, "single-file", folder / "teacher.safetensors")
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()

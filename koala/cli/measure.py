@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from koala.benchmark.cases import ROUNDS
 from koala.checkpoints.tensors import DTYPES
 from koala.cli.command import Command, Parser, listed, number, say, show, whole
 from koala.errors import UserError
@@ -118,28 +119,32 @@ def _benchmark_arguments(p: Parser) -> None:
         help="new folder (default benchmark)",
     )  # fmt: skip
     p.add_argument(
-        "--runs", type=whole, default=5, metavar="N", help="images timed per model (default 5)"
-    )
+        "--rounds", type=whole, default=ROUNDS, metavar="N",
+        help=f"at most so many images of each way to draw (default {ROUNDS}); fewer where the "
+        "intervals are narrow earlier",
+    )  # fmt: skip
     p.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     p.add_argument("--dtype", help=f"{listed(DTYPES)} (default: fp32 on a CPU, fp16 elsewhere)")
     p.add_argument("--backend", help=f"of koala, on a CPU: {listed(BACKENDS)}")
     p.add_argument("--compile", action="store_true", help="compile koala's side")
     p.add_argument("--graphs", action="store_true", help="replay koala's steps from CUDA graphs")
     p.add_argument(
-        "--seconds", type=number, metavar="S", help="start no further model after this long"
-    )
+        "--threads", type=whole, nargs="+", default=[], metavar="N",
+        help="on a CPU: numbers of threads (default: 1, and as many as there are cores)",
+    )  # fmt: skip
+    p.add_argument("--seconds", type=number, metavar="S", help="stop after this long")
     p.add_json("the report")
 
 
 def _benchmark(o: argparse.Namespace) -> None:
     from koala.benchmark.cases import check
 
-    check(o.model, o.out, o.device, o.dtype, o.runs, o.backend, o.compile, o.graphs)
+    check(o.model, o.out, o.device, o.dtype, o.rounds, o.backend, o.compile, o.graphs, o.threads)
     from koala.benchmark.run import benchmark  # all is checked: now torch may load
 
     report = benchmark(
-        o.model, o.out, o.device, o.dtype, o.runs, o.backend, o.compile, o.graphs, o.seconds,
-        lambda row: print(row.line(), file=sys.stderr),
+        o.model, o.out, o.device, o.dtype, o.rounds, o.backend, o.compile, o.graphs, o.seconds,
+        o.threads, lambda row: print(row.line(), file=sys.stderr),
     )  # fmt: skip
     show(o, report.as_dict(), report.table())
 

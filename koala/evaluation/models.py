@@ -163,4 +163,4 @@ def check_seeds(seeds: Sequence[int]) -> None:
 def check_sampling(steps: Mapping[str, int], guidance: Mapping[str, float]) -> None:
     """UserError unless every row's steps and guidance are in range."""
     for name in steps:
-        validation.numbers(steps[name], guidance[name], 1)
+        validation.numbers(steps[name], guidance[name])

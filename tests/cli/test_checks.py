@@ -49,6 +49,13 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     ([*GENERATE, "--out", "fox.jpg"], "fox.jpg: pictures are written as PNG; name it fox.png"),
     ([*GENERATE, "--out", "black.png"], "black.png exists; name another file"),
     ([*GENERATE, "--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+    # before a model is put together
+    ([*GENERATE, "--steps", "0", "--model", "gone", "--base", "gone"], "steps is 0"),
+    (["generate", " ", "--model", "gone", "--vae", "gone"], "the prompt is empty"),
+    (["generate", "a <lora:x", "--model", "gone", "--base", "gone", "--size", "9x9"], "size 9x9"),
+    (["compress", "gone", "--base", "gone", "--to", "koala-1b", "--out", "x", "--dtype", "fp61"],
+     "mean fp16?"),
+    (["convert", "gone", "--base", "gone", "--to", "single-file", "--out", "x"], "must end in"),
     # serve
     (["serve", "--model", "koala-mni"], "did you mean koala-mini?"),
     (["serve", "--backend", "atuo"], "unknown backend 'atuo'"),
@@ -65,6 +72,12 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
      "unknown depth rule 'botom': .*; did you mean bottom?"),
     (["convert", "org/name", "--to", "difusers", "--out", "x"], "did you mean diffusers?"),
     (["convert", "org/name", "--to", "diffusers", "--dtype", "fp61", "--out", "x"], "mean fp16?"),
+    (["convert", "koala-mini", "--to", "onnx", "--out", "x"], "use koala export --to onnx"),
+    (["export", "koala-mini", "--to", "onx", "--out", "x"], "unknown format 'onx': .* mean onnx?"),
+    (["export", "koala-mini", "--to", "coreml", "--out", "x"], "run on Apple's systems alone"),
+    (["export", "koala-mini", "--to", "gguf", "--out", "x"], "must end in .gguf, not x"),
+    (["export", "koala-mini", "--to", "onnx", "--dtype", "bf16", "--out", "x"], "in fp32, fp16"),
+    (["export", "koala-mni", "--to", "openvino", "--out", "x"], "did you mean koala-mini?"),
     (["convert", "gone.safetensors", "--for", "koala-700", "--out", "x"], "unknown model"),
     # training
     (["prepare", "illustrations-smal", "--out", "x"], "did you mean illustrations-small?"),

@@ -111,6 +111,8 @@ def test_what_lacks_is_told_in_one_line(desk, tmp_path, capsys, monkeypatch):
     inception = ["--metrics", "fid", "--pictures", str(desk / "real")]
     lone = tmp_path / "lone"
     shutil.copytree(desk / "real", lone)
+    (lone / "1.jpg").unlink()
+    (tmp_path / "empty").mkdir()
     for given, says in (
         (
             [model, *file, "--metrics", "aesthetic"],
@@ -120,7 +122,7 @@ def test_what_lacks_is_told_in_one_line(desk, tmp_path, capsys, monkeypatch):
         ([model, *file, "--metrics", "r@1"], "give --judge"),
         ([model, *file, *inception], "torch_fidelity is not inst|inception are missing: down"),
         ([str(lone), *file], "has no picture of the prompt"),
-        ([str(tmp_path), *file], "neither a model"),
+        ([str(tmp_path / "empty"), *file], "neither a model"),
         ([model, *file, "--weights", "pickscore"], "write NAME=PATH"),
         ([model, *file, "--metrics", "cmmd", "--pictures", "gone"], "no such folder"),
         ([model, *file, "--metrics", "soft-tifa-gm"], "no prompt set tells what it asks for"),

@@ -29,11 +29,12 @@ from koala.data.illustrations.images import ImageSet, prepare_images
 from koala.data.illustrations.scenes import SMALL
 from koala.data.prepare import encode_images
 from koala.errors import UserError
-from koala.evaluation.features import EffLite0, at_size, extract
-from koala.evaluation.report import hardware
+from koala.evaluation.features import EffLite0, extract
+from koala.evaluation.pictures import at_size
 from koala.generation import Pipeline, load
 from koala.lora.training import FILE
 from koala.utils.contact_sheet import contact_sheet
+from koala.utils.device import hardware
 from koala.utils.progress import progress
 
 SHOWN = 8  # things on the sheet

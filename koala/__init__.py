@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from koala.evaluation.report import evaluate
     from koala.evaluation.table import EvaluationReport
     from koala.generation.drawing import Result
+    from koala.generation.export import ExportReport, export
     from koala.generation.loader import load
     from koala.generation.pipeline import Pipeline
     from koala.generation.requests import Request, Settings
@@ -43,6 +44,7 @@ _HOME = {
     "evaluation.table": ("EvaluationReport",),
     "generation.opening": ("load",),
     "generation.drawing": ("Result",),
+    "generation.export": ("ExportReport", "export"),
     "generation.pipeline": ("Pipeline",),
     "generation.requests": ("Request", "Settings"),
     "mini.settings": ("Autoencoder", "Base", "Tiny"),
@@ -58,6 +60,7 @@ __all__ = [
     "Custom",
     "DistillationSettings",
     "EvaluationReport",
+    "ExportReport",
     "Failure",
     "Filters",
     "Finetune",
@@ -83,6 +86,7 @@ __all__ = [
     "convert",
     "distill",
     "evaluate",
+    "export",
     "finetune",
     "inspect",
     "load",

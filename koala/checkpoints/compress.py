@@ -69,6 +69,14 @@ def _pipeline_files(contents: Contents, student: UNetArchitecture) -> dict[str, 
     }
 
 
+def check_compression(to: str, out: str | Path, dtype: str | None, depth_rule: str) -> None:
+    """UserError for arguments of `compress` that no teacher can be compressed with."""
+    float_dtype(dtype)
+    check_student(to)
+    check_depth_rule(depth_rule)
+    check_new(Path(out).expanduser())
+
+
 def compress(
     teacher: str | Path,
     to: str,
@@ -86,10 +94,8 @@ def compress(
     does not fit the dtype, or `out` is not empty or cannot be written; `Failure` if the disk is
     full.
     """
+    check_compression(to, out, dtype, depth_rule)
     kind, out = float_dtype(dtype), Path(out).expanduser()
-    check_student(to)
-    check_depth_rule(depth_rule)
-    check_new(out)
     contents = read_model(teacher)
     arch = contents.architecture
     try:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from koala.architectures.config import INNER, from_unet_config
+from koala.architectures.layout import Inner, inner_widths
 from koala.checkpoints.prediction import of_config
+from koala.checkpoints.schema import ABOUT, checked
 from koala.checkpoints.tensors import Stored, load_tensor, not_finite
 from koala.checkpoints.validate import (
     check_unet,
@@ -40,14 +43,49 @@ def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DCondition
     """The U-Net of a checked model folder, on the CPU; `dtype` None means float32."""
     import torch
 
-    from koala.utils.networks import UNet2DConditionModel
-
     stored = read_tensors(folder, "unet")
     check_unet(unet_architecture(folder), stored, folder)
     with without_weights():
-        unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
+        unet = build_unet(_settings(folder, "unet"))
     assert _filled(unet, stored, dtype or torch.float32)
     return unet.eval()
+
+
+def build_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """The U-Net of a `config.json`, with random weights; also of a pruned one.
+
+    diffusers cannot say that modules have other widths inside: those are made anew.
+    """
+    from koala.utils.networks import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config({k: v for k, v in config.items() if k != INNER})
+    arch = from_unet_config(config)
+    if arch.inner:
+        unet.register_to_config(**{INNER: dict(arch.inner)})
+        possible = inner_widths(arch)
+        for path, width in arch.inner:
+            _narrow(unet.get_submodule(path), possible[path], width)
+    return unet
+
+
+def _narrow(module: Any, inner: Inner, width: int) -> None:
+    """Gives a module another width inside."""
+    from torch import nn
+
+    if inner.kind == "attention":
+        module.heads = width // inner.unit
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(module, name, nn.Linear(getattr(module, name).in_features, width, bias=False))
+        module.to_out[0] = nn.Linear(width, module.to_out[0].out_features)
+    elif inner.kind == "feed-forward":
+        module.net[0].proj = nn.Linear(module.net[0].proj.in_features, 2 * width)
+        module.net[2] = nn.Linear(width, module.net[2].out_features)
+    else:
+        conv1, conv2, norm = module.conv1, module.conv2, module.norm2
+        module.conv1 = nn.Conv2d(conv1.in_channels, width, 3, padding=1)
+        module.time_emb_proj = nn.Linear(module.time_emb_proj.in_features, width)
+        module.norm2 = nn.GroupNorm(width // inner.unit, width, norm.eps)
+        module.conv2 = nn.Conv2d(width, conv2.out_channels, 3, padding=1)
 
 
 def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:
@@ -58,7 +96,7 @@ def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:
 
     kind = dtype or torch.float32
     with without_weights():
-        vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
+        vae = AutoencoderKL.from_config(_settings(folder, "vae"))
     if _filled(vae, read_tensors(folder, "vae"), kind):
         return vae.eval()
     # low_cpu_mem_usage needs accelerate, which is not a dependency.
@@ -74,16 +112,41 @@ def load_text(
     """
     import torch
 
-    from koala.utils.networks import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from koala.utils.networks import CLIPTextModel, CLIPTextModelWithProjection
 
     kind = dtype or torch.float32
     with _no_bars():
         return (
-            CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-            CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
+            _tokenizer(folder / "tokenizer"),
+            _tokenizer(folder / "tokenizer_2"),
             _load_encoder(CLIPTextModel, folder, "text_encoder", kind),
             _load_encoder(CLIPTextModelWithProjection, folder, "text_encoder_2", kind),
         )
+
+
+def _tokenizer(place: Path) -> CLIPTokenizer:
+    """Raises `UserError` for whatever its library cannot read."""
+    from koala.utils.networks import CLIPTokenizer
+
+    words = _settings(place.parent, place.name.replace("tokenizer", "text_encoder")).get(
+        "vocab_size", 49408
+    )
+    try:
+        found = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+        special = (found.bos_token_id, found.eos_token_id, found.pad_token_id)
+        if len(found) > words or None in special:
+            raise ValueError(f"{len(found)} tokens for {words}, special ones {special}")
+        return found
+    except Exception as error:  # the files are untrusted, and the library checks nothing
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"{place} holds no tokenizer that can be read ({reason})") from None
+
+
+def _settings(folder: Path, component: str) -> dict[str, Any]:
+    """What a component's config says of its network. Raises `UserError`."""
+    path = f"{component}/config.json"
+    found = checked(path, read_json(folder / path), str(folder / path))
+    return {key: found[key] for key in found if key not in ABOUT and not key.startswith("_")}
 
 
 def _load_encoder(model_class: Any, folder: Path, component: str, dtype: torch.dtype) -> Any:
@@ -92,7 +155,7 @@ def _load_encoder(model_class: Any, folder: Path, component: str, dtype: torch.d
     from koala.utils.networks import CLIPTextConfig, CLIPTextEmbeddings
 
     with without_weights():
-        encoder = model_class(CLIPTextConfig.from_pretrained(folder / component))
+        encoder = model_class(CLIPTextConfig(**_settings(folder, component)))
     if not _filled(encoder, read_tensors(folder, component), dtype):
         return _by_library(model_class, folder, component, dtype=dtype)
     for module in encoder.modules():
@@ -141,6 +204,11 @@ def _by_library(model_class: Any, folder: Path, component: str, **options: Any) 
     `UserError` unless its weights fit its config.
     """
     stored = read_tensors(folder, component)
+    if (folder / component / "adapter_config.json").exists():  # the library would apply it
+        raise UserError(
+            f"{folder}/{component} has an adapter_config.json beside older weights: remove it, or "
+            "give the adapter with --lora"
+        )
     model, info = model_class.from_pretrained(
         folder / component,
         **options,

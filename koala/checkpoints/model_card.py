@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koala.checkpoints.validate import read_small
 from koala.errors import UserError
 from koala.utils.atomic import write_text
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 FILE = "README.md"
+_FRONT_MATTER = 200_000  # characters, the most that is read
 RUN_FOLDERS = ("model", "start")  # of a run: the result, and the student before distillation
 _HUB_LICENCES = (  # the Hub's identifiers
     "openrail++", "openrail", "creativeml-openrail-m", "apache-2.0", "mit", "cc0-1.0",
@@ -56,6 +58,16 @@ class Compressed:
     dropped: int  # teacher tensors that it does not inherit
     depth_rule: str
     predicts: str = "epsilon"  # "v" for v-prediction, with ", zero terminal SNR" if so
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `koala compress --prune` did to the U-Net."""
+
+    model: str
+    before: int  # parameters
+    after: int
+    prompts: int  # that it was calibrated on
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,7 @@ class ModelCard:
     evaluated: Evaluated | None = None
     ours: bool = True  # False: not written by koala
     assembled: Assembled | None = None
+    pruned: Pruned | None = None
 
     def metadata(self) -> ModelCardData:
         """The front matter."""
@@ -128,7 +141,7 @@ class ModelCard:
         """The complete file. where: the folder or Hub id that its snippets load."""
         sections = (
             f"# {self.title}\n\n{_about(self)}",
-            _use(where),
+            _use(where, diffusers=self.pruned is None),
             _making(self),
             _evaluation(self),
             _limits(self),
@@ -142,7 +155,13 @@ class ModelCard:
 
 
 _PAPER = "[KOALA](https://arxiv.org/abs/2312.04005)"
-_FACTS = {"cut": Compressed, "assembled": Assembled, "trained": Trained, "evaluated": Evaluated}
+_FACTS = {
+    "cut": Compressed,
+    "assembled": Assembled,
+    "trained": Trained,
+    "evaluated": Evaluated,
+    "pruned": Pruned,
+}
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -170,11 +189,10 @@ def read(folder: Path) -> ModelCard:
     title, file = name_of(folder), folder / FILE
     if not file.is_file():
         return ModelCard(title)
-    from huggingface_hub import metadata_load
     from yaml import YAMLError
 
     try:
-        data = metadata_load(file) or {}
+        data = _front_matter(read_small(file))
         found = data.get("koala", {})
         base = data.get("base_model")
         return ModelCard(
@@ -184,11 +202,35 @@ def read(folder: Path) -> ModelCard:
             ours="koala" in data,
             **{k: kind(**found[k]) for k, kind in _FACTS.items() if k in found},
         )
-    except (OSError, ValueError, TypeError, AttributeError, YAMLError) as error:
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError, YAMLError) as error:
         raise UserError(
-            f"{file}: its front matter cannot be read ({error}); fix it, or remove the file if "
-            "its licence need not be carried over"
+            f"{file}: its front matter cannot be read ({str(error)[:300]}); fix it, or remove the "
+            "file if its licence need not be carried over"
         ) from error
+
+
+def _front_matter(content: bytes) -> dict[str, Any]:
+    """What is between the first two lines of dashes. Raises `ValueError` or `YAMLError`.
+
+    A few lines of YAML can stand for billions of values by references to themselves: none are
+    allowed.
+    """
+    import yaml
+
+    found = re.match(r"\s*---\s*\n(.*?)\n---\s*(?:\n|$)", content.decode("utf-8"), re.DOTALL)
+    if found is None:
+        return {}
+    text = found[1]
+    if len(text) > _FRONT_MATTER:
+        raise ValueError(f"it has {len(text):,} characters, allowed are {_FRONT_MATTER:,}")
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        raise ValueError("it refers to parts of itself")
+    data = yaml.safe_load(text)
+    if not isinstance(data, dict):
+        raise ValueError("it is no mapping of names to values")
+    return data
 
 
 def _licence_in(data: Mapping[str, Any]) -> Licence:
@@ -226,6 +268,12 @@ def student_of(teacher: ModelCard, name: str, title: str, cut: Compressed) -> Mo
     return ModelCard(title, teacher.licence, base, cut, assembled=teacher.assembled)
 
 
+def pruned_of(card: ModelCard, name: str, title: str, pruned: Pruned) -> ModelCard:
+    """The card of a pruned model: that of the model it was, and the pruning."""
+    base = "/".join(name.split("/")[:2]) if "/" in name else card.base_model
+    return replace(card, title=title, base_model=base, pruned=pruned, evaluated=None, ours=True)
+
+
 def adopted_of(student: ModelCard, teacher: ModelCard, title: str) -> ModelCard:
     """The card of a student's U-Net with a teacher's VAE and text encoders: both licences."""
     licence = _both(student.licence, teacher.licence)
@@ -251,6 +299,12 @@ def trained_of(start: ModelCard, title: str, trained: Trained) -> ModelCard:
 
 def _about(card: ModelCard) -> str:
     kind = "A text-to-image pipeline in the Stable Diffusion XL family"
+    if p := card.pruned:
+        share = 1 - p.after / p.before
+        return (
+            f"{kind}: **{p.model}** with {share:.0%} of its U-Net's parameters pruned, without "
+            f"training ({p.before:,} before, {p.after:,} now)."
+        )
     if c := card.cut:
         share = c.parameters / c.teacher_parameters
         since = "not trained"
@@ -274,7 +328,19 @@ def _about(card: ModelCard) -> str:
     return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
 
 
-def _use(where: str) -> str:
+def _use(where: str, diffusers: bool) -> str:
+    koala = f"""With koala:
+
+```sh
+koala generate "a red fox" --model {where} --steps 10 --guidance 3.5
+```"""
+    if not diffusers:
+        return f"""## Use
+
+{koala}
+
+diffusers and programs that know SDXL's own widths do not load it: its modules have widths of their
+own inside (`inner_widths` in `unet/config.json`)."""
     return f"""## Use
 
 With diffusers (the folder's scheduler is Euler with trailing timesteps):
@@ -292,11 +358,7 @@ image = pipe("a red fox", guidance_scale=3.5, num_inference_steps=10).images[0]
 image.save("fox.png")
 ```
 
-With koala:
-
-```sh
-koala generate "a red fox" --model {where} --steps 10 --guidance 3.5
-```"""
+{koala}"""
 
 
 def _making(card: ModelCard) -> str:
@@ -318,6 +380,11 @@ def _making(card: ModelCard) -> str:
         parts.append(f"{'The teacher' if card.cut else 'It'} was put together: {'; '.join(of)}.")
     if card.trained:
         parts.append(training_of(card.trained))
+    if p := card.pruned:
+        parts.append(
+            "Then heads, channels and groups of channels were removed, chosen by what their loss "
+            f"costs while {p.prompts} prompts are drawn, and the layers after them fitted anew."
+        )
     if len(parts) == 1:
         parts.append("Not recorded.")
     return "\n\n".join(parts)

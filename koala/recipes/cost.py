@@ -145,7 +145,7 @@ def estimate(
     teacher: inspected if it is a local folder or file; otherwise taken from the recipe. For
     `Finetune` the model itself, local or the name of an architecture.
     data: a prepared folder, which states the image size if the recipe does not, and whether text
-    embeddings are stored; by default they are not.
+    embeddings are stored; by default they are if the recipe asks for it.
     card: a name in `koala.recipes.gpus`; None measures `device` for at most half a minute.
     UserError for a recipe without a U-Net, an unknown GPU, or a batch that does not divide evenly.
     """
@@ -161,7 +161,8 @@ def estimate(
     setup = _setup(recipe, teacher, processes, on_gpu, made_with.get("size"))
     again, flops = _flops(setup)
     frozen = _frozen(teacher, setup)
-    memory = device_memory(setup) | _other_memory(frozen, on_gpu, made_with.get("text", False))
+    text = made_with.get("text", recipe.hardware.stored_text)
+    memory = device_memory(setup) | _other_memory(frozen, on_gpu, text)
     speed = known or measured(setup, here, sum(memory.values()), again + flops)
     if made_with.get("posterior") == "pixels":
         flops += _encoding(teacher, setup)

@@ -3,6 +3,7 @@
 A run writes its finished pipeline folder to `<out>/model`; the same call resumes it.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from koala.recipes import FINETUNES, configured
 from koala.recipes.build import UNet, conditioner_of, task_of, validation_of
 from koala.recipes.recipe import ALONE, Custom, Finetune, Recipe, Student, Teacher
 from koala.recipes.validation import check, check_finetune, teacher_of
+from koala.utils.atomic import locked
 
 UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run is resumed
 
@@ -60,13 +62,15 @@ def distill(
     name = recipe if isinstance(recipe, str) else "custom"
     out = Path(out)
     own, recipe = (recipe, recipe.recipe) if isinstance(recipe, Custom) else (None, recipe)
-    with joined(device) as world:
+    with joined(device) as world, contextlib.ExitStack() as stack:
         with world.together():
             recipe = configured(recipe, settings)
             check(recipe, data, teacher, student, device, loggers)
             if isinstance(recipe, ALONE) and world.size > 1:
                 raise UserError("this recipe trains in one process: run it without torchrun")
             teacher = teacher_of(recipe, teacher)
+            if world.first:
+                stack.enter_context(locked(out))
         if isinstance(recipe, Base):
             models = [run_base(recipe, Path(data), out, str(world.device), loggers)]
         elif isinstance(recipe, Autoencoder):
@@ -101,12 +105,14 @@ def finetune(
     errors as of `distill`.
     """
     name, out = recipe if isinstance(recipe, str) else "custom", Path(out)
-    with joined(device) as world:
+    with joined(device) as world, contextlib.ExitStack() as stack:
         with world.together():
             chosen = configured(recipe, settings, FINETUNES)
             assert isinstance(chosen, Finetune)
             recipe = chosen
             check_finetune(recipe, model, data, device, loggers)
+            if world.first:
+                stack.enter_context(locked(out))
         results = _run(recipe, data, out, model, None, world, loggers)
         with world.together():
             for result in results if world.first else ():
@@ -139,6 +145,12 @@ def _run(
         mixture = recipe.mixture
         size = None if isinstance(recipe, Teacher) else recipe.pixels
         latents = LatentSet(data, source, mixture.kinds, mixture.captions, training.seed, size=size)
+        if recipe.hardware.stored_text and not latents.index.made_with["text"]:
+            raise UserError(
+                f"{data} holds no text embeddings, which this recipe's hardware needs: koala "
+                "prepare it with --text, or encode while training (--set "
+                "hardware.stored_text=false)"
+            )
         validation = validation_of(latents, recipe, source) if training.validate_every else []
         start = out / "start"
         if isinstance(recipe, Student) and world.first and not start.exists():

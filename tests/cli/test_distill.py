@@ -61,6 +61,7 @@ def distil(
         ({"changes": ["hardware.accumulate=3"]}, "does not divide into 3 equal parts"),
         ({"changes": ["training.batch=5"]}, "16 samples are not a multiple of the batch 5: use 20"),
         ({"changes": ["pixels=128"]}, "latents for 64 pixels, this training is for 128"),
+        ({"changes": ["hardware.stored_text=true"]}, "holds no text embeddings"),
         ({"teacher": "vae"}, "of the posterior's deviation; prepare into another folder with"),
         ({"teacher": "student"}, "custom cannot be cut to koala-1b, which is a share of an SDXL"),
         ({"student": "vae"}, "has the U-Net custom, but this recipe trains koala-1b of custom"),

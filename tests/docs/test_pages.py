@@ -51,7 +51,8 @@ def desk(tmp_path, monkeypatch) -> Path:
 
 def test_your_own_sdxl(desk, capsys):
     commands = commands_of("your-own-sdxl.md")
-    assert len(commands) == 11
+    assert len(commands) == 12
+    Path("prompts.txt").write_text("a fox\n")
     for command in commands:
         if command[0] == "distill":
             recipes.get(command[1])  # weeks on a GPU: that there is such a recipe is all for here

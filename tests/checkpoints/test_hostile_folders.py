@@ -105,7 +105,10 @@ def test_a_front_matter_that_refers_to_itself_is_refused(own):
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
     text = "\n".join(["---", *lines, "license: *a9", "---", ""])
     (own / "README.md").write_text(text)
-    for work in (lambda: inspect(own), lambda: convert(own, "single-file", own.with_name("x.safetensors"))):
+    for work in (
+        lambda: inspect(own),
+        lambda: convert(own, "single-file", own.with_name("x.safetensors")),
+    ):
         with pytest.raises(UserError, match="it refers to parts of itself"):
             work()
     (own / "README.md").write_text(f"---\nlicense: {'x' * 300_000}\n---\n")

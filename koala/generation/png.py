@@ -1,6 +1,6 @@
 """PNG files with the settings of their images. Importing this loads no torch.
 
-The settings are stored twice: as "parameters", the text of AUTOMATIC1111's web UI, which other
+Each says in XMP that a model made it. The settings are stored twice: as "parameters", the text of AUTOMATIC1111's web UI, which other
 interfaces read when an image is dropped on them, and as "koala", our JSON, which is complete.
 """
 
@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 from PIL import Image, PngImagePlugin
 
 from koala.errors import UserError
+from koala.generation.provenance import PNG_KEY, XMP
 from koala.generation.requests import Settings
 from koala.generation.samplers import LABELS
 from koala.generation.workflow import workflow
@@ -150,6 +151,7 @@ def write_png(
     info = PngImagePlugin.PngInfo()
     _add(info, "parameters", parameters(settings))
     _add(info, "koala", json.dumps(asdict(settings)))
+    info.add_itxt(PNG_KEY, XMP)
     if comfyui:
         _add(info, "prompt", json.dumps(workflow(settings)))  # where ComfyUI looks for it
     image.save(file, format="PNG", pnginfo=info)

@@ -1,7 +1,8 @@
 """PNG files with the settings of their images. Importing this loads no torch.
 
-Each says in XMP that a model made it. The settings are stored twice: as "parameters", the text of AUTOMATIC1111's web UI, which other
-interfaces read when an image is dropped on them, and as "koala", our JSON, which is complete.
+Each says in XMP that a model made it. The settings are stored twice: as "parameters", the text of
+AUTOMATIC1111's web UI, which other interfaces read when an image is dropped on them, and as
+"koala", our JSON, which is complete.
 """
 
 from __future__ import annotations
@@ -104,8 +105,11 @@ def read_settings(path: str | Path | IO[bytes]) -> Settings:
         raise UserError(
             f"{path} holds no settings of koala's: give a PNG that koala wrote and nobody changed"
         )
-    values["loras"] = tuple((name, scale) for name, scale in values.get("loras", ()))
-    values["embeddings"] = tuple(values.get("embeddings", ()))
+    try:
+        values["loras"] = tuple((name, scale) for name, scale in values.get("loras", ()))
+        values["embeddings"] = tuple(values.get("embeddings", ()))
+    except (TypeError, ValueError):
+        raise UserError(f"{path} holds settings that koala did not write") from None
     return Settings(**values)
 
 

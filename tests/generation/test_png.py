@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -258,3 +258,12 @@ def test_every_image_says_that_a_model_made_it(tmp_path):
                 f"{{{IPTC}}}DigitalSourceType"
             )
         assert found.text.endswith("/digitalsourcetype/trainedAlgorithmicMedia")
+
+
+@pytest.mark.parametrize("change", [{"loras": 5}, {"loras": [["x"]]}, {"embeddings": 1}])
+def test_settings_of_a_strangers_image_are_refused(tmp_path, change):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("koala", json.dumps({**asdict(EXAMPLE), **change}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
+    with pytest.raises(UserError, match="holds settings that koala did not write"):
+        read_settings(tmp_path / "x.png")

@@ -18,8 +18,14 @@ from koala.errors import FailedElsewhere, Failure, UserError, unknown
 
 GROUPS = {
     "draw": (generate.GENERATE, serve.SERVE),
-    "models": (models.INSPECT, models.COMPRESS, models.CONVERT, models.ARCHITECTURES),
-    "training": (train.PREPARE, train.DISTILL),
+    "models": (
+        models.INSPECT,
+        models.COMPRESS,
+        models.CONVERT,
+        models.EXPORT,
+        models.ARCHITECTURES,
+    ),
+    "training": (train.PREPARE, train.DISTILL, train.FINETUNE, train.RUNS),
     "measuring": (measure.EVALUATE, measure.BENCHMARK),
 }
 COMMANDS: dict[str, Command] = {

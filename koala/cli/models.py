@@ -1,19 +1,33 @@
-"""`koala inspect`, `compress`, `convert` and `architectures`: models from disk to disk."""
+"""`koala inspect`, `compress`, `convert`, `export`, `architectures`: models from disk to disk."""
 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from koala.architectures.block_map import DEPTH_RULES
-from koala.architectures.table import CUTS, check_student
+from koala.architectures.table import CUTS
 from koala.checkpoints.convert import TARGETS
-from koala.checkpoints.tensors import DTYPES
-from koala.cli.command import Command, Parser, assembled, check_push, listed, push, show
+from koala.checkpoints.tensors import DTYPES, float_dtype
+from koala.cli.command import (
+    Command,
+    Parser,
+    assembled,
+    check_push,
+    listed,
+    number,
+    push,
+    say,
+    show,
+)
 from koala.errors import UserError
+from koala.generation.export import FORMATS, check_export, export
+from koala.generation.validation import prompts_in, pruning
 from koala.utils.atomic import check_new, write_text
 
-OPENVINO = "openvino"  # a form (`koala.generation.form`), besides the formats of a model
+if TYPE_CHECKING:
+    from koala.generation.pruning import PruneReport
+
 MODEL = "bundled name, folder, single file or Hub id of an SDXL-class model"
 
 
@@ -31,16 +45,26 @@ def _inspect(o: argparse.Namespace) -> None:
 
 def _compress_arguments(p: Parser) -> None:
     p.add_argument("teacher", help=MODEL)
-    p.add_argument(
-        "--to", required=True, metavar="STUDENT",
+    how = p.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--to", metavar="STUDENT",
         help=f"{', '.join(CUTS)}, or transformer depths of your own, such as 0,2,4 or 0,2,4,no-mid",
+    )  # fmt: skip
+    how.add_argument(
+        "--prune", type=number, metavar="SHARE",
+        help="remove that share of the U-Net's parameters, such as 0.2, from inside its modules; "
+        "the result draws at once, in koala",
+    )  # fmt: skip
+    p.add_argument(
+        "--calibrate", type=Path, metavar="FILE",
+        help="for --prune: a text file with a prompt a line, which are drawn to see what matters",
     )  # fmt: skip
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the student's new folder"
     )
     p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
     p.add_argument(
-        "--depth-rule", default="bottom",
+        "--depth-rule",
         help="which of the teacher's transformer blocks stay: "
         f"{listed(DEPTH_RULES)} (default bottom)",
     )  # fmt: skip
@@ -50,14 +74,38 @@ def _compress_arguments(p: Parser) -> None:
 
 
 def _compress(o: argparse.Namespace) -> None:
-    from koala.checkpoints.compress import compress
+    from koala.checkpoints.compress import check_compression, compress
 
     check_push(o)
-    check_student(o.to)
-    check_new(o.out.expanduser())
-    report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, o.depth_rule)
+    if o.prune is not None:
+        pruned = _prune(o)
+        push(o, pruned.out)
+        show(o, asdict(pruned), pruned.line())
+        return
+    if o.calibrate is not None:
+        raise UserError("--calibrate is for --prune: leave it out")
+    rule = o.depth_rule or "bottom"
+    check_compression(o.to, o.out, o.dtype, rule)  # before the teacher is assembled
+    report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, rule)
     push(o, report.out)
     show(o, asdict(report), report.line())
+
+
+def _prune(o: argparse.Namespace) -> "PruneReport":
+    from koala.checkpoints.resolve import check_name
+
+    if o.depth_rule is not None:
+        raise UserError("--depth-rule has no effect on --prune, which removes no blocks")
+    if o.calibrate is None:
+        raise UserError("--prune needs --calibrate FILE: a text file with a prompt a line")
+    prompts = prompts_in(o.calibrate)
+    pruning(o.prune, prompts)
+    float_dtype(o.dtype)
+    check_name(o.teacher)
+    check_new(o.out.expanduser())
+    from koala.generation.pruning import prune_model  # all is checked: now torch may load
+
+    return prune_model(assembled(o, o.teacher), o.prune, prompts, o.out, o.dtype, say)
 
 
 def _convert_arguments(p: Parser) -> None:
@@ -65,8 +113,7 @@ def _convert_arguments(p: Parser) -> None:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--to", metavar="FORMAT",
-        help=f"{listed((*TARGETS, OPENVINO))}: a folder, a file for other programs, or a folder "
-        "that draws without PyTorch",
+        help=f"{listed(TARGETS)}: a folder, or a file for other programs",
     )  # fmt: skip
     what.add_argument(
         "--for", dest="student", metavar="MODEL",
@@ -94,7 +141,7 @@ def _convert_arguments(p: Parser) -> None:
 
 
 def _convert(o: argparse.Namespace) -> None:
-    from koala.checkpoints.convert import convert
+    from koala.checkpoints.convert import check_conversion, convert
     from koala.lora.conversion import convert_lora
 
     if o.student is not None and o.dtype is not None:
@@ -109,10 +156,12 @@ def _convert(o: argparse.Namespace) -> None:
             raise UserError("--workflow is for --to single-file, which ComfyUI reads: leave it out")
         if o.workflow.exists():
             raise UserError(f"{o.workflow} exists; name a new file")
-    if o.to == OPENVINO:
-        report, line = _export(o)
-    elif o.student is None:
-        check_new(o.out.expanduser())
+    if o.to in FORMATS:
+        raise UserError(
+            f"{o.to} is no format of a model to go on with: use koala export --to {o.to}"
+        )
+    if o.student is None:
+        check_conversion(o.to, o.out, o.dtype)  # before the model is assembled
         model = assembled(o, o.model)
         drawn = None if o.workflow is None else _workflow(model, o.out)
         converted = convert(model, o.to, o.out, o.dtype)
@@ -126,22 +175,6 @@ def _convert(o: argparse.Namespace) -> None:
     show(o, report, line)
 
 
-def _export(o: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from koala.checkpoints.resolve import check_name
-    from koala.generation.form import check_export
-
-    if o.push_to_hub is not None:
-        raise UserError("--push-to-hub uploads models, not their OpenVINO forms: leave it out")
-    out = o.out.expanduser()
-    check_export(out, o.dtype)
-    check_name(o.model)
-    from koala.generation.export import export  # all is checked: now torch may load
-    from koala.generation.loader import load
-
-    written = export(load(assembled(o, o.model), "cpu"), out, o.dtype)
-    return asdict(written), written.line()
-
-
 def _workflow(model: str | Path, out: Path) -> str:
     """A workflow that draws an example with the single file `out`, as `model` is meant to be."""
     from koala.checkpoints import sampling
@@ -151,9 +184,33 @@ def _workflow(model: str | Path, out: Path) -> str:
     from koala.generation.workflow import as_text, workflow
 
     contents = read_model(model)
-    stated = sampling.of_config(contents.config(SCHEDULER))
-    meant = stated or sampling.by_name(str(model)) or sampling.USUAL
+    meant = sampling.of_named(str(model), contents.config(SCHEDULER))
     return as_text(workflow(example(out.name, contents.architecture, meant), out.name))
+
+
+def _export_arguments(p: Parser) -> None:
+    p.add_argument("model", help=MODEL)
+    p.add_argument(
+        "--to", required=True, metavar="FORMAT",
+        help="onnx: a folder for ONNX Runtime, as optimum writes it; openvino: a folder that draws "
+        "without PyTorch, and opens in OpenVINO GenAI; gguf: a file for stable-diffusion.cpp",
+    )  # fmt: skip
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="the new folder, or .gguf file"
+    )
+    dtypes = "; ".join(f"{to}: {listed(of)}" for to, of in FORMATS.items())
+    p.add_argument("--dtype", help=f"of the weights, by default the first: {dtypes}")
+    p.add_parts("the model")
+    p.add_json("the report")
+
+
+def _export(o: argparse.Namespace) -> None:
+    from koala.checkpoints.resolve import check_name
+
+    check_export(o.to, o.out.expanduser(), o.dtype)
+    check_name(o.model)
+    report = export(assembled(o, o.model), o.to, o.out, o.dtype)
+    show(o, asdict(report), report.line())
 
 
 def _architectures_arguments(p: Parser) -> None:
@@ -176,10 +233,11 @@ INSPECT = Command(
 )
 COMPRESS = Command(
     "compress",
-    "cut a smaller student out of an SDXL teacher, with its weights",
+    "make an SDXL U-Net smaller: a student with its weights, or a pruned one that draws at once",
     (
         "koala compress sdxl.safetensors --to koala-700m --out runs/student",
         "koala compress sdxl.safetensors --to 0,1,1,no-mid --dtype fp16 --out runs/smaller",
+        "koala compress sdxl.safetensors --prune 0.2 --calibrate prompts.txt --out runs/pruned",
     ),
     _compress_arguments,
     _compress,
@@ -190,11 +248,21 @@ CONVERT = Command(
     (
         "koala convert runs/student --to single-file --dtype fp16 --out student.safetensors",
         "koala convert student.safetensors --to diffusers --out runs/again",
-        "koala convert koala-mini --to openvino --out koala-mini-openvino",
         "koala convert style.safetensors --for runs/student --out student-style.safetensors",
     ),
     _convert_arguments,
     _convert,
+)
+EXPORT = Command(
+    "export",
+    "write a model for another runtime: ONNX, OpenVINO or stable-diffusion.cpp",
+    (
+        "koala export runs/student --to onnx --dtype fp16 --out student-onnx",
+        "koala export koala-mini --to openvino --out koala-mini-openvino",
+        "koala export sdxl.safetensors --to gguf --dtype q8_0 --out sdxl-q8_0.gguf",
+    ),
+    _export_arguments,
+    _export,
 )
 ARCHITECTURES = Command(
     "architectures",

@@ -5,6 +5,7 @@ Everything here takes NumPy's arrays or PyTorch's. Importing it loads no torch.
 
 import itertools
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -100,9 +101,13 @@ class Drawing(ABC):
 
         asked: keyword arguments of `requests`. strict: every image is bit for bit what it is when
         drawn alone. on_step: called as on_step(done, total) after each step of each image.
-        UserError for a value that is not allowed.
+        UserError for a value that is not allowed; a warning for a size, steps or guidance that the
+        model was not made for.
         """
-        return self.draw(self.requests(prompt, **asked), strict, on_step)
+        requests = self.requests(prompt, **asked)
+        for line in self.known.notes(requests[0].settings):
+            warnings.warn(line, stacklevel=2)
+        return self.draw(requests, strict, on_step)
 
     def draw(
         self,
@@ -133,11 +138,11 @@ class Drawing(ABC):
         prompt: str | list[str],
         *,
         negative_prompt: str = "",
-        steps: int = 10,
-        guidance: float = 3.5,
+        steps: int | None = None,
+        guidance: float | None = None,
         guidance_until: float = 1.0,
         guidance_rescale: float = 0.0,
-        scheduler: str = "euler",
+        scheduler: str | None = None,
         size: tuple[int, int] | str | None = None,
         number: int = 1,
         seed: int | None = None,
@@ -155,7 +160,9 @@ class Drawing(ABC):
 
         prompt: text of any length, with weights (`koala.generation.prompt_syntax`), changes
             (`koala.generation.prompt_editing`), and LoRAs of `lora_dir` as <lora:NAME:SCALE>.
-        steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass.
+        steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass. Both and the
+            scheduler are by default those that the model is made for
+            (`koala.checkpoints.sampling`).
         guidance_until: the share of the steps, from the first, with guidance: above 0, up to 1.
         guidance_rescale: 0 to 1, how far the contrast that guidance adds is taken back.
         scheduler: a name that `samplers.get` knows, such as "euler" or "dpm++2m-karras".

@@ -34,6 +34,8 @@ MASK_BLUR = 4  # default, pixels
 MOST_MASK_BLUR = 64
 MASK_FILLS = ("original", "surroundings", "noise", "nothing")
 STRENGTH = 0.6  # default for an image without a strength
+PRUNED = (0.01, 0.6)  # share of a U-Net's parameters that pruning can be asked for
+MOST_CALIBRATION = 256  # prompts
 LCM_LEVELS = 50  # noise levels of latent consistency models (arXiv 2310.04378)
 
 
@@ -41,12 +43,35 @@ def prompts(prompt: str | list[str]) -> list[str]:
     """The prompts as a list. UserError if there is none, or one is empty."""
     found = [prompt] if isinstance(prompt, str) else list(prompt)
     if not found:
-        raise UserError("no prompt: give at least one, such as 'a red fox, noto style'")
+        raise UserError("no prompt: give at least one, such as 'a fox, noto style'")
     for one in found:
         _text(one, "prompt")
         if not one.strip():
             raise UserError(f"the prompt is empty ({one!r}): say what to draw, 'a red fox'")
     return found
+
+
+def pruning(share: float, calibration: Sequence[str]) -> None:
+    """UserError unless a U-Net can be pruned by that share on those prompts."""
+    least, most = PRUNED
+    if not _number(share) or not least <= share <= most:
+        raise UserError(f"--prune {share}: allowed are {least} to {most} of the U-Net's parameters")
+    if len(prompts([*calibration])) > MOST_CALIBRATION:
+        raise UserError(
+            f"{len(calibration)} prompts to calibrate on: at most {MOST_CALIBRATION} are drawn"
+        )
+
+
+def prompts_in(file: Path) -> list[str]:
+    """The prompts in a text file, one a line; empty lines are skipped. UserError if it has none."""
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--calibrate {file} cannot be read as text: {error}") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--calibrate {file} holds no prompt: write one a line")
+    return prompts(found)
 
 
 def negative_prompt(text: str, guidance: float) -> None:
@@ -59,8 +84,8 @@ def negative_prompt(text: str, guidance: float) -> None:
         )
 
 
-def numbers(steps: int, guidance: float, number: int) -> None:
-    """UserError unless steps, guidance and the number of images are in range."""
+def numbers(steps: int, guidance: float) -> None:
+    """UserError unless steps and guidance are in range."""
     if not _whole(steps) or not 1 <= steps <= MOST_STEPS:
         raise UserError(
             f"steps is {steps!r}: allowed are whole numbers from 1 to {MOST_STEPS}, 10 is usual"
@@ -69,9 +94,13 @@ def numbers(steps: int, guidance: float, number: int) -> None:
         raise UserError(
             f"guidance is {guidance!r}: allowed are numbers from 0 to {MOST_GUIDANCE}, 3.5 is usual"
         )
-    if not _whole(number) or not 1 <= number <= MOST_IMAGES:
+
+
+def number(asked: int) -> None:
+    """UserError unless it is a number of images that may be drawn at once."""
+    if not _whole(asked) or not 1 <= asked <= MOST_IMAGES:
         raise UserError(
-            f"the number of pictures is {number!r}: allowed are whole numbers from 1 to "
+            f"the number of pictures is {asked!r}: allowed are whole numbers from 1 to "
             f"{MOST_IMAGES:,}"
         )
 

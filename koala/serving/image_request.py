@@ -14,11 +14,11 @@ class ImageRequest:
 
     prompt: str
     negative_prompt: str = ""
-    steps: int = 10
-    guidance: float = 3.5
+    steps: int | None = None  # as guidance and scheduler: the model's own
+    guidance: float | None = None
     guidance_until: float = 1.0
     guidance_rescale: float = 0.0
-    scheduler: str = "euler"
+    scheduler: str | None = None
     size: str | None = None  # "WIDTHxHEIGHT"; None: the size of `image`, or the native size
     number: int = 1
     seed: int | None = None  # of the first image

@@ -167,7 +167,7 @@ def test_distill_and_prepare_and_evaluate_refuse(tmp_path, capsys):
     assert "illustrations-small" in refused(capsys, "prepare", "photos", "--out", str(tmp_path))
     report = ["--pictures", str(tmp_path), "--out", str(tmp_path / "report")]
     assert "two models" in refused(capsys, "evaluate", "a=x", "a=y", *report)
-    assert "no prepared images" in refused(capsys, "evaluate", "koala-mini", *report)
+    assert "no prompts" in refused(capsys, "evaluate", "koala-mini", *report)
     mirrored = ["prepare", "illustrations-small", "--mirror", "--out", str(tmp_path)]
     assert "give --model" in refused(capsys, *mirrored)
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from koala.architectures.config import pooled_width
+from koala.checkpoints.load import build_unet
 from koala.errors import UserError
 from koala.generation import validation
 from koala.generation.decode import full
@@ -40,7 +41,7 @@ from koala.utils.networks import AutoencoderKL, UNet2DConditionModel
 _RUNS = 5  # timed evaluations of each; the median counts
 _MARGIN = 1.1  # another backend must be this much faster than PyTorch
 _CONVERTING = 4.5  # memory that OpenVINO's conversion takes, in sizes of the U-Net
-_SMALL = 20_000_000  # parameters of a U-Net that is converted unasked
+SMALL = 20_000_000  # parameters of a U-Net that is converted unasked
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def choose(
 
 
 def _is_small(unet: UNet2DConditionModel) -> bool:
-    return sum(p.numel() for p in unet.parameters()) <= _SMALL
+    return sum(p.numel() for p in unet.parameters()) <= SMALL
 
 
 def _lacking(
@@ -173,7 +174,7 @@ def _in_bfloat16(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A copy in bfloat16, made tensor by tensor. UserError if a LoRA lies beside the weights."""
     openvino.refuse_hooks(unet)
     with torch.device("meta"):
-        copy = UNet2DConditionModel.from_config(unet.config)
+        copy = build_unet(unet.config)
     weights = {key: tensor.to(torch.bfloat16) for key, tensor in unet.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     return copy.eval().requires_grad_(False)

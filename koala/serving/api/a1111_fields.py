@@ -76,14 +76,20 @@ class A1111Request(BaseModel):
             if not self.inactive(name)
         }
         accepted.refuse_lacking(given | {"resize_mode": getattr(self, "resize_mode", 0)})
-        if given.get("eta") == 0 and self.sampler().startswith(NOISY):
+        if given.get("eta") == 0 and (self.sampler() or "").startswith(NOISY):
             raise accepted.without_effect("eta", 0, (None, 1))  # it would be another sampler
         options = accepted.ignored_options(self.override_settings or {}, model)
         return sorted({*accepted.ignored(given, self.harmless()), *options})
 
-    def sampler(self) -> str:
-        """Our name of sampler and schedule. ApiError for unknown ones, or two that differ."""
-        wanted = self.sampler_name or self.sampler_index or "Euler"
+    def sampler(self) -> str | None:
+        """Our name of sampler and schedule; None if neither is named: the model's own.
+
+        ApiError for unknown ones, or two that differ.
+        """
+        wanted = self.sampler_name or self.sampler_index
+        if wanted is None and self.scheduler is None:
+            return None
+        wanted = wanted or "Euler"
         by_alias = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
         try:
             kind, named = samplers.get(by_alias.get(wanted.strip().lower(), wanted))

@@ -1,20 +1,30 @@
 """A real Chromium on the page of a real server, for the tests of `koala.serving.api.page`."""
 
+import base64
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+from PIL import Image, PngImagePlugin
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from koala.generation import Settings
+from koala.generation.png import write_png
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_chromium = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no chromium here: apt-get install chromium chromium-driver"
+)
 DESKTOP, PHONE = (1280, 860), (390, 844)
 PATIENCE = 120  # seconds: machines differ
 
@@ -91,6 +101,10 @@ class Page:
             lambda driver: driver.execute_script(script, *values), expression
         )
 
+    def waited(self, test: Callable[[], object]) -> None:
+        """Returns once a test of what the browser did is true."""
+        WebDriverWait(self.driver, PATIENCE, 0.05).until(lambda _: test())
+
     def find(self, selector: str) -> WebElement:
         return self.driver.find_element("css selector", selector)
 
@@ -120,3 +134,67 @@ class Page:
         """What the browser has against the page: errors and breaches of its policy."""
         log = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [entry["message"] for entry in log if entry["level"] == "SEVERE"]
+
+
+def png(settings: Settings | None = None, size: tuple[int, int] = (64, 64)) -> bytes:
+    """A picture of two halves, red and blue, with the settings in it."""
+    image = Image.new("RGB", size, "red")
+    image.paste("blue", (size[0] // 2, 0, *size))
+    file = io.BytesIO()
+    if settings:
+        write_png(image, settings, file)
+    else:
+        image.save(file, "PNG")
+    return file.getvalue()
+
+
+def drop(page: Page, content: bytes, name: str, on: str = "body") -> None:
+    """Lets a file fall on an element, as a drag from a desktop does."""
+    page.js(
+        """const [text, name, on] = arguments;
+        const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File([bytes], name, {type: "image/png"}));
+        for (const kind of ["dragenter", "dragover", "drop"])
+          document.querySelector(on).dispatchEvent(
+            new DragEvent(kind, {dataTransfer, bubbles: true, cancelable: true}));""",
+        base64.b64encode(content).decode(), name, on,
+    )  # fmt: skip
+
+
+def read(page: Page, content: bytes) -> dict | None:
+    """What the page's own reader finds in a PNG."""
+    found = page.later(
+        """const {readSettings} = await import("/page/metadata.js");
+        const bytes = Uint8Array.from(atob(values[0]), c => c.charCodeAt(0));
+        return await readSettings(bytes.buffer);""",
+        base64.b64encode(content).decode(),
+    )
+    return found if found is None else dict(found)
+
+
+def api(page: Page, path: str) -> dict:
+    return page.later("return await (await fetch(values[0])).json()", path)
+
+
+def png_with(key: str, text: str, packed: bool = False) -> bytes:
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_itxt(key, text, zip=packed)
+    Image.new("RGB", (8, 8)).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def begin_long(page: Page) -> str:
+    """A job that takes its time, once it is being drawn; its id."""
+    page.set("prompt", "a whale, noto style")
+    page.set("steps", 200)
+    page.set("number", 8)
+    page.click("#draw")
+    return str(page.wait("document.querySelector('.job progress')?.value > 0 && "
+                         "document.querySelector('.job').dataset.job"))  # fmt: skip
+
+
+def cancel(page: Page, job: str) -> None:
+    page.click(f'[data-job="{job}"] button.small')
+    page.wait("document.querySelector(arguments[0]) === null", f'[data-job="{job}"]')
+    assert api(page, f"/v1/jobs/{job}")["status"] == "cancelled"

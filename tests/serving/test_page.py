@@ -4,129 +4,44 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from selenium.webdriver import ActionChains, Keys
 
 import koala
 from koala.data.illustrations import art, scenes
 from koala.generation import Settings, read_settings
-from koala.generation.png import parameters, write_png
+from koala.generation.png import parameters
 from koala.generation.requests import Known
-from koala.generation.samplers import SAMPLERS
+from koala.generation.samplers import SAMPLERS, get
 from koala.serving import errors
 from koala.serving.api import page as served
-from toy_browser import CHROMIUM, DRIVER, PHONE, Page, serving
+from toy_browser import (
+    PHONE,
+    Page,
+    api,
+    begin_long,
+    cancel,
+    drop,
+    needs_chromium,
+    png,
+    png_with,
+    read,
+)  # fmt: skip
 from toy_server import running
 
-needs_chromium = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no chromium here: apt-get install chromium chromium-driver"
-)
 SETTINGS = Settings(
     prompt="a fox, noto style", negative_prompt="blue, grey", steps=7, guidance=2.5, seed=11,
     width=64, height=96, model="koala-mini", version="1", sampler="DPM++ 2M",
     guidance_until=0.5, loras=(("my-style", 0.8),),
 )  # fmt: skip
+LANGUAGES = ("en.json", "de.json", "fr.json", "ko.json")
 FIELDS = ("prompt", "negative", "steps", "guidance", "until", "seed", "scheduler", "size")
 FILLED = ["a fox, noto style", "blue, grey", "7", "2.5", "0.5", "11", "dpm++2m", "own"]
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("gallery"), "--max-batch", "4") as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def browser(downloads: Path) -> Iterator[Page]:
-    page = Page(downloads)
-    yield page
-    page.driver.quit()
-
-
-@pytest.fixture
-def page(browser: Page, server: str) -> Iterator[Page]:
-    """The page, just opened; nothing of it may go against its own policy or fail unseen."""
-    browser.open(server)
-    browser.ready()
-    yield browser
-    assert browser.complaints() == []
-
-
-def png(settings: Settings | None = None, size: tuple[int, int] = (64, 64)) -> bytes:
-    """A picture of two halves, red and blue, with the settings in it."""
-    image = Image.new("RGB", size, "red")
-    image.paste("blue", (size[0] // 2, 0, *size))
-    file = io.BytesIO()
-    if settings:
-        write_png(image, settings, file)
-    else:
-        image.save(file, "PNG")
-    return file.getvalue()
-
-
-def png_with(key: str, text: str, packed: bool = False) -> bytes:
-    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
-    info.add_itxt(key, text, zip=packed)
-    Image.new("RGB", (8, 8)).save(file, "PNG", pnginfo=info)
-    return file.getvalue()
-
-
-def drop(page: Page, content: bytes, name: str, on: str = "body") -> None:
-    """Lets a file fall on an element, as a drag from a desktop does."""
-    page.js(
-        """const [text, name, on] = arguments;
-        const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
-        const dataTransfer = new DataTransfer();
-        dataTransfer.items.add(new File([bytes], name, {type: "image/png"}));
-        for (const kind of ["dragenter", "dragover", "drop"])
-          document.querySelector(on).dispatchEvent(
-            new DragEvent(kind, {dataTransfer, bubbles: true, cancelable: true}));""",
-        base64.b64encode(content).decode(), name, on,
-    )  # fmt: skip
-
-
-def read(page: Page, content: bytes) -> dict | None:
-    """What the page's own reader finds in a PNG."""
-    found = page.later(
-        """const {readSettings} = await import("/page/png.js");
-        const bytes = Uint8Array.from(atob(values[0]), c => c.charCodeAt(0));
-        return await readSettings(bytes.buffer);""",
-        base64.b64encode(content).decode(),
-    )
-    return found if found is None else dict(found)
-
-
-def api(page: Page, path: str) -> dict:
-    return page.later("return await (await fetch(values[0])).json()", path)
-
-
-def begin_long(page: Page) -> str:
-    """A job that takes its time, once it is being drawn; its id."""
-    page.set("prompt", "a whale, noto style")
-    page.set("steps", 200)
-    page.set("number", 8)
-    page.click("#draw")
-    return str(page.wait("document.querySelector('.job progress')?.value > 0 && "
-                         "document.querySelector('.job').dataset.job"))  # fmt: skip
-
-
-def cancel(page: Page, job: str) -> None:
-    page.click(f'[data-job="{job}"] button.small')
-    page.wait("document.querySelector(arguments[0]) === null", f'[data-job="{job}"]')
-    assert api(page, f"/v1/jobs/{job}")["status"] == "cancelled"
 
 
 # --- without a browser ----------------------------------------------------------------------
@@ -144,7 +59,7 @@ def test_the_page_is_whole():
     files = served.files()
     text = "\n".join(file.content.decode() for file in files.values())
     named = re.findall(r'"page/([\w.]+)"', text) + re.findall(r'from "\./([\w.]+)"', text)
-    assert set(named) - {"about.json"} == set(files) - {"index.html"}
+    assert set(named) - {"about.json"} == set(files) - {"index.html", *LANGUAGES}
     ids = set(re.findall(r'\bid="([\w-]+)"', files["index.html"].content.decode()))
     assert set(re.findall(r'\$\("([\w-]+)"\)', text)) <= ids
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
@@ -154,12 +69,16 @@ def test_the_page_is_whole():
 def test_the_files_are_sent_with_the_policy_and_only_when_changed():
     app = FastAPI()
     errors.install(app, lambda code: None)
-    app.include_router(served.router(Known("toy", 64, {}, None)))
+    app.include_router(served.router(Known("toy", 64, {}, None), True, 1024))
     client = TestClient(app)
     about = client.get("/page/about.json").json()
-    schedulers = {key: sampler.name for key, sampler in SAMPLERS.items()}
-    usual = {"steps": 10, "guidance": 3.5, "scheduler": "euler"}
-    assert about == {"model": "toy", "size": 64, "sampling": usual, "schedulers": schedulers}
+    schedulers = about.pop("schedulers")
+    assert {*SAMPLERS} <= {*schedulers} and schedulers["euler-karras"] == "Euler Karras"
+    for key, name in schedulers.items():
+        assert get(key) == get(name)
+    usual = {"steps": 10, "guidance": 3.5, "scheduler": "euler", "few": False}
+    sizes = {"size": 64, "far": 1.5, "fit": True, "pixels": 1024}
+    assert about == {"model": "toy", "sampling": usual} | sizes
     for path in ("/", "/page/page.js"):
         answer = client.get(path)
         policy = answer.headers["content-security-policy"]
@@ -168,6 +87,31 @@ def test_the_files_are_sent_with_the_policy_and_only_when_changed():
         assert again.status_code == 304 and again.content == b""
     for path in ("/page/", "/page/page.py", "/page/..%2Fpage.py", "/page/%00"):
         assert client.get(path).status_code == 404
+
+
+def texts(language: str) -> dict[str, str]:
+    return dict(json.loads(served.files()[f"{language}.json"].content))
+
+
+def test_every_text_is_there_in_every_language():
+    english = texts("en")
+    files = served.files()
+    code = "\n".join(files[name].content.decode() for name in files if name not in LANGUAGES)
+    used = re.findall(r'\b(?:t|many)\("([\w-]+)"', code)
+    used += re.findall(r'data-t(?:-\w+)?="([\w-]+)"', code)
+    assert set(used) <= {*english} | {key.removesuffix("-one") for key in english}
+    for key in english:
+        assert f'"{key.removesuffix("-one")}"' in code, f"{key} is not used"
+    for language in LANGUAGES:
+        translated = texts(language.removesuffix(".json"))
+        assert translated.keys() == english.keys()
+        for key, text in translated.items():
+            assert text.strip(), (language, key)
+            holes = sorted(re.findall(r"\{\w+\}", text))
+            assert holes == sorted(re.findall(r"\{\w+\}", english[key])), (language, key)
+    for language in ("de", "fr", "ko"):
+        same = [key for key, text in texts(language).items() if text == english[key]]
+        assert len(same) < 0.12 * len(english), (language, same)
 
 
 # --- drawing --------------------------------------------------------------------------------
@@ -208,7 +152,8 @@ def test_a_image_is_made(page):
     )
     found = read(page, base64.b64decode(str(content)))
     settings = job["pictures"][0]["settings"]
-    assert {key: settings[key] for key in found if key != "source"} | {"source": "koala"} == found
+    beside = {"source": "koala", "others": []}
+    assert {key: settings[key] for key in found if key not in beside} | beside == found
 
 
 @needs_chromium
@@ -216,10 +161,12 @@ def test_a_job_is_cancelled(page):
     first = begin_long(page)
     page.set("number", 1)
     page.click("#draw")
-    said = "document.querySelector('.job .said').textContent"
-    second = page.wait(f"{said}.match(/^Queued, \\d+ images? ahead$/) && "
-                       "document.querySelector('.job').dataset.job")  # fmt: skip
-    assert second != first
+    waiting = "document.querySelector('#waiting .job')"
+    second = page.wait(f"{waiting}?.dataset.job")
+    page.wait(f"/^Queued, \\d+ images? ahead$/.test({waiting}.querySelector('.said').textContent)")
+    assert second != first and page.find("#jobs .job").get_attribute("data-job") == first
+    assert page.find("#waiting").text == "1 job is waiting"  # folded
+    page.click("#waiting summary")
     cancel(page, str(second))
     cancel(page, first)
     assert page.find("#draw").is_enabled()
@@ -256,7 +203,7 @@ def test_the_servers_error_is_shown(page):
 def test_settings_go_from_the_gallery_to_the_form_and_make_the_image_again(page, downloads):
     page.set("prompt", "an owl, flat fluent style")
     page.set("negative", "blue")
-    for id, value in (("steps", 6), ("guidance", 2.5), ("seed", 42), ("size", "160x96")):
+    for id, value in (("steps", 6), ("guidance", 2.5), ("seed", 42), ("size", "160x104")):
         page.set(id, value)
     page.set("scheduler", "dpm++2m")
     asked = page.values(*FIELDS)
@@ -309,7 +256,7 @@ def test_a_png_dropped_in_fills_the_form(page):
     page.wait("document.getElementById('prompt').value !== ''")
     assert page.values(*FIELDS, "width", "height") == [*FILLED, "64", "96"]
     assert "fox.png" in page.find("#notes").text
-    assert page.find("#loras").text.endswith("my-style 0.8 ×")
+    assert page.find("#told").text.endswith("Left out: LoRA my-style.")
 
 
 @needs_chromium
@@ -350,7 +297,7 @@ def test_settings_are_read_out_of_pngs(page):
 def test_broken_pngs_are_borne(page):
     """Cut short anywhere, or with any length or byte wrong: an answer each time, quickly."""
     tried = page.later(
-        """const {readSettings} = await import("/page/png.js");
+        """const {readSettings} = await import("/page/metadata.js");
         const bytes = Uint8Array.from(atob(values[0]), c => c.charCodeAt(0));
         let tried = 0;
         for (let at = 0; at < bytes.length; at++) {

@@ -32,6 +32,7 @@ Limit = Annotated[int, Query(ge=1, le=200)]
 Before = Annotated[
     str | None, Query(pattern=f"^{ID.pattern}$", description="an id; lists older entries only")
 ]
+Search = Annotated[str | None, Query(max_length=200, description="text that the prompt holds")]
 
 
 class JobRequest(BaseModel):
@@ -173,9 +174,11 @@ def _webp(image: Image.Image) -> str:
 
 
 @router.get("/gallery", summary="Finished images, newest first")
-def list_images(request: Request, limit: Limit = 60, before: Before = None) -> dict[str, Any]:
+def list_images(
+    request: Request, limit: Limit = 60, before: Before = None, search: Search = None
+) -> dict[str, Any]:
     gallery: Gallery = request.app.state.gallery
-    found = gallery.page(limit, before, owner_of(request))
+    found = gallery.page(limit, before, owner_of(request), search)
     return {"object": "list", "data": [serialise.image(one) for one in found]}
 
 

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 
 from koala.generation import samplers
 from koala.generation.requests import Known
+from koala.generation.validation import FAR
 from koala.serving.errors import ApiError
 
 FOLDER = Path(__file__).parents[1] / "page"
@@ -60,13 +61,19 @@ def files() -> dict[str, PageFile]:
     return {path.name: _file(path.read_bytes(), path.suffix) for path in sorted(FOLDER.iterdir())}
 
 
-def router(model: Known) -> APIRouter:
-    """Routes for `/` and the files below `/page`, of a server of that model."""
+def router(model: Known, fit: bool, pixels: int) -> APIRouter:
+    """Routes for `/` and the files below `/page`, of a server of that model.
+
+    fit: whether sizes that it was not made for are drawn at its own. pixels: the most of an image.
+    """
     about = {
         "model": model.name,
         "size": model.native,
-        "sampling": asdict(model.sampling),
-        "schedulers": {key: sampler.name for key, sampler in samplers.SAMPLERS.items()},
+        "far": FAR,
+        "fit": fit,
+        "pixels": pixels,
+        "sampling": {**asdict(model.sampling), "few": model.sampling.few_steps},
+        "schedulers": _schedulers(),
     }
     known = files() | {"about.json": _file(json.dumps(about).encode(), ".json")}
     routes = APIRouter(include_in_schema=False)
@@ -86,6 +93,16 @@ def router(model: Known) -> APIRouter:
         return _respond(known[name], request)
 
     return routes
+
+
+def _schedulers() -> dict[str, str]:
+    """The samplers with their own steps, and with Karras'; other steps come with an image."""
+    found = {}
+    for key, sampler in samplers.SAMPLERS.items():
+        found[key] = sampler.name
+        if "karras" in sampler.spacings:
+            found[f"{key}-karras"] = f"{sampler.name} {samplers.LABELS['karras']}"
+    return found
 
 
 def _file(content: bytes, ending: str) -> PageFile:

@@ -110,13 +110,23 @@ class Gallery:
         return _gallery_image(rows[0]) if rows else None
 
     def page(
-        self, limit: int, before: str | None = None, owner: str | None = None
+        self,
+        limit: int,
+        before: str | None = None,
+        owner: str | None = None,
+        search: str | None = None,
     ) -> list[GalleryImage]:
-        """Up to `limit` images, newest first, older than `before`."""
-        mine, values = ("", ()) if owner is None else ("AND client = ?", (owner,))
+        """Up to `limit` images, newest first, older than `before`; of a prompt with `search`."""
+        chosen, values = ["id < ?"], [before or "g"]  # sorts after every hexadecimal digit
+        if owner is not None:
+            chosen.append("client = ?")
+            values.append(owner)
+        if search:
+            chosen.append("instr(lower(json_extract(settings, '$.prompt')), lower(?))")
+            values.append(search)
         rows = self.database.rows(
-            f"SELECT {_COLUMNS} FROM pictures WHERE id < ? {mine} ORDER BY id DESC LIMIT ?",
-            before or "g",  # sorts after every hexadecimal digit
+            f"SELECT {_COLUMNS} FROM pictures WHERE {' AND '.join(chosen)} "
+            "ORDER BY id DESC LIMIT ?",
             *values,
             limit,
         )

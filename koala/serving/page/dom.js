@@ -17,18 +17,22 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Shows a note for a few seconds, above any dialog; screen readers read it. */
+let clearing = 0;
+
+/** Shows a note for a few seconds, in the header or the open dialog; it covers nothing. */
 export function notify(text) {
-  const note = make("p", { className: "note" }, text);
-  const notes = $("notes");
-  if (notes.matches(":popover-open")) notes.hidePopover();
-  notes.showPopover();
-  notes.append(note);
-  while (notes.childElementCount > 3) notes.firstElementChild.remove();
-  setTimeout(() => {
-    note.remove();
-    if (notes.childElementCount === 0) notes.hidePopover();
-  }, 4000 + 50 * text.length);
+  const place = document.querySelector("dialog[open] [data-notes]") ?? $("notes");
+  place.textContent = text;
+  clearTimeout(clearing);
+  clearing = setTimeout(() => {
+    for (const other of document.querySelectorAll("#notes, [data-notes]")) other.textContent = "";
+  }, 5000 + 60 * text.length);
+}
+
+/** Shows a note in the form until it is closed; "" closes it. */
+export function tell(text) {
+  $("told").firstElementChild.textContent = text;
+  $("told").hidden = !text;
 }
 
 /** Announces text to screen readers only. */

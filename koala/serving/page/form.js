@@ -1,68 +1,63 @@
 // The form: the prompt and settings. It survives reloads, can be filled from an image's settings,
 // and is read into a job. The server checks the values; its error messages are shown as they are.
 
-import { $, storage, make, press, notify } from "./dom.js";
+import { $, storage, make, press, notify, tell } from "./dom.js";
 import { hasImage, show as showStart, imageFields } from "./init_image.js";
+import { loras, setLoras, startLoras } from "./loras.js";
+import { eighths, fillSizes, nativeSize, noteSize } from "./sizes.js";
+import { weighs } from "./weights.js";
+import { many, t } from "./words.js";
 
 const DEFAULTS = { // without what the model is made for
-  negative: "", until: "1", seed: "", number: "1", size: "", width: "", height: "",
-  strength: "0.6",
+  negative: "", until: "1", rescale: "0", seed: "", number: "1", size: "", width: "", height: "",
+  strength: "0.6", blur: "4",
 };
 const NAMES = ["prompt", "steps", "guidance", "scheduler", ...Object.keys(DEFAULTS)];
 const NUMBERS = [1, 2, 3, 4, 6, 8, 10];
 const MOST_SEED = Number.MAX_SAFE_INTEGER; // larger integers are not exact in JavaScript
-let about = { model: "", size: 64, schedulers: {}, sampling: {} };
+let about = { model: "", size: 64, far: 1.5, fit: false, schedulers: {}, sampling: {} };
 let styles = [];
-let loras = []; // [[name, scale]]
 
 /** Builds the form for the server's model, and restores the last values. */
-export function startForm(server, presets) {
+export function startForm(server, presets, loraNames) {
   about = server;
   styles = presets.styles;
-  fillSelects();
+  $("number").replaceChildren(...NUMBERS.map((n) => new Option(String(n), String(n))));
+  $("scheduler").replaceChildren(
+    ...Object.entries(about.schedulers).map(([id, name]) => new Option(name, id)),
+  );
+  fillSizes(about);
   $("styles").replaceChildren(...styles.map(styleChip));
   for (const range of document.querySelectorAll("input[data-of]")) pairUp(range);
-  setValues({ ...defaults(), ...storage.read("form") });
-  setLoras(storage.read("loras") ?? []);
-  $("form").addEventListener("input", (event) => {
-    changed();
-    if (["size", "width", "height"].includes(event.target.id)) showStart();
-  });
+  startLoras(loraNames);
+  const last = storage.read("form");
+  setValues({ ...defaults(), ...(last?.model === about.model ? last : { prompt: last?.prompt }) });
+  for (const kind of ["input", "change"]) { // drivers of browsers send one of them for a select
+    $("form").addEventListener(kind, (event) => {
+      changed();
+      if (["size", "width", "height"].includes(event.target.id)) showStart();
+    });
+  }
   $("dice").addEventListener("click", () => {
-    $("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
+    $("seed").value = randomSeed();
     changed();
   });
   $("usual").addEventListener("click", () => {
     setValues(defaults());
     setLoras([]);
-    notify("Settings reset.");
+    notify(t("was-reset"));
   });
+  $("told").querySelector("button").addEventListener("click", () => tell(""));
+  weighs($("prompt"));
+  weighs($("negative"));
 }
+
+export const randomSeed = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);
 
 function defaults() {
   const { steps, guidance, scheduler } = about.sampling;
   return { ...DEFAULTS, steps: String(steps), guidance: String(guidance), scheduler };
 }
-
-function fillSelects() {
-  $("number").replaceChildren(...NUMBERS.map((n) => new Option(String(n), String(n))));
-  $("scheduler").replaceChildren(
-    ...Object.entries(about.schedulers).map(([id, name]) => new Option(name, id)),
-  );
-  const side = about.size;
-  const [half, more] = [eighths(side * 0.75), eighths(side * 1.25)];
-  const sizes = [
-    [side, side], [more, half], [half, more], [eighths(side * 1.5), half],
-    [half, eighths(side * 1.5)],
-  ];
-  $("size").replaceChildren(
-    new Option(`Default, ${side} px`, ""),
-    ...sizes.slice(1).map(([w, h]) => new Option(`${w} × ${h}`, `${w}x${h}`)),
-    new Option("Custom…", "own"),
-  );
-}
-
-const eighths = (pixels) => Math.max(16, 8 * Math.round(pixels / 8));
 
 /** Links a range input and its number field. */
 function pairUp(range) {
@@ -73,13 +68,9 @@ function pairUp(range) {
 
 /** Call it after any change: stores the values and updates what depends on them. */
 export function changed() {
-  storage.write("form", values());
-  storage.write("loras", loras);
+  const values = Object.fromEntries(NAMES.map((name) => [name, $(name).value]));
+  storage.write("form", { ...values, model: about.model });
   refresh();
-}
-
-function values() {
-  return Object.fromEntries(NAMES.map((name) => [name, $(name).value]));
 }
 
 function setValues(next) {
@@ -87,8 +78,12 @@ function setValues(next) {
     const [width, height] = next.size.split("x");
     next = { ...next, size: "own", width, height };
   }
+  if (next.scheduler && !(next.scheduler in about.schedulers)) {
+    about.schedulers[next.scheduler] = next.scheduler; // steps that are not in the list
+    $("scheduler").append(new Option(next.scheduler, next.scheduler));
+  }
   for (const [name, value] of Object.entries(next)) {
-    if (NAMES.includes(name)) $(name).value = value;
+    if (NAMES.includes(name)) $(name).value = value ?? "";
   }
   for (const select of [$("number"), $("size"), $("scheduler")]) {
     if (select.selectedIndex < 0) select.selectedIndex = 0;
@@ -103,12 +98,26 @@ function refresh() {
   }
   for (const chip of $("styles").children) press(chip, hasStyle(chip.dataset.style));
   $("own-size").hidden = $("size").value !== "own";
+  noteSize(about, chosenSize());
+  noteSampling($("steps").valueAsNumber, $("guidance").valueAsNumber);
+}
+
+/** Says which steps and guidance the model is made for, where others are set. */
+function noteSampling(steps, guidance) {
+  const made = about.sampling;
+  const beyond = (made.guidance <= 1 && guidance > 1) || (made.few && steps > made.steps);
+  $("sampling-note").hidden = !beyond;
+  if (!beyond) return;
+  $("sampling-note").textContent = made.guidance > 1
+    ? many("made-guided", made.steps, { guidance: made.guidance })
+    : many("made-unguided", made.steps);
 }
 
 /** Call it when the image to start from was set or removed. */
 export function startChanged() {
-  const side = about.size;
-  $("size").options[0].text = hasImage() ? "Like the image" : `Default, ${side} px`;
+  const side = `${about.size} × ${about.size}`;
+  $("size").options[0].text = hasImage()
+    ? t("like-image") : t("square", { size: side, shape: "1:1" });
 }
 
 // --- styles ---------------------------------------------------------------------------------
@@ -136,8 +145,7 @@ const hasStyle = (style) => parts().includes(style);
 export function sizeToDraw(width, height) {
   const chosen = chosenSize();
   if (chosen && chosen.every((side) => side >= 16 && side <= 4096)) return chosen.map(eighths);
-  const scale = about.size / Math.sqrt(width * height);
-  return [eighths(width * scale), eighths(height * scale)];
+  return nativeSize(about.size, width, height);
 }
 
 function chosenSize() {
@@ -151,21 +159,21 @@ export function readForm() {
   const prompt = $("prompt").value.trim();
   if (!prompt) {
     $("prompt").focus();
-    throw new Error("Write a prompt first.");
+    throw new Error(t("no-prompt"));
   }
   const fields = {
     prompt, n: Number($("number").value), scheduler: $("scheduler").value,
     steps: read("steps"), guidance: read("guidance"), guidance_until: read("until"),
+    guidance_rescale: read("rescale"),
   };
   if ($("negative").value.trim()) fields.negative_prompt = $("negative").value.trim();
   if ($("seed").value.trim()) fields.seed = seed();
   const size = chosenSize();
-  if (size?.some((side) => !(side > 0) || side % 8)) {
-    throw new Error("Width and height must be multiples of 8 pixels.");
-  }
+  if (size?.some((side) => !(side > 0) || side % 8)) throw new Error(t("bad-size"));
   if (size) fields.size = size.join("x");
-  if (loras.length) fields.lora = loras.map(([name, scale]) => ({ name, scale }));
+  if (loras().length) fields.lora = loras().map(([name, scale]) => ({ name, scale }));
   if (hasImage()) Object.assign(fields, { strength: read("strength") }, imageFields());
+  if (fields.mask) fields.mask_blur = read("blur");
   return fields;
 }
 
@@ -175,58 +183,30 @@ function read(name) {
   const label = document.querySelector(`label[for="${name}"]`).textContent;
   $("more").open ||= $("more").contains($(name));
   $(name).focus();
-  throw new Error(`${label} must be a number.`);
+  throw new Error(t("not-number", { label }));
 }
 
 function seed() {
   const text = $("seed").value.trim();
   if (/^\d+$/.test(text) && Number(text) <= MOST_SEED) return Number(text);
-  throw new Error(`The seed must be a whole number from 0 to ${MOST_SEED}.`);
+  throw new Error(t("bad-seed", { most: MOST_SEED }));
 }
 
-/** Fills the form with an image's settings; the note begins with `from`. */
-export function fill(settings, from) {
-  const notes = [];
-  const next = { prompt: settings.prompt, negative: settings.negative_prompt ?? "" };
+/** Fills the form with settings that fit this model (`fitting.js`); `notes` are lines to show. */
+export function fill(settings, notes) {
+  const next = { ...defaults(), prompt: settings.prompt, negative: settings.negative_prompt ?? "" };
   next.until = String(settings.guidance_until ?? 1);
-  for (const name of ["steps", "guidance", "seed"]) {
+  next.rescale = String(settings.guidance_rescale ?? 0);
+  for (const name of ["steps", "guidance", "seed", "scheduler", "strength"]) {
     if (settings[name] !== undefined) next[name] = String(settings[name]);
   }
-  if (settings.seed > MOST_SEED) {
-    next.seed = "";
-    notes.push("Its seed is too large for this page.");
-  }
+  if (settings.mask) next.blur = String(settings.mask_blur ?? 4);
   if (settings.width && settings.height) {
     const own = settings.width === about.size && settings.height === about.size;
     next.size = own ? "" : `${settings.width}x${settings.height}`;
   }
-  const named = Object.entries(about.schedulers).find(([, name]) => name === settings.sampler);
-  if (named) next.scheduler = named[0];
-  else if (settings.sampler) notes.push(`This server has no sampler ${settings.sampler}.`);
-  const fromPicture = settings.source === "A1111" ? settings.strength : settings.image;
-  if (fromPicture) {
-    next.strength = String(settings.strength);
-    if (!hasImage()) notes.push("It was made from another image: add that image too.");
-  }
-  next.number = "1";
   setValues(next);
   setLoras(settings.loras ?? []);
-  if (settings.model && settings.source && settings.model !== about.model) {
-    notes.push(`It was made with ${settings.model}.`);
-  }
-  notify([from, ...notes].join(" "));
-}
-
-function setLoras(next) {
-  loras = next;
-  $("loras").hidden = loras.length === 0;
-  $("loras").querySelector(".chips").replaceChildren(
-    ...loras.map(([name, scale]) => {
-      const chip = make("button", { type: "button", title: "Remove" }, `${name} ${scale} ×`);
-      chip.setAttribute("aria-label", `Remove the LoRA ${name}`);
-      chip.addEventListener("click", () => setLoras(loras.filter(([other]) => other !== name)));
-      return chip;
-    }),
-  );
-  storage.write("loras", loras);
+  tell(notes.length > 1 ? notes.join(" ") : "");
+  notify(notes[0]);
 }

@@ -1,68 +1,140 @@
-// The gallery, newest first, and the viewer of one image with its settings.
+// The gallery, newest first: searched, favourites alone, several selected at once.
 
-import { $, closable, storage, make, press, pressed, notify } from "./dom.js";
+import { $, storage, make, press, pressed, notify } from "./dom.js";
+import { imagePath, pictureInto, pictureName, fileName } from "./pictures.js";
 import { call, fetchBlob } from "./server.js";
-import { address, imagePath, pictureInto, pictureName } from "./pictures.js";
-import { setImage } from "./init_image.js";
-import { fill } from "./form.js";
 import { forget } from "./jobs.js";
+import { many, t } from "./words.js";
+import { save, zipped } from "./zip.js";
 
 const PAGE = 60;
+const MOST_SAVED = 500; // images in one download
+export const DRAGGED = "application/x-koala-picture"; // an id, while a tile is dragged
 let pictures = []; // as the server sends them, newest first
-let viewed = null; // the image in the viewer
+let view = () => {};
+const favourites = new Set(storage.read("favourites") ?? []);
+const selected = new Set();
+let ended = false; // whether the last page has been loaded
 
-/** Loads the newest images and sets up the viewer. Images that jobs added stay. */
-export async function startGallery() {
-  closable($("viewer"));
-  $("older").addEventListener("click", () => {
-    more(pictures.at(-1)).catch((error) => notify(error.message));
+/** Loads the newest images. Images that jobs added stay. `onView(id)` opens one. */
+export async function startGallery(onView) {
+  view = onView;
+  $("older").addEventListener("click", () => complained(more()));
+  let typing = 0;
+  $("search").addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(() => complained(reload()), 250);
   });
-  $("newer").addEventListener("click", () => move(-1));
-  $("next").addEventListener("click", () => move(1));
-  $("viewer").addEventListener("keydown", (event) => {
-    if (event.key === "ArrowLeft") move(-1);
-    if (event.key === "ArrowRight") move(1);
+  $("favourites").addEventListener("click", () => {
+    press($("favourites"), !pressed($("favourites")));
+    complained(reload());
   });
-  $("use").addEventListener("click", () => {
-    $("viewer").close();
-    fill(viewed.settings, "Its settings are now in the form.");
-    toForm($("prompt"));
+  $("select").addEventListener("click", () => selecting(!pressed($("select"))));
+  $("select-all").addEventListener("click", () => {
+    for (const { id } of pictures) selected.add(id);
+    refresh();
   });
-  $("begin").addEventListener("click", begin);
-  $("crisp").addEventListener("click", () => {
-    press($("crisp"), !pressed($("crisp")));
-    storage.write("crisp", pressed($("crisp")));
-    fit();
-  });
-  press($("crisp"), storage.read("crisp") === true);
-  $("delete").addEventListener("click", remove);
-  $("viewed").addEventListener("load", fit);
-  addEventListener("resize", fit);
-  await more(null);
+  $("download-selected").addEventListener("click", () => complained(downloadSelected()));
+  $("delete-selected").addEventListener("click", () => complained(deleteSelected()));
+  await more();
 }
 
-/** Loads the next page: images older than `last`, or the newest. */
-async function more(last) {
-  const { data } = await call(`v1/gallery?limit=${PAGE}${last ? `&before=${last.id}` : ""}`);
+const complained = (promise) => promise.catch((error) => notify(error.message));
+const filtered = () => Boolean($("search").value.trim()) || pressed($("favourites"));
+
+/** The image with an id, and its neighbours in the list. */
+export function neighbours(id) {
+  const i = pictures.findIndex((picture) => picture.id === id);
+  return i < 0 ? null : { picture: pictures[i], newer: pictures[i - 1], older: pictures[i + 1] };
+}
+
+async function reload() {
+  pictures = [];
+  ended = false;
+  $("thumbnails").replaceChildren();
+  await more();
+}
+
+/** Loads the next page: images older than the last, or the newest. */
+async function more() {
+  const data = pressed($("favourites")) ? await starred() : await page(pictures.at(-1)?.id);
   const known = new Set(pictures.map(({ id }) => id));
   const next = data.filter(({ id }) => !known.has(id));
   pictures.push(...next);
   $("thumbnails").append(...next.map(thumbnail));
-  $("older").hidden = data.length < PAGE;
   refresh();
+}
+
+async function page(before) {
+  const asked = new URLSearchParams({ limit: PAGE });
+  if (before) asked.set("before", before);
+  if ($("search").value.trim()) asked.set("search", $("search").value.trim());
+  const { data } = await call(`v1/gallery?${asked}`);
+  ended = data.length < PAGE;
+  return data;
+}
+
+/** The favourites that are still there and match the search. */
+async function starred() {
+  ended = true;
+  const words = $("search").value.trim().toLowerCase();
+  const found = await Promise.all([...favourites].map(async (id) => {
+    try {
+      return await call(`v1/gallery/${id}`);
+    } catch (error) {
+      if (error.status === 404) setFavourite(id, false);
+      return null;
+    }
+  }));
+  return found.filter((one) => one?.settings.prompt.toLowerCase().includes(words))
+    .sort((a, b) => (a.id < b.id ? 1 : -1));
 }
 
 /** Adds a finished image in front. */
 export function add(picture) {
-  if (pictures.some(({ id }) => id === picture.id)) return;
-  pictures.unshift(picture);
-  $("thumbnails").prepend(thumbnail(picture));
+  if (filtered() || pictures.some(({ id }) => id === picture.id)) return;
+  const at = pictures.findIndex(({ id }) => id < picture.id);
+  const place = at < 0 ? pictures.length : at;
+  $("thumbnails").insertBefore(thumbnail(picture), $("thumbnails").children[place] ?? null);
+  pictures.splice(place, 0, picture);
+  refresh();
+}
+
+/** Adds what was drawn elsewhere. */
+export async function look() {
+  if (filtered()) return;
+  const { data } = await call(`v1/gallery?limit=${PAGE}`);
+  const newest = pictures[0]?.id ?? "";
+  data.reverse().filter(({ id }) => id > newest).forEach(add);
+}
+
+/** Removes an image that was deleted. */
+export function drop(id) {
+  pictures = pictures.filter((picture) => picture.id !== id);
+  $("thumbnails").querySelector(`[data-picture="${id}"]`)?.parentElement.remove();
+  selected.delete(id);
+  setFavourite(id, false);
+  forget(id);
   refresh();
 }
 
 function refresh() {
-  $("gallery").hidden = pictures.length === 0;
-  $("welcome").hidden = pictures.length > 0 || $("jobs").childElementCount > 0;
+  const none = pictures.length === 0;
+  $("gallery").hidden = none && !filtered();
+  $("none-found").hidden = !(none && filtered());
+  $("older").hidden = ended || none;
+  $("welcome").hidden = !$("gallery").hidden || $("jobs").childElementCount > 0;
+  const on = pressed($("select"));
+  $("selection").hidden = !on;
+  $("selected").textContent = many("selected", selected.size);
+  for (const id of ["download-selected", "delete-selected"]) $(id).disabled = !selected.size;
+  $("delete-selected").textContent = t("delete");
+  for (const tile of $("thumbnails").querySelectorAll("button")) {
+    const { picture } = tile.dataset;
+    if (on) press(tile, selected.has(picture));
+    else tile.removeAttribute("aria-pressed");
+    tile.classList.toggle("starred", favourites.has(picture));
+  }
 }
 
 /** Call it when job cards were added or removed. */
@@ -72,127 +144,73 @@ function thumbnail(picture) {
   const button = make("button", { type: "button", className: "tile empty" });
   button.dataset.picture = picture.id;
   button.title = picture.settings.prompt;
-  button.setAttribute("aria-label", `View ${pictureName(picture)}`);
-  button.addEventListener("click", () => view(picture.id));
+  button.setAttribute("aria-label", t("view", { picture: pictureName(picture) }));
+  button.addEventListener("click", () => {
+    if (!pressed($("select"))) return view(picture.id);
+    if (!selected.delete(picture.id)) selected.add(picture.id);
+    refresh();
+  });
   const seen = new IntersectionObserver(([entry]) => {
     if (!entry.isIntersecting) return;
     seen.disconnect();
     pictureInto(button, picture, true);
   }, { rootMargin: "300px" });
   seen.observe(button);
-  return make("li", {}, button);
+  const item = make("li", { draggable: true }, button);
+  item.addEventListener("dragstart", (event) => {
+    event.dataTransfer.setData(DRAGGED, picture.id);
+    event.dataTransfer.effectAllowed = "copy";
+  });
+  return item;
 }
 
-// --- the viewer -----------------------------------------------------------------------------
+// --- favourites and a selection -------------------------------------------------------------
 
-/** Opens an image of the gallery. */
-export async function view(id) {
-  viewed = pictures.find((picture) => picture.id === id);
-  if (!viewed) return;
-  const { settings } = viewed;
-  const place = pictures.indexOf(viewed);
-  $("newer").disabled = place === 0;
-  $("next").disabled = place === pictures.length - 1;
-  $("viewed-prompt").textContent = settings.prompt;
-  $("viewed-settings").replaceChildren(...described(settings).flatMap(([name, value]) => [
-    make("dt", {}, name), make("dd", {}, String(value)),
-  ]));
-  $("viewed").alt = pictureName(viewed);
-  $("delete").textContent = "Delete";
-  if (!$("viewer").open) $("viewer").showModal();
-  fit();
-  try {
-    const url = await address(imagePath(id));
-    if (viewed?.id !== id) return;
-    $("viewed").src = url;
-    $("download").href = url;
-    $("download").download = `${slug(settings.prompt)}-${settings.seed}.png`;
-  } catch (error) {
-    notify(error.message);
-  }
+export const isFavourite = (id) => favourites.has(id);
+
+export function setFavourite(id, on) {
+  if (on) favourites.add(id);
+  else favourites.delete(id);
+  storage.write("favourites", [...favourites]);
+  refresh();
 }
 
-function described(settings) {
-  const rows = [];
-  if (settings.negative_prompt) rows.push(["Negative prompt", settings.negative_prompt]);
-  rows.push(
-    ["Size", `${settings.width} × ${settings.height}`], ["Steps", settings.steps],
-    ["Guidance", settings.guidance], ["Seed", settings.seed], ["Scheduler", settings.sampler],
-  );
-  if (settings.guidance_until < 1) rows.push(["Guidance until", settings.guidance_until]);
-  if (settings.image) rows.push(["From an image", `strength ${settings.strength}`]);
-  if (settings.mask) rows.push(["Mask", "yes"]);
-  for (const [name, scale] of settings.loras ?? []) rows.push(["LoRA", `${name} ${scale}`]);
-  rows.push(["Model", settings.model]);
-  return rows;
+function selecting(on) {
+  press($("select"), on);
+  selected.clear();
+  refresh();
 }
 
-/**
- * Sizes the image: small ones are enlarged by an integer, so that all pixels look alike; large
- * ones are scaled to fit. The frame has its size before the image has loaded.
- */
-function fit() {
-  if (!viewed || !$("viewer").open) return;
-  const { width, height } = viewed.settings;
-  const box = $("viewed").parentElement.getBoundingClientRect();
-  const room = Math.min((box.width - 32) / width, (box.height - 32) / height);
-  const scale = room > 1 ? Math.min(Math.floor(room), Math.ceil(768 / Math.max(width, height)))
-    : room;
-  $("viewed").style.width = `${width * scale}px`;
-  $("viewed").style.height = `${height * scale}px`;
-  $("viewed").classList.toggle("crisp", pressed($("crisp")) && scale > 1);
-  $("crisp").hidden = scale <= 1;
-}
-
-function move(by) {
-  const next = pictures[pictures.indexOf(viewed) + by];
-  if (next) view(next.id);
-}
-
-async function begin() {
-  const picture = viewed;
-  try {
+async function downloadSelected() {
+  const chosen = pictures.filter(({ id }) => selected.has(id)).slice(0, MOST_SAVED);
+  notify(many("saving", chosen.length));
+  const files = [];
+  for (const picture of chosen) {
     const blob = await fetchBlob(imagePath(picture.id));
-    $("viewer").close();
-    await setImage(new File([blob], "picture.png", { type: "image/png" }));
-    toForm($("start"));
-    notify("The next image starts from this one.");
-  } catch (error) {
-    notify(error.message);
+    files.push([`${picture.id.slice(0, 12)}-${fileName(picture)}`, await blob.arrayBuffer()]);
   }
+  save(zipped(files), "koala.zip");
 }
 
-async function remove() {
-  if ($("delete").textContent === "Delete") {
-    $("delete").textContent = "Delete permanently?";
+async function deleteSelected() {
+  if ($("delete-selected").textContent === t("delete")) {
+    $("delete-selected").textContent = many("delete-all", selected.size);
     return;
   }
-  const gone = viewed;
-  try {
-    await call(`v1/gallery/${gone.id}`, { method: "DELETE" });
-  } catch (error) {
-    if (error.status !== 404) return notify(error.message);
+  const chosen = [...selected];
+  for (const id of chosen) {
+    await removeImage(id);
+    drop(id);
   }
-  const place = pictures.indexOf(gone);
-  pictures = pictures.filter((picture) => picture !== gone);
-  $("thumbnails").querySelector(`[data-picture="${gone.id}"]`)?.parentElement.remove();
-  forget(gone.id);
-  refresh();
-  notify("Deleted.");
-  const next = pictures[Math.min(place, pictures.length - 1)];
-  if (next) view(next.id);
-  else $("viewer").close();
+  selecting(false);
+  notify(many("deleted-many", chosen.length));
 }
 
-/** Scrolls to the form if it is out of sight, as on a phone. */
-function toForm(part) {
-  const { top } = $("form").getBoundingClientRect();
-  if (top < 0 || top > innerHeight / 2) $("form").scrollIntoView({ behavior: "smooth" });
-  part.scrollIntoView({ behavior: "smooth", block: "nearest" });
-}
-
-/** A file name from the prompt, as `koala generate` makes it. */
-function slug(prompt) {
-  const words = prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "");
-  return words.slice(0, 48).replace(/-+$/, "") || "picture";
+/** Deletes an image on the server, unless it is gone already. */
+export async function removeImage(id) {
+  try {
+    await call(`v1/gallery/${id}`, { method: "DELETE" });
+  } catch (error) {
+    if (error.status !== 404) throw error;
+  }
 }

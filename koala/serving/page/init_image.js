@@ -2,9 +2,11 @@
 // The pixels shown are the pixels sent; a photograph's metadata is not.
 
 import { $, make } from "./dom.js";
+import { t } from "./words.js";
 import { painted, paintOver, sizeMask, forgetMask, maskPicture, openPainter } from "./mask.js";
 
 let bitmap = null; // the original image
+let origin = null; // where it comes from: an id of the gallery, or a Blob
 let sizeFor = () => [64, 64]; // (width, height of an image) -> output size
 let changed = () => {};
 
@@ -28,18 +30,20 @@ export function startPanel(size, onChange) {
   });
 }
 
-/** Sets the image to start from, or removes it (null). False if the file is not an image. */
-export async function setImage(file) {
+/**
+ * Sets the image to start from, or removes it (null). False if the file is not an image.
+ * from: an id of the gallery, where it is one of its images.
+ */
+export async function setImage(file, from = file) {
   let next = null;
   try {
     if (file) next = await createImageBitmap(file);
   } catch {
-    const name = file.name || "This file";
-    complain(`${name} cannot be read as an image: choose a PNG, JPEG or WebP.`);
+    complain(t("bad-image", { name: file.name }));
     return false;
   }
   bitmap?.close();
-  bitmap = next;
+  [bitmap, origin] = [next, next && from];
   forgetMask();
   show();
   if (bitmap) $("start").open = true;
@@ -70,8 +74,9 @@ export function show() {
   const share = painted();
   $("unpaint").hidden = share === 0;
   $("mask-note").hidden = share === 0;
-  $("mask-note").textContent = `${Math.max(1, Math.round(100 * share))} % will be repainted.`;
-  $("paint").textContent = share ? "Edit mask" : "Paint mask";
+  $("mask-note").textContent = t("masked", { n: Math.max(1, Math.round(100 * share)) });
+  $("paint").textContent = t(share ? "edit-mask" : "paint");
+  $("blur-field").hidden = share === 0;
 }
 
 /** The image on a white canvas of the output size, centred and cropped. */
@@ -87,6 +92,9 @@ function cut() {
   context.drawImage(bitmap, (width - w) / 2, (height - h) / 2, w, h);
   return canvas;
 }
+
+/** What the next image is made from: an id of the gallery, a Blob, or null. */
+export const imageOrigin = () => origin;
 
 /** The fields {image, mask, size} of a job; empty without an image. */
 export function imageFields() {

@@ -1,53 +1,75 @@
-// The open jobs: a card each with previews, progress, queue position and a cancel button.
-// The jobs live on the server, so they survive a reload and a lost connection.
+// The jobs of the server: a card each, running ones first, then finished ones; those that wait are
+// folded. Jobs live on the server, so they survive a reload and a lost connection.
 
-import { $, make, announce, notify } from "./dom.js";
+import { $, make, notify } from "./dom.js";
+import { Card, OVER } from "./card.js";
 import { call, events, ServerError } from "./server.js";
-import { pictureInto, pictureName } from "./pictures.js";
+import { t, many } from "./words.js";
 
 const STREAMS = 2; // browsers open six connections to a server, over all their tabs
-const POLL = 1500; // milliseconds between polls of the jobs without a stream
-const OVER = ["done", "failed", "cancelled"];
+const TICK = 1500; // milliseconds between polls of the jobs without a stream
+const ELSEWHERE = 3; // ticks between looks for what other tabs and programs draw
 const cards = new Map(); // id -> Card
+const groups = []; // of jobs that are shown elsewhere: {has(id), update(job), open(), cancel()}
 let streaming = 0;
-let drawn = () => {};
-let view = () => {};
+let handlers = {};
 let nativeSize = 64;
 
-/** Finds the open jobs. `onPicture(picture)` and `onView(id)` are callbacks. */
-export async function startJobs(side, onPicture, onView) {
-  [nativeSize, drawn, view] = [side, onPicture, onView];
+/** Finds the open jobs. `on`: {picture(picture, job), view(id), tick()} are callbacks. */
+export async function startJobs(side, on) {
+  [nativeSize, handlers] = [side, { ...on, change: arrange, dismiss: remove }];
+  $("cancel-all").addEventListener("click", cancelAll);
   await poll();
-  setInterval(() => {
-    if (!document.hidden && [...cards.values()].some((card) => card.waits)) poll().catch(() => {});
-  }, POLL);
+  let ticks = 0;
+  const look = () => {
+    ticks++;
+    const elsewhere = ticks % ELSEWHERE === 0;
+    if (document.hidden) return;
+    if (elsewhere || unfollowed()) poll().catch(() => {});
+    if (elsewhere) on.tick();
+  };
+  setInterval(look, TICK);
   document.addEventListener("visibilitychange", () => {
-    if (!document.hidden) poll().catch(() => {});
+    if (document.hidden) return;
+    poll().catch(() => {});
+    on.tick();
   });
+}
+
+const unfollowed = () =>
+  [...cards.values()].some((card) => card.waits) || groups.some((group) => group.open());
+
+/** A group of jobs that gets their updates, in place of cards. */
+export function addGroup(group) {
+  groups.push(group);
 }
 
 /** Fetches recent jobs: adds cards for new ones, updates those without a stream. */
 async function poll() {
-  const { data } = await call("v1/jobs?limit=50");
+  const { data } = await call("v1/jobs?limit=60");
   for (const job of data.reverse()) {
+    const group = groups.find((each) => each.has(job.id));
     const card = cards.get(job.id);
-    if (card) {
-      if (card.waits) card.update(job);
-    } else if (!OVER.includes(job.status)) show(job);
+    if (group) group.update(job);
+    else if (card?.waits) card.update(job);
+    else if (!card && !OVER.includes(job.status)) show(job);
   }
+  arrange();
 }
 
-/** Submits a job and shows its card. */
-export async function draw(fields) {
+/** Submits a job and shows its card. `origin`: what it starts from (`origins.js`). */
+export async function draw(fields, origin = null) {
   const job = await call("v1/jobs", { method: "POST", json: fields });
   for (const [id, card] of cards) if (card.over) remove(id);
-  return show(job).element;
+  const card = show(job);
+  card.origin = origin;
+  return card.element;
 }
 
 function show(job) {
-  const card = new Card(job);
+  const card = new Card(job, nativeSize, handlers);
   cards.set(job.id, card);
-  $("jobs").prepend(card.element);
+  arrange();
   fillStreams();
   return card;
 }
@@ -55,6 +77,7 @@ function show(job) {
 function remove(id) {
   cards.get(id)?.element.remove();
   cards.delete(id);
+  arrange();
 }
 
 /** Removes a deleted image from the cards, and cards without images. */
@@ -62,6 +85,45 @@ export function forget(pictureId) {
   for (const [id, card] of cards) {
     card.element.querySelector(`[data-picture="${pictureId}"]`)?.remove();
     if (card.over && !card.element.querySelector(".tile")) remove(id);
+  }
+}
+
+/** Puts every card in its place, and says what the queue holds. */
+function arrange() {
+  const all = [...cards.values()];
+  const open = all.filter((card) => !card.over);
+  const running = open.filter((card) => card.running);
+  const queued = open.filter((card) => !card.running);
+  if (running.length === 0 && queued.length) running.push(queued.shift());
+  const over = all.filter((card) => card.over).reverse();
+  settle($("jobs"), [...running, ...over].map((card) => card.element));
+  settle($("waiting-list"), queued.map((card) => card.element));
+  $("waiting").hidden = queued.length === 0;
+  $("waiting").firstElementChild.textContent = many("waiting", queued.length);
+  const images = open.reduce((sum, card) => sum + card.number - card.finished, 0);
+  const inGroups = groups.reduce((sum, group) => sum + group.open(), 0);
+  $("queue").hidden = open.length < 2 && inGroups === 0;
+  $("queue-text").textContent = many("queue-text", images + inGroups);
+  const done = open.reduce((sum, card) => sum + card.bar.value, 0) / open.length;
+  document.title = open.length ? `${Math.round(100 * done)} % · koala` : "koala";
+}
+
+/** Makes the elements the children of a container, moving only those out of place. */
+function settle(container, elements) {
+  for (const child of [...container.children]) if (!elements.includes(child)) child.remove();
+  elements.forEach((element, i) => {
+    if (container.children[i] !== element) container.insertBefore(element, container.children[i]);
+  });
+}
+
+async function cancelAll() {
+  $("cancel-all").disabled = true;
+  const open = [...cards.values()].filter((card) => !card.over).reverse(); // the last ones first
+  try {
+    await Promise.all([...groups.map((group) => group.cancel()), ...open.map((c) => c.cancel())]);
+    notify(t("all-cancelled"));
+  } finally {
+    $("cancel-all").disabled = false;
   }
 }
 
@@ -90,138 +152,9 @@ async function follow(card) {
       }
     }
     if (card.over) break;
-    if (pause > 500) card.said.textContent = "Connection lost, reconnecting";
+    if (pause > 500) card.said.textContent = t("reconnecting");
     await new Promise((resolve) => setTimeout(resolve, pause));
   }
   streaming--;
   fillStreams();
-}
-
-// --- a card ---------------------------------------------------------------------------------
-
-class Card {
-  constructor(job) {
-    this.id = job.id;
-    this.over = false;
-    this.waits = true; // for a stream
-    this.number = job.request.n ?? 1;
-    this.build(job.request);
-    this.update(job);
-  }
-
-  build(request) {
-    this.words = make("p", { className: "words", title: request.prompt }, request.prompt);
-    this.said = make("p", { className: "said quiet" });
-    this.bar = make("progress", { max: 1, value: 0, "aria-label": "Steps done" });
-    this.button = make("button", { type: "button", className: "small" }, "Cancel");
-    this.button.addEventListener("click", () => this.cancel());
-    const [width, height] = (request.size ?? `${nativeSize}x${nativeSize}`).split("x").map(Number);
-    this.tiles = Array.from({ length: this.number }, () => {
-      const tile = make("div", { className: "tile empty" });
-      tile.style.aspectRatio = `${width} / ${height}`;
-      return tile;
-    });
-    const grid = make("div", { className: "tiles" }, ...this.tiles);
-    grid.style.setProperty("--columns", columns(this.number));
-    grid.style.setProperty("--rows", Math.ceil(this.number / columns(this.number)));
-    grid.style.setProperty("--shape", width / height);
-    const text = make("div", { className: "text" }, this.words, this.said);
-    const head = make("div", { className: "head" }, text, this.button);
-    this.element = make("article", { className: "card job", "data-job": this.id }, head, this.bar,
-      grid);
-  }
-
-  /** Handles one event of the server. */
-  take(name, data) {
-    if (name === "status" || name === "end") this.update(data);
-    else if (name === "progress") this.progress(data);
-    else if (name === "preview") this.preview(data);
-    else if (name === "picture") this.picture(data.picture ?? data);
-  }
-
-  update(job) {
-    job.pictures.forEach((picture) => this.picture(picture));
-    if (OVER.includes(job.status)) this.end(job.status, job.error?.message, job);
-    else this.progress({ ...job.progress, position: job.position });
-  }
-
-  progress({ done, total, position }) {
-    if (this.over) return;
-    if (total) this.bar.value = done / total;
-    const ahead = position === 1 ? "1 image" : `${position} images`;
-    if (done) this.said.textContent = `${done} of ${total} steps`;
-    else if (position) this.said.textContent = `Queued, ${ahead} ahead`;
-    else this.said.textContent = "Starting";
-    title();
-  }
-
-  preview({ index, b64_json: data }) {
-    const tile = this.tiles[index];
-    if (!tile || tile.dataset.picture) return;
-    let image = tile.querySelector("img");
-    if (!image) {
-      image = make("img", { alt: "Preview", className: "preview" });
-      tile.replaceChildren(image);
-      tile.classList.remove("empty");
-    }
-    image.src = `data:image/${data.startsWith("UklGR") ? "webp" : "png"};base64,${data}`;
-  }
-
-  picture(picture) {
-    const tile = this.tiles[picture.index];
-    if (!tile || tile.dataset.picture) return;
-    const button = make("button", { type: "button", className: "tile" });
-    button.dataset.picture = picture.id;
-    button.style.aspectRatio = `${picture.settings.width} / ${picture.settings.height}`;
-    button.setAttribute("aria-label", `View ${pictureName(picture)}`);
-    button.append(...tile.childNodes); // the preview stays until the image has loaded
-    button.addEventListener("click", () => view(picture.id));
-    tile.replaceWith(button);
-    this.tiles[picture.index] = button;
-    pictureInto(button, picture);
-    drawn(picture);
-  }
-
-  end(status, message, job) {
-    if (this.over) return;
-    this.over = true;
-    this.waits = false;
-    this.element.classList.add(status);
-    this.button.textContent = "Dismiss";
-    this.button.disabled = false;
-    for (const tile of this.tiles) if (!tile.dataset.picture) tile.remove();
-    this.bar.value = status === "done" ? 1 : this.bar.value;
-    const seconds = job?.finished && job.started ? job.finished - job.started : 0;
-    const took = seconds ? ` in ${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s` : "";
-    this.said.textContent = {
-      done: `Done${took}`, cancelled: "Cancelled", failed: message ?? "Failed.",
-    }[status];
-    this.said.classList.toggle("error", status === "failed");
-    if (status !== "failed") announce(`${this.said.textContent}: ${this.words.textContent}`);
-    title();
-    const empty = !this.element.querySelector(".tile");
-    if (status === "cancelled" && empty) setTimeout(() => remove(this.id), 4000);
-  }
-
-  async cancel() {
-    if (this.over) return remove(this.id);
-    this.button.disabled = true;
-    this.said.textContent = "Cancelling";
-    try {
-      this.update(await call(`v1/jobs/${this.id}/cancel`, { method: "POST" }));
-    } catch (error) {
-      notify(error.message);
-      this.button.disabled = false;
-    }
-  }
-}
-
-/** The columns of a roughly square grid of n. */
-const columns = (n) => (n === 3 ? 3 : Math.ceil(Math.sqrt(n)));
-
-/** Shows the progress of all jobs in the page's title. */
-function title() {
-  const open = [...cards.values()].filter((card) => !card.over);
-  const done = open.reduce((sum, card) => sum + card.bar.value, 0) / open.length;
-  document.title = open.length ? `${Math.round(100 * done)} % · koala` : "koala";
 }

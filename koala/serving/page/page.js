@@ -1,15 +1,20 @@
 // The page: starts and connects its parts.
 
 import { $, make, notify } from "./dom.js";
-import { call, onKeyWanted } from "./server.js";
+import { fitted } from "./fitting.js";
 import { fill, changed, readForm, sizeToDraw, startChanged, startForm } from "./form.js";
-import { setImage, onBadFile, startPanel } from "./init_image.js";
-import { startPainter } from "./mask.js";
-import { add, refreshWelcome, startGallery, view } from "./gallery.js";
+import { add, DRAGGED, look, refreshWelcome, startGallery } from "./gallery.js";
+import { drawGrid, startGrid } from "./grid.js";
+import { imageOrigin, setImage, onBadFile, startPanel } from "./init_image.js";
 import { draw, startJobs } from "./jobs.js";
-import { readSettings } from "./png.js";
+import { startPainter } from "./mask.js";
+import { readSettings } from "./metadata.js";
+import { call, onKeyWanted } from "./server.js";
+import { startFrom, startViewer, view } from "./viewer.js";
+import { startWords, t } from "./words.js";
 
 const MOST_BYTES = 1 << 28; // of a file to read settings from
+let about = {};
 
 function complain(text) {
   $("error").textContent = text;
@@ -18,8 +23,7 @@ function complain(text) {
 
 /** Asks for the key in a dialog; resolves to null if it is closed without one. */
 function askForKey(wrong) {
-  $("ask-why").textContent = wrong
-    ? "That key is not valid." : "Ask the server's operator for one.";
+  $("ask-why").textContent = t(wrong ? "wrong-key" : "ask-why");
   $("key").value = "";
   $("ask").returnValue = "";
   $("ask").showModal();
@@ -31,20 +35,21 @@ function askForKey(wrong) {
   });
 }
 
-async function submit() {
+/** Submits what `make` submits, and brings its card into sight. */
+async function submit(make = () => draw(readForm(), imageOrigin())) {
   if ($("draw").disabled) return;
   complain("");
-  $("draw").disabled = true;
+  $("draw").disabled = $("draw-grid").disabled = true;
   try {
-    const card = await draw(readForm());
+    const card = await make();
     const box = card.getBoundingClientRect();
-    if (box.top < 0 || box.bottom > innerHeight) {
+    if (card.checkVisibility() && (box.top < 0 || box.bottom > innerHeight)) {
       card.scrollIntoView({ behavior: "smooth", block: "start" });
     }
   } catch (error) {
     complain(error.message);
   } finally {
-    $("draw").disabled = false;
+    $("draw").disabled = $("draw-grid").disabled = false;
   }
 }
 
@@ -52,13 +57,17 @@ async function submit() {
 async function dropped(event) {
   event.preventDefault();
   $("dropping").hidden = true;
+  const dragged = event.dataTransfer.getData(DRAGGED);
+  if (dragged) return void ($("form").contains(event.target) && (await startFrom(dragged)));
   const file = event.dataTransfer.files[0];
   if (!file) return;
   complain("");
   if ($("start").contains(event.target)) return void (await setImage(file));
   const settings = file.size <= MOST_BYTES && (await readSettings(await file.arrayBuffer()));
-  if (settings) fill(settings, `The settings of ${file.name} are now in the form.`);
-  else if (await setImage(file)) notify(`${file.name} has no settings: the next image starts from it.`);
+  if (settings) {
+    const [fitting, notes] = fitted(settings, about);
+    fill(fitting, [t("settings-of", { name: file.name }), ...notes]);
+  } else if (await setImage(file)) notify(t("no-settings", { name: file.name }));
 }
 
 function startDropping() {
@@ -85,6 +94,7 @@ function startKeys() {
     event.preventDefault();
     submit();
   });
+  $("draw-grid").addEventListener("click", () => submit(drawGrid));
   addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
     if (document.querySelector("dialog[open]")) return;
@@ -93,18 +103,27 @@ function startKeys() {
   });
 }
 
+/** The names of the server's LoRAs. */
+async function loraNames() {
+  const { data } = await call("v1/models");
+  return data[0].loras;
+}
+
 async function start() {
-  const [about, all] = await Promise.all([call("page/about.json"), call("page/presets.json")]);
+  await startWords();
+  onKeyWanted(askForKey);
+  const [facts, all] = await Promise.all([call("page/about.json"), call("page/presets.json")]);
+  about = facts;
   const presets = all[about.model] ?? all.other;
   $("model").textContent = about.model;
   $("prompt").placeholder = presets.examples[0];
   onBadFile(complain);
   startPainter();
   startPanel(sizeToDraw, startChanged);
-  startForm(about, presets);
+  startForm(about, presets, await loraNames());
   startKeys();
   startDropping();
-  onKeyWanted(askForKey);
+  startViewer(about);
   $("examples").replaceChildren(...presets.examples.map((words) => {
     const chip = make("button", { type: "button" }, words);
     chip.addEventListener("click", () => {
@@ -114,11 +133,13 @@ async function start() {
     });
     return chip;
   }));
-  const wide = matchMedia("(min-width: 60rem)").matches;
-  $("more").open = wide;
+  $("more").open = matchMedia("(min-width: 60rem)").matches;
   new MutationObserver(refreshWelcome).observe($("jobs"), { childList: true });
-  await startJobs(about.size, add, view); // first, so that no finished image is missed
-  await startGallery();
+  // Jobs first, so that no finished image is missed.
+  const tick = () => look().catch(() => {});
+  await startJobs(about.size, { picture: add, view, tick });
+  await startGallery(view);
+  startGrid(about);
   document.documentElement.dataset.ready = "true";
 }
 

@@ -2,6 +2,7 @@
 
 import { make } from "./dom.js";
 import { fetchBlob } from "./server.js";
+import { t } from "./words.js";
 
 const urls = new Map(); // path -> promise of an object URL
 const MOST = 400; // images kept in memory
@@ -27,7 +28,8 @@ export const imagePath = (id) => `v1/gallery/${id}/image`;
 const thumbnailPath = (id) => `v1/gallery/${id}/thumbnail`;
 
 /** A label for an image. */
-export const pictureName = ({ settings }) => `${settings.prompt}, seed ${settings.seed}`;
+export const pictureName = ({ settings }) => 
+  t("picture", { prompt: settings.prompt, seed: settings.seed });
 
 /** Replaces an element's content by an image once it has loaded. */
 export async function pictureInto(element, picture, small = false) {
@@ -38,7 +40,13 @@ export async function pictureInto(element, picture, small = false) {
     await image.decode();
     element.replaceChildren(image);
   } catch {
-    element.replaceChildren(make("span", { className: "quiet small" }, "deleted"));
+    element.replaceChildren(make("span", { className: "quiet small" }, t("deleted")));
   }
   element.classList.remove("empty");
+}
+
+/** A file name from the prompt and the seed, as `koala generate` makes it. */
+export function fileName({ settings }) {
+  const words = settings.prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "");
+  return `${words.slice(0, 48).replace(/-+$/, "") || "picture"}-${settings.seed}.png`;
 }

@@ -1,18 +1,7 @@
-// The generation settings in a PNG: our own JSON, else the text format of AUTOMATIC1111's web UI,
-// which most tools write. Files are untrusted: no length in them is.
+// The texts in a PNG. Files are untrusted: no length in them is.
 
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 const MOST_TEXT = 1 << 20; // bytes of one decompressed text
-
-/**
- * The settings in a PNG's bytes: {prompt, negative_prompt, steps, guidance, guidance_until, seed,
- * width, height, sampler, strength, loras: [[name, scale]], image, source}; only what is known is
- * there. null for a file that holds none.
- */
-export async function readSettings(buffer) {
-  const texts = await readTexts(buffer);
-  return fromKoala(texts.get("koala")) ?? fromA1111(texts.get("parameters"));
-}
 
 /** The text chunks of a PNG by keyword; empty for other files. Broken chunks are skipped. */
 export async function readTexts(buffer) {
@@ -69,77 +58,4 @@ function latin1(bytes) {
   let text = "";
   for (const byte of bytes) text += String.fromCharCode(byte);
   return text;
-}
-
-function fromKoala(text) {
-  let values;
-  try {
-    values = JSON.parse(text);
-  } catch {
-    return null;
-  }
-  if (typeof values?.prompt !== "string") return null;
-  return { ...sound(values), source: "koala" };
-}
-
-/** The settings in AUTOMATIC1111's text: prompt, negative prompt, then a list of "Key: value". */
-export function fromA1111(text) {
-  if (typeof text !== "string") return null;
-  const lines = text.trim().split("\n");
-  if (!/^Steps: \d/.test(lines.at(-1))) return null;
-  const known = pairs(lines.pop());
-  const from = lines.findIndex((line) => line.startsWith("Negative prompt: "));
-  const positive = (from < 0 ? lines : lines.slice(0, from)).join("\n");
-  const negative = from < 0 ? "" : lines.slice(from).join("\n").slice("Negative prompt: ".length);
-  const loras = [];
-  const prompt = positive.replace(/\s*<lora:([^:<>]+):([\d.+-]+)>/g, (_, name, scale) => {
-    loras.push([name, Number(scale)]);
-    return "";
-  });
-  const [width, height] = (known.get("Size") ?? "").split("x");
-  return {
-    ...sound({
-      prompt, negative_prompt: negative, loras, sampler: known.get("Sampler"),
-      steps: number(known.get("Steps")), guidance: number(known.get("CFG scale")),
-      seed: number(known.get("Seed")), width: number(width), height: number(height),
-      strength: number(known.get("Denoising strength")),
-      guidance_until: number(known.get("Guidance until")), model: known.get("Model"),
-    }),
-    source: "A1111",
-  };
-}
-
-function pairs(line) {
-  const found = new Map();
-  for (const [, key, value] of line.matchAll(/([^:,]+): *("(?:\\.|[^"\\])*"|[^,]*)(?:,\s*|$)/g)) {
-    found.set(key.trim(), unquoted(value));
-  }
-  return found;
-}
-
-function unquoted(value) {
-  try {
-    return value.startsWith('"') ? JSON.parse(value) : value;
-  } catch {
-    return value;
-  }
-}
-
-const number = (text) => (text ? Number(text) : undefined);
-
-const TEXTS = ["prompt", "negative_prompt", "sampler", "model", "image"];
-const NUMBERS = [
-  "steps", "guidance", "guidance_until", "seed", "width", "height", "strength",
-];
-
-/** The values that have the right type. */
-function sound(values) {
-  const result = {};
-  for (const name of TEXTS) if (typeof values[name] === "string") result[name] = values[name];
-  for (const name of NUMBERS) if (Number.isFinite(values[name])) result[name] = values[name];
-  const loras = Array.isArray(values.loras) ? values.loras : [];
-  result.loras = loras.filter(
-    (one) => Array.isArray(one) && typeof one[0] === "string" && Number.isFinite(one[1]),
-  );
-  return result;
 }

@@ -1,6 +1,8 @@
 // Calls to the server: API key, error messages, events. Paths are relative to the page's own, so
 // that it also works under a prefix.
 
+import { t } from "./words.js";
+
 /** An error of the server or the connection, with a message for the user. */
 export class ServerError extends Error {
   constructor(message, status) {
@@ -25,7 +27,7 @@ export async function call(path, options = {}) {
   try {
     return await response.json();
   } catch {
-    throw new ServerError("The server's response could not be read.", response.status);
+    throw new ServerError(t("unreadable"), response.status);
   }
 }
 
@@ -47,7 +49,7 @@ export async function request(path, { json, ...options } = {}) {
       response = await fetch(path, { ...options, headers, body });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ServerError("The server cannot be reached. Is it running?", 0);
+      throw new ServerError(t("unreachable"), 0);
     }
     if (response.ok) return response;
     if (response.status !== 401) throw await explained(response);
@@ -66,14 +68,14 @@ async function newKey(old) {
 }
 
 async function explained(response) {
-  let message = `The server responded ${response.status} ${response.statusText}`.trim() + ".";
+  let message = t("responded", { status: `${response.status} ${response.statusText}`.trim() });
   try {
     message = (await response.json()).error.message || message;
   } catch {
     // not our JSON: use the status
   }
   const wait = Number(response.headers.get("Retry-After"));
-  if (wait > 0) message += ` (Try again in ${Math.ceil(wait)} s.)`;
+  if (wait > 0) message += ` ${t("try-again", { n: Math.ceil(wait) })}`;
   return new ServerError(message, response.status);
 }
 

@@ -34,10 +34,18 @@ class State:
     module: nn.Module
     averages: list[EMA]
     optimizer: torch.optim.Optimizer
+    critic: nn.Module | None = None  # trained beside the module, and not averaged
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        found = dict(self.module.named_parameters())
+        if self.critic is not None:
+            found |= {f"critic.{name}": p for name, p in self.critic.named_parameters()}
+        return found
 
     def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, local tensor, tensor with its sharding) of everything that is saved."""
-        parameters = dict(self.module.named_parameters())
+        parameters = self.parameters()
         for name, parameter in parameters.items():
             yield f"weights.{name}", parameter, parameter
         for average in self.averages:
@@ -105,7 +113,7 @@ def load(checkpoint: Path, state: State) -> tuple[int, dict[str, Any]]:
     try:
         with safe_open(checkpoint / "state.safetensors", "pt") as file:
             saved = set(file.keys())
-            named = state.module.named_parameters()  # frozen parameters have no moments
+            named = state.parameters().items()  # frozen parameters have no moments
             moving = [value for name, value in named if f"optimizer.{name}.step" in saved]
             make_moments(state.optimizer, moving)
             for name, tensor, like in state.tensors():

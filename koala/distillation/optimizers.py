@@ -15,20 +15,29 @@ from koala.distillation.settings import Training
 from koala.utils.extras import require
 
 
-def new_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) from the settings; UserError if torchao is missing."""
+def new_optimizer(
+    settings: Training, module: nn.Module, critic: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) from the settings; UserError if torchao is missing.
+
+    critic: a second network, trained at `critic_lr`. A network without gradients does not move.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(module.parameters()), "share": 1.0}]
+    if critic is not None:
+        share = settings.critic_lr / settings.lr
+        groups.append({"params": list(critic.parameters()), "share": share})
     common: dict[str, Any] = {
         "lr": settings.lr,
         "betas": settings.betas,
         "weight_decay": settings.weight_decay,
     }
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(module.parameters(), **common, fused=True)
+        return torch.optim.AdamW(groups, **common, fused=True)
     assert settings.optimizer == "adamw-8bit"
     require(f"optimizer {settings.optimizer}", "torchao", "torchao")
     from torchao.optim import AdamW8bit
 
-    return AdamW8bit(module.parameters(), **common)
+    return AdamW8bit(groups, **common)
 
 
 def plain_parts(moment: Tensor) -> dict[str, Tensor]:
@@ -43,12 +52,12 @@ def plain_parts(moment: Tensor) -> dict[str, Tensor]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of the next steps."""
+    """Sets the learning rate of the next steps; each group takes its share of it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(rate * group["share"])
         else:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
 
 
 def make_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

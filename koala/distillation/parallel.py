@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -106,7 +106,18 @@ class Laid(Protocol):
     def trainable(self) -> nn.Module: ...
     @property
     def teacher(self) -> UNet2DConditionModel | None: ...
+    @property
+    def through_teacher(self) -> bool: ...
     def call_through(self, wrapped: nn.Module) -> None: ...
+
+
+@runtime_checkable
+class LaidWithCritic(Laid, Protocol):
+    """A task with a second trainable network; see `koala.distillation.few_steps`."""
+
+    @property
+    def critic(self) -> UNet2DConditionModel: ...
+    def call_critic_through(self, wrapped: nn.Module) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -115,13 +126,14 @@ class Layout:
 
     world: World = World()
     hardware: Hardware = PLAIN
-    replicas: DistributedDataParallel | None = None
+    replicas: tuple[DistributedDataParallel, ...] = ()
 
     def computing(self, last: bool) -> AbstractContextManager:
         """Context of each part of a step; replicas exchange gradients only in the `last`."""
-        if self.replicas is None or last:
-            return contextlib.nullcontext()
-        return self.replicas.no_sync()
+        contexts = contextlib.ExitStack()
+        for replica in () if last else self.replicas:
+            contexts.enter_context(replica.no_sync())
+        return contexts
 
 
 def lay_out(task: Laid, hardware: Hardware, world: World) -> Layout:
@@ -137,31 +149,42 @@ def lay_out(task: Laid, hardware: Hardware, world: World) -> Layout:
     with world.together():
         _check(task, hardware, world)
     student, teacher = task.trainable, task.teacher
-    networks = [student] if teacher is None else [student, teacher]
+    critic = task.critic if isinstance(task, LaidWithCritic) else None
+    trained = [student] if critic is None else [student, critic]
+    networks = trained if teacher is None else [*trained, teacher]
     if hardware.channels_last:
-        _to_channels_last(student, sharded=hardware.sharding == "fsdp")
+        for network in trained:
+            _to_channels_last(network, sharded=hardware.sharding == "fsdp")
         if teacher is not None:
             _to_channels_last(teacher, sharded=hardware.teacher == "sharded")
     if hardware.compile:
         _compile([region for network in networks for region in regions(network)], hardware.compile)
     if hardware.checkpointing:
-        _checkpoint(regions(student))
+        for network in networks if task.through_teacher else trained:
+            _checkpoint(regions(network))
     if teacher is not None and hardware.teacher == "offloaded":
         for region in regions(teacher):
             _offload(region.block, world.device)
     if teacher is not None and hardware.teacher == "sharded":
         _shard(teacher, world)
     if hardware.sharding == "fsdp":
-        _shard(student, world)
+        for network in trained:
+            _shard(network, world)
     elif world.size > 1:
-        replicas = DistributedDataParallel(
-            student,
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
-        task.call_through(replicas)
+        replicas = tuple(_replicated(network, world) for network in trained)
+        task.call_through(replicas[0])
+        if isinstance(task, LaidWithCritic):
+            task.call_critic_through(replicas[1])
         return Layout(world, hardware, replicas)
     return Layout(world, hardware)
+
+
+def _replicated(network: nn.Module, world: World) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        network,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
 
 
 def alone(device: str, cpu_bf16: bool) -> Layout:
@@ -185,6 +208,11 @@ def _check(task: Laid, hardware: Hardware, world: World) -> None:
                 )
     if hardware.teacher != "whole" and task.teacher is None:
         raise UserError(f"teacher={hardware.teacher}: this training has no teacher; leave it out")
+    if hardware.teacher == "offloaded" and task.through_teacher:
+        raise UserError(
+            "teacher=offloaded: this method needs gradients through the teacher, which must stay "
+            "on the device; use hardware.checkpointing=true, or the method dmd"
+        )
     if hardware.teacher == "offloaded" and world.device.type == "cpu":
         raise UserError(
             "teacher=offloaded: on the CPU the teacher is in main memory anyway; leave it out"

@@ -9,6 +9,8 @@
     koala-mini-first     the student, by self-attention distillation  sdxl-mini, latents
     koala-mini           the same, completed                          sdxl-mini, koala-mini-first
     koala-mini-guided    the same, drawn without guidance             sdxl-mini, koala-mini
+    sdxl-mini-lightning  the teacher in four steps                    sdxl-mini, latents
+    koala-mini-lightning the student in four steps                    koala-mini, koala-mini-guided
     koala-mini-sa        koala-mini in 24,000 samples                   (for comparison)
     koala-mini-task      the same, L_task alone                       (a control)
     koala-mini-task-out  the same, L_task + L_outKD                   (a control)
@@ -35,6 +37,8 @@ MINI = (
     "koala-mini-first",
     "koala-mini",
     "koala-mini-guided",
+    "sdxl-mini-lightning",
+    "koala-mini-lightning",
     "koala-mini-sa",
     "koala-mini-task",
     "koala-mini-task-out",

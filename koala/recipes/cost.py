@@ -1,8 +1,9 @@
 """Estimates the cost of a run before it starts: `koala distill RECIPE --dry-run`.
 
 The FLOPs of a sample follow from the architectures: the teacher's forward pass and three times the
-student's (a backward pass costs two forward passes), four times with activation checkpointing; and
-the VAE's, if the training encodes images. Memory comes from `koala.recipes.memory`. Time follows
+student's (a backward pass costs two forward passes), four times with activation checkpointing; in
+step distillation the rollout's passes and the critic's too; and the VAE's, if the training encodes
+images. Memory comes from `koala.recipes.memory`. Time follows
 from the device's throughput: a named GPU's, at an assumed share of its peak, or one measured here
 (`koala.recipes.calibrate`).
 """
@@ -22,11 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from koala.architectures.flops import flops as forward_flops
 from koala.architectures.layout import parameters
-from koala.architectures.table import FACTOR, UNetArchitecture, get, student_of
+from koala.architectures.table import FACTOR, get, student_of
 from koala.checkpoints.bundled import BUNDLED, bundled_names
 from koala.checkpoints.resolve import local_prediction, resolve_model
 from koala.checkpoints.validate import read_json, read_tensors, unet_architecture
 from koala.data.index import Index
+from koala.distillation.settings import StepSettings
 from koala.distillation.taps import tap_points
 from koala.errors import UserError
 from koala.recipes.calibrate import assumed, measured
@@ -57,7 +59,7 @@ class Estimate:
     processes: int
     micro_batch: int
     pixels: int
-    tflop_a_sample: float  # one teacher forward pass, three student ones
+    tflop_a_sample: float  # all passes of a step, over what the steps train by turns
     tflop_again: float  # extra, if activations are recomputed
     device: str
     room: float  # of the device
@@ -162,7 +164,7 @@ def estimate(
         predicts=None if prediction is None else str(prediction),
         trained=parameters(setup.student),
         frozen=sum(frozen.values()),
-        taps=_taps(recipe, setup.student),
+        taps=_taps(recipe, setup),
         samples=recipe.training.samples,
         batch=recipe.training.batch,
         processes=processes,
@@ -200,7 +202,7 @@ def _setup(
         return TrainingSetup(arch, None, None, pixels=size or arch.sample * FACTOR, **common)
     folder = _folder(teacher)
     master = unet_architecture(folder) if folder else get(recipe.of)
-    student = student_of(master, recipe.cut)
+    student = master if recipe.cut is None else student_of(master, recipe.cut)
     pixels = recipe.pixels or size or master.sample * FACTOR
     return TrainingSetup(student, master, recipe.settings, pixels=pixels, **common)
 
@@ -217,7 +219,7 @@ def _small_parts(teacher: str | None, setup: TrainingSetup) -> Path | None:
     return _folder(teacher) or (BUNDLED / "koala-mini" if of_the_family else None)
 
 
-def _encoding(teacher: str | None, setup: TrainingSetup) -> int:
+def _encoding(teacher: str | None, setup: TrainingSetup) -> float:
     """FLOPs of encoding an image with the VAE."""
     folder = _small_parts(teacher, setup)
     if folder is None:
@@ -256,21 +258,38 @@ def _other_memory(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> di
     return parts
 
 
-def _flops(setup: TrainingSetup) -> tuple[int, int]:
-    """FLOPs of a sample's step: recomputed by checkpointing, and all others."""
-    side = setup.pixels
+def _flops(setup: TrainingSetup) -> tuple[float, float]:
+    """FLOPs of a sample's step: recomputed by checkpointing, and all others.
+
+    A backward pass costs two forward passes; one through a frozen teacher costs one.
+    """
+    side, settings = setup.pixels, setup.settings
     own = forward_flops(setup.student, side, side, setup.student.tokens)
-    rest = 3 * own
-    if setup.teacher is not None and setup.settings and setup.settings.learns_from_teacher:
-        passes = 2 if setup.settings.guidance else 1
-        rest += passes * forward_flops(setup.teacher, side, side, setup.teacher.tokens)
-    return (own if setup.hardware.checkpointing else 0), rest
+    theirs = 0
+    if setup.teacher is not None:
+        theirs = forward_flops(setup.teacher, side, side, setup.teacher.tokens)
+    guided = 2 if settings and settings.guidance else 1
+    if isinstance(settings, StepSettings) and settings.trains_critic:
+        updates = setup.training.critic_updates
+        ahead = settings.steps - 1
+        in_student = (ahead + 3) * own + (1 + guided) * theirs  # the critic is a teacher's copy
+        in_critic = (ahead + 1) * own + 3 * theirs
+        again = (own + updates * theirs) / (updates + 1)
+        rest = (in_student + updates * in_critic) / (updates + 1)
+    elif isinstance(settings, StepSettings):
+        again, rest = own + theirs, (settings.steps + 2) * own + 3 * theirs
+    else:
+        taught = settings is not None and settings.learns_from_teacher
+        again, rest = own, 3 * own + (guided * theirs if taught else 0)
+    return (again if setup.hardware.checkpointing else 0), rest
 
 
-def _taps(recipe: Student | Teacher, student: UNetArchitecture) -> dict[str, int]:
+def _taps(recipe: Student | Teacher, setup: TrainingSetup) -> dict[str, int]:
     if isinstance(recipe, Teacher):
         return {}
-    unet = blank_unet(student)
+    tapped = setup.teacher if isinstance(recipe.settings, StepSettings) else setup.student
+    assert tapped is not None
+    unet = blank_unet(tapped)
     return {tap.location: len(tap_points(unet, [tap])) for tap in recipe.settings.taps}
 
 

@@ -3,7 +3,13 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from koala.distillation.settings import PLAIN, DistillationSettings, Hardware, Training
+from koala.distillation.settings import (
+    PLAIN,
+    DistillationSettings,
+    Hardware,
+    StepSettings,
+    Training,
+)
 from koala.mini.settings import Autoencoder, Base, Tiny
 
 MINI_PROMPTS = (  # of previews
@@ -52,11 +58,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Student:
-    """A U-Net cut from the teacher's, then distilled."""
+    """A U-Net cut from the teacher's, then distilled; or a student taught to draw in few steps."""
 
-    cut: str
+    cut: str | None  # None: the teacher's own U-Net
     training: Training
-    settings: DistillationSettings
+    settings: DistillationSettings | StepSettings
     mixture: Mixture
     hardware: Hardware = PLAIN
     teacher: str | None = None  # the default for --teacher

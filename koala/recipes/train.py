@@ -27,13 +27,15 @@ from koala.distillation import checkpoint
 from koala.distillation.forward_process import NoiseSchedule
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, joined, lay_out
-from koala.distillation.tasks import Denoising, Distillation, Encode
+from koala.distillation.settings import DistillationSettings
+from koala.distillation.tasks import Denoising, Encode, Taught
 from koala.errors import UserError
 from koala.mini.runs import run_autoencoder, run_base, run_tiny
 from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes import configured
 from koala.recipes.previews import drawing
 from koala.recipes.recipe import ALONE, MINI_PROMPTS, Recipe, Student, Teacher
+from koala.recipes.tasks import student_task
 from koala.recipes.validation import check, teacher_of
 from koala.text_conditioning import TextConditioner
 
@@ -115,11 +117,12 @@ def _run(
         validation = _validation(latents, recipe, source) if training.validate_every else []
         start = out / "start"
         if isinstance(recipe, Student) and world.first and not start.exists():
-            rule = recipe.settings.depth_rule
-            if student is None:
-                compress(teacher, recipe.cut, start, "fp32", rule)
+            settings = recipe.settings
+            rule = settings.depth_rule if isinstance(settings, DistillationSettings) else None
+            if student is None and recipe.cut is not None:
+                compress(teacher, recipe.cut, start, "fp32", rule or "bottom")
             else:
-                adopt(student, teacher, recipe.cut, start, rule)
+                adopt(student or teacher, teacher, recipe.cut, start, rule)
     conditioner = _conditioner(source, world.device, latents)
     encode = Moments(source, world.device) if latents.images else None
     task = (
@@ -274,14 +277,14 @@ def _distilling(
     conditioner: TextConditioner,
     device: torch.device,
     encode: Encode | None,
-) -> Distillation:
+) -> Taught:
     """Distils a copy of `start`, the student before distillation."""
-    return Distillation(
+    return student_task(
+        recipe.settings,
         load_unet(start).to(device),
         load_unet(teacher),  # the task casts it and moves it to the device
         conditioner,
-        NoiseSchedule(load_scheduler_config(teacher)),
-        recipe.settings,
+        load_scheduler_config(teacher),
         start,
         draw=drawing(teacher, conditioner, device),
         prompts=recipe.prompts,

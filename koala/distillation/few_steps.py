@@ -27,7 +27,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from koala.checkpoints.sampling import Sampling
 from koala.distillation.forward_process import Noised, NoiseSchedule, predict
 from koala.distillation.settings import StepSettings
 from koala.distillation.taps import Features, tap_points
@@ -102,10 +101,9 @@ class StepDistillation(Taught):
         **options: Any,
     ) -> None:
         assert len(sampler.timesteps) == settings.steps, (sampler.timesteps, settings.steps)
-        sampling = Sampling(steps=settings.steps, guidance=1.0)
         super().__init__(
             student, teacher, conditioner, schedule, base,
-            caption_dropout=0.0, sampling=sampling, **options,
+            caption_dropout=0.0, sampling=settings.sampling, **options,
         )  # fmt: skip
         self.settings, self.sampler = settings, sampler
 

@@ -199,6 +199,11 @@ def alone(device: str, cpu_bf16: bool) -> Layout:
 
 
 def _check(task: Laid, hardware: Hardware, world: World) -> None:
+    if hardware.teacher != "whole" and task.through_teacher:
+        raise UserError(
+            f"teacher={hardware.teacher}: this method needs gradients through the teacher, which "
+            "must stay whole on the device; use hardware.checkpointing=true, or the method dmd"
+        )
     if world.size == 1:
         for name, value in (("sharding", "fsdp"), ("teacher", "sharded")):
             if getattr(hardware, name) == value:
@@ -208,11 +213,6 @@ def _check(task: Laid, hardware: Hardware, world: World) -> None:
                 )
     if hardware.teacher != "whole" and task.teacher is None:
         raise UserError(f"teacher={hardware.teacher}: this training has no teacher; leave it out")
-    if hardware.teacher == "offloaded" and task.through_teacher:
-        raise UserError(
-            "teacher=offloaded: this method needs gradients through the teacher, which must stay "
-            "on the device; use hardware.checkpointing=true, or the method dmd"
-        )
     if hardware.teacher == "offloaded" and world.device.type == "cpu":
         raise UserError(
             "teacher=offloaded: on the CPU the teacher is in main memory anyway; leave it out"

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from koala.architectures.block_map import check_depth_rule
+from koala.checkpoints.sampling import Sampling
 from koala.errors import UserError, unknown
 
 OPTIMIZERS = ("adamw", "adamw-8bit")
@@ -267,6 +268,11 @@ class DistillationSettings:
             )
 
     @property
+    def sampling(self) -> Sampling | None:
+        """What the student is drawn with, if not as its teacher."""
+        return Sampling(guidance=1.0) if self.guidance else None
+
+    @property
     def learns_from_teacher(self) -> bool:
         """Whether any term uses the teacher."""
         return self.output_weight > 0 or self.feature_weight > 0
@@ -312,6 +318,11 @@ class StepSettings:
     def trains_critic(self) -> bool:
         """Whether a second network is trained beside the student."""
         return self.method == "dmd"
+
+    @property
+    def sampling(self) -> Sampling:
+        """What the student is drawn with."""
+        return Sampling(steps=self.steps, guidance=1.0)
 
     @property
     def learns_from_teacher(self) -> bool:

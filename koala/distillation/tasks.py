@@ -293,7 +293,7 @@ class Distillation(Taught):
             draw=draw,
             prompts=prompts,
             encode=encode,
-            sampling=Sampling(guidance=1.0) if settings.guidance else None,
+            sampling=settings.sampling,
         )
         self.settings = settings
         points = tap_points(student, settings.taps)

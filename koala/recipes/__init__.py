@@ -16,7 +16,8 @@
     koala-mini-task-out  the same, L_task + L_outKD                   (a control)
     tiny-mini            a tiny autoencoder beside the VAE            any of them, latents
 
-and the paper's runs at full size, one row each in `koala.recipes.paper`.
+and at full size the paper's runs, one row each in `koala.recipes.paper`, and students in few steps,
+one row each in `koala.recipes.few_steps`.
 
 Importing this package is cheap; `koala.recipes.train` does the work.
 """
@@ -24,7 +25,7 @@ Importing this package is cheap; `koala.recipes.train` does the work.
 from collections.abc import Callable, Sequence
 
 from koala.errors import unknown
-from koala.recipes import mini, paper
+from koala.recipes import few_steps, mini, paper
 from koala.recipes.overrides import overridden
 from koala.recipes.recipe import Recipe
 
@@ -44,7 +45,7 @@ MINI = (
     "koala-mini-task-out",
     "tiny-mini",
 )
-NAMES = (*MINI, *paper.PRESETS)
+NAMES = (*MINI, *paper.PRESETS, *few_steps.PRESETS)
 
 
 def get(name: str) -> Recipe:
@@ -53,6 +54,8 @@ def get(name: str) -> Recipe:
         raise unknown("recipe", name, NAMES)
     if name in paper.PRESETS:
         return paper.student(name)
+    if name in few_steps.PRESETS:
+        return few_steps.student(name)
     recipe: Callable[[], Recipe] = getattr(mini, name.replace("-", "_"))
     return recipe()
 

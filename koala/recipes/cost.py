@@ -1,9 +1,7 @@
 """Estimates the cost of a run before it starts: `koala distill RECIPE --dry-run`.
 
-The FLOPs of a sample follow from the architectures: the teacher's forward pass and three times the
-student's (a backward pass costs two forward passes), four times with activation checkpointing; in
-step distillation the rollout's passes and the critic's too; and the VAE's, if the training encodes
-images. Memory comes from `koala.recipes.memory`. Time follows
+The FLOPs of a sample follow from the architectures (`koala.recipes.flops`), and the VAE's if the
+training encodes images. Memory comes from `koala.recipes.memory`. Time follows
 from the device's throughput: a named GPU's, at an assumed share of its peak, or one measured here
 (`koala.recipes.calibrate`).
 """
@@ -21,7 +19,6 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from koala.architectures.flops import flops as forward_flops
 from koala.architectures.layout import parameters
 from koala.architectures.table import FACTOR, get, student_of
 from koala.checkpoints.bundled import BUNDLED, bundled_names
@@ -32,6 +29,7 @@ from koala.distillation.settings import StepSettings
 from koala.distillation.taps import tap_points
 from koala.errors import UserError
 from koala.recipes.calibrate import assumed, measured
+from koala.recipes.flops import per_sample
 from koala.recipes.memory import META, TrainingSetup, blank_unet, device_memory, main_memory
 from koala.recipes.recipe import ALONE, Recipe, Student, Teacher, described
 from koala.recipes.train import CAPTION_CACHE
@@ -259,28 +257,10 @@ def _other_memory(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> di
 
 
 def _flops(setup: TrainingSetup) -> tuple[float, float]:
-    """FLOPs of a sample's step: recomputed by checkpointing, and all others.
-
-    A backward pass costs two forward passes; one through a frozen teacher costs one.
-    """
-    side, settings = setup.pixels, setup.settings
-    own = forward_flops(setup.student, side, side, setup.student.tokens)
-    theirs = 0
-    if setup.teacher is not None:
-        theirs = forward_flops(setup.teacher, side, side, setup.teacher.tokens)
-    guided = 2 if settings and settings.guidance else 1
-    if isinstance(settings, StepSettings) and settings.trains_critic:
-        updates = setup.training.critic_updates
-        ahead = settings.steps - 1
-        in_student = (ahead + 3) * own + (1 + guided) * theirs  # the critic is a teacher's copy
-        in_critic = (ahead + 1) * own + 3 * theirs
-        again = (own + updates * theirs) / (updates + 1)
-        rest = (in_student + updates * in_critic) / (updates + 1)
-    elif isinstance(settings, StepSettings):
-        again, rest = own + theirs, (settings.steps + 2) * own + 3 * theirs
-    else:
-        taught = settings is not None and settings.learns_from_teacher
-        again, rest = own, 3 * own + (guided * theirs if taught else 0)
+    """FLOPs of a sample's step: recomputed by checkpointing, and all others."""
+    rest, again = per_sample(
+        setup.student, setup.teacher, setup.settings, setup.training, setup.pixels
+    )
     return (again if setup.hardware.checkpointing else 0), rest
 
 

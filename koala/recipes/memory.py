@@ -303,7 +303,9 @@ class _Autocast(TorchFunctionMode):
             return value
         if not isinstance(value, nn.Parameter):
             return value.bfloat16()
-        copies = {} if self._copies is None else self._copies
+        # Those of passes without gradient serve no other pass (`few_steps.without_gradient`).
+        kept = self._copies is not None and torch.is_grad_enabled()
+        copies = self._copies if kept and self._copies is not None else {}
         if value not in copies:
             copies[value] = value.bfloat16()
             self._ledger.name(copies[value], "copies")

@@ -185,7 +185,7 @@ def _further(samples: int, decay: bool, seed: int) -> Teacher:
 def _few_steps(samples: int) -> Student:
     """A student of its own size, in four steps."""
     training = Training(
-        samples=samples, batch=64, lr=2e-4, warmup=1_280, decay=True, betas=(0.0, 0.99),
+        samples=samples, batch=64, lr=2e-4, warmup=1_280, decay=True,
         ema_half_life=4_000, preview_every=9_600, critic_lr=4e-4, critic_updates=3,
     )  # fmt: skip
     settings = StepSettings("dmd", steps=4, guidance=3.5)

@@ -12,13 +12,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from koala.architectures.config import from_unet_config, unet_config
-from koala.architectures.flops import flops
 from koala.architectures.table import get
 from koala.checkpoints import model_card, sampling
 from koala.checkpoints.compress import adopt, compress
 from koala.checkpoints.grow import grow
 from koala.checkpoints.load import load_scheduler_config, load_unet
 from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.sampling import USUAL
 from koala.checkpoints.validate import unet_architecture
 from koala.data.encoding import Moments
 from koala.data.latents import LatentSet
@@ -33,6 +33,7 @@ from koala.errors import UserError
 from koala.mini.runs import run_autoencoder, run_base, run_tiny
 from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes import configured
+from koala.recipes.flops import per_sample
 from koala.recipes.previews import drawing
 from koala.recipes.recipe import ALONE, MINI_PROMPTS, Recipe, Student, Teacher
 from koala.recipes.tasks import student_task
@@ -133,10 +134,11 @@ def _run(
     layout = lay_out(task, recipe.hardware, world)
     claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
     note = {"recipe": claimed} | ({"student": model_card.name_of(student)} if student else {})
+    count = _flops(recipe, task, latents) if world.device.type == "cuda" else None
     try:
         train(
             task, latents, training, out, note, layout=layout, validation=validation,
-            loggers=loggers, flops=_flops(task, latents) if world.device.type == "cuda" else None,
+            loggers=loggers, flops=count,
         )  # fmt: skip
     finally:
         latents.close()
@@ -174,19 +176,14 @@ def _validation(latents: LatentSet, recipe: Teacher | Student, model: Path) -> l
     )
 
 
-def _flops(task: Denoising, latents: LatentSet) -> float:
-    """FLOPs of one sample's step: the teacher's forward pass, and three times the student's.
-
-    A backward pass costs two forward passes. All buckets have about the same area.
-    """
+def _flops(recipe: Teacher | Student, task: Denoising, latents: LatentSet) -> float:
+    """FLOPs of one sample's step. All buckets have about the same area."""
     side = latents.index.made_with["size"]
-    networks = [(3, task.trainable)]
-    if task.teacher is not None:
-        networks.append((1, task.teacher))
-    return sum(
-        times * flops(from_unet_config(unet.config), side, side, task.tokens)
-        for times, unet in networks
-    )
+    student = from_unet_config(task.trainable.config)
+    teacher = None if task.teacher is None else from_unet_config(task.teacher.config)
+    settings = recipe.settings if isinstance(recipe, Student) else None
+    flops, _ = per_sample(student, teacher, settings, recipe.training, side, task.tokens)
+    return flops
 
 
 def _card(
@@ -286,7 +283,7 @@ def _distilling(
         conditioner,
         load_scheduler_config(teacher),
         start,
-        draw=drawing(teacher, conditioner, device),
+        draw=drawing(teacher, conditioner, device, recipe.settings.sampling or USUAL),
         prompts=recipe.prompts,
         encode=encode,
     )

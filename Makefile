@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 # Two processes, each with whole files, fill two cores. OpenVINO runs by itself: trainings crash in a
 # process that has used it. Ray too: its cluster is many processes. torchao lies in a folder of its own:
 # beside diffusers it warns at every start (docs/log.md).
-OPENVINO := tests/generation/test_openvino.py tests/generation/test_light.py
+OPENVINO := tests/generation/test_openvino.py tests/generation/test_light.py tests/generation/test_export.py
 ALONE := $(OPENVINO) tests/serving/test_scaleout.py tests/distillation/test_optimizers.py
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%)

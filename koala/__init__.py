@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from koala.evaluation.report import evaluate
     from koala.evaluation.table import EvaluationReport
     from koala.generation.drawing import Result
+    from koala.generation.export import ExportReport, export
     from koala.generation.loader import load
     from koala.generation.pipeline import Pipeline
     from koala.generation.requests import Request, Settings
+    from koala.lora.training import LoraSettings
     from koala.mini.settings import Autoencoder, Base, Tiny
-    from koala.recipes.recipe import Mixture, Recipe, Student, Teacher
-    from koala.recipes.train import distill
+    from koala.recipes.recipe import Custom, Finetune, Mixture, Recipe, Student, Teacher
+    from koala.recipes.train import distill, finetune
 
 __version__ = "0.2.0"
 
@@ -42,23 +44,29 @@ _HOME = {
     "evaluation.table": ("EvaluationReport",),
     "generation.opening": ("load",),
     "generation.drawing": ("Result",),
+    "generation.export": ("ExportReport", "export"),
     "generation.pipeline": ("Pipeline",),
     "generation.requests": ("Request", "Settings"),
     "mini.settings": ("Autoencoder", "Base", "Tiny"),
-    "recipes.recipe": ("Mixture", "Recipe", "Student", "Teacher"),
-    "recipes.train": ("distill",),
+    "lora.training": ("LoraSettings",),
+    "recipes.recipe": ("Custom", "Finetune", "Mixture", "Recipe", "Student", "Teacher"),
+    "recipes.train": ("distill", "finetune"),
 }
 __all__ = [
     "Autoencoder",
     "Base",
     "CompressReport",
     "ConvertReport",
+    "Custom",
     "DistillationSettings",
     "EvaluationReport",
+    "ExportReport",
     "Failure",
     "Filters",
+    "Finetune",
     "Hardware",
     "Inspection",
+    "LoraSettings",
     "Mixture",
     "Pipeline",
     "Preparation",
@@ -78,6 +86,8 @@ __all__ = [
     "convert",
     "distill",
     "evaluate",
+    "export",
+    "finetune",
     "inspect",
     "load",
     "prepare",

@@ -70,7 +70,7 @@ class Assembled:
 
 @dataclass(frozen=True)
 class Trained:
-    """What `koala distill` did."""
+    """What `koala distill` or `koala finetune` did."""
 
     recipe: str  # its name
     settings: dict[str, Any]  # the whole recipe
@@ -81,6 +81,7 @@ class Trained:
     student: str | None = None  # whose U-Net it went on from; None: the teacher's, cut
     before: int = 0  # samples that student had seen, according to its card
     grown: str | None = None  # the cut that the U-Net was grown from, `koala.checkpoints.grow`
+    tuned: bool = False  # by `koala finetune`, from the U-Net of `teacher` itself
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def _about(card: ModelCard) -> str:
         since = "not trained"
         if card.trained:
             since = "then distilled" if card.trained.distilled else "then trained without a teacher"
+            since = f"fine-tuned from {card.trained.teacher}" if card.trained.tuned else since
         return (
             f"{kind}, compressed with {_PAPER}'s method: the "
             f"U-Net of **{c.teacher}** ({c.teacher_architecture}, {c.teacher_parameters:,} "
@@ -265,6 +267,8 @@ def _about(card: ModelCard) -> str:
             f"{kind}, compressed with {_PAPER}'s method and trained further from "
             f"{card.trained.student}."
         )
+    if card.trained and card.trained.tuned:
+        return f"{kind}, fine-tuned from {card.trained.teacher}."
     if card.trained and card.trained.grown:
         return f"{kind}, its U-Net grown from that of {card.trained.grown} and trained further."
     return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
@@ -312,26 +316,33 @@ def _making(card: ModelCard) -> str:
             *([f"merged LoRAs {', '.join(a.loras)}"] if a.loras else []),
         ]
         parts.append(f"{'The teacher' if card.cut else 'It'} was put together: {'; '.join(of)}.")
-    if t := card.trained:
-        samples = ", ".join(f"{what} {number:,}" for what, number in t.samples.items())
-        data = {key: value for key, value in t.data.items() if key != "pictures"}
-        role = "teacher" if t.distilled else "VAE and text encoders of"
-        recipe = f"`{t.recipe}`" + (f", {role} {t.teacher}" if t.teacher else "")
-        earlier = ""
-        if t.student:
-            seen = f"{t.before:,} samples" if t.before else "an unrecorded number of samples"
-            earlier = f"- trained further from: {t.student}, after {seen}\n"
-        parts += [
-            f"- recipe: {recipe}\n"
-            f"{earlier}"
-            f"- samples seen: {samples}\n"
-            f"- data: {t.data['pictures']:,} captioned training images, prepared with",
-            _json(data),
-            "All settings of the recipe:",
-            _json(t.settings),
-        ]
+    if card.trained:
+        parts.append(training_of(card.trained))
     if len(parts) == 1:
         parts.append("Not recorded.")
+    return "\n\n".join(parts)
+
+
+def training_of(t: Trained) -> str:
+    """What a card says of a training."""
+    samples = ", ".join(f"{what} {number:,}" for what, number in t.samples.items())
+    data = {key: value for key, value in t.data.items() if key != "pictures"}
+    role = "teacher" if t.distilled else "VAE and text encoders of"
+    role = "fine-tuned from" if t.tuned else role
+    recipe = f"`{t.recipe}`" + (f", {role} {t.teacher}" if t.teacher else "")
+    earlier = ""
+    if t.student or (t.tuned and t.before):
+        seen = f"{t.before:,} samples" if t.before else "an unrecorded number of samples"
+        earlier = f"- trained further from: {t.student or t.teacher}, after {seen}\n"
+    parts = [
+        f"- recipe: {recipe}\n"
+        f"{earlier}"
+        f"- samples seen: {samples}\n"
+        f"- data: {t.data['pictures']:,} captioned training images, prepared with",
+        _json(data),
+        "All settings of the recipe:",
+        _json(t.settings),
+    ]
     return "\n\n".join(parts)
 
 

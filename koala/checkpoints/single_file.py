@@ -293,13 +293,13 @@ def write(contents: Contents, out: Path, dtype: str | None, metadata: Mapping[st
     `dtype`: safetensors' name, of all weights; `metadata`: additional entries. Raises `UserError`
     if a component has tensors unknown to the original layout, and as `tensors.write` does.
     """
-    tensors = _joined(contents)
+    tensors = joined(contents)
     metadata = {**contents.metadata, **metadata, FILES: json.dumps(_carriable(contents))}
     with visible_progress(bytes_of(tensors, dtype)) as advance:
         return write_tensors(out, tensors, dtype, metadata, advance)
 
 
-def _joined(contents: Contents) -> dict[str, View]:
+def joined(contents: Contents) -> dict[str, View]:
     """All tensors by their names in the original layout."""
     vae = contents.config("vae/config.json")
     try:

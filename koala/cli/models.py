@@ -1,19 +1,18 @@
-"""`koala inspect`, `compress`, `convert` and `architectures`: models from disk to disk."""
+"""`koala inspect`, `compress`, `convert`, `export`, `architectures`: models from disk to disk."""
 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from koala.architectures.block_map import DEPTH_RULES
-from koala.architectures.table import CUTS, check_student
+from koala.architectures.table import CUTS
 from koala.checkpoints.convert import TARGETS
 from koala.checkpoints.tensors import DTYPES
 from koala.cli.command import Command, Parser, assembled, check_push, listed, push, show
 from koala.errors import UserError
-from koala.utils.atomic import check_new, write_text
+from koala.generation.export import FORMATS, check_export, export
+from koala.utils.atomic import write_text
 
-OPENVINO = "openvino"  # a form (`koala.generation.form`), besides the formats of a model
 MODEL = "bundled name, folder, single file or Hub id of an SDXL-class model"
 
 
@@ -50,11 +49,10 @@ def _compress_arguments(p: Parser) -> None:
 
 
 def _compress(o: argparse.Namespace) -> None:
-    from koala.checkpoints.compress import compress
+    from koala.checkpoints.compress import check_compression, compress
 
     check_push(o)
-    check_student(o.to)
-    check_new(o.out.expanduser())
+    check_compression(o.to, o.out, o.dtype, o.depth_rule)  # before the teacher is assembled
     report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, o.depth_rule)
     push(o, report.out)
     show(o, asdict(report), report.line())
@@ -65,8 +63,7 @@ def _convert_arguments(p: Parser) -> None:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--to", metavar="FORMAT",
-        help=f"{listed((*TARGETS, OPENVINO))}: a folder, a file for other programs, or a folder "
-        "that draws without PyTorch",
+        help=f"{listed(TARGETS)}: a folder, or a file for other programs",
     )  # fmt: skip
     what.add_argument(
         "--for", dest="student", metavar="MODEL",
@@ -94,7 +91,7 @@ def _convert_arguments(p: Parser) -> None:
 
 
 def _convert(o: argparse.Namespace) -> None:
-    from koala.checkpoints.convert import convert
+    from koala.checkpoints.convert import check_conversion, convert
     from koala.lora.conversion import convert_lora
 
     if o.student is not None and o.dtype is not None:
@@ -109,10 +106,12 @@ def _convert(o: argparse.Namespace) -> None:
             raise UserError("--workflow is for --to single-file, which ComfyUI reads: leave it out")
         if o.workflow.exists():
             raise UserError(f"{o.workflow} exists; name a new file")
-    if o.to == OPENVINO:
-        report, line = _export(o)
-    elif o.student is None:
-        check_new(o.out.expanduser())
+    if o.to in FORMATS:
+        raise UserError(
+            f"{o.to} is no format of a model to go on with: use koala export --to {o.to}"
+        )
+    if o.student is None:
+        check_conversion(o.to, o.out, o.dtype)  # before the model is assembled
         model = assembled(o, o.model)
         drawn = None if o.workflow is None else _workflow(model, o.out)
         converted = convert(model, o.to, o.out, o.dtype)
@@ -126,22 +125,6 @@ def _convert(o: argparse.Namespace) -> None:
     show(o, report, line)
 
 
-def _export(o: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from koala.checkpoints.resolve import check_name
-    from koala.generation.form import check_export
-
-    if o.push_to_hub is not None:
-        raise UserError("--push-to-hub uploads models, not their OpenVINO forms: leave it out")
-    out = o.out.expanduser()
-    check_export(out, o.dtype)
-    check_name(o.model)
-    from koala.generation.export import export  # all is checked: now torch may load
-    from koala.generation.loader import load
-
-    written = export(load(assembled(o, o.model), "cpu"), out, o.dtype)
-    return asdict(written), written.line()
-
-
 def _workflow(model: str | Path, out: Path) -> str:
     """A workflow that draws an example with the single file `out`, as `model` is meant to be."""
     from koala.checkpoints import sampling
@@ -151,9 +134,33 @@ def _workflow(model: str | Path, out: Path) -> str:
     from koala.generation.workflow import as_text, workflow
 
     contents = read_model(model)
-    stated = sampling.of_config(contents.config(SCHEDULER))
-    meant = stated or sampling.by_name(str(model)) or sampling.USUAL
+    meant = sampling.of_named(str(model), contents.config(SCHEDULER))
     return as_text(workflow(example(out.name, contents.architecture, meant), out.name))
+
+
+def _export_arguments(p: Parser) -> None:
+    p.add_argument("model", help=MODEL)
+    p.add_argument(
+        "--to", required=True, metavar="FORMAT",
+        help="onnx: a folder for ONNX Runtime, as optimum writes it; openvino: a folder that draws "
+        "without PyTorch, and opens in OpenVINO GenAI; gguf: a file for stable-diffusion.cpp",
+    )  # fmt: skip
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="the new folder, or .gguf file"
+    )
+    dtypes = "; ".join(f"{to}: {listed(of)}" for to, of in FORMATS.items())
+    p.add_argument("--dtype", help=f"of the weights, by default the first: {dtypes}")
+    p.add_parts("the model")
+    p.add_json("the report")
+
+
+def _export(o: argparse.Namespace) -> None:
+    from koala.checkpoints.resolve import check_name
+
+    check_export(o.to, o.out.expanduser(), o.dtype)
+    check_name(o.model)
+    report = export(assembled(o, o.model), o.to, o.out, o.dtype)
+    show(o, asdict(report), report.line())
 
 
 def _architectures_arguments(p: Parser) -> None:
@@ -190,11 +197,21 @@ CONVERT = Command(
     (
         "koala convert runs/student --to single-file --dtype fp16 --out student.safetensors",
         "koala convert student.safetensors --to diffusers --out runs/again",
-        "koala convert koala-mini --to openvino --out koala-mini-openvino",
         "koala convert style.safetensors --for runs/student --out student-style.safetensors",
     ),
     _convert_arguments,
     _convert,
+)
+EXPORT = Command(
+    "export",
+    "write a model for another runtime: ONNX, OpenVINO or stable-diffusion.cpp",
+    (
+        "koala export runs/student --to onnx --dtype fp16 --out student-onnx",
+        "koala export koala-mini --to openvino --out koala-mini-openvino",
+        "koala export sdxl.safetensors --to gguf --dtype q8_0 --out sdxl-q8_0.gguf",
+    ),
+    _export_arguments,
+    _export,
 )
 ARCHITECTURES = Command(
     "architectures",

@@ -76,7 +76,8 @@ class Point(NamedTuple):
 
 @contextmanager
 def without_gradient() -> Iterator[None]:
-    """No gradient inside. Autocast would keep the copies of weights, cut off, for later passes."""
+    """No gradient inside. Autocast's copies of weights are dropped at the end: PyTorch 2.13 tells
+    them from those with a gradient, but it was not tried with every version since 2.7."""
     with torch.no_grad():
         yield
     torch.clear_autocast_cache()

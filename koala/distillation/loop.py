@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from koala.distillation import checkpoint
 from koala.distillation.ema import EMA
 from koala.distillation.forward_process import generators_at
-from koala.distillation.optimizers import new_optimizer, set_rate
+from koala.distillation.optimizers import new_optimizer, set_rate, trained_parameters
 from koala.distillation.parallel import Layout
 from koala.distillation.precision import computing
 from koala.distillation.records import Log, Record
@@ -84,6 +84,7 @@ def train(
     validation: Sequence[dict[str, Any]] = (),
     loggers: Sequence[str] = (),
     flops: float | None = None,
+    optimizer: Callable[[list[Any], Training], torch.optim.Optimizer] | None = None,
 ) -> nn.Module:
     """Trains to the end, from the newest checkpoint in `run` if any; returns the EMA weights.
 
@@ -92,6 +93,7 @@ def train(
     layout: of several processes, or of other hardware (`koala.distillation.parallel`); None: this
       process and the task's device.
     loggers: "tensorboard", "wandb". flops: of one sample's step, to show the share of the peak.
+    optimizer: of the trained parameters and the settings; None: the settings'.
 
     SIGTERM and Ctrl-C save and stop; a second one stops at once. UserError if the folder belongs
     to a run with other settings, or a setting is invalid; Failure if a loss or the gradient is not
@@ -113,8 +115,11 @@ def train(
                 "machines must share the folder --out"
             )
     averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
-    optimizer = new_optimizer(settings, module, critic)
-    state = checkpoint.State(module, averages, optimizer, critic)
+    if optimizer is not None:
+        chosen = optimizer([*trained_parameters(module).values()], settings)
+    else:
+        chosen = new_optimizer(settings, module, critic)
+    state = checkpoint.State(module, averages, chosen, critic)
     last = checkpoint.newest(run)
     seen, open_sums = checkpoint.load(last, state) if last else (0, None)
     log, meter = Log(open_sums), Meter(world, seen, flops)
@@ -124,6 +129,7 @@ def train(
     with (
         progress(run.name, settings.samples, "samples", seen, silent=not world.first) as advance,
         _stop_requested() as stop_requested,
+        checkpoint.Saver(run, settings, world.first) as saver,
     ):
         while seen < settings.samples:
             # One step.
@@ -143,9 +149,9 @@ def train(
             values, (stop, save) = _agree(layout, sums, wishes)
             _check_finite(layout, values, seen, run)
             log.add(values)
-            set_rate(optimizer, settings.lr_at(seen))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            set_rate(chosen, settings.lr_at(seen))
+            chosen.step()
+            chosen.zero_grad(set_to_none=True)
             seen += settings.batch
             for average in averages:
                 average.update(module, settings.batch, seen)
@@ -169,7 +175,9 @@ def train(
                     _write_image(image, run / "previews" / f"{seen:012d}.png")
             if done or stop or save or due(settings.keep_every):
                 with world.together():
-                    checkpoint.save(run, seen, state, log.open_sums(), settings, world.first)
+                    saver.save(seen, state, log.open_sums())
+                    if done or stop:
+                        saver.wait()
                 saved = time.monotonic()
             if stop and not done:
                 raise world.failure(f"{run}: stopped after {seen} samples; run again to continue")

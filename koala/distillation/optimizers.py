@@ -15,6 +15,11 @@ from koala.distillation.settings import Training
 from koala.utils.extras import require
 
 
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a training moves, by name: those that are not frozen."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 def new_optimizer(
     settings: Training, module: nn.Module, critic: nn.Module | None = None
 ) -> torch.optim.Optimizer:
@@ -22,10 +27,10 @@ def new_optimizer(
 
     critic: a second network, trained at `critic_lr`. A network without gradients does not move.
     """
-    groups: list[dict[str, Any]] = [{"params": list(module.parameters()), "share": 1.0}]
+    groups: list[dict[str, Any]] = [{"params": [*trained_parameters(module).values()]}]
     if critic is not None:
         share = settings.critic_lr / settings.lr
-        groups.append({"params": list(critic.parameters()), "share": share})
+        groups.append({"params": [*trained_parameters(critic).values()], "share": share})
     common: dict[str, Any] = {
         "lr": settings.lr,
         "betas": settings.betas,
@@ -54,10 +59,11 @@ def plain_parts(moment: Tensor) -> dict[str, Tensor]:
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets the learning rate of the next steps; each group takes its share of it."""
     for group in optimizer.param_groups:
+        own = rate * group.get("share", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate * group["share"])
+            group["lr"].fill_(own)
         else:
-            group["lr"] = rate * group["share"]
+            group["lr"] = own
 
 
 def make_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

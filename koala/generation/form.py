@@ -1,10 +1,13 @@
 """The OpenVINO form of a model: a folder that draws without PyTorch. Importing this loads no torch.
 
-    form.json            what the model is (`Form`)
-    unet.xml, .bin       and so on for decoder, text_encoder, text_encoder_2
-    tokenizer.json       and tokenizer_2.json, for the package tokenizers
+    form.json                       what the model is (`Form`)
+    unet/openvino_model.xml, .bin   and so on for vae_decoder, text_encoder, text_encoder_2
+    tokenizer/tokenizer.json        and tokenizer_2/, for the package tokenizers
 
-`koala convert MODEL --to openvino` writes one. A model that was drawn with OpenVINO once has one in
+It is the layout that optimum writes, so OpenVINO GenAI opens it too, by the configs beside the
+networks and openvino_tokenizer.xml beside the tokenizers.
+
+`koala export MODEL --to openvino` writes one. A model that was drawn with OpenVINO once has one in
 the cache, under a name made of its files' sizes and times: other weights never draw from it.
 """
 
@@ -20,16 +23,16 @@ from typing import Any
 from koala.checkpoints.validate import CONFIGS, read_json
 from koala.errors import UserError
 from koala.utils.asset_packages import cache_folder
-from koala.utils.atomic import check_new, new_file
+from koala.utils.atomic import new_file
 from koala.utils.device import cpu_name
 from koala.utils.digest import digest
-from koala.utils.extras import require
 
 FORM = "form.json"
-NETWORKS = ("unet", "decoder", "text_encoder", "text_encoder_2")
-LAYOUT = 1  # of the folder; another number is another layout
+NETWORKS = ("unet", "vae_decoder", "text_encoder", "text_encoder_2")
+MODEL = "openvino_model.xml"  # of a network
+LAYOUT = 2  # of the folder; another number is another layout
 BACKENDS = ("openvino", "openvino-bf16")  # that have a form
-OF_DTYPE = {None: "openvino", "fp32": "openvino", "bf16": "openvino-bf16"}
+OF_DTYPE = {"fp32": "openvino", "bf16": "openvino-bf16"}
 REMEMBERED = ("auto", "remembered")  # what an earlier drawing found serves them
 
 
@@ -46,9 +49,7 @@ class Form:
     tokens: int  # that the text encoders read at a time
     special: tuple[tuple[int, int, int], ...]  # of each tokenizer: start, end, padding
     widths: tuple[int, int]  # of the text encoders' embeddings
-    latent_factor: float  # VAE latents = U-Net latents / latent_factor * latent_std + latent_mean
-    latent_mean: tuple[float, ...]
-    latent_std: tuple[float, ...]
+    latent_factor: float  # what the decoder takes are the U-Net's latents / latent_factor
     scheduler: dict[str, Any]
     zeros_for_empty: bool
 
@@ -60,28 +61,31 @@ class Form:
         if values.get("layout") != LAYOUT or {*values} != names:
             raise UserError(
                 f"{folder / FORM} is of another version of koala: write it again with koala "
-                "convert MODEL --to openvino"
+                "export MODEL --to openvino"
             )
-        needed = [f"{name}.{ending}" for name in NETWORKS for ending in ("xml", "bin")]
-        needed += ["tokenizer.json", "tokenizer_2.json"]
+        needed = [network_file(folder, name) for name in NETWORKS]
+        needed += [file.with_suffix(".bin") for file in needed]
+        needed += [tokenizer_file(folder, n) for n in ("", "_2")]
         for file in needed:
-            if not (folder / file).is_file():
-                raise UserError(f"{folder} lacks {file}: write it again, or copy all of it")
+            if not file.is_file():
+                lacking = file.relative_to(folder)
+                raise UserError(f"{folder} lacks {lacking}: write it again, or copy all of it")
         values["special"] = tuple(tuple(three) for three in values["special"])
-        for name in ("widths", "latent_mean", "latent_std"):
-            values[name] = tuple(values[name])
+        values["widths"] = tuple(values["widths"])
         return cls(**values)
 
     def write(self, folder: Path) -> None:
         (folder / FORM).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
-def check_export(out: Path, dtype: str | None) -> None:
-    """Before a model is read: UserError unless its form can be written to `out`."""
-    if dtype not in OF_DTYPE:
-        raise UserError(f"dtype {dtype!r}: an OpenVINO form is in fp32 or bf16")
-    require("an OpenVINO form", "openvino", "openvino")
-    check_new(out)
+def network_file(folder: Path, name: str) -> Path:
+    """The xml of one of NETWORKS."""
+    return folder / name / MODEL
+
+
+def tokenizer_file(folder: Path, n: str) -> Path:
+    """The tokenizer's JSON; n: "" for the first, "_2" for the second."""
+    return folder / f"tokenizer{n}" / "tokenizer.json"
 
 
 def is_form(model: str | Path) -> bool:

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from koala.checkpoints.sampling import of_named
 from koala.errors import UserError
 from koala.generation.denoise import Condition
 from koala.generation.drawing import Drawing
-from koala.generation.form import Form
+from koala.generation.form import Form, network_file, tokenizer_file
 from koala.generation.noise import NumpyNoise
 from koala.generation.pixels import finished
 from koala.generation.requests import Known, Loras
@@ -40,19 +41,17 @@ class LightPipeline(Drawing):
         self.scheduler_config, self.zeros_for_empty = form.scheduler, form.zeros_for_empty
         half = form.backend == "openvino-bf16"
         self.conditioner = LightConditioner(folder, form)
-        unet = Compiled(folder / "unet.xml", half)
-        decoder = Compiled(folder / "decoder.xml", half)
-        mean, std = (
-            np.array(values, np.float32).reshape(1, -1, 1, 1)
-            for values in (form.latent_mean, form.latent_std)
-        )
+        unet = Compiled(network_file(folder, "unet"), half)
+        decoder = Compiled(network_file(folder, "vae_decoder"), half)
 
         def predict(x: Array, timesteps: Array, condition: Condition) -> Array:
             given = (x, timesteps, condition.text, condition.pooled, condition.time_ids)
-            return unet(*(np.ascontiguousarray(part, np.float32) for part in given))[0]
+            kinds = (np.float32, np.int64, *3 * (np.float32,))
+            parts = zip(given, kinds, strict=True)
+            return unet(*(np.ascontiguousarray(part, kind) for part, kind in parts))[0]
 
         def decode(latents: Array) -> Array:
-            (pixels,) = decoder((latents / form.latent_factor * std + mean).astype(np.float32))
+            (pixels,) = decoder((latents / form.latent_factor).astype(np.float32))
             return finished(pixels, latents)
 
         self.predict = in_fixed_batches(predict)
@@ -74,7 +73,8 @@ class LightPipeline(Drawing):
 
     @property
     def known(self) -> Known:
-        return Known(self.name, self.form.native, self.form.scheduler, base=None)
+        meant = of_named(self.name, self.form.scheduler)
+        return Known(self.name, self.form.native, self.form.scheduler, base=None, sampling=meant)
 
     def own(self, array: Array) -> np.ndarray:
         return np.asarray(array, np.float32)
@@ -91,9 +91,9 @@ class LightConditioner:
 
     def __init__(self, folder: Path, form: Form) -> None:
         self.tokens, self.widths = form.tokens, form.widths
-        self.readers = (Reader(folder / "tokenizer.json"), Reader(folder / "tokenizer_2.json"))
+        self.readers = (Reader(tokenizer_file(folder, "")), Reader(tokenizer_file(folder, "_2")))
         self._special = form.special
-        self._encoders = [Compiled(folder / f"text_encoder{n}.xml") for n in ("", "_2")]
+        self._encoders = [Compiled(network_file(folder, f"text_encoder{n}")) for n in ("", "_2")]
         self.encode_ids = lru_cache(CACHED_CHUNKS)(self._encode)
 
     def _encode(
@@ -106,8 +106,9 @@ class LightConditioner:
             row = [start, *own, end]
             row += [padding] * (self.tokens - len(row))
             outputs.append(encoder(np.array([row], np.int64)))
-        (first,), (second, pooled) = outputs
-        return np.concatenate([first[0], second[0]], axis=-1), pooled[0]
+        first, second = outputs
+        text = np.concatenate([first[-2][0], second[-2][0]], axis=-1)  # of the last layer but one
+        return text, second[0][0]
 
 
 class Reader:

@@ -140,7 +140,7 @@ def open_model(
     if find_spec("torch") is None:
         raise UserError(
             f"{model} needs PyTorch, which is not installed: pip install torch, or write the "
-            "model's OpenVINO form where it is: koala convert MODEL --to openvino --out DIR"
+            "model's OpenVINO form where it is: koala export MODEL --to openvino --out DIR"
         )
     from koala.generation.loader import load as load_with_torch
 

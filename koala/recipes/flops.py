@@ -1,7 +1,7 @@
 """FLOPs of a training's sample, from the architectures.
 
-A backward pass costs two forward passes; one through a frozen teacher, which needs the gradient of
-its input alone, one. Loads no torch.
+A backward pass costs two forward passes; one, where weights are frozen: through a teacher, or if
+only a LoRA is trained. Loads no torch.
 """
 
 from koala.architectures.flops import flops as forward_flops
@@ -16,11 +16,12 @@ def per_sample(
     training: Training,
     pixels: int,
     tokens: int | None = None,
+    lora: bool = False,
 ) -> tuple[float, float]:
     """(all passes but those of activation checkpointing; what that recomputes), in FLOPs.
 
     settings: None for L_task alone. training: how steps alternate, if they train a critic. pixels:
-    side of the image. tokens: of the prompt; None: the native length.
+    side of the image. tokens: of the prompt; None: the native length. lora: only a LoRA is trained.
     """
     own = forward_flops(student, pixels, pixels, tokens or student.tokens)
     theirs = 0
@@ -36,4 +37,4 @@ def per_sample(
     if isinstance(settings, StepSettings):
         return (settings.steps + 2) * own + 3 * theirs, own + theirs
     taught = settings is not None and settings.learns_from_teacher
-    return 3 * own + (guided * theirs if taught else 0), own
+    return (2 if lora else 3) * own + (guided * theirs if taught else 0), own

@@ -34,11 +34,13 @@ from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_scheduler_config
 from koala.distillation.few_steps import DistributionMatching
 from koala.distillation.forward_process import NoiseSchedule, generators_at
+from koala.distillation.optimizers import trained_parameters
 from koala.distillation.parallel import World, lay_out
 from koala.distillation.settings import DistillationSettings, Hardware, StepSettings, Training
 from koala.distillation.taps import regions
 from koala.distillation.tasks import Denoising
 from koala.generation.memory.peak import Alive, FusedAttention
+from koala.lora.training import LoraSettings, add_lora
 from koala.recipes.tasks import student_task
 
 OVERHEAD = 2**30  # bytes of a GPU: context, cuDNN's and cuBLAS's workspaces; assumed
@@ -58,7 +60,8 @@ class TrainingSetup:
     hardware: Hardware
     world: int  # processes, a device each
     pixels: int
-    on_gpu: bool  # bf16 autocast and a teacher in bf16; else float32
+    on_gpu: bool  # bf16 autocast, and what is frozen in bf16; else float32
+    lora: LoraSettings | None = None  # what alone is trained
 
     @property
     def micro_batch(self) -> int:
@@ -73,20 +76,27 @@ def device_memory(setup: TrainingSetup) -> dict[str, int]:
     activations are freed, and those alive at the peak are counted. Of a student's and a critic's
     turn the one that takes more is counted.
     """
-    student = blank_unet(setup.student)
+    student = blank_student(setup)
     shares = setup.world if setup.hardware.sharding == "fsdp" else 1
-    numbers = [p.numel() for p in student.parameters()]
-    gathered = _gathered(student, AHEAD) if shares > 1 else 0
+    numbers = [p.numel() for p in trained_parameters(student).values()]
+    frozen = sum(p.nbytes for p in student.parameters() if not p.requires_grad)
+    in_bf16 = setup.on_gpu or setup.hardware.cpu_bf16
+    width = 2 if in_bf16 else 4
+    gathered = width * _gathered(student, AHEAD) if shares > 1 else 0
     lengths = 0 if setup.hardware.ema_on_cpu else len(setup.training.half_lives)
     turns = (False, True) if setup.training.critic_updates else (False,)
     step = max((_step(setup, of_critic) for of_critic in turns), key=lambda p: sum(p.values()))
+    whole = step["gradients"] if setup.hardware.reduce_last else gathered  # beside the shares
+    if shares > 1 and in_bf16:
+        step["copies"] = 0  # what is gathered is in bf16 already
     parts = {
         "weights": 4 * sum(numbers) // shares + gathered,
-        "gradients": step["gradients"] // shares + gathered,
+        "gradients": step["gradients"] // shares + whole,
         "optimiser": optimiser_bytes(numbers, setup.training.optimizer) // shares,
         "averages": 4 * lengths * sum(numbers) // shares,
         "critic and its optimiser": _critic_bytes(setup) // shares,
         "teacher": _teacher_bytes(setup),
+        "frozen weights": frozen,
         "bf16 copies of weights": step["copies"],
         "activations": step["activations"],
         "context and workspaces": OVERHEAD if setup.on_gpu else 0,
@@ -96,8 +106,8 @@ def device_memory(setup: TrainingSetup) -> dict[str, int]:
 
 def main_memory(setup: TrainingSetup) -> dict[str, int]:
     """Bytes of main memory in the first process, by part; only it writes checkpoints."""
-    weights, lengths = 4 * parameters(setup.student), len(setup.training.half_lives)
-    numbers = [p.numel() for p in blank_unet(setup.student).parameters()]
+    numbers = [p.numel() for p in trained_parameters(blank_student(setup)).values()]
+    weights, lengths = 4 * sum(numbers), len(setup.training.half_lives)
     moments = optimiser_bytes(numbers, setup.training.optimizer)
     parts = {
         "averages": lengths * weights if setup.hardware.ema_on_cpu else 0,
@@ -126,11 +136,22 @@ def blank_unet(arch: UNetArchitecture) -> UNet2DConditionModel:
         return UNet2DConditionModel(**unet_config(arch))
 
 
+def blank_student(setup: TrainingSetup) -> UNet2DConditionModel:
+    """The U-Net that is trained, with its LoRA, on the meta device."""
+    unet = blank_unet(setup.student)
+    if setup.lora:
+        if setup.on_gpu:
+            nn.Module.to(unet, torch.bfloat16)
+        with META:
+            add_lora(unet, setup.lora)
+    return unet
+
+
 def _gathered(unet: nn.Module, regions_at_once: int) -> int:
-    """Bytes of fp32 parameters gathered at once; those outside the regions always are."""
+    """Parameters gathered at once; those outside the regions always are."""
     inside = [sum(p.numel() for p in region.block.parameters()) for region in regions(unet)]
     every = sum(p.numel() for p in unet.parameters())
-    return 4 * (every - sum(inside) + regions_at_once * max(inside))
+    return every - sum(inside) + regions_at_once * max(inside)
 
 
 def _critic_bytes(setup: TrainingSetup) -> int:
@@ -149,7 +170,7 @@ def _teacher_bytes(setup: TrainingSetup) -> int:
     if setup.hardware.teacher == "whole":
         return whole
     sharded = setup.hardware.teacher == "sharded"
-    held = _gathered(blank_unet(setup.teacher), AHEAD if sharded else 1) * width // 4
+    held = width * _gathered(blank_unet(setup.teacher), AHEAD if sharded else 1)
     return held + (whole // setup.world if sharded else 0)
 
 
@@ -158,7 +179,7 @@ def _teacher_bytes(setup: TrainingSetup) -> int:
 
 def _step(setup: TrainingSetup, of_critic: bool) -> dict[str, int]:
     """Bytes held by a step at its peak: gradients, copies, activations. of_critic: whose turn."""
-    student = blank_unet(setup.student)
+    student = blank_student(setup)
     teacher = None if setup.teacher is None else blank_unet(setup.teacher)
     task = task_of(setup, student, teacher)
     trained, compute = [student], task.losses
@@ -181,18 +202,19 @@ def _step(setup: TrainingSetup, of_critic: bool) -> dict[str, int]:
     replicated = setup.world > 1 and setup.hardware.sharding == "ddp"  # in buckets, for good
     kept = trained if replicated else [moving]
     kept = kept if setup.world > 1 or setup.hardware.accumulate > 1 else []
-    for parameter in (parameter for network in kept for parameter in network.parameters()):
+    for parameter in (p for network in kept for p in trained_parameters(network).values()):
         parameter.grad = torch.empty_like(parameter)
     with ledger:
         draws = generators_at(0, 0, setup.micro_batch)
         loss = _within(modes, compute, batch, draws)["loss"]
         autocast.forget()
         loss.backward()
-        for parameter in moving.parameters():
+        for parameter in trained_parameters(moving).values():
             ledger.name(cast(Tensor, parameter.grad), "gradients")
     found = {"gradients": 0, "copies": 0, "activations": 0} | ledger.fullest()
     if kept:
-        found["gradients"] = 4 * sum(p.numel() for net in kept for p in net.parameters())
+        each = (p for network in kept for p in trained_parameters(network).values())
+        found["gradients"] = 4 * sum(p.numel() for p in each)
     return found
 
 

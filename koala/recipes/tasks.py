@@ -32,12 +32,16 @@ def student_task(
     conditioner: TextConditioner,
     scheduler_config: dict[str, Any],
     base: str | Path,
+    kind: type[Distillation] = Distillation,
     **options: Any,
 ) -> Distillation | StepDistillation:
-    """The task of these settings; options as of `koala.distillation.tasks.Denoising`."""
+    """The task of these settings; options as of `koala.distillation.tasks.Denoising`.
+
+    kind: the task of `DistillationSettings`.
+    """
     schedule = NoiseSchedule(scheduler_config)
     if isinstance(settings, DistillationSettings):
-        return Distillation(student, teacher, conditioner, schedule, settings, base, **options)
+        return kind(student, teacher, conditioner, schedule, settings, base, **options)
     sampler = step_sampler(scheduler_config, settings.steps)
     task = METHODS[settings.method]
     return task(student, teacher, conditioner, schedule, settings, sampler, base, **options)

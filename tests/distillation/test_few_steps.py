@@ -219,7 +219,7 @@ def test_mmd_is_the_difference_of_mean_features(base: Path) -> None:
 
 @pytest.mark.parametrize("settings", [MMD, DMD], ids=["mmd", "dmd"])
 def test_bf16_loses_no_gradient_to_the_passes_without(base: Path, settings: StepSettings) -> None:
-    """Autocast keeps copies of weights: one made without gradient must not serve later passes."""
+    """Autocast keeps copies of weights; those made without gradient must serve no later pass."""
     task = new_task(base, settings)
     computes = [(task.losses, task.trainable)]
     if isinstance(task, DistributionMatching):

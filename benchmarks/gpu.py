@@ -4,7 +4,8 @@
 
 Sections, in order of worth: a training's samples a second against the way public scripts do it and
 the card's peak; the ladder of optimisations of a picture against its roofline; a training's memory
-on cards of 12, 24 and 80 GB beside what `--dry-run` foretells; few steps with a tiny decoder;
+on cards of 12, 24 and 80 GB beside what `--dry-run` foretells; its start, the warm-up of compiled
+shapes, what a checkpoint holds up; few steps with a tiny decoder;
 throughput by batch; a picture's memory by budget; `koala prepare` and the loader; growth with
 steps and pixels; and the published table in what time is left. Each section has its share of the
 time, and what one leaves goes to those that follow. Every row is written as soon as it is measured:
@@ -21,22 +22,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_drawing, gpu_fitting, gpu_preparing, gpu_training
+from benchmarks import gpu_drawing, gpu_fitting, gpu_preparing, gpu_starting, gpu_training
 from benchmarks.gpu_run import Row, Run, Section, rounded
 from koala.benchmark import measure
 from koala.benchmark.cases import subject
 from koala.utils.device import hardware, pick_device
 
 SECTIONS = {
-    "training": Section(180, gpu_training.training),
-    "ladder": Section(110, gpu_drawing.ladder),
+    "training": Section(160, gpu_training.training),
+    "ladder": Section(100, gpu_drawing.ladder),
     "training_memory": Section(60, gpu_fitting.memory),
+    "starting": Section(35, gpu_starting.starting),
     "few_steps": Section(30, gpu_drawing.few_steps),
     "throughput": Section(40, gpu_drawing.throughput),
     "memory": Section(40, gpu_drawing.memory),
     "preparing": Section(20, gpu_preparing.preparing),
     "growth": Section(15, gpu_drawing.growth),
-    "table": Section(25, gpu_drawing.table),
+    "table": Section(20, gpu_drawing.table),
 }
 LEAST = 1 / 3  # of a section's seconds: with less it is not begun
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertTokenizer,
     BlipConfig,
@@ -16,12 +17,17 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
     Owlv2Config,
     Owlv2ForObjectDetection,
     Owlv2ImageProcessorPil,
+    PreTrainedTokenizerFast,
     SwinConfig,
 )
 
@@ -163,4 +169,62 @@ def toy_mask2former(folder: Path, classes: list[str]) -> Path:
         Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
     size = {"shortest_edge": 64, "longest_edge": 96}
     Mask2FormerImageProcessorPil(size=size, size_divisor=32).save_pretrained(folder)
+    return folder
+
+
+CHAT = (  # a picture before the question
+    "{% for said in messages %}{% for part in said['content'] %}"
+    "{{ '<image> ' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+def toy_chat(folder: Path) -> Path:
+    """A vision-language folder, LLaVA's, that knows a few words."""
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    words = [
+        *special,
+        *[
+            "yes",
+            "Yes",
+            "no",
+            "two",
+            "Two",
+            "2",
+            "fox",
+            "How",
+            "many",
+            "Is",
+            "it",
+            "red",
+            "?",
+            "Answer",
+            "in",
+            "one",
+            "word",
+        ],
+    ]
+    spoken = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    spoken.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=spoken, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
+        eos_token="</s>", additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    side = {"height": 32, "width": 32}
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side), tokenizer, patch_size=8,
+        vision_feature_select_strategy="default", chat_template=CHAT,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    with seeded():
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**sizes, image_size=32, patch_size=8),
+            text_config=LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=len(words)),
+            image_token_index=words.index("<image>"), vision_feature_layer=-1,
+        )  # fmt: skip
+        lively(LlavaForConditionalGeneration(config)).save_pretrained(folder)
     return folder

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from koala.architectures.layout import inner_widths
 from koala.architectures.table import (
     ARCHITECTURES,
     LATENT_CHANNELS,
@@ -15,9 +16,11 @@ from koala.architectures.table import (
 )
 from koala.errors import UserError
 
+INNER = "inner_widths"  # key of the widths inside modules of a pruned U-Net
+
 
 def unet_config(arch: UNetArchitecture) -> dict[str, Any]:
-    """Keyword arguments of diffusers' `UNet2DConditionModel`."""
+    """Keyword arguments of diffusers' `UNet2DConditionModel`; a pruned U-Net has one more."""
     mid = {None: None, 0: "UNetMidBlock2D"}.get(arch.mid, "UNetMidBlock2DCrossAttn")
     config: dict[str, Any] = {
         "sample_size": arch.sample,
@@ -39,6 +42,8 @@ def unet_config(arch: UNetArchitecture) -> dict[str, Any]:
         config["reverse_transformer_layers_per_block"] = [
             list(stage) if any(stage) else 1 for stage in arch.up
         ]
+    if arch.inner:  # not diffusers': `koala.checkpoints.load.build_unet` reads it
+        config[INNER] = dict(arch.inner)
     depth = config["transformer_layers_per_block"][-1]
     assert not arch.mid or arch.mid == depth, "diffusers' mid block is as deep as the last stage"
     if arch.pooled:
@@ -152,8 +157,21 @@ def from_unet_config(config: Mapping[str, Any]) -> UNetArchitecture:
         groups=config["norm_num_groups"],
         linear=bool(config.get("use_linear_projection")),
     )
+    if config.get(INNER):
+        arch = replace(arch, inner=_inner(config[INNER], arch))
     known = next((a for a in ARCHITECTURES.values() if a == arch), None)
     return replace(arch, name=known.name, tokens=known.tokens) if known else arch
+
+
+def _inner(stated: Any, arch: UNetArchitecture) -> tuple[tuple[str, int], ...]:
+    """The widths inside modules that a config states, in the U-Net's order."""
+    possible = inner_widths(arch)
+    for path, width in stated.items() if isinstance(stated, Mapping) else [("", stated)]:
+        inner = possible.get(path)
+        whole = type(width) is int and inner and 0 < width < inner.width
+        if not whole or not inner or width % inner.unit:
+            raise UserError(f"U-Net setting {INNER} gives {path!r} the width {width!r}")
+    return tuple((path, stated[path]) for path in possible if path in stated)
 
 
 def pooled_width(config: Mapping[str, Any]) -> int:

@@ -44,6 +44,9 @@ class UNetArchitecture:
     time_ids: int  # width of the embedding of one of the six size and crop numbers
     groups: int  # of every group norm
     linear: bool  # transformer projections are linear (else 1x1 convolutions)
+    # Of modules that are narrower inside than the rule has them (`layout.inner_widths`):
+    # path and width. Only pruned U-Nets have any.
+    inner: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def root_faults(unet: UNetArchitecture) -> list[str]:
 def _teacher_faults(teacher: UNetArchitecture) -> list[str]:
     """Why a U-Net can have no student, one phrase per fault."""
     faults = []
+    if teacher.inner:
+        faults.append("is pruned, and a cut is made of whole blocks")
     if not teacher.pooled:
         faults.append("has no addition embedding (pooled text and size), an SDXL U-Net has one")
     if len(teacher.depths) != 3:

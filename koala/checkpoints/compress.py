@@ -123,20 +123,24 @@ def compress(
 
 
 def adopt(
-    student: str | Path, teacher: str | Path, to: str, out: str | Path, depth_rule: str = "bottom"
+    student: str | Path,
+    teacher: str | Path,
+    to: str | None,
+    out: str | Path,
+    depth_rule: str | None = "bottom",
 ) -> None:
     """Writes the pipeline folder `out` in fp32: `teacher` with the U-Net of `student`.
 
     A distilled student can thus be distilled further, from any teacher that it is a cut of:
     KOALA-700M from a fine-tuned SDXL, for example. student: name, folder, Hub id or single file;
-    its VAE and text encoders are not used. teacher, to, depth_rule: as in `compress`. Raises
-    `UserError` if `student` is not that cut of `teacher` or has another prediction type, and as
-    `compress` does.
+    its VAE and text encoders are not used. teacher: as in `compress`. to, depth_rule: as there;
+    None: `student` has the teacher's own U-Net; any rule. Raises `UserError` if `student` is not
+    that cut of `teacher` or has another prediction type, and as `compress` does.
     """
     out = Path(out).expanduser()
     check_new(out)
     contents, other = read_model(teacher), read_model(student)
-    cut = student_of(contents.architecture, to)
+    cut = contents.architecture if to is None else student_of(contents.architecture, to)
     if other.architecture != cut:
         raise UserError(
             f"{other.source} has the U-Net {other.architecture.name}, but this recipe trains "
@@ -149,7 +153,7 @@ def adopt(
             "choose two models with one prediction type"
         )
     known = _known(other)
-    if known.cut and known.cut.depth_rule != depth_rule:
+    if known.cut and depth_rule is not None and known.cut.depth_rule != depth_rule:
         raise UserError(
             f"{other.source} was cut by depth rule {known.cut.depth_rule!r}, but this recipe pairs "
             f"blocks by {depth_rule!r}: add --set settings.depth_rule={known.cut.depth_rule}"

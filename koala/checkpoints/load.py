@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from koala.architectures.config import INNER, from_unet_config
+from koala.architectures.layout import Inner, inner_widths
 from koala.checkpoints.prediction import of_config
 from koala.checkpoints.schema import ABOUT, checked
 from koala.checkpoints.tensors import Stored, load_tensor, not_finite
@@ -41,14 +43,49 @@ def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DCondition
     """The U-Net of a checked model folder, on the CPU; `dtype` None means float32."""
     import torch
 
-    from koala.utils.networks import UNet2DConditionModel
-
     stored = read_tensors(folder, "unet")
     check_unet(unet_architecture(folder), stored, folder)
     with without_weights():
-        unet = UNet2DConditionModel.from_config(_settings(folder, "unet"))
+        unet = build_unet(_settings(folder, "unet"))
     assert _filled(unet, stored, dtype or torch.float32)
     return unet.eval()
+
+
+def build_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """The U-Net of a `config.json`, with random weights; also of a pruned one.
+
+    diffusers cannot say that modules have other widths inside: those are made anew.
+    """
+    from koala.utils.networks import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config({k: v for k, v in config.items() if k != INNER})
+    arch = from_unet_config(config)
+    if arch.inner:
+        unet.register_to_config(**{INNER: dict(arch.inner)})
+        possible = inner_widths(arch)
+        for path, width in arch.inner:
+            _narrow(unet.get_submodule(path), possible[path], width)
+    return unet
+
+
+def _narrow(module: Any, inner: Inner, width: int) -> None:
+    """Gives a module another width inside."""
+    from torch import nn
+
+    if inner.kind == "attention":
+        module.heads = width // inner.unit
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(module, name, nn.Linear(getattr(module, name).in_features, width, bias=False))
+        module.to_out[0] = nn.Linear(width, module.to_out[0].out_features)
+    elif inner.kind == "feed-forward":
+        module.net[0].proj = nn.Linear(module.net[0].proj.in_features, 2 * width)
+        module.net[2] = nn.Linear(width, module.net[2].out_features)
+    else:
+        conv1, conv2, norm = module.conv1, module.conv2, module.norm2
+        module.conv1 = nn.Conv2d(conv1.in_channels, width, 3, padding=1)
+        module.time_emb_proj = nn.Linear(module.time_emb_proj.in_features, width)
+        module.norm2 = nn.GroupNorm(width // inner.unit, width, norm.eps)
+        module.conv2 = nn.Conv2d(width, conv2.out_channels, 3, padding=1)
 
 
 def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:

@@ -61,6 +61,16 @@ class Compressed:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """What `koala compress --prune` did to the U-Net."""
+
+    model: str
+    before: int  # parameters
+    after: int
+    prompts: int  # that it was calibrated on
+
+
+@dataclass(frozen=True)
 class Assembled:
     """What a model was put together from, `koala.lora.assembly`."""
 
@@ -107,6 +117,7 @@ class ModelCard:
     evaluated: Evaluated | None = None
     ours: bool = True  # False: not written by koala
     assembled: Assembled | None = None
+    pruned: Pruned | None = None
 
     def metadata(self) -> ModelCardData:
         """The front matter."""
@@ -130,7 +141,7 @@ class ModelCard:
         """The complete file. where: the folder or Hub id that its snippets load."""
         sections = (
             f"# {self.title}\n\n{_about(self)}",
-            _use(where),
+            _use(where, diffusers=self.pruned is None),
             _making(self),
             _evaluation(self),
             _limits(self),
@@ -144,7 +155,13 @@ class ModelCard:
 
 
 _PAPER = "[KOALA](https://arxiv.org/abs/2312.04005)"
-_FACTS = {"cut": Compressed, "assembled": Assembled, "trained": Trained, "evaluated": Evaluated}
+_FACTS = {
+    "cut": Compressed,
+    "assembled": Assembled,
+    "trained": Trained,
+    "evaluated": Evaluated,
+    "pruned": Pruned,
+}
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -251,6 +268,12 @@ def student_of(teacher: ModelCard, name: str, title: str, cut: Compressed) -> Mo
     return ModelCard(title, teacher.licence, base, cut, assembled=teacher.assembled)
 
 
+def pruned_of(card: ModelCard, name: str, title: str, pruned: Pruned) -> ModelCard:
+    """The card of a pruned model: that of the model it was, and the pruning."""
+    base = "/".join(name.split("/")[:2]) if "/" in name else card.base_model
+    return replace(card, title=title, base_model=base, pruned=pruned, evaluated=None, ours=True)
+
+
 def adopted_of(student: ModelCard, teacher: ModelCard, title: str) -> ModelCard:
     """The card of a student's U-Net with a teacher's VAE and text encoders: both licences."""
     licence = _both(student.licence, teacher.licence)
@@ -276,6 +299,12 @@ def trained_of(start: ModelCard, title: str, trained: Trained) -> ModelCard:
 
 def _about(card: ModelCard) -> str:
     kind = "A text-to-image pipeline in the Stable Diffusion XL family"
+    if p := card.pruned:
+        share = 1 - p.after / p.before
+        return (
+            f"{kind}: **{p.model}** with {share:.0%} of its U-Net's parameters pruned, without "
+            f"training ({p.before:,} before, {p.after:,} now)."
+        )
     if c := card.cut:
         share = c.parameters / c.teacher_parameters
         since = "not trained"
@@ -299,7 +328,19 @@ def _about(card: ModelCard) -> str:
     return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
 
 
-def _use(where: str) -> str:
+def _use(where: str, diffusers: bool) -> str:
+    koala = f"""With koala:
+
+```sh
+koala generate "a red fox" --model {where} --steps 10 --guidance 3.5
+```"""
+    if not diffusers:
+        return f"""## Use
+
+{koala}
+
+diffusers and programs that know SDXL's own widths do not load it: its modules have widths of their
+own inside (`inner_widths` in `unet/config.json`)."""
     return f"""## Use
 
 With diffusers (the folder's scheduler is Euler with trailing timesteps):
@@ -317,11 +358,7 @@ image = pipe("a red fox", guidance_scale=3.5, num_inference_steps=10).images[0]
 image.save("fox.png")
 ```
 
-With koala:
-
-```sh
-koala generate "a red fox" --model {where} --steps 10 --guidance 3.5
-```"""
+{koala}"""
 
 
 def _making(card: ModelCard) -> str:
@@ -343,6 +380,11 @@ def _making(card: ModelCard) -> str:
         parts.append(f"{'The teacher' if card.cut else 'It'} was put together: {'; '.join(of)}.")
     if card.trained:
         parts.append(training_of(card.trained))
+    if p := card.pruned:
+        parts.append(
+            "Then heads, channels and groups of channels were removed, chosen by what their loss "
+            f"costs while {p.prompts} prompts are drawn, and the layers after them fitted anew."
+        )
     if len(parts) == 1:
         parts.append("Not recorded.")
     return "\n\n".join(parts)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from koala.architectures.config import INNER
 from koala.errors import UserError
 
 
@@ -109,6 +110,10 @@ _UNET |= {
     "time_embedding_dim": _NONE,
     "timestep_post_act": _NONE,
 }
+_UNET[INNER] = Allowed(  # of a pruned one; whether they fit is for `koala.architectures.config`
+    "whole numbers by the paths of modules",
+    lambda v: isinstance(v, dict) and all(isinstance(k, str) and _WIDTH.fits(v[k]) for k in v),
+)
 _NORM = _number(-1e4, 1e4)
 _VAE = {
     "_class_name": _TEXT | _NONE,

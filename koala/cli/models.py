@@ -3,15 +3,30 @@
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from koala.architectures.block_map import DEPTH_RULES
 from koala.architectures.table import CUTS
 from koala.checkpoints.convert import TARGETS
-from koala.checkpoints.tensors import DTYPES
-from koala.cli.command import Command, Parser, assembled, check_push, listed, push, show
+from koala.checkpoints.tensors import DTYPES, float_dtype
+from koala.cli.command import (
+    Command,
+    Parser,
+    assembled,
+    check_push,
+    listed,
+    number,
+    push,
+    say,
+    show,
+)
 from koala.errors import UserError
 from koala.generation.export import FORMATS, check_export, export
-from koala.utils.atomic import write_text
+from koala.generation.validation import prompts_in, pruning
+from koala.utils.atomic import check_new, write_text
+
+if TYPE_CHECKING:
+    from koala.generation.pruning import PruneReport
 
 MODEL = "bundled name, folder, single file or Hub id of an SDXL-class model"
 
@@ -30,16 +45,26 @@ def _inspect(o: argparse.Namespace) -> None:
 
 def _compress_arguments(p: Parser) -> None:
     p.add_argument("teacher", help=MODEL)
-    p.add_argument(
-        "--to", required=True, metavar="STUDENT",
+    how = p.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--to", metavar="STUDENT",
         help=f"{', '.join(CUTS)}, or transformer depths of your own, such as 0,2,4 or 0,2,4,no-mid",
+    )  # fmt: skip
+    how.add_argument(
+        "--prune", type=number, metavar="SHARE",
+        help="remove that share of the U-Net's parameters, such as 0.2, from inside its modules; "
+        "the result draws at once, in koala",
+    )  # fmt: skip
+    p.add_argument(
+        "--calibrate", type=Path, metavar="FILE",
+        help="for --prune: a text file with a prompt a line, which are drawn to see what matters",
     )  # fmt: skip
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the student's new folder"
     )
     p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
     p.add_argument(
-        "--depth-rule", default="bottom",
+        "--depth-rule",
         help="which of the teacher's transformer blocks stay: "
         f"{listed(DEPTH_RULES)} (default bottom)",
     )  # fmt: skip
@@ -52,10 +77,35 @@ def _compress(o: argparse.Namespace) -> None:
     from koala.checkpoints.compress import check_compression, compress
 
     check_push(o)
-    check_compression(o.to, o.out, o.dtype, o.depth_rule)  # before the teacher is assembled
-    report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, o.depth_rule)
+    if o.prune is not None:
+        pruned = _prune(o)
+        push(o, pruned.out)
+        show(o, asdict(pruned), pruned.line())
+        return
+    if o.calibrate is not None:
+        raise UserError("--calibrate is for --prune: leave it out")
+    rule = o.depth_rule or "bottom"
+    check_compression(o.to, o.out, o.dtype, rule)  # before the teacher is assembled
+    report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, rule)
     push(o, report.out)
     show(o, asdict(report), report.line())
+
+
+def _prune(o: argparse.Namespace) -> "PruneReport":
+    from koala.checkpoints.resolve import check_name
+
+    if o.depth_rule is not None:
+        raise UserError("--depth-rule has no effect on --prune, which removes no blocks")
+    if o.calibrate is None:
+        raise UserError("--prune needs --calibrate FILE: a text file with a prompt a line")
+    prompts = prompts_in(o.calibrate)
+    pruning(o.prune, prompts)
+    float_dtype(o.dtype)
+    check_name(o.teacher)
+    check_new(o.out.expanduser())
+    from koala.generation.pruning import prune_model  # all is checked: now torch may load
+
+    return prune_model(assembled(o, o.teacher), o.prune, prompts, o.out, o.dtype, say)
 
 
 def _convert_arguments(p: Parser) -> None:
@@ -183,10 +233,11 @@ INSPECT = Command(
 )
 COMPRESS = Command(
     "compress",
-    "cut a smaller student out of an SDXL teacher, with its weights",
+    "make an SDXL U-Net smaller: a student with its weights, or a pruned one that draws at once",
     (
         "koala compress sdxl.safetensors --to koala-700m --out runs/student",
         "koala compress sdxl.safetensors --to 0,1,1,no-mid --dtype fp16 --out runs/smaller",
+        "koala compress sdxl.safetensors --prune 0.2 --calibrate prompts.txt --out runs/pruned",
     ),
     _compress_arguments,
     _compress,

@@ -4,7 +4,7 @@ Shapes: n samples, h x w pixels; latents [n, 4, h/8, w/8].
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from koala.data.preprocess import Dropped, Preparation, Sample
 from koala.text_conditioning import TextConditioner
 
 BATCH_PIXELS = 4 << 20  # that the VAE encodes at once: four images at 1024 x 1024
-NEGLIGIBLE = 0.1  # error of bf16 that is small, as a share of the posterior's deviation
+NEGLIGIBLE = 0.1  # error of bf16, or of another VAE, that is small beside the posterior's deviation
+PROBE = "probe.safetensors"  # of a prepared folder: what its VAE makes of one image
 BATCH = 64  # images, at most
 MIRRORED = "mirrored_"  # name prefix of a mirrored image's tensors
 _SEEN = np.empty((0, 0, 3), dtype=np.uint8)
@@ -79,11 +80,20 @@ class Moments:
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    def probe(self) -> dict[str, Tensor]:
+        """The posterior of an image that is always the same, in fp32 on the CPU: mean, deviation.
+
+        Two VAEs of which it is the same make the same latents.
+        """
+        mean, std = self._encode(_probe(), in_bf16=False)
+        return {"mean": mean.cpu().contiguous(), "deviation": std.cpu().contiguous()}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def bf16_error(self) -> float:
         """Error of bf16 in the posterior's mean, relative to its deviation: root mean squares."""
-        image = _probe()
-        (exact, std), (rounded, _) = (self._encode(image, in_bf16) for in_bf16 in (False, True))
-        return float((rounded - exact).square().mean().sqrt() / std.square().mean().sqrt())
+        rounded, _ = self._encode(_probe(), in_bf16=True)
+        return difference(self.probe(), rounded.cpu())
 
     @torch.inference_mode(False)  # a training uses the result
     @torch.no_grad()
@@ -103,6 +113,12 @@ class Moments:
             posterior = self.vae.encode(pixels).latent_dist
         std = posterior.std.float() / self.scale.std * self.scale.factor
         return self.scale.normalise(posterior.mean.float()), std
+
+
+def difference(probe: Mapping[str, Tensor], mean: Tensor) -> float:
+    """How far a mean is from that of a probe, relative to its deviation: root mean squares."""
+    far = (mean - probe["mean"]).square().mean().sqrt()
+    return float(far / probe["deviation"].square().mean().sqrt())
 
 
 def _probe() -> Tensor:

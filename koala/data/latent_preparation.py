@@ -14,8 +14,10 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors.torch import save_file
+
 from koala.data.captions import CaptionFitter, check_expressions
-from koala.data.encoding import EncodedSample, Encoder, encoder_hash
+from koala.data.encoding import PROBE, EncodedSample, Encoder, encoder_hash
 from koala.data.items import Source
 from koala.data.preprocess import Preparation
 from koala.data.shards import (
@@ -29,7 +31,7 @@ from koala.data.shards import (
 from koala.data.units import UnitPlan, plan_units
 from koala.data.workers import own_cores, pool_of, read_ahead
 from koala.errors import UserError
-from koala.utils.atomic import claim
+from koala.utils.atomic import claim, new_file
 from koala.utils.progress import progress
 
 PEEK = 64  # items inspected for captions and scores
@@ -60,6 +62,9 @@ def prepare_latents(
             remove_parts(out, {*todo})
             preparation = replace(preparation, held_out=_held_out(preparation, plan))
             encoder = Encoder(model, device, preparation, SEED)
+            if encoder.moments is not None and not (out / PROBE).exists():
+                with new_file(out / PROBE) as part:
+                    save_file(encoder.moments.probe(), part)
             fitter = CaptionFitter.of(model, preparation.long_captions or "sentences")
             total = sum(map(plan.size, mine))
             done = total - sum(map(plan.size, todo))

@@ -4,19 +4,31 @@
 the batch with its captions and draws, and reads ahead in a thread.
 """
 
+import contextlib
+import os
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from koala.data.captions import CaptionFitter
-from koala.data.encoding import MIRRORED, encoder_hash
+from koala.data.encoding import (
+    MIRRORED,
+    NEGLIGIBLE,
+    PROBE,
+    Moments,
+    difference,
+    encoder_hash,
+)
 from koala.data.index import Index
 from koala.data.items import repeats_of
 from koala.data.sampler import WINDOW, BatchOrder
@@ -206,18 +218,42 @@ class LatentSet:
             )
         return dict(captions)
 
+    def _check_alike(self, model: Path, hashes: str) -> None:
+        """UserError unless another VAE makes the same latents as the model's, nearly."""
+        folder, far = self.index.files.folder, None
+        with contextlib.suppress(FileNotFoundError):  # of a folder made by koala 0.1
+            far = _difference(self.index.files.table(PROBE), model)
+        if far is None or far >= NEGLIGIBLE:
+            measured = (
+                "" if far is None else f"; they differ by {far:.2g} of the posterior's deviation"
+            )
+            raise UserError(
+                f"{folder} holds latents of another VAE ({hashes}){measured}; prepare into another "
+                f"folder with --model {model}"
+            )
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"koala: {folder} holds latents of another VAE ({hashes}), which differ from this "
+                f"model's by {far:.2g} of the posterior's deviation: little enough to be used",
+                file=sys.stderr,
+            )
+
     def _check_made(self, model: Path, size: int | None) -> None:
         made, folder = self.index.made_with, self.index.files.folder
         if not self.images and (own := encoder_hash(model)) != made["encoder"]:
-            raise UserError(
-                f"{folder} holds latents of another VAE ({made['encoder']}, this model's is "
-                f"{own}); prepare into another folder with --model {model}"
-            )
+            self._check_alike(model, f"{made['encoder']}, this model's is {own}")
         if size is not None and size != made["size"]:
             raise UserError(
                 f"{folder} holds latents for {made['size']} pixels, this training is for {size}; "
                 f"prepare into another folder with --size {size}"
             )
+
+
+@cache
+def _difference(probe: Path, model: Path) -> float:
+    """Between the VAE that left a probe and a model's, `koala.data.encoding.difference`."""
+    found = load_file(probe)
+    return difference(found, Moments(model, "cpu").probe()["mean"])
 
 
 def _latents(tensors: dict[str, Tensor], noise: Tensor | None, which: str) -> Tensor:

@@ -42,10 +42,19 @@ class State:
     module: nn.Module
     averages: list[EMA]
     optimizer: torch.optim.Optimizer
+    critic: nn.Module | None = None  # trained beside the module, and not averaged
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        found = trained_parameters(self.module)
+        if self.critic is not None:
+            critic = trained_parameters(self.critic)
+            found |= {f"critic.{name}": parameter for name, parameter in critic.items()}
+        return found
 
     def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, local tensor, tensor with its sharding) of everything that is saved."""
-        parameters = trained_parameters(self.module)
+        parameters = self.parameters()
         for name, parameter in parameters.items():
             yield f"weights.{name}", parameter, parameter
         for average in self.averages:
@@ -177,7 +186,7 @@ def load(checkpoint: Path, state: State) -> tuple[int, dict[str, Any]]:
     try:
         with safe_open(checkpoint / "state.safetensors", "pt") as file:
             saved = set(file.keys())
-            named = trained_parameters(state.module).items()
+            named = state.parameters().items()
             moments = [key.split(".") for key in saved if key.startswith("optimizer.")]
             owners = {".".join(parts[1:n]) for parts in moments for n in range(len(parts))}
             moving = [value for name, value in named if name in owners]

@@ -7,6 +7,8 @@ draws only what it needs.
 Shapes: n samples, c latent channels, h x w latent pixels, L tokens, D text width, P pooled width.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,6 +47,19 @@ class NoiseSchedule:
             return noise
         abar = self.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
         return abar.sqrt() * noise - (1.0 - abar).sqrt() * latents
+
+    def epsilon(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise in z_t = `noisy` by a U-Net's output, eps or v: fp32 [n,c,h,w]."""
+        if self.prediction == EPSILON:
+            return output
+        abar = self.alphas_cumprod.to(noisy.device)[timesteps].view(-1, 1, 1, 1)
+        return abar.sqrt() * output + (1.0 - abar).sqrt() * noisy
+
+    def sigmas(self, timesteps: Tensor) -> Tensor:
+        """sigma_t = sqrt((1 - abar_t) / abar_t), fp32 [n,1,1,1]; z_t sqrt(1 + sigma_t^2) is
+        z_0 + sigma_t eps."""
+        abar = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        return ((1.0 - abar) / abar).sqrt()
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """w_t, fp32 [n], in 0..1: min(SNR_t, gamma) / SNR_t for eps, / (SNR_t + 1) for v.
@@ -97,14 +112,17 @@ def draw_noise(shape: Sequence[int], steps: int, generators: Sequence[torch.Gene
 
 
 class Noised(NamedTuple):
-    """A noised batch, ready for a U-Net, with what it is to predict."""
+    """A noised batch, ready for a U-Net."""
 
     noisy: Tensor  # z_t, fp32 [n, 4, h, w]
-    target: Tensor  # eps or v, fp32 [n, 4, h, w]
     timesteps: Tensor  # t, int64 [n]
     text: Tensor  # [n, L, D]
     pooled: Tensor  # [n, P]
     time_ids: Tensor  # fp32 [n, 6]
+
+    def without_text(self) -> Noised:
+        """The same with the zeros of an empty prompt, for classifier-free guidance."""
+        return self._replace(text=torch.zeros_like(self.text), pooled=torch.zeros_like(self.pooled))
 
 
 def predict(unet: nn.Module, batch: Noised, dtype: torch.dtype) -> Tensor:

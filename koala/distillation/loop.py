@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -47,6 +47,20 @@ class Task(Protocol):
     ) -> dict[str, Tensor]: ...
     def preview(self, trainable: nn.Module) -> Image.Image | None: ...
     def export(self, trainable: nn.Module, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class TaskWithCritic(Task, Protocol):
+    """A task with a second trainable network, which judges the student and is not exported.
+
+    By turns a step trains one of the two (`Training.critic_updates`).
+    """
+
+    @property
+    def critic(self) -> nn.Module: ...
+    def critic_losses(
+        self, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]: ...
 
 
 class Data(Protocol):
@@ -86,10 +100,11 @@ def train(
     finite (the last good checkpoint is kept), or the run was stopped before its end.
     """
     module = task.trainable.train()
+    critic = task.critic.train() if isinstance(task, TaskWithCritic) else None
     layout = layout or Layout()
     world, parts = layout.world, layout.hardware.accumulate
     micro = layout.hardware.micro_batch(settings.batch, world.size)
-    _check(settings, layout, validation)
+    _check(settings, layout, validation, critic)
     with world.together():
         if world.first:
             claim(run / "run.json", {**asdict(settings), **(note or {})})
@@ -100,9 +115,11 @@ def train(
                 "machines must share the folder --out"
             )
     averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
-    moving = [*trained_parameters(module).values()]
-    chosen = optimizer(moving, settings) if optimizer else new_optimizer(settings, module)
-    state = checkpoint.State(module, averages, chosen)
+    if optimizer is not None:
+        chosen = optimizer([*trained_parameters(module).values()], settings)
+    else:
+        chosen = new_optimizer(settings, module, critic)
+    state = checkpoint.State(module, averages, chosen, critic)
     last = checkpoint.newest(run)
     seen, open_sums = checkpoint.load(last, state) if last else (0, None)
     log, meter = Log(open_sums), Meter(world, seen, flops)
@@ -119,17 +136,22 @@ def train(
             batch = data.batch(seen, settings.batch, world.rank, world.size)
             first = seen + world.rank * parts * micro
             generators = generators_at(settings.seed, first, parts * micro)
-            sums = gradients(task, layout, batch, generators)
-            norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
+            of_critic = settings.moves_critic(seen)
+            moving = critic if of_critic and critic is not None else module
+            sums = gradients(task, layout, batch, generators, of_critic)
+            norm = nn.utils.clip_grad_norm_(moving.parameters(), settings.clip)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            sums["grad_norm"] = norm
+            if of_critic:
+                sums = {f"critic_{name}": value for name, value in sums.items()}
             save_due = time.monotonic() - saved > settings.save_every
             wishes = [float(stop_requested()), float(save_due and world.first)]
-            values, (stop, save) = _agree(layout, {**sums, "grad_norm": norm}, wishes)
+            values, (stop, save) = _agree(layout, sums, wishes)
             _check_finite(layout, values, seen, run)
             log.add(values)
-            set_rate(state.optimizer, settings.lr_at(seen))
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+            set_rate(chosen, settings.lr_at(seen))
+            chosen.step()
+            chosen.zero_grad(set_to_none=True)
             seen += settings.batch
             for average in averages:
                 average.update(module, settings.batch, seen)
@@ -164,12 +186,21 @@ def train(
 
 
 def gradients(
-    task: Task, layout: Layout, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    task: Task,
+    layout: Layout,
+    batch: dict[str, Any],
+    generators: Sequence[torch.Generator],
+    of_critic: bool = False,
 ) -> dict[str, Tensor]:
     """Accumulates the gradients of a batch, part by part; returns the means of its losses.
 
-    batch: this process's share of a step. generators: one per sample.
+    batch: this process's share of a step. generators: one per sample. of_critic: the gradients of
+    the task's critic, not of the student.
     """
+    compute = task.losses
+    if of_critic:
+        assert isinstance(task, TaskWithCritic)
+        compute = task.critic_losses
     device = next(task.trainable.parameters()).device
     parts, sums = layout.hardware.accumulate, dict[str, Tensor]()
     micro = len(generators) // parts
@@ -177,14 +208,26 @@ def gradients(
         own = generators[part * micro : (part + 1) * micro]
         with layout.computing(last=part == parts - 1):
             with computing(device, layout.hardware.cpu_bf16):
-                losses = task.losses(_cut(batch, part, micro), own)
+                losses = compute(_cut(batch, part, micro), own)
             (losses["loss"] / parts).backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float() / parts
     return sums
 
 
-def _check(settings: Training, layout: Layout, validation: Sequence[dict[str, Any]]) -> None:
+def _check(
+    settings: Training,
+    layout: Layout,
+    validation: Sequence[dict[str, Any]],
+    critic: nn.Module | None,
+) -> None:
+    if bool(settings.critic_updates) != (critic is not None):
+        raise UserError(
+            "critic_lr and critic_updates have no effect: this task trains one network; leave them "
+            "out"
+            if critic is None
+            else "this task trains a second network: give critic_lr and critic_updates"
+        )
     if settings.optimizer == "adamw-8bit" and layout.hardware.sharding == "fsdp":
         raise UserError(
             "optimizer adamw-8bit does not support sharding=fsdp: its moments are not sharded; "

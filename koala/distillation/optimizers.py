@@ -20,21 +20,29 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def new_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) from the settings; UserError if torchao is missing."""
+def new_optimizer(
+    settings: Training, module: nn.Module, critic: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) from the settings; UserError if torchao is missing.
+
+    critic: a second network, trained at `critic_lr`. A network without gradients does not move.
+    """
+    groups: list[dict[str, Any]] = [{"params": [*trained_parameters(module).values()]}]
+    if critic is not None:
+        share = settings.critic_lr / settings.lr
+        groups.append({"params": [*trained_parameters(critic).values()], "share": share})
     common: dict[str, Any] = {
         "lr": settings.lr,
         "betas": settings.betas,
         "weight_decay": settings.weight_decay,
     }
-    parameters = [*trained_parameters(module).values()]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **common, fused=True)
+        return torch.optim.AdamW(groups, **common, fused=True)
     assert settings.optimizer == "adamw-8bit"
     require(f"optimizer {settings.optimizer}", "torchao", "torchao")
     from torchao.optim import AdamW8bit
 
-    return AdamW8bit(parameters, **common)
+    return AdamW8bit(groups, **common)
 
 
 def plain_parts(moment: Tensor) -> dict[str, Tensor]:
@@ -49,12 +57,13 @@ def plain_parts(moment: Tensor) -> dict[str, Tensor]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of the next steps."""
+    """Sets the learning rate of the next steps; each group takes its share of it."""
     for group in optimizer.param_groups:
+        own = rate * group.get("share", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = rate
+            group["lr"] = own
 
 
 def make_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

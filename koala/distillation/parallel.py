@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -106,7 +106,18 @@ class Laid(Protocol):
     def trainable(self) -> nn.Module: ...
     @property
     def teacher(self) -> UNet2DConditionModel | None: ...
+    @property
+    def through_teacher(self) -> bool: ...
     def call_through(self, wrapped: nn.Module) -> None: ...
+
+
+@runtime_checkable
+class LaidWithCritic(Laid, Protocol):
+    """A task with a second trainable network; see `koala.distillation.few_steps`."""
+
+    @property
+    def critic(self) -> UNet2DConditionModel: ...
+    def call_critic_through(self, wrapped: nn.Module) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -115,19 +126,20 @@ class Layout:
 
     world: World = World()
     hardware: Hardware = PLAIN
-    replicas: DistributedDataParallel | None = None
-    shards: FSDPModule | None = None
+    replicas: tuple[DistributedDataParallel, ...] = ()
+    shards: tuple[FSDPModule, ...] = ()
 
     def computing(self, last: bool) -> AbstractContextManager:
         """Context of each part of a step; replicas exchange gradients only in the `last`.
 
         Shards do so in each part, unless `Hardware.reduce_last`.
         """
-        if self.shards is not None and self.hardware.reduce_last:
-            self.shards.set_requires_gradient_sync(last)
-        if self.replicas is None or last:
-            return contextlib.nullcontext()
-        return self.replicas.no_sync()
+        for network in self.shards if self.hardware.reduce_last else ():
+            network.set_requires_gradient_sync(last)
+        contexts = contextlib.ExitStack()
+        for replica in () if last else self.replicas:
+            contexts.enter_context(replica.no_sync())
+        return contexts
 
 
 def lay_out(task: Laid, hardware: Hardware, world: World, buckets: int = 1) -> Layout:
@@ -145,16 +157,20 @@ def lay_out(task: Laid, hardware: Hardware, world: World, buckets: int = 1) -> L
     with world.together():
         _check(task, hardware, world)
     student, teacher = task.trainable, task.teacher
-    networks = [student] if teacher is None else [student, teacher]
+    critic = task.critic if isinstance(task, LaidWithCritic) else None
+    trained = [student] if critic is None else [student, critic]
+    networks = trained if teacher is None else [*trained, teacher]
     if hardware.channels_last:
-        _to_channels_last(student, sharded=hardware.sharding == "fsdp")
+        for network in trained:
+            _to_channels_last(network, sharded=hardware.sharding == "fsdp")
         if teacher is not None:
             _to_channels_last(teacher, sharded=hardware.teacher == "sharded")
     if hardware.compile:
         found = [region for network in networks for region in regions(network)]
         _compile(found, hardware.compile, dynamic=buckets > 1)
     if hardware.checkpointing:
-        _checkpoint(regions(student))
+        for network in networks if task.through_teacher else trained:
+            _checkpoint(regions(network))
     if teacher is not None and hardware.teacher == "offloaded":
         for region in regions(teacher):
             _offload(region.block, world.device)
@@ -162,17 +178,24 @@ def lay_out(task: Laid, hardware: Hardware, world: World, buckets: int = 1) -> L
         _shard(teacher, world, _AS_IT_IS)
     if hardware.sharding == "fsdp":
         low = world.device.type == "cuda" or hardware.cpu_bf16
-        shards = _shard(student, world, _IN_BF16 if low else _AS_IT_IS)
+        precision = _IN_BF16 if low else _AS_IT_IS
+        shards = tuple(_shard(network, world, precision) for network in trained)
         return Layout(world, hardware, shards=shards)
     if world.size > 1:
-        replicas = DistributedDataParallel(
-            student,
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
-        task.call_through(replicas)
+        replicas = tuple(_replicated(network, world) for network in trained)
+        task.call_through(replicas[0])
+        if isinstance(task, LaidWithCritic):
+            task.call_critic_through(replicas[1])
         return Layout(world, hardware, replicas)
     return Layout(world, hardware)
+
+
+def _replicated(network: nn.Module, world: World) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        network,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
 
 
 def alone(device: str, cpu_bf16: bool) -> Layout:
@@ -187,6 +210,11 @@ def alone(device: str, cpu_bf16: bool) -> Layout:
 
 
 def _check(task: Laid, hardware: Hardware, world: World) -> None:
+    if hardware.teacher != "whole" and task.through_teacher:
+        raise UserError(
+            f"teacher={hardware.teacher}: this method needs gradients through the teacher, which "
+            "must stay whole on the device; use hardware.checkpointing=true, or the method dmd"
+        )
     if world.size == 1:
         for name, value in (("sharding", "fsdp"), ("teacher", "sharded")):
             if getattr(hardware, name) == value:

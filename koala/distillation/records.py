@@ -116,15 +116,16 @@ class Record:
 class Log:
     """Means of every named loss since the previous line.
 
-    The sums of the next line are stored in checkpoints, so a resumed run writes the same lines as
-    an uninterrupted one.
+    Each over the steps that computed it. The sums of the next line are stored in checkpoints, so a
+    resumed run writes the same lines as an uninterrupted one.
     """
 
     def __init__(self, open_sums: dict[str, Any] | None) -> None:
-        state = open_sums or {"sums": {}, "count": 0, "seconds": 0.0}
+        state = open_sums or {"sums": {}, "counts": {}, "seconds": 0.0}
         self.latest = math.nan
         self.sums: dict[str, float] = dict(state["sums"])
-        self.count: int = state["count"]
+        counts = state.get("counts")  # checkpoints before 0.2.0 have one count for all
+        self.counts: dict[str, int] = dict(counts or dict.fromkeys(self.sums, state.get("count")))
         self._started = time.monotonic() - state["seconds"]
 
     @property
@@ -135,14 +136,14 @@ class Log:
     def add(self, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-        self.latest = values["loss"]
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.latest = values.get("loss", self.latest)
 
     def open_sums(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "count": self.count, "seconds": self.seconds}
+        return {"sums": dict(self.sums), "counts": dict(self.counts), "seconds": self.seconds}
 
     def means(self) -> dict[str, float]:
         """Returns the means and starts the next line."""
-        means = {name: total / self.count for name, total in self.sums.items()}
-        self.sums, self.count = {}, 0
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
         return means

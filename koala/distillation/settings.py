@@ -1,5 +1,5 @@
 """The settings of a training: what is done (`Training`), how it is distributed (`Hardware`), and
-the loss of a distillation (`DistillationSettings`).
+the loss of a distillation (`DistillationSettings`, `StepSettings`).
 
 `Training` determines the result and is fixed for a run. `Hardware` changes it by rounding alone, so
 a run may be resumed with other processes, another division of the batch, or another compiler.
@@ -12,12 +12,15 @@ import math
 from dataclasses import dataclass
 
 from koala.architectures.block_map import check_depth_rule
+from koala.checkpoints.sampling import Sampling
 from koala.errors import UserError, unknown
 
 OPTIMIZERS = ("adamw", "adamw-8bit")
 SHARDINGS = ("ddp", "fsdp")
 TEACHERS = ("whole", "sharded", "offloaded")
 LOCATIONS = ("sa", "ca", "ffn", "residual", "lf")  # of features
+METHODS = ("mmd", "dmd")  # of step distillation
+MOST_STEPS = 10  # of a student of step distillation: KOALA's usual number
 STAGES = ("DW-1", "DW-2", "DW-3", "Mid", "UP-1", "UP-2", "UP-3")
 
 
@@ -43,10 +46,13 @@ class Training:
     save_every: float = 45.0  # seconds
     keep: int = 2  # newest checkpoints
     keep_every: int = 0  # samples; checkpoints at multiples are kept for good; 0: none
+    critic_lr: float = 0.0  # of the second network that some tasks train; it follows lr's course
+    critic_updates: int = 0  # steps of that network before each one of the student's
 
     def __post_init__(self) -> None:
         above_0 = ("samples", "batch", "lr", "clip", "log_every", "preview_every", "keep")
-        others = ("warmup", "weight_decay", "seed", "validate_every", "save_every", "keep_every")
+        others = ("warmup", "weight_decay", "seed", "validate_every", "save_every", "keep_every",
+                  "critic_lr", "critic_updates")  # fmt: skip
         for name in (*above_0, *others):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0 and (value > 0 or name not in above_0)):
@@ -61,6 +67,11 @@ class Training:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas are {self.betas}: both must be at least 0 and below 1")
+        if bool(self.critic_lr) != bool(self.critic_updates):
+            raise UserError(
+                f"critic_lr is {self.critic_lr} and critic_updates {self.critic_updates}: give "
+                "both a value above 0, or neither"
+            )
         if self.samples % self.batch:
             raise UserError(
                 f"{self.samples} samples are not a multiple of the batch {self.batch}: "
@@ -71,6 +82,11 @@ class Training:
     def half_lives(self) -> tuple[int, ...]:
         """The half-life of every EMA, that of the exported one first."""
         return (self.ema_half_life, *self.ema_others)
+
+    def moves_critic(self, seen: int) -> bool:
+        """Whether the step that starts after `seen` samples trains the critic, not the student."""
+        cycle = self.critic_updates + 1
+        return seen // self.batch % cycle < self.critic_updates
 
     def lr_at(self, seen: int) -> float:
         """Learning rate of the step that starts after `seen` samples."""
@@ -171,6 +187,12 @@ def check_min_snr(gamma: float | None) -> None:
         raise UserError(f"min_snr {gamma}: it must be above 0 (5 is usual), or None")
 
 
+def check_scale(guidance: float | None) -> None:
+    """UserError unless a guidance scale is above 1, or None."""
+    if guidance is not None and not (math.isfinite(guidance) and guidance > 1):
+        raise UserError(f"guidance {guidance}: it must be above 1, or None for none")
+
+
 @dataclass(frozen=True)
 class DistillationSettings:
     """Settings of the loss. A term with weight 0 is not computed.
@@ -236,10 +258,9 @@ class DistillationSettings:
                 )
 
     def _check_guidance(self) -> None:
+        check_scale(self.guidance)
         if self.guidance is None:
             return
-        if not (math.isfinite(self.guidance) and self.guidance > 1):
-            raise UserError(f"guidance {self.guidance}: it must be above 1, or None for none")
         if not self.learns_from_teacher:
             raise UserError("guidance is the teacher's, but no loss term compares with it")
         if self.caption_dropout > 0:
@@ -249,6 +270,61 @@ class DistillationSettings:
             )
 
     @property
+    def sampling(self) -> Sampling | None:
+        """What the student is drawn with, if not as its teacher."""
+        return Sampling(guidance=1.0) if self.guidance else None
+
+    @property
     def learns_from_teacher(self) -> bool:
         """Whether any term uses the teacher."""
         return self.output_weight > 0 or self.feature_weight > 0
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Settings of a step distillation, `koala.distillation.few_steps`.
+
+    method: "mmd" compares the means of the teacher's features (SwD, arXiv 2503.16397); "dmd"
+      compares scores, the student's told by a second U-Net that is trained beside it (DMD2,
+      arXiv 2405.14867; along the student's trajectory as TDM does, 2503.06674).
+    guidance: classifier-free, above 1; None: none.
+    UserError for anything else, and for a setting without effect.
+    """
+
+    method: str  # "dmd": scores, with a critic; "mmd": the teacher's features
+    steps: int = 4  # that the student draws in, 1 to 10
+    guidance: float | None = None  # scale of the teacher's score; "dmd" alone
+    taps: tuple[Tap, ...] = ()  # features that are compared; "mmd" alone
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise UserError(f"steps {self.steps}: a student draws in 1 to {MOST_STEPS}")
+        check_scale(self.guidance)
+        if self.method == "mmd" and self.guidance is not None:
+            raise UserError(
+                f"guidance {self.guidance:g} has no effect on method mmd, which compares with "
+                "images: leave it out (settings.guidance=none)"
+            )
+        if (self.method == "mmd") != bool(self.taps):
+            raise UserError(
+                "method mmd needs taps, the features that it compares"
+                if self.method == "mmd"
+                else "taps have no effect on method dmd: leave them out (settings.taps=)"
+            )
+
+    @property
+    def trains_critic(self) -> bool:
+        """Whether a second network is trained beside the student."""
+        return self.method == "dmd"
+
+    @property
+    def sampling(self) -> Sampling:
+        """What the student is drawn with."""
+        return Sampling(steps=self.steps, guidance=1.0)
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Always."""
+        return True

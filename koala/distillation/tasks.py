@@ -109,12 +109,21 @@ class Denoising(nn.Module):
         """The frozen U-Net that runs beside the trainable one."""
         return None
 
+    @property
+    def through_teacher(self) -> bool:
+        """Whether gradients go through the teacher, to the student before it."""
+        return False
+
     def call_through(self, wrapped: nn.Module) -> None:
         """Calls the trainable module through `wrapped` from now on, as DDP requires."""
         self._apart["called"] = wrapped
 
-    def noised(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> Noised:
+    def noised(
+        self, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    ) -> tuple[Noised, Tensor]:
         """Draws eps, t and the dropped captions of each sample from its own generator.
+
+        Returns the noised batch, and what the U-Net is to predict: eps or v, fp32 [n,4,h,w].
 
         batch: {"latents": float [n,4,h,w] normalised, "captions": n strings,
         "time_ids": float [n,6]}, and "text" [n,L,D] and "pooled" [n,P] if prepared; instead of
@@ -129,14 +138,14 @@ class Denoising(nn.Module):
         noise, timesteps = drawn.noise.to(self.device), drawn.timesteps.to(self.device)
         text, pooled = self._condition(batch)
         kept = (drawn.share >= self.caption_dropout).to(self.device)  # the others get zeros
-        return Noised(
+        noised = Noised(
             noisy=self.schedule.add_noise(latents, noise, timesteps),
-            target=self.schedule.target(latents, noise, timesteps),
             timesteps=timesteps,
             text=text * kept[:, None, None],
             pooled=pooled * kept[:, None],
             time_ids=batch["time_ids"].to(self.device, torch.float32),
         )
+        return noised, self.schedule.target(latents, noise, timesteps)
 
     @torch.no_grad()
     def _moments(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -159,14 +168,15 @@ class Denoising(nn.Module):
         self, batch: dict[str, Any], generators: Sequence[torch.Generator]
     ) -> dict[str, Tensor]:
         """{"task", "loss"}: fp32 scalars; arguments as in `noised`."""
-        noised = self.noised(batch, generators)
-        task = self._task_loss(predict(self._apart["called"], noised, torch.float32), noised)
+        noised, target = self.noised(batch, generators)
+        prediction = predict(self._apart["called"], noised, torch.float32)
+        task = self._task_loss(prediction, target, noised.timesteps)
         return {"task": task, "loss": task}
 
-    def _task_loss(self, prediction: Tensor, noised: Noised) -> Tensor:
-        errors = squared_error(prediction, noised.target)
+    def _task_loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
+        errors = squared_error(prediction, target)
         if self.min_snr is not None:
-            errors = errors * self.schedule.min_snr_weights(noised.timesteps, self.min_snr)
+            errors = errors * self.schedule.min_snr_weights(timesteps, self.min_snr)
         return errors.mean()
 
     def preview(self, trainable: nn.Module) -> Image.Image | None:
@@ -211,7 +221,43 @@ def teacher_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-class Distillation(Denoising):
+class Taught(Denoising):
+    """A task with a frozen teacher beside the student; its losses are defined by subclasses.
+
+    student: trained, float32. teacher: evaluated in `teacher_dtype`; it follows the student to its
+    device. Other arguments as in `Denoising`.
+    """
+
+    def __init__(
+        self,
+        student: UNet2DConditionModel,
+        teacher: UNet2DConditionModel,
+        conditioner: TextConditioner,
+        schedule: NoiseSchedule,
+        base: str | Path,
+        **options: Any,
+    ) -> None:
+        assert student is not teacher, "the teacher must be a model of its own"
+        super().__init__(student, conditioner, schedule, base, **options)
+        self._apart["teacher"] = teacher.requires_grad_(False).eval()
+        self._place_teacher()
+
+    @property
+    def teacher(self) -> UNet2DConditionModel:
+        """The frozen U-Net that runs beside the trainable one."""
+        return self._apart["teacher"]
+
+    def _place_teacher(self) -> None:
+        # Not diffusers' own `to`, which warns needlessly about fp32 modules.
+        nn.Module.to(self.teacher, self.device, teacher_dtype(self.device))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Taught:
+        super()._apply(*args, **kwargs)  # called by .to() and .cuda(): the teacher follows
+        self._place_teacher()
+        return self
+
+
+class Distillation(Taught):
     """L_task + L_outKD + L_featKD (KOALA A.5), each a mean squared error in fp32:
 
         L_outKD  = ||eps_T - eps_S||^2
@@ -219,8 +265,7 @@ class Distillation(Denoising):
 
     eps stands for v where the models predict v.
 
-    student: trained, float32. teacher: frozen, evaluated without gradient in `teacher_dtype`; it
-    follows the student to its device. Both see the same z_t, t and text. Other arguments as in
+    student, teacher: as in `Taught`. Both see the same z_t, t and text. Other arguments as in
     `Denoising`. UserError if the student is not a cut of the teacher or a tap does not exist.
     """
 
@@ -237,9 +282,9 @@ class Distillation(Denoising):
         prompts: Sequence[str] = (),
         encode: Encode | None = None,
     ) -> None:
-        assert student is not teacher, "the teacher must be a model of its own"
         super().__init__(
             student,
+            teacher,
             conditioner,
             schedule,
             base,
@@ -248,19 +293,12 @@ class Distillation(Denoising):
             draw=draw,
             prompts=prompts,
             encode=encode,
-            sampling=Sampling(guidance=1.0) if settings.guidance else None,
+            sampling=settings.sampling,
         )
         self.settings = settings
         self.pairs = self.tapped(student, teacher)
         self._features = Features(student, [*self.pairs])
         self._teacher_features = Features(teacher, [*self.pairs.values()])
-        self._apart["teacher"] = teacher.requires_grad_(False).eval()
-        self._place_teacher()
-
-    @property
-    def teacher(self) -> UNet2DConditionModel:
-        """The frozen U-Net that runs beside the trainable one."""
-        return self._apart["teacher"]
 
     def tapped(
         self, student: UNet2DConditionModel, teacher: UNet2DConditionModel
@@ -277,15 +315,6 @@ class Distillation(Denoising):
             error = error / of_teacher.float().square().flatten(1).mean(1)
         return error
 
-    def _place_teacher(self) -> None:
-        # Not diffusers' own `to`, which warns needlessly about fp32 modules.
-        nn.Module.to(self.teacher, self.device, teacher_dtype(self.device))
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Distillation:
-        super()._apply(*args, **kwargs)  # called by .to() and .cuda(): the teacher follows
-        self._place_teacher()
-        return self
-
     def losses(
         self, batch: dict[str, Any], generators: Sequence[torch.Generator]
     ) -> dict[str, Tensor]:
@@ -294,13 +323,14 @@ class Distillation(Denoising):
         Also each tap's part of "feat", without gradient, as "tap PATH" by the student's module.
         """
         settings = self.settings
-        noised = self.noised(batch, generators)
+        noised, noise = self.noised(batch, generators)
         with self._features.capture() as features:
             prediction = predict(self._apart["called"], noised, torch.float32)
         terms: dict[str, tuple[float, Tensor]] = {}
         taps: dict[str, Tensor] = {}
         if settings.task_weight > 0:
-            terms["task"] = settings.task_weight, self._task_loss(prediction, noised)
+            task = self._task_loss(prediction, noise, noised.timesteps)
+            terms["task"] = settings.task_weight, task
         if settings.learns_from_teacher:
             target, teacher_features = self._teach(noised)
             if settings.output_weight > 0:
@@ -323,10 +353,7 @@ class Distillation(Denoising):
         prediction, features = self._pass_of_teacher(noised)
         if (scale := self.settings.guidance) is None:
             return prediction, features
-        empty = noised._replace(
-            text=torch.zeros_like(noised.text), pooled=torch.zeros_like(noised.pooled)
-        )
-        without, features_without = self._pass_of_teacher(empty)
+        without, features_without = self._pass_of_teacher(noised.without_text())
         guided = {
             point: torch.lerp(features_without[point].float(), feature.float(), scale)
             for point, feature in features.items()

@@ -55,28 +55,33 @@ def draw(plan: Plan, row: str, run: Run, device: str | None, first: bool) -> Non
     """
     if run.pictures is not None:
         return
-    todo: list[tuple[Part, list[int]]] = []
+    todo: list[tuple[Part, list[Path], list[int]]] = []
     for part in plan.parts:
         claim(folder_of(plan, part, run) / "settings.json", _settings(plan, part, row, run))
         files = files_of(plan, part, run)
         for unit in share(-(-len(files) // UNIT)):
             indices = range(unit * UNIT, min(len(files), (unit + 1) * UNIT))
             if missing := [i for i in indices if not files[i].exists()]:
-                todo.append((part, missing))
+                todo.append((part, files, missing))
     if not todo:
         return
     pipeline = load(run.model, device)
-    total = sum(len(missing) for _, missing in todo)
+    total = sum(len(missing) for _, _, missing in todo)
     with progress(f"drawing with {run.name}", total, "images", silent=not first) as advance:
-        for part, missing in todo:
-            _draw_unit(plan, part, row, run, missing, pipeline)
+        for part, files, missing in todo:
+            _draw_unit(plan, part, row, files, missing, pipeline)
             advance(len(missing))
 
 
 def _draw_unit(
-    plan: Plan, part: Part, row: str, run: Run, missing: Sequence[int], pipeline: koala.Pipeline
+    plan: Plan,
+    part: Part,
+    row: str,
+    files: Sequence[Path],
+    missing: Sequence[int],
+    pipeline: koala.Pipeline,
 ) -> None:
-    prompts, files = part.prompts.prompts, files_of(plan, part, run)
+    prompts = part.prompts.prompts
     requests = []
     for i in missing:
         seed, prompt = part.seeds[i // len(prompts)], i % len(prompts)

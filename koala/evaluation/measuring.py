@@ -58,8 +58,9 @@ class Scores:
         self.plan, self.part, self.device, self.first = plan, part, device, first
         self.extractor = extractor
         self.files: dict[str, ScoreFiles] = {}
+        self.runs = {run.name: self._of_run(run) for row in plan.rows for run in row.runs}
 
-    def of_run(self, run: Run) -> Pictures:
+    def _of_run(self, run: Run) -> Pictures:
         """A run's pictures, seed by seed."""
         files = files_of(self.plan, self.part, run)
         prompts = self.part.prompts.prompts * len(self.part.seeds)
@@ -87,7 +88,7 @@ class Scores:
 
     def compute(self, metrics: Sequence[Metric]) -> None:
         """Scores all pictures, once for the metrics of one `info.scores`."""
-        every = [self.of_run(run) for row in self.plan.rows for run in row.runs]
+        every = [*self.runs.values()]
         if (real := self.part.real) is not None:
             every += self._real(real, metrics)
         metric = metrics[0]
@@ -182,7 +183,7 @@ def _judge(scores: Scores, metrics: Sequence[Metric], sentences: Sentences | Non
         images = ImageSet(plan.images)
         seen = scores.read(asking[0].info, scores.of_real(part.train))
         judge = train_judge([images.rows[i] for i in part.train], seen, sentences, plan.size)
-    drawn = scores.read(asking[0].info, scores.of_run(plan.rows[0].runs[0]))
+    drawn = scores.read(asking[0].info, scores.runs[plan.rows[0].runs[0].name])
     check_judge(judge, drawn, texts)
     for metric in asking:
         metric.judge, metric.texts = judge, texts
@@ -196,7 +197,7 @@ def _measured(
     part = scores.part
     totals, units, by_seed = [], [], []
     for run in runs:
-        every = scores.read(metric.info, scores.of_run(run))
+        every = scores.read(metric.info, scores.runs[run.name])
         of_seeds = every.split(len(part.prompts.prompts))
         if isinstance(metric, Distance):
             values, prompts = _distance(scores, metric, of_seeds)

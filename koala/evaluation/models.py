@@ -139,6 +139,8 @@ def per_row(
         name, equals, value = text.rpartition("=")
         if equals and name not in {row.name for row in rows}:
             raise unknown(f"row of --{what}", name, [row.name for row in rows])
+        if equals and all(run.pictures for row in rows if row.name == name for run in row.runs):
+            raise UserError(f"--{what} {text}: {name} is a folder of pictures, which are not drawn")
         try:
             number = read(value)
         except ValueError:

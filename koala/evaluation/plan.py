@@ -177,7 +177,7 @@ def _part(
 ) -> Part:
     if len(prompts.prompts) < FEWEST:
         raise UserError(
-            f"{prompts.name} has {len(prompts.prompts)} prompts: an evaluation needs {FEWEST} or more"
+            f"{prompts.name} has {len(prompts.prompts)} prompts: give at least {FEWEST}"
         )
     if folder is not None and not folder.is_dir():
         raise UserError(f"--pictures {folder}: there is no such folder")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -43,6 +44,11 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @cached_property
+    def key(self) -> str:
+        """A hash of the pictures and of what is asked of them."""
+        return digest([self.digest, [[p.id, p.text, p.facts] for p in self.prompts]])
+
 
 class ScoreFiles:
     """The scores of one metric's `info.scores`, in units on disk."""
@@ -53,8 +59,7 @@ class ScoreFiles:
         self._stamps = [stamp(_files(weights[name])) for name in metric.info.models]
 
     def _file(self, pictures: Pictures, unit: int) -> Path:
-        told = [[p.id, p.text, p.facts] for p in pictures.prompts]
-        key = digest([koala.__version__, self._stamps, pictures.digest, told, UNIT])[:16]
+        key = digest([koala.__version__, self._stamps, pictures.key, UNIT])[:16]
         return self.folder / f"{key}-{unit:05d}.safetensors"
 
     def missing(self, pictures: Pictures) -> list[int]:

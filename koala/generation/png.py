@@ -1,7 +1,8 @@
 """PNG files with the settings of their images. Importing this loads no torch.
 
-The settings are stored twice: as "parameters", the text of AUTOMATIC1111's web UI, which other
-interfaces read when an image is dropped on them, and as "koala", our JSON, which is complete.
+Each says in XMP that a model made it. The settings are stored twice: as "parameters", the text of
+AUTOMATIC1111's web UI, which other interfaces read when an image is dropped on them, and as
+"koala", our JSON, which is complete.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import IO, TYPE_CHECKING
 from PIL import Image, PngImagePlugin
 
 from koala.errors import UserError
+from koala.generation.provenance import PNG_KEY, XMP
 from koala.generation.requests import Settings
 from koala.generation.samplers import LABELS
 from koala.generation.workflow import workflow
@@ -103,8 +105,11 @@ def read_settings(path: str | Path | IO[bytes]) -> Settings:
         raise UserError(
             f"{path} holds no settings of koala's: give a PNG that koala wrote and nobody changed"
         )
-    values["loras"] = tuple((name, scale) for name, scale in values.get("loras", ()))
-    values["embeddings"] = tuple(values.get("embeddings", ()))
+    try:
+        values["loras"] = tuple((name, scale) for name, scale in values.get("loras", ()))
+        values["embeddings"] = tuple(values.get("embeddings", ()))
+    except (TypeError, ValueError):
+        raise UserError(f"{path} holds settings that koala did not write") from None
     return Settings(**values)
 
 
@@ -150,6 +155,7 @@ def write_png(
     info = PngImagePlugin.PngInfo()
     _add(info, "parameters", parameters(settings))
     _add(info, "koala", json.dumps(asdict(settings)))
+    info.add_itxt(PNG_KEY, XMP)
     if comfyui:
         _add(info, "prompt", json.dumps(workflow(settings)))  # where ComfyUI looks for it
     image.save(file, format="PNG", pnginfo=info)

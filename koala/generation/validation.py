@@ -34,6 +34,8 @@ MASK_BLUR = 4  # default, pixels
 MOST_MASK_BLUR = 64
 MASK_FILLS = ("original", "surroundings", "noise", "nothing")
 STRENGTH = 0.6  # default for an image without a strength
+PRUNED = (0.01, 0.6)  # share of a U-Net's parameters that pruning can be asked for
+MOST_CALIBRATION = 256  # prompts
 LCM_LEVELS = 50  # noise levels of latent consistency models (arXiv 2310.04378)
 
 
@@ -47,6 +49,29 @@ def prompts(prompt: str | list[str]) -> list[str]:
         if not one.strip():
             raise UserError(f"the prompt is empty ({one!r}): say what to draw, 'a red fox'")
     return found
+
+
+def pruning(share: float, calibration: Sequence[str]) -> None:
+    """UserError unless a U-Net can be pruned by that share on those prompts."""
+    least, most = PRUNED
+    if not _number(share) or not least <= share <= most:
+        raise UserError(f"--prune {share}: allowed are {least} to {most} of the U-Net's parameters")
+    if len(prompts([*calibration])) > MOST_CALIBRATION:
+        raise UserError(
+            f"{len(calibration)} prompts to calibrate on: at most {MOST_CALIBRATION} are drawn"
+        )
+
+
+def prompts_in(file: Path) -> list[str]:
+    """The prompts in a text file, one a line; empty lines are skipped. UserError if it has none."""
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--calibrate {file} cannot be read as text: {error}") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--calibrate {file} holds no prompt: write one a line")
+    return prompts(found)
 
 
 def negative_prompt(text: str, guidance: float) -> None:

@@ -9,13 +9,16 @@
     koala-mini-first     the student, by self-attention distillation  sdxl-mini, latents
     koala-mini           the same, completed                          sdxl-mini, koala-mini-first
     koala-mini-guided    the same, drawn without guidance             sdxl-mini, koala-mini
+    sdxl-mini-lightning  the teacher in four steps                    sdxl-mini, latents
+    koala-mini-lightning the student in four steps                    koala-mini, koala-mini-guided
     koala-mini-sa        koala-mini in 24,000 samples                   (for comparison)
     koala-mini-task      the same, L_task alone                       (a control)
     koala-mini-task-out  the same, L_task + L_outKD                   (a control)
     tiny-mini            a tiny autoencoder beside the VAE            any of them, latents
 
-and the paper's runs at full size, one row each in `koala.recipes.paper`. Those of `koala finetune`
-are in `koala.recipes.finetune`.
+and at full size the paper's runs, one row each in `koala.recipes.paper`, and students in few steps,
+one row each in `koala.recipes.few_steps`. Those of `koala finetune` are in
+`koala.recipes.finetune`.
 
 Importing this package is cheap; `koala.recipes.train` does the work.
 """
@@ -27,7 +30,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from koala.errors import UserError, unknown
-from koala.recipes import finetune, mini, paper
+from koala.recipes import few_steps, finetune, mini, paper
 from koala.recipes.overrides import overridden
 from koala.recipes.recipe import Custom, Recipe, Student
 
@@ -40,12 +43,14 @@ MINI = (
     "koala-mini-first",
     "koala-mini",
     "koala-mini-guided",
+    "sdxl-mini-lightning",
+    "koala-mini-lightning",
     "koala-mini-sa",
     "koala-mini-task",
     "koala-mini-task-out",
     "tiny-mini",
 )
-NAMES = (*MINI, *paper.PRESETS)  # of `koala distill`
+NAMES = (*MINI, *paper.PRESETS, *few_steps.PRESETS)  # of `koala distill`
 FINETUNES = ("full", "lora", "dreambooth")  # of `koala finetune`
 
 
@@ -55,6 +60,8 @@ def get(name: str, names: Sequence[str] = NAMES) -> Recipe:
         raise unknown("recipe", name, names)
     if name in paper.PRESETS:
         return paper.student(name)
+    if name in few_steps.PRESETS:
+        return few_steps.student(name)
     module = finetune if name in FINETUNES else mini
     recipe: Callable[[], Recipe] = getattr(module, name.replace("-", "_"))
     return recipe()

@@ -10,14 +10,16 @@ from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.checkpoints.grow import grow
 from koala.checkpoints.load import load_scheduler_config, load_unet
+from koala.checkpoints.sampling import USUAL
 from koala.checkpoints.validate import unet_architecture
 from koala.data.latents import LatentSet
 from koala.distillation.forward_process import NoiseSchedule
-from koala.distillation.tasks import Denoising, Distillation, Encode, teacher_dtype
+from koala.distillation.tasks import Denoising, Distillation, Encode, Taught, teacher_dtype
 from koala.errors import UserError
 from koala.lora.training import add_lora
 from koala.recipes.previews import drawing
 from koala.recipes.recipe import MINI_PROMPTS, Finetune, Student, Teacher
+from koala.recipes.tasks import student_task
 from koala.text_conditioning import TextConditioner
 
 CAPTION_CACHE = 2**31  # bytes of embeddings cached by a training on the CPU: the whole mini set's
@@ -119,16 +121,17 @@ def _distilling(
     device: torch.device,
     encode: Encode | None,
     kind: type[Distillation],
-) -> Distillation:
+) -> Taught:
     """Distils a copy of `start`, the student before distillation."""
-    return kind(
+    return student_task(
+        recipe.settings,
         load_unet(start).to(device),
         load_unet(teacher),  # the task casts it and moves it to the device
         conditioner,
-        NoiseSchedule(load_scheduler_config(teacher)),
-        recipe.settings,
+        load_scheduler_config(teacher),
         start,
-        draw=drawing(teacher, conditioner, device),
+        kind,
+        draw=drawing(teacher, conditioner, device, recipe.settings.sampling or USUAL),
         prompts=recipe.prompts,
         encode=encode,
     )

@@ -50,7 +50,7 @@ def assumed(card: str) -> DeviceThroughput:
 
 
 def measured(
-    setup: TrainingSetup, device: torch.device, memory: int, flops: int
+    setup: TrainingSetup, device: torch.device, memory: int, flops: float
 ) -> DeviceThroughput:
     """Of `device`, measured in at most half a minute.
 
@@ -92,7 +92,10 @@ def _matmul_rate(device: torch.device) -> float:
 
 
 def _time_steps(setup: TrainingSetup, device: torch.device) -> tuple[float, int]:
-    """(seconds per step, timed steps) on random models, uncompiled, in one process."""
+    """(seconds per step, timed steps) on random models, uncompiled, in one process.
+
+    If steps train a critic by turns, both kinds are timed and weighted by their number.
+    """
     student = _random(blank_student(setup), device)
     teacher = None if setup.teacher is None else _random(blank_unet(setup.teacher), device)
     task = task_of(setup, student, teacher)
@@ -100,14 +103,21 @@ def _time_steps(setup: TrainingSetup, device: torch.device) -> tuple[float, int]
     alone = replace(setup.hardware, compile="", sharding="ddp", teacher=place, accumulate=1)
     layout = lay_out(task, alone, World(device=device))
     batch = batch_of(setup, device)
-    times: list[float] = []
-    begun = time.perf_counter()
-    while len(times) <= STEPS and (len(times) < 2 or time.perf_counter() - begun < PATIENCE / 2):
-        start = time.perf_counter()
-        losses = gradients(task, layout, batch, generators_at(0, 0, setup.micro_batch))
-        losses["loss"].item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return min(times[1:]), len(times) - 1
+    updates = setup.training.critic_updates
+    turns = {True: updates, False: 1} if updates else {False: 1}
+    seconds, steps = 0.0, 0
+    for of_critic, number in turns.items():
+        times: list[float] = []
+        begun, patience = time.perf_counter(), PATIENCE / 2 / len(turns)
+        while len(times) <= STEPS and (len(times) < 2 or time.perf_counter() - begun < patience):
+            start = time.perf_counter()
+            generators = generators_at(0, 0, setup.micro_batch)
+            losses = gradients(task, layout, batch, generators, of_critic)
+            losses["loss"].item()  # waits for the device
+            times.append(time.perf_counter() - start)
+        seconds += number / (updates + 1) * min(times[1:])
+        steps += len(times) - 1
+    return seconds, steps
 
 
 def _random(blank: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:

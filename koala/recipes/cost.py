@@ -1,10 +1,9 @@
 """Estimates the cost of a run before it starts: `koala distill RECIPE --dry-run`.
 
-The FLOPs of a sample follow from the architectures: the teacher's forward pass and three times the
-student's (a backward pass costs two forward passes; one, if only a LoRA is trained), once more with
-activation checkpointing; and the VAE's, if the training encodes images. Memory comes from
-`koala.recipes.memory`. Time follows from the device's throughput: a named GPU's, at an assumed
-share of its peak, or one measured here (`koala.recipes.calibrate`).
+The FLOPs of a sample follow from the architectures (`koala.recipes.flops`), and the VAE's if the
+training encodes images. Memory comes from `koala.recipes.memory`. Time follows
+from the device's throughput: a named GPU's, at an assumed share of its peak, or one measured here
+(`koala.recipes.calibrate`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from koala.architectures.flops import flops as forward_flops
 from koala.architectures.layout import parameters
 from koala.architectures.table import ARCHITECTURES, FACTOR, UNetArchitecture, get, student_of
 from koala.checkpoints.bundled import BUNDLED, bundled_names
@@ -28,11 +26,13 @@ from koala.checkpoints.resolve import local_prediction, resolve_model
 from koala.checkpoints.validate import read_json, read_tensors, unet_architecture
 from koala.data.index import Index
 from koala.distillation.optimizers import trained_parameters
+from koala.distillation.settings import StepSettings
 from koala.distillation.taps import tap_points
 from koala.errors import UserError
 from koala.lora.names import base_named
 from koala.recipes.build import CAPTION_CACHE, UNet
 from koala.recipes.calibrate import assumed, measured
+from koala.recipes.flops import per_sample
 from koala.recipes.memory import (
     META,
     TrainingSetup,
@@ -66,7 +66,7 @@ class Estimate:
     processes: int
     micro_batch: int
     pixels: int
-    tflop_a_sample: float  # one teacher forward pass, three student ones
+    tflop_a_sample: float  # all passes of a step, over what the steps train by turns
     tflop_again: float  # extra, if activations are recomputed
     device: str
     room: float  # of the device
@@ -174,7 +174,7 @@ def estimate(
         predicts=None if prediction is None else str(prediction),
         trained=sum(p.numel() for p in trained_parameters(blank_student(setup)).values()),
         frozen=sum(frozen.values()),
-        taps=_taps(recipe, setup.student),
+        taps=_taps(recipe, setup),
         samples=recipe.training.samples,
         batch=recipe.training.batch,
         processes=processes,
@@ -216,7 +216,7 @@ def _setup(
         return TrainingSetup(arch, None, None, pixels=pixels, lora=recipe.lora, **common)
     folder = _folder(teacher)
     master = unet_architecture(folder) if folder else get(recipe.of)
-    student = student_of(master, recipe.cut)
+    student = master if recipe.cut is None else student_of(master, recipe.cut)
     pixels = recipe.pixels or size or master.sample * FACTOR
     return TrainingSetup(student, master, recipe.settings, pixels=pixels, **common)
 
@@ -247,7 +247,7 @@ def _small_parts(teacher: str | None, setup: TrainingSetup) -> Path | None:
     return _folder(teacher) or (BUNDLED / "koala-mini" if of_the_family else None)
 
 
-def _encoding(teacher: str | None, setup: TrainingSetup) -> int:
+def _encoding(teacher: str | None, setup: TrainingSetup) -> float:
     """FLOPs of encoding an image with the VAE."""
     folder = _small_parts(teacher, setup)
     if folder is None:
@@ -288,21 +288,25 @@ def _other_memory(frozen: dict[str, int], on_gpu: bool, text_stored: bool) -> di
     return parts
 
 
-def _flops(setup: TrainingSetup) -> tuple[int, int]:
+def _flops(setup: TrainingSetup) -> tuple[float, float]:
     """FLOPs of a sample's step: recomputed by checkpointing, and all others."""
-    side = setup.pixels
-    own = forward_flops(setup.student, side, side, setup.student.tokens)
-    rest = (2 if setup.lora else 3) * own
-    if setup.teacher is not None and setup.settings and setup.settings.learns_from_teacher:
-        passes = 2 if setup.settings.guidance else 1
-        rest += passes * forward_flops(setup.teacher, side, side, setup.teacher.tokens)
-    return (own if setup.hardware.checkpointing else 0), rest
+    rest, again = per_sample(
+        setup.student,
+        setup.teacher,
+        setup.settings,
+        setup.training,
+        setup.pixels,
+        lora=setup.lora is not None,
+    )
+    return (again if setup.hardware.checkpointing else 0), rest
 
 
-def _taps(recipe: UNet, student: UNetArchitecture) -> dict[str, int]:
+def _taps(recipe: UNet, setup: TrainingSetup) -> dict[str, int]:
     if not isinstance(recipe, Student):
         return {}
-    unet = blank_unet(student)
+    tapped = setup.teacher if isinstance(recipe.settings, StepSettings) else setup.student
+    assert tapped is not None
+    unet = blank_unet(tapped)
     return {tap.location: len(tap_points(unet, [tap])) for tap in recipe.settings.taps}
 
 

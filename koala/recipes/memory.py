@@ -32,14 +32,16 @@ from koala.architectures.layout import parameters
 from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_scheduler_config
+from koala.distillation.few_steps import DistributionMatching
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.optimizers import trained_parameters
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import DistillationSettings, Hardware, Training
+from koala.distillation.settings import DistillationSettings, Hardware, StepSettings, Training
 from koala.distillation.taps import regions
-from koala.distillation.tasks import Denoising, Distillation
+from koala.distillation.tasks import Denoising
 from koala.generation.memory.peak import Alive, FusedAttention
 from koala.lora.training import LoraSettings, add_lora
+from koala.recipes.tasks import student_task
 
 OVERHEAD = 2**30  # bytes of a GPU: context, cuDNN's and cuBLAS's workspaces; assumed
 STATES_8BIT = (4096, 256)  # torchao: smallest tensor kept in 8 bits, values per scale
@@ -53,7 +55,7 @@ class TrainingSetup:
 
     student: UNetArchitecture
     teacher: UNetArchitecture | None  # None: L_task alone, no teacher
-    settings: DistillationSettings | None  # None: a `Denoising`
+    settings: DistillationSettings | StepSettings | None  # None: a `Denoising`
     training: Training
     hardware: Hardware
     world: int  # processes, a device each
@@ -71,7 +73,8 @@ def device_memory(setup: TrainingSetup) -> dict[str, int]:
     """Bytes on each device at the peak of a step, by part; without text encoders and VAE.
 
     With DDP or accumulation all gradients exist from the start. Otherwise they are allocated while
-    activations are freed, and those alive at the peak are counted.
+    activations are freed, and those alive at the peak are counted. Of a student's and a critic's
+    turn the one that takes more is counted.
     """
     student = blank_student(setup)
     shares = setup.world if setup.hardware.sharding == "fsdp" else 1
@@ -81,17 +84,17 @@ def device_memory(setup: TrainingSetup) -> dict[str, int]:
     width = 2 if in_bf16 else 4
     gathered = width * _gathered(student, AHEAD) if shares > 1 else 0
     lengths = 0 if setup.hardware.ema_on_cpu else len(setup.training.half_lives)
-    kept_gradients = setup.world > 1 or setup.hardware.accumulate > 1
-    step = _step(setup, student, kept_gradients)
-    gradients = 4 * sum(numbers) if kept_gradients else step.pop("gradients")
-    whole = gradients if setup.hardware.reduce_last else gathered  # beside the shares
+    turns = (False, True) if setup.training.critic_updates else (False,)
+    step = max((_step(setup, of_critic) for of_critic in turns), key=lambda p: sum(p.values()))
+    whole = step["gradients"] if setup.hardware.reduce_last else gathered  # beside the shares
     if shares > 1 and in_bf16:
         step["copies"] = 0  # what is gathered is in bf16 already
     parts = {
         "weights": 4 * sum(numbers) // shares + gathered,
-        "gradients": gradients // shares + whole,
+        "gradients": step["gradients"] // shares + whole,
         "optimiser": optimiser_bytes(numbers, setup.training.optimizer) // shares,
         "averages": 4 * lengths * sum(numbers) // shares,
+        "critic and its optimiser": _critic_bytes(setup) // shares,
         "teacher": _teacher_bytes(setup),
         "frozen weights": frozen,
         "bf16 copies of weights": step["copies"],
@@ -108,7 +111,9 @@ def main_memory(setup: TrainingSetup) -> dict[str, int]:
     moments = optimiser_bytes(numbers, setup.training.optimizer)
     parts = {
         "averages": lengths * weights if setup.hardware.ema_on_cpu else 0,
-        "a checkpoint while it is written": (1 + lengths) * weights + moments,
+        "a checkpoint while it is written": (1 + lengths) * weights
+        + moments
+        + _critic_bytes(setup),
     }
     if setup.teacher is not None and setup.hardware.teacher == "offloaded":
         parts["teacher"] = 2 * parameters(setup.teacher)
@@ -149,6 +154,14 @@ def _gathered(unet: nn.Module, regions_at_once: int) -> int:
     return every - sum(inside) + regions_at_once * max(inside)
 
 
+def _critic_bytes(setup: TrainingSetup) -> int:
+    """Of the second trained network, a copy of the teacher, and its moments; 0 without one."""
+    if setup.teacher is None or not setup.training.critic_updates:
+        return 0
+    numbers = [p.numel() for p in blank_unet(setup.teacher).parameters()]
+    return 4 * sum(numbers) + optimiser_bytes(numbers, setup.training.optimizer)
+
+
 def _teacher_bytes(setup: TrainingSetup) -> int:
     if setup.teacher is None:
         return 0
@@ -164,37 +177,45 @@ def _teacher_bytes(setup: TrainingSetup) -> int:
 # --- a step without numbers -----------------------------------------------------------------
 
 
-def _step(
-    setup: TrainingSetup, student: UNet2DConditionModel, kept_gradients: bool
-) -> dict[str, int]:
-    """Bytes allocated by a step and alive at its peak: gradients, copies, activations.
-
-    kept_gradients: the gradients exist already and are accumulated.
-    """
+def _step(setup: TrainingSetup, of_critic: bool) -> dict[str, int]:
+    """Bytes held by a step at its peak: gradients, copies, activations. of_critic: whose turn."""
+    student = blank_student(setup)
     teacher = None if setup.teacher is None else blank_unet(setup.teacher)
     task = task_of(setup, student, teacher)
+    trained, compute = [student], task.losses
+    if isinstance(task, DistributionMatching):
+        trained.append(task.critic)
+        compute = task.critic_losses if of_critic else compute
+    moving = trained[-1] if of_critic else student
     if teacher is not None and setup.on_gpu:
         nn.Module.to(teacher, torch.bfloat16)
     batch, ledger = batch_of(setup, META), _Ledger()
     autocast = _Autocast(ledger)
     in_bf16 = setup.on_gpu or setup.hardware.cpu_bf16
     modes = [FusedAttention(), *([autocast] if in_bf16 else [])]
-    for region in regions(student):  # applied to the recomputation in the backward pass too
+    recomputed = [*trained, teacher] if teacher is not None and task.through_teacher else trained
+    for region in (region for network in recomputed for region in regions(network)):
+        # Applied to the recomputation in the backward pass too.
         region.compute = partial(_within, modes, region.compute)
     alone = replace(setup.hardware, compile="", sharding="ddp", teacher="whole")
     lay_out(task, alone, World(device=META))
-    moving = trained_parameters(student).values()
-    if kept_gradients:
-        for parameter in moving:
-            parameter.grad = torch.empty_like(parameter)
+    replicated = setup.world > 1 and setup.hardware.sharding == "ddp"  # in buckets, for good
+    kept = trained if replicated else [moving]
+    kept = kept if setup.world > 1 or setup.hardware.accumulate > 1 else []
+    for parameter in (p for network in kept for p in trained_parameters(network).values()):
+        parameter.grad = torch.empty_like(parameter)
     with ledger:
         draws = generators_at(0, 0, setup.micro_batch)
-        loss = _within(modes, task.losses, batch, draws)["loss"]
+        loss = _within(modes, compute, batch, draws)["loss"]
         autocast.forget()
         loss.backward()
-        for parameter in moving:
+        for parameter in trained_parameters(moving).values():
             ledger.name(cast(Tensor, parameter.grad), "gradients")
-    return {"gradients": 0, "copies": 0, "activations": 0} | ledger.fullest()
+    found = {"gradients": 0, "copies": 0, "activations": 0} | ledger.fullest()
+    if kept:
+        each = (p for network in kept for p in trained_parameters(network).values())
+        found["gradients"] = 4 * sum(p.numel() for p in each)
+    return found
 
 
 def _within(
@@ -216,11 +237,11 @@ def task_of(
     """
     base = BUNDLED / "koala-mini"  # any pipeline folder: used by export alone
     no_text: Any = None
-    schedule = NoiseSchedule(load_scheduler_config(base))
+    config = load_scheduler_config(base)
     if teacher is None:
-        return Denoising(student, no_text, schedule, base)
+        return Denoising(student, no_text, NoiseSchedule(config), base)
     assert setup.settings is not None
-    return Distillation(student, teacher, no_text, schedule, setup.settings, base)
+    return student_task(setup.settings, student, teacher, no_text, config, base)
 
 
 def batch_of(setup: TrainingSetup, device: torch.device) -> dict[str, Any]:
@@ -304,7 +325,9 @@ class _Autocast(TorchFunctionMode):
             return value
         if not isinstance(value, nn.Parameter):
             return value.bfloat16()
-        copies = {} if self._copies is None else self._copies
+        # Those of passes without gradient serve no other pass (`few_steps.without_gradient`).
+        kept = self._copies is not None and torch.is_grad_enabled()
+        copies = self._copies if kept and self._copies is not None else {}
         if value not in copies:
             copies[value] = value.bfloat16()
             self._ledger.name(copies[value], "copies")

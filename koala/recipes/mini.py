@@ -8,7 +8,7 @@ the VAE is trained further at 128.
 
 from dataclasses import replace
 
-from koala.distillation.settings import DistillationSettings, Training
+from koala.distillation.settings import DistillationSettings, StepSettings, Training
 from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes.recipe import Mixture, Student, Teacher
 
@@ -127,6 +127,19 @@ def koala_mini_guided() -> Student:
     )  # fmt: skip
 
 
+def sdxl_mini_lightning() -> Student:
+    """The teacher, step-distilled: what the paper's third lesson takes for a teacher."""
+    return _few_steps(samples=96_000)
+
+
+def koala_mini_lightning() -> Student:
+    """The student in few steps without guidance, its own teacher (`--teacher koala-mini`).
+
+    `--student` is the `koala-mini-guided` of that teacher, which already draws without guidance.
+    """
+    return _few_steps(samples=192_000)
+
+
 def koala_mini_sa() -> Student:
     """`koala-mini-first` with the controls' number of samples, to compare the losses."""
     return _student(SELF_ATTENTION)
@@ -167,6 +180,16 @@ def _further(samples: int, decay: bool, seed: int) -> Teacher:
         min_snr=1.0,
         further=True,
     )  # fmt: skip
+
+
+def _few_steps(samples: int) -> Student:
+    """A student of its own size, in four steps."""
+    training = Training(
+        samples=samples, batch=64, lr=2e-4, warmup=1_280, decay=True,
+        ema_half_life=4_000, preview_every=9_600, critic_lr=4e-4, critic_updates=3,
+    )  # fmt: skip
+    settings = StepSettings("dmd", steps=4, guidance=3.5)
+    return Student(cut=None, training=training, settings=settings, mixture=MIXTURE)
 
 
 def _student(

@@ -6,7 +6,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from koala.distillation.settings import PLAIN, DistillationSettings, Hardware, Training
+from koala.distillation.settings import (
+    PLAIN,
+    DistillationSettings,
+    Hardware,
+    StepSettings,
+    Training,
+)
 from koala.lora.training import LoraSettings
 from koala.mini.settings import Autoencoder, Base, Tiny
 
@@ -53,11 +59,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Student:
-    """A U-Net cut from the teacher's, then distilled."""
+    """A U-Net cut from the teacher's, then distilled; or a student taught to draw in few steps."""
 
-    cut: str  # koala-700m, koala-1b, bk-sdxl, or depths such as 0,2,4,no-mid
+    cut: str | None  # koala-700m, koala-1b, bk-sdxl, depths as 0,2,4,no-mid; none: as the teacher
     training: Training
-    settings: DistillationSettings
+    settings: DistillationSettings | StepSettings
     mixture: Mixture
     hardware: Hardware = PLAIN
     teacher: str | None = None  # the default for --teacher

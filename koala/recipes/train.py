@@ -12,7 +12,6 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from koala.architectures.config import from_unet_config
-from koala.architectures.flops import flops
 from koala.checkpoints import lora_card, model_card, sampling
 from koala.checkpoints.compress import adopt, compress
 from koala.checkpoints.resolve import resolve_model
@@ -22,6 +21,7 @@ from koala.data.prepare import facts_of
 from koala.distillation import checkpoint
 from koala.distillation.loop import Data, train
 from koala.distillation.parallel import World, joined, lay_out
+from koala.distillation.settings import DistillationSettings, StepSettings
 from koala.distillation.tasks import Denoising, Distillation
 from koala.errors import UserError
 from koala.lora.names import base_of
@@ -30,6 +30,7 @@ from koala.mini.runs import run_autoencoder, run_base, run_tiny
 from koala.mini.settings import Autoencoder, Base, Tiny
 from koala.recipes import FINETUNES, configured
 from koala.recipes.build import UNet, conditioner_of, task_of, validation_of
+from koala.recipes.flops import per_sample
 from koala.recipes.recipe import ALONE, Custom, Finetune, Recipe, Student, Teacher
 from koala.recipes.validation import check, check_finetune, teacher_of
 from koala.utils.atomic import locked
@@ -141,6 +142,11 @@ def _run(
         source = resolve_model(teacher)
         if isinstance(recipe, Student):
             _check_guidance(recipe, teacher, source)
+            if own and (own.task or own.optimizer) and isinstance(recipe.settings, StepSettings):
+                raise UserError(
+                    "step distillation has tasks and an optimiser for two networks: leave out your "
+                    "own task and optimiser"
+                )
         recipe.hardware.micro_batch(training.batch, world.size)
         mixture = recipe.mixture
         size = None if isinstance(recipe, Teacher) else recipe.pixels
@@ -154,11 +160,12 @@ def _run(
         validation = validation_of(latents, recipe, source) if training.validate_every else []
         start = out / "start"
         if isinstance(recipe, Student) and world.first and not start.exists():
-            rule = recipe.settings.depth_rule
-            if student is None:
-                compress(teacher, recipe.cut, start, "fp32", rule)
+            settings = recipe.settings
+            rule = settings.depth_rule if isinstance(settings, DistillationSettings) else None
+            if student is None and recipe.cut is not None:
+                compress(teacher, recipe.cut, start, "fp32", rule or "bottom")
             else:
-                adopt(student, teacher, recipe.cut, start, rule)
+                adopt(student or teacher, teacher, recipe.cut, start, rule)
     conditioner = conditioner_of(source, world.device, latents)
     encode = Moments(source, world.device) if latents.images else None
     kind = own.task if own and own.task else Distillation
@@ -179,7 +186,7 @@ def _run(
             layout=layout,
             validation=validation,
             loggers=loggers,
-            flops=_flops(task, latents, recipe) if world.device.type == "cuda" else None,
+            flops=_flops(recipe, task, latents) if world.device.type == "cuda" else None,
             optimizer=own.optimizer if own else None,
         )
     finally:
@@ -223,20 +230,15 @@ def _check_guidance(recipe: Student, teacher: str, folder: Path) -> None:
         )
 
 
-def _flops(task: Denoising, latents: LatentSet, recipe: UNet) -> float:
-    """FLOPs of one sample's step: the teacher's forward pass, and three times the student's.
-
-    A backward pass costs two forward passes; one, if only a LoRA is trained. All buckets have about
-    the same area.
-    """
+def _flops(recipe: UNet, task: Denoising, latents: LatentSet) -> float:
+    """FLOPs of one sample's step. All buckets have about the same area."""
     side = latents.index.made_with["size"]
-    networks = [(2 if isinstance(recipe, Finetune) and recipe.lora else 3, task.trainable)]
-    if task.teacher is not None:
-        networks.append((1, task.teacher))
-    return sum(
-        times * flops(from_unet_config(unet.config), side, side, task.tokens)
-        for times, unet in networks
-    )
+    student = from_unet_config(task.trainable.config)
+    teacher = None if task.teacher is None else from_unet_config(task.teacher.config)
+    settings = recipe.settings if isinstance(recipe, Student) else None
+    lora = isinstance(recipe, Finetune) and recipe.lora is not None
+    flops, _ = per_sample(student, teacher, settings, recipe.training, side, task.tokens, lora)
+    return flops
 
 
 def _card(

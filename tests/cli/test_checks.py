@@ -22,7 +22,17 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     ([*GENERATE, "--negatve", "blue"], "does not take '--negatve'.*; did you mean --negative?"),
     ([*GENERATE, "--steps", "many"], "--steps: 'many' is not a whole number; see koala generate"),
     ([*GENERATE, "--guidance", "3,5"], "--guidance: '3,5' is not a number"),
-    (["compress", "koala-mini"], "required: --to, --out; see koala compress --help"),
+    (["compress", "koala-mini"], "required: --out; see koala compress --help"),
+    (["compress", "koala-mini", "--out", "x"], "one of the arguments --to --prune is required"),
+    (["compress", "koala-mini", "--prune", "0.2", "--out", "x"], "--prune needs --calibrate FILE"),
+    (["compress", "koala-mini", "--prune", "0.2", "--calibrate", "gone", "--out", "x"],
+     "--calibrate gone cannot be read"),
+    (["compress", "koala-mini", "--prune", "20", "--calibrate", "prompts", "--out", "x"],
+     "--prune 20.0: allowed are 0.01 to 0.6"),
+    (["compress", "koala-mini", "--prune", "0.2", "--depth-rule", "up", "--out", "x"],
+     "--depth-rule has no effect on --prune"),
+    (["compress", "koala-mini", "--to", "koala-1b", "--calibrate", "prompts", "--out", "x"],
+     "--calibrate is for --prune"),
     (["convert", "x", "--to", "diffusers", "--for", "x", "--out", "y"], "--for: not allowed with"),
     # generate
     (["generate"], "no prompt: say what to draw"),
@@ -131,6 +141,7 @@ def told(tmp_path_factory) -> list:
     folder = tmp_path_factory.mktemp("mistakes")
     write_folder(folder / "images", images(2, [(64, 64)]))
     Image.new("L", (64, 64)).save(folder / "black.png")
+    (folder / "prompts").write_text("a fox\n")
     before = sorted(folder.rglob("*"))
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *HEAVY], cwd=folder, check=True, capture_output=True,

@@ -62,7 +62,7 @@ def distil(
         ({"changes": ["training.batch=5"]}, "16 samples are not a multiple of the batch 5: use 20"),
         ({"changes": ["pixels=128"]}, "latents for 64 pixels, this training is for 128"),
         ({"changes": ["hardware.stored_text=true"]}, "holds no text embeddings"),
-        ({"teacher": "vae"}, "latents of another VAE"),
+        ({"teacher": "vae"}, "of the posterior's deviation; prepare into another folder with"),
         ({"teacher": "student"}, "custom cannot be cut to koala-1b, which is a share of an SDXL"),
         ({"student": "vae"}, "has the U-Net custom, but this recipe trains koala-1b of custom"),
         ({"student": "nowhere"}, "nowhere"),
@@ -80,6 +80,17 @@ def test_what_is_known_before_the_first_step(given, said, data, others, toy_sdxl
     shown = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and said in shown[-1] and shown[-1].startswith("koala: ")
     assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_another_vae_with_the_same_latents_will_do(data, toy_sdxl, tmp_path, capsys):
+    """As SDXL's and its fp16-fix: its weights differ, what it makes of an image hardly."""
+    teacher = shutil.copytree(toy_sdxl, tmp_path / "teacher")
+    vae = teacher / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(vae)
+    save_file({name: value * 1.001 for name, value in weights.items()}, vae)
+    few = ("training.samples=4", "training.validate_every=0")
+    assert distil(tmp_path / "run", data, teacher, *few) == 0
+    assert "of the posterior's deviation: little enough to be used" in capsys.readouterr().err
 
 
 def test_a_teacher_may_be_a_student(data, toy_sdxl, tmp_path):

@@ -118,7 +118,15 @@ def test_shards_hold_their_samples_and_nothing_else(prepared):
         shape = (rows, 4, height // 8, width // 8)
         assert {name: s.shape for name, s in header.items()} == {"mean": shape, "deviation": shape}
         assert path.stat().st_size < 2 * rows * 4 * (height // 8) * (width // 8) * 2 + 400
-    wanted = {"latents", "units", "index.arrow", "shards.arrow", "plan.json", "latents.json"}
+    wanted = {
+        "latents",
+        "units",
+        "index.arrow",
+        "shards.arrow",
+        "plan.json",
+        "latents.json",
+        "probe.safetensors",
+    }
     assert {p.name for p in out.iterdir()} == wanted | {"report.jsonl"}
 
 

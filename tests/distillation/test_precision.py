@@ -120,7 +120,7 @@ def test_teacher_and_student_are_told_the_same_sizes_and_timesteps(base) -> None
     )  # of the image, of the crop, of the bucket
     ticks = torch.tensor([999, 261])
     text, pooled = drawn(2, 7, sum(TEXT_WIDTHS)), drawn(2, TEXT_WIDTHS[1])
-    batch = Noised(drawn(2, 4, 8, 8), drawn(2, 4, 8, 8), ticks, text, pooled, sizes)
+    batch = Noised(drawn(2, 4, 8, 8), ticks, text, pooled, sizes)
     exact = get_timestep_embedding(sizes.flatten(), TIME_EMBED, True, 0)
     told = {}
     for name, dtype in (("sdxl", torch.bfloat16), ("koala", torch.float32)):

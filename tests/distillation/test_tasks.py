@@ -275,7 +275,7 @@ def test_prepared_embeddings_are_taken_as_they_are(
     task = Denoising(unet("koala", 1), conditioner, SCHEDULE, base, caption_dropout=0.0)
     text, pooled = conditioner(CAPTIONS)
     other = {**batch(), "captions": ["nothing"] * 3, "text": 2 * text, "pooled": 3 * pooled}
-    noised = task.noised(other, seeded())
+    noised, _ = task.noised(other, seeded())
     assert torch.equal(noised.text, 2 * text)
     assert torch.equal(noised.pooled, 3 * pooled)
 
@@ -294,15 +294,15 @@ def test_images_are_encoded_as_they_come(base: Path, conditioner: TextConditione
         return mean, deviation
 
     task = Denoising(unet("koala", 1), conditioner, SCHEDULE, base, encode=encode)
-    prepared = task.noised(given, seeded())
+    prepared, expected = task.noised(given, seeded())
     given["pixels"] = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     del given["latents"]
-    noised = task.noised(given, seeded())
-    assert torch.equal(noised.target, prepared.target)
+    noised, target = task.noised(given, seeded())
+    assert torch.equal(target, expected)
     assert torch.equal(noised.timesteps, prepared.timesteps)
     assert torch.equal(noised.text, prepared.text)
     assert 0 < (noised.noisy - prepared.noisy).abs().max() < 6e-3
-    assert torch.equal(noised.noisy, task.noised(given, seeded()).noisy)
+    assert torch.equal(noised.noisy, task.noised(given, seeded())[0].noisy)
     assert seen[0].shape == (3, 3, 64, 64) and -1 <= seen[0].min() < seen[0].max() <= 1
 
 
@@ -348,7 +348,7 @@ def test_dropped_captions_are_the_zeros_of_the_conditioner(
     base: Path, conditioner: TextConditioner, dropout: float, kept: float
 ) -> None:
     task = Denoising(unet("koala", 1), conditioner, SCHEDULE, base, caption_dropout=dropout)
-    noised = task.noised(batch(), seeded())
+    noised, _ = task.noised(batch(), seeded())
     text, pooled = conditioner(CAPTIONS)
     assert torch.equal(noised.text, kept * text)
     assert torch.equal(noised.pooled, kept * pooled)
@@ -364,7 +364,7 @@ def test_captions_are_dropped_one_by_one_and_whole(
         "captions": once["captions"] * 40,
         "time_ids": once["time_ids"].repeat(40, 1),
     }
-    noised = task.noised(many, seeded(count=120))
+    noised, _ = task.noised(many, seeded(count=120))
     text_gone = (noised.text == 0).flatten(1).all(1)
     pooled_gone = (noised.pooled == 0).all(1)
     assert torch.equal(text_gone, pooled_gone)
@@ -401,10 +401,10 @@ def test_v_and_its_weights_are_those_of_diffusers(zero_snr: bool) -> None:
 def test_a_model_of_v_is_taught_v(base: Path, conditioner: TextConditioner) -> None:
     schedule = NoiseSchedule({**toy_scheduler().config, **Prediction(VELOCITY).config})
     task = Denoising(unet("koala", 1), conditioner, schedule, base)
-    noised = task.noised(batch(), seeded())
+    _, target = task.noised(batch(), seeded())
     args, kwargs, noise = by_hand(conditioner)
     expected = DDPMScheduler.from_config(PLAIN).get_velocity(batch()["latents"], noise, args[1])
-    torch.testing.assert_close(noised.target, expected)
+    torch.testing.assert_close(target, expected)
     with torch.no_grad():
         prediction = unet("koala", 1)(*args, **kwargs).sample
     losses = task.losses(batch(), seeded())

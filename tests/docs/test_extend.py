@@ -9,6 +9,7 @@ from urllib.request import urlopen
 import pytest
 import torch
 
+from koala.evaluation.metrics import catalogue
 from koala.generation import load, samplers
 from toy_server import running
 from toy_sources import image
@@ -27,6 +28,7 @@ def desk(tmp_path, toy_sdxl, monkeypatch) -> Path:
             archive.writestr(f"a fox, number {n}.jpg", image(n))
     for table in ("SAMPLERS", "BY_NAME"):
         monkeypatch.setattr(samplers, table, dict(getattr(samplers, table)))
+    monkeypatch.setattr(catalogue, "METRICS", dict(catalogue.METRICS))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -55,16 +57,18 @@ def test_the_page_works(desk, toy_sdxl, capsys):
     assert (names["model"] / "unet" / "config.json").is_file()
 
 
-def test_the_pages_metric_is_what_one_can_tell_by_hand():
+def test_the_pages_metric_is_what_one_can_tell_by_hand(monkeypatch):
+    monkeypatch.setattr(catalogue, "METRICS", dict(catalogue.METRICS))
     names: dict = {}
-    code = dict(SECTIONS)["A metric"].partition("drawn = ")[0]
+    code = dict(SECTIONS)["A metric"].partition("metric = ")[0]
     exec(compile(code, "extend.md", "exec"), names)
+    precision = names["Precision"](names["METRICS"]["precision"]).distance
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(50, 8, generator=generator)
-    assert names["precision"](real, real) == 1
-    assert names["precision"](real + 100, real) == 0
+    assert precision(real, real) == 1
+    assert precision(real + 100, real) == 0
     half = torch.cat([real[:10], real[:10] - 100])
-    assert names["precision"](half, real) == 0.5
+    assert precision(half, real) == 0.5
 
 
 def test_the_pages_sampler_nears_the_limit_sooner_than_eulers():

@@ -51,7 +51,8 @@ def desk(tmp_path, monkeypatch) -> Path:
 
 def test_your_own_sdxl(desk, capsys):
     commands = commands_of("your-own-sdxl.md")
-    assert len(commands) == 11
+    assert len(commands) == 12
+    Path("prompts.txt").write_text("a fox\n")
     for command in commands:
         if command[0] == "distill":
             recipes.get(command[1])  # weeks on a GPU: that there is such a recipe is all for here
@@ -84,7 +85,7 @@ def test_training(toy_sdxl, tmp_path, monkeypatch, capsys):
         if "prepare" in given:
             given[given.index("--model") + 1] = str(toy_sdxl)
             given += ["--size", "64", "--held-out", "0.3", "--workers", "1"]
-        elif "--dry-run" not in given:
+        elif "--dry-run" not in given and "runs" not in given:
             wanted = [part for part in small if not part.startswith(names_set(given))]
             given += [] if "--set" in given else ["--set"]
             given += [*wanted, "--teacher", str(toy_sdxl)]
@@ -98,9 +99,9 @@ def test_training(toy_sdxl, tmp_path, monkeypatch, capsys):
             given[given.index("4")] = "2"
             done = [sys.executable, "-m", "torch.distributed.run", "--standalone", *given]
             subprocess.run(done, check=True)
-    assert seen.count("koala distill") == 3 and len(seen) == 6
+    assert seen.count("koala distill") == 4 and len(seen) == 8
     models = {path.parent.name for path in tmp_path.glob("runs/*/model")}
-    assert models == {"koala3", "koala4", "sa-normalised6"}
+    assert models == {"koala3", "koala4", "sa-normalised6", "second7"}
     assert (tmp_path / "runs/koala4/validation.jsonl").is_file()
 
 

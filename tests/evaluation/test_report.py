@@ -350,6 +350,12 @@ def test_rows_are_called_by_their_names_or_by_themselves():
             rows_of(wrong)
 
 
+def test_pictures_that_are_there_take_no_steps(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match="a is a folder of pictures, which are not drawn"):
+        per_row("steps", ["10", "a=4"], rows_of([f"a={tmp_path}", "b"]), int)
+
+
 def test_values_are_of_all_rows_or_of_one():
     rows = rows_of(["a", "sdxl=x"])
     assert per_row("steps", ["10", "sdxl=25"], rows, int) == {"a": 10, "sdxl": 25}

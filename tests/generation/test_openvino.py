@@ -14,6 +14,9 @@ from PIL import Image
 
 pytest.importorskip("openvino")
 
+from koala.architectures.config import INNER, from_unet_config
+from koala.architectures.layout import inner_widths
+from koala.checkpoints.load import build_unet
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation import Engine
@@ -66,6 +69,16 @@ def test_the_u_net_gives_the_same_noise_at_every_size_and_batch(unet, cache):
         asked = example(unet, rows, side, tokens)
         torch.testing.assert_close(ours(*asked), theirs(*asked), atol=1e-4, rtol=0)
     assert list((cache / "openvino").glob("*.xml")) and list((cache / "openvino").glob("*/*.blob"))
+
+
+def test_a_pruned_u_net_gives_the_same_noise(unet, cache):
+    possible = inner_widths(from_unet_config(unet.config))
+    narrow = {path: inner.unit for path, inner in possible.items() if inner.unit < inner.width}
+    torch.manual_seed(0)
+    pruned = build_unet(dict(unet.config) | {INNER: narrow}).eval().requires_grad_(False)
+    asked = example(pruned, 2, 8, 5)
+    ours, theirs = openvino.predictor(pruned)(*asked), predictor(pruned)(*asked)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_the_decoder_gives_the_same_images(vae):

@@ -2,8 +2,9 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -15,9 +16,11 @@ from koala.errors import Failure, UserError
 from koala.generation import Result, Settings, check_writable, load, read_settings, save
 from koala.generation.demo import EIGHT_PROMPTS, demo, main
 from koala.generation.png import parameters
+from koala.serving.jobs.gallery_writer import encode
 from koala.utils.contact_sheet import contact_sheet, wrap
 from toy import toy_pipeline
 
+IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 EXAMPLE = Settings("a red fox", "", 10, 3.5, 7, 64, 64, "koala-mini", "0.1.0")
 
 
@@ -240,3 +243,27 @@ def test_demo_refuses_an_unwritable_place_in_one_line(capsys):
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
     assert printed.err.startswith("koala: cannot write to /proc/koala")
+
+
+def test_every_image_says_that_a_model_made_it(tmp_path):
+    """As IPTC's digital source type, which other programs read from XMP."""
+    (path,) = save(result(EXAMPLE), tmp_path)
+    files = [path, *(tmp_path / f"x.{kind}" for kind in ("png", "webp", "jpeg"))]
+    with Image.open(path) as image:
+        for file in files[1:]:
+            file.write_bytes(encode(image, None, file.suffix[1:]))
+    for file in files:
+        with Image.open(file) as image:
+            (found,) = ElementTree.fromstring(image.info["xmp"]).iter(
+                f"{{{IPTC}}}DigitalSourceType"
+            )
+        assert found.text.endswith("/digitalsourcetype/trainedAlgorithmicMedia")
+
+
+@pytest.mark.parametrize("change", [{"loras": 5}, {"loras": [["x"]]}, {"embeddings": 1}])
+def test_settings_of_a_strangers_image_are_refused(tmp_path, change):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("koala", json.dumps({**asdict(EXAMPLE), **change}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
+    with pytest.raises(UserError, match="holds settings that koala did not write"):
+        read_settings(tmp_path / "x.png")

@@ -23,7 +23,13 @@ from koala.checkpoints.validate import read_tensors
 from koala.cli import main
 from koala.distillation.loop import train
 from koala.distillation.parallel import World, lay_out
-from koala.distillation.settings import DistillationSettings, Hardware, Training
+from koala.distillation.settings import (
+    DistillationSettings,
+    Hardware,
+    StepSettings,
+    Tap,
+    Training,
+)
 from koala.errors import UserError
 from koala.recipes import cost, gpus
 from koala.recipes.calibrate import measured
@@ -43,6 +49,7 @@ from toy import toy_unet
 GIB = 2**30
 memory_of = cache(device_memory)
 TRAINING = Training(samples=16, batch=8, lr=1e-4, ema_half_life=8, ema_others=(16,))
+BY_TURNS = replace(TRAINING, samples=32, critic_lr=1e-4, critic_updates=1)  # 2 steps of each
 
 
 def toy_plan(**changes) -> TrainingSetup:
@@ -97,8 +104,10 @@ def allocated_peak(plan: TrainingSetup, run: Path) -> int:
         {},
         {"hardware": Hardware(accumulate=2, checkpointing=True), "pixels": 256},
         {"teacher": None, "settings": None},
+        {"settings": StepSettings("mmd", 2, taps=(Tap("lf"),))},
+        {"settings": StepSettings("dmd", 2, guidance=2.0), "training": BY_TURNS},
     ],
-    ids=["at once", "in parts and computed again", "without a teacher"],
+    ids=["at once", "in parts and computed again", "without a teacher", "mmd", "dmd"],
 )
 def test_memory_is_what_the_allocator_says(changes, tmp_path):
     plan = toy_plan(**changes)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from koala.architectures.config import pooled_width
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
+from koala.checkpoints.load import build_unet
 from koala.checkpoints.validate import read_json
 from koala.generation.decode import tiny_folder
 from koala.generation.memory.peak import peak_bytes
@@ -26,7 +27,6 @@ from koala.utils.networks import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    UNet2DConditionModel,
 )
 
 TEXT, UNET, VAE, TINY = "text encoders", "U-Net", "VAE", "tiny VAE"
@@ -73,7 +73,7 @@ class MetaModels:
 
     def _built(self, part: str) -> list[Any]:
         if part == UNET:
-            return [UNet2DConditionModel.from_config(self.config("unet"))]
+            return [build_unet(self.config("unet"))]
         if part == VAE:
             return [AutoencoderKL.from_config(self.config("vae"))]
         if part == TINY:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from koala.architectures.config import pooled_width
+from koala.checkpoints.load import build_unet
 from koala.errors import UserError
 from koala.generation import validation
 from koala.generation.decode import full
@@ -173,7 +174,7 @@ def _in_bfloat16(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A copy in bfloat16, made tensor by tensor. UserError if a LoRA lies beside the weights."""
     openvino.refuse_hooks(unet)
     with torch.device("meta"):
-        copy = UNet2DConditionModel.from_config(unet.config)
+        copy = build_unet(unet.config)
     weights = {key: tensor.to(torch.bfloat16) for key, tensor in unet.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     return copy.eval().requires_grad_(False)

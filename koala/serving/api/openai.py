@@ -216,7 +216,7 @@ async def _datum(
     request: Request, body: GenerationRequest, image: Image.Image, submission: Submission, i: int
 ) -> dict[str, str]:
     """An image as the response holds it: its bytes, or its address in the gallery."""
-    if body.response_format != "url":
+    if not body.linked:
         return {"b64_json": await _base64(request, body, image, submission, i)}
     gallery: Gallery = request.app.state.gallery
     settings = submission.requests[i].settings

@@ -124,6 +124,13 @@ class GenerationRequest(BaseModel):
     def format(self) -> str:
         return self.output_format or "png"
 
+    @property
+    def linked(self) -> bool:
+        """Whether images are answered as addresses: OpenAI's default of its dall-e models."""
+        if self.response_format is None and (self.model or "").startswith("dall-e"):
+            return not self.stream and self.format == "png"
+        return self.response_format == "url"
+
     def to_image_request(self, client: str, steps: Mapping[str, int]) -> ImageRequest:
         """Converts the fields. steps: of each `quality` that is mapped to some."""
         optional: dict[str, Any] = {

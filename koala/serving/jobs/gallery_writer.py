@@ -6,9 +6,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from koala.errors import Failure
 from koala.generation.png import write_png
+from koala.generation.provenance import PNG_KEY, XMP
 from koala.generation.requests import Settings
 from koala.serving.fit import shown
 from koala.serving.jobs.gallery import Gallery
@@ -70,12 +72,17 @@ def encode_and_store(
 def encode(
     image: Image.Image, settings: Settings | None, format: str = "png", quality: int | None = None
 ) -> bytes:
-    """The image as png, webp or jpeg; a PNG holds the settings, if given."""
+    """The image as png, webp or jpeg, marked as made; a PNG holds the settings, if given."""
     file = io.BytesIO()
     if format == "png" and settings is not None:
         write_png(image, settings, file)
     elif format == "png":
-        image.save(file, "PNG")
+        info = PngInfo()
+        info.add_itxt(PNG_KEY, XMP)
+        image.save(file, "PNG", pnginfo=info)
     else:
-        image.save(file, format.upper(), quality=DEFAULT_QUALITY if quality is None else quality)
+        image.save(
+            file, format.upper(), xmp=XMP.encode(),
+            quality=DEFAULT_QUALITY if quality is None else quality,
+        )  # fmt: skip
     return file.getvalue()

@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     BertTokenizer,
     BlipForQuestionAnswering,
     BlipImageProcessorPil,
@@ -22,7 +24,14 @@ from koala.evaluation.metrics.geneval import GenEval
 from koala.evaluation.metrics.metric import create
 from koala.evaluation.metrics.questions import share, spellings
 from koala.evaluation.prompts import Prompt
-from toy_metrics import random_pictures, toy_blip, toy_clip, toy_mask2former, toy_owl
+from toy_metrics import (
+    random_pictures,
+    toy_blip,
+    toy_chat,
+    toy_clip,
+    toy_mask2former,
+    toy_owl,
+)
 
 CPU = torch.device("cpu")
 QUESTIONS = ["is there a fox?", "an owl?", "red?"]
@@ -112,6 +121,39 @@ def test_right_answers_are_spelt_in_several_ways():
         "two", "Two", "2", "2", " two", " Two", " 2", " 2",
     ]  # fmt: skip
     assert spellings("Is it red?", "Yes") == ["yes", "Yes", " yes", " Yes"]
+
+
+@torch.inference_mode()
+def test_soft_tifa_is_the_mean_of_transformers_chances(tmp_path):
+    folder = toy_chat(tmp_path / "chat")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    picture = random_pictures(1)[0]
+    chances = []
+    for question, right in (
+        ("Is it red ?", ["yes", "Yes"]),
+        ("How many fox ?", ["two", "Two", "2"]),
+    ):
+        inputs = processor(
+            images=[picture], text=[f"<image> {question} Answer in one word."], return_tensors="pt"
+        )
+        scores = model.generate(
+            **inputs, max_new_tokens=1, do_sample=False, output_scores=True,
+            return_dict_in_generate=True,
+        ).scores[0][0]  # fmt: skip
+        tokens = processor.tokenizer.convert_tokens_to_ids(right)
+        chances.append(float(scores.softmax(-1)[tokens].sum()))
+    assert 0.01 < min(chances) < max(chances) < 0.99
+    asked = [["Is it red ?", "Yes"], ["How many fox ?", "two"]]
+    prompts = [Prompt("0", "", "", {"questions": asked})]
+    for name, wanted in (
+        ("soft-tifa-am", sum(chances) / 2),
+        ("soft-tifa-gm", (chances[0] * chances[1]) ** 0.5),
+    ):
+        metric = create(METRICS[name])
+        metric.prepare({"vlm": folder}, CPU)
+        value = metric.values(metric.score([picture], prompts), prompts)
+        assert value.tolist() == pytest.approx([100 * wanted], abs=1e-2)
 
 
 def box(name: str, left: float, top: float, side: float = 10, score: float = 0.9) -> Found:

@@ -1,0 +1,176 @@
+"""Pruning without training: what it costs is known, and what it writes draws and converts."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import koala
+from koala.architectures.config import INNER, from_unet_config, unet_config
+from koala.architectures.flops import flops
+from koala.architectures.layout import Inner, inner_widths, parameters, tensor_shapes
+from koala.architectures.table import get
+from koala.checkpoints import prune as pruning
+from koala.checkpoints.convert import convert
+from koala.checkpoints.load import build_unet, load_unet
+from koala.checkpoints.model_card import read
+from koala.checkpoints.prune import Level, Moments, Site, levels, prune
+from koala.cli import main
+from koala.errors import UserError
+from koala.generation.runtime.backends import example
+from koala.generation.runtime.pytorch import predictor
+from toy import seeded_unet, toy_unet
+
+
+def moments_of(x: torch.Tensor) -> Moments:
+    return Moments(len(x), x.sum(0), x.T @ x)
+
+
+@pytest.mark.parametrize("kind", ["attention", "feed-forward"])
+def test_an_error_foretold_is_that_of_the_fitted_layer(kind):
+    draw = torch.Generator().manual_seed(0)
+    site = Site("here", Inner(kind, 12, 3 if kind == "attention" else 1))
+    mixed = torch.randn(12, 12, generator=draw, dtype=torch.float64)
+    x = torch.randn(500, 12, generator=draw, dtype=torch.float64) @ mixed + 2
+    w = torch.randn(5, 12, generator=draw, dtype=torch.float64)
+    found = levels(site, w, moments_of(x))
+    assert [len(level.kept) for level in found] == [*range(site.units, 0, -1)]
+    assert found[0].error == pytest.approx(0, abs=1e-6)
+    assert all(a.error < b.error for a, b in pairwise(found))
+    whole = float((x @ w.T - (x @ w.T).mean(0)).square().sum())
+    for level in found[1:]:
+        inputs = torch.cat([x[:, site.columns(level.kept)], torch.ones(500, 1)], dim=1)
+        fitted = torch.linalg.lstsq(inputs, x @ w.T).solution
+        error = float((inputs @ fitted - x @ w.T).square().sum())
+        assert error * (1 - 1e-9) <= level.error < error + 2e-3 * whole  # damped
+
+
+def test_what_others_make_up_for_goes_first():
+    draw = torch.Generator().manual_seed(0)
+    site = Site("here", Inner("feed-forward", 8, 1))
+    x = torch.randn(300, 8, generator=draw, dtype=torch.float64)
+    x[:, 5] = x[:, 1] - 2 * x[:, 2] + 1
+    w = torch.ones(3, 8, dtype=torch.float64)
+    second = levels(site, w, moments_of(x))[1]
+    assert len({1, 2, 5} - {*second.kept.tolist()}) == 1
+    assert second.error < 1e-2 * float((x @ w.T).square().sum())
+
+
+@pytest.fixture(scope="module")
+def calls():
+    unet = seeded_unet()
+    asked = [example(unet, 2, 8, 5) for _ in range(3)]
+    return [lambda unet, one=one: predictor(unet)(*one) for one in asked]
+
+
+def error(unet, other, calls) -> float:
+    with torch.no_grad():
+        pairs = [(call(unet), call(other)) for call in calls]
+    return float(sum((a - b).square().sum() for a, b in pairs))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_a_pruned_u_net_is_smaller_and_nearer_than_an_unfitted_one(calls, share):
+    unet = seeded_unet()
+    smaller = prune(unet, share, calls)
+    arch, whole = (from_unet_config(one.config) for one in (smaller, unet))
+    assert share <= 1 - parameters(arch) / parameters(whole) < share + 0.1
+    assert {n: tuple(t.shape) for n, t in smaller.state_dict().items()} == tensor_shapes(arch)
+    assert flops(arch, 64, 64, 32) < flops(whole, 64, 64, 32)
+    sites = pruning.sites_of(whole)
+    moments = pruning.observe(unet, sites, calls)
+    possible = inner_widths(whole)
+    cut = dict(arch.inner)
+    random = torch.Generator().manual_seed(0)
+    other = {}
+    for site in sites:
+        kept = cut.get(site.path, site.inner.width) // possible[site.path].unit
+        other[site.path] = Level(torch.randperm(site.units, generator=random)[:kept].sort()[0], 0)
+    by_chance = pruning.pruned(unet, sites, other, moments, refit=False)
+    assert error(smaller, unet, calls) < 0.5 * error(by_chance, unet, calls)
+
+
+def test_nothing_is_lost_where_nothing_is_removed(calls):
+    unet = seeded_unet()
+    sites = pruning.sites_of(from_unet_config(unet.config))
+    whole = {site.path: Level(torch.arange(site.units), 0) for site in sites}
+    same = pruning.pruned(unet, sites, whole, {})
+    assert error(same, unet, calls) == 0
+
+
+def test_more_than_there_is_cannot_be_removed(calls):
+    with pytest.raises(UserError, match=r"at most 0\.\d\d can be removed"):
+        prune(seeded_unet(), 0.99, calls)
+
+
+def test_the_sites_are_all_that_can_be_narrower():
+    for name in ("sdxl", "koala-700m", "ssd-1b"):
+        arch = get(name)
+        config = unet_config(arch)
+        narrow = {p: i.width - i.unit for p, i in inner_widths(arch).items()}
+        cut = from_unet_config(config | {INNER: narrow})
+        assert dict(cut.inner) == narrow and cut != arch and cut.name == "custom"
+        assert unet_config(cut) == config | {INNER: narrow}
+        assert parameters(cut) < parameters(arch)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [{"conv_in": 8}, {"down_blocks.0.resnets.0": 5}, {"down_blocks.0.resnets.0": 16}, [3],
+     {"down_blocks.0.resnets.0": 0}, {"down_blocks.0.resnets.0": "8"}],
+)  # fmt: skip
+def test_widths_that_cannot_be_are_refused(stated):
+    with pytest.raises(UserError, match="inner_widths"):
+        from_unet_config({**toy_unet("koala").config, INNER: stated})
+
+
+@pytest.fixture(scope="module")
+def pruned(toy_sdxl, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned")
+    (folder / "prompts.txt").write_text("a fox\n\n  a red apple\n")
+    command = ["compress", str(toy_sdxl), "--prune", "0.2", "--out", str(folder / "model")]
+    assert main([*command, "--calibrate", str(folder / "prompts.txt"), "--json"]) == 0
+    return folder / "model"
+
+
+def test_the_folder_draws_and_says_what_it_is(pruned, toy_sdxl, capsys):
+    before, after = (load_unet(folder) for folder in (toy_sdxl, pruned))
+    card = read(pruned).pruned
+    counts = [sum(w.numel() for w in one.parameters()) for one in (before, after)]
+    assert [card.before, card.after] == counts and counts[1] <= 0.8 * counts[0]
+    text = (pruned / "README.md").read_text()
+    assert "koala generate" in text and "import torch" not in text
+    drawn = koala.load(pruned, "cpu")("a fox", steps=2, seed=1).images[0]
+    again = koala.load(pruned, "cpu", vram=1, weights="int8")("a fox", steps=2, seed=1).images[0]
+    assert np.abs(np.array(drawn, float) - np.array(again, float)).mean() < 8
+    assert main(["inspect", str(pruned)]) == 0
+    assert f"{counts[1]:,} parameters" in capsys.readouterr().out
+
+
+def test_a_single_file_of_it_is_read_again(pruned, tmp_path):
+    convert(pruned, "single-file", tmp_path / "one.safetensors")
+    convert(tmp_path / "one.safetensors", "diffusers", tmp_path / "again")
+    first, second = (load_unet(folder).state_dict() for folder in (pruned, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_is_pruned_is_no_teacher_and_is_not_pruned_again(pruned, tmp_path, capsys):
+    prompts = str(pruned.with_name("prompts.txt"))
+    out = ["--out", str(tmp_path / "x")]
+    assert main(["compress", str(pruned), "--to", "koala-700m", *out]) == 2
+    assert "is pruned, and a cut is made of whole blocks" in capsys.readouterr().err
+    assert main(["compress", str(pruned), "--prune", "0.1", "--calibrate", prompts, *out]) == 2
+    assert "is pruned already" in capsys.readouterr().err.splitlines()[-1]
+    (pruned.with_name("empty.txt")).write_text("\n")
+    empty = ["--calibrate", str(pruned.with_name("empty.txt"))]
+    assert main(["compress", str(pruned), "--prune", "0.1", *empty, *out]) == 2
+    assert "holds no prompt" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_pruned_u_net_is_built_from_its_config(pruned):
+    config = json.loads((pruned / "unet" / "config.json").read_text())
+    assert config[INNER] == dict(build_unet(config).config[INNER]) != {}

@@ -49,15 +49,19 @@ def check_finetune(
     check_loggers(loggers)
     if recipe.lora:
         require("training a LoRA", "lora", "peft")
-        if recipe.hardware.sharding == "fsdp":
-            raise UserError(
-                "sharding=fsdp: a LoRA is too small to be worth sharding, and the model beside it "
-                "rests in bf16; leave it out"
-            )
-    if recipe.hardware.teacher != "whole":
-        raise UserError(f"teacher={recipe.hardware.teacher}: there is no teacher; leave it out")
+    _check_hardware(recipe)
     check_name(model)
     _check_data(data)
+
+
+def _check_hardware(recipe: Finetune) -> None:
+    if recipe.lora and recipe.hardware.sharding == "fsdp":
+        raise UserError(
+            "sharding=fsdp: a LoRA is too small to be worth sharding, and the model beside it "
+            "rests in bf16; leave it out"
+        )
+    if recipe.hardware.teacher != "whole":
+        raise UserError(f"teacher={recipe.hardware.teacher}: there is no teacher; leave it out")
 
 
 def check_dry_run(
@@ -75,6 +79,8 @@ def check_dry_run(
         raise UserError(f"--gpus {processes}: it must be 1 or more")
     if data is not None:
         _check_data(data)
+    if isinstance(recipe, Finetune):
+        _check_hardware(recipe)
     if isinstance(recipe, Student | Teacher | Finetune):
         sharded = recipe.hardware.sharding == "fsdp" or recipe.hardware.teacher == "sharded"
         if processes == 1 and sharded:

@@ -33,6 +33,7 @@ import torch
 from PIL import Image, ImageColor
 from torch import Tensor, nn
 
+from benchmarks.evaluator import build_evaluator
 from koala.data.illustrations.colours import BACKGROUNDS, INKS, named, oklab
 from koala.data.illustrations.concepts import with_article
 from koala.data.illustrations.images import ImageSet, render, settings_of
@@ -45,8 +46,9 @@ from koala.data.illustrations.scenes import (
     plan,
 )
 from koala.evaluation.features import EffLite0, extract
+from koala.evaluation.illustrations import choose
 from koala.evaluation.judge import Judge
-from koala.evaluation.report import Sentences, build_evaluator, choose
+from koala.evaluation.judging import Sentences
 from koala.generation import load
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils.contact_sheet import contact_sheet

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import koala
-from koala.evaluation.report import hardware
 from koala.generation import Pipeline
+from koala.utils.device import hardware
 
 ROUNDS = 7
 CASES: dict[str, dict[str, Any]] = {  # "sides": of the model's own size

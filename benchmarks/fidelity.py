@@ -21,17 +21,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.evaluator import Evaluator, build_evaluator
 from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.images import ImageSet
 from koala.errors import Failure, UserError
 from koala.evaluation.features import EffLite0, extract
+from koala.evaluation.illustrations import choose
 from koala.evaluation.judge import Judge
-from koala.evaluation.report import Evaluator, build_evaluator, choose, hardware
 from koala.generation.decode import TINY
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils.atomic import new_folder
+from koala.utils.device import hardware
 from koala.utils.progress import progress
 
 EXACT = "fp32"
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/fidelity"), help="new folder")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--count", type=int, default=200, help="prompts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--judge", type=Path, help="judge.safetensors of a report on the model")
     o = parser.parse_args()
@@ -82,7 +84,7 @@ def main() -> None:
         report = {
             "command": shlex.join(["python", "-m", "benchmarks.fidelity", *sys.argv[1:]]),
             "hardware": hardware(),
-            "prompts": o.prompts,
+            "prompts": o.count,
             "seeds": o.seeds,
             "rows": rows,
         }
@@ -94,7 +96,7 @@ def main() -> None:
 def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
     """A row of figures for each way that this machine and model have; the others say why not."""
     real = ImageSet(o.pictures)
-    chosen, reference, train = choose(real, o.prompts)
+    chosen, reference, train = choose(real, o.count)
     side = load(o.model, "cpu").requests("x")[0].settings.width
     extractor = EffLite0().to(o.device)
     judge = Judge.load(o.judge) if o.judge else None

@@ -28,7 +28,7 @@ from benchmarks.random_sdxl import write_random_sdxl
 from koala.architectures.block_map import tensor_map
 from koala.architectures.table import student_of
 from koala.checkpoints.validate import unet_architecture
-from koala.evaluation.report import hardware
+from koala.utils.device import hardware
 
 MEMORY_BOUND = 1536  # MiB above an interpreter that has imported torch
 TIME_BOUND = 2.0  # times a copy

@@ -14,9 +14,10 @@ from torch import Tensor
 from benchmarks.gpu_run import Rows, Run
 from koala.benchmark import measure
 from koala.benchmark.cases import CASES, Subject
+from koala.benchmark.drawer import image_flops
 from koala.benchmark.measure import GB
 from koala.benchmark.models import build, stock
-from koala.benchmark.run import benchmark, image_flops
+from koala.benchmark.run import benchmark
 from koala.errors import UserError
 from koala.generation.decode import tiny
 from koala.generation.engine import Engine
@@ -168,7 +169,7 @@ def table(run: Run) -> Rows:
         names = list(CASES)
     cuda = run.device.type == "cuda"
     report = benchmark(
-        names, run.out / "table", str(run.device), runs=1 if run.toy else 3, graphs=cuda,
+        names, run.out / "table", str(run.device), rounds=1 if run.toy else 6, graphs=cuda,
         backend=None if cuda else "torch", seconds=max(0.0, run.left - 25),
     )  # fmt: skip
     yield from (row.cells() for row in report.rows)

@@ -66,7 +66,7 @@ def _asked(scene: Scene, recipe: str) -> tuple[str, Hardware, int, str]:
 def largest(scene: Scene, budget: int, recipe: str, foretold: Foretold) -> dict[str, Any]:
     """One model, tried with more and more samples at once from what the dry run calls fitting."""
     cut, hardware, batch, optimizer = _asked(scene, recipe)
-    stored = "12gb" in recipe  # such recipes want prepared embeddings
+    stored = paper.HARDWARE[paper.PRESETS[recipe].hardware].stored_text
     work = Ours(scene, cut, hardware, batch, optimizer=optimizer, stored_text=stored)
     text = 0 if stored else sum(p.nbytes for e in work.text.encoders for p in e.parameters())
     parts = foretold.parts(work.plan)

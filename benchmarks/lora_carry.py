@@ -1,10 +1,10 @@
 """Whether a LoRA that a teacher learnt does its work on the student: a style, carried and measured.
 
-A LoRA for one art set that the mini family was not trained on is trained with PEFT on the teacher
-and put on the student by weight inheritance. Both draw the same prompts, things that the LoRA has
-not seen, from the same noise with and without it. The shift is how far the pictures' mean feature
-(EfficientNet-Lite0) goes towards that of the real drawings of those things; the student's should
-be at least half of its teacher's.
+A LoRA for one art set that the mini family was not trained on is trained on the teacher
+(`koala finetune lora`) and put on the student by weight inheritance. Both draw the same prompts,
+things that the LoRA has not seen, from the same noise with and without it. The shift is how far the
+pictures' mean feature (EfficientNet-Lite0) goes towards that of the real drawings of those things;
+the student's should be at least half of its teacher's.
 
 `python -m benchmarks.lora_carry --teacher runs/sdxl-mini/model --student runs/koala-mini/model
 --out runs/lora` writes `lora_carry.json`, `lora_carry.png` and the LoRA. Needs the extra `lora`.
@@ -19,35 +19,24 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
-from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.checkpoints.load import load_scheduler_config, load_unet
+from koala import finetune
 from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.art import ART_SETS
 from koala.data.illustrations.images import ImageSet, prepare_images
 from koala.data.illustrations.scenes import SMALL
-from koala.data.latents import LatentSet
 from koala.data.prepare import encode_images
-from koala.distillation.forward_process import NoiseSchedule, generators_at
-from koala.distillation.tasks import Denoising
 from koala.errors import UserError
-from koala.evaluation.features import EffLite0, at_size, extract
-from koala.evaluation.report import hardware
+from koala.evaluation.features import EffLite0, extract
+from koala.evaluation.pictures import at_size
 from koala.generation import Pipeline, load
-from koala.text_conditioning import TextConditioner
+from koala.lora.training import FILE
 from koala.utils.contact_sheet import contact_sheet
+from koala.utils.device import hardware
 from koala.utils.progress import progress
 
-LORA = "pytorch_lora_weights.safetensors"  # diffusers' name of the file
-TARGETS = (  # every linear layer of the transformers, and the convolutions of the resnets
-    "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
-    "conv1", "conv2",
-)  # fmt: skip
 SHOWN = 8  # things on the sheet
 
 
@@ -93,38 +82,26 @@ def prepare(training: Training, teacher: Path, out: Path) -> Path:
     return out
 
 
-def train(training: Training, teacher: Path, data: Path, out: Path) -> list[float]:
-    """Trains the LoRA with PEFT, writes it as diffusers does to `out`; returns the losses."""
-    torch.manual_seed(training.seed)  # of the matrices' first values
-    unet = load_unet(teacher)
-    unet.requires_grad_(False).train()
-    config = LoraConfig(r=training.rank, lora_alpha=training.rank, target_modules=[*TARGETS])
-    unet.add_adapter(config)
-    task = Denoising(
-        unet,
-        TextConditioner.from_folder(teacher),
-        NoiseSchedule(load_scheduler_config(teacher)),
-        teacher,
-    )
-    samples = LatentSet(data, teacher, {"emoji": 1}, {"short": 1, "long": 1}, training.seed)
-    learnt = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=training.learning_rate)
-    losses = []
-    with progress("training", training.samples, "samples") as advance:
-        for first in range(0, training.samples, training.batch):
-            generators = generators_at(training.seed, first, training.batch)
-            loss = task.losses(samples.batch(first, training.batch), generators)["loss"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            advance(training.batch, f"loss {losses[-1]:.4f}")
-    StableDiffusionXLPipeline.save_lora_weights(
-        out,
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        **_collate_lora_metadata({"unet": unet}),
-    )
-    return losses
+def train(
+    training: Training, model: str, data: Path, out: Path, recipe: str = "lora"
+) -> tuple[Path, list[float]]:
+    """Fine-tunes the model by `koala.finetune`; returns the result and the losses as logged.
+
+    A LoRA has matrices in the convolutions too.
+    """
+    settings = [
+        f"training.samples={training.samples}", f"training.batch={training.batch}",
+        f"training.lr={training.learning_rate}", f"training.seed={training.seed}",
+        f"training.log_every={training.batch}", f"training.preview_every={training.samples}",
+        f"training.ema_half_life={training.batch}", "hardware.accumulate=1",
+        "hardware.checkpointing=false", "hardware.ema_on_cpu=false", "caption_dropout=0.1",
+        "mixture.kinds=emoji:1", "mixture.captions=short:1,long:1",
+    ]  # fmt: skip
+    if recipe == "lora":
+        settings += [f"lora.rank={training.rank}", "lora.modules=all"]
+    result = finetune(recipe, model, data, out, settings=settings)
+    lines = (out / "stats.jsonl").read_text().splitlines()
+    return result, [json.loads(line)["loss"] for line in lines]
 
 
 def draw(pipeline: Pipeline, prompts: list[str], seeds: int, seed: int) -> list[Image.Image]:
@@ -193,11 +170,10 @@ def main() -> None:
     o = parser.parse_args()
     start = time.perf_counter()
     training = Training(style=o.style, samples=o.samples)
-    teacher = resolve_model(o.teacher)
-    data = prepare(training, teacher, o.out / "data")
-    losses = train(training, teacher, data, o.out)
+    data = prepare(training, resolve_model(o.teacher), o.out / "data")
+    lora, losses = train(training, o.teacher, data, o.out / "run")
     models = {"teacher": o.teacher, "student": o.student}
-    figures, sheet = compare(models, o.out / LORA, data, EffLite0(), o.things, o.seeds)
+    figures, sheet = compare(models, lora / FILE, data, EffLite0(), o.things, o.seeds)
     share = figures["student"]["shift"] / figures["teacher"]["shift"]
     tail = max(1, len(losses) // 10)
     record = {

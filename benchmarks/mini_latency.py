@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from koala.evaluation.report import hardware
 from koala.generation import load
+from koala.utils.device import hardware
 
 RUNS = 20
 

@@ -26,8 +26,8 @@ from koala.checkpoints.convert import convert
 from koala.checkpoints.ldm_keys import PREFIXES
 from koala.checkpoints.tensors import read_metadata
 from koala.checkpoints.validate import WEIGHTS
-from koala.evaluation.report import hardware
 from koala.lora.names import base_of, shapes, spellings
+from koala.utils.device import hardware
 
 RANK = 64  # of the LoRA on every attention layer of the U-Net, about Lightning's size
 SPELLING = "kohya, original names"

@@ -19,12 +19,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.evaluator import build_evaluator
 from koala.checkpoints.load import load_vae
 from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
 from koala.data.illustrations.images import ImageSet
 from koala.evaluation.features import EffLite0, extract
-from koala.evaluation.report import build_evaluator, choose
+from koala.evaluation.illustrations import choose
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.mini.vae import to_images
 from koala.utils.device import hardware

@@ -20,7 +20,7 @@ import httpx2
 import psutil
 
 from benchmarks.soak import served
-from koala.evaluation.report import hardware
+from koala.utils.device import hardware
 
 LONGEST = 600.0  # seconds that all jobs may take
 

@@ -32,13 +32,13 @@ import uvicorn
 import koala
 from benchmarks import batching, soak
 from benchmarks.batching import BATCH, LOAD, PROMPT, WINDOW
-from koala.evaluation.report import hardware
 from koala.generation import Pipeline
 from koala.serving.app import create_app
 from koala.serving.image_request import ImageRequest
 from koala.serving.jobs.database import Database
 from koala.serving.service import Event, Service
 from koala.serving.settings import Limits, Options
+from koala.utils.device import hardware
 
 PAIRS = 30  # of requests, through HTTP and without
 LIMITS = Limits(max_batch=BATCH, rate=0, queue=10_000, client_queue=10_000, pixels=2**40)

@@ -25,13 +25,13 @@ from urllib.parse import unquote
 import koala
 from benchmarks.forged import Shot, produce
 from benchmarks.memory_use import release, resident
-from koala.evaluation.report import hardware
 from koala.generation import Pipeline
 from koala.serving.app import create_app
 from koala.serving.image_request import ImageRequest
 from koala.serving.jobs.database import Database
 from koala.serving.service import Service
 from koala.serving.settings import Limits, Options
+from koala.utils.device import hardware
 
 AT_ONCE = 16
 LONGEST = 600.0  # seconds that one request may take, on a machine that others use, too

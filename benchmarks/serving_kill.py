@@ -33,12 +33,12 @@ from typing import Any
 
 from PIL import Image
 
-from koala.evaluation.report import hardware
 from koala.serving.jobs.database import FILE, Database
 from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.table import Job, JobTable
 from koala.serving.run import serve
 from koala.serving.settings import Limits, Options
+from koala.utils.device import hardware
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["koala.serving.app"])

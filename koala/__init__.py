@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from koala.generation.loader import load
     from koala.generation.pipeline import Pipeline
     from koala.generation.requests import Request, Settings
+    from koala.lora.training import LoraSettings
     from koala.mini.settings import Autoencoder, Base, Tiny
-    from koala.recipes.recipe import Mixture, Recipe, Student, Teacher
-    from koala.recipes.train import distill
+    from koala.recipes.recipe import Custom, Finetune, Mixture, Recipe, Student, Teacher
+    from koala.recipes.train import distill, finetune
 
 __version__ = "0.2.0"
 
@@ -47,21 +48,25 @@ _HOME = {
     "generation.pipeline": ("Pipeline",),
     "generation.requests": ("Request", "Settings"),
     "mini.settings": ("Autoencoder", "Base", "Tiny"),
-    "recipes.recipe": ("Mixture", "Recipe", "Student", "Teacher"),
-    "recipes.train": ("distill",),
+    "lora.training": ("LoraSettings",),
+    "recipes.recipe": ("Custom", "Finetune", "Mixture", "Recipe", "Student", "Teacher"),
+    "recipes.train": ("distill", "finetune"),
 }
 __all__ = [
     "Autoencoder",
     "Base",
     "CompressReport",
     "ConvertReport",
+    "Custom",
     "DistillationSettings",
     "EvaluationReport",
     "ExportReport",
     "Failure",
     "Filters",
+    "Finetune",
     "Hardware",
     "Inspection",
+    "LoraSettings",
     "Mixture",
     "Pipeline",
     "Preparation",
@@ -82,6 +87,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "finetune",
     "inspect",
     "load",
     "prepare",

@@ -96,8 +96,26 @@ _ORDER = (
 )  # fmt: skip
 
 
-def teacher_faults(teacher: UNetArchitecture) -> list[str]:
-    """Why `teacher` is not an SDXL U-Net, one phrase per fault; empty if it is one."""
+def root_faults(unet: UNetArchitecture) -> list[str]:
+    """Why a U-Net is not SDXL's or one like it, of which `CUTS` are shares; empty if it is.
+
+    One phrase per fault.
+    """
+    faults = _teacher_faults(unet)
+    if unet.layers != 2:
+        faults.append(f"has layers_per_block {unet.layers}, an SDXL U-Net has 2")
+    if not unet.mid:
+        mid = "no mid block" if unet.mid is None else "a mid block without attention"
+        faults.append(f"has {mid}, an SDXL U-Net has one with attention")
+    if unet.up != mirrored(unet.depths, unet.layers):
+        faults.append("has up blocks whose depths do not mirror the down blocks'")
+    if not faults and unet.mid != unet.depths[-1]:
+        faults.append(f"has mid depth {unet.mid}, not that of its last stage")
+    return faults
+
+
+def _teacher_faults(teacher: UNetArchitecture) -> list[str]:
+    """Why a U-Net can have no student, one phrase per fault."""
     faults = []
     if teacher.inner:
         faults.append("is pruned, and a cut is made of whole blocks")
@@ -105,44 +123,57 @@ def teacher_faults(teacher: UNetArchitecture) -> list[str]:
         faults.append("has no addition embedding (pooled text and size), an SDXL U-Net has one")
     if len(teacher.depths) != 3:
         faults.append(f"has {len(teacher.depths)} stages, an SDXL U-Net has 3")
-    if teacher.layers != 2:
-        faults.append(f"has layers_per_block {teacher.layers}, an SDXL U-Net has 2")
-    if not teacher.mid:
-        mid = "no mid block" if teacher.mid is None else "a mid block without attention"
-        faults.append(f"has {mid}, an SDXL U-Net has one with attention")
-    if teacher.up != mirrored(teacher.depths, teacher.layers):
-        faults.append("has up blocks whose depths do not mirror the down blocks'")
-    if not faults and teacher.mid != teacher.depths[-1]:
-        faults.append(f"has mid depth {teacher.mid}, not that of its last stage")
     return faults
+
+
+def _root(teacher: UNetArchitecture, cut: str) -> UNetArchitecture:
+    """The U-Net that the named cut of `teacher` is a share of: itself, or what it was cut from.
+
+    UserError if that is not known.
+    """
+    if not (faults := root_faults(teacher)):
+        return teacher
+    for name, of, _ in _STUDENTS:
+        if teacher == ARCHITECTURES.get(name):
+            return ARCHITECTURES[of]
+    most = ",".join(map(str, teacher.depths))
+    raise UserError(
+        f"{teacher.name} cannot be cut to {cut}, which is a share of an SDXL U-Net: it "
+        f"{'; '.join(faults)}; give depths, at most {most}, with {_NO_MID} for no mid block"
+    )
 
 
 def student_of(teacher: UNetArchitecture, to: str) -> UNetArchitecture:
     """The student that the cut `to` makes of `teacher`; the same rule at every size.
 
+    A teacher may itself be a student: a named cut is then the same share of what that was cut from,
+    so KOALA-700M of KOALA-1B is KOALA-700M. Whether the teacher has all its blocks is not checked
+    here (`koala.architectures.block_map`).
+
     to: a name in `CUTS`, or custom depths such as "0,2,4": transformer blocks per resnet of each
     stage, with one layer per block. The suffix ",no-mid" removes the mid block, which otherwise is
-    as deep as the last stage. Raises `UserError` if `to` is neither, the teacher is not an SDXL
-    U-Net, or it has fewer blocks.
+    as deep as the last stage. Raises `UserError` if `to` is neither, the teacher is of no SDXL
+    kind, or has fewer blocks.
     """
-    if faults := teacher_faults(teacher):
+    if faults := _teacher_faults(teacher):
         raise UserError(f"{teacher.name} cannot be the teacher: {'; '.join(faults)}")
+    root = teacher
     if cut := CUTS.get(to):
-        layers, mid = cut.layers, cut.mid
-        depths = tuple(math.ceil(d * s) for d, s in zip(teacher.depths, cut.depth, strict=True))
+        root, layers, mid = _root(teacher, to), cut.layers, cut.mid
+        depths = tuple(math.ceil(d * s) for d, s in zip(root.depths, cut.depth, strict=True))
     else:
         layers, mid = 1, not to.endswith(_NO_MID)
         depths = _own_depths(to, teacher)
     student = replace(
         teacher,
-        name=f"{to} of {teacher.name}" if cut else "custom",
+        name=f"{to} of {root.name}" if cut else "custom",
         layers=layers,
         depths=depths,
         up=mirrored(depths, layers),
         mid=depths[-1] if mid else None,
     )
     for name, of, by in _STUDENTS:
-        if to == by and teacher == ARCHITECTURES.get(of):
+        if to == by and root == ARCHITECTURES.get(of):
             return replace(student, name=name)
     return next((row for row in ARCHITECTURES.values() if row == student), student)
 

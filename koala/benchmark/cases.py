@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from koala.architectures.table import FACTOR
+from koala.architectures.table import ARCHITECTURES, FACTOR, UNetArchitecture
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.tensors import float_dtype
 from koala.checkpoints.validate import unet_architecture
@@ -20,10 +20,12 @@ from koala.errors import UserError, did_you_mean, unknown
 from koala.generation import validation
 from koala.utils.atomic import check_new
 from koala.utils.device import check_device
+from koala.utils.threads import available_cores
 
 GPUS = ("3060Ti 8 GB", "2080Ti 11 GB", "4090 24 GB")
 BUDGETS = (8, 11, 24)  # GB of the three GPUs
 OOM = None  # out of memory
+ROUNDS = 60  # images of each way, unless the intervals are narrow earlier
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,13 @@ class Subject:
     random: bool
     folder: Path | None = None
 
+    @property
+    def architecture(self) -> UNetArchitecture:
+        """The U-Net's."""
+        if self.folder is None:
+            return ARCHITECTURES[self.case.architecture]
+        return unet_architecture(self.folder)
+
 
 def subject(name: str) -> Subject:
     """A case of the published table, or a model: bundled name, folder or Hub id.
@@ -98,15 +107,22 @@ def check(
     out: Path,
     device: str | None,
     dtype: str | None,
-    runs: int,
+    rounds: int,
     backend: str | None,
     compiled: bool,
     graphs: bool,
+    threads: Sequence[int],
 ) -> list[Subject]:
     """Checks the arguments of `benchmark`; returns the models, by default the whole table. UserError."""
     check_new(out)
-    if runs < 1:
-        raise UserError(f"runs is {runs}: allowed are whole numbers from 1; 5 is the default")
+    if rounds < 1:
+        raise UserError(f"rounds is {rounds}: allowed are whole numbers from 1; default {ROUNDS}")
+    cores = available_cores()
+    for count in threads:
+        if not 1 <= count <= cores:
+            raise UserError(
+                f"threads is {count}: allowed are 1 to {cores}, the cores that are here"
+            )
     check_device(device)
     float_dtype(dtype)
     validation.runtime(backend, compiled, graphs)

@@ -7,7 +7,7 @@ datasheet, and machines differ from day to day.
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,10 @@ class Timing:
     greatest: float
     runs: int
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
     @property
     def spread(self) -> float:
         """The range as a share of the median."""
@@ -43,7 +47,7 @@ def timing(work: Callable[[], object], runs: int, device: torch.device) -> Timin
         work()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return Timing(statistics.median(seconds), min(seconds), max(seconds), runs)
+    return Timing.of(seconds)
 
 
 def synchronize(device: torch.device) -> None:

@@ -53,9 +53,9 @@ _VAE = {
 
 
 def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    """Our pipeline of the model, on the device."""
+    """Our pipeline of the model, on the device, run by PyTorch."""
     if chosen.folder is not None:
-        return load(chosen.folder, device, dtype=dtype)
+        return load(chosen.folder, device, dtype=dtype, backend="torch")
     arch = get(chosen.case.architecture)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)

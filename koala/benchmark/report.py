@@ -1,65 +1,89 @@
-"""The benchmark report as Markdown, CSV, JSON and a plot."""
+"""The benchmark report as Markdown, CSV and JSON."""
 
 import csv
 import io
-import json
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from koala.benchmark.cases import CASES, GPUS, Subject
+from koala.benchmark.cases import CASES, GPUS
 from koala.benchmark.measure import Ceilings, Timing
+from koala.benchmark.ratio import Ratio
+from koala.benchmark.ways import DEFAULT
 from koala.utils import markdown
-from koala.utils.atomic import new_file
 
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One model with one engine. `picture` is None if it ran out of memory."""
+    """One model drawn in one way. `image` is None if it ran out of memory."""
 
     name: str
-    engine: str  # "diffusers" or "koala"
+    way: str  # of `koala.benchmark.ways`
+    backend: str  # what ran the U-Net
+    exact: bool  # what stock diffusers draws, but for rounding
+    threads: int | None  # on a CPU
     weights: str  # "random" or "real"
     pixels: int
     steps: int
     guidance: float
-    picture: Timing | None = None  # one whole image
+    image: Timing | None = None  # one whole image
+    cpu_seconds: float | None = None  # of all threads, the median
+    times_faster: Ratio | None = None  # than stock diffusers
     unet: Timing | None = None  # 25 evaluations with guidance
-    peak_gb: float | None = None  # above the memory in use before loading
-    budgets: dict[int, float | None] | None = None  # GB -> seconds; None: out of memory
+    peak_gb: float | None = None  # of the process on a CPU, of the allocator on a GPU
+    budgets: dict[int, float | None] = field(default_factory=dict)  # GB -> seconds; None: OOM
     floor: float | None = None  # seconds of the arithmetic at the measured ceiling
 
-    @classmethod
-    def out_of_memory(cls, engine: str, chosen: Subject) -> "BenchmarkRow":
-        case, weights = chosen.case, "random" if chosen.random else "real"
-        return cls(case.name, engine, weights, case.pixels, case.steps, case.guidance)
+    @property
+    def label(self) -> str:
+        """The way, what runs it by default, and whether it is approximate."""
+        backend = f" ({self.backend})" if self.way == DEFAULT else ""
+        return f"{self.way}{backend}{'' if self.exact else ', approximate'}"
 
     def line(self) -> str:
         """For a person, while others are still measured."""
-        return f"{self.name}  {self.engine}  {self.cells()['picture s']} s"
+        threads = "" if self.threads is None else f"  {threads_text(self.threads)}"
+        return f"{self.name}  {self.label}{threads}  {self.cells()['image s']} s"
+
+    def claim(self) -> str | None:
+        """How many times as fast as stock diffusers it was; None for stock diffusers itself."""
+        found = self.times_faster
+        if found is None:
+            return None
+        where = "" if self.threads is None else f" on {threads_text(self.threads)}"
+        verdict = found.verdict()
+        return (
+            f"{self.name}, {self.label}: {found.text()} times as fast as stock diffusers{where}, "
+            f"{found.pairs} pairs" + ("" if verdict == "faster" else f": {verdict}") + "."
+        )
 
     def cells(self) -> dict[str, Any]:
         """Column -> text; "" where nothing was measured."""
-        image, unet = self.picture, self.unet
+        image, unet = self.image, self.unet
         cells = {
             "model": self.name,
-            "engine": self.engine,
+            "way": self.label,
+            "threads": "" if self.threads is None else self.threads,
             "weights": self.weights,
             "pixels": self.pixels,
             "steps": self.steps,
             "guidance": self.guidance,
-            "picture s": "OOM" if image is None else f"{image.median:.3f}",
+            "image s": "OOM" if image is None else f"{image.median:.3f}",
             "least": "" if image is None else f"{image.least:.3f}",
             "greatest": "" if image is None else f"{image.greatest:.3f}",
+            "CPU s": "" if self.cpu_seconds is None else f"{self.cpu_seconds:.3f}",
+            "times faster": "" if self.times_faster is None else self.times_faster.text(),
             "U-Net 25 steps s": "" if unet is None else f"{unet.median:.3f}",
             "peak GB": "" if self.peak_gb is None else f"{self.peak_gb:.2f}",
         }
         if image is not None and self.floor is not None:
             cells["x roofline"] = f"{image.median / self.floor:.2f}"
-        for budget, seconds in (self.budgets or {}).items():
+        for budget, seconds in self.budgets.items():
             cells[f"in {budget} GB"] = "OOM" if seconds is None else f"{seconds:.3f}"
         return cells
+
+
+def threads_text(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 @dataclass(frozen=True)
@@ -72,18 +96,6 @@ class BenchmarkReport:
     rows: list[BenchmarkRow]
     left_out: list[str]  # cases skipped when time ran out
 
-    def ratios(self) -> dict[str, float]:
-        """Model -> stock diffusers' seconds divided by ours."""
-        seconds: dict[str, dict[str, float]] = {}
-        for row in self.rows:
-            if row.picture is not None:
-                seconds.setdefault(row.name, {})[row.engine] = row.picture.median
-        return {
-            name: both["diffusers"] / both["koala"]
-            for name, both in seconds.items()
-            if len(both) == 2
-        }
-
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values, with the published figures."""
         published = {
@@ -91,10 +103,10 @@ class BenchmarkReport:
             for row in self.rows
             if row.name in CASES
         }
-        return {**asdict(self), "times_faster": self.ratios(), "published": published}
+        return {**asdict(self), "published": published}
 
     def table(self) -> str:
-        """The rows as a Markdown table, followed by the hardware, ceilings and ratios."""
+        """The rows as a Markdown table, followed by the hardware, ceilings and claims."""
         names, rows = self._cells()
         cells = ([row.get(name, "") for name in names] for row in rows)
         lines = [markdown.table(names, cells), "", f"{self.hardware}; device {self.device}."]
@@ -102,8 +114,7 @@ class BenchmarkReport:
             f"Ceilings of this run: {self.ceilings.flops / 1e12:.3g} TFLOP/s "
             f"({self.ceilings.dtype} matrix product), {self.ceilings.bytes / 1e9:.0f} GB/s (copy)."
         )
-        for name, ratio in self.ratios().items():
-            lines.append(f"{name}: {ratio:.2f} times as fast as stock diffusers.")
+        lines += [claim for row in self.rows if (claim := row.claim())]
         if any(row.weights == "random" for row in self.rows):
             lines.append("Random weights do not change speed and memory.")
         if self.left_out:
@@ -123,50 +134,3 @@ class BenchmarkReport:
         """The names of all columns, and the cells of the rows."""
         rows = [row.cells() for row in self.rows]
         return list(dict.fromkeys(name for row in rows for name in row)), rows
-
-
-def write(report: BenchmarkReport, out: Path) -> None:
-    """Writes benchmark.json, .csv, .md and, with matplotlib, .png into the folder `out`."""
-    for name, text in (
-        ("benchmark.json", json.dumps(report.as_dict(), indent=1) + "\n"),
-        ("benchmark.csv", report.csv()),
-        ("benchmark.md", report.table()),
-    ):
-        with new_file(out / name) as part:
-            part.write_text(text)
-    if report.rows and find_spec("matplotlib"):
-        plot(report, out / "benchmark.png")
-
-
-def plot(report: BenchmarkReport, file: Path) -> None:
-    """Plots seconds per image (bars) and peak memory (dots) of both engines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(row.name for row in report.rows))
-    figure = Figure(figsize=(max(6.0, 1.4 * len(names)), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    seconds = figure.subplots()
-    memory = seconds.twinx()
-    for shift, engine, colour in ((-0.2, "diffusers", "#b9b9c6"), (0.2, "koala", "#d0493e")):
-        rows = [row for row in report.rows if row.engine == engine]
-        drawn = [row for row in rows if row.picture is not None]
-        places = [names.index(row.name) + shift for row in drawn]
-        medians = [row.picture.median for row in drawn if row.picture]
-        bars = seconds.bar(places, medians, 0.38, color=colour, label=engine)
-        seconds.bar_label(bars, fmt="%.3g", fontsize=7)
-        dots = [(x, row.peak_gb) for x, row in zip(places, drawn, strict=True) if row.peak_gb]
-        memory.scatter(
-            [x for x, _ in dots], [y for _, y in dots], color=colour, edgecolors="black", zorder=3
-        )
-        for row in rows:
-            if row.picture is None:
-                seconds.text(names.index(row.name) + shift, 0, "OOM", ha="center", va="bottom")
-    seconds.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
-    seconds.set_ylabel("seconds per image (bars)")
-    memory.set_ylabel("peak memory, GB (dots)")
-    memory.set_ylim(bottom=0)
-    figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle(report.hardware, fontsize=8)
-    with new_file(file) as part:
-        figure.savefig(part, format="png", dpi=120)

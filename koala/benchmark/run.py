@@ -1,58 +1,27 @@
-"""The benchmark: each model with stock diffusers and with our pipeline, one after the other.
+"""The benchmark: what a person gets from each way to draw a model, beside stock diffusers.
 
-Both use the same weights in the same process, so that the ratios are comparable across machines.
-Each image has a new prompt, so that no cache skips the text encoders. The report is written after
-every row: an interrupted run keeps its results.
+All ways have the same weights and, where memory allows, take turns, so that the ratios hold on a
+machine that does other work too. The report is written after every model: an interrupted run keeps
+its results.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import count
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import torch
-from diffusers import AutoencoderKL
-from torch.utils.flop_counter import FlopCounterMode
-
-from koala.architectures.config import from_unet_config
-from koala.architectures.flops import flops
 from koala.benchmark import measure
-from koala.benchmark.cases import BUDGETS, Subject, check
-from koala.benchmark.measure import GB, Ceilings, Timing
-from koala.benchmark.models import build, stock
-from koala.benchmark.report import BenchmarkReport, BenchmarkRow, write
-from koala.generation.loader import set_runtime
-from koala.generation.pipeline import Pipeline
-from koala.generation.runtime.backends import example
+from koala.benchmark.cases import ROUNDS, check
+from koala.benchmark.measure import Timing
+from koala.benchmark.plot import plot
+from koala.benchmark.report import BenchmarkReport, BenchmarkRow
+from koala.benchmark.turns import Turns
+from koala.benchmark.ways import DEFAULT, PYTORCH, STOCK, ways_of
 from koala.generation.runtime.dtypes import check_dtype, torch_dtype
-from koala.generation.runtime.pytorch import predictor
+from koala.utils.atomic import new_file
 from koala.utils.device import hardware, pick_device
-
-UNET_STEPS = 25  # of the U-Net alone, as published
-Draw = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """The settings of a run."""
-
-    device: torch.device
-    dtype: torch.dtype
-    runs: int = 5  # timed images of each model and engine
-    backend: str | None = None  # of our pipeline
-    compiled: bool = False  # our pipeline, with torch.compile
-    graphs: bool = False  # our pipeline, with CUDA graphs
-    seconds: float | None = None  # no further model starts after this time
-
-    @property
-    def budgets(self) -> tuple[int, ...]:
-        """Memory budgets in GB that the CUDA allocator can be limited to."""
-        if self.device.type != "cuda":
-            return ()
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        return tuple(budget for budget in BUDGETS if budget * GB < total)
+from koala.utils.threads import available_cores
 
 
 def benchmark(
@@ -60,156 +29,86 @@ def benchmark(
     out: Path,
     device: str | None = None,
     dtype: str | None = None,
-    runs: int = 5,
+    rounds: int = ROUNDS,
     backend: str | None = None,
     compiled: bool = False,
     graphs: bool = False,
     seconds: float | None = None,
+    threads: Sequence[int] = (),
     on_row: Callable[[BenchmarkRow], None] = lambda row: None,
 ) -> BenchmarkReport:
     """Measures models (table cases or any model) and writes the report into a new folder.
 
-    Without names, measures the whole table. Writes benchmark.json, .csv, .md and .png, and calls
-    `on_row` with each row. Defaults: the best device, fp32 on the CPU and fp16 elsewhere.
-    UserError for unknown models, bad options and a folder that is not new.
+    Each way draws at most `rounds` images. `seconds`: for all; a model whose turn comes later is
+    left out. `threads`: on a CPU, by default one and then all. Without names, measures the whole
+    table. Writes benchmark.json, .csv, .md and .png, and calls `on_row` with each row. Defaults:
+    the best device, fp32 on the CPU and fp16 elsewhere. UserError for unknown models, bad options
+    and a folder that is not new.
     """
-    subjects = check(names, out, device, dtype, runs, backend, compiled, graphs)
+    subjects = check(names, out, device, dtype, rounds, backend, compiled, graphs, threads)
     place = pick_device(device)
-    precision = torch_dtype(dtype or ("fp32" if place.type == "cpu" else "fp16"))
-    check_dtype(precision, place)
-    options = BenchmarkOptions(place, precision, runs, backend, compiled, graphs, seconds)
+    on_cpu = place.type == "cpu"
+    dtype = dtype or ("fp32" if on_cpu else "fp16")
+    check_dtype(torch_dtype(dtype), place)
+    counts = threads or sorted({1, available_cores()})
     start = time.monotonic()
-    reached = measure.ceilings(place, precision)
+    reached = measure.ceilings(place, torch_dtype(dtype))
     report = BenchmarkReport(hardware(), str(place), reached, [], [])
-    for chosen in subjects:
-        if seconds is not None and time.monotonic() - start > seconds:
+    planned = [(one, count) for one in subjects for count in (counts if on_cpu else [None])]
+    for done, (chosen, count) in enumerate(planned):
+        left = float("inf") if seconds is None else start + seconds - time.monotonic()
+        if left < 0:
             report.left_out.append(chosen.case.name)
             continue
-        for row in _rows(chosen, options, reached):
+        until = time.monotonic() + left / (len(planned) - done)
+        ways = ways_of(chosen, on_cpu, backend, compiled, graphs)
+        for row in _rows(Turns(chosen, ways, place, dtype, count, rounds, until), reached.flops):
             report.rows.append(row)
             on_row(row)
-            write(report, out)
+        write(report, out)
     write(report, out)
     return report
 
 
-def _rows(chosen: Subject, options: BenchmarkOptions, reached: Ceilings) -> Iterator[BenchmarkRow]:
-    """The rows of stock diffusers and of our pipeline."""
-    device = options.device
-    measure.release(device)
-    before = measure.resident_bytes(device)
-    try:
-        pipeline = build(chosen, device, options.dtype)
-    except torch.OutOfMemoryError:
-        yield from (BenchmarkRow.out_of_memory(engine, chosen) for engine in ("diffusers", "koala"))
-        return
-    floor = image_flops(pipeline, chosen) / reached.flops
-    draws = {
-        "diffusers": lambda: _stock_draw(stock(pipeline), chosen),
-        "koala": lambda: _our_draw(_ours(pipeline, options), chosen),
-    }
-    for engine, make in draws.items():
-        measure.release(device)
-        measure.reset_peak(device)
-        try:
-            row = _row(engine, chosen, pipeline, make(), options, before)
-            yield replace(row, floor=floor)
-        except torch.OutOfMemoryError:
-            yield BenchmarkRow.out_of_memory(engine, chosen)
+def _rows(turns: Turns, flops_per_second: float) -> Iterator[BenchmarkRow]:
+    """One row for each way; ours by PyTorch only where that is not the default."""
+    found = turns.measured()
+    stock, case = found[STOCK], turns.chosen.case
+    for way in turns.ways:
+        one = found[way.name]
+        if way.name == PYTORCH and DEFAULT in found and found[DEFAULT].backend == "torch":
+            continue
+        times = one.beside(stock) if way.name != STOCK and one.images and stock.images else None
+        yield BenchmarkRow(
+            name=case.name,
+            way=way.name,
+            backend=one.backend,
+            exact=way.exact,
+            threads=turns.threads,
+            weights="real" if turns.chosen.folder else "random",
+            pixels=case.pixels,
+            steps=case.steps,
+            guidance=case.guidance,
+            image=Timing.of(one.seconds) if one.images else None,
+            cpu_seconds=Timing.of([image.cpu_seconds for image in one.images]).median
+            if one.images
+            else None,
+            times_faster=times,
+            unet=one.unet,
+            peak_gb=one.peak_gb,
+            budgets=one.budgets,
+            floor=None if one.flops is None else one.flops / flops_per_second,
+        )
 
 
-def _ours(pipeline: Pipeline, options: BenchmarkOptions) -> Pipeline:
-    pipeline.unet.to(memory_format=torch.channels_last)
-    set_runtime(pipeline, options.backend, options.compiled, options.graphs)
-    return pipeline
-
-
-def _row(
-    engine: str,
-    chosen: Subject,
-    pipeline: Pipeline,
-    draw: Draw,
-    options: BenchmarkOptions,
-    before: int | None,
-) -> BenchmarkRow:
-    device, case = options.device, chosen.case
-    image = measure.timing(draw, options.runs, device)
-    peak = measure.peak_bytes(device)
-    return BenchmarkRow(
-        name=case.name,
-        engine=engine,
-        weights="random" if chosen.random else "real",
-        pixels=case.pixels,
-        steps=case.steps,
-        guidance=case.guidance,
-        picture=image,
-        unet=_unet_seconds(engine, chosen, pipeline, options),
-        peak_gb=None if peak is None or before is None else (peak - before) / GB,
-        budgets={budget: _under(budget, draw, device) for budget in options.budgets},
-    )
-
-
-def _stock_draw(pipe: Callable[..., Any], chosen: Subject) -> Draw:
-    case, numbers = chosen.case, count()
-    return lambda: pipe(
-        prompt=f"a fox, number {next(numbers)}",
-        num_inference_steps=case.steps,
-        guidance_scale=case.guidance,
-        height=case.pixels,
-        width=case.pixels,
-    )
-
-
-def _our_draw(pipeline: Pipeline, chosen: Subject) -> Draw:
-    case, numbers = chosen.case, count()
-    return lambda: pipeline(
-        f"a fox, number {next(numbers)}",
-        steps=case.steps,
-        guidance=case.guidance,
-        size=(case.pixels, case.pixels),
-    )
-
-
-@torch.inference_mode()
-def _unet_seconds(
-    engine: str, chosen: Subject, pipeline: Pipeline, options: BenchmarkOptions
-) -> Timing:
-    """Times 25 U-Net evaluations with guidance, in at most three runs."""
-    predict = predictor(pipeline.unet) if engine == "diffusers" else pipeline.predict
-    side = chosen.case.pixels // pipeline.factor
-    inputs = example(pipeline.unet, 2, side, pipeline.conditioner.tokens)
-
-    def steps() -> None:
-        for _ in range(UNET_STEPS):
-            predict(*inputs)
-
-    return measure.timing(steps, min(3, options.runs), options.device)
-
-
-def _under(budget: int, draw: Draw, device: torch.device) -> float | None:
-    """Seconds per image with the allocator limited to `budget` GB; None: out of memory."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    measure.release(device)
-    torch.cuda.set_per_process_memory_fraction(budget * GB / total, device)
-    try:
-        return measure.timing(draw, 1, device).median
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-        measure.release(device)
-
-
-def image_flops(pipeline: Pipeline, chosen: Subject) -> int:
-    """Operations of one image: all U-Net evaluations, and the decoder."""
-    case = chosen.case
-    arch = from_unet_config(pipeline.unet.config)
-    one = flops(arch, case.pixels, case.pixels, pipeline.conditioner.tokens)
-    with torch.device("meta"):
-        vae = type(pipeline.vae).from_config(pipeline.vae.config)
-        side = case.pixels // pipeline.factor
-        latents = torch.empty(1, pipeline.unet.config.in_channels, side, side)
-    assert isinstance(vae, AutoencoderKL)
-    with FlopCounterMode(display=False) as counter:
-        vae.decode(latents)
-    return case.steps * case.rows * one + counter.get_total_flops()
+def write(report: BenchmarkReport, out: Path) -> None:
+    """Writes benchmark.json, .csv, .md and, with matplotlib, .png into the folder `out`."""
+    for name, text in (
+        ("benchmark.json", json.dumps(report.as_dict(), indent=1) + "\n"),
+        ("benchmark.csv", report.csv()),
+        ("benchmark.md", report.table()),
+    ):
+        with new_file(out / name) as part:
+            part.write_text(text)
+    if report.rows and find_spec("matplotlib"):
+        plot(report, out / "benchmark.png")

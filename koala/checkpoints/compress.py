@@ -12,7 +12,7 @@ from koala.architectures.block_map import check_depth_rule, tensor_map
 from koala.architectures.config import unet_config
 from koala.architectures.layout import parameters
 from koala.architectures.table import UNetArchitecture, check_student, student_of
-from koala.checkpoints import model_card
+from koala.checkpoints import model_card, sampling
 from koala.checkpoints.pipeline_files import SCHEDULER, Contents, as_file, write_folder
 from koala.checkpoints.resolve import read_model
 from koala.checkpoints.tensors import float_dtype
@@ -20,7 +20,7 @@ from koala.checkpoints.validate import CONFIGS
 from koala.errors import UserError
 from koala.utils.atomic import check_new, new_folder
 
-_SCHEDULE = (  # what the student keeps of its teacher's scheduler: the noise schedule
+_SCHEDULE = (  # what the student keeps of its teacher's scheduler, with how it is drawn
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr",
 )  # fmt: skip
@@ -59,7 +59,7 @@ def _pipeline_files(contents: Contents, student: UNetArchitecture) -> dict[str, 
             index[name] = [None, None]  # an optional part, such as an image encoder
     index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
     schedule = contents.config(SCHEDULER)
-    kept = {key: schedule[key] for key in _SCHEDULE if key in schedule}
+    kept = {key: schedule[key] for key in (*_SCHEDULE, sampling.KEY) if key in schedule}
     scheduler = {"_class_name": "EulerDiscreteScheduler", **kept, "timestep_spacing": "trailing"}
     return {
         **contents.files,
@@ -67,6 +67,14 @@ def _pipeline_files(contents: Contents, student: UNetArchitecture) -> dict[str, 
         "unet/config.json": as_file(config),
         SCHEDULER: as_file(scheduler),
     }
+
+
+def check_compression(to: str, out: str | Path, dtype: str | None, depth_rule: str) -> None:
+    """UserError for arguments of `compress` that no teacher can be compressed with."""
+    float_dtype(dtype)
+    check_student(to)
+    check_depth_rule(depth_rule)
+    check_new(Path(out).expanduser())
 
 
 def compress(
@@ -78,17 +86,16 @@ def compress(
 ) -> CompressReport:
     """Writes the pipeline folder `out`: `teacher` with a smaller U-Net, otherwise unchanged.
 
-    teacher: name, folder, Hub id or single file of an SDXL pipeline. to: a cut ("koala-700m",
-    "koala-1b", "bk-sdxl") or custom depths, see `student_of`. dtype: of all weights, "fp32",
-    "fp16" or "bf16"; None keeps each as it is. depth_rule: which of the teacher's transformer
-    blocks are kept, see `DEPTH_RULES`. Every tensor of the student is copied from the teacher.
-    Raises `UserError` if the teacher is not an SDXL pipeline, a setting is unknown, a weight does
-    not fit the dtype, or `out` is not empty or cannot be written; `Failure` if the disk is full.
+    teacher: name, folder, Hub id or single file of an SDXL, or of a student of one. to: a cut
+    ("koala-700m", "koala-1b", "bk-sdxl") or custom depths, see `student_of`. dtype: of all weights,
+    "fp32", "fp16" or "bf16"; None keeps each as it is. depth_rule: which of the teacher's
+    transformer blocks are kept, see `DEPTH_RULES`. Every tensor of the student is copied from the
+    teacher. Raises `UserError` if the teacher is no such pipeline, a setting is unknown, a weight
+    does not fit the dtype, or `out` is not empty or cannot be written; `Failure` if the disk is
+    full.
     """
+    check_compression(to, out, dtype, depth_rule)
     kind, out = float_dtype(dtype), Path(out).expanduser()
-    check_student(to)
-    check_depth_rule(depth_rule)
-    check_new(out)
     contents = read_model(teacher)
     arch = contents.architecture
     try:

@@ -41,6 +41,19 @@ class ConvertReport:
         )
 
 
+def check_conversion(to: str, out: str | Path, dtype: str | None) -> None:
+    """UserError for arguments of `convert` that no model can be converted with."""
+    if to not in TARGETS:
+        raise unknown("format", to, TARGETS)
+    float_dtype(dtype)
+    out = Path(out).expanduser()
+    if to == "single-file" and out.suffix != ".safetensors":
+        raise UserError(f"the name of a single file must end in .safetensors, not {out.name}")
+    if to == "single-file" and out.exists():
+        raise UserError(f"{out} exists; name a new file")
+    check_new(out)
+
+
 def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = None) -> ConvertReport:
     """Writes `model` in another format.
 
@@ -50,14 +63,8 @@ def convert(model: str | Path, to: str, out: str | Path, dtype: str | None = Non
     such pipeline, a setting is unknown, a weight does not fit the dtype, or `out` exists or
     cannot be written; `Failure` if the disk is full.
     """
-    if to not in TARGETS:
-        raise unknown("format", to, TARGETS)
+    check_conversion(to, out, dtype)
     out, kind = Path(out).expanduser(), float_dtype(dtype)
-    if to == "single-file" and out.suffix != ".safetensors":
-        raise UserError(f"the name of a single file must end in .safetensors, not {out.name}")
-    if to == "single-file" and out.exists():
-        raise UserError(f"{out} exists; name a new file")
-    check_new(out)
     contents = read_model(model)
     if to == "single-file":
         written = single_file.write(contents, out, kind, modelspec.of_contents(contents))

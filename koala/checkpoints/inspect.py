@@ -74,7 +74,7 @@ class Inspection:
                 if len(value) <= _SHOWN
                 else f"{value[:_SHOWN]}... ({len(value):,} characters)"
             )
-            lines.append(f"  {key}: {cut!r}")
+            lines.append(f"  {key if key.isprintable() else ascii(key)}: {cut!r}")
         return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from koala.architectures.config import INNER, from_unet_config
 from koala.architectures.layout import Inner, inner_widths
 from koala.checkpoints.prediction import of_config
+from koala.checkpoints.schema import ABOUT, checked
 from koala.checkpoints.tensors import Stored, load_tensor, not_finite
 from koala.checkpoints.validate import (
     check_unet,
@@ -45,7 +46,7 @@ def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DCondition
     stored = read_tensors(folder, "unet")
     check_unet(unet_architecture(folder), stored, folder)
     with without_weights():
-        unet = build_unet(read_json(folder / "unet" / "config.json"))
+        unet = build_unet(_settings(folder, "unet"))
     assert _filled(unet, stored, dtype or torch.float32)
     return unet.eval()
 
@@ -95,7 +96,7 @@ def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:
 
     kind = dtype or torch.float32
     with without_weights():
-        vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
+        vae = AutoencoderKL.from_config(_settings(folder, "vae"))
     if _filled(vae, read_tensors(folder, "vae"), kind):
         return vae.eval()
     # low_cpu_mem_usage needs accelerate, which is not a dependency.
@@ -111,16 +112,41 @@ def load_text(
     """
     import torch
 
-    from koala.utils.networks import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from koala.utils.networks import CLIPTextModel, CLIPTextModelWithProjection
 
     kind = dtype or torch.float32
     with _no_bars():
         return (
-            CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-            CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
+            _tokenizer(folder / "tokenizer"),
+            _tokenizer(folder / "tokenizer_2"),
             _load_encoder(CLIPTextModel, folder, "text_encoder", kind),
             _load_encoder(CLIPTextModelWithProjection, folder, "text_encoder_2", kind),
         )
+
+
+def _tokenizer(place: Path) -> CLIPTokenizer:
+    """Raises `UserError` for whatever its library cannot read."""
+    from koala.utils.networks import CLIPTokenizer
+
+    words = _settings(place.parent, place.name.replace("tokenizer", "text_encoder")).get(
+        "vocab_size", 49408
+    )
+    try:
+        found = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+        special = (found.bos_token_id, found.eos_token_id, found.pad_token_id)
+        if len(found) > words or None in special:
+            raise ValueError(f"{len(found)} tokens for {words}, special ones {special}")
+        return found
+    except Exception as error:  # the files are untrusted, and the library checks nothing
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"{place} holds no tokenizer that can be read ({reason})") from None
+
+
+def _settings(folder: Path, component: str) -> dict[str, Any]:
+    """What a component's config says of its network. Raises `UserError`."""
+    path = f"{component}/config.json"
+    found = checked(path, read_json(folder / path), str(folder / path))
+    return {key: found[key] for key in found if key not in ABOUT and not key.startswith("_")}
 
 
 def _load_encoder(model_class: Any, folder: Path, component: str, dtype: torch.dtype) -> Any:
@@ -129,7 +155,7 @@ def _load_encoder(model_class: Any, folder: Path, component: str, dtype: torch.d
     from koala.utils.networks import CLIPTextConfig, CLIPTextEmbeddings
 
     with without_weights():
-        encoder = model_class(CLIPTextConfig.from_pretrained(folder / component))
+        encoder = model_class(CLIPTextConfig(**_settings(folder, component)))
     if not _filled(encoder, read_tensors(folder, component), dtype):
         return _by_library(model_class, folder, component, dtype=dtype)
     for module in encoder.modules():
@@ -178,6 +204,11 @@ def _by_library(model_class: Any, folder: Path, component: str, **options: Any) 
     `UserError` unless its weights fit its config.
     """
     stored = read_tensors(folder, component)
+    if (folder / component / "adapter_config.json").exists():  # the library would apply it
+        raise UserError(
+            f"{folder}/{component} has an adapter_config.json beside older weights: remove it, or "
+            "give the adapter with --lora"
+        )
     model, info = model_class.from_pretrained(
         folder / component,
         **options,

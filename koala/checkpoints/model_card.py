@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koala.checkpoints.validate import read_small
 from koala.errors import UserError
 from koala.utils.atomic import write_text
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 FILE = "README.md"
+_FRONT_MATTER = 200_000  # characters, the most that is read
 RUN_FOLDERS = ("model", "start")  # of a run: the result, and the student before distillation
 _HUB_LICENCES = (  # the Hub's identifiers
     "openrail++", "openrail", "creativeml-openrail-m", "apache-2.0", "mit", "cc0-1.0",
@@ -80,7 +82,7 @@ class Assembled:
 
 @dataclass(frozen=True)
 class Trained:
-    """What `koala distill` did."""
+    """What `koala distill` or `koala finetune` did."""
 
     recipe: str  # its name
     settings: dict[str, Any]  # the whole recipe
@@ -91,6 +93,7 @@ class Trained:
     student: str | None = None  # whose U-Net it went on from; None: the teacher's, cut
     before: int = 0  # samples that student had seen, according to its card
     grown: str | None = None  # the cut that the U-Net was grown from, `koala.checkpoints.grow`
+    tuned: bool = False  # by `koala finetune`, from the U-Net of `teacher` itself
 
 
 @dataclass(frozen=True)
@@ -186,11 +189,10 @@ def read(folder: Path) -> ModelCard:
     title, file = name_of(folder), folder / FILE
     if not file.is_file():
         return ModelCard(title)
-    from huggingface_hub import metadata_load
     from yaml import YAMLError
 
     try:
-        data = metadata_load(file) or {}
+        data = _front_matter(read_small(file))
         found = data.get("koala", {})
         base = data.get("base_model")
         return ModelCard(
@@ -200,11 +202,35 @@ def read(folder: Path) -> ModelCard:
             ours="koala" in data,
             **{k: kind(**found[k]) for k, kind in _FACTS.items() if k in found},
         )
-    except (OSError, ValueError, TypeError, AttributeError, YAMLError) as error:
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError, YAMLError) as error:
         raise UserError(
-            f"{file}: its front matter cannot be read ({error}); fix it, or remove the file if "
-            "its licence need not be carried over"
+            f"{file}: its front matter cannot be read ({str(error)[:300]}); fix it, or remove the "
+            "file if its licence need not be carried over"
         ) from error
+
+
+def _front_matter(content: bytes) -> dict[str, Any]:
+    """What is between the first two lines of dashes. Raises `ValueError` or `YAMLError`.
+
+    A few lines of YAML can stand for billions of values by references to themselves: none are
+    allowed.
+    """
+    import yaml
+
+    found = re.match(r"\s*---\s*\n(.*?)\n---\s*(?:\n|$)", content.decode("utf-8"), re.DOTALL)
+    if found is None:
+        return {}
+    text = found[1]
+    if len(text) > _FRONT_MATTER:
+        raise ValueError(f"it has {len(text):,} characters, allowed are {_FRONT_MATTER:,}")
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        raise ValueError("it refers to parts of itself")
+    data = yaml.safe_load(text)
+    if not isinstance(data, dict):
+        raise ValueError("it is no mapping of names to values")
+    return data
 
 
 def _licence_in(data: Mapping[str, Any]) -> Licence:
@@ -284,6 +310,7 @@ def _about(card: ModelCard) -> str:
         since = "not trained"
         if card.trained:
             since = "then distilled" if card.trained.distilled else "then trained without a teacher"
+            since = f"fine-tuned from {card.trained.teacher}" if card.trained.tuned else since
         return (
             f"{kind}, compressed with {_PAPER}'s method: the "
             f"U-Net of **{c.teacher}** ({c.teacher_architecture}, {c.teacher_parameters:,} "
@@ -294,6 +321,8 @@ def _about(card: ModelCard) -> str:
             f"{kind}, compressed with {_PAPER}'s method and trained further from "
             f"{card.trained.student}."
         )
+    if card.trained and card.trained.tuned:
+        return f"{kind}, fine-tuned from {card.trained.teacher}."
     if card.trained and card.trained.grown:
         return f"{kind}, its U-Net grown from that of {card.trained.grown} and trained further."
     return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
@@ -349,24 +378,8 @@ def _making(card: ModelCard) -> str:
             *([f"merged LoRAs {', '.join(a.loras)}"] if a.loras else []),
         ]
         parts.append(f"{'The teacher' if card.cut else 'It'} was put together: {'; '.join(of)}.")
-    if t := card.trained:
-        samples = ", ".join(f"{what} {number:,}" for what, number in t.samples.items())
-        data = {key: value for key, value in t.data.items() if key != "pictures"}
-        role = "teacher" if t.distilled else "VAE and text encoders of"
-        recipe = f"`{t.recipe}`" + (f", {role} {t.teacher}" if t.teacher else "")
-        earlier = ""
-        if t.student:
-            seen = f"{t.before:,} samples" if t.before else "an unrecorded number of samples"
-            earlier = f"- trained further from: {t.student}, after {seen}\n"
-        parts += [
-            f"- recipe: {recipe}\n"
-            f"{earlier}"
-            f"- samples seen: {samples}\n"
-            f"- data: {t.data['pictures']:,} captioned training images, prepared with",
-            _json(data),
-            "All settings of the recipe:",
-            _json(t.settings),
-        ]
+    if card.trained:
+        parts.append(training_of(card.trained))
     if p := card.pruned:
         parts.append(
             "Then heads, channels and groups of channels were removed, chosen by what their loss "
@@ -374,6 +387,29 @@ def _making(card: ModelCard) -> str:
         )
     if len(parts) == 1:
         parts.append("Not recorded.")
+    return "\n\n".join(parts)
+
+
+def training_of(t: Trained) -> str:
+    """What a card says of a training."""
+    samples = ", ".join(f"{what} {number:,}" for what, number in t.samples.items())
+    data = {key: value for key, value in t.data.items() if key != "pictures"}
+    role = "teacher" if t.distilled else "VAE and text encoders of"
+    role = "fine-tuned from" if t.tuned else role
+    recipe = f"`{t.recipe}`" + (f", {role} {t.teacher}" if t.teacher else "")
+    earlier = ""
+    if t.student or (t.tuned and t.before):
+        seen = f"{t.before:,} samples" if t.before else "an unrecorded number of samples"
+        earlier = f"- trained further from: {t.student or t.teacher}, after {seen}\n"
+    parts = [
+        f"- recipe: {recipe}\n"
+        f"{earlier}"
+        f"- samples seen: {samples}\n"
+        f"- data: {t.data['pictures']:,} captioned training images, prepared with",
+        _json(data),
+        "All settings of the recipe:",
+        _json(t.settings),
+    ]
     return "\n\n".join(parts)
 
 

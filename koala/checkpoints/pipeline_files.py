@@ -24,6 +24,7 @@ from koala.checkpoints.validate import (
     PIPELINE,
     WEIGHTS,
     parse_object,
+    read_small,
     read_tensors,
     some,
     unet_architecture,
@@ -82,7 +83,7 @@ def from_folder(folder: Path) -> Contents:
     for component in CONFIGS:
         paths += [*(folder / component).glob("*.json"), *(folder / component).glob("*.txt")]
     files = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
+        path.relative_to(folder).as_posix(): read_small(path)
         for path in paths
         if ".index." not in path.name
     }

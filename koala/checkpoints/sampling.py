@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from koala.checkpoints.validate import read_json
+from koala.errors import UserError
 
 KEY = "_koala_sampling"  # in scheduler/scheduler_config.json
 
@@ -30,6 +31,22 @@ class Sampling:
     def guided(self) -> bool:
         """Whether it is made for classifier-free guidance."""
         return self.guidance > 1
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether it is made for few steps, so that more of them do not help."""
+        return self.steps < USUAL.steps
+
+    def text(self) -> str:
+        """In words: "4 steps without guidance"."""
+        return _in_words(self.steps, self.guidance)
+
+    def note(self, steps: int, guidance: float) -> str | None:
+        """A line about steps or guidance that it was not made for; None for others."""
+        burnt = guidance > 1 and not self.guided
+        if not burnt and not (self.few_steps and steps > self.steps):
+            return None
+        return f"the model was made for {self.text()}, not for {_in_words(steps, guidance)}"
 
     def to_config(self) -> dict[str, Any]:
         """The entry of a scheduler's config."""
@@ -52,15 +69,27 @@ _STEPS = re.compile(r"(\d{1,2})[ _-]?steps?\b", re.IGNORECASE)
 
 
 def of_config(config: Mapping[str, Any]) -> Sampling | None:
-    """What a scheduler's config states; None if it states nothing."""
-    found = config.get(KEY)
-    return Sampling(**found) if isinstance(found, dict) else None
+    """What a scheduler's config states; None if it states nothing. UserError for nonsense."""
+    if KEY not in config:
+        return None
+    match config[KEY]:
+        case {"steps": int(steps), "guidance": int() | float() as guidance, "scheduler": str(name)}:
+            if 1 <= steps <= 1000 and 0 <= guidance <= 100:
+                return Sampling(steps, float(guidance), name)
+    raise UserError(
+        f"{KEY} of the scheduler's config is {config[KEY]!r}: it states steps, guidance and "
+        "scheduler, or is left out"
+    )
 
 
 def of_model(model: str | Path, folder: Path) -> Sampling:
-    """What a model is drawn with: as its folder says, else as its name does, else as usual."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    return of_config(config) or by_name(str(model)) or USUAL
+    """`of_named` for a model and the folder that it is in."""
+    return of_named(str(model), read_json(folder / "scheduler" / "scheduler_config.json"))
+
+
+def of_named(name: str, config: Mapping[str, Any]) -> Sampling:
+    """What a model is drawn with: as its scheduler's config says, else its name, else as usual."""
+    return of_config(config) or by_name(name) or USUAL
 
 
 def by_name(name: str) -> Sampling | None:
@@ -78,3 +107,9 @@ def by_name(name: str) -> Sampling | None:
                 int(steps[1]) if steps else sampling.steps, sampling.guidance, sampling.scheduler
             )
     return None
+
+
+def _in_words(steps: int, guidance: float) -> str:
+    plural = "" if steps == 1 else "s"
+    guided = f"with guidance {guidance:g}" if guidance > 1 else "without guidance"
+    return f"{steps} step{plural} {guided}"

@@ -32,7 +32,8 @@ _FROM_FP8 = "F16"
 # Bits of the exponent, all set in NaN and infinity, by dtype.
 _EXPONENT = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # our names, and safetensors' own
-_HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
+_HEADER_LIMIT = 2**24  # bytes; SDXL's is 0.4 MB
+_TENSORS_LIMIT = 50_000  # SDXL has 2,515, a LoRA for it some thousands
 _AXES_LIMIT, _SIDE_LIMIT = 32, 2**48
 _PIECE = 4 << 20  # bytes read at a time
 _PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -117,6 +118,8 @@ def read_header(file: Path) -> dict[str, Stored]:
     """
     header, start, length = _header(file)
     header.pop("__metadata__", None)
+    if len(header) > _TENSORS_LIMIT:
+        raise _bad(file, f"{len(header):,} tensors, more than the limit of {_TENSORS_LIMIT:,}")
     try:
         tensors = {name: _stored(file, name, entry, start) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError) as error:

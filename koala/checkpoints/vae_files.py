@@ -8,10 +8,11 @@ from pathlib import Path
 from koala.checkpoints.ldm_keys import PREFIXES
 from koala.checkpoints.pipeline_files import Tensors, check_dtypes, is_obsolete
 from koala.checkpoints.resolve import HUB_ID, hub_folder, single_file_path
+from koala.checkpoints.schema import checked
 from koala.checkpoints.single_file import component_tensors
 from koala.checkpoints.spellings import canonical
 from koala.checkpoints.tensors import Stored, read_header
-from koala.checkpoints.validate import WEIGHTS, read_component, read_json
+from koala.checkpoints.validate import WEIGHTS, parse_object, read_component, read_small
 from koala.errors import UserError
 
 _FILES = ("config.json", f"{WEIGHTS['vae']}*.safetensors", "*.index.json")
@@ -39,9 +40,11 @@ def read_vae(vae: str | Path) -> VaeFiles:
             raise UserError(f"--vae {vae} does not exist: give a file, a folder or a Hub id")
         folder = hub_folder(vae, _FILES)
     place = folder / "vae" if (folder / "vae").is_dir() else folder
-    if read_json(place / "config.json").get("_class_name") != "AutoencoderKL":
+    config = read_small(place / "config.json")
+    values = parse_object(config, str(place / "config.json"))
+    if values.get("_class_name") != "AutoencoderKL":
         raise UserError(f"{place} is no AutoencoderKL, as SDXL's VAE is: choose another --vae")
-    config = (place / "config.json").read_bytes()
+    checked("vae/config.json", values, str(place / "config.json"))
     return _checked(place, read_component(place, "vae"), config)
 
 

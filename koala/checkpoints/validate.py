@@ -8,6 +8,7 @@ weights are never opened.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ from koala.architectures.config import from_unet_config
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
 from koala.checkpoints.prediction import of_config
+from koala.checkpoints.schema import SCHEMAS, checked
 from koala.checkpoints.tensors import Stored, read_header
 from koala.errors import UserError
 
@@ -33,6 +35,7 @@ CONFIGS = {  # component -> the config file that it must have
     "tokenizer_2": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
+_MOST_BYTES = 2**26  # of a small file
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
 
@@ -45,8 +48,20 @@ def some(names: Iterable[str]) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `UserError` if the file is missing or holds none."""
+    return parse_object(read_small(file), str(file))
+
+
+def read_small(file: Path) -> bytes:
+    """The content of a small file. Raises `UserError` if it is missing, no plain file, or large."""
     try:
-        return parse_object(file.read_bytes(), str(file))
+        kind = file.stat()
+        if not stat.S_ISREG(kind.st_mode):
+            raise UserError(f"{file} is no plain file; download it again")
+        if kind.st_size > _MOST_BYTES:
+            raise UserError(
+                f"{file} has {kind.st_size:,} bytes: allowed are {_MOST_BYTES:,}; download it again"
+            )
+        return file.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{file} is missing; is this a complete model folder?") from None
     except OSError as error:
@@ -123,12 +138,37 @@ def check_kind(folder: Path) -> None:
     for component, file in CONFIGS.items():
         if not (folder / component / file).is_file():
             raise UserError(f"{folder} lacks {component}/{file}, which every {PIPELINE} has")
+    _check_files(folder)
+    for path in SCHEMAS:
+        if (folder / path).is_file():
+            checked(path, read_json(folder / path), str(folder / path))
     try:
         of_config(read_json(folder / "scheduler" / CONFIGS["scheduler"]))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if not unet_architecture(folder).pooled:
         raise UserError(f"{folder}/unet has no addition embedding; an SDXL U-Net has one")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises `UserError` for small files that are no plain files, or links out of the folder.
+
+    Programs read all of a component's folder, and `convert` carries what it holds along. A link may
+    lead to a file of the same name, as in another model's folder, and in the Hub's cache to the
+    folder `blobs` beside the folders of a model's versions.
+    """
+    places = [folder, *(folder / component for component in CONFIGS)]
+    allowed = [place.resolve() for place in places]
+    allowed += [parent / "blobs" for parent in allowed[0].parents[:2]]
+    for path in (path for place in places for path in place.iterdir()):
+        if path.is_dir() or path.suffix == ".safetensors":
+            continue
+        if not path.is_file():
+            raise UserError(f"{path} is no file, or a link to none; download the model again")
+        target = path.resolve()
+        inside = any(target.is_relative_to(place) for place in allowed)
+        if path.is_symlink() and target.name != path.name and not inside:
+            raise UserError(f"{path} is a link out of the model's folder; copy the file there")
 
 
 def check_folder(folder: Path) -> None:

@@ -6,8 +6,10 @@ that load no torch, before anything else is done.
 Exit status: 0 done, 1 failed, 2 bad input (one line on standard error, no traceback).
 """
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 from koala import __version__
 from koala.cli import generate, measure, models, serve, train
@@ -23,7 +25,7 @@ GROUPS = {
         models.EXPORT,
         models.ARCHITECTURES,
     ),
-    "training": (train.PREPARE, train.DISTILL),
+    "training": (train.PREPARE, train.DISTILL, train.FINETUNE, train.RUNS),
     "measuring": (measure.EVALUATE, measure.BENCHMARK),
 }
 COMMANDS: dict[str, Command] = {
@@ -34,6 +36,7 @@ COMMANDS: dict[str, Command] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    stopping = _sigterm_interrupts()
     try:
         if not arguments:
             raise UserError("no command given; koala --help lists them")
@@ -53,7 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 1)
+    finally:
+        stopping()
     return 0
+
+
+def _sigterm_interrupts() -> Callable[[], object]:
+    """Makes SIGTERM what Ctrl-C is, so that half-written results are removed; returns the undoing.
+
+    Commands that stop in another way, as `distill` and `serve` do, set their own handlers.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return lambda: None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def command_named(name: str) -> Command:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,15 @@ def listed(names: Iterable[str]) -> str:
 
 
 def say(line: str) -> None:
-    """Tells a person something on standard error."""
-    print(f"koala: {line}", file=sys.stderr, flush=True)
+    """Tells a person something on standard error.
+
+    Control characters, which files may have in their names, are written as escapes, and so is what
+    the terminal's encoding lacks.
+    """
+    plain = "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in line)
+    encoding = sys.stderr.encoding or "utf-8"
+    plain = plain.encode(encoding, "backslashreplace").decode(encoding)
+    print(f"koala: {plain}", file=sys.stderr, flush=True)
 
 
 def show(o: argparse.Namespace, value: Any, text: str) -> None:

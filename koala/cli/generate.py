@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.sampling import USUAL
 from koala.checkpoints.words import read_words
 from koala.cli.command import Command, Parser, assembled, listed, number, say, show, whole
 from koala.errors import UserError
-from koala.generation.samplers import SAMPLERS
-from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, STRENGTH, WEIGHTS
+from koala.generation.samplers import SAMPLERS, Sampler
+from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, MASK_FILLS, STRENGTH, WEIGHTS
 
 
 def _arguments(p: Parser) -> None:
@@ -54,10 +55,14 @@ def _arguments(p: Parser) -> None:
     p.add_parts("--model")
 
     sampling = p.add_argument_group("sampling")
-    sampling.add_argument("--steps", type=whole, default=10, help="denoising steps (default 10)")
+    usual = "the model's own, else"
     sampling.add_argument(
-        "--guidance", type=number, default=3.5, help="guidance scale, CFG (default 3.5)"
+        "--steps", type=whole, help=f"denoising steps (default: {usual} {USUAL.steps})"
     )
+    sampling.add_argument(
+        "--guidance", type=number,
+        help=f"guidance scale, CFG; up to 1 there is none (default: {usual} {USUAL.guidance:g})",
+    )  # fmt: skip
     sampling.add_argument(
         "--guidance-until", type=number, default=1.0, metavar="SHARE",
         help="switch guidance off after this share of the steps (default 1.0: never)",
@@ -71,8 +76,10 @@ def _arguments(p: Parser) -> None:
         "--negative-prompt", "--negative", default="", metavar="TEXT", help="what to keep away from"
     )
     sampling.add_argument(
-        "--scheduler", default="euler", help=f"{listed(SAMPLERS)} (default euler)"
-    )
+        "--scheduler",
+        help=f"{listed(SAMPLERS)} (default: {usual} {USUAL.scheduler}); each but lcm also with "
+        f"other steps: {listed(f'-{name}' for name in Sampler.spacings)}, as in dpm++2m-karras",
+    )  # fmt: skip
     sampling.add_argument(
         "--strict", action="store_true",
         help="draw each image bit for bit as if it were drawn alone",
@@ -92,6 +99,11 @@ def _arguments(p: Parser) -> None:
     start.add_argument(
         "--mask-blur", type=whole, metavar="PIXELS",
         help=f"blend into the rest over so many pixels (default {MASK_BLUR})",
+    )  # fmt: skip
+
+    start.add_argument(
+        "--mask-fill", metavar="FILL",
+        help=f"what the redrawn part starts from: {listed(MASK_FILLS)} (default original)",
     )  # fmt: skip
 
     runtime = p.add_argument_group("speed")
@@ -129,11 +141,11 @@ def _run(o: argparse.Namespace) -> None:
         _list_words(o)
         return
     if not o.prompt:
-        raise UserError("no prompt: say what to draw, koala generate 'a red fox, noto style'")
+        raise UserError("no prompt: say what to draw, koala generate 'an owl, noto style'")
     from koala.generation import validation
     from koala.generation.png import check_writable
     from koala.generation.prompt_loras import shared_loras
-    from koala.generation.requests import checked
+    from koala.generation.requests import check_values, checked
     from koala.generation.workflow import workflow
     from koala.utils.device import check_device
 
@@ -154,8 +166,10 @@ def _run(o: argparse.Namespace) -> None:
         "guidance_until": o.guidance_until, "guidance_rescale": o.guidance_rescale,
         "scheduler": o.scheduler, "size": o.size, "number": o.number, "seed": o.seed,
         "image": o.image, "strength": o.strength, "mask": o.mask, "mask_blur": o.mask_blur,
+        "mask_fill": o.mask_fill,
         "lora_dir": o.lora_dir, "embedding": o.embedding,
     }  # fmt: skip
+    check_values(prompts, lora=loras, **asked)  # before the model is assembled or fetched
     model = assembled(o, o.model)
     settings = checked(model, prompts, lora=loras, **asked).settings
 
@@ -171,8 +185,7 @@ def _run(o: argparse.Namespace) -> None:
         images=len(settings), from_image=o.image is not None, say=say,
         of_requests=[name for name in ("embedding", "lora_dir") if getattr(o, name)],
     )  # fmt: skip
-    drawn_size = settings[0].width, settings[0].height
-    if note := validation.size_note(drawn_size, pipeline.known.native):
+    for note in pipeline.known.notes(settings[0]):
         say(note)
     if pipeline.plan is not None:
         print(pipeline.plan.table(), file=sys.stderr)
@@ -192,10 +205,10 @@ GENERATE = Command(
     "generate",
     "draw images from prompts",
     (
-        'koala generate "a red fox, noto style" --out fox.png',
+        'koala generate "a fox, noto style" --out fox.png',
         'koala generate "a fox, noto style" "an owl, noto style" -n 4 --seed 7 --out drawn',
         'koala generate "a fox, noto style" --steps 20 --scheduler dpm++2m --negative-prompt blue',
-        'koala generate "a blue fish, noto style" --image fox.png --strength 0.6 --out fish.png',
+        'koala generate "an owl, noto style" --image fox.png --strength 0.8 --out owl.png',
     ),
     _arguments,
     _run,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from koala.architectures.block_map import DEPTH_RULES
-from koala.architectures.table import CUTS, check_student
+from koala.architectures.table import CUTS
 from koala.checkpoints.convert import TARGETS
 from koala.checkpoints.tensors import DTYPES, float_dtype
 from koala.cli.command import (
@@ -74,10 +74,9 @@ def _compress_arguments(p: Parser) -> None:
 
 
 def _compress(o: argparse.Namespace) -> None:
-    from koala.checkpoints.compress import compress
+    from koala.checkpoints.compress import check_compression, compress
 
     check_push(o)
-    check_new(o.out.expanduser())
     if o.prune is not None:
         pruned = _prune(o)
         push(o, pruned.out)
@@ -85,8 +84,9 @@ def _compress(o: argparse.Namespace) -> None:
         return
     if o.calibrate is not None:
         raise UserError("--calibrate is for --prune: leave it out")
-    check_student(o.to)
-    report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, o.depth_rule or "bottom")
+    rule = o.depth_rule or "bottom"
+    check_compression(o.to, o.out, o.dtype, rule)  # before the teacher is assembled
+    report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, rule)
     push(o, report.out)
     show(o, asdict(report), report.line())
 
@@ -101,6 +101,7 @@ def _prune(o: argparse.Namespace) -> "PruneReport":
     prompts = prompts_in(o.calibrate)
     pruning(o.prune, prompts)
     float_dtype(o.dtype)
+    check_new(o.out.expanduser())
     check_name(o.teacher)
     from koala.generation.pruning import prune_model  # all is checked: now torch may load
 
@@ -140,7 +141,7 @@ def _convert_arguments(p: Parser) -> None:
 
 
 def _convert(o: argparse.Namespace) -> None:
-    from koala.checkpoints.convert import convert
+    from koala.checkpoints.convert import check_conversion, convert
     from koala.lora.conversion import convert_lora
 
     if o.student is not None and o.dtype is not None:
@@ -160,7 +161,7 @@ def _convert(o: argparse.Namespace) -> None:
             f"{o.to} is no format of a model to go on with: use koala export --to {o.to}"
         )
     if o.student is None:
-        check_new(o.out.expanduser())
+        check_conversion(o.to, o.out, o.dtype)  # before the model is assembled
         model = assembled(o, o.model)
         drawn = None if o.workflow is None else _workflow(model, o.out)
         converted = convert(model, o.to, o.out, o.dtype)
@@ -183,8 +184,7 @@ def _workflow(model: str | Path, out: Path) -> str:
     from koala.generation.workflow import as_text, workflow
 
     contents = read_model(model)
-    stated = sampling.of_config(contents.config(SCHEDULER))
-    meant = stated or sampling.by_name(str(model)) or sampling.USUAL
+    meant = sampling.of_named(str(model), contents.config(SCHEDULER))
     return as_text(workflow(example(out.name, contents.architecture, meant), out.name))
 
 

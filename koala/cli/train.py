@@ -128,13 +128,11 @@ def _with_parts(o: argparse.Namespace, option: str, model: str | None) -> str | 
 
 
 def _distill_arguments(p: Parser) -> None:
-    p.add_argument("recipe", help=", ".join(recipes.NAMES))
+    p.add_argument("name", nargs="?", metavar="recipe", help=", ".join(recipes.NAMES))
     p.add_argument(
-        "--data", metavar="DIR", help="a folder that koala prepare made, or a URL of one"
-    )
-    p.add_argument(
-        "--out", type=Path, metavar="DIR", help="the run's folder; the model ends in OUT/model"
-    )
+        "--recipe", type=Path, metavar="FILE",
+        help="in place of a name: a Python file whose recipe() returns one of your own",
+    )  # fmt: skip
     p.add_argument(
         "--teacher", metavar="MODEL",
         help="name, folder, file or Hub id of the model to learn from (default: the recipe's)",
@@ -143,19 +141,37 @@ def _distill_arguments(p: Parser) -> None:
         "--student", metavar="MODEL",
         help="a distilled model to continue from (default: the teacher, cut)",
     )  # fmt: skip
+    _training_arguments(p, "--teacher", "the model ends in OUT/model")
+
+
+def _finetune_arguments(p: Parser) -> None:
+    p.add_argument(
+        "recipe", help="full: the whole U-Net; lora: a LoRA, on a data set; dreambooth: a LoRA, on "
+        "about ten pictures of a subject",
+    )  # fmt: skip
+    p.add_argument("--model", metavar="MODEL", help="bundled name, folder, file or Hub id")
+    _training_arguments(p, "--model", "the result ends in OUT/model, or OUT/lora")
+
+
+def _training_arguments(p: Parser, model: str, result: str) -> None:
+    """What both trainings take; model: the option that names the one with parts of others."""
+    p.add_argument(
+        "--data", metavar="DIR", help="a folder that koala prepare made, or a URL of one"
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help=f"the run's folder; {result}")
     p.add_argument("--device", help="cpu or cuda (default: the best available)")
     p.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="override settings of the recipe, such as training.batch=64 hardware.accumulate=4; "
-        "hardware.* may also change when a run resumes",
+        "hardware.* may also change when a run resumes; `--set help` lists them all",
     )  # fmt: skip
     p.add_argument(
         "--log", nargs="+", action="extend", default=[], metavar="LOGGER",
         help=f"log to {listed(LOGGERS)} as well",
     )  # fmt: skip
-    p.add_parts("--teacher")
+    p.add_parts(model)
     p.add_push()
-    p.add_json("the model's folder, or with --dry-run recipe and cost,")
+    p.add_json("the result's folder, or with --dry-run recipe and cost,")
     dry = p.add_argument_group("dry run")
     dry.add_argument(
         "--dry-run", action="store_true",
@@ -171,39 +187,105 @@ def _distill_arguments(p: Parser) -> None:
 
 def _distill(o: argparse.Namespace) -> None:
     require("koala distill", "train", "pyarrow")
-    from koala.recipes.validation import check, check_dry_run
+    from koala.recipes.validation import check
 
-    recipe = recipes.configured(o.recipe, o.set)
-    if o.dry_run:
-        gpus = 1 if o.gpus is None else o.gpus
-        check_dry_run(recipe, gpus, o.card, o.device, o.data)
-        from koala.recipes.cost import dry_run  # all is checked: now torch may load
-
-        found = dry_run(
-            recipe,
-            teacher=_with_parts(o, "--teacher", o.teacher),
-            data=o.data,
-            card=o.card,
-            processes=gpus,
-            device=o.device,
-        )
-        show(o, found.as_dict(), found.text())
+    if (o.name is None) == (o.recipe is None):
+        raise UserError("give a recipe: a name, or --recipe FILE for one of your own")
+    own = None if o.recipe is None else recipes.from_file(o.recipe)
+    chosen = o.name if own is None else own.recipe
+    if _explain(o, recipes.configured(chosen)):
         return
-    for name in ("card", "gpus"):
-        if getattr(o, name) is not None:
-            raise UserError(f"--{name} is for --dry-run; leave it out")
-    for name in ("data", "out"):
-        if getattr(o, name) is None:
-            raise UserError(f"koala distill needs --{name} (only --dry-run goes without)")
+    recipe = recipes.configured(chosen, o.set)
+    if o.dry_run:
+        _dry_run(o, recipe, "--teacher", o.teacher)
+        return
+    _check_run(o, "distill")
     check(recipe, o.data, o.teacher, o.student, o.device, o.log)
     check_push(o)
     teacher = _with_parts(o, "--teacher", o.teacher)
     from koala.recipes.train import distill  # all is checked: now torch may load
 
-    model = distill(o.recipe, o.data, o.out, teacher, o.device, o.set, o.log, o.student)
+    model = distill(own or o.name, o.data, o.out, teacher, o.device, o.set, o.log, o.student)
     if first_process():
         show(o, {"model": str(model)}, f"finished model: {model}")
         push(o, model)
+
+
+def _finetune(o: argparse.Namespace) -> None:
+    require("koala finetune", "train", "pyarrow")
+    from koala.recipes.recipe import Finetune
+    from koala.recipes.validation import check_finetune
+
+    if _explain(o, recipes.get(o.recipe, recipes.FINETUNES)):
+        return
+    recipe = recipes.configured(o.recipe, o.set, recipes.FINETUNES)
+    assert isinstance(recipe, Finetune)
+    if o.dry_run:
+        _dry_run(o, recipe, "--model", o.model)
+        return
+    _check_run(o, "finetune", "model")
+    check_finetune(recipe, o.model, o.data, o.device, o.log)
+    check_push(o)
+    model = assembled(o, o.model)
+    from koala.recipes.train import finetune  # all is checked: now torch may load
+
+    result = finetune(o.recipe, model, o.data, o.out, o.device, o.set, o.log)
+    if first_process():
+        what = "LoRA" if recipe.lora else "model"
+        show(o, {what.lower(): str(result)}, f"finished {what}: {result}")
+        push(o, result)
+
+
+def _explain(o: argparse.Namespace, recipe: recipes.Recipe) -> bool:
+    """Prints what each setting means, if --set asks for help; whether it did."""
+    if o.set != ["help"]:
+        return False
+    from koala.recipes.meanings import as_json, explained
+
+    show(o, as_json(recipe), explained(recipe))
+    return True
+
+
+def _dry_run(o: argparse.Namespace, recipe: recipes.Recipe, option: str, model: str | None) -> None:
+    """Prints recipe and cost; model: what the option names."""
+    from koala.recipes.validation import check_dry_run
+
+    gpus = 1 if o.gpus is None else o.gpus
+    check_dry_run(recipe, gpus, o.card, o.device, o.data)
+    model = _with_parts(o, option, model)
+    from koala.recipes.cost import dry_run  # all is checked: now torch may load
+
+    found = dry_run(
+        recipe, teacher=model, data=o.data, card=o.card, processes=gpus, device=o.device
+    )
+    show(o, found.as_dict(), found.text())
+
+
+def _check_run(o: argparse.Namespace, command: str, *also: str) -> None:
+    """UserError for what a run lacks, or what only a dry run takes."""
+    for name in ("card", "gpus"):
+        if getattr(o, name) is not None:
+            raise UserError(f"--{name} is for --dry-run; leave it out")
+    for name in (*also, "data", "out"):
+        if getattr(o, name) is None:
+            raise UserError(f"koala {command} needs --{name} (only --dry-run goes without)")
+
+
+def _runs_arguments(p: Parser) -> None:
+    p.add_argument("folder", help="the --out of a training, or a folder with several")
+    p.add_argument(
+        "--plot", type=Path, metavar="FILE", help="a PNG with losses and speed of all runs"
+    )
+    p.add_json("the runs")
+
+
+def _runs(o: argparse.Namespace) -> None:
+    from koala.recipes import runs
+
+    found = runs.list_runs(o.folder)
+    if o.plot is not None:
+        runs.plot(o.folder, o.plot)
+    show(o, runs.as_json(found), runs.table(found))
 
 
 PREPARE = Command(
@@ -229,4 +311,22 @@ DISTILL = Command(
     ),
     _distill_arguments,
     _distill,
+)
+FINETUNE = Command(
+    "finetune",
+    "train a model further on your own images, whole or as a LoRA; run it again to resume",
+    (
+        "koala finetune dreambooth --model koala-700m --data fox --out runs/fox",
+        "koala finetune lora --model sdxl.safetensors --data style --out runs/style",
+        "koala finetune full --model koala-700m --dry-run --card 4090",
+    ),
+    _finetune_arguments,
+    _finetune,
+)
+RUNS = Command(
+    "runs",
+    "list trainings with their losses, speed and time left; plot them",
+    ("koala runs runs --plot runs.png", "koala runs runs/koala --json"),
+    _runs_arguments,
+    _runs,
 )

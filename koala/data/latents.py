@@ -89,6 +89,7 @@ class LatentSet:
             )
         pairs = np.stack([self.index.height[shards], self.index.width[shards]])
         _, buckets = np.unique(pairs, axis=1, return_inverse=True)
+        self.buckets = len(np.unique(buckets))  # sizes of images that there are
         self.order = BatchOrder(shards, self.index.rows[shards], buckets.reshape(-1), seed, window)
         self.seed = seed
         self.mirror = split == "train" and self.index.made_with.get("mirror", False)

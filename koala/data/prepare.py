@@ -21,6 +21,7 @@ from koala.data.shards import Summary
 from koala.data.sources import recognise
 from koala.data.sources.parquet import Parquet
 from koala.errors import UserError, did_you_mean
+from koala.utils.atomic import locked
 from koala.utils.contact_sheet import contact_sheet
 from koala.utils.device import check_device, pick_device
 
@@ -93,7 +94,14 @@ def prepare(
     check_device(device)
     if device is not None and model is None:
         raise UserError(f"--device {device} applies to encoding: give --model too")
-    out = Path(out)
+    with locked(Path(out), f".lock-{os.environ.get('RANK', '0')}"):  # ranks share the folder
+        return _prepare(source, Path(out), model, workers, device, sheet, kind, preparation)
+
+
+def _prepare(
+    source: str, out: Path, model: str | None, workers: int | None, device: str | None,
+    sheet: str | Path | None, kind: str | None, preparation: Preparation | None,
+) -> PrepareReport:  # fmt: skip
     if source in ILLUSTRATIONS:
         settings = ILLUSTRATIONS[source]
         if preparation:

@@ -6,10 +6,15 @@ are stored whole and in fp32 (the codes of 8-bit moments as bytes) even if they 
 number of processes can resume.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +23,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from koala.distillation.dtensor import local, part_of, whole
 from koala.distillation.ema import EMA
-from koala.distillation.optimizers import make_moments, plain_parts
+from koala.distillation.optimizers import make_moments, plain_parts, trained_parameters
 from koala.distillation.settings import Training
 from koala.errors import Failure, UserError
 from koala.utils.atomic import new_folder
+
+TORCHRUN_WAITS = 30  # seconds from torchrun's SIGTERM to its SIGKILL
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class State:
 
     def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, local tensor, tensor with its sharding) of everything that is saved."""
-        parameters = dict(self.module.named_parameters())
+        parameters = trained_parameters(self.module)
         for name, parameter in parameters.items():
             yield f"weights.{name}", parameter, parameter
         for average in self.averages:
@@ -45,6 +53,11 @@ class State:
                 yield f"ema.{average.half_life}.{name}", weight, parameters[name]
         for name, parameter in parameters.items():
             for key, moment in self.optimizer.state.get(parameter, {}).items():
+                if not isinstance(moment, Tensor):
+                    raise UserError(
+                        f"{type(self.optimizer).__name__} keeps {key} as {type(moment).__name__}: "
+                        "an optimiser's state must be tensors, so that a run can be resumed"
+                    )
                 for part, value in plain_parts(moment).items():
                     yield f"optimizer.{name}.{key}{part}", value, value
 
@@ -66,13 +79,72 @@ def save(
 
     Every process must call this, since shards are gathered; only one may `write`.
     """
+    tensors = _gathered(state, write)
+    if write:
+        _write(run, seen, tensors, log, settings)
+
+
+class Saver:
+    """Writes checkpoints while the training goes on.
+
+    Processes wait for each other only while shards are gathered, however slow the disk is. The
+    first process holds the state in main memory until it is written, and one state at a time.
+    """
+
+    def __init__(self, run: Path, settings: Training, write: bool) -> None:
+        self._run, self._settings, self._write = run, settings, write
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._told = False
+
+    def save(self, seen: int, state: State, log: dict[str, Any]) -> None:
+        """Begins to write; every process must call this. Failure if the one before failed."""
+        self.wait()
+        tensors = _gathered(state, self._write)
+        if self._write:
+            work = (self._run, seen, tensors, log, self._settings)
+            self._writing = self._thread.submit(self._timed, *work)
+
+    def wait(self) -> None:
+        """Waits until what was begun is written; Failure if it cannot be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def _timed(self, *work: Any) -> None:
+        start = time.monotonic()
+        _write(*work)
+        seconds = time.monotonic() - start
+        if seconds > TORCHRUN_WAITS / 2 and "TORCHELASTIC_RUN_ID" in os.environ and not self._told:
+            self._told = True
+            print(
+                f"koala: {self._run}: a checkpoint took {seconds:.0f} s to write, and torchrun "
+                f"kills its processes {TORCHRUN_WAITS} s after a SIGTERM: a stop may lose what "
+                "came after the last checkpoint (training.save_every)",
+                file=sys.stderr,
+            )
+
+
+def _gathered(state: State, keep: bool) -> dict[str, Tensor]:
+    """The whole state in main memory; nothing, where it is not kept."""
     tensors = {}
     for name, tensor, like in state.tensors():
-        value = whole(tensor, like)
-        if write:
-            tensors[name] = value
-    if not write:
-        return
+        if keep or isinstance(like, DTensor):
+            value = whole(tensor, like)
+            if keep:
+                tensors[name] = value
+    return tensors
+
+
+def _write(
+    run: Path, seen: int, tensors: dict[str, Tensor], log: dict[str, Any], settings: Training
+) -> None:
     folder = run / "checkpoints" / f"{seen:012d}"
     for leftover in folder.parent.glob(".*"):  # of a run killed while writing
         shutil.rmtree(leftover)
@@ -105,8 +177,10 @@ def load(checkpoint: Path, state: State) -> tuple[int, dict[str, Any]]:
     try:
         with safe_open(checkpoint / "state.safetensors", "pt") as file:
             saved = set(file.keys())
-            named = state.module.named_parameters()  # frozen parameters have no moments
-            moving = [value for name, value in named if f"optimizer.{name}.step" in saved]
+            named = trained_parameters(state.module).items()
+            moments = [key.split(".") for key in saved if key.startswith("optimizer.")]
+            owners = {".".join(parts[1:n]) for parts in moments for n in range(len(parts))}
+            moving = [value for name, value in named if name in owners]
             make_moments(state.optimizer, moving)
             for name, tensor, like in state.tensors():
                 local(tensor).copy_(part_of(file.get_tensor(name), like))

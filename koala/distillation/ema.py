@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from koala.distillation.dtensor import local
+from koala.distillation.optimizers import trained_parameters
 from koala.errors import UserError
 
 # Early in a run the half-life is limited to this share of the samples seen, so that the average
@@ -30,7 +31,7 @@ def ema_decay(batch: int, seen: int, half_life: float) -> float:
 
 
 class EMA:
-    """fp32 running average of a module's parameters; of sharded ones, the local part.
+    """fp32 running average of a module's trained parameters; of sharded ones, the local part.
 
     module: its parameters start the average. It must not have persistent buffers.
     half_life: samples after which a weight counts half; UserError unless above 0.
@@ -47,7 +48,8 @@ class EMA:
             name: part.to("cpu" if on_cpu else part.device, torch.float32, copy=True)
             for name, part in _parts(module).items()
         }
-        assert set(self._weights) == set(module.state_dict()), "buffers or tied weights"
+        named = {name for name, _ in module.named_parameters()}
+        assert named == set(module.state_dict()), "buffers or tied weights"
 
     @torch.no_grad()
     def update(self, module: nn.Module, batch: int, seen: int) -> None:
@@ -86,5 +88,5 @@ class EMA:
 
 
 def _parts(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters' local parts by name."""
-    return {name: local(parameter.detach()) for name, parameter in module.named_parameters()}
+    """The trained parameters' local parts by name."""
+    return {name: local(p.detach()) for name, p in trained_parameters(module).items()}

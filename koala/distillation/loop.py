@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from koala.distillation import checkpoint
 from koala.distillation.ema import EMA
 from koala.distillation.forward_process import generators_at
-from koala.distillation.optimizers import new_optimizer, set_rate
+from koala.distillation.optimizers import new_optimizer, set_rate, trained_parameters
 from koala.distillation.parallel import Layout
 from koala.distillation.precision import computing
 from koala.distillation.records import Log, Record
@@ -70,6 +70,7 @@ def train(
     validation: Sequence[dict[str, Any]] = (),
     loggers: Sequence[str] = (),
     flops: float | None = None,
+    optimizer: Callable[[list[Any], Training], torch.optim.Optimizer] | None = None,
 ) -> nn.Module:
     """Trains to the end, from the newest checkpoint in `run` if any; returns the EMA weights.
 
@@ -78,6 +79,7 @@ def train(
     layout: of several processes, or of other hardware (`koala.distillation.parallel`); None: this
       process and the task's device.
     loggers: "tensorboard", "wandb". flops: of one sample's step, to show the share of the peak.
+    optimizer: of the trained parameters and the settings; None: the settings'.
 
     SIGTERM and Ctrl-C save and stop; a second one stops at once. UserError if the folder belongs
     to a run with other settings, or a setting is invalid; Failure if a loss or the gradient is not
@@ -98,7 +100,9 @@ def train(
                 "machines must share the folder --out"
             )
     averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
-    state = checkpoint.State(module, averages, new_optimizer(settings, module))
+    moving = [*trained_parameters(module).values()]
+    chosen = optimizer(moving, settings) if optimizer else new_optimizer(settings, module)
+    state = checkpoint.State(module, averages, chosen)
     last = checkpoint.newest(run)
     seen, open_sums = checkpoint.load(last, state) if last else (0, None)
     log, meter = Log(open_sums), Meter(world, seen, flops)
@@ -108,6 +112,7 @@ def train(
     with (
         progress(run.name, settings.samples, "samples", seen, silent=not world.first) as advance,
         _stop_requested() as stop_requested,
+        checkpoint.Saver(run, settings, world.first) as saver,
     ):
         while seen < settings.samples:
             # One step.
@@ -148,7 +153,9 @@ def train(
                     _write_image(image, run / "previews" / f"{seen:012d}.png")
             if done or stop or save or due(settings.keep_every):
                 with world.together():
-                    checkpoint.save(run, seen, state, log.open_sums(), settings, world.first)
+                    saver.save(seen, state, log.open_sums())
+                    if done or stop:
+                        saver.wait()
                 saved = time.monotonic()
             if stop and not done:
                 raise world.failure(f"{run}: stopped after {seen} samples; run again to continue")

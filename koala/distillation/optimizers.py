@@ -15,6 +15,11 @@ from koala.distillation.settings import Training
 from koala.utils.extras import require
 
 
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a training moves, by name: those that are not frozen."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 def new_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) from the settings; UserError if torchao is missing."""
     common: dict[str, Any] = {
@@ -22,13 +27,14 @@ def new_optimizer(settings: Training, module: nn.Module) -> torch.optim.Optimize
         "betas": settings.betas,
         "weight_decay": settings.weight_decay,
     }
+    parameters = [*trained_parameters(module).values()]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(module.parameters(), **common, fused=True)
+        return torch.optim.AdamW(parameters, **common, fused=True)
     assert settings.optimizer == "adamw-8bit"
     require(f"optimizer {settings.optimizer}", "torchao", "torchao")
     from torchao.optim import AdamW8bit
 
-    return AdamW8bit(module.parameters(), **common)
+    return AdamW8bit(parameters, **common)
 
 
 def plain_parts(moment: Tensor) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -116,16 +116,24 @@ class Layout:
     world: World = World()
     hardware: Hardware = PLAIN
     replicas: DistributedDataParallel | None = None
+    shards: FSDPModule | None = None
 
     def computing(self, last: bool) -> AbstractContextManager:
-        """Context of each part of a step; replicas exchange gradients only in the `last`."""
+        """Context of each part of a step; replicas exchange gradients only in the `last`.
+
+        Shards do so in each part, unless `Hardware.reduce_last`.
+        """
+        if self.shards is not None and self.hardware.reduce_last:
+            self.shards.set_requires_gradient_sync(last)
         if self.replicas is None or last:
             return contextlib.nullcontext()
         return self.replicas.no_sync()
 
 
-def lay_out(task: Laid, hardware: Hardware, world: World) -> Layout:
+def lay_out(task: Laid, hardware: Hardware, world: World, buckets: int = 1) -> Layout:
     """Distributes a task's models over processes and devices. UserError for invalid settings.
+
+    buckets: sizes of images that there are; with several, compiled code is for all of them.
 
     The order matters:
     1. taps are attached to the raw modules when the task is created;
@@ -143,17 +151,20 @@ def lay_out(task: Laid, hardware: Hardware, world: World) -> Layout:
         if teacher is not None:
             _to_channels_last(teacher, sharded=hardware.teacher == "sharded")
     if hardware.compile:
-        _compile([region for network in networks for region in regions(network)], hardware.compile)
+        found = [region for network in networks for region in regions(network)]
+        _compile(found, hardware.compile, dynamic=buckets > 1)
     if hardware.checkpointing:
         _checkpoint(regions(student))
     if teacher is not None and hardware.teacher == "offloaded":
         for region in regions(teacher):
             _offload(region.block, world.device)
     if teacher is not None and hardware.teacher == "sharded":
-        _shard(teacher, world)
+        _shard(teacher, world, _AS_IT_IS)
     if hardware.sharding == "fsdp":
-        _shard(student, world)
-    elif world.size > 1:
+        low = world.device.type == "cuda" or hardware.cpu_bf16
+        shards = _shard(student, world, _IN_BF16 if low else _AS_IT_IS)
+        return Layout(world, hardware, shards=shards)
+    if world.size > 1:
         replicas = DistributedDataParallel(
             student,
             device_ids=[world.device] if world.device.type == "cuda" else None,
@@ -224,13 +235,17 @@ def _to_channels_last(unet: nn.Module, sharded: bool) -> None:
     unet.get_submodule("conv_in").register_forward_pre_hook(convert)
 
 
-def _compile(found: list[Region], backend: str) -> None:
-    """Compiles each region separately; regions of one shape share the code."""
+def _compile(found: list[Region], backend: str, dynamic: bool) -> None:
+    """Compiles each region separately; regions of one shape share the code.
+
+    dynamic: the code is for all sizes of images. Otherwise each would be compiled anew, of 41
+    buckets more than the limit below allows.
+    """
     torch._dynamo.config.recompile_limit = 256  # all regions are one function
     torch._dynamo.config.accumulated_recompile_limit = 256
     torch._dynamo.config.optimize_ddp = False  # regions are smaller than DDP's buckets
     for region in found:
-        region.compute = torch.compile(region.compute, backend=backend)
+        region.compute = torch.compile(region.compute, backend=backend, dynamic=dynamic)
 
 
 def _checkpoint(found: list[Region]) -> None:
@@ -241,13 +256,21 @@ def _checkpoint(found: list[Region]) -> None:
         )
 
 
-def _shard(unet: nn.Module, world: World) -> None:
+_AS_IT_IS = MixedPrecisionPolicy()
+# Gathers in the dtype that autocast computes in, half the bytes; gradients are summed in fp32.
+# Inputs stay as they are: bf16 would round image sizes.
+_IN_BF16 = MixedPrecisionPolicy(
+    param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+)
+
+
+def _shard(unet: nn.Module, world: World, policy: MixedPrecisionPolicy) -> FSDPModule:
     """FSDP2: parameters are sharded, and each region gathers its own when it runs."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     for region in regions(unet):
-        fully_shard(region.block, mesh=mesh)
+        fully_shard(region.block, mesh=mesh, mp_policy=policy)
     # Reshard the rest after every forward pass: a backward pass may not follow.
-    fully_shard(unet, mesh=mesh, reshard_after_forward=True)
+    return fully_shard(unet, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
 
 def _offload(block: nn.Module, device: torch.device) -> None:

@@ -25,18 +25,18 @@ STAGES = ("DW-1", "DW-2", "DW-3", "Mid", "UP-1", "UP-2", "UP-3")
 class Training:
     """Length, optimiser and records of a training. Everything is counted in samples."""
 
-    samples: int
+    samples: int  # seen in the whole run
     batch: int  # of one step, over all processes
     lr: float  # constant after the warm-up, or decaying to 0 if `decay`
     warmup: int = 0  # samples
     decay: bool = False  # linearly to zero over the whole run
     optimizer: str = "adamw"  # fused; "adamw-8bit" keeps its moments in 8 bits (torchao)
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)  # AdamW's
+    weight_decay: float = 0.01  # AdamW's
     clip: float = 1.0  # maximum norm of the gradient
     ema_half_life: int = 10_000  # samples; of the average used for previews and exported
     ema_others: tuple[int, ...] = ()  # further half-lives, exported too
-    seed: int = 0
+    seed: int = 0  # of the order of samples, noise, timesteps, dropped captions
     log_every: int = 1_024  # samples
     validate_every: int = 0  # samples; 0: never
     preview_every: int = 20_000  # samples
@@ -87,12 +87,14 @@ class Hardware:
 
     accumulate: int = 1  # gradient accumulation: parts of a process's share of the batch
     sharding: str = "ddp"  # of student and optimiser: "ddp" replicates, "fsdp" shards
+    reduce_last: bool = False  # fsdp: exchange gradients after the last part alone; they are whole
     teacher: str = "whole"  # or "sharded" over processes, or "offloaded" to main memory, by block
     checkpointing: bool = False  # recompute the blocks' activations in the backward pass
     compile: str = ""  # torch.compile backend for each block, e.g. "inductor"; "": eager
-    channels_last: bool = True
+    channels_last: bool = True  # memory format of images and convolutions
     ema_on_cpu: bool = False  # averages in main memory, 4 bytes per parameter each
     cpu_bf16: bool = False  # bf16 on a CPU that supports it, as always on a GPU
+    stored_text: bool = False  # the data must hold text embeddings, so that no encoder is needed
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
@@ -101,6 +103,11 @@ class Hardware:
             value = getattr(self, name)
             if value not in allowed:
                 raise unknown(name, value, allowed)
+        if self.reduce_last and (self.sharding != "fsdp" or self.accumulate == 1):
+            raise UserError(
+                "reduce_last=true has no effect without sharding=fsdp and accumulate above 1: "
+                "leave it out"
+            )
 
     def micro_batch(self, batch: int, processes: int) -> int:
         """Samples computed at once; UserError if the batch does not divide evenly."""
@@ -168,32 +175,27 @@ def check_min_snr(gamma: float | None) -> None:
 class DistillationSettings:
     """Settings of the loss. A term with weight 0 is not computed.
 
-    task_weight, output_weight, feature_weight: w_task, w_out, w_feat; finite, 0 or more. The
-      paper states none; 1/1/1 is our reading.
-    min_snr: gamma of the min-SNR weights (`min_snr_weights`) of L_task; None weights all timesteps
-      equally, as the paper does. min_snr_out: they weigh L_outKD as well.
-    guidance: scale of classifier-free guidance, above 1: output and features of the teacher are
-      guided, so that the student draws without guidance what its teacher draws with it, in half
-      the passes (Meng et al., arXiv 2210.03142; here one scale). Not for step-distilled teachers,
-      which draw without guidance. None: the teacher's prediction for the caption.
-    taps: features of L_featKD; empty if and only if feature_weight is 0.
-    depth_rule: how transformer blocks are paired: "bottom" (the paper's best), "interleave", "up".
-    normalise: divide each tap's error of a sample by the mean square of the teacher's feature
-      (as LAPTOP-Diff, 2404.11098, does), so that no tap outweighs the others by its scale.
-    caption_dropout: as in `Denoising`.
-    UserError for anything else, and for a setting without effect.
+    The paper states no weights; 1/1/1 is our reading. It weights all timesteps equally.
+
+    Guidance makes output and features of the teacher those of classifier-free guidance, so that the
+    student draws without guidance what its teacher draws with it, in half the passes (Meng et al.,
+    arXiv 2210.03142; here one scale). It is not for step-distilled teachers, which draw without.
+
+    UserError for values that cannot be, and for a setting without effect.
     """
 
-    task_weight: float = 1.0
-    output_weight: float = 1.0
-    feature_weight: float = 1.0
-    min_snr: float | None = None
-    min_snr_out: bool = False
-    guidance: float | None = None
-    taps: tuple[Tap, ...] = PAPER_TAPS
-    depth_rule: str = "bottom"
-    normalise: bool = False
-    caption_dropout: float = 0.1
+    task_weight: float = 1.0  # of L_task: finite, 0 or more
+    output_weight: float = 1.0  # of L_outKD
+    feature_weight: float = 1.0  # of L_featKD
+    min_snr: float | None = None  # gamma of L_task's min-SNR weights; none: timesteps are equal
+    min_snr_out: bool = False  # these weigh L_outKD as well
+    guidance: float | None = None  # the teacher's scale, above 1; none: its plain prediction
+    taps: tuple[Tap, ...] = PAPER_TAPS  # features compared, as sa+lf@DW-1,UP-3; none with weight 0
+    depth_rule: str = "bottom"  # pairs transformer blocks: "bottom" (the paper's best),
+    # "interleave" or "up"
+    normalise: bool = False  # divide a tap's error of a sample by the mean square of the teacher's
+    # feature (LAPTOP-Diff, 2404.11098), so that no tap outweighs the others by its scale
+    caption_dropout: float = 0.1  # share of samples without a caption, for guidance
 
     def __post_init__(self) -> None:
         weights = {

@@ -251,11 +251,9 @@ class Distillation(Denoising):
             sampling=Sampling(guidance=1.0) if settings.guidance else None,
         )
         self.settings = settings
-        points = tap_points(student, settings.taps)
-        pairs = paired_points(student, teacher, points, settings.depth_rule)
-        self.pairs = dict(zip(points, pairs, strict=True))  # student's module path -> teacher's
-        self._features = Features(student, points)
-        self._teacher_features = Features(teacher, pairs)
+        self.pairs = self.tapped(student, teacher)
+        self._features = Features(student, [*self.pairs])
+        self._teacher_features = Features(teacher, [*self.pairs.values()])
         self._apart["teacher"] = teacher.requires_grad_(False).eval()
         self._place_teacher()
 
@@ -263,6 +261,21 @@ class Distillation(Denoising):
     def teacher(self) -> UNet2DConditionModel:
         """The frozen U-Net that runs beside the trainable one."""
         return self._apart["teacher"]
+
+    def tapped(
+        self, student: UNet2DConditionModel, teacher: UNet2DConditionModel
+    ) -> dict[str, str]:
+        """The student's modules whose outputs are compared -> the teacher's. May be overridden."""
+        points = tap_points(student, self.settings.taps)
+        pairs = paired_points(student, teacher, points, self.settings.depth_rule)
+        return dict(zip(points, pairs, strict=True))
+
+    def tap_error(self, feature: Tensor, of_teacher: Tensor) -> Tensor:
+        """The error of each sample at a tap: [n, ...] twice to fp32 [n]. May be overridden."""
+        error = squared_error(feature, of_teacher)
+        if self.settings.normalise:
+            error = error / of_teacher.float().square().flatten(1).mean(1)
+        return error
 
     def _place_teacher(self) -> None:
         # Not diffusers' own `to`, which warns needlessly about fp32 modules.
@@ -328,11 +341,7 @@ class Distillation(Denoising):
     def _tap_errors(
         self, features: dict[str, Tensor], teacher_features: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        errors = {}
-        for point, pair in self.pairs.items():
-            f_s, f_t = features[point], teacher_features[pair]
-            error = squared_error(f_s, f_t)
-            if self.settings.normalise:
-                error = error / f_t.float().square().flatten(1).mean(1)
-            errors[point] = error.mean()
-        return errors
+        return {
+            point: self.tap_error(features[point], teacher_features[pair]).mean()
+            for point, pair in self.pairs.items()
+        }

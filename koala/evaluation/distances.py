@@ -1,10 +1,16 @@
-"""Frechet and kernel distance (KID) between two sets of feature vectors, in float64.
+"""Frechet and kernel distances (KID, CMMD) between two sets of feature vectors, in float64.
 
 Letters: n, m vectors in the sets a, b; d their width.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
+
+Kernel = Callable[[Tensor, Tensor], Tensor]  # [n, d], [m, d] -> [n, m]
+ROWS = 2048  # of a kernel matrix that are there at once
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -53,14 +59,74 @@ def kernel_distance(
 def _squared_mmd(x: Tensor, y: Tensor) -> float:
     """The unbiased estimate: pairs of a vector with itself are left out (Gretton 2012, eq. 3)."""
     n, m = len(x), len(y)
-    xx, yy, xy = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+    xx, yy, xy = polynomial(x, x), polynomial(y, y), polynomial(x, y)
     within_x = (xx.sum() - xx.trace()) / (n * (n - 1))
     within_y = (yy.sum() - yy.trace()) / (m * (m - 1))
     return float(within_x + within_y - 2 * xy.mean())
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
+def polynomial(x: Tensor, y: Tensor) -> Tensor:
+    """KID's kernel, (x.y / d + 1)^3."""
     return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def squared_mmd(a: Tensor, b: Tensor, kernel: Kernel, unbiased: bool = True) -> float:
+    """The squared maximum mean discrepancy of two whole sets (Gretton et al. 2012, eqs. 3 and 5).
+
+    unbiased: pairs of a vector with itself are left out; with them (CMMD's) it is never negative.
+    """
+    return float(_mmd_without(a, b, np.zeros(len(a), int), kernel, unbiased)[0])
+
+
+def kernel_left_out(
+    a: Tensor, b: Tensor, groups: np.ndarray, kernel: Kernel, unbiased: bool = True
+) -> np.ndarray:
+    """The squared MMD without each group of a. groups: int [n], numbers from 0."""
+    return _mmd_without(a, b, groups, kernel, unbiased)[1:]
+
+
+def _mmd_without(
+    a: Tensor, b: Tensor, groups: np.ndarray, kernel: Kernel, unbiased: bool
+) -> np.ndarray:
+    """The squared MMD of all, then without each group: from the kernel's sums between groups."""
+    a, b = _checked(a, b)
+    member = torch.nn.functional.one_hot(torch.from_numpy(groups)).double()  # [n, g]
+    ones = torch.ones(len(b), 1, dtype=torch.float64)
+    within = _sums(a, a, member, member, kernel)  # [g, g]
+    across = _sums(a, b, member, ones, kernel)[:, 0]  # [g]
+    alone = member.T @ torch.cat([_own(part, kernel) for part in a.split(ROWS)])  # [g]
+    real = _sums(b, b, ones, ones, kernel)[0, 0] - _own_sum(b, kernel) * unbiased
+    sizes = member.sum(0)
+
+    def value(inside: Tensor, itself: Tensor, between: Tensor, n: Tensor) -> Tensor:
+        pairs = n * (n - 1) if unbiased else n * n
+        of_real = len(b) * (len(b) - 1) if unbiased else len(b) ** 2
+        own = (inside - itself * unbiased) / pairs
+        return own + real / of_real - 2 * between / (n * len(b))
+
+    whole = value(within.sum(), alone.sum(), across.sum(), sizes.sum())
+    rest = value(
+        within.sum() - within.sum(0) - within.sum(1) + within.diagonal(),
+        alone.sum() - alone,
+        across.sum() - across,
+        sizes.sum() - sizes,
+    )
+    return torch.cat([whole[None], rest]).numpy()
+
+
+def _sums(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, kernel: Kernel) -> Tensor:
+    """of_x^T k(x, y) of_y, a few rows of the kernel matrix at a time."""
+    parts = zip(x.split(ROWS), of_x.split(ROWS), strict=True)
+    return sum((of.T @ (kernel(part, y) @ of_y) for part, of in parts), torch.tensor(0.0).double())
+
+
+def _own(x: Tensor, kernel: Kernel) -> Tensor:
+    """[n] the kernel of each vector with itself."""
+    return torch.stack([kernel(one[None], one[None])[0, 0] for one in x])
+
+
+def _own_sum(x: Tensor, kernel: Kernel) -> Tensor:
+    return _own(x, kernel).sum()
 
 
 def _root(x: Tensor) -> Tensor:

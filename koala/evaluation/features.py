@@ -84,14 +84,3 @@ def as_tensor(images: Sequence[Image.Image]) -> Tensor:
     """PIL images of one size -> uint8 [n, 3, h, w], RGB."""
     arrays = [np.asarray(image.convert("RGB")) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-
-
-def at_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scales a real image down to the (width, height) of the generated images.
-
-    Otherwise a distance would mostly measure the resolution. Smaller images stay as they are.
-    """
-    image = image.convert("RGB")
-    if image.width <= size[0] and image.height <= size[1]:
-        return image
-    return image.resize(size, Image.Resampling.LANCZOS)

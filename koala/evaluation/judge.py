@@ -100,8 +100,8 @@ class Judge(nn.Module):
         return judge.eval()
 
     @torch.no_grad()
-    def retrieval(self, image_features: Tensor, text_features: Tensor) -> dict[str, float]:
-        """R@1, R@5 and R@10 from image to text, in 0..1. A wrong text wins a tie.
+    def ranks(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """int64 [n]: how many wrong texts are before each image's own. A wrong text wins a tie.
 
         Args:
             image_features: float [n, d_p].
@@ -113,7 +113,11 @@ class Judge(nn.Module):
         unit = F.normalize(text_features, dim=-1)
         right = unit @ unit.T > 1 - 1e-5
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        before = ((scores >= best) & ~right).sum(1)
+        return ((scores >= best) & ~right).sum(1)
+
+    def retrieval(self, image_features: Tensor, text_features: Tensor) -> dict[str, float]:
+        """R@1, R@5 and R@10 from image to text, in 0..1, of the same arguments as `ranks`."""
+        before = self.ranks(image_features, text_features)
         return {f"R@{k}": float((before < k).double().mean()) for k in RANKS}
 
     def save(self, path: Path) -> None:

@@ -17,7 +17,7 @@ EIGHT_PROMPTS = (
     "a car, flat twemoji style",
     "a strawberry, flat fluent style",
     "a whale, noto style",
-    "a blue fish, solid icon",
+    "a purple guitar, solid icon",
     "two red apples on a light blue background, noto style",
 )
 SEED = 7

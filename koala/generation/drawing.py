@@ -5,6 +5,7 @@ Everything here takes NumPy's arrays or PyTorch's. Importing it loads no torch.
 
 import itertools
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from PIL import Image
 
 from koala.architectures.time_ids import time_ids
 from koala.errors import UserError
-from koala.generation import image_inputs, samplers
+from koala.generation import image_inputs, samplers, validation
 from koala.generation.denoise import BatchRow, Condition, Inpainting, Predict
 from koala.generation.engine import Engine, Progress
 from koala.generation.noise import Noise
@@ -100,9 +101,13 @@ class Drawing(ABC):
 
         asked: keyword arguments of `requests`. strict: every image is bit for bit what it is when
         drawn alone. on_step: called as on_step(done, total) after each step of each image.
-        UserError for a value that is not allowed.
+        UserError for a value that is not allowed; a warning for a size, steps or guidance that the
+        model was not made for.
         """
-        return self.draw(self.requests(prompt, **asked), strict, on_step)
+        requests = self.requests(prompt, **asked)
+        for line in self.known.notes(requests[0].settings):
+            warnings.warn(line, stacklevel=2)
+        return self.draw(requests, strict, on_step)
 
     def draw(
         self,
@@ -125,7 +130,7 @@ class Drawing(ABC):
         return Result([ticket.result() for ticket in tickets], settings)
 
     def steps(self, requests: Sequence[Request]) -> int:
-        """The number of steps of all requests together."""
+        """The number of steps of all requests together, each evaluation of the U-Net one."""
         return sum(len(self._schedule(request.settings)) for request in requests)
 
     def requests(
@@ -133,11 +138,11 @@ class Drawing(ABC):
         prompt: str | list[str],
         *,
         negative_prompt: str = "",
-        steps: int = 10,
-        guidance: float = 3.5,
+        steps: int | None = None,
+        guidance: float | None = None,
         guidance_until: float = 1.0,
         guidance_rescale: float = 0.0,
-        scheduler: str = "euler",
+        scheduler: str | None = None,
         size: tuple[int, int] | str | None = None,
         number: int = 1,
         seed: int | None = None,
@@ -145,6 +150,7 @@ class Drawing(ABC):
         strength: float | None = None,
         mask: str | Path | Image.Image | None = None,
         mask_blur: int | None = None,
+        mask_fill: str | None = None,
         lora: Mapping[str | Path, float] | None = None,
         lora_dir: Path | None = None,
         embedding: Sequence[str | Path] = (),
@@ -154,10 +160,12 @@ class Drawing(ABC):
 
         prompt: text of any length, with weights (`koala.generation.prompt_syntax`), changes
             (`koala.generation.prompt_editing`), and LoRAs of `lora_dir` as <lora:NAME:SCALE>.
-        steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass.
+        steps: 1 to 1000. guidance: 0 to 100; up to 1 there is no unconditional pass. Both and the
+            scheduler are by default those that the model is made for
+            (`koala.checkpoints.sampling`).
         guidance_until: the share of the steps, from the first, with guidance: above 0, up to 1.
         guidance_rescale: 0 to 1, how far the contrast that guidance adds is taken back.
-        scheduler: a key of `samplers.SAMPLERS`.
+        scheduler: a name that `samplers.get` knows, such as "euler" or "dpm++2m-karras".
         size: (width, height) in pixels or "WIDTHxHEIGHT", multiples of 8 from 16 to 4096; by
             default that of `image`, else the model's own. With an image it may be any size: what
             is no multiple of 8 is padded, and cut back at the end.
@@ -166,7 +174,9 @@ class Drawing(ABC):
             it, above 0, up to 1; by default 0.6. mask: an image of the same size, light or
             transparent where it is to be repainted (`image_files.read_mask`); what is not comes
             back pixel for pixel. mask_blur: pixels, 0 to 64, inwards from the mask's edge, over
-            which the two blend; by default 4.
+            which the two blend; by default 4. mask_fill: what the repainted part starts from, if
+            strength is below 1: the "original", its "surroundings" drawn into it, "noise" or
+            "nothing" (latents of 0); by default the original.
         lora: files and scales, -100 to 100, for these images alone, besides the model's own.
         embedding: files of textual inversions, each named in a prompt by the file's name; those of
             the folder `embedding_dir` may be.
@@ -177,8 +187,8 @@ class Drawing(ABC):
             self.known, prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
             guidance_until=guidance_until, guidance_rescale=guidance_rescale, scheduler=scheduler,
             size=size, number=number, seed=seed, image=image, strength=strength, mask=mask,
-            mask_blur=mask_blur, lora=lora, lora_dir=lora_dir, embedding=embedding,
-            embedding_dir=embedding_dir,
+            mask_blur=mask_blur, mask_fill=mask_fill, lora=lora, lora_dir=lora_dir,
+            embedding=embedding, embedding_dir=embedding_dir,
         )  # fmt: skip
         if any(asked.loras) and not self.takes_loras:
             raise UserError(
@@ -194,7 +204,10 @@ class Drawing(ABC):
         pixels = places = paste = None
         if asked.image is not None:
             image = image_inputs.on_white(asked.image, (first.width, first.height))
-            pixels = self.own(image_inputs.to_pixels(image, self.factor))
+            start = image
+            if asked.mask is not None and first.mask_fill == "surroundings":
+                start = image_inputs.filled(image, asked.mask.places, self.factor)
+            pixels = self.own(image_inputs.to_pixels(start, self.factor))
             if asked.mask is not None:
                 places = self.own(asked.mask.places.astype(np.float32)[None, None])
                 paste = Paste(image, asked.mask.blend)
@@ -222,9 +235,13 @@ class Drawing(ABC):
                     x = latents + sampler.sigmas[0] * first
                 if request.mask is not None:
                     kept = Inpainting(latents, self.own(request.mask), first)
+                    x = x + _refilled(kept, asked.mask_fill, noise)
             embeddings = {path.stem.lower(): self.embedding(path) for path in request.embeddings}
-            (condition, unconditional), *later = self._conditions(asked, len(schedule), embeddings)
-            guided = math.ceil(asked.guidance_until * len(schedule))
+            steps = validation.steps_done(asked.steps, asked.strength)
+            of_steps = self._conditions(asked, steps, embeddings)
+            each = [pair for pair in of_steps for _ in range(sampler.evaluations)]
+            (condition, unconditional), *later = each[: len(schedule)]
+            guided = sampler.evaluations * math.ceil(asked.guidance_until * steps)
             return BatchRow(
                 sampler, x, condition, unconditional, asked.guidance, guided,
                 asked.guidance_rescale, kept, size=(asked.width, asked.height),
@@ -245,7 +262,10 @@ class Drawing(ABC):
             return self._previewer(row.x if row.denoised is None else row.denoised)
 
     def _schedule(self, asked: Settings) -> Schedule:
-        return SPACINGS[asked.schedule](self.scheduler_config, asked.steps).last(asked.strength)
+        """A step for each evaluation of the U-Net."""
+        schedule = SPACINGS[asked.schedule](self.scheduler_config, asked.steps)
+        sampler = samplers.BY_NAME[asked.sampler]
+        return sampler.adapted(schedule.last(asked.strength), asked.schedule)
 
     def _conditions(
         self, asked: Settings, steps: int, embeddings: Mapping[str, Ids]
@@ -273,3 +293,10 @@ class Drawing(ABC):
         pair = (asked.height, asked.width)
         parts = (encoded.text, encoded.pooled, time_ids([pair], [(0, 0)], [pair]))
         return Condition(*(self.own(part) for part in parts))
+
+
+def _refilled(kept: Inpainting, fill: str, noise: Noise) -> Array:
+    """What to add to x, so that the repainted part starts from something else than the image."""
+    if fill not in ("noise", "nothing"):
+        return 0
+    return kept.mask * ((noise.draw() if fill == "noise" else 0) - kept.latents)

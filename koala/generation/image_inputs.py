@@ -32,6 +32,37 @@ def to_pixels(image: Image.Image, factor: int = FACTOR) -> np.ndarray:
     return np.pad(pixels, padding, mode="edge")
 
 
+def filled(image: Image.Image, places: np.ndarray, factor: int) -> Image.Image:
+    """An RGB image with its surroundings drawn smoothly into what is repainted.
+
+    places: bool [h, w] of the latent, factor x factor pixels each. The image is halved until
+    nothing is missing, and each size fills in what the next larger one lacks (pull-push: Gortler
+    and others 1996, "The Lumigraph"). All missing: the image as it is.
+    """
+    lacking = places.repeat(factor, 0).repeat(factor, 1)[: image.height, : image.width]
+    if lacking.all():
+        return image
+    known = 1.0 - lacking[..., None]
+    return Image.fromarray(_pulled(np.array(image, float), known).round().astype(np.uint8))
+
+
+def _pulled(colours: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """colours [h, w, 3] where known [h, w, 1] is not 0, else those of a half of the size."""
+    if known.all():
+        return colours
+    padding = ((0, known.shape[0] % 2), (0, known.shape[1] % 2), (0, 0))
+    weights, sums = (
+        np.pad(a, padding).reshape(-(-a.shape[0] // 2), 2, -(-a.shape[1] // 2), 2, -1).sum((1, 3))
+        for a in (known, colours * known)
+    )
+    half = _pulled(sums / np.maximum(weights, 1), (weights > 0).astype(float))
+    size = (known.shape[1], known.shape[0])
+    bands = [
+        Image.fromarray(half[..., i]).resize(size, Image.Resampling.BILINEAR) for i in range(3)
+    ]
+    return np.where(known > 0, colours, np.stack([np.asarray(band) for band in bands], -1))
+
+
 class Previewer:
     """Latents to colours by a linear map, one pixel per latent position: rough and very cheap.
 

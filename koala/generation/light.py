@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from koala.checkpoints.sampling import of_named
 from koala.errors import UserError
 from koala.generation.denoise import Condition
 from koala.generation.drawing import Drawing
@@ -72,7 +73,8 @@ class LightPipeline(Drawing):
 
     @property
     def known(self) -> Known:
-        return Known(self.name, self.form.native, self.form.scheduler, base=None)
+        meant = of_named(self.name, self.form.scheduler)
+        return Known(self.name, self.form.native, self.form.scheduler, base=None, sampling=meant)
 
     def own(self, array: Array) -> np.ndarray:
         return np.asarray(array, np.float32)

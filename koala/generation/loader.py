@@ -20,7 +20,7 @@ from koala.generation.engine import PIXELS_AT_ONCE
 from koala.generation.form_writing import keep_form
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.placement import Placement
-from koala.generation.memory.plan import Planner
+from koala.generation.memory.plan import Planner, beside_model
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.backends import Backend, choose
 from koala.generation.runtime.compile import (
@@ -77,8 +77,9 @@ def load(
         width, height = (-(-side // FACTOR) * FACTOR for side in asked)
         at_once = max(1, min(images, PIXELS_AT_ONCE // (width * height)))
         planner = Planner(
-            folder, place, (width, height), at_once, weights, decode, tiny_vae, from_image
-        )
+            folder, place, (width, height), at_once, weights, decode, tiny_vae, from_image,
+            beside_model(place),
+        )  # fmt: skip
         budget = None if vram is None else validation.budget(vram)
         placement = Placement(planner, planner.choose(budget), say)
         pipeline = placed(folder, name, placement, scales, say)

@@ -1,6 +1,6 @@
 """A model that PyTorch holds, with its LoRAs.
 
-`koala.load("koala-mini")("a red fox, noto style", number=4, seed=7)` draws four.
+`koala.load("koala-mini")("a fox, noto style", number=4, seed=7)` draws four.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from koala.checkpoints.sampling import of_named
 from koala.checkpoints.tensors import load_tensor
 from koala.checkpoints.textual_inversion import read_embedding
 from koala.errors import UserError
@@ -93,6 +94,7 @@ class Pipeline(Drawing):
             scheduler_config=self.scheduler_config,
             base=self._base,
             loras=tuple((name, lora.scale) for name, lora in self.loras.items()),
+            sampling=of_named(self.name, self.scheduler_config),
         )
 
     def use_loras(self, lora: Loras) -> None:

@@ -18,11 +18,15 @@ from PIL import Image, PngImagePlugin
 
 from koala.errors import UserError
 from koala.generation.requests import Settings
+from koala.generation.samplers import LABELS
 from koala.generation.workflow import workflow
+from koala.utils.atomic import new_file
 
 if TYPE_CHECKING:
     from koala.generation.drawing import Result
 
+# AUTOMATIC1111's names of what a repainted part starts from; "original" is not said.
+MASKED_CONTENT = {"surroundings": "fill", "noise": "latent noise", "nothing": "latent nothing"}
 LONGEST_STEM = 48  # letters of a prompt in a file's name
 # Suffixes of image files: --out with one of them names a file, not a folder.
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -49,7 +53,8 @@ def save(
     on. stem: of the files in a folder, `stem`-NNNN.png; by default each is named after its prompt.
     comfyui: put a workflow for ComfyUI into each (`koala.generation.workflow`).
     Numbers continue from the highest that exists, so no file is replaced. A file is written as a
-    whole or not at all. UserError for a file that exists or cannot be written.
+    whole or not at all. UserError for a file that exists or cannot be written; Failure if the disk
+    is full.
     """
     if stem is not None and (not stem or Path(stem).name != stem):
         raise UserError(f"file name {stem!r}: allowed is a plain name without folders")
@@ -104,15 +109,11 @@ def read_settings(path: str | Path | IO[bytes]) -> Settings:
 
 
 def parameters(settings: Settings) -> str:
-    """The settings as AUTOMATIC1111's text.
-
-    Its "SGM Uniform" is closest to trailing spacing: both start at the last training timestep, and
-    no later step is two timesteps off. LCM has its own levels in both.
-    """
+    """The settings as AUTOMATIC1111's text."""
     values = {
         "Steps": settings.steps,
         "Sampler": settings.sampler,
-        "Schedule type": "SGM Uniform" if settings.schedule == "trailing" else "Automatic",
+        "Schedule type": LABELS[settings.schedule],
         "CFG scale": f"{settings.guidance:g}",
         "Seed": settings.seed,
         "Size": f"{settings.width}x{settings.height}",
@@ -123,6 +124,8 @@ def parameters(settings: Settings) -> str:
         values["Denoising strength"] = f"{settings.strength:g}"
     if settings.mask:
         values["Mask blur"] = settings.mask_blur
+        if settings.mask_fill in MASKED_CONTENT:
+            values["Masked content"] = MASKED_CONTENT[settings.mask_fill]
     if settings.guidance_until < 1:
         values["Guidance until"] = f"{settings.guidance_until:g}"
     if settings.guidance_rescale:
@@ -153,15 +156,8 @@ def write_png(
 
 
 def _write(image: Image.Image, settings: Settings, path: Path, comfyui: bool) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=".koala-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write_png(image, settings, file, comfyui)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with new_file(path) as part, part.open("wb") as file:
+        write_png(image, settings, file, comfyui)
 
 
 def _add(info: PngImagePlugin.PngInfo, key: str, text: str) -> None:
@@ -170,13 +166,6 @@ def _add(info: PngImagePlugin.PngInfo, key: str, text: str) -> None:
         info.add_text(key, text)
     else:
         info.add_itxt(key, text)
-
-
-def _umask() -> int:
-    """This process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _slug(prompt: str) -> str:

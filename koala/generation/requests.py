@@ -18,7 +18,7 @@ import koala
 from koala.architectures.table import FACTOR, UNetArchitecture
 from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.resolve import resolve_model
-from koala.checkpoints.sampling import Sampling
+from koala.checkpoints.sampling import USUAL, Sampling, of_model, of_named
 from koala.checkpoints.tensors import read_header
 from koala.checkpoints.textual_inversion import read_embedding
 from koala.checkpoints.validate import unet_architecture
@@ -61,6 +61,7 @@ class Settings:
     image: str = ""  # fingerprint of the image that it starts from, if any
     mask: str = ""  # fingerprint of the mask, if any
     mask_blur: int = 0  # pixels over which the repainted part blends into the image
+    mask_fill: str = "original"  # what the repainted part starts from
     embeddings: tuple[str, ...] = ()  # textual inversions that the prompts name
     enlarged: str = ""  # WIDTHxHEIGHT that the image was resized to once drawn, if it was
 
@@ -102,16 +103,26 @@ class Known:
     scheduler_config: Mapping[str, Any]
     base: BaseModel | None  # what a LoRA must fit; None: it takes none
     loras: tuple[tuple[str, float], ...] = ()  # names and scales of the model's own
+    sampling: Sampling = USUAL  # that it is made for
 
     @classmethod
     def of(cls, model: str | Path) -> Known:
         """Of a bundled name, a folder, a Hub id or a single file. UserError if it is not found."""
         if is_form(model):
             form = Form.read(Path(model).expanduser())
-            return cls(form.name, form.native, form.scheduler, None)
+            meant = of_named(form.name, form.scheduler)
+            return cls(form.name, form.native, form.scheduler, None, sampling=meant)
         folder = resolve_model(model)
-        native = unet_architecture(folder).sample * FACTOR
-        return cls(str(model), native, load_scheduler_config(folder), base_of(folder))
+        return cls(
+            str(model), unet_architecture(folder).sample * FACTOR, load_scheduler_config(folder),
+            base_of(folder), sampling=of_model(model, folder),
+        )  # fmt: skip
+
+    def notes(self, settings: Settings) -> list[str]:
+        """A line for each of an image's settings that the model was not made for."""
+        size = validation.size_note((settings.width, settings.height), self.native)
+        found = (size, self.sampling.note(settings.steps, settings.guidance))
+        return [line for line in found if line]
 
 
 @dataclass(frozen=True)
@@ -128,75 +139,184 @@ class Checked:
 def example(model: str, architecture: UNetArchitecture, meant: Sampling) -> Settings:
     """The settings of one image, drawn as a model is meant to be."""
     side = architecture.sample * FACTOR
-    sampler = samplers.get(meant.scheduler)
+    sampler, spacing = samplers.get(meant.scheduler)
     return Settings(
         "a red fox", "", meant.steps, meant.guidance, 0, side, side, model, koala.__version__,
-        sampler=sampler.name, schedule=sampler.spacing,
+        sampler=sampler.name, schedule=spacing,
     )  # fmt: skip
 
 
-def checked(
-    model: str | Path | Known,
-    prompt: str | list[str],
-    *,
-    negative_prompt: str = "",
-    steps: int = 10,
-    guidance: float = 3.5,
-    guidance_until: float = 1.0,
-    guidance_rescale: float = 0.0,
-    scheduler: str = "euler",
-    size: tuple[int, int] | str | None = None,
-    number: int = 1,
-    seed: int | None = None,
-    image: str | Path | Image.Image | None = None,
-    strength: float | None = None,
-    mask: str | Path | Image.Image | None = None,
-    mask_blur: int | None = None,
-    lora: Mapping[str | Path, float] | None = None,
-    lora_dir: Path | None = None,
-    embedding: Sequence[str | Path] = (),
-    embedding_dir: Path | None = None,
-) -> Checked:
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is asked for besides the prompts, as in `Drawing.requests`; None: the model's own."""
+
+    negative_prompt: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_until: float = 1.0
+    guidance_rescale: float = 0.0
+    scheduler: str | None = None
+    size: tuple[int, int] | str | None = None
+    number: int = 1
+    seed: int | None = None
+    image: str | Path | Image.Image | None = None
+    strength: float | None = None
+    mask: str | Path | Image.Image | None = None
+    mask_blur: int | None = None
+    mask_fill: str | None = None
+    lora: Mapping[str | Path, float] | None = None
+    lora_dir: Path | None = None
+    embedding: Sequence[str | Path] = ()
+    embedding_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is asked for, as far as it needs no model: checked, and read from its files."""
+
+    prompts: list[str]
+    seed: int  # of the first image
+    image: Image.Image | None
+    mask: Image.Image | None
+    size: tuple[int, int] | None  # pixels
+    mask_blur: int
+    loras: list[Loras]  # of each prompt
+    embeddings: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, prompt: str | list[str], asked: Asked) -> _Inputs:
+        prompts = validation.prompts(prompt)
+        validation.number(asked.number)
+        refuse_loras(asked.negative_prompt)
+        split = [split_loras(text, asked.lora_dir) for text in prompts]
+        prompts = validation.prompts([text for text, _ in split])
+        seed = validation.seed(asked.seed, len(prompts) * asked.number)
+        given, masked = (None if it is None else open_image(it) for it in (asked.image, asked.mask))
+        size = given.size if given is not None and asked.size is None else asked.size
+        if size is not None:  # what starts from an image is padded, and cut back
+            size = validation.size(size, FACTOR if given is None else 1)
+        blur = validation.mask_blur(asked.mask_blur, masked is not None)
+        own = (asked.lora or {}).items()
+        shared = tuple((Path(f).expanduser(), validation.lora_scale(s)) for f, s in own)
+        texts = [*prompts, asked.negative_prompt]
+        embeddings = named_embeddings(texts, asked.embedding, asked.embedding_dir)
+        loras: list[Loras] = [(*shared, *files.items()) for _, files in split]
+        for path in (*_files(loras), *embeddings):
+            read_header(path)  # refuses a file that is missing or damaged
+        return cls(prompts, seed, given, masked, size, blur, loras, embeddings)
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """How the images are sampled."""
+
+    steps: int
+    guidance: float
+    until: float
+    rescale: float
+    strength: float
+    sampler: type[samplers.Sampler]
+    spacing: str  # of the noise levels
+    mask_fill: str
+
+    @classmethod
+    def of(cls, texts: Sequence[str], asked: Asked, meant: Sampling | None) -> _Sampled:
+        """meant: the model's own; None where it is not known yet."""
+        own = meant or USUAL
+        steps = own.steps if asked.steps is None else asked.steps
+        guidance = own.guidance if asked.guidance is None else asked.guidance
+        validation.numbers(steps, guidance)
+        validation.negative_prompt(asked.negative_prompt, guidance)
+        until = validation.guidance_until(asked.guidance_until, guidance)
+        rescale = validation.guidance_rescale(asked.guidance_rescale, guidance)
+        named = own.scheduler if asked.scheduler is None else asked.scheduler
+        sampler, spacing = samplers.get(named)
+        masked = asked.mask is not None
+        share = validation.strength(asked.strength, asked.image is not None, masked)
+        fill = validation.mask_fill(asked.mask_fill, masked, share)
+        known = meant is not None or asked.steps is not None
+        done = validation.steps_done(steps, share) if known else steps
+        for text in (*texts, asked.negative_prompt):
+            for variant in set(by_step(text, done)):
+                parse(variant)  # refuses weights out of their range
+        return cls(steps, float(guidance), until, rescale, share, sampler, spacing, fill)
+
+
+def check_values(prompt: str | list[str], **asked: Any) -> None:
+    """Checks all of a request that needs no model. Arguments and errors as of `checked`."""
+    _without_model(prompt, Asked(**asked))
+
+
+def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) -> Checked:
     """Validates the arguments of `Pipeline.requests`. UserError for a value that is not allowed.
 
-    model: its facts, or its name, which is resolved after everything else was checked.
+    model: its facts, or its name, which is resolved after everything else was checked. asked: the
+    fields of `Asked`.
     """
-    prompts = validation.prompts(prompt)
-    validation.numbers(steps=steps, guidance=guidance, number=number)
-    validation.negative_prompt(negative_prompt, guidance)
-    refuse_loras(negative_prompt)
-    split = [split_loras(text, lora_dir) for text in prompts]
-    prompts = validation.prompts([text for text, _ in split])
-    sampler = samplers.get(scheduler)
-    until = validation.guidance_until(guidance_until, guidance)
-    rescale = validation.guidance_rescale(guidance_rescale, guidance)
-    share = validation.strength(strength, image is not None, mask is not None)
-    done = validation.steps_done(steps, share)
-    for text in (*prompts, negative_prompt):
-        for variant in set(by_step(text, done)):
-            parse(variant)  # refuses weights out of their range
-    first_seed = validation.seed(seed, len(prompts) * number)
-    given, masked = (None if it is None else open_image(it) for it in (image, mask))
-    asked_size = given.size if given is not None and size is None else size
-    drawn_size = None
-    if asked_size is not None:  # what starts from an image is padded, and cut back
-        drawn_size = validation.size(asked_size, FACTOR if given is None else 1)
-    blur = validation.mask_blur(mask_blur, masked is not None)
-    own = tuple((Path(f).expanduser(), validation.lora_scale(s)) for f, s in (lora or {}).items())
-    embeddings = named_embeddings([*prompts, negative_prompt], embedding, embedding_dir)
-    loras = [(*own, *files.items()) for _, files in split]  # of each prompt
-    named = {path for files in loras for path, _ in files}
-    for path in (*named, *embeddings):
-        read_header(path)  # refuses a file that is missing or damaged before a model is fetched
+    values = Asked(**asked)
+    if isinstance(model, Known):
+        known, inputs = model, _Inputs.of(prompt, values)
+    else:
+        inputs = _without_model(prompt, values)
+        known = Known.of(model)
+    sampled = _Sampled.of(inputs.prompts, values, known.sampling)
+    validation.schedule(known.scheduler_config, sampled.spacing, sampled.steps)
+    names = _check_loras(known, inputs)
+    width, height = inputs.size or (known.native, known.native)
+    area = None
+    if inputs.image is not None and inputs.mask is not None:
+        size = inputs.image.size
+        area = read_mask(inputs.mask, size, (width, height), FACTOR, inputs.mask_blur)
+    first = Settings(
+        prompt=inputs.prompts[0],
+        negative_prompt=values.negative_prompt,
+        steps=sampled.steps,
+        guidance=sampled.guidance,
+        seed=inputs.seed,
+        width=width,
+        height=height,
+        model=known.name,
+        version=koala.__version__,
+        sampler=sampled.sampler.name,
+        schedule=sampled.spacing,
+        guidance_until=sampled.until,
+        guidance_rescale=sampled.rescale,
+        strength=sampled.strength,
+        image="" if inputs.image is None else fingerprint(inputs.image),
+        mask="" if inputs.mask is None else fingerprint(inputs.mask),
+        mask_blur=inputs.mask_blur,
+        mask_fill=sampled.mask_fill,
+        embeddings=tuple(path.stem for path in inputs.embeddings),
+    )
+    # The prompt of each image.
+    of = [i // values.number for i in range(len(inputs.prompts) * values.number)]
+    every = [
+        replace(first, prompt=inputs.prompts[n], loras=names[n], seed=first.seed + i)
+        for i, n in enumerate(of)
+    ]
+    return Checked(every, inputs.image, area, [inputs.loras[n] for n in of], inputs.embeddings)
 
-    known = model if isinstance(model, Known) else Known.of(model)
-    validation.schedule(known.scheduler_config, sampler.spacing, steps)
-    names = [(*known.loras, *((path.stem, scale) for path, scale in files)) for files in loras]
+
+def _without_model(prompt: str | list[str], asked: Asked) -> _Inputs:
+    inputs = _Inputs.of(prompt, asked)
+    _Sampled.of(inputs.prompts, asked, None)
+    return inputs
+
+
+def _files(loras: Sequence[Loras]) -> set[Path]:
+    return {path for files in loras for path, _ in files}
+
+
+def _check_loras(known: Known, inputs: _Inputs) -> list[tuple[tuple[str, float], ...]]:
+    """Names and scales of each prompt's LoRAs. UserError for those that the model cannot take."""
+    names = [
+        (*known.loras, *((path.stem, scale) for path, scale in files)) for files in inputs.loras
+    ]
     for of_prompt in names:
         for name, count in Counter(name for name, _ in of_prompt).items():
             if count > 1:
                 raise UserError(f"two LoRAs are called {name!r}: name each once")
-    for path in named:
+    for path in _files(inputs.loras):
         if known.base is None:
             raise UserError(
                 f"{known.name} runs without PyTorch, which the LoRA {path} needs: leave it out, or "
@@ -205,36 +325,6 @@ def checked(
         read(path, known.base)
     if known.base is not None:  # a form takes none, which `Drawing.requests` says
         first_text, second_text = known.base.text_encoders
-        for path in embeddings:
+        for path in inputs.embeddings:
             read_embedding(path, (first_text.width, second_text.width))
-    width, height = drawn_size or (known.native, known.native)
-    area = None
-    if given is not None and masked is not None:
-        area = read_mask(masked, given.size, (width, height), FACTOR, blur)
-    first = Settings(
-        prompt=prompts[0],
-        negative_prompt=negative_prompt,
-        steps=steps,
-        guidance=float(guidance),
-        seed=first_seed,
-        width=width,
-        height=height,
-        model=known.name,
-        version=koala.__version__,
-        sampler=sampler.name,
-        schedule=sampler.spacing,
-        loras=names[0],
-        guidance_until=until,
-        guidance_rescale=rescale,
-        strength=share,
-        image="" if given is None else fingerprint(given),
-        mask="" if masked is None else fingerprint(masked),
-        mask_blur=blur,
-        embeddings=tuple(path.stem for path in embeddings),
-    )
-    of = [i // number for i in range(len(prompts) * number)]  # the prompt of each image
-    every = [
-        replace(first, prompt=prompts[n], loras=names[n], seed=first.seed + i)
-        for i, n in enumerate(of)
-    ]
-    return Checked(every, given, area, [loras[n] for n in of], embeddings)
+    return names

@@ -18,15 +18,36 @@ if TYPE_CHECKING:
     from koala.generation.schedule import Schedule
     from koala.utils.arrays import Array
 
+# AUTOMATIC1111's names of the spacings, the keys of `schedule.SPACINGS`. Its "SGM Uniform" is
+# closest to trailing spacing: both start at the last timestep of training, and no later step is two
+# timesteps off. LCM has its own levels in both.
+LABELS = {
+    "trailing": "SGM Uniform",
+    "uniform": "Uniform",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "align-your-steps": "Align Your Steps",
+    "lcm": "Automatic",
+}
+
 
 class Sampler:
     """One image's sampler over a schedule. Subclasses define `step`.
 
-    name: as AUTOMATIC1111 calls it. spacing: a key of `schedule.SPACINGS`.
+    name: as AUTOMATIC1111 calls it. spacing: its own, a key of `schedule.SPACINGS`. spacings: those
+    it works with. evaluations: of the U-Net, for each step of the schedule.
     """
 
     name: ClassVar[str]
     spacing: ClassVar[str] = "trailing"
+    spacings: ClassVar[tuple[str, ...]] = tuple(name for name in LABELS if name != "lcm")
+    evaluations: ClassVar[int] = 1
+
+    @classmethod
+    def adapted(cls, schedule: Schedule, spacing: str) -> Schedule:
+        """The schedule with a step for each evaluation."""
+        return schedule
 
     def __init__(self, schedule: Schedule, noise: Noise) -> None:
         self.timesteps: list[float] = schedule.timesteps.tolist()
@@ -88,39 +109,136 @@ class EulerAncestral(Sampler):
 
     def step(self, i: int, x: Array, denoised: Array) -> Array:
         sigma, to = self.sigmas[i], self.sigmas[i + 1]
-        up = to * math.sqrt(sigma**2 - to**2) / sigma
-        down = math.sqrt(to**2 - up**2)
-        slope = (x - denoised) / sigma
-        x = x + (down - sigma) * slope
-        return x + up * self.noise.draw() if up > 0 else x
+        return denoised if to == 0 else _ancestral(x, denoised, sigma, to, self.noise.draw())
 
 
-class DPMSolver2M(Sampler):
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order from the step before.
+class _Multistep(Sampler):
+    """Second order from the step before: what DPM-Solver++(2M) and its relatives share.
 
-    The first step has no predecessor and the last ends without noise: both are of first order.
+    The timesteps are whole, as in diffusers, which rounds those of Karras' spacing and cuts the
+    others off.
+    """
+
+    def __init__(self, schedule: Schedule, noise: Noise) -> None:
+        super().__init__(schedule, noise)
+        self.before: list[Array] = []  # the last two estimates of x0, the latest first
+
+    @classmethod
+    def adapted(cls, schedule: Schedule, spacing: str) -> Schedule:
+        return schedule.whole(nearest=spacing == "karras")
+
+    def start(self, noise: Array) -> Array:
+        return noise * _std(self.sigmas[0])
+
+    def toward(self, i: int, denoised: Array) -> Array:
+        """What step i leads to: denoised, and how it changes (arXiv 2211.01095, algorithm 2).
+
+        The first step has no predecessor: it is of first order.
+        """
+        found = denoised
+        if self.before:
+            ratio = self.length(i) / self.length(i - 1)
+            found = denoised + (denoised - self.before[0]) * (ratio / 2)
+        self.before = [denoised, *self.before][:2]
+        return found
+
+    def length(self, i: int) -> float:
+        """Of step i, in log(1 / sigma)."""
+        return math.log(self.sigmas[i] / self.sigmas[i + 1])
+
+
+class DPMSolver2M(_Multistep):
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2).
+
+    The last step ends without noise: it is of first order, as the first is.
     """
 
     name = "DPM++ 2M"
 
-    def __init__(self, schedule: Schedule, noise: Noise) -> None:
-        super().__init__(schedule, noise)
-        self.before: Array | None = None  # the last step's denoised
-        self.before_length = 0.0  # of the last step, in log(1 / sigma)
+    def step(self, i: int, x: Array, denoised: Array) -> Array:
+        ratio = self.sigmas[i + 1] / self.sigmas[i]
+        return denoised if ratio == 0 else ratio * x + (1 - ratio) * self.toward(i, denoised)
 
-    def start(self, noise: Array) -> Array:
-        return noise * _std(self.sigmas[0])
+
+class DPMSolver2MSDE(_Multistep):
+    """DPM-Solver++(2M) with the diffusion process' noise (arXiv 2211.01095, its SDE form)."""
+
+    name = "DPM++ 2M SDE"
 
     def step(self, i: int, x: Array, denoised: Array) -> Array:
         sigma, to = self.sigmas[i], self.sigmas[i + 1]
         if to == 0:
             return denoised
-        length = math.log(sigma / to)
-        toward = denoised
-        if self.before is not None:
-            toward = denoised + (denoised - self.before) * (length / self.before_length / 2)
-        self.before, self.before_length = denoised, length
-        return to / sigma * x + (1 - to / sigma) * toward
+        return _ancestral(x, self.toward(i, denoised), sigma, to, self.noise.draw())
+
+
+class DPMSolverSDE(Sampler):
+    """DPM-Solver++ of second order with noise, half a step first: two evaluations a step.
+
+    The solver is that of arXiv 2211.01095, algorithm 1 (r 1/2), its noise that of one Brownian
+    motion in sigma: the whole step's is the first half's and some more.
+    """
+
+    name = "DPM++ SDE"
+    evaluations = 2
+
+    def __init__(self, schedule: Schedule, noise: Noise) -> None:
+        super().__init__(schedule, noise)
+        self.began: tuple[Array, Array] | None = None  # x before the step, noise of its first half
+
+    @classmethod
+    def adapted(cls, schedule: Schedule, spacing: str) -> Schedule:
+        return schedule.with_midpoints()
+
+    def step(self, i: int, x: Array, denoised: Array) -> Array:
+        to = self.sigmas[i + 1]
+        if to == 0:
+            return denoised
+        noise = self.noise.draw()
+        if self.began is None:
+            self.began = x, noise
+            return _ancestral(x, denoised, self.sigmas[i], to, noise)
+        (x, first), self.began = self.began, None
+        sigma, middle = self.sigmas[i - 1], self.sigmas[i]
+        share = (sigma - middle) / (sigma - to)
+        noise = math.sqrt(share) * first + math.sqrt(1 - share) * noise
+        return _ancestral(x, denoised, sigma, to, noise)
+
+
+class UniPC(_Multistep):
+    """UniPC-2 with B(h) = exp(h) - 1 (arXiv 2302.04867, algorithms 1 and 2, on estimates of x0).
+
+    Its predictor is DPM-Solver++(2M)'s step. The corrector takes the step before once more, with
+    the estimate at its end too.
+    """
+
+    name = "UniPC"
+
+    def __init__(self, schedule: Schedule, noise: Noise) -> None:
+        super().__init__(schedule, noise)
+        self.last: Array | None = None  # x before the last step
+
+    def step(self, i: int, x: Array, denoised: Array) -> Array:
+        if self.last is not None:
+            x = self._corrected(i - 1, self.last, denoised)
+        ratio = self.sigmas[i + 1] / self.sigmas[i]
+        self.last = x
+        return denoised if ratio == 0 else ratio * x + (1 - ratio) * self.toward(i, denoised)
+
+    def _corrected(self, i: int, x: Array, denoised: Array) -> Array:
+        """x after step i, given x before it and the estimate of x0 at its end."""
+        h, ratio = self.length(i), self.sigmas[i + 1] / self.sigmas[i]
+        last, *older = self.before
+        if not older:
+            change = (denoised - last) / 2
+        else:
+            # The weights of both differences solve equation 6 for p = 2.
+            place = -self.length(i - 1) / h
+            first = (1 + (ratio - 1) / h) / (1 - ratio)
+            second = 2 * (0.5 - first * (1 - ratio) / h) / (1 - ratio)
+            weight = (first - second) / (1 - place)
+            change = weight / place * (older[0] - last) + (first - weight) * (denoised - last)
+        return ratio * x + (1 - ratio) * (last + change)
 
 
 class LCM(Sampler):
@@ -128,6 +246,7 @@ class LCM(Sampler):
 
     name = "LCM"
     spacing = "lcm"
+    spacings = ("lcm",)
 
     def start(self, noise: Array) -> Array:
         return noise * _std(self.sigmas[0])
@@ -146,18 +265,38 @@ def _std(sigma: float) -> float:
     return math.sqrt(sigma**2 + 1)
 
 
+def _ancestral(x: Array, denoised: Array, sigma: float, to: float, noise: Array) -> Array:
+    """From one noise level to below the next, then up to it with noise (eta 1)."""
+    up = to * math.sqrt(sigma**2 - to**2) / sigma
+    down = to**2 / sigma
+    return x * (down / sigma) + (1 - down / sigma) * denoised + up * noise
+
+
 SAMPLERS: dict[str, type[Sampler]] = {
     "euler": Euler,
     "euler-a": EulerAncestral,
     "dpm++2m": DPMSolver2M,
+    "dpm++2m-sde": DPMSolver2MSDE,
+    "dpm++sde": DPMSolverSDE,
+    "unipc": UniPC,
     "ddim": DDIM,
     "lcm": LCM,
 }
 BY_NAME = {sampler.name: sampler for sampler in SAMPLERS.values()}
 
 
-def get(name: str) -> type[Sampler]:
-    """The sampler of that name. UserError for an unknown one lists all."""
-    if name not in SAMPLERS:
-        raise unknown("scheduler", name, SAMPLERS)
-    return SAMPLERS[name]
+def get(name: str) -> tuple[type[Sampler], str]:
+    """The sampler and the spacing of a name such as "dpm++2m", "dpm++2m-karras", "DPM++ 2M Karras".
+
+    Capitals do not matter. UserError for an unknown one lists all.
+    """
+    asked = name.strip().lower()
+    for key, sampler in SAMPLERS.items():
+        for own, gap in ((key, "-"), (sampler.name.lower(), " ")):
+            if asked == own:
+                return sampler, sampler.spacing
+            for spacing in sampler.spacings:
+                if asked in (f"{own}-{spacing}", f"{own}{gap}{LABELS[spacing].lower()}"):
+                    return sampler, spacing
+    endings = ", ".join(f"-{spacing}" for spacing in Sampler.spacings)
+    raise unknown("scheduler", name, SAMPLERS, f"; each but lcm also with {endings}")

@@ -32,6 +32,7 @@ MOST_LORA_SCALE = 100
 LONGEST_TEXT = 10_000  # characters
 MASK_BLUR = 4  # default, pixels
 MOST_MASK_BLUR = 64
+MASK_FILLS = ("original", "surroundings", "noise", "nothing")
 STRENGTH = 0.6  # default for an image without a strength
 PRUNED = (0.01, 0.6)  # share of a U-Net's parameters that pruning can be asked for
 MOST_CALIBRATION = 256  # prompts
@@ -42,7 +43,7 @@ def prompts(prompt: str | list[str]) -> list[str]:
     """The prompts as a list. UserError if there is none, or one is empty."""
     found = [prompt] if isinstance(prompt, str) else list(prompt)
     if not found:
-        raise UserError("no prompt: give at least one, such as 'a red fox, noto style'")
+        raise UserError("no prompt: give at least one, such as 'a fox, noto style'")
     for one in found:
         _text(one, "prompt")
         if not one.strip():
@@ -83,8 +84,8 @@ def negative_prompt(text: str, guidance: float) -> None:
         )
 
 
-def numbers(steps: int, guidance: float, number: int) -> None:
-    """UserError unless steps, guidance and the number of images are in range."""
+def numbers(steps: int, guidance: float) -> None:
+    """UserError unless steps and guidance are in range."""
     if not _whole(steps) or not 1 <= steps <= MOST_STEPS:
         raise UserError(
             f"steps is {steps!r}: allowed are whole numbers from 1 to {MOST_STEPS}, 10 is usual"
@@ -93,9 +94,13 @@ def numbers(steps: int, guidance: float, number: int) -> None:
         raise UserError(
             f"guidance is {guidance!r}: allowed are numbers from 0 to {MOST_GUIDANCE}, 3.5 is usual"
         )
-    if not _whole(number) or not 1 <= number <= MOST_IMAGES:
+
+
+def number(asked: int) -> None:
+    """UserError unless it is a number of images that may be drawn at once."""
+    if not _whole(asked) or not 1 <= asked <= MOST_IMAGES:
         raise UserError(
-            f"the number of pictures is {number!r}: allowed are whole numbers from 1 to "
+            f"the number of pictures is {asked!r}: allowed are whole numbers from 1 to "
             f"{MOST_IMAGES:,}"
         )
 
@@ -141,6 +146,21 @@ def mask_blur(asked: int | None, mask: bool) -> int:
             f"mask blur is {asked!r}: allowed are whole numbers of pixels from 0 to "
             f"{MOST_MASK_BLUR}, {MASK_BLUR} is usual"
         )
+    return asked
+
+
+def mask_fill(asked: str | None, mask: bool, strength: float) -> str:
+    """What a repainted part starts from: one of `MASK_FILLS`. UserError.
+
+    It has no effect without a mask, and at strength 1, where it starts from noise alone.
+    """
+    if asked is None or asked == MASK_FILLS[0]:
+        return MASK_FILLS[0]
+    if asked not in MASK_FILLS:
+        raise unknown("mask fill", asked, MASK_FILLS)
+    if not mask or strength == 1:
+        without = "without a mask: give one" if not mask else "at strength 1: set it below"
+        raise UserError(f"mask fill {asked!r} has no effect {without}, or leave it out")
     return asked
 
 
@@ -206,8 +226,8 @@ def guidance_rescale(asked: float, guidance: float) -> float:
 def schedule(config: Mapping[str, Any], spacing: str, steps: int) -> int:
     """The number of noise levels of a scheduler config.
 
-    spacing: a sampler's, "trailing" or "lcm". UserError for a schedule that is not SDXL's kind
-    (`koala.checkpoints.prediction`), or for more steps than it has noise levels.
+    spacing: a key of `koala.generation.schedule.SPACINGS`. UserError for a schedule that is not
+    SDXL's kind (`koala.checkpoints.prediction`), or for more steps than it has noise levels.
     """
     of_config(config)
     levels: int = config["num_train_timesteps"]

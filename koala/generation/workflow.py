@@ -12,15 +12,22 @@ from typing import Any
 
 from koala.errors import UserError
 from koala.generation.requests import Settings
+from koala.generation.samplers import LABELS
 
 _SAMPLERS = {  # A1111's names, as in `Settings` -> ComfyUI's
     "Euler": "euler",
     "Euler a": "euler_ancestral",
     "DPM++ 2M": "dpmpp_2m",
+    "DPM++ 2M SDE": "dpmpp_2m_sde",
+    "DPM++ SDE": "dpmpp_sde",
     "DDIM": "ddim",
-    "LCM": "lcm",
 }
-_TRAILING = "sgm_uniform"  # its name of trailing spacing
+_SCHEDULES = {  # our spacings -> its schedulers of the same noise levels
+    "trailing": "sgm_uniform",
+    "uniform": "normal",
+    "karras": "karras",
+    "exponential": "exponential",
+}
 _SEEDS = 2**64
 
 Workflow = dict[str, dict[str, Any]]
@@ -31,12 +38,19 @@ def workflow(settings: Settings, checkpoint: str | None = None) -> Workflow:
 
     checkpoint: the single file in ComfyUI's folder of checkpoints; by default named after the
     model. Raises `UserError` for an image that starts from another, for guidance that ends early,
-    which needs other nodes, and for the LCM sampler's own noise levels.
+    which needs other nodes, and for samplers and noise levels that are not the same there.
     """
-    if settings.image or settings.guidance_until < 1 or settings.schedule != "trailing":
+    if settings.image or settings.guidance_until < 1:
         raise UserError(
-            "a ComfyUI workflow is made for images from noise, with guidance to the end and "
-            "trailing steps: leave out --image, --guidance-until and --scheduler lcm"
+            "a ComfyUI workflow is made for images from noise, with guidance to the end: leave out "
+            "--image and --guidance-until"
+        )
+    spacing = LABELS[settings.schedule]
+    if settings.sampler not in _SAMPLERS or settings.schedule not in _SCHEDULES:
+        raise UserError(
+            f"ComfyUI has not the sampler {settings.sampler} with {spacing} steps: leave out "
+            f"--workflow, or choose {', '.join(_SAMPLERS)}, as it is or with "
+            f"{', '.join(f'-{name}' for name in _SCHEDULES)}"
         )
     nodes: Workflow = {}
 
@@ -65,7 +79,8 @@ def workflow(settings: Settings, checkpoint: str | None = None) -> Workflow:
     sampled = add(
         "KSampler", model=model, positive=positive, negative=negative, latent_image=[latent, 0],
         seed=settings.seed % _SEEDS, steps=settings.steps, cfg=max(1.0, settings.guidance),
-        sampler_name=_SAMPLERS[settings.sampler], scheduler=_TRAILING, denoise=1.0,
+        sampler_name=_SAMPLERS[settings.sampler], scheduler=_SCHEDULES[settings.schedule],
+        denoise=1.0,
     )  # fmt: skip
     decoded = add("VAEDecode", samples=[sampled, 0], vae=vae)
     add("SaveImage", images=[decoded, 0], filename_prefix="koala")

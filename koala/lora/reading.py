@@ -21,8 +21,8 @@ from koala.architectures.table import (
     ARCHITECTURES,
     CUTS,
     UNetArchitecture,
+    root_faults,
     student_of,
-    teacher_faults,
 )
 from koala.checkpoints.tensors import FLOATS, Stored, load_tensor, read_header, read_metadata
 from koala.checkpoints.validate import some
@@ -133,7 +133,7 @@ def teacher_of(student: UNetArchitecture) -> UNetArchitecture | None:
 
     For a custom student, the first architecture whose blocks it can inherit.
     """
-    rows = [row for row in ARCHITECTURES.values() if not teacher_faults(row) and row != student]
+    rows = [row for row in ARCHITECTURES.values() if not root_faults(row) and row != student]
     if student.name in ARCHITECTURES:
         return next((r for r in rows if any(student_of(r, cut) == student for cut in CUTS)), None)
     return next((row for row in rows if _inherits(student, row)), None)

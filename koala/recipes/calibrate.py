@@ -14,13 +14,18 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers import UNet2DConditionModel
 
-from koala.architectures.table import UNetArchitecture
 from koala.distillation.forward_process import generators_at
 from koala.distillation.loop import gradients
 from koala.distillation.parallel import World, lay_out
 from koala.distillation.throughput import matmul_peak
 from koala.recipes import gpus
-from koala.recipes.memory import TrainingSetup, batch_of, blank_unet, task_of
+from koala.recipes.memory import (
+    TrainingSetup,
+    batch_of,
+    blank_student,
+    blank_unet,
+    task_of,
+)
 
 PATIENCE = 30.0  # seconds, at most, of a trial
 STEPS = 5  # at most, after one warm-up step
@@ -88,8 +93,8 @@ def _matmul_rate(device: torch.device) -> float:
 
 def _time_steps(setup: TrainingSetup, device: torch.device) -> tuple[float, int]:
     """(seconds per step, timed steps) on random models, uncompiled, in one process."""
-    student = _random_unet(setup.student, device)
-    teacher = None if setup.teacher is None else _random_unet(setup.teacher, device)
+    student = _random(blank_student(setup), device)
+    teacher = None if setup.teacher is None else _random(blank_unet(setup.teacher), device)
     task = task_of(setup, student, teacher)
     place = "whole" if device.type != "cuda" else setup.hardware.teacher.replace("sharded", "whole")
     alone = replace(setup.hardware, compile="", sharding="ddp", teacher=place, accumulate=1)
@@ -105,8 +110,8 @@ def _time_steps(setup: TrainingSetup, device: torch.device) -> tuple[float, int]
     return min(times[1:]), len(times) - 1
 
 
-def _random_unet(arch: UNetArchitecture, device: torch.device) -> UNet2DConditionModel:
-    unet = blank_unet(arch).to_empty(device=device)
+def _random(blank: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+    unet = blank.to_empty(device=device)
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return unet

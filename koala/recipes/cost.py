@@ -1,10 +1,10 @@
 """Estimates the cost of a run before it starts: `koala distill RECIPE --dry-run`.
 
 The FLOPs of a sample follow from the architectures: the teacher's forward pass and three times the
-student's (a backward pass costs two forward passes), four times with activation checkpointing; and
-the VAE's, if the training encodes images. Memory comes from `koala.recipes.memory`. Time follows
-from the device's throughput: a named GPU's, at an assumed share of its peak, or one measured here
-(`koala.recipes.calibrate`).
+student's (a backward pass costs two forward passes; one, if only a LoRA is trained), once more with
+activation checkpointing; and the VAE's, if the training encodes images. Memory comes from
+`koala.recipes.memory`. Time follows from the device's throughput: a named GPU's, at an assumed
+share of its peak, or one measured here (`koala.recipes.calibrate`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from koala.architectures.flops import flops as forward_flops
 from koala.architectures.layout import parameters
-from koala.architectures.table import FACTOR, UNetArchitecture, get, student_of
+from koala.architectures.table import ARCHITECTURES, FACTOR, UNetArchitecture, get, student_of
 from koala.checkpoints.bundled import BUNDLED, bundled_names
 from koala.checkpoints.resolve import local_prediction, resolve_model
 from koala.checkpoints.validate import read_json, read_tensors, unet_architecture
 from koala.data.index import Index
+from koala.distillation.optimizers import trained_parameters
 from koala.distillation.taps import tap_points
 from koala.errors import UserError
+from koala.lora.names import base_named
+from koala.recipes.build import CAPTION_CACHE, UNet
 from koala.recipes.calibrate import assumed, measured
-from koala.recipes.memory import META, TrainingSetup, blank_unet, device_memory, main_memory
-from koala.recipes.recipe import ALONE, Recipe, Student, Teacher, described
-from koala.recipes.train import CAPTION_CACHE
+from koala.recipes.memory import (
+    META,
+    TrainingSetup,
+    blank_student,
+    blank_unet,
+    device_memory,
+    main_memory,
+)
+from koala.recipes.recipe import ALONE, Finetune, Recipe, Student, Teacher, described
 from koala.recipes.validation import check_dry_run
 from koala.utils.device import pick_device
 
@@ -133,16 +142,18 @@ def estimate(
 ) -> Estimate:
     """The estimated cost of the recipe's run on `processes` devices.
 
-    teacher: inspected if it is a local folder or file; otherwise taken from the recipe.
+    teacher: inspected if it is a local folder or file; otherwise taken from the recipe. For
+    `Finetune` the model itself, local or the name of an architecture.
     data: a prepared folder, which states the image size if the recipe does not, and whether text
-    embeddings are stored; by default they are not.
+    embeddings are stored; by default they are if the recipe asks for it.
     card: a name in `koala.recipes.gpus`; None measures `device` for at most half a minute.
     UserError for a recipe without a U-Net, an unknown GPU, or a batch that does not divide evenly.
     """
-    if not isinstance(recipe, Student | Teacher):
+    if not isinstance(recipe, UNet):
         raise UserError("a dry run covers U-Nets only; this recipe trains a VAE or text encoders")
     check_dry_run(recipe, processes, card, device, data)
-    prediction = None if teacher is None else local_prediction(teacher)
+    named = isinstance(recipe, Finetune) and teacher in ARCHITECTURES  # no model is there
+    prediction = None if teacher is None or named else local_prediction(teacher)
     made_with = Index(data).made_with if data is not None else {}
     known = assumed(card) if card is not None else None
     here = pick_device(device)
@@ -150,7 +161,8 @@ def estimate(
     setup = _setup(recipe, teacher, processes, on_gpu, made_with.get("size"))
     again, flops = _flops(setup)
     frozen = _frozen(teacher, setup)
-    memory = device_memory(setup) | _other_memory(frozen, on_gpu, made_with.get("text", False))
+    text = made_with.get("text", recipe.hardware.stored_text)
+    memory = device_memory(setup) | _other_memory(frozen, on_gpu, text)
     speed = known or measured(setup, here, sum(memory.values()), again + flops)
     if made_with.get("posterior") == "pixels":
         flops += _encoding(teacher, setup)
@@ -160,7 +172,7 @@ def estimate(
         student=setup.student.name,
         teacher=setup.teacher.name if setup.teacher else None,
         predicts=None if prediction is None else str(prediction),
-        trained=parameters(setup.student),
+        trained=sum(p.numel() for p in trained_parameters(blank_student(setup)).values()),
         frozen=sum(frozen.values()),
         taps=_taps(recipe, setup.student),
         samples=recipe.training.samples,
@@ -183,7 +195,7 @@ def estimate(
 
 
 def _setup(
-    recipe: Student | Teacher, teacher: str | None, processes: int, on_gpu: bool, size: int | None
+    recipe: UNet, teacher: str | None, processes: int, on_gpu: bool, size: int | None
 ) -> TrainingSetup:
     """The recipe with its sizes: a local teacher's own, else the recipe's.
 
@@ -198,11 +210,29 @@ def _setup(
     if isinstance(recipe, Teacher):
         arch = get(recipe.architecture)
         return TrainingSetup(arch, None, None, pixels=size or arch.sample * FACTOR, **common)
+    if isinstance(recipe, Finetune):
+        arch = _architecture(teacher)
+        pixels = recipe.pixels or size or arch.sample * FACTOR
+        return TrainingSetup(arch, None, None, pixels=pixels, lora=recipe.lora, **common)
     folder = _folder(teacher)
     master = unet_architecture(folder) if folder else get(recipe.of)
     student = student_of(master, recipe.cut)
     pixels = recipe.pixels or size or master.sample * FACTOR
     return TrainingSetup(student, master, recipe.settings, pixels=pixels, **common)
+
+
+def _architecture(model: str | None) -> UNetArchitecture:
+    """Of a model that is fine-tuned: of a local one, or by name; nothing is downloaded."""
+    if model is not None and (model in ARCHITECTURES or _is_local(model)):
+        return base_named(model).unet if _is_local(model) else get(model)
+    raise UserError(
+        f"--model {model}: a dry run downloads nothing; give a folder or file that is here, or an "
+        f"architecture: {', '.join(ARCHITECTURES)}"
+    )
+
+
+def _is_local(model: str) -> bool:
+    return model in bundled_names() or Path(model).expanduser().exists()
 
 
 def _folder(teacher: str | None) -> Path | None:
@@ -243,6 +273,8 @@ def _frozen(teacher: str | None, setup: TrainingSetup) -> dict[str, int]:
         }
     if setup.teacher is not None:
         parts["teacher"] = parameters(setup.teacher)
+    if setup.lora:
+        parts["U-Net"] = parameters(setup.student)
     return parts
 
 
@@ -260,15 +292,15 @@ def _flops(setup: TrainingSetup) -> tuple[int, int]:
     """FLOPs of a sample's step: recomputed by checkpointing, and all others."""
     side = setup.pixels
     own = forward_flops(setup.student, side, side, setup.student.tokens)
-    rest = 3 * own
+    rest = (2 if setup.lora else 3) * own
     if setup.teacher is not None and setup.settings and setup.settings.learns_from_teacher:
         passes = 2 if setup.settings.guidance else 1
         rest += passes * forward_flops(setup.teacher, side, side, setup.teacher.tokens)
     return (own if setup.hardware.checkpointing else 0), rest
 
 
-def _taps(recipe: Student | Teacher, student: UNetArchitecture) -> dict[str, int]:
-    if isinstance(recipe, Teacher):
+def _taps(recipe: UNet, student: UNetArchitecture) -> dict[str, int]:
+    if not isinstance(recipe, Student):
         return {}
     unet = blank_unet(student)
     return {tap.location: len(tap_points(unet, [tap])) for tap in recipe.settings.taps}

@@ -33,11 +33,13 @@ from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.load import load_scheduler_config
 from koala.distillation.forward_process import NoiseSchedule, generators_at
+from koala.distillation.optimizers import trained_parameters
 from koala.distillation.parallel import World, lay_out
 from koala.distillation.settings import DistillationSettings, Hardware, Training
 from koala.distillation.taps import regions
 from koala.distillation.tasks import Denoising, Distillation
 from koala.generation.memory.peak import Alive, FusedAttention
+from koala.lora.training import LoraSettings, add_lora
 
 OVERHEAD = 2**30  # bytes of a GPU: context, cuDNN's and cuBLAS's workspaces; assumed
 STATES_8BIT = (4096, 256)  # torchao: smallest tensor kept in 8 bits, values per scale
@@ -56,7 +58,8 @@ class TrainingSetup:
     hardware: Hardware
     world: int  # processes, a device each
     pixels: int
-    on_gpu: bool  # bf16 autocast and a teacher in bf16; else float32
+    on_gpu: bool  # bf16 autocast, and what is frozen in bf16; else float32
+    lora: LoraSettings | None = None  # what alone is trained
 
     @property
     def micro_batch(self) -> int:
@@ -70,20 +73,27 @@ def device_memory(setup: TrainingSetup) -> dict[str, int]:
     With DDP or accumulation all gradients exist from the start. Otherwise they are allocated while
     activations are freed, and those alive at the peak are counted.
     """
-    student = blank_unet(setup.student)
+    student = blank_student(setup)
     shares = setup.world if setup.hardware.sharding == "fsdp" else 1
-    numbers = [p.numel() for p in student.parameters()]
-    gathered = _gathered(student, AHEAD) if shares > 1 else 0
+    numbers = [p.numel() for p in trained_parameters(student).values()]
+    frozen = sum(p.nbytes for p in student.parameters() if not p.requires_grad)
+    in_bf16 = setup.on_gpu or setup.hardware.cpu_bf16
+    width = 2 if in_bf16 else 4
+    gathered = width * _gathered(student, AHEAD) if shares > 1 else 0
     lengths = 0 if setup.hardware.ema_on_cpu else len(setup.training.half_lives)
     kept_gradients = setup.world > 1 or setup.hardware.accumulate > 1
     step = _step(setup, student, kept_gradients)
     gradients = 4 * sum(numbers) if kept_gradients else step.pop("gradients")
+    whole = gradients if setup.hardware.reduce_last else gathered  # beside the shares
+    if shares > 1 and in_bf16:
+        step["copies"] = 0  # what is gathered is in bf16 already
     parts = {
         "weights": 4 * sum(numbers) // shares + gathered,
-        "gradients": gradients // shares + gathered,
+        "gradients": gradients // shares + whole,
         "optimiser": optimiser_bytes(numbers, setup.training.optimizer) // shares,
         "averages": 4 * lengths * sum(numbers) // shares,
         "teacher": _teacher_bytes(setup),
+        "frozen weights": frozen,
         "bf16 copies of weights": step["copies"],
         "activations": step["activations"],
         "context and workspaces": OVERHEAD if setup.on_gpu else 0,
@@ -93,8 +103,8 @@ def device_memory(setup: TrainingSetup) -> dict[str, int]:
 
 def main_memory(setup: TrainingSetup) -> dict[str, int]:
     """Bytes of main memory in the first process, by part; only it writes checkpoints."""
-    weights, lengths = 4 * parameters(setup.student), len(setup.training.half_lives)
-    numbers = [p.numel() for p in blank_unet(setup.student).parameters()]
+    numbers = [p.numel() for p in trained_parameters(blank_student(setup)).values()]
+    weights, lengths = 4 * sum(numbers), len(setup.training.half_lives)
     moments = optimiser_bytes(numbers, setup.training.optimizer)
     parts = {
         "averages": lengths * weights if setup.hardware.ema_on_cpu else 0,
@@ -121,11 +131,22 @@ def blank_unet(arch: UNetArchitecture) -> UNet2DConditionModel:
         return UNet2DConditionModel(**unet_config(arch))
 
 
+def blank_student(setup: TrainingSetup) -> UNet2DConditionModel:
+    """The U-Net that is trained, with its LoRA, on the meta device."""
+    unet = blank_unet(setup.student)
+    if setup.lora:
+        if setup.on_gpu:
+            nn.Module.to(unet, torch.bfloat16)
+        with META:
+            add_lora(unet, setup.lora)
+    return unet
+
+
 def _gathered(unet: nn.Module, regions_at_once: int) -> int:
-    """Bytes of fp32 parameters gathered at once; those outside the regions always are."""
+    """Parameters gathered at once; those outside the regions always are."""
     inside = [sum(p.numel() for p in region.block.parameters()) for region in regions(unet)]
     every = sum(p.numel() for p in unet.parameters())
-    return 4 * (every - sum(inside) + regions_at_once * max(inside))
+    return every - sum(inside) + regions_at_once * max(inside)
 
 
 def _teacher_bytes(setup: TrainingSetup) -> int:
@@ -136,7 +157,7 @@ def _teacher_bytes(setup: TrainingSetup) -> int:
     if setup.hardware.teacher == "whole":
         return whole
     sharded = setup.hardware.teacher == "sharded"
-    held = _gathered(blank_unet(setup.teacher), AHEAD if sharded else 1) * width // 4
+    held = width * _gathered(blank_unet(setup.teacher), AHEAD if sharded else 1)
     return held + (whole // setup.world if sharded else 0)
 
 
@@ -162,15 +183,16 @@ def _step(
         region.compute = partial(_within, modes, region.compute)
     alone = replace(setup.hardware, compile="", sharding="ddp", teacher="whole")
     lay_out(task, alone, World(device=META))
+    moving = trained_parameters(student).values()
     if kept_gradients:
-        for parameter in student.parameters():
+        for parameter in moving:
             parameter.grad = torch.empty_like(parameter)
     with ledger:
         draws = generators_at(0, 0, setup.micro_batch)
         loss = _within(modes, task.losses, batch, draws)["loss"]
         autocast.forget()
         loss.backward()
-        for parameter in student.parameters():
+        for parameter in moving:
             ledger.name(cast(Tensor, parameter.grad), "gradients")
     return {"gradients": 0, "copies": 0, "activations": 0} | ledger.fullest()
 

@@ -55,9 +55,14 @@ def _settings(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
         value = getattr(node, field.name)
         if is_dataclass(value):
             found += _settings(value, f"{prefix}{field.name}.")
-        else:
+        elif not _of_settings(hints[field.name]):
             found.append((prefix + field.name, hints[field.name]))
     return found
+
+
+def _of_settings(kind: Any) -> bool:
+    """Whether it is settings or None: what a recipe without them leaves out has no names."""
+    return get_origin(kind) is UnionType and any(is_dataclass(one) for one in get_args(kind))
 
 
 def _replaced(node: T, values: dict[str, Any]) -> T:

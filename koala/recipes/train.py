@@ -3,50 +3,42 @@
 A run writes its finished pipeline folder to `<out>/model`; the same call resumes it.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel
 
-from koala.architectures.config import from_unet_config, unet_config
+from koala.architectures.config import from_unet_config
 from koala.architectures.flops import flops
-from koala.architectures.table import get
-from koala.checkpoints import model_card, sampling
+from koala.checkpoints import lora_card, model_card, sampling
 from koala.checkpoints.compress import adopt, compress
-from koala.checkpoints.grow import grow
-from koala.checkpoints.load import load_scheduler_config, load_unet
 from koala.checkpoints.resolve import resolve_model
-from koala.checkpoints.validate import unet_architecture
 from koala.data.encoding import Moments
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of
 from koala.distillation import checkpoint
-from koala.distillation.forward_process import NoiseSchedule
-from koala.distillation.loop import train
+from koala.distillation.loop import Data, train
 from koala.distillation.parallel import World, joined, lay_out
-from koala.distillation.tasks import Denoising, Distillation, Encode
+from koala.distillation.tasks import Denoising, Distillation
 from koala.errors import UserError
+from koala.lora.names import base_of
+from koala.lora.training import write_lora
 from koala.mini.runs import run_autoencoder, run_base, run_tiny
 from koala.mini.settings import Autoencoder, Base, Tiny
-from koala.recipes import configured
-from koala.recipes.previews import drawing
-from koala.recipes.recipe import ALONE, MINI_PROMPTS, Recipe, Student, Teacher
-from koala.recipes.validation import check, teacher_of
-from koala.text_conditioning import TextConditioner
-
-CAPTION_CACHE = 2**31  # bytes of embeddings cached by a training on the CPU: the whole mini set's
-VALIDATION_SAMPLES = 128
-VALIDATION_SPLITS = ("test", "test-pair")  # the first one present
-
+from koala.recipes import FINETUNES, configured
+from koala.recipes.build import UNet, conditioner_of, task_of, validation_of
+from koala.recipes.recipe import ALONE, Custom, Finetune, Recipe, Student, Teacher
+from koala.recipes.validation import check, check_finetune, teacher_of
+from koala.utils.atomic import locked
 
 UNCLAIMED = ("hardware", "teacher", "of", "pixels", "prompts")  # may differ when a run is resumed
 
 
 def distill(
-    recipe: str | Recipe,
+    recipe: str | Recipe | Custom,
     data: str | Path,
     out: str | Path,
     teacher: str | None = None,
@@ -57,8 +49,8 @@ def distill(
 ) -> Path:
     """Runs a recipe to its end and returns the folder of the finished pipeline, `out`/model.
 
-    recipe: a name in `koala.recipes` or a configuration. data: a folder made by `koala prepare`, or
-    for U-Nets the URL of one.
+    recipe: a name in `koala.recipes` or a configuration; `Custom` has parts of one's own. data: a
+    folder made by `koala prepare`, or for U-Nets the URL of one.
     teacher: the model to learn from (for `Teacher`, the one that provides VAE and text encoders);
     the paper's recipes have a default.
     device: by default the GPU if there is one, else the CPU; under torchrun each process gets its
@@ -69,13 +61,16 @@ def distill(
     """
     name = recipe if isinstance(recipe, str) else "custom"
     out = Path(out)
-    with joined(device) as world:
+    own, recipe = (recipe, recipe.recipe) if isinstance(recipe, Custom) else (None, recipe)
+    with joined(device) as world, contextlib.ExitStack() as stack:
         with world.together():
             recipe = configured(recipe, settings)
             check(recipe, data, teacher, student, device, loggers)
             if isinstance(recipe, ALONE) and world.size > 1:
                 raise UserError("this recipe trains in one process: run it without torchrun")
             teacher = teacher_of(recipe, teacher)
+            if world.first:
+                stack.enter_context(locked(out))
         if isinstance(recipe, Base):
             models = [run_base(recipe, Path(data), out, str(world.device), loggers)]
         elif isinstance(recipe, Autoencoder):
@@ -86,21 +81,59 @@ def distill(
             return run_tiny(recipe, data, out, teacher, str(world.device), loggers)
         else:
             assert teacher is not None
-            models = _run(recipe, data, out, teacher, student, world, loggers)
+            models = _run(recipe, data, out, teacher, student, world, loggers, own)
         with world.together():
             for model in models if world.first else ():
                 _card(name, recipe, data, out, teacher, student).write(model)
     return models[0]
 
 
+def finetune(
+    recipe: str | Finetune,
+    model: str,
+    data: str | Path,
+    out: str | Path,
+    device: str | None = None,
+    settings: Sequence[str] = (),
+    loggers: Sequence[str] = (),
+) -> Path:
+    """Trains a model's U-Net further by L_task alone; the same call resumes it.
+
+    recipe: "full", "lora", "dreambooth" or a configuration. model: bundled name, folder, file or
+    Hub id, of any SDXL or student of one; its VAE must be that of the data. Returns `out`/model, a
+    pipeline, or `out`/lora, a LoRA in diffusers' spelling and in kohya's. Other arguments and
+    errors as of `distill`.
+    """
+    name, out = recipe if isinstance(recipe, str) else "custom", Path(out)
+    with joined(device) as world, contextlib.ExitStack() as stack:
+        with world.together():
+            chosen = configured(recipe, settings, FINETUNES)
+            assert isinstance(chosen, Finetune)
+            recipe = chosen
+            check_finetune(recipe, model, data, device, loggers)
+            if world.first:
+                stack.enter_context(locked(out))
+        results = _run(recipe, data, out, model, None, world, loggers)
+        with world.together():
+            for result in results if world.first else ():
+                if recipe.lora:
+                    facts = _trained(name, recipe, data, model, None)
+                    card = model_card.read(resolve_model(model))
+                    lora_card.write(result, out.absolute().name, card, facts)
+                else:
+                    _card(name, recipe, data, out, model, None).write(result)
+    return results[0]
+
+
 def _run(
-    recipe: Teacher | Student,
+    recipe: UNet,
     data: str | Path,
     out: Path,
     teacher: str,
     student: str | None,
     world: World,
     loggers: Sequence[str],
+    own: Custom | None = None,
 ) -> list[Path]:
     """Trains a U-Net and exports it with each average, the main one first."""
     training = recipe.training
@@ -110,9 +143,15 @@ def _run(
             _check_guidance(recipe, teacher, source)
         recipe.hardware.micro_batch(training.batch, world.size)
         mixture = recipe.mixture
-        size = recipe.pixels if isinstance(recipe, Student) else None
+        size = None if isinstance(recipe, Teacher) else recipe.pixels
         latents = LatentSet(data, source, mixture.kinds, mixture.captions, training.seed, size=size)
-        validation = _validation(latents, recipe, source) if training.validate_every else []
+        if recipe.hardware.stored_text and not latents.index.made_with["text"]:
+            raise UserError(
+                f"{data} holds no text embeddings, which this recipe's hardware needs: koala "
+                "prepare it with --text, or encode while training (--set "
+                "hardware.stored_text=false)"
+            )
+        validation = validation_of(latents, recipe, source) if training.validate_every else []
         start = out / "start"
         if isinstance(recipe, Student) and world.first and not start.exists():
             rule = recipe.settings.depth_rule
@@ -120,30 +159,58 @@ def _run(
                 compress(teacher, recipe.cut, start, "fp32", rule)
             else:
                 adopt(student, teacher, recipe.cut, start, rule)
-    conditioner = _conditioner(source, world.device, latents)
+    conditioner = conditioner_of(source, world.device, latents)
     encode = Moments(source, world.device) if latents.images else None
-    task = (
-        _teaching(recipe, source, conditioner, world.device, encode)
-        if isinstance(recipe, Teacher)
-        else _distilling(recipe, source, start, conditioner, world.device, encode)
-    )
-    layout = lay_out(task, recipe.hardware, world)
+    kind = own.task if own and own.task else Distillation
+    task = task_of(recipe, source, start, conditioner, world.device, encode, latents, kind)
+    layout = lay_out(task, recipe.hardware, world, latents.buckets)
     claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
-    note = {"recipe": claimed} | ({"student": model_card.name_of(student)} if student else {})
+    begun_from = teacher if isinstance(recipe, Finetune) else student
+    note: dict[str, Any] = {"recipe": claimed}
+    note |= {"student": model_card.name_of(begun_from)} if begun_from else {}
+    note |= {"custom": own.described()} if own and own.described() else {}
     try:
         train(
-            task, latents, training, out, note, layout=layout, validation=validation,
-            loggers=loggers, flops=_flops(task, latents) if world.device.type == "cuda" else None,
-        )  # fmt: skip
+            task,
+            _stream(own, recipe, data, source) or latents,
+            training,
+            out,
+            note,
+            layout=layout,
+            validation=validation,
+            loggers=loggers,
+            flops=_flops(task, latents, recipe) if world.device.type == "cuda" else None,
+            optimizer=own.optimizer if own else None,
+        )
     finally:
         latents.close()
-    models = [out / "model", *(out / f"model-ema-{length}" for length in training.ema_others)]
+    result = "lora" if isinstance(recipe, Finetune) and recipe.lora else "model"
+    results = [out / result, *(out / f"{result}-ema-{length}" for length in training.ema_others)]
     with world.together():
-        for length, model in zip(training.half_lives, models, strict=True) if world.first else ():
-            unet = UNet2DConditionModel.from_config(task.trainable.config)
-            unet.load_state_dict(checkpoint.average(out, length))
-            task.export(unet, model)
-    return models
+        for length, path in zip(training.half_lives, results, strict=True) if world.first else ():
+            _export(recipe, task, out, length, path)
+    return results
+
+
+def _stream(own: Custom | None, recipe: UNet, data: str | Path, source: Path) -> Data | None:
+    """The user's own stream of batches; None: there is none."""
+    if own is None or own.data is None:
+        return None
+    assert isinstance(recipe, Student)
+    if recipe.training.validate_every:
+        raise UserError("data of one's own are not validated: set training.validate_every=0")
+    return own.data(str(data), source, recipe)
+
+
+def _export(recipe: UNet, task: Denoising, run: Path, half_life: int, path: Path) -> None:
+    """Writes what was trained, averaged with that half-life."""
+    weights = checkpoint.average(run, half_life)
+    if isinstance(recipe, Finetune) and recipe.lora:
+        write_lora(weights, recipe.lora, base_of(task.base), path, run.absolute().name)
+        return
+    unet = UNet2DConditionModel.from_config(task.trainable.config)
+    unet.load_state_dict(weights)
+    task.export(unet, path)
 
 
 def _check_guidance(recipe: Student, teacher: str, folder: Path) -> None:
@@ -156,28 +223,14 @@ def _check_guidance(recipe: Student, teacher: str, folder: Path) -> None:
         )
 
 
-def _validation(latents: LatentSet, recipe: Teacher | Student, model: Path) -> list[dict[str, Any]]:
-    """Batches of held-out samples, a fixed choice from all buckets."""
-    folder, captions = latents.index.files.folder, recipe.mixture.captions
-    for split in VALIDATION_SPLITS:
-        if len(latents.index.select(split)):
-            there = LatentSet(folder, model, None, captions, recipe.training.seed, split=split)
-            batches = there.stratified(VALIDATION_SAMPLES)
-            there.close()
-            return batches
-    raise UserError(
-        f"{folder} holds out no images for validation: prepare with a larger --held-out, or train "
-        "without (--set training.validate_every=0)"
-    )
-
-
-def _flops(task: Denoising, latents: LatentSet) -> float:
+def _flops(task: Denoising, latents: LatentSet, recipe: UNet) -> float:
     """FLOPs of one sample's step: the teacher's forward pass, and three times the student's.
 
-    A backward pass costs two forward passes. All buckets have about the same area.
+    A backward pass costs two forward passes; one, if only a LoRA is trained. All buckets have about
+    the same area.
     """
     side = latents.index.made_with["size"]
-    networks = [(3, task.trainable)]
+    networks = [(2 if isinstance(recipe, Finetune) and recipe.lora else 3, task.trainable)]
     if task.teacher is not None:
         networks.append((1, task.teacher))
     return sum(
@@ -196,17 +249,30 @@ def _card(
 ) -> model_card.ModelCard:
     """The finished model's card: the card of the model it started from, and this training."""
     start = model_card.ModelCard("")
-    if isinstance(recipe, Base):
-        trained = {"VAE": recipe.vae, "decoder": recipe.decoder, "text encoders": recipe.text}
-    else:
+    if not isinstance(recipe, Base):
         assert teacher is not None
-        trained = {"U-Net": recipe.training}
         start = model_card.read(
             out / "start" if isinstance(recipe, Student) else resolve_model(teacher)
         )
-    grown = isinstance(recipe, Teacher) and start.cut is not None
-    before = start.trained if student else None
-    facts = model_card.Trained(
+    facts = _trained(name, recipe, data, teacher, student)
+    if isinstance(recipe, Teacher) and start.cut is not None:
+        assert teacher is not None
+        facts = replace(facts, grown=model_card.name_of(teacher))
+        start = replace(start, cut=None)
+    before = start.trained if student or isinstance(recipe, Finetune) else None
+    if before is not None:
+        facts = replace(facts, before=before.samples.get("U-Net", 0) + before.before)
+    return model_card.trained_of(start, model_card.name_of(out / "model"), facts)
+
+
+def _trained(
+    name: str, recipe: Recipe, data: str | Path, teacher: str | None, student: str | None
+) -> model_card.Trained:
+    """This training, for a card."""
+    trained = {"U-Net": recipe.training} if not isinstance(recipe, Base) else {
+        "VAE": recipe.vae, "decoder": recipe.decoder, "text encoders": recipe.text,
+    }  # fmt: skip
+    return model_card.Trained(
         recipe=name,
         settings=asdict(recipe),
         samples={what: training.samples for what, training in trained.items()},
@@ -214,76 +280,5 @@ def _card(
         teacher=teacher and model_card.name_of(teacher),
         distilled=isinstance(recipe, Student) and recipe.settings.learns_from_teacher,
         student=student and model_card.name_of(student),
-        before=before.samples.get("U-Net", 0) + before.before if before else 0,
-        grown=teacher and model_card.name_of(teacher) if grown else None,
-    )
-    if grown:
-        start = replace(start, cut=None)
-    return model_card.trained_of(start, model_card.name_of(out / "model"), facts)
-
-
-def _conditioner(model: Path, device: torch.device, latents: LatentSet) -> TextConditioner:
-    """The text encoders: on the device, or on the CPU if only previews need them."""
-    if latents.index.made_with["text"] or device.type == "cpu":
-        arch = unet_architecture(model)
-        return TextConditioner.from_folder(
-            model, cache_size=CAPTION_CACHE // (4 * arch.tokens * arch.context)
-        )
-    # On a GPU encoding is faster than a cache, and few captions are repeated.
-    return TextConditioner.from_folder(model, torch.float16, device, cache_size=0)
-
-
-def _teaching(
-    recipe: Teacher,
-    base: Path,
-    conditioner: TextConditioner,
-    device: torch.device,
-    encode: Encode | None,
-) -> Denoising:
-    torch.manual_seed(recipe.training.seed)
-    arch = get(recipe.architecture)
-    if recipe.further:
-        found, unet = unet_architecture(base), load_unet(base)
-        if found != arch:
-            try:
-                unet = grow(unet, arch)
-            except UserError:
-                raise UserError(
-                    f"{base} has the U-Net {found.name}, but this recipe continues {arch.name}: "
-                    "give the model made by the recipe before it, or a cut of it"
-                ) from None
-    else:
-        unet = UNet2DConditionModel(**unet_config(arch))
-    return Denoising(
-        unet.to(device),
-        conditioner,
-        NoiseSchedule(load_scheduler_config(base)),
-        base,
-        caption_dropout=recipe.caption_dropout,
-        min_snr=recipe.min_snr,
-        draw=drawing(base, conditioner, device),
-        prompts=MINI_PROMPTS,
-        encode=encode,
-    )
-
-
-def _distilling(
-    recipe: Student,
-    teacher: Path,
-    start: Path,
-    conditioner: TextConditioner,
-    device: torch.device,
-    encode: Encode | None,
-) -> Distillation:
-    """Distils a copy of `start`, the student before distillation."""
-    return Distillation(
-        load_unet(start).to(device),
-        load_unet(teacher),  # the task casts it and moves it to the device
-        conditioner,
-        NoiseSchedule(load_scheduler_config(teacher)),
-        recipe.settings,
-        start,
-        draw=drawing(teacher, conditioner, device),
-        prompts=recipe.prompts,
-        encode=encode,
+        tuned=isinstance(recipe, Finetune),
     )

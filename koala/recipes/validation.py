@@ -8,8 +8,9 @@ from koala.distillation.records import check_loggers
 from koala.errors import UserError
 from koala.mini.settings import Base
 from koala.recipes import gpus
-from koala.recipes.recipe import Recipe, Student, Teacher
+from koala.recipes.recipe import Finetune, Recipe, Student, Teacher
 from koala.utils.device import check_device
+from koala.utils.extras import require
 
 
 def check(
@@ -24,6 +25,8 @@ def check(
 
     Nothing is downloaded: Hub ids and URLs are only checked for their form.
     """
+    if isinstance(recipe, Finetune):
+        raise UserError("this recipe fine-tunes a model: run it by `koala finetune`")
     check_device(device)
     check_loggers(loggers)
     if student is not None and not isinstance(recipe, Student):
@@ -31,6 +34,29 @@ def check(
     for model in (teacher_of(recipe, teacher), student):
         if model is not None:
             check_name(model)
+    _check_data(data)
+
+
+def check_finetune(
+    recipe: Finetune,
+    model: str,
+    data: str | Path,
+    device: str | None = None,
+    loggers: Sequence[str] = (),
+) -> None:
+    """UserError for arguments of `finetune` that do not exist; nothing is downloaded."""
+    check_device(device)
+    check_loggers(loggers)
+    if recipe.lora:
+        require("training a LoRA", "lora", "peft")
+        if recipe.hardware.sharding == "fsdp":
+            raise UserError(
+                "sharding=fsdp: a LoRA is too small to be worth sharding, and the model beside it "
+                "rests in bf16; leave it out"
+            )
+    if recipe.hardware.teacher != "whole":
+        raise UserError(f"teacher={recipe.hardware.teacher}: there is no teacher; leave it out")
+    check_name(model)
     _check_data(data)
 
 
@@ -49,7 +75,7 @@ def check_dry_run(
         raise UserError(f"--gpus {processes}: it must be 1 or more")
     if data is not None:
         _check_data(data)
-    if isinstance(recipe, Student | Teacher):
+    if isinstance(recipe, Student | Teacher | Finetune):
         sharded = recipe.hardware.sharding == "fsdp" or recipe.hardware.teacher == "sharded"
         if processes == 1 and sharded:
             raise UserError("sharding=fsdp and teacher=sharded need several GPUs: give --gpus N")

@@ -43,7 +43,7 @@ def create_app(service: Service, database: Database, options: Options) -> FastAP
     app.state.gallery_writer = GalleryWriter(gallery)
     app.state.decoder, app.state.links = Decoder(), Links()
     app.state.a1111 = a1111.ActiveRequests()
-    page_routes = page.router(service.pipeline.name, service.native)
+    page_routes = page.router(service.pipeline.known)
     for each in (router, openai.router, jobs_api.router, a1111.queue_router, page_routes):
         app.include_router(each)
     for each in (a1111.router, a1111_lists.router, a1111_tools.router):

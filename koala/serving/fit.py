@@ -5,7 +5,7 @@ import math
 from PIL import Image
 
 from koala.generation import Settings
-from koala.generation.validation import size_note
+from koala.generation.requests import Known
 
 
 def native_size(size: tuple[int, int], native: int, grid: int) -> tuple[int, int]:
@@ -30,10 +30,13 @@ def shown(image: Image.Image, settings: Settings) -> Image.Image:
     return image.resize(shown_size(settings), Image.Resampling.LANCZOS)
 
 
-def note(settings: Settings, native: int) -> str | None:
-    """What a client should know of the size, in a line; None if there is nothing."""
-    size = settings.width, settings.height
+def note(settings: Settings, known: Known) -> str | None:
+    """What a client should know of the settings, in a line; None if there is nothing."""
+    lines = known.notes(settings)
     if settings.enlarged:
         drawn = f"{settings.width}x{settings.height}"
-        return f"drawn at {drawn}, which the model was made for, and resized to {settings.enlarged}"
-    return size_note(size, native)
+        lines.insert(
+            0,
+            f"drawn at {drawn}, which the model was made for, and resized to {settings.enlarged}",
+        )
+    return "; ".join(lines) or None

@@ -14,17 +14,18 @@ class ImageRequest:
 
     prompt: str
     negative_prompt: str = ""
-    steps: int = 10
-    guidance: float = 3.5
+    steps: int | None = None  # as guidance and scheduler: the model's own
+    guidance: float | None = None
     guidance_until: float = 1.0
     guidance_rescale: float = 0.0
-    scheduler: str = "euler"
+    scheduler: str | None = None
     size: str | None = None  # "WIDTHxHEIGHT"; None: the size of `image`, or the native size
     number: int = 1
     seed: int | None = None  # of the first image
     image: bytes | None = None  # an upload: PNG, JPEG or WebP
     mask: bytes | None = None  # an upload of the same size: light or transparent is repainted
     mask_blur: int | None = None  # pixels
+    mask_fill: str | None = None  # one of `validation.MASK_FILLS`
     strength: float | None = None
     loras: tuple[tuple[str, float], ...] = ()  # (name in the LoRA folder, scale)
     fit: bool | None = None  # draw at the native area and resize; None: as the server does

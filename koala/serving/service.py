@@ -207,7 +207,8 @@ class Service:
             guidance=spec.guidance, guidance_until=spec.guidance_until,
             guidance_rescale=spec.guidance_rescale, scheduler=spec.scheduler, size=size,
             number=spec.number, seed=spec.seed, image=image, strength=spec.strength, mask=mask,
-            mask_blur=spec.mask_blur, lora=self._lora_files(spec.loras), lora_dir=self.lora_folder,
+            mask_blur=spec.mask_blur, mask_fill=spec.mask_fill,
+            lora=self._lora_files(spec.loras), lora_dir=self.lora_folder,
             embedding_dir=self.embedding_folder,
         )  # fmt: skip
         if requests[0].pixels > self.most_pixels:

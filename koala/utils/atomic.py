@@ -1,7 +1,8 @@
 """Atomic output: results appear under their final name complete or not at all.
 
 Output goes to a hidden temporary sibling, which is renamed once it is complete and on the disk,
-and removed on failure. So an interrupted run or a full disk leaves no partial result behind.
+and removed on failure. So an interrupted run or a full disk leaves no partial result behind. What
+a killed run left is removed by the next one that writes the same.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import os
 import re
 import secrets
 import shutil
+import socket
+import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from koala.errors import Failure, UserError
 
+_DAY = 24 * 3600.0  # seconds; what another machine left alone for so long is left over
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -57,12 +62,47 @@ def new_file(out: Path) -> Iterator[Path]:
     with _explained(out):
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
+            if part.parent not in _left_over:
+                _left_over[part.parent] = [*_parts(part.parent)]
+            for left in _left_over[part.parent]:
+                if left.is_file() and _is_leftover(left, out.name):
+                    left.unlink(missing_ok=True)
             yield part
             _to_disk(part)
             os.replace(part, out)
             _to_disk(part.parent)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Keeps other processes out of a run's folder, which is made if it is missing.
+
+    name: of the file in it that stands for the lock, which ends with the process. A folder that was
+    made and holds nothing in the end is removed. Raises `UserError` if another process is there.
+    """
+    from filelock import FileLock, Timeout
+
+    with _explained(folder):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / name)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{folder} is in use by another process: wait until it has ended, or name another "
+                "folder"
+            ) from None
+    try:
+        yield
+    finally:
+        (folder / name).unlink(missing_ok=True)
+        lock.release()
+        if made:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def write_text(out: Path, text: str) -> None:
@@ -102,15 +142,43 @@ def check_new(out: Path) -> None:
 def _clear_leftovers(out: Path) -> None:
     """Removes what killed runs left of this folder; one that was being replaced comes back."""
     parent, name = out.absolute().parent, out.absolute().name
-    pattern = re.compile(rf"\.{re.escape(name)}\.(\d+)\.(part|old)", re.ASCII)
-    for left in sorted(parent.iterdir()) if parent.is_dir() else ():
-        match = pattern.fullmatch(left.name)
-        if match is None or _runs(int(match[1])):
+    for left in [*_parts(parent)]:
+        if not _is_leftover(left, name):
             continue
-        if match[2] == "old" and not out.exists():
+        if left.suffix == ".old" and not out.exists():
             os.replace(left, out)
-        else:
+        elif left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+_PART = re.compile(r"\.(.+)\.(?:([0-9a-f]{8})-)?(\d+)(?:-[0-9a-f]{8})?\.(part|old)", re.ASCII)
+_left_over: dict[Path, list[Path]] = {}  # the parts in a folder when this process first wrote there
+_ours: set[str] = set()  # the names of the parts that this process made
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    """The temporary files and folders in a folder, in the order of their names."""
+    with contextlib.suppress(OSError):  # one that may be written to, but not listed
+        yield from (folder / name for name in sorted(os.listdir(folder)) if _PART.fullmatch(name))
+
+
+def _is_leftover(path: Path, name: str) -> bool:
+    """Whether a part is one of `name`, and whoever wrote it has ended."""
+    match = _PART.fullmatch(path.name)
+    if match is None or match[1] != name or path.name in _ours:
+        return False
+    if match[2] in (None, _machine()):
+        return not _runs(int(match[3]))
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime > _DAY
+    return False
+
+
+def _machine() -> str:
+    """8 hexadecimal digits of this machine's name: several may share a folder."""
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 def _runs(process: int) -> bool:
@@ -138,9 +206,10 @@ def _to_disk(path: Path) -> None:
 
 
 def _part(out: Path) -> Path:
-    # Not by the process's number alone: processes of several machines may share the folder.
-    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
-    return out.absolute().with_name(f".{out.absolute().name}.{unique}.part")
+    unique = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    part = out.absolute().with_name(f".{out.absolute().name}.{unique}.part")
+    _ours.add(part.name)
+    return part
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from koala.architectures.block_map import block_map
 from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.flops import flops, format_table, table
 from koala.architectures.layout import parameters, tensor_shapes
@@ -124,12 +125,38 @@ def test_wrong_names_and_teachers_are_refused():
     with pytest.raises(UserError, match=r"'koala-2b'.*koala-1b"):
         student_of(get("sdxl"), "koala-2b")
     for name, fault in [
-        ("koala-700m", "has layers_per_block 1, an SDXL U-Net has 2; has no mid block"),
-        ("ssd-1b", "mid block without attention"),
-        ("sdm-v2.0", "no addition embedding"),
+        ("segmind-vega", "cut to koala-700m, .*: it has a mid block without .*; give depths, at"),
+        ("ssd-1b", "cut to koala-700m, .*: it has a mid block without .*; has up blocks"),
+        ("sdm-v2.0", "the teacher: has no addition embedding"),
     ]:
-        with pytest.raises(UserError, match=f"{name} cannot be the teacher: .*{fault}"):
+        with pytest.raises(UserError, match=f"{name} cannot be {fault}"):
             student_of(get(name), "koala-700m")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "to", "student"),
+    [
+        ("koala-1b", "koala-700m", "koala-700m"),
+        ("koala-mini-1b", "koala-700m", "koala-mini"),
+        ("bk-sdxl", "koala-1b", "koala-1b"),
+        ("koala-700m", "koala-700m", "koala-700m"),
+        ("koala-1b", "0,2,5,no-mid", "koala-700m"),
+        ("segmind-vega", "0,1,2,no-mid", "custom"),
+    ],
+)
+def test_a_teacher_may_be_a_student(teacher, to, student):
+    found = student_of(get(teacher), to)
+    assert found.name == student
+    assert block_map(get(teacher), found)["conv_in"] == "conv_in"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "to"),
+    [("koala-700m", "koala-1b"), ("ssd-1b", "0,2,4,no-mid"), ("koala-1b", "bk-sdxl")],
+)
+def test_what_the_teacher_has_not_cannot_be_inherited(teacher, to):
+    with pytest.raises(UserError, match=f"cannot inherit from {teacher}"):
+        block_map(get(teacher), student_of(get(teacher), to))
 
 
 def test_table_and_its_text():

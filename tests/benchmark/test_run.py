@@ -2,12 +2,13 @@
 
 import csv
 import json
-import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks import cpu, gpu, gpu_drawing
@@ -18,9 +19,13 @@ from koala.architectures.layout import parameters as count
 from koala.architectures.table import ARCHITECTURES
 from koala.benchmark import measure
 from koala.benchmark.cases import CASES, GPUS, Subject, get, subject
+from koala.benchmark.drawer import RemoteDrawer, image_flops
 from koala.benchmark.models import build
-from koala.benchmark.report import BenchmarkReport, BenchmarkRow
-from koala.benchmark.run import benchmark, image_flops
+from koala.benchmark.plot import plot
+from koala.benchmark.ratio import FEWEST, Ratio, ratio
+from koala.benchmark.report import BenchmarkReport, BenchmarkRow, threads_text
+from koala.benchmark.run import benchmark
+from koala.benchmark.ways import Way, ways_of
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation import load
@@ -34,34 +39,44 @@ def made(toy_sdxl, tmp_path_factory):
     out = tmp_path_factory.mktemp("benchmark") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KOALA_CACHE", str(out.parent / "cache"))
+        patch.setenv("KOALA_BACKEND", "torch")
         seen = []
-        report = benchmark([str(toy_sdxl)], out, "cpu", runs=2, on_row=seen.append)
+        report = benchmark([str(toy_sdxl)], out, "cpu", rounds=2, threads=[1], on_row=seen.append)
     assert seen == report.rows
     return report, out
 
 
-def test_both_engines_are_measured_with_the_same_weights(made, toy_sdxl):
+def test_every_way_is_measured_with_the_same_weights(made):
     report, _ = made
-    assert [row.engine for row in report.rows] == ["diffusers", "koala"]
+    stock, ours, *others = report.rows
+    assert (stock.way, ours.way) == ("diffusers", "koala")
+    assert stock.exact and ours.exact and all(not other.exact for other in others)
+    assert "koala guided half way" in [other.way for other in others]
     for row in report.rows:
         assert (row.name, row.weights, row.pixels, row.steps) == ("sdxl", "real", 64, 10)
-        assert row.picture.runs == 2
-        assert 0 < row.picture.least <= row.picture.median <= row.picture.greatest
-        assert row.unet.median > 0 and row.floor > 0 and math.isfinite(row.peak_gb)
+        assert row.threads == 1 and row.backend in ("torch", "openvino-bf16")
+        assert row.image.runs == 2
+        assert 0 < row.image.least <= row.image.median <= row.image.greatest
+        assert row.cpu_seconds > 0 and row.unet.median > 0
+        assert row.floor == stock.floor > 0
+        assert row.peak_gb is None or row.peak_gb > 0.1  # the interpreter and its libraries
         assert row.budgets == {}  # no allocator to hold to a budget
-    one, other = (row.picture.median for row in report.rows)
-    assert report.ratios() == {"sdxl": one / other}
+    assert stock.times_faster is None
+    pairs = ours.times_faster
+    assert pairs.pairs == 2 and pairs.low is None and pairs.verdict() == "cannot be told"
 
 
 def test_the_same_figures_as_table_csv_json_and_plot(made):
     report, out = made
     stored = json.loads((out / "benchmark.json").read_text())
-    assert stored["rows"][1]["picture"]["median"] == report.rows[1].picture.median
-    assert stored["times_faster"] == report.ratios() and stored["hardware"]
+    assert stored["rows"][1]["image"]["median"] == report.rows[1].image.median
+    assert stored["rows"][1]["times_faster"]["pairs"] == 2 and stored["hardware"]
     rows = list(csv.DictReader((out / "benchmark.csv").open()))
-    assert [row["engine"] for row in rows] == ["diffusers", "koala"]
-    assert rows[1]["picture s"] == f"{report.rows[1].picture.median:.3f}"
-    assert rows[1]["picture s"] in (out / "benchmark.md").read_text()
+    assert [row["way"] for row in rows[:2]] == ["diffusers", "koala (torch)"]
+    assert rows[1]["image s"] == f"{report.rows[1].image.median:.3f}"
+    table = (out / "benchmark.md").read_text()
+    assert rows[1]["image s"] in table
+    assert "times as fast as stock diffusers on 1 thread, 2 pairs: cannot be told." in table
     with Image.open(out / "benchmark.png") as image:
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(1 << 24)) > 10
     assert sorted(p.suffix for p in out.iterdir()) == [".csv", ".json", ".md", ".png"]
@@ -118,39 +133,83 @@ def test_the_peak_is_what_was_held_for_a_moment():
     assert measure.peak_bytes(CPU) - before < 100e6
 
 
-def test_rows_that_did_not_fit_say_so():
-    chosen = subject("sdxl-base-1.0")
-    row = BenchmarkRow.out_of_memory("diffusers", chosen)
-    assert row.cells()["picture s"] == "OOM" and row.cells()["weights"] == "random"
+def row(**values):
+    known = {"name": "a", "way": "koala", "backend": "torch", "exact": True, "threads": None}
+    known |= {"weights": "random", "pixels": 64, "steps": 1, "guidance": 0}
+    return BenchmarkRow(**(known | values))
+
+
+def test_rows_that_did_not_fit_say_so(tmp_path):
+    missing = row(name="sdxl-base-1.0", way="diffusers")
+    assert missing.cells()["image s"] == "OOM" and missing.claim() is None
+    fitted = row(image=measure.Timing(1, 1, 1, 1), budgets={8: None})
     ceilings = measure.Ceilings(1e12, 1e11, "float16")
-    fitted = BenchmarkRow(
-        "a", "koala", "real", 64, 1, 0, measure.Timing(1, 1, 1, 1), budgets={8: None}
-    )
-    report = BenchmarkReport("a card", "cuda", ceilings, [row, fitted], ["ssd-1b"])
-    assert report.ratios() == {}
+    report = BenchmarkReport("a card", "cuda", ceilings, [missing, fitted], ["ssd-1b"])
     table = report.table()
     assert "OOM" in table and "in 8 GB" in table and "out of time: ssd-1b" in table
+    assert "times as fast" not in table
     assert report.as_dict()["published"]["sdxl-base-1.0"]["4090 24 GB"] == (3.23, 11.9)
+    plot(report, tmp_path / "plot.png")
 
 
 def test_the_time_is_kept(toy_sdxl, tmp_path):
-    report = benchmark([str(toy_sdxl)] * 2, tmp_path / "out", "cpu", runs=1, seconds=0)
-    assert report.rows == [] and report.left_out == ["sdxl", "sdxl"]
+    report = benchmark([str(toy_sdxl)] * 2, tmp_path / "out", "cpu", seconds=0)
+    assert report.rows == [] and set(report.left_out) == {"sdxl"}
     assert "out of time" in (tmp_path / "out" / "benchmark.md").read_text()
 
 
+def test_a_way_that_cannot_draw_here_says_why(toy_sdxl):
+    wrong = Way("koala", backend="abacus")
+    with pytest.raises(UserError, match="abacus"):
+        RemoteDrawer(subject(str(toy_sdxl)), wrong, CPU, "fp32", 1)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=40))
+def test_the_interval_of_a_ratio_holds_the_median(seconds):
+    found = ratio([2 * each for each in seconds], seconds)
+    assert found.median == 2 and found.pairs == len(seconds)
+    assert (found.low is None) == (len(seconds) < FEWEST)
+    assert found.verdict() == ("cannot be told" if found.low is None else "faster")
+    assert found.narrow == (found.low is not None)
+
+
+def test_a_verdict_needs_an_interval_without_1():
+    ones = [1.0] * 20
+    noisy = [0.5, 2.0] * 10
+    assert ratio(noisy, ones).verdict() == "cannot be told" and not ratio(noisy, ones).narrow
+    assert ratio(ones, [1.1] * 20).verdict() == "slower"
+    # 20 pairs: the sixth smallest to the sixth largest, 95.9 % (binomial tables)
+    found = ratio([float(n) for n in range(1, 21)], ones)
+    assert (found.low, found.high) == (6, 15)
+
+
+def test_ways_are_those_asked_for_or_all():
+    chosen = subject("koala-mini")
+    by_default = [way.name for way in ways_of(chosen, on_cpu=True)]
+    assert by_default[:3] == ["diffusers", "koala", "koala torch"]
+    on_gpu = [way.name for way in ways_of(chosen, on_cpu=False)]
+    assert on_gpu == ["diffusers", "koala", "koala guided half way", "koala tiny decode"]
+    assert set(on_gpu) < set(by_default)
+    _, asked = ways_of(chosen, True, backend="openvino-bf16")
+    assert asked == Way("koala openvino-bf16", exact=False, backend="openvino-bf16")
+    _, asked = ways_of(subject("sdxl-turbo"), False, compiled=True, graphs=True)
+    assert asked.name == "koala compiled graphs" and asked.exact
+    assert [way.name for way in ways_of(subject("sdxl-turbo"), False)] == ["diffusers", "koala"]
+
+
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("asked", "said"),
     [
         (["koala-giga"], "koala-giga"),
-        (["koala-mini", "--runs", "0"], "runs"),
+        (["koala-mini", "--rounds", "0"], "rounds"),
+        (["koala-mini", "--threads", "1", "99999"], "99999"),
         (["koala-mini", "--device", "abacus"], "abacus"),
         (["koala-mini", "--dtype", "fp16", "--device", "cpu"], "float16"),
         (["koala-mini", "--dtype", "fp7"], "fp7"),
     ],
 )
-def test_refusals(given, said, tmp_path, capsys):
-    assert main(["benchmark", *given, "--out", str(tmp_path / "out")]) == 2
+def test_refusals(asked, said, tmp_path, capsys):
+    assert main(["benchmark", *asked, "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -227,12 +286,16 @@ def test_every_way_of_the_processors_benchmark_draws(way, toy_sdxl):
 
 def test_the_figures_of_docs_speed_are_those_of_the_records():
     folder = ROOT / "benchmarks" / "cpu"
-    expected = []
-    for name, backend in cpu.MINI.items():
-        stock, ours = json.loads((folder / name / "benchmark.json").read_text())["rows"]
-        seconds = [row["picture"]["median"] for row in (stock, ours)]
-        figures = [f"{s:.2f}" for s in (*seconds, seconds[0] / seconds[1])]
-        expected.append([f"koala-mini, `--backend {backend}`", *figures, ""])
+    expected, stocks = [], {}
+    for row in json.loads((folder / "mini" / "benchmark.json").read_text())["rows"]:
+        seconds, pairs = row["image"]["median"], row["times_faster"]
+        if pairs is None:
+            stocks[row["threads"]] = seconds
+            continue
+        way = f"by default ({row['backend']})" if row["way"] == "koala" else row["way"][6:]
+        figures = [f"{s:.3f}" for s in (stocks[row["threads"]], seconds)]
+        figures += [Ratio(**pairs).text(), f"{row['peak_gb']:.2f}"]
+        expected.append([f"koala-mini, {way}, {threads_text(row['threads'])}", *figures])
     ways = json.loads((folder / "full_size.json").read_text())["ways"]
     stock = ways.pop(cpu.STOCK)
     for name, way in ways.items():
@@ -247,4 +310,7 @@ def test_the_figures_of_docs_speed_are_those_of_the_records():
     ]
     assert [[cell.strip() for cell in row] for row in rows] == expected
     assert f"took {stock['peak_gb']:.1f} GB" in page
+    starts = json.loads((ROOT / "benchmarks" / "start.json").read_text())["ways"]
+    for way in starts.values():
+        assert f"{way['seconds']:.1f} s and {way['peak MB'] / 1000:.2f} GB" in page
     assert (ROOT / "benchmarks" / "fidelity" / "fidelity.md").read_text() in page

@@ -44,11 +44,11 @@ def teacher(tmp_path_factory) -> Path:
 def test_a_lora_is_trained_carried_and_measured(teacher, tmp_path):
     training = lora_carry.Training(samples=8, batch=4, rank=2, learning_rate=1e-2, held_out=0.5)
     data = lora_carry.prepare(training, teacher, tmp_path / "data")
-    losses = lora_carry.train(training, teacher, data, tmp_path)
+    made, losses = lora_carry.train(training, str(teacher), data, tmp_path / "run")
     assert len(losses) == 2
     assert all(map(math.isfinite, losses))
     models = {"teacher": str(teacher), "student": "koala-mini"}
-    lora = tmp_path / lora_carry.LORA
+    lora = made / lora_carry.FILE
     figures, sheet = lora_carry.compare(models, lora, data, Colours(), things=2, seeds=1)
     carried = figures["student"]["lora"]
     assert (carried["made_for"], carried["applied_to"]) == ("sdxl-mini", "koala-mini")

@@ -17,8 +17,9 @@ from koala.checkpoints.compress import compress
 from koala.checkpoints.model_card import Compressed, Evaluated, Licence, ModelCard, Trained
 from koala.cli import main
 from koala.errors import UserError
-from koala.evaluation.cards import check_cards, enter
-from koala.evaluation.table import EvaluationReport, EvaluationRow
+from koala.evaluation.cards import enter, folders_with_cards
+from koala.evaluation.models import rows_of
+from koala.evaluation.table import Cell, Column, EvaluationReport, EvaluationRow
 
 CUT = Compressed("my-sdxl", "sdxl", 2_567_463_684, "koala-700m", 782_822_724, 676, 1_004, "bottom")
 TRAINED = Trained(
@@ -178,19 +179,17 @@ def test_training_without_a_teacher_is_no_distillation():
 
 
 def test_a_reports_row_is_entered(tmp_path):
+    column = Column("illustrations", "r@5", "R@5 ↑", True, 1, 2, "koala.evaluation.judge")
     rows = [
-        EvaluationRow(
-            name, "", {m: [value] for m in ("FD-EffLite0", "kernel distance", "R@1", "R@5", "R@10")}
-        )
+        EvaluationRow(name, "", {column.key: Cell(value)})
         for name, value in (("real pictures", 0.5), ("mine", 0.25), ("yours", 0.125))
     ]
-    report = EvaluationReport(rows, {"prompts": 2}, {}, "a laptop", "koala evaluate", ["a", "b"])
+    report = EvaluationReport(rows, [column], [], {"prompts": 2}, {}, "a laptop", "koala evaluate")
     models = {name: tmp_path / name for name in ("mine", "yours")}
     for folder in models.values():
         folder.mkdir()
         FULL.write(folder)
-    check_cards(models)
-    enter(report, models)
+    enter(report, folders_with_cards(rows_of([f"{n}={path}" for n, path in models.items()])))
     text = (tmp_path / "mine" / "README.md").read_text()
     assert "| mine | 0.25 |" in text and "| real pictures | 0.50 |" in text
     assert "yours" not in text
@@ -201,11 +200,10 @@ def test_a_reports_row_is_entered(tmp_path):
 
 
 def test_only_cards_of_ours_are_written_to(tmp_path):
-    with pytest.raises(UserError, match="koala-mini is not a folder with a koala model card"):
-        check_cards({"m": "koala-mini"})
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Another's\n")
-    with pytest.raises(UserError, match="a koala model card"):
-        check_cards({"m": tmp_path})
+    for wrong in ("koala-mini", f"m={tmp_path}", f"m={tmp_path},{tmp_path}"):
+        with pytest.raises(UserError, match="is not a folder with a koala model card"):
+            folders_with_cards(rows_of([wrong]))
 
 
 def test_names_are_no_paths(tmp_path):

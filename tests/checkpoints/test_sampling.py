@@ -2,13 +2,24 @@
 
 import pytest
 
-from koala.checkpoints.sampling import Sampling, by_name, of_config
+from koala.checkpoints.sampling import KEY, Sampling, by_name, of_config
+from koala.errors import UserError
 
 
 def test_it_is_read_back_as_it_was_written():
     sampling = Sampling(2, 1.0, "lcm")
     assert of_config({"beta_start": 0.1, **sampling.to_config()}) == sampling
     assert of_config({"beta_start": 0.1}) is None
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [None, 4, {}, {"steps": 4}, {"steps": 0, "guidance": 1, "scheduler": "euler"},
+     {"steps": "4", "guidance": 1.0, "scheduler": "euler"}],
+)  # fmt: skip
+def test_nonsense_is_refused(stated):
+    with pytest.raises(UserError, match="_koala_sampling of the scheduler's config is"):
+        of_config({KEY: stated})
 
 
 @pytest.mark.parametrize(

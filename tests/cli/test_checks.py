@@ -59,6 +59,13 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     ([*GENERATE, "--out", "fox.jpg"], "fox.jpg: pictures are written as PNG; name it fox.png"),
     ([*GENERATE, "--out", "black.png"], "black.png exists; name another file"),
     ([*GENERATE, "--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+    # before a model is put together
+    ([*GENERATE, "--steps", "0", "--model", "gone", "--base", "gone"], "steps is 0"),
+    (["generate", " ", "--model", "gone", "--vae", "gone"], "the prompt is empty"),
+    (["generate", "a <lora:x", "--model", "gone", "--base", "gone", "--size", "9x9"], "size 9x9"),
+    (["compress", "gone", "--base", "gone", "--to", "koala-1b", "--out", "x", "--dtype", "fp61"],
+     "mean fp16?"),
+    (["convert", "gone", "--base", "gone", "--to", "single-file", "--out", "x"], "must end in"),
     # serve
     (["serve", "--model", "koala-mni"], "did you mean koala-mini?"),
     (["serve", "--backend", "atuo"], "unknown backend 'atuo'"),
@@ -104,8 +111,13 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     (["distill", "koala-mini", "--dry-run", "--gpus", "0"], "--gpus 0"),
     # measuring
     (["evaluate", "a=x", "a=y", "--pictures", "x", "--out", "y"], "two models are named 'a'"),
-    (["evaluate", "koala-mini", "--pictures", "gone", "--out", "y"], "no prepared images"),
-    (["evaluate", "koala-mini", "--pictures", "x", "--out", "y", "--steps", "0"], "steps is 0"),
+    (["evaluate", "koala-mini", "--pictures", "gone", "--out", "y"], "no prompts"),
+    (["evaluate", "koala-mini", "--prompts", "hpsv3", "--out", "y"], "did you mean hpsv2?"),
+    (["evaluate", "koala-mini", "--prompts", "hpsv2=x", "--out", "y"], "hpsv2 is not at x"),
+    (["evaluate", "a=x,", "--prompts", "x", "--out", "y"], "'a' has an empty run"),
+    (["evaluate", "a", "--prompts", "x", "--out", "y", "--metrics", "pikscore"], "mean pickscore?"),
+    (["evaluate", "a", "--out", "y", "--steps", "9", "b=4"], "unknown row of --steps 'b'"),
+    (["evaluate", "koala-mini", "--out", "y", "--steps", "0"], "steps is 0"),
     (["benchmark", "koala-turbo-700"], "did you mean koala-turbo-700m?"),
     (["benchmark", "koala-mini", "--dtype", "fp61"], "unknown dtype 'fp61'"),
 )  # fmt: skip

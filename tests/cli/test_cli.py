@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -165,7 +167,7 @@ def test_distill_and_prepare_and_evaluate_refuse(tmp_path, capsys):
     assert "illustrations-small" in refused(capsys, "prepare", "photos", "--out", str(tmp_path))
     report = ["--pictures", str(tmp_path), "--out", str(tmp_path / "report")]
     assert "two models" in refused(capsys, "evaluate", "a=x", "a=y", *report)
-    assert "no prepared images" in refused(capsys, "evaluate", "koala-mini", *report)
+    assert "no prompts" in refused(capsys, "evaluate", "koala-mini", *report)
     mirrored = ["prepare", "illustrations-small", "--mirror", "--out", str(tmp_path)]
     assert "give --model" in refused(capsys, *mirrored)
     assert not list(tmp_path.iterdir())
@@ -180,3 +182,26 @@ def test_a_dry_run_shows_the_recipe(capsys):
     assert student["cut"] == "koala-700m"
     taps = {tap["location"]: tap["stages"] for tap in student["settings"]["taps"]}
     assert taps == {"sa": None, "lf": ["DW-1", "UP-3"]}  # self-attention everywhere
+
+
+def test_sigterm_removes_what_is_half_written(tmp_path):
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+from koala import cli
+from koala.utils.atomic import new_folder
+
+def run(o):
+    with new_folder(Path(sys.argv[1])) as part:
+        (part / "file").write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+cli.COMMANDS["write"] = cli.Command("write", "write", ("koala write",), lambda p: None, run)
+sys.exit(cli.main(["write"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "koala: interrupted\n")
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from koala.checkpoints import model_card
+from koala.checkpoints.compress import compress
 from koala.cli import main
 from toy import toy_pipeline
 from toy_sources import images, write_folder
@@ -59,8 +61,9 @@ def distil(
         ({"changes": ["hardware.accumulate=3"]}, "does not divide into 3 equal parts"),
         ({"changes": ["training.batch=5"]}, "16 samples are not a multiple of the batch 5: use 20"),
         ({"changes": ["pixels=128"]}, "latents for 64 pixels, this training is for 128"),
+        ({"changes": ["hardware.stored_text=true"]}, "holds no text embeddings"),
         ({"teacher": "vae"}, "latents of another VAE"),
-        ({"teacher": "student"}, "koala"),
+        ({"teacher": "student"}, "custom cannot be cut to koala-1b, which is a share of an SDXL"),
         ({"student": "vae"}, "has the U-Net custom, but this recipe trains koala-1b of custom"),
         ({"student": "nowhere"}, "nowhere"),
         ({"data": "nowhere"}, "nowhere does not exist: give a folder made by `koala prepare`"),
@@ -77,6 +80,22 @@ def test_what_is_known_before_the_first_step(given, said, data, others, toy_sdxl
     shown = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and said in shown[-1] and shown[-1].startswith("koala: ")
     assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_a_teacher_may_be_a_student(data, toy_sdxl, tmp_path):
+    """A cut of a cut: its blocks begin as its teacher's, and are paired with them."""
+    teacher, run = compress(toy_sdxl, "koala-1b", tmp_path / "teacher").out, tmp_path / "run"
+    depths = ("cut=0,1,1,no-mid", "training.samples=4", "training.validate_every=0")
+    assert distil(run, data, teacher, *depths) == 0
+    begun, theirs = (
+        load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+        for folder in (run / "start", teacher)
+    )
+    assert len(begun) < len(theirs) and all(torch.equal(theirs[n], v) for n, v in begun.items())
+    card = model_card.read(run / "model")
+    assert (card.cut.teacher, card.cut.architecture) == ("teacher", "custom")
+    line = json.loads((run / "stats.jsonl").read_text().splitlines()[0])
+    assert line["feat"] == pytest.approx(sum(v for k, v in line.items() if k.startswith("tap ")))
 
 
 def test_a_missing_shard_and_a_latent_that_is_no_number(data, toy_sdxl, tmp_path, capsys):

@@ -18,19 +18,21 @@ from toy_lora import toy_lora
 from toy_sources import images, write_folder
 
 # What needs more than a desk has: GPUs, hours, or packages that are fetched. Their pages' commands
-# are rehearsed in tests/serving, tests/data, tests/evaluation, tests/benchmark and test_export.
+# are rehearsed in tests/serving, tests/data, tests/recipes, tests/evaluation, tests/benchmark and
+# test_export.
 ELSEWHERE = ("koala export", "koala serve", "koala prepare illustrations-small", "koala evaluate",
-             "koala benchmark koala-lightning-700m")  # fmt: skip
+             "koala benchmark koala-lightning-700m", "koala finetune dreambooth",
+             "koala finetune lora")  # fmt: skip
 SMALLER = {  # what makes the others a matter of seconds
     "prepare": ["--size", "64", "--held-out", "0.3", "--workers", "1"],
     "distill": [
         "--set", "training.samples=8", "training.batch=4", "training.validate_every=8",
         "training.preview_every=1000", "pixels=64", "hardware.compile=",
     ],
-    "benchmark": ["--runs", "1"],
+    "benchmark": ["--rounds", "1", "--threads", "1"],
 }  # fmt: skip
 ORDER = ("generate", "inspect", "compress", "convert", "export", "architectures", "prepare",
-         "distill", "evaluate", "benchmark", "serve")  # fmt: skip
+         "distill", "finetune", "runs", "evaluate", "benchmark", "serve")  # fmt: skip
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_the_examples_work_in_their_order(desk, capsys):
     assert set(ORDER) == set(COMMANDS)
     examples = [example for name in ORDER for example in COMMANDS[name].examples]
     done = [example for example in examples if not example.startswith(ELSEWHERE)]
-    assert len(done) == 20
+    assert len(done) == 23
     for example in done:
         name, *given = shlex.split(example)[1:]
         if "--dry-run" not in given:
@@ -64,7 +66,7 @@ def test_the_examples_work_in_their_order(desk, capsys):
                 del given[given.index("--size") : given.index("--size") + 2]
             given += SMALLER.get(name, [])
         assert main([name, *given]) == 0, (example, capsys.readouterr().err)
-    for made in ("fox.png", "fish.png", "runs/student", "student.safetensors", "runs/smaller",
+    for made in ("fox.png", "owl.png", "runs/student", "student.safetensors", "runs/smaller",
                  "student-style.safetensors", "data/index.arrow", "runs/koala/model",
                  "runs/turbo/model", "benchmark-mini/benchmark.json"):  # fmt: skip
         assert (desk / made).exists(), made

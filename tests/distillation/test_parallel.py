@@ -20,6 +20,7 @@ from koala.distillation.parallel import World, joined, lay_out
 from koala.distillation.settings import PAPER_TAPS, PLAIN, Hardware
 from koala.distillation.taps import Features, regions, tap_points
 from koala.errors import FailedElsewhere, Failure, UserError
+from koala.utils.device import has_bf16
 from toy import TEXT_WIDTHS, toy_pipeline, toy_unet
 from toy_training import (
     SETTINGS,
@@ -136,7 +137,7 @@ def test_compiled_and_checkpointed_equals_eager_and_shapes_share_what_is_compile
     found = regions(compiled)
     expected = _gradients(eager)
     torch._dynamo.utils.counters.clear()
-    parallel._compile(found, "aot_eager")
+    parallel._compile(found, "aot_eager", dynamic=False)
     parallel._checkpoint(found)
     ours = _gradients(compiled)
     assert distance(ours, expected) < GRADIENT_BOUND * norm(expected)
@@ -144,13 +145,32 @@ def test_compiled_and_checkpointed_equals_eager_and_shapes_share_what_is_compile
     assert 0 < frames["ok"] == frames["total"] < len(found)
 
 
-def _gradients(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+def test_buckets_share_what_is_compiled() -> None:
+    """As many compilations for five sizes of images as for two of them."""
+    torch.manual_seed(1)
+    unet = toy_unet("koala").train()
+    expected = [_gradients(copy.deepcopy(unet), size) for size in BUCKETS]
+    parallel._compile(regions(unet), "aot_eager", dynamic=True)
+    counts = []
+    torch._dynamo.utils.counters.clear()
+    for size, eager in zip(BUCKETS, expected, strict=True):
+        unet.zero_grad()
+        ours = _gradients(unet, size)
+        assert distance(ours, eager) < GRADIENT_BOUND * norm(eager)
+        counts.append(torch._dynamo.utils.counters["frames"]["ok"])
+    assert 0 < counts[1] == counts[-1]
+
+
+BUCKETS = ((8, 8), (8, 16), (16, 8), (12, 16), (8, 20))
+
+
+def _gradients(unet: UNet2DConditionModel, size: tuple[int, int] = (8, 8)) -> dict[str, Tensor]:
     """Of a loss over the output and every tap."""
     g = torch.Generator().manual_seed(0)
     features = Features(unet, tap_points(unet, PAPER_TAPS))
     with features.capture() as captured:
         output = unet(
-            torch.randn(2, 4, 8, 8, generator=g),
+            torch.randn(2, 4, *size, generator=g),
             torch.tensor([3, 700]),
             torch.randn(2, 5, unet.config.cross_attention_dim, generator=g),
             added_cond_kwargs={
@@ -194,14 +214,20 @@ LAYOUTS = {
     "ddp": PLAIN,
     "parts": Hardware(accumulate=2, checkpointing=True),
     "fsdp": Hardware(sharding="fsdp"),
+    "late": Hardware(sharding="fsdp", accumulate=2, reduce_last=True),
     "shards": Hardware(sharding="fsdp", teacher="sharded", checkpointing=True, accumulate=2),
 }
+
+
+IN_BF16 = {"low": Hardware(cpu_bf16=True), "low shards": Hardware(sharding="fsdp", cpu_bf16=True)}
 
 
 def _work(rank: int, base: Path, folder: Path) -> None:
     """What each of two processes does: steps, a stop, going on in shards, failing together."""
     with joined("cpu") as world:
         for name, hardware in LAYOUTS.items():
+            distil(base, folder / name, hardware, settings=STEP, world=world)
+        for name, hardware in IN_BF16.items() if has_bf16() else ():
             distil(base, folder / name, hardware, settings=STEP, world=world)
         raised = []
         streams = []
@@ -242,6 +268,13 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_equal_one(folder: Path, step: Path, name: str) -> None:
     assert_same_step(folder / name, step)
     assert len((folder / name / "stats.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 instructions")
+def test_shards_are_gathered_in_the_precision_of_the_pass(folder: Path, step: Path) -> None:
+    """In bf16, which changes what is computed by no more than autocast does."""
+    exact, low, shards = (gradient(run) for run in (step, folder / "low", folder / "low shards"))
+    assert 0 < distance(shards, low) < 2 * distance(low, exact) < 0.2 * norm(exact)
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(folder: Path) -> None:
@@ -307,6 +340,7 @@ def test_a_setting_for_a_teacher_needs_one(base: Path) -> None:
     [
         ({"accumulate": 0}, "accumulate is 0: it must be 1 or more"),
         ({"sharding": "zero"}, "unknown sharding 'zero': choose ddp, fsdp"),
+        ({"reduce_last": True}, "reduce_last=true has no effect without sharding=fsdp and"),
         ({"teacher": "away"}, "unknown teacher 'away': choose whole, sharded, offloaded"),
     ],
 )

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 from koala.errors import UserError
 from koala.evaluation.distances import frechet, kernel_distance
-from koala.evaluation.features import EffLite0, as_tensor, at_size, extract
+from koala.evaluation.features import EffLite0, as_tensor, extract
 from koala.evaluation.judge import Judge
+from koala.evaluation.pictures import at_size
 from koala.mini.sentence_encoder import SentenceEncoder
 
 

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
 from koala.generation.denoise import evaluate
 from koala.generation.image_files import fingerprint, open_image, read_mask
-from koala.generation.image_inputs import on_white, to_pixels
+from koala.generation.image_inputs import filled, on_white, to_pixels
 from koala.generation.png import parameters
 from koala.generation.runtime.pytorch import encode_image
+from koala.generation.validation import MASK_FILLS
 from toy import toy_pipeline
 
 
@@ -180,6 +183,53 @@ def test_what_is_not_painted_comes_back_pixel_for_pixel(pipeline, blur):
     assert (found[20:30, 15:23] != noise[20:30, 15:23]).mean() > 0.9
 
 
+@pytest.mark.parametrize("fill", MASK_FILLS)
+def test_a_painted_part_starts_from_what_is_asked_for(pipeline, fill):
+    """The unpainted part is there from the start in every case, at the first step's noise."""
+    image = Image.linear_gradient("L").resize((48, 40)).convert("RGB")
+    mask = Image.new("L", image.size)
+    mask.paste(255, (16, 8, 40, 32))
+    asked = {"image": image, "mask": mask, "strength": 0.5, "steps": 4, "seed": 2}
+    (request,) = pipeline.requests("an owl", **asked, mask_fill=fill)
+    assert request.settings.mask_fill == fill
+    row = pipeline.begin(request)
+    (usual,) = pipeline.requests("an owl", **asked)
+    with torch.inference_mode():
+        latents, sigma = pipeline.encode(usual.image), row.sampler.sigmas[0]
+        start = row.x - sigma * row.kept.noise
+    inside = row.kept.mask.bool().expand_as(start)
+    if fill != "surroundings":  # the encoder sees beyond the mask's edge
+        torch.testing.assert_close(start[~inside], latents[~inside], atol=1e-5, rtol=0)
+    if fill == "original":
+        torch.testing.assert_close(start[inside], latents[inside], atol=1e-5, rtol=0)
+    elif fill == "noise":
+        assert start[inside].std() == pytest.approx(1, abs=0.2)
+    elif fill == "nothing":
+        assert start[inside].abs().max() < 1e-5
+    else:
+        torch.testing.assert_close(start, pipeline.encode(request.image), atol=1e-5, rtol=0)
+        assert not torch.equal(request.image, usual.image)
+
+
+@given(
+    height=st.integers(8, 70), width=st.integers(8, 70), seed=st.integers(0, 2**31),
+    share=st.floats(0.05, 0.95),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_surroundings_fill_a_hole_and_leave_the_rest(height, width, seed, share):
+    """And the hole lies within the range of what is around it: a plain image stays plain."""
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    places = random.random((-(-height // 8), -(-width // 8))) < share
+    lacking = places.repeat(8, 0).repeat(8, 1)[:height, :width]
+    found = np.asarray(filled(Image.fromarray(pixels), places, 8))
+    assert (found[~lacking] == pixels[~lacking]).all()
+    if not lacking.all():
+        assert (found >= pixels[~lacking].min(0)).all() and (found <= pixels[~lacking].max(0)).all()
+    plain = Image.new("RGB", (width, height), "teal")
+    assert filled(plain, places, 8).tobytes() == plain.tobytes()
+
+
 def test_a_masks_edge_rises_within_the_blur():
     grey = np.zeros((40, 40), np.uint8)
     grey[:, 8:] = 255
@@ -304,6 +354,12 @@ def test_files_that_are_no_images_are_refused_in_one_line(tmp_path, pipeline):
         ({"mask": True}, "a mask needs an image"),
         ({"image": True, "mask_blur": 4}, "mask blur 4 has no effect without a mask"),
         ({"image": True, "mask": True, "mask_blur": 65}, "mask blur is 65: allowed are whole"),
+        ({"image": True, "mask_fill": "noise"}, "mask fill 'noise' has no effect without a mask"),
+        ({"image": True, "mask": True, "mask_fill": "none"}, "unknown mask fill 'none': choose"),
+        (
+            {"image": True, "mask": True, "mask_fill": "noise", "strength": 1},
+            "mask fill 'noise' has no effect at strength 1",
+        ),
         ({"image": True, "mask": (32, 48)}, "the mask is 32x48, its image 64x48"),
         ({"image": True, "mask": "dark"}, "the mask is dark everywhere"),
     ],

@@ -19,6 +19,7 @@ from koala.generation import form
 from koala.generation.light import LightPipeline
 from koala.generation.loader import load
 from koala.generation.opening import open_model
+from koala.generation.samplers import SAMPLERS
 
 _WITHOUT = """
 import json, sys
@@ -59,7 +60,7 @@ def pixels(image):
     return np.array(image, float)
 
 
-@pytest.mark.parametrize("scheduler", ["euler", "euler-a", "dpm++2m", "ddim", "lcm"])
+@pytest.mark.parametrize("scheduler", [*SAMPLERS, "unipc-karras"])
 def test_a_form_draws_what_pytorch_draws(model, scheduler):
     folder, out = model
     asked = {"steps": 3, "seed": 2**33, "scheduler": scheduler, "negative_prompt": "blue"}

@@ -1,6 +1,7 @@
 """koala.load: each argument gives what the parts behind it give, bit for bit, at toy size."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_a_plan_is_the_planners(folder, asked):
     own = planned(folder, **{name: value for name, value in asked.items() if name != "vram"})
     assert pipeline.plan.mode == own.plan.mode
     if asked.get("vram") in (4, "4"):
-        assert pipeline.plan == own.plan
+        assert replace(pipeline.plan, process=0) == own.plan
     assert np.array_equal(drawn(pipeline), drawn(own))
 
 
@@ -144,7 +145,7 @@ def test_the_tiny_autoencoder_is_the_one_named(folder, tiny):
 def test_the_plan_holds_what_will_be_drawn(folder):
     plan = koala.load(folder, "cpu", vram=4, size="128x64", images=3, from_image=True).plan
     planner = Planner(folder, CPU, (128, 64), 3, from_image=True)
-    assert plan == planner.choose(4 << 30)
+    assert replace(plan, process=0) == planner.choose(4 << 30)
     assert [phase.name for phase in plan.phases] == ["encode", "picture", "denoise", "decode"]
 
 

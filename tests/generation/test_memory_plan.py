@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import koala
 from koala.architectures.layout import parameters
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.validate import read_tensors, unet_architecture
 from koala.errors import UserError
 from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE
 from koala.generation.memory.peak import peak_bytes
-from koala.generation.memory.plan import GIB, LADDER, Planner, free_bytes
+from koala.generation.memory.plan import GIB, GROWTH, LADDER, Planner, free_bytes
 from koala.generation.validation import budget
 from toy import toy_pipeline, toy_tiny
 
@@ -175,6 +176,20 @@ def test_what_is_asked_wrongly_is_refused(tmp_path):
 
 def test_free_memory_is_some_of_the_machines():
     assert 2**24 < free_bytes(CPU) < 2**45
+
+
+def test_a_budget_on_a_cpu_holds_the_process(toy_sdxl):
+    """It is that of a container: what the interpreter and its libraries take is in it."""
+    plan = koala.load(toy_sdxl, "cpu", vram=8, size="64x64").plan
+    assert plan.process > GROWTH + 2**26  # torch alone takes more
+    assert plan.total == plan.peak + plan.process
+    assert "interpreter and libraries, beside each phase" in plan.table()
+    process = 2**30
+    planner = Planner(toy_sdxl, CPU, (64, 64), process=process)
+    least = planner.plan(planner.modes[0]).peak + process
+    assert planner.choose(least).mode == planner.modes[0]
+    with pytest.raises(UserError, match=r"the smallest that works is 1\.\d\d GiB"):
+        planner.choose(process)
 
 
 def test_the_table_says_where_everything_is(planner):

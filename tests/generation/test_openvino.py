@@ -209,7 +209,7 @@ def test_other_predictions_and_vaes(pipeline, vae):
 
 def test_a_large_model_is_not_converted_unasked(unet, vae, cache, monkeypatch):
     choose(unet, vae, "auto")
-    monkeypatch.setattr("koala.generation.runtime.backends._SMALL", 1000)
+    monkeypatch.setattr("koala.generation.runtime.backends.SMALL", 1000)
     assert "one evaluation" in choose(unet, vae).why  # it was, when somebody asked
     bias = unet.conv_out.bias
     bias += 0.1  # another model of this architecture

@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont, PngImagePlugin
 
-from koala.errors import UserError
+from koala.errors import Failure, UserError
 from koala.generation import Result, Settings, check_writable, load, read_settings, save
 from koala.generation.demo import EIGHT_PROMPTS, demo, main
 from koala.generation.png import parameters
@@ -147,7 +147,7 @@ def test_a_failure_leaves_nothing_half_written(tmp_path):
             file.write(b"\x89PNG")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(Failure, match="No space left"):
         save(Result([Torn()], [EXAMPLE]), tmp_path)
     assert os.listdir(tmp_path) == []
 
@@ -166,9 +166,9 @@ def test_unwritable_folders_are_refused_and_writable_ones_left_alone(tmp_path):
     file = tmp_path / "file"
     file.touch()
     for bad in (file, file / "deeper", Path("/proc/koala"), Path("/proc")):
-        with pytest.raises(UserError, match="cannot write to"):
+        with pytest.raises(UserError, match="cannot write"):
             check_writable(bad)
-        with pytest.raises(UserError, match="cannot write to"):
+        with pytest.raises(UserError, match="cannot write"):
             save(result(EXAMPLE), bad)
 
 

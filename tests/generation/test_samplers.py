@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    LCMScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.schedulers import AysSchedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,34 +19,22 @@ from koala.errors import UserError
 from koala.generation import load
 from koala.generation.denoise import evaluate
 from koala.generation.noise import TorchNoise
-from koala.generation.samplers import SAMPLERS, get
-from koala.generation.schedule import SPACINGS, lcm, trailing
+from koala.generation.samplers import LABELS, SAMPLERS, get
+from koala.generation.schedule import SPACINGS, align_your_steps, lcm, trailing
 from toy import toy_pipeline, toy_scheduler
+from toy_schedulers import NOISY, PRECEDED, SPACED, their_scheduler
 
 CONFIG = dict(toy_scheduler().config)
-COMMON = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}
-THEIRS = {  # with the same spacing; DDIM's last step leads to no noise, and nothing is clipped
-    "euler": EulerDiscreteScheduler(**COMMON, timestep_spacing="trailing"),
-    "euler-a": EulerAncestralDiscreteScheduler(**COMMON, timestep_spacing="trailing"),
-    "dpm++2m": DPMSolverMultistepScheduler(**COMMON, timestep_spacing="trailing"),
-    "ddim": DDIMScheduler(**COMMON, timestep_spacing="trailing", clip_sample=False),
-    "lcm": LCMScheduler(**COMMON),
-}
-RELATIVE = {"euler", "euler-a"}  # diffusers keeps their x as we do, the others' divided
+RELATIVE = {"euler", "euler-a", "dpm++sde"}  # diffusers keeps their x as we do, others' divided
 SHAPE = (1, 4, 6, 5)
 CPU = torch.device("cpu")
 
 
 def ours_of(name, steps, seed=3):
     """(sampler, the noise it starts from)."""
-    kind = get(name)
+    kind, spacing = get(name)
     noise = TorchNoise(seed, SHAPE, CPU)
-    return kind(SPACINGS[kind.spacing](CONFIG, steps), noise), noise.draw()
+    return kind(kind.adapted(SPACINGS[spacing](CONFIG, steps), spacing), noise), noise.draw()
 
 
 def model(x, timestep):
@@ -62,14 +47,26 @@ def model(x, timestep):
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 10, 25, 50])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_step_equals_diffusers_scheduler(name, steps):
-    scheduler = THEIRS[name]
-    scheduler.set_timesteps(steps)
-    sampler, first = ours_of(name, steps)
-    assert torch.equal(torch.tensor(sampler.timesteps), scheduler.timesteps.float())
+    compared(name, steps)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 10, 30])
+@pytest.mark.parametrize("name", SPACED)
+def test_every_spacing_equals_diffusers_scheduler(name, steps):
+    compared(name, steps)
+
+
+def compared(name, steps):
     generator = torch.Generator().manual_seed(3)
     start = torch.randn(SHAPE, generator=generator)
+    scheduler = their_scheduler(name, CONFIG, generator)
+    scheduler.set_timesteps(steps)
+    sampler, first = ours_of(name, steps)
+    theirs = scheduler.timesteps.double()
+    torch.testing.assert_close(torch.tensor(sampler.timesteps).double(), theirs, atol=1e-3, rtol=0)
     theirs = start * scheduler.init_noise_sigma
-    draws = {"generator": generator} if name in ("euler-a", "lcm") else {}
+    kind = next(key for key, sampler_ in SAMPLERS.items() if type(sampler) is sampler_)
+    draws = {"generator": generator} if kind in NOISY else {}
     x = sampler.start(first)
     for i, timestep in enumerate(scheduler.timesteps):
         sigma, to = sampler.sigmas[i : i + 2]
@@ -78,12 +75,56 @@ def test_every_step_equals_diffusers_scheduler(name, steps):
         torch.testing.assert_close(seen, expected, atol=1e-4, rtol=0)
         x = sampler.step(i, x, x - sigma * model(seen, sampler.timesteps[i]))
         theirs = scheduler.step(model(expected, timestep), timestep, theirs, **draws).prev_sample
-        scale = 1 if name in RELATIVE else (to**2 + 1) ** 0.5
+        scale = 1 if kind in RELATIVE else (to**2 + 1) ** 0.5
         torch.testing.assert_close(x, theirs * scale, atol=1e-4 * max(1, to), rtol=0)
 
 
+def test_aligned_steps_are_diffusers_table():
+    theirs = EulerDiscreteScheduler(**{k: CONFIG[k] for k in PRECEDED})
+    theirs.set_timesteps(sigmas=AysSchedules["StableDiffusionXLSigmas"])
+    ours = align_your_steps(CONFIG, 10)
+    torch.testing.assert_close(torch.from_numpy(ours.sigmas), theirs.sigmas)
+    torch.testing.assert_close(torch.from_numpy(ours.timesteps).float(), theirs.timesteps)
+
+
 @given(
-    name=st.sampled_from([*SAMPLERS]),
+    spacing=st.sampled_from([name for name in SPACINGS if name != "lcm"]),
+    steps=st.integers(1, 1000),
+    zero_snr=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_spacing_falls_over_the_trained_levels(spacing, steps, zero_snr):
+    config = {**CONFIG, "rescale_betas_zero_snr": zero_snr}
+    schedule = SPACINGS[spacing](config, steps)
+    assert len(schedule) == steps and schedule.sigmas.shape == (steps + 1,)
+    assert (np.diff(schedule.sigmas) < 0).all() and schedule.sigmas[-1] == 0
+    assert (np.diff(schedule.timesteps) <= 0).all()
+    assert schedule.timesteps[-1] >= 0 and schedule.timesteps[0] <= 999
+    doubled = schedule.with_midpoints()
+    assert np.array_equal(doubled.timesteps[::2], schedule.timesteps)
+    assert np.array_equal([*doubled.sigmas[:-1:2], 0], schedule.sigmas)
+    assert (np.diff(doubled.sigmas) < 0).all() and len(doubled) == 2 * steps - 1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_goes_by_our_names_and_those_of_other_programs(name):
+    kind = SAMPLERS[name]
+    assert get(name) == get(kind.name) == get(f" {kind.name.upper()} ") == (kind, kind.spacing)
+    for spacing in kind.spacings:
+        for spelled in (f"{name}-{spacing}", f"{kind.name} {LABELS[spacing]}"):
+            assert get(spelled) == (kind, spacing)
+
+
+@pytest.mark.parametrize(
+    "name", ["lcm-karras", "euler-lcm", "euler-", "karras", "DPM++ 2M  Karras"]
+)
+def test_an_unknown_sampler_is_refused_with_all_names(name):
+    with pytest.raises(UserError, match=r"choose euler, .*; each but lcm also with -trailing"):
+        get(name)
+
+
+@given(
+    name=st.sampled_from([*SAMPLERS, *SPACED]),
     steps=st.integers(1, 50),
     values=st.lists(st.floats(-3, 3, width=32), min_size=4, max_size=4),
 )
@@ -94,7 +135,7 @@ def test_a_model_that_knows_the_image_leads_to_it(name, steps, values):
     image = torch.tensor(values)[None, :, None, None].expand(SHAPE)
     sampler, first = ours_of(name, steps)
     x = sampler.start(first)
-    for i in range(steps):
+    for i in range(len(sampler.timesteps)):
         x = sampler.step(i, x, image)
     torch.testing.assert_close(x, image.float(), atol=1e-3, rtol=0)
 
@@ -117,7 +158,7 @@ def test_samplers_share_no_state():
             sampler, first = ours_of(name, 6)
             other, theirs = ours_of(name, 6, seed=9)
             x, y = sampler.start(first), other.start(theirs)
-            for i in range(6):
+            for i in range(len(sampler.timesteps)):
                 if company:
                     y = other.step(i, y, torch.cos(y))
                 x = sampler.step(i, x, torch.tanh(x))
@@ -175,24 +216,28 @@ def drawn(pipe, prompt, **asked):
     return row.x
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [*SAMPLERS, "dpm++2m-karras", "unipc-beta"])
 def test_images_equal_diffusers_pipeline_with_its_own_generator(folder, pipeline, name):
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, scheduler=THEIRS[name])
+    draws = torch.Generator().manual_seed(11)
+    scheduler = their_scheduler(name, CONFIG, draws)
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
         "a red fox", negative_prompt="blur", guidance_scale=4.0, num_inference_steps=5,
-        generator=[torch.Generator().manual_seed(11)], output_type="latent",
+        generator=[draws], output_type="latent",
     ).images  # fmt: skip
     ours = drawn(
         pipeline, "a red fox", negative_prompt="blur", guidance=4, steps=5, scheduler=name, seed=11
     )
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["euler-a", "dpm++2m", "lcm"])
+@pytest.mark.parametrize("name", ["euler-a", "dpm++2m", "dpm++sde", "unipc-karras", "lcm"])
 def test_from_a_image_every_kind_of_sampler_begins_in_the_middle(folder, pipeline, name):
     """Given latents, diffusers' pipeline draws the same noise as ours."""
-    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, scheduler=THEIRS[name])
+    draws = torch.Generator().manual_seed(11)
+    scheduler = their_scheduler(name, CONFIG, draws)
+    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     grey = torch.zeros(1, 3, 64, 64)
     with torch.inference_mode():
@@ -204,7 +249,7 @@ def test_from_a_image_every_kind_of_sampler_begins_in_the_middle(folder, pipelin
         latents = (latents - mean) / std * config.scaling_factor
         expected = pipe(
             "a red fox", image=latents, strength=0.6, guidance_scale=1.0, num_inference_steps=10,
-            generator=[torch.Generator().manual_seed(11)], output_type="latent",
+            generator=[draws], output_type="latent",
         ).images  # fmt: skip
     (request,) = pipeline.requests(
         "a red fox", guidance=1, steps=10, scheduler=name, seed=11, strength=0.6,
@@ -215,5 +260,5 @@ def test_from_a_image_every_kind_of_sampler_begins_in_the_middle(folder, pipelin
         row = pipeline.begin(request)
         while not row.finished:
             row.advance(evaluate(pipeline.predict, [row])[0])
-    assert row.steps == 6
+    assert row.steps == (11 if name == "dpm++sde" else 6)
     torch.testing.assert_close(row.x, expected, atol=1e-4, rtol=0)

@@ -3,11 +3,7 @@
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    LCMScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
@@ -21,16 +17,10 @@ from koala.generation.denoise import evaluate
 from koala.generation.samplers import SAMPLERS
 from koala.generation.schedule import trailing
 from toy import toy_pipeline
+from toy_schedulers import their_scheduler
 
 PLAIN = {"num_train_timesteps": 1000, "timestep_spacing": "trailing", **BETAS}
 PREDICTIONS = [Prediction(VELOCITY), Prediction(VELOCITY, True), Prediction(EPSILON, True)]
-CLASSES = {
-    "euler": EulerDiscreteScheduler,
-    "euler-a": EulerAncestralDiscreteScheduler,
-    "dpm++2m": DPMSolverMultistepScheduler,
-    "ddim": DDIMScheduler,
-    "lcm": LCMScheduler,
-}
 # With zero terminal SNR diffusers' DDIM and LCM start at abar = 0, its other schedulers and all of
 # ours at 2**-24: the first estimate of the image differs by 2**-12 of the noise.
 FROM_ZERO = {"ddim", "lcm"}
@@ -42,14 +32,14 @@ def folder(tmp_path_factory):
 
 
 def pair(folder, name, prediction, kind=StableDiffusionXLPipeline):
-    """Our pipeline, and diffusers' with the same settings."""
+    """Our pipeline, diffusers' with the same settings, and a generator for its noise."""
     config = {**PLAIN, **prediction.config}
-    extra = {"clip_sample": False} if name == "ddim" else {}
     ours = load(folder, device="cpu")
-    ours.scheduler_config = {**config, "_class_name": CLASSES[name].__name__}
-    theirs = kind.from_pretrained(folder, scheduler=CLASSES[name].from_config(config, **extra))
+    ours.scheduler_config = config
+    draws = torch.Generator().manual_seed(11)
+    theirs = kind.from_pretrained(folder, scheduler=their_scheduler(name, config, draws))
     theirs.set_progress_bar_config(disable=True)
-    return ours, theirs
+    return ours, theirs, draws
 
 
 @torch.inference_mode()
@@ -76,7 +66,7 @@ def test_noise_levels_are_diffusers_own(prediction, steps):
     ("name", "prediction"),
     [
         (name, prediction)
-        for name in SAMPLERS
+        for name in (*SAMPLERS, "dpm++2m-karras", "unipc-karras", "dpm++sde-karras")
         for prediction in PREDICTIONS
         # There diffusers divides by zero: epsilon says nothing of the image at abar = 0.
         if not (name in FROM_ZERO and prediction == Prediction(EPSILON, True))
@@ -84,10 +74,10 @@ def test_noise_levels_are_diffusers_own(prediction, steps):
     ids=str,
 )
 def test_every_sampler_equals_diffusers_pipeline(folder, name, prediction):
-    ours, theirs = pair(folder, name, prediction)
+    ours, theirs, draws = pair(folder, name, prediction)
     expected = theirs(
         "a red fox", negative_prompt="blur", guidance_scale=4.0, num_inference_steps=5,
-        generator=[torch.Generator().manual_seed(11)], output_type="latent",
+        generator=[draws], output_type="latent",
     ).images  # fmt: skip
     x = drawn(
         ours, "a red fox", negative_prompt="blur", guidance=4, steps=5, scheduler=name, seed=11
@@ -100,7 +90,7 @@ def test_every_sampler_equals_diffusers_pipeline(folder, name, prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS[:2], ids=str)
 @pytest.mark.parametrize("rescale", [0.7, 1.0])
 def test_guidance_rescale_equals_diffusers(folder, prediction, rescale):
-    ours, theirs = pair(folder, "euler", prediction)
+    ours, theirs, _ = pair(folder, "euler", prediction)
     expected = theirs(
         "a red fox", negative_prompt="blur", guidance_scale=7.0, guidance_rescale=rescale,
         num_inference_steps=6, generator=[torch.Generator().manual_seed(3)], output_type="latent",
@@ -115,7 +105,7 @@ def test_guidance_rescale_equals_diffusers(folder, prediction, rescale):
 @pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
 def test_starting_from_an_image_equals_diffusers(folder, prediction, masked):
     kind = StableDiffusionXLInpaintPipeline if masked else StableDiffusionXLImg2ImgPipeline
-    ours, theirs = pair(folder, "euler", prediction, kind)
+    ours, theirs, _ = pair(folder, "euler", prediction, kind)
     image = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))

@@ -9,7 +9,7 @@ from PIL import Image
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation.requests import Settings
-from koala.generation.samplers import SAMPLERS
+from koala.generation.samplers import SAMPLERS, get
 from koala.generation.workflow import workflow
 
 PLAIN = Settings("a fox", "", 10, 3.5, 7, 1024, 768, "my-koala", "0.2.0")
@@ -69,14 +69,20 @@ def test_every_setting_is_in_it():
     assert nodes[sampled["model"][0]]["class_type"] == "RescaleCFG"
 
 
-@pytest.mark.parametrize("kind", [s for s in SAMPLERS.values() if s.spacing == "trailing"])
-def test_every_sampler_has_a_name_there(kind):
-    assert of_kind(checked(replace(PLAIN, sampler=kind.name)), "KSampler")[0]["sampler_name"]
+@pytest.mark.parametrize("name", [*SAMPLERS, "dpm++2m-karras", "euler-uniform", "ddim-beta"])
+def test_samplers_and_steps_have_a_name_there_or_are_refused(name):
+    kind, spacing = get(name)
+    settings = replace(PLAIN, sampler=kind.name, schedule=spacing)
+    if name in ("unipc", "lcm", "ddim-beta"):
+        with pytest.raises(UserError, match=f"ComfyUI has not the sampler {kind.name} with"):
+            workflow(settings)
+    else:
+        (found,) = of_kind(checked(settings), "KSampler")
+        named = {"karras": "karras", "uniform": "normal"}.get(spacing, "sgm_uniform")
+        assert found["sampler_name"] and found["scheduler"] == named
 
 
-@pytest.mark.parametrize(
-    "change", [{"image": "abc"}, {"guidance_until": 0.5}, {"schedule": "lcm", "sampler": "LCM"}]
-)
+@pytest.mark.parametrize("change", [{"image": "abc"}, {"guidance_until": 0.5}])
 def test_what_it_cannot_say_is_refused(change):
     with pytest.raises(UserError, match="ComfyUI workflow is made for images from noise"):
         workflow(replace(PLAIN, **change))

@@ -15,7 +15,9 @@ from koala.recipes.memory import blank_unet
 from koala.recipes.recipe import described
 
 PARAMETERS = {"koala-1b": 1_161_184_324, "koala-700m": 782_822_724, "bk-sdxl": 1_717_277_764}
+PARAMETERS[paper.SMALLER] = 440_004_804
 BEST_700M, BEST_1B, BEST_BK = {"sa": 21, "lf": 2}, {"sa": 30, "lf": 2}, {"sa": 46, "lf": 2}
+BEST_440M = {"sa": 9, "lf": 2}
 TAPS = {
     "koala-turbo-1b": BEST_1B,
     "koala-turbo-700m": BEST_700M,
@@ -42,20 +44,24 @@ TAPS = {
     "koala-lightning-700m-24gb": BEST_700M,
     "koala-lightning-700m-12gb": BEST_700M,
     "koala-turbo-700m-12gb": BEST_700M,
+    "koala-lightning-440m-8gb": BEST_440M,
+    "koala-turbo-440m-8gb": BEST_440M,
 }
 
 
-@cache
+built = cache(blank_unet)
+
+
 def unet(name: str):
     """A U-Net on the meta device."""
-    return blank_unet(get(name))
+    return built(get(name))
 
 
 @pytest.mark.parametrize("name", paper.PRESETS)
 def test_every_recipe_builds_with_its_counts(name):
     recipe = recipes.get(name)
     arch = student_of(get(recipe.of), recipe.cut)
-    student = unet(arch.name)
+    student = built(arch)
     assert sum(p.numel() for p in student.parameters()) == PARAMETERS[recipe.cut]
     found = {tap.location: len(tap_points(student, [tap])) for tap in recipe.settings.taps}
     assert found == TAPS[name]

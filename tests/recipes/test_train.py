@@ -30,7 +30,7 @@ from toy_sources import images, write_folder
 @pytest.fixture(autouse=True)
 def one_prompt(monkeypatch):
     """Previews take most of a toy run's time: one image is enough."""
-    monkeypatch.setattr("koala.recipes.train.MINI_PROMPTS", ("a fox",))
+    monkeypatch.setattr("koala.recipes.build.MINI_PROMPTS", ("a fox",))
 
 
 def test_the_whole_chain(base_parts, tmp_path, packages):

@@ -171,7 +171,9 @@ def test_img2img_paints_within_the_mask_or_without_it(client):
         ({"refiner_checkpoint": "other"}, "refiner_checkpoint"),
         ({"override_settings": {"sd_model_checkpoint": "other"}}, "sd_model_checkpoint"),
         ({"sampler_name": "Heun"}, "sampler_name"),
-        ({"scheduler": "Karras"}, "scheduler"),
+        ({"scheduler": "Tangent"}, "scheduler"),
+        ({"sampler_name": "DPM++ 2M Karras", "scheduler": "Exponential"}, "scheduler"),
+        ({"eta": 0, "sampler_name": "DPM++ 2M SDE Karras"}, "eta"),
         ({"sampler_name": "LCM", "scheduler": "SGM Uniform"}, "scheduler"),
         ({"width": 16, "height": None}, "width"),
         ({"batch_size": 0}, "batch_size"),
@@ -287,13 +289,14 @@ def test_what_there_is(client, pipeline):
     (model,) = ok(client.get("/sd-models"))
     assert model["title"] == model["model_name"] == pipeline.name
     names = [sampler["name"] for sampler in ok(client.get("/samplers"))]
-    assert names == ["Euler", "Euler a", "DPM++ 2M", "DDIM", "LCM"]
+    assert {"Euler", "Euler a", "DPM++ 2M", "DPM++ SDE", "UniPC", "DDIM", "LCM"} <= {*names}
     for name in names:
         ok(client.post("/txt2img", json={**ASKED, "sampler_name": name}))
     schedules = ok(client.get("/schedulers"))
-    assert [one["label"] for one in schedules] == ["Automatic", "SGM Uniform"]
+    labels = {"Automatic", "SGM Uniform", "Karras", "Exponential", "Uniform", "Align Your Steps"}
+    assert labels <= {one["label"] for one in schedules}
     for schedule in schedules:
-        for name in (schedule["name"], schedule["label"]):
+        for name in (schedule["name"], schedule["label"], *schedule["aliases"]):
             ok(client.post("/txt2img", json={**ASKED, "scheduler": name}))
     for sampler in ok(client.get("/samplers")):
         for alias in sampler["aliases"]:
@@ -304,6 +307,24 @@ def test_what_there_is(client, pipeline):
     assert ok(client.post("/options", json=options)) is None
     answer = client.post("/options", json={"sd_model_checkpoint": "other"})
     assert answer.status_code == 400 and "has no effect" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"sampler_name": "DPM++ 2M Karras"},
+        {"sampler_name": "DPM++ 2M", "scheduler": "karras"},
+        {"sampler_index": "k_dpmpp_2m", "scheduler": "Karras"},
+        {"sampler_name": "DPM++ 2M Karras", "scheduler": "Automatic"},
+        {"sampler_name": "dpm++2m-karras"},
+    ],
+)
+def test_every_spelling_of_a_sampler_and_its_schedule_draws_with_both(client, asked):
+    (text,) = ok(client.post("/txt2img", json={**ASKED, **asked}))["images"]
+    settings = read_settings(io.BytesIO(base64.b64decode(text)))
+    assert (settings.sampler, settings.schedule) == ("DPM++ 2M", "karras")
+    told = ok(client.post("/png-info", json={"image": text}))["info"]
+    assert "Sampler: DPM++ 2M, Schedule type: Karras" in told
 
 
 def test_fields_without_effect_are_named(client):
@@ -320,11 +341,29 @@ def test_fields_without_effect_are_named(client):
     info = json.loads(ok(client.post("/txt2img", json={**LIBRARY, **ASKED}))["info"])
     assert info["ignored_fields"] == []
     asked = {**LIBRARY, **MASKING, **ASKED, "init_images": [as_text("teal")], "mask": half(),
-             "mask_blur": 8, "inpainting_fill": 2}  # fmt: skip
+             "mask_blur": 8, "mask_round": False}  # fmt: skip
     info = json.loads(ok(client.post("/img2img", json=asked))["info"])
-    assert info["ignored_fields"] == ["inpainting_fill"]
+    assert info["ignored_fields"] == ["mask_round"]
     answer = ok(client.post("/options", json={"jpeg_quality": 80}))
     assert answer == {"ignored_options": ["jpeg_quality"]}
+
+
+def test_a_masked_part_starts_from_what_is_asked_for(client):
+    asked = {**LIBRARY, **MASKING, **ASKED, "init_images": [as_text("teal")], "mask": half(),
+             "denoising_strength": 0.7}  # fmt: skip
+    drawn = {}
+    for number, name in enumerate(("fill", None, "latent noise", "latent nothing")):
+        (text,) = ok(client.post("/img2img", json={**asked, "inpainting_fill": number}))["images"]
+        told = ok(client.post("/png-info", json={"image": text}))["info"]
+        assert ("Masked content" in told) == (name is not None)
+        assert name is None or f"Masked content: {name}" in told
+        drawn[number] = opened(text).tobytes()
+    assert drawn[0] == drawn[1] and len({*drawn.values()}) == 3  # the image is teal all over
+    answer = client.post("/img2img", json={**asked, "inpainting_fill": 4})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "inpainting_fill is 4: allowed are 0 to 3"
+    ok(client.post("/img2img", json={**asked, "inpainting_fill": 4, "mask": None}))
+    ok(client.post("/img2img", json={**asked, "inpainting_fill": 2, "denoising_strength": 1}))
 
 
 def test_what_clients_ask_for_first_is_there(client):

@@ -19,6 +19,7 @@ import koala
 from koala.data.illustrations import art, scenes
 from koala.generation import Settings, read_settings
 from koala.generation.png import parameters, write_png
+from koala.generation.requests import Known
 from koala.generation.samplers import SAMPLERS
 from koala.serving import errors
 from koala.serving.api import page as served
@@ -153,11 +154,12 @@ def test_the_page_is_whole():
 def test_the_files_are_sent_with_the_policy_and_only_when_changed():
     app = FastAPI()
     errors.install(app, lambda code: None)
-    app.include_router(served.router("toy", 64))
+    app.include_router(served.router(Known("toy", 64, {}, None)))
     client = TestClient(app)
     about = client.get("/page/about.json").json()
     schedulers = {key: sampler.name for key, sampler in SAMPLERS.items()}
-    assert about == {"model": "toy", "size": 64, "schedulers": schedulers}
+    usual = {"steps": 10, "guidance": 3.5, "scheduler": "euler"}
+    assert about == {"model": "toy", "size": 64, "sampling": usual, "schedulers": schedulers}
     for path in ("/", "/page/page.js"):
         answer = client.get(path)
         policy = answer.headers["content-security-policy"]

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
-from koala.utils.atomic import new_folder
+import pytest
+
+from koala.errors import UserError
+from koala.utils.atomic import locked, new_file, new_folder, write_text
 
 
 def ended_process() -> int:
@@ -39,3 +42,72 @@ def test_a_folder_that_was_being_replaced_comes_back(tmp_path):
     except KeyboardInterrupt:
         pass
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["half"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from koala.utils.atomic import {kind}
+with {kind}(Path(sys.argv[1])) as part:
+    {write}
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [("new_folder", "(part / 'x').write_text('half')"), ("new_file", "part.write_text('half')")],
+)
+def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_same(
+    tmp_path, kind, write
+):
+    """By another process, of another number."""
+    for name in ("out", "other"):
+        code = KILLED.format(kind=kind, write=write)
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)])
+    assert len(os.listdir(tmp_path)) == 2
+    if kind == "new_file":
+        write_text(tmp_path / "out", "whole")
+        write_text(tmp_path / "out", "again")
+    else:
+        with new_folder(tmp_path / "out") as part:
+            (part / "file").write_text("whole")
+    left = sorted(os.listdir(tmp_path))
+    assert left[1:] == ["out"] and left[0].startswith(".other.")
+
+
+def test_files_of_other_machines_and_open_ones_stay(tmp_path):
+    ended = ended_process()
+    other = tmp_path / f".out.00000000-{ended}-0123abcd.part"
+    other.write_text("of another machine")
+    with new_file(tmp_path / "out") as part:
+        part.write_text("first")
+        with new_file(tmp_path / "out") as second:
+            second.write_text("second")
+        assert part.exists() and other.exists()
+    assert (tmp_path / "out").read_text() == "first"
+    os.utime(other, (0, 0))
+    (tmp_path / "out").unlink()
+    with new_folder(tmp_path / "out"):
+        assert not other.exists()  # nobody wrote to it for a day
+
+
+def test_a_run_is_locked_against_another_process(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom koala.utils.atomic import locked\n"
+        "with locked(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    )
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"in\n"
+        with pytest.raises(UserError, match="run is in use by another process"), locked(run):
+            pass
+        process.kill()
+    with locked(run):
+        (run / "file").touch()
+    assert os.listdir(run) == ["file"]
+    with locked(tmp_path / "new"):
+        pass
+    assert os.listdir(tmp_path) == ["run"]

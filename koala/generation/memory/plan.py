@@ -20,11 +20,14 @@ from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE, MetaModel
 from koala.generation.memory.offload import aligned_size, tensors_of, units_of
 from koala.generation.memory.quantise import LARGEST
 from koala.generation.runtime.dtypes import DTYPES, check_dtype
-from koala.utils.device import free_bytes
+from koala.utils.device import free_bytes, resident_bytes
 
 GIB = 2**30
 MARGIN = 1.3  # on activations, for what the libraries' kernels take besides: up to 1.25 was seen
 CARRIED = 2 * 2**20  # bytes: latents, embeddings and the like of a request
+# Bytes that a process on a CPU grows by while it works, besides its tensors: code that is paged in,
+# and gaps in the allocator; up to 0.21 GiB were seen.
+GROWTH = 2**28
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,22 @@ class MemoryPlan:
     parts: dict[str, int]  # weights of each part, bytes
     phases: tuple[Phase, ...]
     budget: int | None = None  # bytes
+    process: int = 0  # bytes beside the model: on a CPU the interpreter and its libraries
 
     @property
     def peak(self) -> int:
-        """The most bytes on the device at once."""
+        """The most bytes of the model on the device at once."""
         return max(phase.total for phase in self.phases)
+
+    @property
+    def total(self) -> int:
+        """What the budget must hold, in bytes."""
+        return self.peak + self.process
 
     def table(self) -> str:
         """A table for a terminal: where each part is, and what each phase takes."""
         mode, largest = self.mode, max(self.phases, key=lambda phase: phase.total)
-        unit, named = (GIB, "GiB") if self.peak >= GIB else (2**20, "MiB")
+        unit, named = (GIB, "GiB") if self.total >= GIB else (2**20, "MiB")
         within = "" if self.budget is None else f" of {self.budget / unit:,.2f}"
         many = "1 picture" if self.images == 1 else f"{self.images} pictures"
         decodes = {"full": ", decodes whole", "tiled": ", decodes in tiles", "tiny": ", idle"}
@@ -137,12 +146,15 @@ class MemoryPlan:
         }
         lines = [
             f"memory plan for {self.size[0]}x{self.size[1]}, {many} at a time, on {self.device}: "
-            f"{self.peak / unit:.2f}{within} {named}",
+            f"{self.total / unit:.2f}{within} {named}",
             f"{'part':<14}{'weights':>8}{named:>8}  where",
         ]
         for part, size in self.parts.items():
             stored, does = rows[part]
             lines.append(f"{part:<14}{stored:>8}{size / unit:8.2f}  {mode.place_of(part)}{does}")
+        if self.process:
+            beside = f"{'process':<22}{self.process / unit:8.2f}"
+            lines.append(f"{beside}  interpreter and libraries, beside each phase")
         lines.append(f"{'phase':<14}{'weights':>8}{'work':>8}{'sum':>8}")
         for phase in self.phases:
             figures = (phase.weights, phase.work, phase.total)
@@ -157,8 +169,9 @@ class Planner:
     size: (width, height) in pixels. weights: "int8", "fp8" or "int4" stores U-Net and text encoders
     in it, a dtype keeps them in it; None: either. decode: "full", "tiled" or "tiny"; None: any.
     tiny: folder or Hub id of the tiny autoencoder, by default the model's own, if any.
-    from_image: whether images start from others, which the VAE encodes. UserError for a value
-    that is not allowed, a tiny autoencoder that is not found, or a dtype that the device lacks.
+    from_image: whether images start from others, which the VAE encodes. process: bytes that the
+    budget holds beside the model. UserError for a value that is not allowed, a tiny autoencoder
+    that is not found, or a dtype that the device lacks.
     """
 
     def __init__(
@@ -171,9 +184,10 @@ class Planner:
         decode: str | None = None,
         tiny: str | Path | None = None,
         from_image: bool = False,
+        process: int = 0,
     ) -> None:
         self.device, self.size, self.images = device, size, images
-        self.from_image = from_image
+        self.from_image, self.process = from_image, process
         has_own = (folder / decoding.TINY / "config.json").is_file()
         self.tiny = tiny or (folder if has_own or decode == "tiny" else None)
         if self.tiny is not None:
@@ -183,19 +197,19 @@ class Planner:
         self.plan = cache(self._plan)
 
     def choose(self, budget: int | None = None) -> MemoryPlan:
-        """The first plan that fits into `budget` bytes, by default `free_bytes`.
+        """The first plan that fits into `budget` bytes, by default what is free and taken already.
 
         If none fits, a UserError names the smallest budget that works.
         """
-        allowed = free_bytes(self.device) if budget is None else budget
+        allowed = free_bytes(self.device) + self.process if budget is None else budget
         for plan in map(self.plan, self.modes):
-            if plan.peak <= allowed:
+            if plan.total <= allowed:
                 return replace(plan, budget=allowed)
         least = min(map(self.plan, self.modes), key=lambda plan: plan.peak)
         raise UserError(
             f"{allowed / GIB:.2f} GiB is too little for {self.size[0]}x{self.size[1]} pixels, "
             f"{self.images} at a time: the smallest that works is "
-            f"{-(-least.peak * 100 // GIB) / 100:.2f} GiB ({least.mode.summary()})"
+            f"{-(-least.total * 100 // GIB) / 100:.2f} GiB ({least.mode.summary()})"
         )
 
     def smaller(self, plan: MemoryPlan) -> MemoryPlan | None:
@@ -252,7 +266,14 @@ class Planner:
             for name, busy, activations in every
         )
         sizes = {part: aligned_size(tensors_of(made)) for part, made in parts.items()}
-        return MemoryPlan(mode, self.device, self.size, self.images, sizes, phases)
+        return MemoryPlan(
+            mode, self.device, self.size, self.images, sizes, phases, process=self.process
+        )
+
+
+def beside_model(device: torch.device) -> int:
+    """Bytes that a budget holds beside a model's tensors: on a CPU those of the whole process."""
+    return resident_bytes() + GROWTH if device.type == "cpu" else 0
 
 
 def _on_device(models: Sequence[nn.Module], place: str) -> tuple[int, int]:

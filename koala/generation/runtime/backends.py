@@ -41,7 +41,7 @@ from koala.utils.networks import AutoencoderKL, UNet2DConditionModel
 _RUNS = 5  # timed evaluations of each; the median counts
 _MARGIN = 1.1  # another backend must be this much faster than PyTorch
 _CONVERTING = 4.5  # memory that OpenVINO's conversion takes, in sizes of the U-Net
-_SMALL = 20_000_000  # parameters of a U-Net that is converted unasked
+SMALL = 20_000_000  # parameters of a U-Net that is converted unasked
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def choose(
 
 
 def _is_small(unet: UNet2DConditionModel) -> bool:
-    return sum(p.numel() for p in unet.parameters()) <= _SMALL
+    return sum(p.numel() for p in unet.parameters()) <= SMALL
 
 
 def _lacking(

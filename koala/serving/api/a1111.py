@@ -165,7 +165,10 @@ async def _respond(
     finished = [settings for settings, image in pairs if image is not None]
     if not finished:  # AUTOMATIC1111 answers an interrupt with the image as far as it is
         finished, pngs = [first], [_png(_unfinished(active, first))]
-    told = {"ignored_fields": ignored, "note": note(first, request.app.state.service.native)}
+    told = {
+        "ignored_fields": ignored,
+        "note": note(first, request.app.state.service.pipeline.known),
+    }
     info = _info(finished, first, active, body) | told
     echo = body.model_dump(exclude=set(body.model_extra or ()))
     if isinstance(body, Img2ImgRequest) and not body.include_init_images:

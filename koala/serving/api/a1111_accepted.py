@@ -51,7 +51,6 @@ HARMLESS_IMG2IMG: dict[str, tuple[Any, ...]] = {"initial_noise_multiplier": (Non
 HARMLESS_MASK: dict[str, tuple[Any, ...]] = {
     "inpaint_full_res": ANY_BOOL,  # the whole image is always generated
     "inpaint_full_res_padding": (None, 0, 32),
-    "inpainting_fill": (None, 1),  # always starts from the original
     "mask_blur_x": (None, 0, 4),
     "mask_blur_y": (None, 0, 4),
     "mask_round": (None, True),

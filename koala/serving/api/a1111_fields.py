@@ -9,23 +9,35 @@ from typing import Any
 from PIL import Image, ImageFilter, ImageOps
 from pydantic import BaseModel, ConfigDict
 
+from koala.errors import UserError
 from koala.generation import samplers
 from koala.generation.image_files import as_grey
+from koala.generation.samplers import Sampler
 from koala.serving.api import a1111_accepted as accepted
 from koala.serving.api.a1111_second_pass import SecondPass
 from koala.serving.errors import ApiError
 from koala.serving.image_request import ImageRequest
 from koala.serving.uploads import decode_base64
 
-SCHEDULES = {"automatic": "Automatic", "sgm_uniform": "SGM Uniform"}  # labels by name
+# Our spacings by AUTOMATIC1111's names of its schedules; "" is the sampler's own.
+SCHEDULES = {
+    "automatic": "",
+    "sgm_uniform": "trailing",
+    **{name.replace("-", "_"): name for name in Sampler.spacings if name != "trailing"},
+}
+OTHER_SCHEDULES = {"polyexponential": "exponential", "normal": "uniform"}  # the same noise levels
 # AUTOMATIC1111's further names of the samplers.
 ALIASES = {
     "euler": ("k_euler",),
     "euler-a": ("k_euler_a", "k_euler_ancestral"),
     "dpm++2m": ("k_dpmpp_2m",),
-    "ddim": (),
+    "dpm++2m-sde": ("k_dpmpp_2m_sde",),
+    "dpm++sde": ("k_dpmpp_sde",),
     "lcm": ("k_lcm",),
 }
+
+FILLS = ("surroundings", "original", "noise", "nothing")  # by the numbers of "inpainting_fill"
+NOISY = ("euler-a", "dpm++2m-sde", "dpm++sde")  # samplers that "eta" concerns
 
 
 class A1111Request(BaseModel):
@@ -64,29 +76,40 @@ class A1111Request(BaseModel):
             if not self.inactive(name)
         }
         accepted.refuse_lacking(given | {"resize_mode": getattr(self, "resize_mode", 0)})
-        if given.get("eta") == 0 and given["eta"] is not None and self.sampler() == "euler-a":
+        if given.get("eta") == 0 and (self.sampler() or "").startswith(NOISY):
             raise accepted.without_effect("eta", 0, (None, 1))  # it would be another sampler
         options = accepted.ignored_options(self.override_settings or {}, model)
         return sorted({*accepted.ignored(given, self.harmless()), *options})
 
-    def sampler(self) -> str:
-        """Our name of the sampler. ApiError for an unknown one, or an unknown schedule."""
-        wanted = self.sampler_name or self.sampler_index or "Euler"
-        found = _samplers().get(wanted.strip().lower())
-        if found is None:
-            names = ", ".join(sampler.name for sampler in samplers.SAMPLERS.values())
+    def sampler(self) -> str | None:
+        """Our name of sampler and schedule; None if neither is named: the model's own.
+
+        ApiError for unknown ones, or two that differ.
+        """
+        wanted = self.sampler_name or self.sampler_index
+        if wanted is None and self.scheduler is None:
+            return None
+        wanted = wanted or "Euler"
+        by_alias = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+        try:
+            kind, named = samplers.get(by_alias.get(wanted.strip().lower(), wanted))
+        except UserError as error:
             raise ApiError(
-                400, f"unknown sampler {wanted!r}: allowed are {names}",
-                "invalid_value", "sampler_name" if self.sampler_name else "sampler_index",
-            )  # fmt: skip
-        schedules = list(SCHEDULES) if found != "lcm" else ["automatic"]
-        if (self.scheduler or "automatic").strip().lower().replace(" ", "_") not in schedules:
-            labels = ", ".join(SCHEDULES[name] for name in schedules)
+                400, str(error), "invalid_value",
+                "sampler_name" if self.sampler_name else "sampler_index",
+            ) from None  # fmt: skip
+        name = (self.scheduler or "automatic").strip().lower().replace(" ", "_")
+        asked = (SCHEDULES | OTHER_SCHEDULES).get(name)
+        spacing = asked or named
+        fits = spacing in kind.spacings and named in (spacing, kind.spacing)
+        if asked is None or not fits:
+            names = ["automatic", *(n for n, own in SCHEDULES.items() if own in kind.spacings)]
             raise ApiError(
                 400, f"scheduler {self.scheduler!r} does not work with {wanted}: allowed are "
-                f"{labels}", "invalid_value", "scheduler",
+                f"{', '.join(names)}", "invalid_value", "scheduler",
             )  # fmt: skip
-        return found
+        key = next(key for key, one in samplers.SAMPLERS.items() if one is kind)
+        return key if spacing == kind.spacing else f"{key}-{spacing}"
 
     def to_image_request(self, client: str) -> ImageRequest:
         """Converts the fields. Defaults are those of `koala generate`. ApiError."""
@@ -130,6 +153,7 @@ class Img2ImgRequest(A1111Request):
     init_images: list[str]
     mask: str | None = None
     mask_blur: int | None = None
+    inpainting_fill: int | None = None
     denoising_strength: float | None = None
     inpainting_mask_invert: bool | None = None
     include_init_images: bool | None = None
@@ -141,6 +165,17 @@ class Img2ImgRequest(A1111Request):
 
     def inactive(self, name: str) -> bool:
         return name.startswith("hr_") or (not self.mask and name in accepted.HARMLESS_MASK)
+
+    def fill(self) -> str | None:
+        """What the masked part starts from; None where that has no effect. ApiError."""
+        if not self.mask or self.inpainting_fill is None or self.denoising_strength == 1:
+            return None
+        if self.inpainting_fill not in range(len(FILLS)):
+            raise ApiError(
+                400, f"inpainting_fill is {self.inpainting_fill}: allowed are 0 to "
+                f"{len(FILLS) - 1}", "invalid_value", "inpainting_fill",
+            )  # fmt: skip
+        return FILLS[self.inpainting_fill]
 
     def images(self) -> dict[str, Any]:
         """The image, mask and strength of the request. ApiError, UserError."""
@@ -154,6 +189,7 @@ class Img2ImgRequest(A1111Request):
             "mask": None if not self.mask else decode_base64(self.mask, "mask"),
             "strength": self.denoising_strength,
             "mask_blur": self.mask_blur if self.mask else None,  # belongs to the mask
+            "mask_fill": self.fill(),
         }
 
 
@@ -173,12 +209,3 @@ def framed(image: Image.Image, size: tuple[int, int], mode: int) -> Image.Image:
     inner = ImageOps.contain(image, size, Image.Resampling.LANCZOS)
     ground.paste(inner, ((size[0] - inner.width) // 2, (size[1] - inner.height) // 2))
     return ground
-
-
-def _samplers() -> dict[str, str]:
-    """Our names of the samplers by all others, in lower case."""
-    return {
-        other.lower(): name
-        for name, sampler in samplers.SAMPLERS.items()
-        for other in (name, sampler.name, *ALIASES.get(name, ()))
-    }

@@ -13,8 +13,9 @@ from fastapi import APIRouter, Request
 
 from koala import __version__
 from koala.generation import samplers
+from koala.generation.samplers import LABELS
 from koala.serving.api.a1111_accepted import OPTIONS, ignored_options
-from koala.serving.api.a1111_fields import ALIASES, SCHEDULES
+from koala.serving.api.a1111_fields import ALIASES, OTHER_SCHEDULES, SCHEDULES
 from koala.serving.service import Service
 
 router = APIRouter()
@@ -43,9 +44,10 @@ async def all_samplers() -> list[dict[str, Any]]:
 @router.get("/schedulers", summary="The schedules")
 async def schedulers() -> list[dict[str, Any]]:
     return [
-        {"name": name, "label": label, "aliases": None, "default_rho": -1,
-         "need_inner_model": False}
-        for name, label in SCHEDULES.items()
+        {"name": name, "label": LABELS.get(spacing, "Automatic"),
+         "aliases": [other for other, own in OTHER_SCHEDULES.items() if own == spacing],
+         "default_rho": -1, "need_inner_model": False}
+        for name, spacing in SCHEDULES.items()
     ]  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class JobRequest(BaseModel):
         | None
     ) = None
     mask_blur: int | None = None
+    mask_fill: str | None = None
     strength: float | None = None
     lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
     fit: bool | None = None

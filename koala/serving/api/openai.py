@@ -17,6 +17,7 @@ from starlette.datastructures import UploadFile
 from koala.errors import UserError
 from koala.generation import Request as EngineRequest
 from koala.generation import read_settings
+from koala.generation.requests import Known
 from koala.serving import uploads
 from koala.serving.api.openai_fields import EditRequest, GenerationRequest, VariationRequest
 from koala.serving.api.streams import (
@@ -96,13 +97,14 @@ async def edits(request: Request) -> Response:
     fields, files = await _form(request)
     body = EditRequest.model_validate(fields, strict=False)
     spec = replace(
-        _spec(request, body), image=_image(files), strength=body.strength, mask_blur=body.mask_blur
-    )
+        _spec(request, body), image=_image(files), strength=body.strength,
+        mask_blur=body.mask_blur, mask_fill=body.mask_fill,
+    )  # fmt: skip
     if "mask" in files:
         most = service.limits.upload_pixels
         decoder: Decoder = request.app.state.decoder
         mask = await decoder.run(uploads.mask_of_transparency, files["mask"], most)
-        spec = replace(spec, mask=mask, strength=body.strength or 1.0)
+        spec = replace(spec, mask=mask, strength=1.0 if body.strength is None else body.strength)
     return await _respond(request, body, spec, "image_edit")
 
 
@@ -202,7 +204,11 @@ async def _respond(
     images = await wait_for_images(request, service, submission)
     data = [await _datum(request, body, image, submission, i) for i, image in enumerate(images)]
     return JSONResponse(
-        {**_described(body, submission, service.native), "data": data, "usage": _usage(submission)}
+        {
+            **_described(body, submission, service.pipeline.known),
+            "data": data,
+            "usage": _usage(submission),
+        }
     )
 
 
@@ -234,12 +240,12 @@ async def _base64(
     return base64.b64encode(data).decode()
 
 
-def _described(body: GenerationRequest, submission: Submission, native: int) -> dict[str, Any]:
+def _described(body: GenerationRequest, submission: Submission, known: Known) -> dict[str, Any]:
     settings = submission.requests[0].settings
     return {
         "created": int(time.time()), "background": "opaque", "output_format": body.format,
         "quality": body.quality or "auto", "size": "{}x{}".format(*shown_size(settings)),
-        "seed": settings.seed, "note": note(settings, native),
+        "seed": settings.seed, "note": note(settings, known),
     }  # fmt: skip
 
 
@@ -292,7 +298,7 @@ async def _events(
     left = len(futures)
 
     def message(kind: str, index: int, **more: Any) -> bytes:
-        described = _described(body, submission, service.native)
+        described = _described(body, submission, service.pipeline.known)
         described["created_at"] = described.pop("created")
         settings = submission.requests[index].settings
         name = f"{what}.{kind}"

@@ -3,7 +3,7 @@
 `style`, `moderation`, `user`, `safety_identifier` and `input_fidelity` are checked and have no
 effect, and so has `quality` unless the server maps it to steps. Our own additional fields are seed,
 steps, guidance, guidance_until, guidance_rescale, negative_prompt, scheduler, fit, strength,
-mask_blur and lora.
+mask_blur, mask_fill and lora.
 """
 
 from collections.abc import Mapping
@@ -145,6 +145,7 @@ class EditRequest(GenerationRequest):
 
     strength: float | None = None
     mask_blur: int | None = None
+    mask_fill: str | None = None
     input_fidelity: Literal["high", "low"] | None = None
 
 

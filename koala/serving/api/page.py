@@ -7,12 +7,13 @@ server only.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
 from koala.generation import samplers
+from koala.generation.requests import Known
 from koala.serving.errors import ApiError
 
 FOLDER = Path(__file__).parents[1] / "page"
@@ -59,11 +60,12 @@ def files() -> dict[str, PageFile]:
     return {path.name: _file(path.read_bytes(), path.suffix) for path in sorted(FOLDER.iterdir())}
 
 
-def router(model: str, size: int) -> APIRouter:
-    """Routes for `/` and the files below `/page`. size: the model's native side in pixels."""
+def router(model: Known) -> APIRouter:
+    """Routes for `/` and the files below `/page`, of a server of that model."""
     about = {
-        "model": model,
-        "size": size,
+        "model": model.name,
+        "size": model.native,
+        "sampling": asdict(model.sampling),
         "schedulers": {key: sampler.name for key, sampler in samplers.SAMPLERS.items()},
     }
     known = files() | {"about.json": _file(json.dumps(about).encode(), ".json")}

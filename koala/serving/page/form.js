@@ -4,14 +4,14 @@
 import { $, storage, make, press, notify } from "./dom.js";
 import { hasImage, show as showStart, imageFields } from "./init_image.js";
 
-const DEFAULTS = {
-  negative: "", steps: "10", guidance: "3.5", until: "1", scheduler: "euler", seed: "",
-  number: "1", size: "", width: "", height: "", strength: "0.6",
+const DEFAULTS = { // without what the model is made for
+  negative: "", until: "1", seed: "", number: "1", size: "", width: "", height: "",
+  strength: "0.6",
 };
-const NAMES = ["prompt", ...Object.keys(DEFAULTS)];
+const NAMES = ["prompt", "steps", "guidance", "scheduler", ...Object.keys(DEFAULTS)];
 const NUMBERS = [1, 2, 3, 4, 6, 8, 10];
 const MOST_SEED = Number.MAX_SAFE_INTEGER; // larger integers are not exact in JavaScript
-let about = { model: "", size: 64, schedulers: {} };
+let about = { model: "", size: 64, schedulers: {}, sampling: {} };
 let styles = [];
 let loras = []; // [[name, scale]]
 
@@ -22,7 +22,7 @@ export function startForm(server, presets) {
   fillSelects();
   $("styles").replaceChildren(...styles.map(styleChip));
   for (const range of document.querySelectorAll("input[data-of]")) pairUp(range);
-  setValues({ ...DEFAULTS, ...storage.read("form") });
+  setValues({ ...defaults(), ...storage.read("form") });
   setLoras(storage.read("loras") ?? []);
   $("form").addEventListener("input", (event) => {
     changed();
@@ -33,10 +33,15 @@ export function startForm(server, presets) {
     changed();
   });
   $("usual").addEventListener("click", () => {
-    setValues(DEFAULTS);
+    setValues(defaults());
     setLoras([]);
     notify("Settings reset.");
   });
+}
+
+function defaults() {
+  const { steps, guidance, scheduler } = about.sampling;
+  return { ...DEFAULTS, steps: String(steps), guidance: String(guidance), scheduler };
 }
 
 function fillSelects() {

@@ -1,0 +1,1 @@
+"""What is measured of pictures: `catalogue` names all metrics, the other modules compute them."""

@@ -1,0 +1,183 @@
+"""The prompts of an evaluation: from text, csv and jsonl files, prepared data, and published sets.
+
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from koala.errors import UserError
+from koala.utils.digest import digest
+
+TEXT = ("prompt", "text", "caption")  # columns or keys with the prompt, the first that is there
+NAMED = ("id", "category")  # and what else is read by name
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to draw. `facts`: what the metrics of its set ask about the picture."""
+
+    id: str
+    text: str
+    category: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def literal(self) -> str:
+        """The text as `koala generate` draws it word for word, without its syntax of weights.
+
+        The words AND and BREAK become small letters, as the text encoders read all words.
+        """
+        plain = re.sub(r"\b(AND|BREAK)\b", lambda word: word[0].lower(), self.text)
+        return re.sub(r"([()\[\]\\])", r"\\\1", plain)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts that are drawn and scored together.
+
+    images: pictures of each prompt that the set's authors draw. metrics: those that the authors
+    report. by_category: whether their score is the mean over the categories' means.
+    """
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    images: int = 1
+    metrics: tuple[str, ...] = ()
+    by_category: bool = False
+
+    @property
+    def digest(self) -> str:
+        """A hash of the prompts, in their order."""
+        return digest([[p.id, p.text, p.category, p.facts] for p in self.prompts])
+
+    @property
+    def categories(self) -> list[str]:
+        """Their names, in the order of the prompts; none if there is but one."""
+        found = list(dict.fromkeys(prompt.category for prompt in self.prompts))
+        return found if len(found) > 1 else []
+
+    def first(self, count: int | None) -> PromptSet:
+        """So many prompts, chosen by the hash of the id, in their order; None for all.
+
+        UserError if there are fewer.
+        """
+        if count is None:
+            return self
+        if count > len(self.prompts):
+            raise UserError(
+                f"{count} prompts requested, but {self.name} has {len(self.prompts)}: use a "
+                "smaller --count, or leave it out for all"
+            )
+        by_hash = sorted(self.prompts, key=lambda p: sha256(p.id.encode()).digest())
+        chosen = {prompt.id for prompt in by_hash[:count]}
+        return replace(self, prompts=tuple(p for p in self.prompts if p.id in chosen))
+
+
+def checked(given: PromptSet) -> PromptSet:
+    """The set itself. UserError if it is empty, a prompt is, or an id occurs twice."""
+    if not given.prompts:
+        raise UserError(f"{given.name} has no prompts: give a file with one to a line")
+    seen: set[str] = set()
+    for prompt in given.prompts:
+        if not prompt.text.strip():
+            raise UserError(f"{given.name}: the prompt {prompt.id!r} is empty")
+        if prompt.id in seen:
+            raise UserError(f"{given.name}: two prompts have the id {prompt.id!r}; rename one")
+        seen.add(prompt.id)
+    return given
+
+
+def read_file(path: Path) -> PromptSet:
+    """The prompts of a text file (one to a line), csv, tsv, jsonl or json file.
+
+    Columns or keys: `prompt` (or text, caption), and if there are, `id`, `category`, and what
+    metrics ask for, such as `questions`. UserError for another file, or one that cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompts {path} cannot be read as UTF-8 text: {error}") from None
+    rows: _Rows | None = _ROWS.get(path.suffix.lower())
+    if rows is None:
+        raise UserError(
+            f"the prompts {path}: allowed are files that end in {', '.join(_ROWS)}, a folder of "
+            "prepared data, or a published set"
+        )
+    read = [prompt_of(row, i, path) for i, row in enumerate(rows(path, text))]
+    return checked(PromptSet(path.stem, tuple(read)))
+
+
+def prompt_of(row: str | Mapping[str, Any], number: int, path: Path) -> Prompt:
+    """A prompt from a text or from named values. UserError if it has none."""
+    if isinstance(row, str):
+        return Prompt(f"{number:05d}", row)
+    named = {str(key).strip().lower(): value for key, value in row.items() if key is not None}
+    key = next((name for name in TEXT if isinstance(named.get(name), str)), None)
+    if key is None:
+        raise UserError(
+            f"{path}: row {number + 1} has no prompt; name its column one of {', '.join(TEXT)}"
+        )
+    facts = {k: v for k, v in named.items() if k not in (key, *NAMED) and v is not None}
+    category = str(named.get("category") or "")
+    return Prompt(str(named.get("id") or f"{number:05d}"), named[key].strip(), category, facts)
+
+
+def _lines(path: Path, text: str) -> Iterator[str]:
+    yield from (line.strip() for line in text.splitlines() if line.strip())
+
+
+def _table(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    yield from csv.DictReader(text.splitlines(keepends=True), delimiter=separator)
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Any]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield _row(load_json(line, f"{path}, line {number}"), path)
+
+
+def _json(path: Path, text: str) -> Iterator[Any]:
+    found = load_json(text, str(path))
+    if not isinstance(found, list):
+        raise UserError(f"{path} holds no list of prompts: write one, or a jsonl file")
+    yield from (_row(row, path) for row in found)
+
+
+def _row(row: Any, path: Path) -> str | Mapping[str, Any]:
+    if not isinstance(row, str | dict):
+        raise UserError(f"{path} holds {row!r}: allowed are texts and objects with a prompt")
+    return row
+
+
+def load_json(text: str, where: str) -> Any:
+    """What the JSON says. UserError if it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is no JSON: {error}") from None
+
+
+def write(prompts: Sequence[Prompt]) -> str:
+    """The prompts as jsonl, which `read_file` reads again."""
+    rows = ({"id": p.id, "prompt": p.text, "category": p.category, **p.facts} for p in prompts)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+_Rows = Callable[[Path, str], Iterable[str | Mapping[str, Any]]]
+_ROWS: dict[str, _Rows] = {
+    ".txt": _lines,
+    ".csv": _table,
+    ".tsv": _table,
+    ".jsonl": _json_lines,
+    ".json": _json,
+}

@@ -1,0 +1,160 @@
+"""Builds what a recipe of a U-Net trains: models, text encoders, task, validation samples."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
+from koala.checkpoints.grow import grow
+from koala.checkpoints.load import load_scheduler_config, load_unet
+from koala.checkpoints.validate import unet_architecture
+from koala.data.latents import LatentSet
+from koala.distillation.forward_process import NoiseSchedule
+from koala.distillation.tasks import Denoising, Distillation, Encode, teacher_dtype
+from koala.errors import UserError
+from koala.lora.training import add_lora
+from koala.recipes.previews import drawing
+from koala.recipes.recipe import MINI_PROMPTS, Finetune, Student, Teacher
+from koala.text_conditioning import TextConditioner
+
+CAPTION_CACHE = 2**31  # bytes of embeddings cached by a training on the CPU: the whole mini set's
+VALIDATION_SAMPLES = 128
+VALIDATION_SPLITS = ("test", "test-pair")  # the first one present
+PREVIEWS = 8  # captions of the data that are drawn, if the recipe has no prompts
+
+UNet = Teacher | Student | Finetune  # recipes of U-Nets
+
+
+def validation_of(latents: LatentSet, recipe: UNet, model: Path) -> list[dict[str, Any]]:
+    """Batches of held-out samples, a fixed choice from all buckets."""
+    folder, captions = latents.index.files.folder, recipe.mixture.captions
+    for split in VALIDATION_SPLITS:
+        if len(latents.index.select(split)):
+            there = LatentSet(folder, model, None, captions, recipe.training.seed, split=split)
+            batches = there.stratified(VALIDATION_SAMPLES)
+            there.close()
+            return batches
+    raise UserError(
+        f"{folder} holds out no images for validation: prepare with a larger --held-out, or train "
+        "without (--set training.validate_every=0)"
+    )
+
+
+def task_of(
+    recipe: UNet,
+    source: Path,
+    start: Path,
+    conditioner: TextConditioner,
+    device: torch.device,
+    encode: Encode | None,
+    latents: LatentSet,
+    kind: type[Distillation] = Distillation,
+) -> Denoising:
+    """The recipe's task.
+
+    source: the folder of the teacher, or of the model that is fine-tuned. start: that of the
+    student before distillation. encode: the VAE, if the data hold images. kind: of task, for a
+    student.
+    """
+    if isinstance(recipe, Student):
+        return _distilling(recipe, source, start, conditioner, device, encode, kind)
+    if isinstance(recipe, Teacher):
+        return _teaching(recipe, source, conditioner, device, encode)
+    return _finetuning(recipe, source, conditioner, device, encode, latents)
+
+
+def conditioner_of(model: Path, device: torch.device, latents: LatentSet) -> TextConditioner:
+    """The text encoders: on the device, or on the CPU if only previews need them."""
+    if latents.index.made_with["text"] or device.type == "cpu":
+        arch = unet_architecture(model)
+        return TextConditioner.from_folder(
+            model, cache_size=CAPTION_CACHE // (4 * arch.tokens * arch.context)
+        )
+    # On a GPU encoding is faster than a cache, and few captions are repeated.
+    return TextConditioner.from_folder(model, torch.float16, device, cache_size=0)
+
+
+def _teaching(
+    recipe: Teacher,
+    base: Path,
+    conditioner: TextConditioner,
+    device: torch.device,
+    encode: Encode | None,
+) -> Denoising:
+    torch.manual_seed(recipe.training.seed)
+    arch = get(recipe.architecture)
+    if recipe.further:
+        found, unet = unet_architecture(base), load_unet(base)
+        if found != arch:
+            try:
+                unet = grow(unet, arch)
+            except UserError:
+                raise UserError(
+                    f"{base} has the U-Net {found.name}, but this recipe continues {arch.name}: "
+                    "give the model made by the recipe before it, or a cut of it"
+                ) from None
+    else:
+        unet = UNet2DConditionModel(**unet_config(arch))
+    return Denoising(
+        unet.to(device),
+        conditioner,
+        NoiseSchedule(load_scheduler_config(base)),
+        base,
+        caption_dropout=recipe.caption_dropout,
+        min_snr=recipe.min_snr,
+        draw=drawing(base, conditioner, device),
+        prompts=MINI_PROMPTS,
+        encode=encode,
+    )
+
+
+def _distilling(
+    recipe: Student,
+    teacher: Path,
+    start: Path,
+    conditioner: TextConditioner,
+    device: torch.device,
+    encode: Encode | None,
+    kind: type[Distillation],
+) -> Distillation:
+    """Distils a copy of `start`, the student before distillation."""
+    return kind(
+        load_unet(start).to(device),
+        load_unet(teacher),  # the task casts it and moves it to the device
+        conditioner,
+        NoiseSchedule(load_scheduler_config(teacher)),
+        recipe.settings,
+        start,
+        draw=drawing(teacher, conditioner, device),
+        prompts=recipe.prompts,
+        encode=encode,
+    )
+
+
+def _finetuning(
+    recipe: Finetune,
+    base: Path,
+    conditioner: TextConditioner,
+    device: torch.device,
+    encode: Encode | None,
+    latents: LatentSet,
+) -> Denoising:
+    """Without a LoRA's matrices the U-Net rests, and does so in the dtype of a teacher."""
+    unet = load_unet(base, teacher_dtype(device) if recipe.lora else None)
+    if recipe.lora:
+        torch.manual_seed(recipe.training.seed)
+        add_lora(unet, recipe.lora)
+    return Denoising(
+        unet.to(device),
+        conditioner,
+        NoiseSchedule(load_scheduler_config(base)),
+        base,
+        caption_dropout=recipe.caption_dropout,
+        min_snr=recipe.min_snr,
+        draw=drawing(base, conditioner, device),
+        prompts=recipe.prompts or [*dict.fromkeys(latents.batch(0, PREVIEWS)["captions"])],
+        encode=encode,
+    )

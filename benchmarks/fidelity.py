@@ -56,6 +56,7 @@ WAYS: dict[str, Way] = {
     "decode tiny": (_loaded(weights="fp32", decode="tiny"), {}),
     "weights int8": (_loaded(weights="int8", decode="full"), {}),
     "weights fp8": (_loaded(weights="fp8", decode="full"), {}),
+    "weights int4": (_loaded(weights="int4", decode="full"), {}),
     "weights int8, decode tiny": (_loaded(weights="int8", decode="tiny"), {}),
     "weights bf16": (_loaded(weights="bf16", decode="full"), {}),
     "guidance until 0.75": (_loaded(weights="fp32", decode="full"), {"guidance_until": 0.75}),

@@ -223,7 +223,7 @@ def choose(
     """
     goal = share * parameters(arch)
     at, removed = {site.path: 0 for site in sites}, 0
-    per_unit = {site.path: _parameters_of(arch, site) for site in sites}
+    per_unit = {site.path: parameters_of(arch, site) for site in sites}
     while removed < goal:
         best: tuple[float, str, int] | None = None
         for site in sites:
@@ -243,7 +243,7 @@ def choose(
     return {path: found[path][k] for path, k in at.items()}
 
 
-def _parameters_of(arch: UNetArchitecture, site: Site) -> int:
+def parameters_of(arch: UNetArchitecture, site: Site) -> int:
     """Parameters that a unit of the site takes along."""
     shapes = tensor_shapes(arch)
     names = [f"{site.path}.{leaf}" for leaf in _PRODUCERS[site.inner.kind]]

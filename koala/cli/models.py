@@ -101,6 +101,7 @@ def _prune(o: argparse.Namespace) -> "PruneReport":
     prompts = prompts_in(o.calibrate)
     pruning(o.prune, prompts)
     float_dtype(o.dtype)
+    check_new(o.out.expanduser())
     check_name(o.teacher)
     check_new(o.out.expanduser())
     from koala.generation.pruning import prune_model  # all is checked: now torch may load

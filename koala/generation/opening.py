@@ -69,7 +69,7 @@ def load(
 
     vram: GiB that the model may take, or "free": nine tenths of what is free now (the default if
         one of the next three is given).
-    weights: "fp32", "fp16", "bf16" to compute in, or "int8", "fp8" to store U-Net and text
+    weights: "fp32", "fp16", "bf16" to compute in, or "int8", "fp8", "int4" to store U-Net and text
         encoders in; by default the largest that fits.
     decode: "full", "tiled" (by rows) or "tiny" (a tiny autoencoder); by default what fits.
     tiny_vae: folder or Hub id of the tiny autoencoder; by default the model's own.

@@ -20,7 +20,7 @@ from koala.errors import UserError, unknown
 EXACT = ("torch", "openvino")  # backends that give the same picture within 1e-4
 ROUNDED = ("torch-bf16", "openvino-bf16", "openvino-int8")
 BACKENDS = (*EXACT, *ROUNDED, "auto", "fastest", "remembered")
-WEIGHTS = (*DTYPES, "int8", "fp8")
+WEIGHTS = (*DTYPES, "int8", "fp8", "int4")
 DECODERS = ("full", "tiled", "tiny")
 SMALLEST, LARGEST = 16, 4096  # pixels a side
 FAR = 1.5  # factor of the native area, up or down, within which a model draws as it should

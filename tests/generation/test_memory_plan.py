@@ -162,7 +162,7 @@ def test_dtypes_by_device(with_tiny, monkeypatch):
 
 def test_what_is_asked_wrongly_is_refused(tmp_path):
     for arguments, message in (
-        ({"weights": "int4"}, "unknown weights 'int4': choose fp32, fp16, bf16, int8, fp8"),
+        ({"weights": "int3"}, "unknown weights 'int3': choose fp32, fp16, bf16, int8, fp8, int4"),
         ({"decode": "none"}, "unknown decoder 'none': choose full, tiled, tiny"),
         ({"tiny": tmp_path}, "no tiny autoencoder"),
     ):

@@ -36,7 +36,7 @@ class Mode:
 
     dtype: str  # that U-Net and text encoders compute in: a key of DTYPES
     vae_dtype: str
-    quantised: str | None = None  # to int8 or fp8: how their weights are stored
+    quantised: str | None = None  # to int8, fp8 or int4: how their weights are stored
     place: str = "resident"  # a key of PLACES
     decode: str = "full"  # or "tiled" or "tiny"
 
@@ -166,8 +166,8 @@ class MemoryPlan:
 class Planner:
     """Plans for one model folder, device, size and number of pictures at a time.
 
-    size: (width, height) in pixels. weights: "int8" or "fp8" stores U-Net and text encoders in 8
-    bits, a dtype keeps them in it; None: either. decode: "full", "tiled" or "tiny"; None: any.
+    size: (width, height) in pixels. weights: "int8", "fp8" or "int4" stores U-Net and text encoders
+    in it, a dtype keeps them in it; None: either. decode: "full", "tiled" or "tiny"; None: any.
     tiny: folder or Hub id of the tiny autoencoder, by default the model's own, if any.
     from_image: whether images start from others, which the VAE encodes. process: bytes that the
     budget holds beside the model. UserError for a value that is not allowed, a tiny autoencoder

@@ -244,7 +244,7 @@ def test_foreign_weights_are_refused_on_loading(folder, file, load):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("text_encoder/config.json", {"hidden_size": 18}, "cross_attention_dim is 40, .* give 42"),
+        ("text_encoder/config.json", {"hidden_size": 20}, "cross_attention_dim is 40, .* give 44"),
         ("text_encoder_2/config.json", {"projection_dim": 9}, "pooled width is 24, .* give 9"),
         ("vae/config.json", {"latent_channels": 16}, "latent channels is 4, .* give 16"),
         ("vae/config.json", {"block_out_channels": [8, 8]}, "latent factor is 8, .* give 2"),

@@ -154,7 +154,7 @@ def test_schedule_equals_diffusers_euler_with_trailing_spacing(steps):
     assert ours.timesteps.tolist() == scheduler.timesteps.tolist()
     np.testing.assert_allclose(ours.sigmas, scheduler.sigmas, atol=1e-6, rtol=1e-6)
     assert ours.sigmas[0] == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-6)
-    assert ours.sigmas.dtype == ours.timesteps.dtype == np.float32
+    assert (ours.sigmas.dtype, ours.timesteps.dtype) == (np.float32, np.float64)
 
 
 def test_every_number_of_steps_has_falling_noise():

@@ -153,7 +153,7 @@ def test_the_plan_holds_what_will_be_drawn(folder):
     ("asked", "words"),
     [
         ({"backend": "abacus"}, "unknown backend 'abacus'"),
-        ({"weights": "int4"}, "unknown weights 'int4'"),
+        ({"weights": "int3"}, "unknown weights 'int3'"),
         ({"decode": "half"}, "unknown decoder 'half'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"vram": 0}, "vram is 0"),

@@ -218,7 +218,7 @@ def test_load_by_a_budget(folder, tmp_path):
         ({"vram": 0}, "vram is 0"),
         ({"vram": 1e-6}, "the smallest that works is"),
         ({"size": "65x64"}, "multiples of 8"),
-        ({"weights": "int4"}, "unknown weights 'int4': choose fp32"),
+        ({"weights": "int3"}, "unknown weights 'int3': choose fp32"),
         ({"decode": "half"}, "unknown decoder 'half'"),
     ):
         with pytest.raises(UserError, match=message):
@@ -236,7 +236,7 @@ def test_generate_by_a_plan_from_the_command_line(folder, tmp_path, capsys):
     for asked, said in (
         (["--vram", "0.000001"], "the smallest that works is"),
         (["--vram", "much"], "vram is 'much'"),
-        (["--weights", "int4"], "'int4'"),
+        (["--weights", "int3"], "'int3'"),
         (["--vram", "4", "--compile"], "--compile has no effect under a memory plan"),
         (["--tiny-vae", str(tmp_path / "nowhere")], "no tiny autoencoder"),
     ):

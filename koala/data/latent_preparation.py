@@ -14,7 +14,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from koala.data.captions import CaptionFitter, check_expressions
 from koala.data.encoding import PROBE, EncodedSample, Encoder, encoder_hash
@@ -64,7 +64,7 @@ def prepare_latents(
             encoder = Encoder(model, device, preparation, SEED)
             if encoder.moments is not None and not (out / PROBE).exists():
                 with new_file(out / PROBE) as part:
-                    save_file(encoder.moments.probe(), part)
+                    part.write_bytes(save(encoder.moments.probe()))
             fitter = CaptionFitter.of(model, preparation.long_captions or "sentences")
             total = sum(map(plan.size, mine))
             done = total - sum(map(plan.size, todo))

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -23,12 +24,13 @@ from koala.checkpoints.latent_scale import LatentScale
 from koala.checkpoints.load import load_vae
 from koala.checkpoints.tensors import read_header
 from koala.cli import main
-from koala.data.encoding import Moments, to_pixels
+from koala.data.captions import CaptionFitter
+from koala.data.encoding import Encoder, Moments, to_pixels
 from koala.data.index import Index
 from koala.data.latent_preparation import prepare_latents
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of, preparation_of, prepare
-from koala.data.preprocess import Filters, Preparation, upright
+from koala.data.preprocess import Dropped, Filters, Preparation, Sample, upright
 from koala.data.shards import shard_name
 from koala.data.sources import recognise
 from koala.errors import Failure, UserError
@@ -346,16 +348,18 @@ def test_what_the_source_lacks_is_refused_before_the_work(folder, toy_sdxl, tmp_
             prepare(str(folder), tmp_path / "o", **{"model": str(toy_sdxl), **arguments})
 
 
-def test_latents_that_are_not_finite_cost_the_images(folder, toy_sdxl, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(toy_sdxl, broken)
-    config = json.loads((broken / "vae" / "config.json").read_text())
-    config["scaling_factor"] = 3e38  # its latents are beyond float32
-    (broken / "vae" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"none of 30 images is left \(30 not finite\)"):
-        prepare_latents(recognise(folder), tmp_path / "out", broken, PREPARATION, workers=1)
-    report = (tmp_path / "out" / "report.jsonl").read_text()
-    assert '"id": "0004.jpg", "reason": "not finite"' in report
+def test_latents_that_are_not_finite_cost_the_images(toy_sdxl):
+    pixels = np.zeros((2, 64, 64, 3), np.uint8)
+    samples = [
+        Sample(f"{n}.jpg", "train", "", ("a fox",), n, (64, 64), (0, 0), pixels[n]) for n in (0, 1)
+    ]
+    encoder = Encoder(toy_sdxl, "cpu", PREPARATION, seed=0)
+    fitter = CaptionFitter.of(toy_sdxl, "sentences")
+    assert [len(part) for part in encoder.unit(samples, fitter)] == [2, 0]
+    encoder.moments.vae.encoder.conv_out.bias.fill_(float("inf"))
+    assert encoder.unit(samples, fitter) == (
+        [], [Dropped(f"{n}.jpg", "not finite", "latents of the VAE") for n in (0, 1)]
+    )  # fmt: skip
 
 
 # --- the command ----------------------------------------------------------------------------

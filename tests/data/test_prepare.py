@@ -356,7 +356,7 @@ def test_latents_that_are_not_finite_cost_the_images(toy_sdxl):
     encoder = Encoder(toy_sdxl, "cpu", PREPARATION, seed=0)
     fitter = CaptionFitter.of(toy_sdxl, "sentences")
     assert [len(part) for part in encoder.unit(samples, fitter)] == [2, 0]
-    encoder.moments.vae.encoder.conv_out.bias.fill_(float("inf"))
+    encoder.moments.vae.encoder.conv_out.bias.data.fill_(float("inf"))
     assert encoder.unit(samples, fitter) == (
         [], [Dropped(f"{n}.jpg", "not finite", "latents of the VAE") for n in (0, 1)]
     )  # fmt: skip

@@ -53,7 +53,7 @@ def drawn(pipeline) -> np.ndarray:
 def planned(folder: Path, **asked):
     """A pipeline by the first plan that fits into 4 GiB."""
     planner = Planner(folder, CPU, (64, 64), **asked)
-    return placed(folder, "koala", Placement(planner, planner.choose(4 << 30), print), {}, print)
+    return placed(folder, "koala", Placement(planner, planner.choose(16 << 30), print), {}, print)
 
 
 def test_nothing_but_a_name_gives_plain_pytorch_in_float32(folder):
@@ -143,9 +143,9 @@ def test_the_tiny_autoencoder_is_the_one_named(folder, tiny):
 
 
 def test_the_plan_holds_what_will_be_drawn(folder):
-    plan = koala.load(folder, "cpu", vram=4, size="128x64", images=3, from_image=True).plan
+    plan = koala.load(folder, "cpu", vram=16, size="128x64", images=3, from_image=True).plan
     planner = Planner(folder, CPU, (128, 64), 3, from_image=True)
-    assert replace(plan, process=0) == planner.choose(4 << 30)
+    assert replace(plan, process=0) == planner.choose(16 << 30)
     assert [phase.name for phase in plan.phases] == ["encode", "picture", "denoise", "decode"]
 
 

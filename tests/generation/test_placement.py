@@ -202,8 +202,8 @@ def test_what_running_out_of_memory_is():
 
 def test_load_by_a_budget(folder, tmp_path):
     lines: list[str] = []
-    pipeline = load(folder, "cpu", vram=4, say=lines.append)
-    assert pipeline.plan.mode.place == "resident" and pipeline.plan.budget == 4 * 2**30
+    pipeline = load(folder, "cpu", vram=16, say=lines.append)
+    assert pipeline.plan.mode.place == "resident" and pipeline.plan.budget == 16 * 2**30
     expected = drawn(load(folder, "cpu"))
     assert np.abs(drawn(pipeline) - expected).max() <= 1
 

@@ -48,7 +48,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {  # the recipe, and what is c
 }  # fmt: skip
 STEPS = (1, 2, 4, 10)
 GUIDANCE = 3.5  # of the teacher
-MEASURES = {"R@5": 3, "FD-EffLite0": 1}  # digits
+MEASURES = {"r@5": 3, "fd-efflite0": 1}  # digits
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by number of seeds
 TIMED = (2, 6)  # cycles of steps, of two runs whose difference is timed
 
@@ -132,13 +132,16 @@ def measure(trial: Trial, runs: dict[str, Path], **options: Any) -> dict[str, An
             out = trial.out / folder
             if not (out / "report.json").exists():
                 evaluate(
-                    shown, trial.data, out, trial.prompts, trial.evaluation_seeds, steps, guidance,
+                    shown, out, pictures=trial.data, count=trial.prompts,
+                    seeds=trial.evaluation_seeds, steps=steps, guidance=guidance,
                     judge=judge if judge.exists() else None, **options,
                 )  # fmt: skip
             if not judge.exists():
                 judge.write_bytes((out / judge.name).read_bytes())
             report = json.loads((out / "report.json").read_text())
-            rows |= {row["name"]: row["values"] for row in report["rows"]}
+            for row in report["rows"]:
+                cells = row["cells"].items()  # by "PROMPTS METRIC"
+                rows[row["name"]] = {key.split()[-1]: cell["value"] for key, cell in cells}
         found[str(steps)] = rows
     return found
 

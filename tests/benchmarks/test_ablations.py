@@ -31,7 +31,7 @@ def test_every_arm_is_a_training_of_its_own():
 
 
 def test_arms_are_trained_scored_and_judged(base_parts, tmp_path, packages, monkeypatch):
-    monkeypatch.setattr("koala.recipes.train.MINI_PROMPTS", ("a fox",))
+    monkeypatch.setattr("koala.recipes.build.MINI_PROMPTS", ("a fox",))
     data, base = base_parts
     first = replace(recipes.get("sdxl-mini-64"), training=TINY)
     teacher = distill(first, data, tmp_path / "teacher", str(base), "cpu")

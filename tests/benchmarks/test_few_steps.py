@@ -37,7 +37,7 @@ def letters(texts: list[str]) -> Tensor:
 
 @pytest.fixture
 def trial(base_parts, tmp_path, packages, monkeypatch):
-    monkeypatch.setattr("koala.recipes.train.MINI_PROMPTS", ("a fox",))
+    monkeypatch.setattr("koala.recipes.build.MINI_PROMPTS", ("a fox",))
     monkeypatch.setattr(few_steps, "TIMED", (1, 2))
     monkeypatch.delitem(METHODS, "guided")  # trained elsewhere, and as the others here
     data, base = base_parts
@@ -62,7 +62,7 @@ def test_a_trial_goes_on_and_says_what_it_measured(trial):
     four = Sampling(steps=4, guidance=1.0)
     assert told == {"dmd": four, "mmd": four}
     table = (trial.out / "few_steps.md").read_text()
-    assert "R@5, 1" in table and all(f"| {method} |" in table for method in METHODS)
+    assert "r@5, 1" in table and all(f"| {method} |" in table for method in METHODS)
 
     def files():
         return {path: path.stat().st_mtime_ns for path in trial.out.glob("*-*/core_seconds.json")}

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from koala.errors import UserError
 from koala.utils.extras import absent, require
@@ -37,7 +38,7 @@ COMMANDS = {  # words of a command -> the extra that it lacks
     "prepare illustrations-small --out out": "train",
     "distill mini-base --dry-run": "train",
     "distill koala-mini --data data --out out --teacher koala-mini": "train",
-    "evaluate koala-mini --pictures data --out out": "evaluate",
+    "evaluate koala-mini --prompts prompts.txt --pictures pictures --metrics fd-efflite0 --out out": "evaluate",
     "serve --port 0": "serve",
     "serve --port 0 --replicas 2": "ray",
     "generate fox --steps 1 --backend openvino --out out": "openvino",
@@ -45,9 +46,9 @@ COMMANDS = {  # words of a command -> the extra that it lacks
     "generate fox --steps 1 --out out": None,
     "inspect koala-mini": None,
     "convert koala-mini --to single-file --out out.safetensors": None,
-    "export koala-mini --to onnx --out out": "onnx",
-    "export koala-mini --to openvino --out out": "openvino",
-    "export koala-mini --to gguf --out out.gguf": "gguf",
+    "export koala-mini --to onnx --out new": "onnx",
+    "export koala-mini --to openvino --out new": "openvino",
+    "export koala-mini --to gguf --out new.gguf": "gguf",
     "architectures": None,
 }
 
@@ -55,6 +56,8 @@ COMMANDS = {  # words of a command -> the extra that it lacks
 def test_every_command_of_a_core_install_works_or_names_its_extra(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "data").mkdir()
+    Image.new("RGB", (128, 128)).save(tmp_path / "pictures" / "black.png")
+    (tmp_path / "prompts.txt").write_text("a fox\nan owl\na cat\n")
     commands = json.dumps([words.split() for words in COMMANDS])
     done = subprocess.run(
         [sys.executable, "-c", CORE, commands], cwd=tmp_path, capture_output=True, text=True

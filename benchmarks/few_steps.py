@@ -141,7 +141,7 @@ def measure(trial: Trial, runs: dict[str, Path], **options: Any) -> dict[str, An
             report = json.loads((out / "report.json").read_text())
             for row in report["rows"]:
                 cells = row["cells"].items()  # by "PROMPTS METRIC"
-                rows[row["name"]] = {key.split()[-1]: cell["value"] for key, cell in cells}
+                rows[row["name"]] = {key.split()[-1]: cell["by_seed"][0] for key, cell in cells}
         found[str(steps)] = rows
     return found
 

@@ -38,7 +38,8 @@ COMMANDS = {  # words of a command -> the extra that it lacks
     "prepare illustrations-small --out out": "train",
     "distill mini-base --dry-run": "train",
     "distill koala-mini --data data --out out --teacher koala-mini": "train",
-    "evaluate koala-mini --prompts prompts.txt --pictures pictures --metrics fd-efflite0 --out out": "evaluate",
+    "evaluate koala-mini --prompts prompts.txt --pictures pictures --metrics fd-efflite0 "
+    "--out out": "evaluate",
     "serve --port 0": "serve",
     "serve --port 0 --replicas 2": "ray",
     "generate fox --steps 1 --backend openvino --out out": "openvino",

@@ -140,8 +140,10 @@ def measure(trial: Trial, runs: dict[str, Path], **options: Any) -> dict[str, An
                 judge.write_bytes((out / judge.name).read_bytes())
             report = json.loads((out / "report.json").read_text())
             for row in report["rows"]:
-                cells = row["cells"].items()  # by "PROMPTS METRIC"
-                rows[row["name"]] = {key.split()[-1]: cell["by_seed"][0] for key, cell in cells}
+                rows[row["name"]] = {
+                    key.split()[-1]: cell["by_seed"][0] if cell["by_seed"] else [cell["value"]]
+                    for key, cell in row["cells"].items()  # by "PROMPTS METRIC"
+                }
         found[str(steps)] = rows
     return found
 

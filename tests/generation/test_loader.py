@@ -123,15 +123,15 @@ def test_back_ends_are_those_of_the_measurement(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "asked",
     [
-        {"vram": 4}, {"vram": "4"}, {"vram": "free"}, {"weights": "fp32"}, {"weights": "int8"},
-        {"weights": "fp8"}, {"decode": "tiled"}, {"vram": 4, "weights": "int8", "decode": "tiled"},
+        {"vram": 16}, {"vram": "16"}, {"vram": "free"}, {"weights": "fp32"}, {"weights": "int8"},
+        {"weights": "fp8"}, {"decode": "tiled"}, {"vram": 16, "weights": "int8", "decode": "tiled"},
     ],
 )  # fmt: skip
 def test_a_plan_is_the_planners(folder, asked):
     pipeline = koala.load(folder, "cpu", **asked)
     own = planned(folder, **{name: value for name, value in asked.items() if name != "vram"})
     assert pipeline.plan.mode == own.plan.mode
-    if asked.get("vram") in (4, "4"):
+    if asked.get("vram") in (16, "16"):
         assert replace(pipeline.plan, process=0) == own.plan
     assert np.array_equal(drawn(pipeline), drawn(own))
 

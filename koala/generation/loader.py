@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import koala
 from koala.architectures.table import FACTOR
+from koala.checkpoints.bundled import DEFAULT
 from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import read_json, unet_architecture
@@ -45,7 +46,7 @@ Put = Callable[[str, Sequence[nn.Module]], None]
 
 
 def load(
-    model: str | Path = "koala-mini",
+    model: str | Path = DEFAULT,
     device: torch.device | str | None = None,
     *,
     dtype: torch.dtype | str | None = None,

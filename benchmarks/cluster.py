@@ -38,8 +38,8 @@ from koala.utils.device import hardware
 BOUND = 1e-5  # of a loss, relative
 PIXELS = 512  # the least with several buckets
 SIZES = ((512, 512), (448, 576), (576, 448), (384, 640), (640, 384))  # width, height: a bucket each
-IMAGES = 16  # of each size
-BATCH, STEPS = 16, 6
+IMAGES = 8  # of each size
+BATCH, STEPS = 8, 6
 TERMS = ("task", "out", "feat", "loss", "grad_norm")
 SHARDINGS = ("ddp", "fsdp")
 # What every run is given; the rate is low, so that AdamW's division by small gradients, which makes

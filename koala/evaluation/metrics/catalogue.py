@@ -46,7 +46,7 @@ class MetricInfo:
 
 def _retrieval(rank: int) -> MetricInfo:
     return MetricInfo(
-        f"r@{rank}", f"R@{rank}", True, (0, 1), "koala.evaluation.judge",
+        f"r@{rank}", f"R@{rank}", True, (0, 1), "koala.evaluation.retrieval",
         "bundled:Retrieval", "efflite0", packages=("efficientnet_lite_pytorch",),
         options={"rank": rank},
     )  # fmt: skip

@@ -109,12 +109,7 @@ def train(
     with world.together():
         if world.first:
             claim(run / "run.json", {**asdict(settings), **(note or {})})
-    with world.together():
-        if not (run / "run.json").is_file():
-            raise UserError(
-                f"{run}: process {world.rank} does not see what process 0 wrote there: all "
-                "machines must share the folder --out"
-            )
+    world.check_shared(run / "run.json")
     averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
     if optimizer is not None:
         chosen = optimizer([*trained_parameters(module).values()], settings)

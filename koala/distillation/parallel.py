@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -69,6 +70,15 @@ class World:
                 raise FailedElsewhere(f"process {failed} failed") from mine
         if mine is not None:
             raise mine
+
+    def check_shared(self, path: Path) -> None:
+        """UserError in every process unless all see this file or folder of the first one's."""
+        with self.together():
+            if not path.exists():
+                raise UserError(
+                    f"{path.parent}: process {self.rank} does not see what process 0 wrote there: "
+                    "all machines must share the folder --out"
+                )
 
 
 @contextmanager

@@ -77,6 +77,10 @@ _ALL = (
         "clip:PickScore", "pickscore", models=("pickscore",), digits=2,
     ),
     MetricInfo(
+        "imagereward", "ImageReward", True, (None, None), "Xu et al. 2023 (arXiv 2304.05977)",
+        "image_reward:ImageReward", "imagereward", models=("imagereward", "bert-vocabulary"),
+    ),
+    MetricInfo(
         "aesthetic", "aesthetic", True, (None, None),
         "Schuhmann 2022, improved-aesthetic-predictor",
         "clip:Aesthetic", "aesthetic", models=("clip-vit-large-patch14", "aesthetic"), digits=2,

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from koala.checkpoints.bundled import DEFAULT
 from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
 from koala.generation import validation
@@ -62,7 +63,7 @@ def limits_of(max_size: str | None, **values: float | None) -> Limits:
 class Options:
     """The options of `koala serve`."""
 
-    model: str = "koala-mini"
+    model: str = DEFAULT
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None

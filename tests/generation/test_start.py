@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = (
     "torch._dynamo",
     "torch._inductor",
@@ -20,7 +22,7 @@ HEAVY = (
 _DRAW = """
 import json, sys
 from koala.cli import main
-status = main(["generate", "a fox", "--steps", "2", "--backend", "torch", "--out", sys.argv[1]])
+status = main(["generate", "a fox", "--steps", "2", *sys.argv[2:], "--out", sys.argv[1]])
 print(json.dumps([status, sorted(sys.modules)]))
 """
 
@@ -32,8 +34,9 @@ def python(code, *arguments):
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def test_drawing_imports_no_compiler_no_peft_and_no_other_models(tmp_path):
-    status, modules = python(_DRAW, str(tmp_path / "fox.png"))
+@pytest.mark.parametrize("asked", [["--backend", "torch"], []], ids=["asked", "by default"])
+def test_drawing_imports_no_compiler_no_peft_and_no_other_models(tmp_path, asked):
+    status, modules = python(_DRAW, str(tmp_path / "fox.png"), *asked)
     assert status == 0 and (tmp_path / "fox.png").is_file()
     assert not {*modules} & {*HEAVY}
     others = {name.split(".")[2] for name in modules if name.startswith("transformers.models.")}

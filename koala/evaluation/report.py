@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from koala.evaluation.drawing import draw
-from koala.evaluation.judging import Sentences
 from koala.evaluation.measuring import (
     PartResult,
     measure,
@@ -30,6 +29,7 @@ from koala.evaluation.models import REAL
 from koala.evaluation.plan import Plan, plan
 from koala.evaluation.prompts import write
 from koala.evaluation.report_page import report_page
+from koala.evaluation.retrieval import Sentences
 from koala.evaluation.table import EvaluationReport, EvaluationRow
 from koala.utils.atomic import new_file, write_text
 from koala.utils.contact_sheet import image_grid

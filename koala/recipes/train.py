@@ -166,6 +166,8 @@ def _run(
                 compress(teacher, recipe.cut, start, "fp32", rule or "bottom")
             else:
                 adopt(student or teacher, teacher, recipe.cut, start, rule)
+    if isinstance(recipe, Student):
+        world.check_shared(start)
     conditioner = conditioner_of(source, world.device, latents)
     encode = Moments(source, world.device) if latents.images else None
     kind = own.task if own and own.task else Distillation

@@ -164,6 +164,17 @@ def has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & {*_facts().get("flags", "").split()})
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What a training multiplies in: bf16 on a GPU that has it, fp16 on an older one (Volta,
+    Turing), else fp32."""
+    import torch
+
+    if device.type != "cuda":
+        return torch.float32
+    has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_it else torch.float16
+
+
 def hardware() -> str:
     """CPU, cores, accelerator and versions, in one line."""
     import diffusers

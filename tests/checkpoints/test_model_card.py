@@ -181,7 +181,7 @@ def test_training_without_a_teacher_is_no_distillation():
 
 
 def test_a_reports_row_is_entered(tmp_path):
-    column = Column("illustrations", "r@5", "R@5 ↑", True, 1, 2, "koala.evaluation.judge")
+    column = Column("illustrations", "r@5", "R@5 ↑", True, 1, 2, "koala.evaluation.retrieval")
     rows = [
         EvaluationRow(name, "", {column.key: Cell(value)})
         for name, value in (("real pictures", 0.5), ("mine", 0.25), ("yours", 0.125))

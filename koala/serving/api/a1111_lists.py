@@ -19,8 +19,9 @@ from koala.serving.api.a1111_fields import ALIASES, OTHER_SCHEDULES, SCHEDULES
 from koala.serving.service import Service
 
 router = APIRouter()
-NO_LISTS = ("face-restorers", "hypernetworks", "latent-upscale-modes", "prompt-styles",
-            "realesrgan-models", "script-info", "sd-modules", "sd-vae")  # fmt: skip
+NO_LISTS = ("extensions", "face-restorers", "hypernetworks", "latent-upscale-modes",
+            "prompt-styles", "realesrgan-models", "script-info", "sd-modules",
+            "sd-vae")  # fmt: skip
 RELOADS = ("refresh-checkpoints", "refresh-embeddings", "refresh-loras", "refresh-vae",
            "reload-checkpoint")  # fmt: skip
 UPSCALERS = ("None", "Lanczos", "Nearest")

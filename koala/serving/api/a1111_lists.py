@@ -17,8 +17,9 @@ from koala.serving.service import Service
 from koala.utils.device import free_and_total_bytes, resident_bytes
 
 router = APIRouter()
-NO_LISTS = ("face-restorers", "hypernetworks", "latent-upscale-modes", "prompt-styles",
-            "realesrgan-models", "script-info", "sd-modules", "sd-vae")  # fmt: skip
+NO_LISTS = ("extensions", "face-restorers", "hypernetworks", "latent-upscale-modes",
+            "prompt-styles", "realesrgan-models", "script-info", "sd-modules",
+            "sd-vae")  # fmt: skip
 RELOADS = ("refresh-checkpoints", "refresh-embeddings", "refresh-loras", "refresh-vae",
            "reload-checkpoint")  # fmt: skip
 UPSCALERS = ("None", "Lanczos", "Nearest")

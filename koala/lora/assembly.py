@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from koala.checkpoints import model_card, sampling, single_file
+from koala.checkpoints import card_facts, model_card, sampling, single_file
 from koala.checkpoints.pipeline_files import (
     SCHEDULER,
     Contents,
@@ -58,7 +58,7 @@ def assembled(
     contents = _contents(model, base, other)
     given = [(Path(file).expanduser(), scale) for file, scale in (loras or {}).items()]
     read_loras = [(read(file, _base_of(contents)), scale) for file, scale in given]
-    parts = model_card.Assembled(
+    parts = card_facts.Assembled(
         unet=model_card.name_of(model),
         base=None if base is None else model_card.name_of(base),
         vae=None if vae is None else model_card.name_of(vae),
@@ -74,7 +74,7 @@ def assembled(
             with new_folder(folder) as part:
                 changes = _Changes(contents, read_loras)
                 write_folder(part, contents.tensors, _files(contents, given), change=changes.get)
-                card.write(part)
+                model_card.write(card, part)
     return folder
 
 

@@ -49,7 +49,6 @@ _FOREIGN = (
     ("an IP-Adapter", ("ip_adapter.", "to_k_ip.")),
     ("a motion module (AnimateDiff)", ("motion_modules.",)),
     ("a Stable Video Diffusion model", ("time_stack.", "temporal_transformer_blocks.")),
-    ("a textual inversion of SD 1.5 or SD 2", ("emb_params", "string_to_param")),
     ("a Flux transformer", (
         "double_blocks.0.img_attn.", "single_transformer_blocks.0.proj_mlp.",
     )),
@@ -63,9 +62,12 @@ _FOREIGN = (
         "edm_mean", "edm_vpred.",
     )),
     ("a video transformer", ("head.modulation", "patchify_proj.", "txt_in.individual_token")),
+)  # fmt: skip
+_BESIDE = (  # the same, of what may also lie in a model's file
+    ("a textual inversion of SD 1.5 or SD 2", ("emb_params", "string_to_param")),
     ("a tiny autoencoder (TAESD)", ("decoder.layers.1.", "taesd_decoder.")),
     ("an upscaler (ESRGAN)", ("RRDB_trunk", "body.0.rdb1.")),
-)  # fmt: skip
+)
 _FAMILIES = {768: "SD 1.5", 1024: "SD 2"}  # U-Nets without an addition embedding, by text width
 
 
@@ -83,12 +85,13 @@ def foreign(shapes: Shapes) -> str:
     """What a file is that koala does not work with, as "a Flux transformer"; "" if it may do."""
     if {*shapes} == {"clip_l", "clip_g"}:
         return "a textual inversion of SDXL, which `koala generate --embedding` reads"
-    for kind, marks in _FOREIGN:
+    unet = _find(shapes, _UNET_ENDS.values())
+    for kind, marks in (*_FOREIGN, *(() if unet else _BESIDE)):
         if any(mark in name for name in shapes for mark in marks):
             return kind
     if any(name.endswith(".diff") for name in shapes):
         return f"a whole difference of weights, {_APPLIED}"
-    if _find(shapes, _UNET_ENDS.values()):
+    if unet:
         return ""
     for layout, end in _VAE_ENDS.items():
         if _find(shapes, [end]):
@@ -116,7 +119,10 @@ def detect(shapes: Shapes, stated: UNetArchitecture | None = None) -> Detected:
         unet = {
             n: s for n, s in unet.items() if not n.startswith(tuple(ldm_keys.PREFIXES.values()))
         }
-    arch = stated or _described(unet, layout)
+    reader = _Reader(unet, layout)
+    if len(conv_in := reader.shape("conv_in")) == 4:
+        _refuse_other_inputs(conv_in[1])
+    arch = stated or _described(reader)
     _compare(unet, arch, layout)
     found = [component for component, ends in _PART_ENDS.items() if _find(shapes, ends)]
     return Detected(arch, layout, prefix, ("unet", *found))
@@ -165,16 +171,13 @@ class _Reader:
         return self._count(self._path(f"{attentions}.transformer_blocks"))
 
 
-def _described(unet: Shapes, layout: str) -> UNetArchitecture:
+def _described(reader: _Reader) -> UNetArchitecture:
     """The architecture inferred from the shapes; `UserError` if it is not an SDXL-class U-Net."""
-    reader = _Reader(unet, layout)
-    conv_in = reader.shape("conv_in")
     stages = 0
     while reader.layers and len(reader.shape(f"down_blocks.{stages}.resnets.0.conv1")) == 4:
         stages += 1
-    if not stages or len(conv_in) != 4:
+    if not stages or len(reader.shape("conv_in")) != 4:
         raise UserError("this is an unknown kind of U-Net: its blocks are not those of SDXL")
-    _refuse_other_inputs(conv_in[1])
     widths = tuple(reader.shape(f"down_blocks.{i}.resnets.0.conv1")[0] for i in range(stages))
     depths = tuple(reader.depth(f"down_blocks.{i}.attentions.0") for i in range(stages))
     up = tuple(

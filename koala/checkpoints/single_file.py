@@ -130,9 +130,10 @@ def read(
     found = opened.found
     missing = [component for component in opened.missing if component not in (parts or {})]
     if missing and base is None:
-        raise UserError(
-            f"{file} holds {some(opened.parts)} and lacks {some(missing)}: add {_help_for(missing)}"
-        )
+        rest, there = len(opened.rest), f"holds {some(opened.parts)}"
+        if rest:
+            there += f" ({rest:,} tensors are of no known part, such as {next(iter(opened.rest))})"
+        raise UserError(f"{file} {there} and lacks {some(missing)}: add {_help_for(missing)}")
     if base is not None and not missing:
         raise UserError(f"--base {base.source} has no effect: {file} lacks nothing; leave it out")
     own = tensors_of(file, opened)

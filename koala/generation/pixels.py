@@ -20,7 +20,8 @@ def finished(pixels: Array, latents: Array) -> Array:
     if all_finite(latents):
         raise Failure("the decoder gave NaN in float32: its weights are damaged")
     raise Failure(
-        "the U-Net gave NaN: load the model in float32, or in bfloat16 if the device has it"
+        "the U-Net gave NaN: if it runs in float16, load the model in float32, or in bfloat16 if "
+        "the device has it; else a LoRA's scale, or a value in a LoRA, is too large"
     )
 
 

@@ -32,12 +32,12 @@ from koala.utils.device import hardware
 
 MEMORY_BOUND = 1536  # MiB above an interpreter that has imported torch
 TIME_BOUND = 2.0  # times a copy
-_PEAK = (
+PEAK = (
     "import sys; from pathlib import Path; from koala.cli import main; status = main(sys.argv[1:]);"
     "lines = Path('/proc/self/status').read_text().splitlines();"
     "print([line.split()[1] for line in lines if line.startswith('VmHWM')][0]); sys.exit(status)"
 )
-_IDLE = "import torch; print([l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l][0])"
+IDLE = "import torch; print([l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l][0])"
 Digests = dict[str, tuple[str, tuple[int, ...], str]]  # name -> dtype, shape, hash of the bytes
 
 
@@ -70,7 +70,7 @@ def measure(arguments: list[str], out: Path, repeats: int = 1) -> Measured:
     copy = out.with_name("copy")
     for _ in range(repeats):
         remove(out)
-        printed, times = timed([sys.executable, "-c", _PEAK, *command], out)
+        printed, times = timed([sys.executable, "-c", PEAK, *command], out)
         seconds.append(times)
         peaks.append(int(printed.split()[-1]) / 1024)
         copies.append(timed(["cp", "-r", str(out), str(copy)], copy)[1])
@@ -168,7 +168,7 @@ def measure_all(teacher: Path, scratch: Path, repeats: int) -> dict:
     equal["sdxl back to a folder"] = check_round_trip(of_teacher, digests(back))
     remove(back)
     compress("compress a single file to koala-700m", single, "koala-700m")
-    idle = subprocess.run([sys.executable, "-c", _IDLE], capture_output=True, text=True, check=True)
+    idle = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, check=True)
     return {
         "command": "python -m benchmarks.full_size",
         "hardware": hardware(),

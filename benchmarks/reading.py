@@ -1,26 +1,29 @@
 """Memory and time of reading SDXL files as other programs write them, at full size.
 
-`python -m benchmarks.reading [--scratch DIR] [--toy]` makes a random SDXL in fp16 (`random_sdxl`),
-rewrites it in each way below DIR (up to 40 GB), reads each with `koala convert --to diffusers` in
-a process of its own, and writes `reading.json` beside this file. `--toy` does so with koala-mini,
-checks that the script works, and writes nothing.
+    python -m benchmarks.random_sdxl SDXL
+    python -m benchmarks.reading --folder SDXL
+
+rewrites the random SDXL in each way beside its folder (14 GB), reads each with `koala convert --to
+diffusers` in a process of its own, and writes `reading.json` beside this file. The plain file is
+measured by `benchmarks.full_size`. `--toy` does so with koala-mini, checks that the script works,
+and writes nothing.
 """
 
 import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks.full_size import MEMORY_BOUND, measure, remove
-from benchmarks.random_sdxl import write_random_sdxl
+from benchmarks.full_size import IDLE, MEMORY_BOUND, PEAK, remove, timed
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.convert import convert
 from koala.checkpoints.ldm_keys import PREFIXES
@@ -57,15 +60,9 @@ def other_prefixes(tensors: Tensors) -> Tensors:
     return found
 
 
-def unet_alone(tensors: Tensors) -> Tensors:
-    """As SDXL-Lightning's and DMD2's U-Nets."""
-    return {n: t for n, t in tensors.items() if n.startswith(PREFIXES["unet"])}
-
-
 REWRITTEN: dict[str, Callable[[Tensors], Tensors]] = {
     "fp8, scaled": fp8,
     "other prefixes": other_prefixes,
-    "U-Net alone, --base": unet_alone,
 }
 
 
@@ -99,52 +96,64 @@ def variants(folder: Path, out: Path) -> Path:
     return out
 
 
-def measure_all(folder: Path, scratch: Path, repeats: int) -> list[dict]:
-    """Every way of reading, measured: the plain file first."""
+def measure_all(folder: Path, scratch: Path) -> list[dict]:
+    """Every way of reading, measured. At most three models are there at once.
+
+    What is put together from parts lies in the cache, beside the result.
+    """
     single, out = scratch / "single.safetensors", scratch / "out"
-    convert(folder, "single-file", single)
     file, rank = scratch / "file.safetensors", scratch / "lora.safetensors"
     found = []
 
     def add(way: str, model: Path, *options: str) -> None:
-        arguments = ["convert", str(model), "--to", "diffusers", *options]
-        shutil.rmtree(scratch / "cache" / "models", ignore_errors=True)  # parts are cached there
-        found.append({"way": way, **asdict(measure(arguments, out, repeats))})
+        command = ["convert", str(model), "--to", "diffusers", *options, "--out", str(out)]
+        printed, (seconds, processor) = timed([sys.executable, "-c", PEAK, *command], out)
+        found.append(
+            {"way": way, "peak_mib": round(int(printed.split()[-1]) / 1024, 1),
+             "seconds": seconds, "processor_seconds": processor}
+        )  # fmt: skip
+        print(json.dumps(found[-1]), flush=True)
         remove(out)
+        shutil.rmtree(scratch / "cache" / "models", ignore_errors=True)
 
-    add("plain single file", single)
-    for way, change in REWRITTEN.items():
-        rewrite(single, file, change)
-        add(way, file, *(["--base", str(folder)] if "--base" in way else []))
-        file.unlink()
-    add("fp16 variants", variants(folder, scratch / "variants"))
-    add("another VAE, --vae", single, "--vae", str(folder))
+    unet, vae = (folder / c / f"{WEIGHTS[c]}.safetensors" for c in ("unet", "vae"))
+    add("U-Net alone, --base", unet, "--base", str(folder))
     lora(folder, rank)
-    add(f"LoRA of rank {RANK}, --teacher-lora", single, "--teacher-lora", f"{rank}:0.5")
+    add(f"LoRA of rank {RANK}, --teacher-lora", folder, "--teacher-lora", f"{rank}:0.5")
+    for way, change in REWRITTEN.items():
+        convert(folder, "single-file", single)
+        rewrite(single, file, change)
+        single.unlink()
+        add(way, file)
+        file.unlink()
+    add("another VAE, --vae", folder, "--vae", str(vae))
+    add("fp16 variants", variants(folder, scratch / "variants"))
     return found
 
 
 def main() -> None:
     """Measures and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--scratch", type=Path, help="a folder with 40 GB of room")
+    parser.add_argument("--folder", type=Path, help="a full-size SDXL")
     parser.add_argument("--toy", action="store_true", help="try it with koala-mini; writes nothing")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
-        scratch = Path(name)
-        os.environ["KOALA_CACHE"] = str(scratch / "cache")
-        folder = BUNDLED / "koala-mini"
-        if not options.toy:
-            folder = scratch / "sdxl"
-            write_random_sdxl(folder)
-        rows = measure_all(folder, scratch, repeats=1)
+    if options.toy == (options.folder is not None):
+        parser.error("give --folder SDXL, or --toy")
+    folder = options.folder or BUNDLED / "koala-mini"
+    with tempfile.TemporaryDirectory(dir=folder.parent if options.folder else None) as name:
+        os.environ["KOALA_CACHE"] = str(Path(name) / "cache" / "packages")
+        rows = measure_all(folder, Path(name))
+    idle = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, check=True)
+    bound = round(int(idle.stdout) / 1024 + MEMORY_BOUND, 1)
     record = {
-        "command": "python -m benchmarks.reading", "hardware": hardware(),
-        "memory_bound_mib": MEMORY_BOUND, "rows": rows,
+        "command": "python -m benchmarks.reading --folder SDXL", "hardware": hardware(),
+        "bound_mib": bound, "rows": rows,
     }  # fmt: skip
     print(json.dumps(record, indent=1))
     if not options.toy:
         Path(__file__).with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    if over := [row["way"] for row in rows if row["peak_mib"] > bound]:
+        sys.exit(f"over the bound: {', '.join(over)}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from koala.errors import UserError
 from koala.generation.validation import lora_scale
 from koala.lora.folder import lora_file
 
-_LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?>")
-_OTHER = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
+_LORA = re.compile(r"<\s*lora\s*:([^:<>]+)(?::([^:<>]+))?>", re.IGNORECASE)
+_OTHER = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*>", re.IGNORECASE)
 
 
 def split_loras(prompt: str, folder: Path | None) -> tuple[str, dict[Path, float]]:

@@ -170,8 +170,9 @@ def test_loras_are_taken_out_of_the_prompt(loras):
     ink, style = loras / "ink.safetensors", loras / "my style.safetensors"
     assert split_loras("a fox", None) == ("a fox", {})
     assert split_loras("a < b", None) == ("a < b", {})
-    found = split_loras("a <lora:ink:0.5>fox <lora:my style>", loras)
-    assert found == ("a fox", {ink: 0.5, style: 1.0})
+    for one in ("lora", "LORA", "Lora", " lora "):
+        found = split_loras(f"a <{one}:ink:0.5>fox <{one}:my style>", loras)
+        assert found == ("a fox", {ink: 0.5, style: 1.0})
     assert shared_loras(["a <lora:ink>", "b <lora:ink:1>"], loras) == (["a", "b"], {ink: 1.0})
     different = ["a <lora:ink>", "b"]
     assert shared_loras(different, loras) == (different, {})

@@ -23,7 +23,13 @@ from koala.checkpoints.pipeline_files import (
     from_folder,
     write_folder,
 )
-from koala.checkpoints.resolve import models_cache, read_model, resolve_model, single_file_path
+from koala.checkpoints.resolve import (
+    check_name,
+    models_cache,
+    read_model,
+    resolve_model,
+    single_file_path,
+)
 from koala.checkpoints.tensors import Source, View, load_tensor
 from koala.checkpoints.vae_files import VaeFiles, read_vae
 from koala.checkpoints.validate import parse_object
@@ -79,6 +85,7 @@ def _contents(model: str | Path, base: str | Path | None, vae: VaeFiles | None) 
         completing = None if base is None else read_model(base)
         contents = single_file.read(file, completing, parts)
     elif base is not None:
+        check_name(str(model))
         raise UserError(
             f"--base {base} has no effect: {model} is a complete model; leave it out, or give the "
             "file with the U-Net alone"

@@ -5,6 +5,7 @@ Importing this loads no torch.
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -66,6 +67,44 @@ def free_bytes(device: torch.device) -> int:
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(FREE_SHARE * free)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error means that a device or the machine has no more memory."""
+    torch = sys.modules.get("torch")
+    return (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))  # on the CPU
+    )
+
+
+def free_unused() -> None:
+    """Returns the memory that torch holds and nobody uses."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch is not None and torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def allocated_bytes() -> int:
+    """GPU memory that torch has allocated; 0 without a GPU, or without torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return 0
+    allocated: int = torch.cuda.memory_allocated()
+    return allocated
+
+
+def free_and_total_bytes() -> tuple[int, int] | None:
+    """Memory of the current GPU; None without one, or without torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return free, total
 
 
 def resident_bytes() -> int:

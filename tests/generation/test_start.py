@@ -9,6 +9,8 @@ import pytest
 HEAVY = (
     "torch._dynamo",
     "torch._inductor",
+    "torch.distributed.tensor",
+    "sympy",
     "peft",
     "scipy.optimize",
     "scipy.stats",
@@ -51,6 +53,9 @@ import peft, peft.utils, scipy.stats, scipy.optimize, torch
 import torch._dynamo.config, torch.distributed.fsdp._fully_shard
 from diffusers.models.transformers import FluxTransformer2DModel
 from diffusers.hooks import HookRegistry
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
 import diffusers, transformers
 mark()
 before = networks.BasicTransformerBlock

@@ -68,6 +68,15 @@ class Pruned:
     before: int  # parameters
     after: int
     prompts: int  # that it was calibrated on
+    latents: int = 0  # prepared ones that it was calibrated on, in place of prompts
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What `koala convert --weights` did to the U-Net."""
+
+    model: str
+    weights: str  # how they are stored
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ class ModelCard:
     ours: bool = True  # False: not written by koala
     assembled: Assembled | None = None
     pruned: Pruned | None = None
+    quantised: Quantised | None = None
 
     def metadata(self) -> ModelCardData:
         """The front matter."""
@@ -141,7 +151,7 @@ class ModelCard:
         """The complete file. where: the folder or Hub id that its snippets load."""
         sections = (
             f"# {self.title}\n\n{_about(self)}",
-            _use(where, diffusers=self.pruned is None),
+            _use(where, self),
             _making(self),
             _evaluation(self),
             _limits(self),
@@ -161,6 +171,7 @@ _FACTS = {
     "trained": Trained,
     "evaluated": Evaluated,
     "pruned": Pruned,
+    "quantised": Quantised,
 }
 
 
@@ -274,6 +285,12 @@ def pruned_of(card: ModelCard, name: str, title: str, pruned: Pruned) -> ModelCa
     return replace(card, title=title, base_model=base, pruned=pruned, evaluated=None, ours=True)
 
 
+def quantised_of(card: ModelCard, name: str, title: str, weights: str) -> ModelCard:
+    """The card of a model whose U-Net is stored in fewer bits."""
+    stored = Quantised(name, weights)
+    return replace(card, title=title, quantised=stored, evaluated=None, ours=True)
+
+
 def adopted_of(student: ModelCard, teacher: ModelCard, title: str) -> ModelCard:
     """The card of a student's U-Net with a teacher's VAE and text encoders: both licences."""
     licence = _both(student.licence, teacher.licence)
@@ -328,13 +345,19 @@ def _about(card: ModelCard) -> str:
     return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
 
 
-def _use(where: str, diffusers: bool) -> str:
+def _use(where: str, card: ModelCard) -> str:
     koala = f"""With koala:
 
 ```sh
 koala generate "a red fox" --model {where} --steps 10 --guidance 3.5
 ```"""
-    if not diffusers:
+    if card.quantised:
+        return f"""## Use
+
+{koala}
+
+No other program loads it: its U-Net is stored in {card.quantised.weights}, in a file of koala's."""
+    if card.pruned:
         return f"""## Use
 
 {koala}
@@ -381,10 +404,14 @@ def _making(card: ModelCard) -> str:
     if card.trained:
         parts.append(training_of(card.trained))
     if p := card.pruned:
+        drawn = f"while {p.prompts} prompts are drawn"
+        seen = f"on {p.latents} prepared latents" if p.latents else drawn
         parts.append(
             "Then heads, channels and groups of channels were removed, chosen by what their loss "
-            f"costs while {p.prompts} prompts are drawn, and the layers after them fitted anew."
+            f"costs {seen}, and the layers after them fitted anew."
         )
+    if q := card.quantised:
+        parts.append(f"Then the U-Net of {q.model} was stored in {q.weights}, without training.")
     if len(parts) == 1:
         parts.append("Not recorded.")
     return "\n\n".join(parts)

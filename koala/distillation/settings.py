@@ -109,7 +109,7 @@ class Hardware:
     compile: str = ""  # torch.compile backend for each block, e.g. "inductor"; "": eager
     channels_last: bool = True  # memory format of images and convolutions
     ema_on_cpu: bool = False  # averages in main memory, 4 bytes per parameter each
-    cpu_bf16: bool = False  # bf16 on a CPU that supports it, as always on a GPU
+    cpu_bf16: bool = False  # bf16 on a CPU that supports it, as always on a GPU that does
     stored_text: bool = False  # the data must hold text embeddings, so that no encoder is needed
 
     def __post_init__(self) -> None:

@@ -28,13 +28,13 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBo
 
 
 def open_image(file: str | Path | Image.Image) -> Image.Image:
-    """An image, upright and loaded, in a mode of 8 bits per channel.
+    """An image, upright and loaded, in a mode of 8 bits per channel, without its EXIF.
 
     UserError for a file that is no image, is truncated, or holds more than 64 million pixels.
     """
-    if isinstance(file, Image.Image):
-        return _upright(file, "the image")
     try:
+        if isinstance(file, Image.Image):
+            return _upright(file, "the image")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
             with Image.open(file, formats=_FORMATS) as image:
@@ -42,7 +42,8 @@ def open_image(file: str | Path | Image.Image) -> Image.Image:
     except UserError:
         raise
     except _UNREADABLE as error:
-        raise UserError(f"{file} cannot be read as an image: {error}") from None
+        name = "the image" if isinstance(file, Image.Image) else file
+        raise UserError(f"{name} cannot be read as an image: {error}") from None
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
@@ -55,6 +56,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
         raise UserError(f"{name} has the mode {image.mode}: allowed are images of 8 bits")
     turned = ImageOps.exif_transpose(image)
     turned.load()
+    turned.info.pop("exif", None)  # applied; of a damaged one the next reader would complain
     return turned
 
 

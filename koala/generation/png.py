@@ -131,6 +131,8 @@ def parameters(settings: Settings) -> str:
         values["Mask blur"] = settings.mask_blur
         if settings.mask_fill in MASKED_CONTENT:
             values["Masked content"] = MASKED_CONTENT[settings.mask_fill]
+        if settings.pasted:
+            values["Inpaint area"] = "Only masked"
     if settings.guidance_until < 1:
         values["Guidance until"] = f"{settings.guidance_until:g}"
     if settings.guidance_rescale:

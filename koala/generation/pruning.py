@@ -12,7 +12,7 @@ import torch
 
 from koala.architectures.config import INNER, from_unet_config
 from koala.architectures.layout import parameters
-from koala.checkpoints import model_card
+from koala.checkpoints import card_facts, model_card
 from koala.checkpoints.load import load_unet
 from koala.checkpoints.pipeline_files import Contents, as_file, kinds_of, write_folder
 from koala.checkpoints.prune import prune
@@ -74,8 +74,7 @@ def prune_model(
     if `out` exists or cannot be written; `Failure` if the disk is full.
     """
     kind, out = float_dtype(dtype), Path(out).expanduser()
-    prompts = None if callable(calibrate) else calibrate
-    pruning(share, prompts)
+    pruning(share, None if callable(calibrate) else calibrate)
     check_new(out)
     contents = read_model(model)
     folder = resolve_model(model)
@@ -83,22 +82,21 @@ def prune_model(
     if callable(calibrate):
         say("calibration: reading")
         samples = calibrate(folder, pipeline)
-        seen = sum(len(x) for x, _, _ in samples)
+        counts = 0, sum(len(x) for x, _, _ in samples)
     else:
         say("calibration: drawing")
-        samples, seen = calibration(pipeline, calibrate), len(calibrate)
+        samples, counts = calibration(pipeline, calibrate), (len(calibrate), 0)
     unet = load_unet(folder)
     calls = [partial(_call, sample) for sample in samples]
     smaller = prune(unet, share, calls, say)
     name = model_card.name_of(model)
     before, after = (parameters(from_unet_config(one.config)) for one in (unet, smaller))
-    counts = (seen, 0) if prompts is not None else (0, seen)
-    made = model_card.Pruned(name, before, after, *counts)
+    made = card_facts.Pruned(name, before, after, *counts)
     narrowed = len(smaller.config[INNER])
     with new_folder(out) as part:
         _write(contents, smaller, part, kind)
         card = model_card.of_contents(contents.source, contents.metadata)
-        model_card.pruned_of(card, name, model_card.name_of(out), made).write(part)
+        model_card.write(model_card.pruned_of(card, name, model_card.name_of(out), made), part)
     return PruneReport(name, before, after, narrowed, *counts, out)
 
 

@@ -75,7 +75,7 @@ def write_quantised(model: str | Path, out: str | Path, dtype: str | None = None
         sizes = write_folder(part, rest, files, kind)
         size = _write_unet(part / "unet" / QUANTISED_FILE, unet, kind)
         card = model_card.of_contents(contents.source, contents.metadata)
-        model_card.quantised_of(card, name, model_card.name_of(out), KIND).write(part)
+        model_card.write(model_card.quantised_of(card, name, model_card.name_of(out), KIND), part)
     count = parameters(contents.architecture)
     return QuantiseReport(name, count, KIND, size, size + sum(sizes.values()), out)
 

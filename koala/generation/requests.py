@@ -64,6 +64,7 @@ class Settings:
     mask_fill: str = "original"  # what the repainted part starts from
     embeddings: tuple[str, ...] = ()  # textual inversions that the prompts name
     enlarged: str = ""  # WIDTHxHEIGHT that the image was resized to once drawn, if it was
+    pasted: str = ""  # WIDTHxHEIGHT+LEFT+TOP of the part of `enlarged` that was drawn, if not all
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ WITH_IMAGES = (
     "/v1/images/variations",
     "/sdapi/v1/img2img",
     "/sdapi/v1/png-info",
+    "/sdapi/v1/extra-batch-images",
     "/sdapi/v1/extra-single-image",
     "/sdapi/v1/interrogate",
 )

@@ -17,8 +17,8 @@ from starlette.exceptions import HTTPException
 
 from koala.errors import Failure, UserError
 from koala.generation import Late
-from koala.generation.memory.placement import ran_out
 from koala.serving.admission import UNAVAILABLE, Busy
+from koala.utils.device import ran_out
 
 _log = logging.getLogger("koala.serving")
 

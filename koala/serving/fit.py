@@ -6,12 +6,19 @@ from PIL import Image
 
 from koala.generation import Settings
 from koala.generation.requests import Known
+from koala.generation.validation import SMALLEST, is_far
 
 
 def native_size(size: tuple[int, int], native: int, grid: int) -> tuple[int, int]:
     """The native area in the shape of `size`, in multiples of `grid`."""
     scale = native / math.sqrt(size[0] * size[1])
     width, height = (max(2 * grid, round(side * scale / grid) * grid) for side in size)
+    return width, height
+
+
+def whole_size(size: tuple[int, int], grid: int) -> tuple[int, int]:
+    """`size` in multiples of `grid`."""
+    width, height = (max(SMALLEST, round(side / grid) * grid) for side in size)
     return width, height
 
 
@@ -33,10 +40,11 @@ def shown(image: Image.Image, settings: Settings) -> Image.Image:
 def note(settings: Settings, known: Known) -> str | None:
     """What a client should know of the settings, in a line; None if there is nothing."""
     lines = known.notes(settings)
-    if settings.enlarged:
-        drawn = f"{settings.width}x{settings.height}"
-        lines.insert(
-            0,
-            f"drawn at {drawn}, which the model was made for, and resized to {settings.enlarged}",
-        )
+    drawn = f"{settings.width}x{settings.height}"
+    if settings.pasted:
+        lines.insert(0, f"the part at {settings.pasted} was drawn at {drawn} and put back")
+    elif settings.enlarged:
+        far = is_far(shown_size(settings), known.native)
+        why = "which the model was made for" if far else "in multiples of 8"
+        lines.insert(0, f"drawn at {drawn}, {why}, and resized to {settings.enlarged}")
     return "; ".join(lines) or None

@@ -16,14 +16,14 @@ from pathlib import Path
 from PIL import Image
 
 from koala.errors import UserError
-from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ticket
-from koala.generation.drawing import Result
-from koala.generation.validation import FACTOR, SMALLEST, is_far
+from koala.generation import Engine, Late, Pass, Progress, Request, Ticket
+from koala.generation.drawing import Drawing, Result
+from koala.generation.validation import SMALLEST, is_far
 from koala.generation.validation import size as checked_size
 from koala.lora.folder import lora_file, lora_names
 from koala.serving.admission import Admission, Busy
 from koala.serving.fair_queue import FairQueue, QueueEntry
-from koala.serving.fit import native_size
+from koala.serving.fit import native_size, whole_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.metrics import Metrics
 from koala.serving.settings import Limits
@@ -94,7 +94,7 @@ class Service:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Drawing,
         limits: Limits,
         loras: Path | None = None,
         metrics: Metrics | None = None,
@@ -199,9 +199,11 @@ class Service:
             far = fits and is_far(image.size, self.native)
             size = self._fitted(image.size) if far else self._size_for(image)
         elif fits and size is not None:
-            asked = checked_size(size, FACTOR if image is None else 1)
+            asked = checked_size(size, 1)
             if is_far(asked, self.native):
                 size, enlarged = self._fitted(asked), f"{asked[0]}x{asked[1]}"
+            elif image is None and asked != (whole := whole_size(asked, self.pipeline.factor)):
+                size, enlarged = f"{whole[0]}x{whole[1]}", f"{asked[0]}x{asked[1]}"
         requests = self.pipeline.requests(
             spec.prompt, negative_prompt=spec.negative_prompt, steps=spec.steps,
             guidance=spec.guidance, guidance_until=spec.guidance_until,

@@ -13,6 +13,7 @@ from koala.errors import UserError
 from koala.generation.image_files import open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Image:
@@ -59,13 +60,14 @@ def mask_of_transparency(data: bytes, most_pixels: int) -> bytes:
 def decode_base64(text: str, what: str) -> bytes:
     """The bytes of base64 text or a base64 data: URL. UserError, which names it `what`.
 
-    As some clients write it: with line breaks, or without padding at its end.
+    As some clients write it: with line breaks, without padding at its end, or in the alphabet for
+    addresses.
     """
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
             raise UserError(f"{what} is a data: URL without base64: encode it as base64")
-    text = "".join(text.split()).rstrip("=")
+    text = "".join(text.split()).rstrip("=").translate(_URL_SAFE)
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:

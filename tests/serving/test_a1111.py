@@ -9,11 +9,14 @@ import time
 import httpx2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from koala.generation import load, read_settings
 from koala.generation.png import parameters
 from koala.serving.api.a1111_fields import framed
+from koala.serving.api.a1111_only_masked import around
 from toy import toy_pipeline
 from toy_server import gated, running
 
@@ -364,6 +367,52 @@ def test_a_masked_part_starts_from_what_is_asked_for(client):
     assert answer.json()["error"]["message"] == "inpainting_fill is 4: allowed are 0 to 3"
     ok(client.post("/img2img", json={**asked, "inpainting_fill": 4, "mask": None}))
     ok(client.post("/img2img", json={**asked, "inpainting_fill": 2, "denoising_strength": 1}))
+
+
+def test_only_what_is_masked_is_drawn_and_put_back(client, pipeline):
+    whole = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    mask = Image.new("L", whole.size)
+    mask.paste(255, (40, 20, 48, 36))
+    files = [io.BytesIO(), io.BytesIO()]
+    for image, file in zip((whole, mask), files, strict=True):
+        image.save(file, "PNG")
+    given, masked = (base64.b64encode(file.getvalue()).decode() for file in files)
+    asked = {**LIBRARY, **MASKING, **ASKED, "init_images": [given], "mask": masked, "width": 32,
+             "height": 32, "denoising_strength": 1.0, "inpaint_full_res_padding": 2}  # fmt: skip
+    answer = ok(client.post("/img2img", json=asked))
+    info = json.loads(answer["info"])
+    image = opened(answer["images"][0])
+    assert image.size == whole.size == (info["width"], info["height"])
+    kept = np.asarray(mask) == 0
+    assert (np.asarray(image)[kept] == np.asarray(whole)[kept]).all()
+    box = (34, 18, 54, 38)  # 2 pixels wider, and as wide as it is high
+    part, area = whole.crop(box), mask.crop(box)
+    (alone,) = pipeline("a fox", size="32x32", steps=3, guidance=3.0, seed=5, image=part, mask=area,
+                        strength=1.0).images  # fmt: skip
+    expected = whole.copy()
+    expected.paste(alone.resize((20, 20), Image.Resampling.LANCZOS), box[:2], area)
+    assert_near(image, expected)
+    settings = read_settings(io.BytesIO(base64.b64decode(answer["images"][0])))
+    assert (settings.width, settings.enlarged, settings.pasted) == (32, "96x64", "20x20+34+18")
+    assert "Inpaint area: Only masked" in info["infotexts"][0] and info["ignored_fields"] == []
+    assert info["note"].startswith("the part at 20x20+34+18 was drawn at 32x32")
+    (stored,) = gallery(client)
+    assert Image.open(io.BytesIO(client.app.state.gallery.png(stored.id))).size == whole.size
+    dark = {**asked, "mask": as_text("black", 64), "init_images": [as_text("teal", 64)]}
+    answer = client.post("/img2img", json=dark)
+    assert answer.status_code == 400 and "dark everywhere" in answer.json()["error"]["message"]
+
+
+@given(st.tuples(*[st.integers(1, 200)] * 2), st.data(), st.integers(0, 300))
+def test_a_part_holds_what_is_masked_and_stays_within_its_image(size, data, padding):
+    left, top = (data.draw(st.integers(0, side - 1)) for side in size)
+    right, bottom = (
+        data.draw(st.integers(low + 1, side)) for low, side in zip((left, top), size, strict=True)
+    )
+    shape = data.draw(st.none() | st.tuples(*[st.integers(16, 4096)] * 2))
+    box = around((left, top, right, bottom), padding, shape, size)
+    assert 0 <= box[0] <= left and 0 <= box[1] <= top
+    assert right <= box[2] <= size[0] and bottom <= box[3] <= size[1]
 
 
 def test_what_clients_ask_for_first_is_there(client):

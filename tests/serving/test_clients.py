@@ -3,6 +3,9 @@ requests that it sends with its defaults."""
 
 import base64
 import io
+import json
+import shutil
+import subprocess
 
 import httpx2
 import openai
@@ -24,6 +27,7 @@ def server(tmp_path_factory):
     told |= {
         "model_aliases": ("gpt-image-1", "dall-e-3"),
         "allow_origins": ("https://lite.example",),
+        "allow_hosts": ("host.docker.internal",),
     }
     with running(load(folder, "cpu"), data, Limits(max_batch=4, rate=0), **told) as found:
         yield found
@@ -186,10 +190,89 @@ def test_default_requests_draw_what_is_asked_for(web, name):
 
 
 @pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/sdapi/v1/txt2img", {"width": 500, "height": 333}),
+        ("/sdapi/v1/txt2img", {"width": 66, "height": 61}),
+        ("/v1/images/generations", {"size": "1170x2532"}),
+    ],
+)
+def test_sizes_of_any_number_of_pixels_are_drawn(web, path, asked):
+    (image,) = drawn(web.post(path, json={"prompt": "a fox", "steps": 2, **asked}))
+    assert image.size == tuple(asked.values()) or "{}x{}".format(*image.size) == asked["size"]
+
+
+NEIGHBOURS = {
+    "ComfyUI's name of a sampler": {"sampler_name": "dpmpp_2m", "scheduler": "karras"},
+    "Simple": {"scheduler": "Simple"},
+    "payload of the web UI": {
+        "alwayson_scripts": {
+            "API payload": {"args": []},
+            "Refiner": {"args": [False, "", 0.8]},
+            "Sampler": {"args": [3, "DPM++ 2M", "Karras"]},
+            "Seed": {"args": [7, False, -1, 0, 0, 0]},
+            "Soft Inpainting": {"args": [False, 1, 0.5, 4, 0, 0.5, 2]},
+        }
+    },
+    "ADetailer without models": {
+        "alwayson_scripts": {"ADetailer": {"args": [True, False, {"ad_model": "None"}]}}
+    },
+    "styles": {"styles": [""]},
+    "fields of other programs": {"distilled_cfg_scale": 3.5, "hr_additional_modules": []},
+    "texts for numbers": {"steps": "3", "seed": "-1", "cfg_scale": "7"},
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_what_other_programs_of_the_kind_send_draws(web, name):
+    asked = {"prompt": "a fox", "steps": 3, "width": 64, "height": 64, **NEIGHBOURS[name]}
+    (image,) = drawn(web.post("/sdapi/v1/txt2img", json=asked))
+    image.fp.seek(0)
+    settings = read_settings(image.fp)
+    assert settings.steps == 3
+    if name.startswith(("ComfyUI", "payload")):
+        assert (settings.sampler, settings.schedule) == ("DPM++ 2M", "karras")
+    assert name != "payload of the web UI" or settings.seed == 7
+
+
+@pytest.mark.parametrize("asked", [{"args": [True, "a"]}, {"args": [True]}, {"args": "x"}])
+def test_a_script_that_is_on_is_refused(web, asked):
+    for name in ("ADetailer", "Sampler", "Seed"):
+        body = {"prompt": "a fox", "alwayson_scripts": {name: asked}}
+        answer = web.post("/sdapi/v1/txt2img", json=body)
+        assert answer.status_code == 400 and name in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_inference_steps": 3, "steps": None},
+        {"steps": 3, "sampler_name": "Euler a", "num_images": 1, "image_size": "64x64"},
+        {"steps": 3.0, "batch_size": 1, "width": 64.0, "height": 64.0, "size": None},
+    ],
+)
+def test_names_of_other_servers_draw_over_openais_api(web, asked):
+    (image,) = drawn(web.post("/v1/images/generations", json={"prompt": "a fox", **asked}))
+    image.fp.seek(0)
+    assert image.size == (64, 64) and read_settings(image.fp).steps == 3
+
+
+def test_curl(server, tmp_path):
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    told = ["-H", "Content-Type: application/json", "-d", '{"prompt": "a fox", "steps": 2}']
+    command = [curl, "-sf", f"{server.url}/v1/images/generations", *told]
+    answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert opened(answer["data"][0]["b64_json"]).size == (64, 64)
+
+
+@pytest.mark.parametrize(
     "path",
     ["upscalers", "latent-upscale-modes", "sd-vae", "cmd-flags", "memory", "embeddings",
      "hypernetworks", "face-restorers", "prompt-styles", "scripts", "script-info", "sd-models",
-     "samplers", "schedulers", "options", "progress", "loras", "sd-models/", "samplers/"],
+     "samplers", "schedulers", "options", "progress", "loras", "sd-models/", "samplers/",
+     "extensions", "realesrgan-models", "sd-modules"],
 )  # fmt: skip
 def test_what_clients_ask_for_first(web, path):
     assert web.get(f"/sdapi/v1/{path}").status_code == 200
@@ -203,7 +286,12 @@ def test_calls_beside_drawing(web):
     asked = {"image": as_text((32, 32)), "upscaling_resize": 2, "upscaler_1": "Lanczos"}
     larger = web.post("/sdapi/v1/extra-single-image", json=asked).json()["image"]
     assert opened(larger).size == (64, 64)
-    assert web.post("/sdapi/v1/interrogate", json={"image": as_text()}).status_code == 501
+    both = {"imageList": [{"data": as_text((32, 32)), "name": "a"}] * 2, "upscaler_1": "Nearest"}
+    images = web.post("/sdapi/v1/extra-batch-images", json=both).json()["images"]
+    assert [opened(text).size for text in images] == [(64, 64)] * 2
+    for name in ("interrogate", "unload-checkpoint"):
+        answer = web.post(f"/sdapi/v1/{name}", json={"image": as_text()})
+        assert answer.status_code == 501 and answer.json()["error"]["message"]
 
 
 def test_the_wikis_example_script(web):
@@ -217,12 +305,13 @@ def test_the_wikis_example_script(web):
     [
         {"init_images": ["\n".join(as_text()[i : i + 76] for i in range(0, 9999, 76))]},
         {"init_images": [as_text().rstrip("=")]},
+        {"init_images": [as_text().replace("+", "-").replace("/", "_")]},
         {"resize_mode": 1},
         {"styles": ["None"]},
         {"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "None"}]}}},
         {"mask": as_text(), "mask_blur": 12, "inpainting_fill": 2},
     ],
-    ids=["lines", "padding", "resize", "styles", "ADetailer", "mask"],
+    ids=["lines", "padding", "addresses", "resize", "styles", "ADetailer", "mask"],
 )
 def test_spellings_of_images_and_of_what_is_off(web, change):
     asked = {"prompt": "an owl", "steps": 3, "width": 64, "height": 64, **change}
@@ -232,6 +321,22 @@ def test_spellings_of_images_and_of_what_is_off(web, change):
 
 def test_a_page_elsewhere_is_let_in_by_name_alone(web):
     asked = {"Origin": "https://lite.example"}
-    answer = web.get("/sdapi/v1/sd-models", headers=asked)
+    path = "/sdapi/v1/txt2img"
+    before = asked | {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+    }
+    allowed = web.options(path, headers=before).headers
+    assert "POST" in allowed["access-control-allow-methods"]
+    assert "content-type" in allowed["access-control-allow-headers"]
+    answer = web.post(path, json={"prompt": "a fox", "steps": 2}, headers=asked)
+    assert drawn(answer)
     assert answer.headers["access-control-allow-origin"] == asked["Origin"]
     assert web.get("/sdapi/v1/options", headers={"Origin": "https://x.example"}).status_code == 403
+
+
+def test_a_container_calls_the_server_by_its_own_name(web):
+    asked = {"Host": "host.docker.internal:8000"}
+    assert web.get("/sdapi/v1/options", headers=asked).status_code == 200
+    answer = web.get("/sdapi/v1/options", headers={"Host": "other.docker.internal"})
+    assert answer.status_code == 403 and "--allow-host" in answer.json()["error"]["message"]

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -21,6 +22,7 @@ from koala.generation.samplers import SAMPLERS, get
 from koala.serving import errors
 from koala.serving.api import page as served
 from toy_browser import (
+    DESKTOP,
     PHONE,
     Page,
     api,
@@ -338,7 +340,10 @@ def test_a_mask_is_painted_and_only_it_is_drawn_anew(page, tmp_path):
     page.click("#undo")
     page.click("#painter [data-close]")
     page.set("prompt", "a tree, noto style")
+    page.set("strength", 1)
+    assert not page.find("#fill").is_enabled()  # it would have no effect
     page.set("strength", 0.9)
+    page.set("fill", "surroundings")
     page.set("seed", 3)
     mask = page.later("const {readForm} = await import('/page/form.js'); return readForm().mask")
     light = np.array(Image.open(io.BytesIO(base64.b64decode(mask.split(",")[1]))).convert("L"))
@@ -349,12 +354,42 @@ def test_a_mask_is_painted_and_only_it_is_drawn_anew(page, tmp_path):
     page.click("#draw")
     image = api(page, f"/v1/jobs/{page.job('done')}")["pictures"][0]
     assert image["settings"]["mask"] and image["settings"]["strength"] == 0.9
+    assert image["settings"]["mask_fill"] == "surroundings"
     drawn = pixels(page, image["id"])[..., :3]
     given = np.array(Image.open(file))
     difference = np.abs(drawn - given).mean(-1)
     assert difference[light > 0].mean() > 2 * difference[:, :48].mean()
     page.click("#unpaint")
     assert page.later("const {readForm} = await import('/page/form.js'); return !readForm().mask")
+
+
+# What does not fit into the size chooser, of the sizes of a model of 1024 pixels.
+CUT = """
+const select = document.getElementById("size"), style = getComputedStyle(select);
+const room = select.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+const context = document.createElement("canvas").getContext("2d");
+context.font = style.font;
+const found = [];
+for (const language of values[0]) {
+  const words = await (await fetch(`page/${language}`)).json();
+  for (const [name, size, shape] of [
+    ["square", "1024 × 1024", ""], ["landscape", "1344 × 768", "16:9"],
+    ["portrait", "768 × 1344", "9:16"], ["like-image", "", ""],
+  ]) {
+    const text = words[name].replace("{size}", size).replace("{shape}", shape);
+    if (context.measureText(text).width > room) found.push(text);
+  }
+}
+return found;
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("size", [PHONE, (768, 1024), DESKTOP])
+def test_the_size_chooser_shows_each_size_whole(browser, server, size):
+    browser.open(server, size)
+    browser.ready()
+    assert browser.later(CUT, list(LANGUAGES)) == []
 
 
 # --- a phone, and a key ---------------------------------------------------------------------

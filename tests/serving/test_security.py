@@ -17,6 +17,7 @@ from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import load
+from koala.generation.image_files import open_image
 from koala.serving.admission import Busy
 from koala.serving.keys import ApiKeys
 from koala.serving.security import RateLimiter
@@ -285,6 +286,16 @@ def test_a_jpeg_with_random_exif_is_refused_or_read(seed):
     Image.new("RGB", (8, 8)).save(file, "JPEG", exif=exif)
     with contextlib.suppress(UserError):
         assert open_upload(file.getvalue(), 64).size == (8, 8)
+
+
+def test_exif_that_is_none_is_not_read_twice():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=b"Exif\0\0MM\x9br\x9f\x85tI" + b"a" * 40)
+    image = open_upload(file.getvalue(), 64)
+    assert "exif" not in image.info and open_image(image).size == (8, 8)
+    copied = Image.open(io.BytesIO(file.getvalue())).copy()
+    with pytest.raises(UserError, match="the image cannot be read"):
+        open_image(copied)
 
 
 def test_a_mask_is_light_where_it_was_transparent():

@@ -27,6 +27,7 @@ from koala.serving.api.a1111_fields import (
     framed,
     inverted,
 )
+from koala.serving.api.a1111_only_masked import MaskedPart
 from koala.serving.api.a1111_second_pass import SecondPass
 from koala.serving.api.streams import cancelled_error, submit, wait_for_images
 from koala.serving.decoder import Decoder
@@ -120,8 +121,25 @@ async def img2img(body: Img2ImgRequest, request: Request) -> dict[str, Any]:
     given = await asyncio.to_thread(body.images)
     spec = replace(body.to_image_request(client_of(request)), **given)
     decoder: Decoder = request.app.state.decoder
-    spec = await decoder.run(_as_asked, spec, body, service.limits.upload_pixels)
+    most = service.limits.upload_pixels
+    if body.only_masked:
+        spec, part = await decoder.run(_only_masked, spec, body, most)
+        return await _respond(request, body, spec, "img2img", ignored, part=part)
+    spec = await decoder.run(_as_asked, spec, body, most)
     return await _respond(request, body, spec, "img2img", ignored)
+
+
+def _only_masked(
+    spec: ImageRequest, body: Img2ImgRequest, most_pixels: int
+) -> tuple[ImageRequest, MaskedPart]:
+    """The request for the masked part alone, and the part. UserError."""
+    assert spec.image is not None and spec.mask is not None
+    image = open_upload(spec.image, most_pixels)
+    mask = open_upload(spec.mask, most_pixels, "mask")
+    mask = inverted(mask) if body.inpainting_mask_invert else mask
+    shape = validation.size(spec.size, 1) if spec.size else None
+    part = MaskedPart.of(image, mask, body.inpaint_full_res_padding or 0, shape)
+    return replace(spec, image=_png(part.image), mask=_png(part.mask)), part
 
 
 def _as_asked(spec: ImageRequest, body: Img2ImgRequest, most_pixels: int) -> ImageRequest:
@@ -141,7 +159,7 @@ def _as_asked(spec: ImageRequest, body: Img2ImgRequest, most_pixels: int) -> Ima
 
 async def _respond(
     request: Request, body: A1111Request, spec: ImageRequest, kind: str, ignored: list[str],
-    second: SecondPass | None = None,
+    second: SecondPass | None = None, part: MaskedPart | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     active_requests: ActiveRequests = request.app.state.a1111
     active = ActiveRequest(kind)
@@ -152,6 +170,14 @@ async def _respond(
             pairs = await _draw_again(request, spec, active, pairs, second)
     finally:
         active_requests.remove(spec.client, active)
+    assert active.submission is not None
+    first = active.submission.requests[0].settings
+    if part is not None:
+        first = part.settings(first)
+        pairs = [
+            (part.settings(settings), image and await asyncio.to_thread(part.put_back, image))
+            for settings, image in pairs
+        ]
     writer = None if body.do_not_save_samples else request.app.state.gallery_writer
     pngs = await asyncio.gather(
         *(
@@ -160,8 +186,6 @@ async def _respond(
             if image is not None
         )
     )
-    assert active.submission is not None
-    first = active.submission.requests[0].settings
     finished = [settings for settings, image in pairs if image is not None]
     if not finished:  # AUTOMATIC1111 answers an interrupt with the image as far as it is
         finished, pngs = [first], [_png(_unfinished(active, first))]

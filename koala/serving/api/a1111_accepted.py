@@ -33,7 +33,7 @@ LACKING: dict[str, tuple[Any, ...]] = {
     "script_name": (*OFF, "None"),
     "seed_resize_from_h": (None, -1, 0),
     "seed_resize_from_w": (None, -1, 0),
-    "styles": (*OFF, ["None"]),
+    "styles": (*OFF, "None", ["None"], ["none"], [""]),
     "subseed_strength": OFF,
     "tiling": OFF,
 }
@@ -49,8 +49,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 HARMLESS_IMG2IMG: dict[str, tuple[Any, ...]] = {"initial_noise_multiplier": (None, 0, 1)}
 HARMLESS_MASK: dict[str, tuple[Any, ...]] = {
-    "inpaint_full_res": ANY_BOOL,  # the whole image is always generated
-    "inpaint_full_res_padding": (None, 0, 32),
     "mask_blur_x": (None, 0, 4),
     "mask_blur_y": (None, 0, 4),
     "mask_round": (None, True),
@@ -82,6 +80,27 @@ def refuse_lacking(given: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
+def with_own_scripts(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, with those that the web UI's payloads hold in its own scripts, which come first.
+
+    "Sampler" and "Seed"; they are left where they hold anything else.
+    """
+    scripts = given.get("alwayson_scripts")
+    if not isinstance(scripts, dict):
+        return dict(given)
+    found, others = dict(given), dict(scripts)
+    for name, script in scripts.items():
+        match name, script:
+            case "Sampler", {"args": [steps, sampler, scheduler]}:
+                found |= {"steps": steps, "sampler_name": sampler, "scheduler": scheduler}
+            case "Seed", {"args": [seed, False, *_]}:
+                found["seed"] = seed
+            case _:
+                continue
+        del others[name]
+    return found | {"alwayson_scripts": others}
+
+
 def _is_off(script: object) -> bool:
     """Whether a script's arguments switch it off, in the ways that ADetailer and ControlNet do."""
     arguments = script.get("args", []) if isinstance(script, dict) else script
@@ -89,10 +108,11 @@ def _is_off(script: object) -> bool:
         arguments = [arguments]
     if not arguments or not isinstance(arguments, list):
         return not arguments
-    if isinstance(arguments[0], bool):
-        return not arguments[0]
+    if arguments[0] is False:
+        return True
+    arguments = [one for one in arguments if not isinstance(one, bool)]
     off = ({"enabled": False}, {"ad_model": "None"}, {"ad_tab_enable": False})
-    return all(
+    return bool(arguments) and all(
         isinstance(one, dict) and any(switch.items() <= one.items() for switch in off)
         for one in arguments
     )

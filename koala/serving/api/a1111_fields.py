@@ -4,10 +4,10 @@ What it has and this server lacks is in `a1111_accepted`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image, ImageFilter, ImageOps
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from koala.errors import UserError
 from koala.generation import samplers
@@ -25,14 +25,16 @@ SCHEDULES = {
     "sgm_uniform": "trailing",
     **{name.replace("-", "_"): name for name in Sampler.spacings if name != "trailing"},
 }
-OTHER_SCHEDULES = {"polyexponential": "exponential", "normal": "uniform"}  # the same noise levels
-# AUTOMATIC1111's further names of the samplers.
+# Of the same noise levels.
+OTHER_SCHEDULES = {"polyexponential": "exponential", "normal": "uniform", "simple": "trailing"}
+# AUTOMATIC1111's further names of the samplers, and ComfyUI's.
 ALIASES = {
     "euler": ("k_euler",),
-    "euler-a": ("k_euler_a", "k_euler_ancestral"),
-    "dpm++2m": ("k_dpmpp_2m",),
-    "dpm++2m-sde": ("k_dpmpp_2m_sde",),
-    "dpm++sde": ("k_dpmpp_sde",),
+    "euler-a": ("k_euler_a", "k_euler_ancestral", "euler_a", "euler_ancestral"),
+    "dpm++2m": ("k_dpmpp_2m", "dpmpp_2m"),
+    "dpm++2m-sde": ("k_dpmpp_2m_sde", "dpmpp_2m_sde"),
+    "dpm++sde": ("k_dpmpp_sde", "dpmpp_sde"),
+    "unipc": ("uni_pc",),
     "lcm": ("k_lcm",),
 }
 
@@ -59,6 +61,11 @@ class A1111Request(BaseModel):
     do_not_save_samples: bool | None = None
     send_images: bool | None = None
     override_settings: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_own_scripts(cls, given: Any) -> Any:
+        return accepted.with_own_scripts(given) if isinstance(given, dict) else given
 
     def harmless(self) -> Mapping[str, tuple[Any, ...]]:
         """The fields that are ignored, with the values at which nobody need be told."""
@@ -156,6 +163,8 @@ class Img2ImgRequest(A1111Request):
     inpainting_fill: int | None = None
     denoising_strength: float | None = None
     inpainting_mask_invert: bool | None = None
+    inpaint_full_res: bool | None = None
+    inpaint_full_res_padding: Annotated[int, Field(ge=0, le=4096)] | None = None
     include_init_images: bool | None = None
     resize_mode: int | None = None
 
@@ -176,6 +185,11 @@ class Img2ImgRequest(A1111Request):
                 f"{len(FILLS) - 1}", "invalid_value", "inpainting_fill",
             )  # fmt: skip
         return FILLS[self.inpainting_fill]
+
+    @property
+    def only_masked(self) -> bool:
+        """Whether the masked part alone is to be drawn."""
+        return bool(self.mask and self.inpaint_full_res)
 
     def images(self) -> dict[str, Any]:
         """The image, mask and strength of the request. ApiError, UserError."""

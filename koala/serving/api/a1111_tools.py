@@ -2,11 +2,11 @@
 
 import base64
 import io
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from koala.serving.api.a1111_lists import UPSCALERS
 from koala.serving.decoder import Decoder
@@ -25,11 +25,10 @@ class PngInfoRequest(BaseModel):
     image: str
 
 
-class ExtrasRequest(BaseModel):
-    """The fields of extra-single-image that have an effect."""
+class EnlargeRequest(BaseModel):
+    """The fields of extra-single-image and extra-batch-images that have an effect."""
 
     model_config = ConfigDict(extra="allow")
-    image: str
     resize_mode: int = 0  # 0: by `upscaling_resize`; 1: to the width and height
     upscaling_resize: float = 2.0
     upscaling_resize_w: int = 512
@@ -38,6 +37,25 @@ class ExtrasRequest(BaseModel):
     upscaler_1: str = "None"
     gfpgan_visibility: float = 0.0
     codeformer_visibility: float = 0.0
+
+
+class ExtrasRequest(EnlargeRequest):
+    """The fields of extra-single-image."""
+
+    image: str
+
+
+class NamedImage(BaseModel):
+    """An image of a batch; its name is for the client."""
+
+    data: str
+    name: str = ""
+
+
+class ExtrasBatchRequest(EnlargeRequest):
+    """The fields of extra-batch-images."""
+
+    images: Annotated[list[NamedImage], Field(alias="imageList", min_length=1, max_length=16)]
 
 
 class InterrogateRequest(BaseModel):
@@ -63,6 +81,20 @@ def _png_info(text: str, most_pixels: int) -> dict[str, Any]:
 
 @router.post("/extra-single-image", summary="Enlarge an image")
 async def enlarge(body: ExtrasRequest, request: Request) -> dict[str, Any]:
+    told, (image,) = await _enlarge(body, [body.image], request)
+    return {"html_info": told, "image": image}
+
+
+@router.post("/extra-batch-images", summary="Enlarge images")
+async def enlarge_all(body: ExtrasBatchRequest, request: Request) -> dict[str, Any]:
+    told, images = await _enlarge(body, [one.data for one in body.images], request)
+    return {"html_info": told, "images": images}
+
+
+async def _enlarge(
+    body: EnlargeRequest, given: list[str], request: Request
+) -> tuple[str, list[str]]:
+    """What was ignored, in words, and the images as base64 PNGs."""
     for name in ("gfpgan_visibility", "codeformer_visibility"):
         if getattr(body, name):
             raise ApiError(
@@ -77,16 +109,15 @@ async def enlarge(body: ExtrasRequest, request: Request) -> dict[str, Any]:
         )  # fmt: skip
     decoder: Decoder = request.app.state.decoder
     service: Service = request.app.state.service
-    png = await decoder.run(_enlarged, body, wanted, service.limits.upload_pixels)
+    most = service.limits.upload_pixels
+    made = [await decoder.run(_enlarged, body, image, wanted, most) for image in given]
     info = f"{wanted}: {', '.join(sorted(body.model_extra or ()))} ignored"
-    return {
-        "html_info": "" if not body.model_extra else info,
-        "image": base64.b64encode(png).decode(),
-    }
+    told = "" if not body.model_extra else info
+    return told, [base64.b64encode(png).decode() for png in made]
 
 
-def _enlarged(body: ExtrasRequest, upscaler: str, most_pixels: int) -> bytes:
-    image = open_upload(decode_base64(body.image, "image"), most_pixels)
+def _enlarged(body: EnlargeRequest, text: str, upscaler: str, most_pixels: int) -> bytes:
+    image = open_upload(decode_base64(text, "image"), most_pixels)
     size = _target(body, image.size)
     if min(size) < 1 or size[0] * size[1] > most_pixels:
         raise ApiError(
@@ -105,7 +136,7 @@ def _enlarged(body: ExtrasRequest, upscaler: str, most_pixels: int) -> bytes:
     return file.getvalue()
 
 
-def _target(body: ExtrasRequest, size: tuple[int, int]) -> tuple[int, int]:
+def _target(body: EnlargeRequest, size: tuple[int, int]) -> tuple[int, int]:
     """The size to enlarge to, with the image's shape; to be cropped in resize mode 1."""
     if body.resize_mode != 1:
         scale = min(max(body.upscaling_resize, 0.0), 1e6)
@@ -117,6 +148,11 @@ def _target(body: ExtrasRequest, size: tuple[int, int]) -> tuple[int, int]:
     return max(width if body.upscaling_crop else 1, round(size[0] * scale)), max(
         height if body.upscaling_crop else 1, round(size[1] * scale)
     )
+
+
+@router.post("/unload-checkpoint", summary="Not here", status_code=501)
+async def unload() -> None:
+    raise ApiError(501, "this server keeps its model in memory: stop it instead", "not_here")
 
 
 @router.post("/interrogate", summary="Not here", status_code=501)

@@ -16,11 +16,15 @@ from koala.serving.image_request import ImageRequest
 
 # Names that other servers and libraries give our fields.
 OTHER_NAMES = {
+    "batch_size": "n",
     "cfg_scale": "guidance",
     "guidance_scale": "guidance",
+    "image_size": "size",
+    "num_images": "n",
     "num_images_per_prompt": "n",
     "num_inference_steps": "steps",
     "sampler": "scheduler",
+    "sampler_name": "scheduler",
 }
 
 
@@ -78,10 +82,13 @@ class GenerationRequest(BaseModel):
         values = dict(given)
         for other in [name for name in OTHER_NAMES if name in values]:
             name = OTHER_NAMES[other]
-            if name in values:
+            value = values.pop(other)
+            if value is None:
+                continue
+            if values.get(name) is not None:
                 raise ValueError(f"{other} and {name} are one field: give one")
-            values[name] = values.pop(other)
-        if "width" in values and "height" in values and "size" not in values:
+            values[name] = value
+        if "width" in values and "height" in values and values.get("size") is None:
             values["size"] = f"{whole(values.pop('width'))}x{whole(values.pop('height'))}"
         if values.get("seed") in (-1, "-1"):
             del values["seed"]

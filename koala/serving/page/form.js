@@ -10,7 +10,7 @@ import { many, t } from "./words.js";
 
 const DEFAULTS = { // without what the model is made for
   negative: "", until: "1", rescale: "0", seed: "", number: "1", size: "", width: "", height: "",
-  strength: "0.6", blur: "4",
+  strength: "0.6", blur: "4", fill: "original",
 };
 const NAMES = ["prompt", "steps", "guidance", "scheduler", ...Object.keys(DEFAULTS)];
 const NUMBERS = [1, 2, 3, 4, 6, 8, 10];
@@ -85,7 +85,7 @@ function setValues(next) {
   for (const [name, value] of Object.entries(next)) {
     if (NAMES.includes(name)) $(name).value = value ?? "";
   }
-  for (const select of [$("number"), $("size"), $("scheduler")]) {
+  for (const select of [$("number"), $("size"), $("scheduler"), $("fill")]) {
     if (select.selectedIndex < 0) select.selectedIndex = 0;
   }
   changed();
@@ -98,6 +98,7 @@ function refresh() {
   }
   for (const chip of $("styles").children) press(chip, hasStyle(chip.dataset.style));
   $("own-size").hidden = $("size").value !== "own";
+  $("fill").disabled = $("strength").valueAsNumber === 1;
   noteSize(about, chosenSize());
   noteSampling($("steps").valueAsNumber, $("guidance").valueAsNumber);
 }
@@ -173,7 +174,10 @@ export function readForm() {
   if (size) fields.size = size.join("x");
   if (loras().length) fields.lora = loras().map(([name, scale]) => ({ name, scale }));
   if (hasImage()) Object.assign(fields, { strength: read("strength") }, imageFields());
-  if (fields.mask) fields.mask_blur = read("blur");
+  if (fields.mask) {
+    fields.mask_blur = read("blur");
+    if (!$("fill").disabled) fields.mask_fill = $("fill").value;
+  }
   return fields;
 }
 
@@ -200,7 +204,10 @@ export function fill(settings, notes) {
   for (const name of ["steps", "guidance", "seed", "scheduler", "strength"]) {
     if (settings[name] !== undefined) next[name] = String(settings[name]);
   }
-  if (settings.mask) next.blur = String(settings.mask_blur ?? 4);
+  if (settings.mask) {
+    next.blur = String(settings.mask_blur ?? 4);
+    next.fill = settings.mask_fill ?? "original";
+  }
   if (settings.width && settings.height) {
     const own = settings.width === about.size && settings.height === about.size;
     next.size = own ? "" : `${settings.width}x${settings.height}`;

@@ -76,7 +76,7 @@ export function show() {
   $("mask-note").hidden = share === 0;
   $("mask-note").textContent = t("masked", { n: Math.max(1, Math.round(100 * share)) });
   $("paint").textContent = t(share ? "edit-mask" : "paint");
-  $("blur-field").hidden = share === 0;
+  $("blur-field").hidden = $("fill-field").hidden = share === 0;
 }
 
 /** The image on a white canvas of the output size, centred and cropped. */

@@ -111,7 +111,9 @@ function fromInvoke(text) {
 const isEmpty = (value) =>
   value === null || value === "" || value === false || (Array.isArray(value) && !value.length);
 
-const TEXTS = ["prompt", "negative_prompt", "sampler", "schedule", "model", "image", "mask"];
+const TEXTS = [
+  "prompt", "negative_prompt", "sampler", "schedule", "model", "image", "mask", "mask_fill",
+];
 const NUMBERS = [
   "steps", "guidance", "guidance_until", "guidance_rescale", "seed", "width", "height", "strength",
   "mask_blur",

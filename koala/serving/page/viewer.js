@@ -91,7 +91,10 @@ function described(settings) {
   if (settings.guidance_until < 1) rows.push(["until", settings.guidance_until]);
   if (settings.guidance_rescale) rows.push(["rescale", settings.guidance_rescale]);
   if (settings.image) rows.push(["strength", settings.strength]);
-  if (settings.mask) rows.push(["blur", settings.mask_blur ?? 0]);
+  if (settings.mask) {
+    rows.push(["blur", settings.mask_blur ?? 0]);
+    rows.push(["fill", t(`fill-${settings.mask_fill ?? "original"}`)]);
+  }
   for (const [name, scale] of settings.loras ?? []) rows.push(["lora", `${name} ${scale}`]);
   rows.push(["model", settings.model]);
   return rows;

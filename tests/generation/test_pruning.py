@@ -19,8 +19,10 @@ from koala.checkpoints.model_card import read
 from koala.checkpoints.prune import Level, Moments, Site, levels, prune
 from koala.cli import main
 from koala.errors import UserError
+from koala.generation.pruning import calibration, prune_model
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.pytorch import predictor
+from koala.recipes.prepared_inputs import prepared_inputs
 from toy import seeded_unet, toy_unet
 
 
@@ -233,12 +235,24 @@ def test_a_hollow_u_net_is_quantised_fused_and_converted(hollow, calls):
     assert np.allclose(run(given)[0], exact.numpy(), atol=1e-4)
 
 
-def test_calibration_on_prepared_latents(base_parts, tmp_path, capsys):
+def test_inputs_of_prepared_latents(base_parts):
     data, base = base_parts
-    command = ["compress", str(base), "--prune", "0.1", "--out", str(tmp_path / "x"), "--json"]
-    assert main([*command, "--calibrate", str(data)]) == 0, capsys.readouterr().err
-    card = read(tmp_path / "x").pruned
-    assert card.prompts == 0 and 0 < card.latents <= 256
-    assert "prepared latents" in (tmp_path / "x" / "README.md").read_text()
-    assert main([*command[:-2], str(tmp_path / "y"), "--calibrate", str(tmp_path)]) == 2
+    pipeline = koala.load(base, "cpu", backend="torch")
+    inputs, again = (prepared_inputs(data, base, pipeline) for _ in range(2))
+    assert 0 < sum(len(x) for x, _, _ in inputs) <= 256
+    for (x, t, c), (same, _, _) in zip(inputs, again, strict=True):
+        assert len(x) == len(t) == len(c.text) == len(c.time_ids) <= 8
+        assert torch.equal(x, same)
+        assert c.text.shape[-1] == pipeline.unet.config.cross_attention_dim
+
+
+def test_a_model_calibrated_on_latents_says_so(toy_sdxl, tmp_path, capsys):
+    out = tmp_path / "x"
+    made = prune_model(
+        toy_sdxl, 0.1, lambda folder, pipeline: calibration(pipeline, ["a fox"])[:2], out
+    )
+    assert made.prompts == 0 < made.latents == read(out).pruned.latents
+    assert "prepared latents" in (out / "README.md").read_text()
+    command = ["compress", str(toy_sdxl), "--prune", "0.1", "--out", str(tmp_path / "y")]
+    assert main([*command, "--calibrate", str(tmp_path)]) == 2
     assert "no folder that koala prepare made" in capsys.readouterr().err

@@ -74,13 +74,14 @@ def prompts_in(file: Path) -> list[str]:
     return prompts(found)
 
 
-def negative_prompt(text: str, guidance: float) -> None:
-    """UserError for a negative prompt that would have no effect."""
+def negative_prompt(text: str, guidance: float, guided: bool) -> None:
+    """UserError if it would have no effect. guided: whether the model is made for guidance."""
     _text(text, "negative prompt")
     if text and guidance <= 1:
+        other = "set guidance above 1" if guided else "take a model with guidance, as koala-mini"
         raise UserError(
-            f"the negative prompt {text!r} has no effect at guidance {guidance}: "
-            "leave it out, or set guidance above 1"
+            f"the negative prompt {text!r} has no effect at guidance {guidance:g}: leave it out, "
+            f"or {other}"
         )
 
 

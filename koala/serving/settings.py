@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from koala.checkpoints.bundled import DEFAULT
+from koala.checkpoints.bundled import SERVED
 from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
 from koala.generation import validation
@@ -64,7 +64,7 @@ def limits_of(max_size: str | None, **values: float | None) -> Limits:
 class Options:
     """The options of `koala serve`."""
 
-    model: str = DEFAULT
+    model: str = SERVED
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None

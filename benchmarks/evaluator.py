@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from koala.data.illustrations.images import ImageSet
 from koala.evaluation.distances import frechet, kernel_distance
 from koala.evaluation.features import extract
-from koala.evaluation.judge import Judge
-from koala.evaluation.judging import Sentences, check_judge, train_judge
 from koala.evaluation.metrics.bundled import KERNEL_SUBSET
 from koala.evaluation.pictures import at_size
+from koala.evaluation.retrieval import Judge, Sentences, check_judge, train_judge
 from koala.utils.progress import progress
 
 

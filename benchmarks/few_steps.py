@@ -112,8 +112,9 @@ def plan(trial: Trial) -> dict[str, int]:
             train(trial, method, cycles * cycle, 0, trial.out / "timing" / f"{method}-{cycles}")
             for cycles in TIMED
         ]
-        each = (seconds[1] - seconds[0]) / (TIMED[1] - TIMED[0])
-        samples[method] = cycle * max(1, round(trial.core_seconds / max(each, 1e-9)))
+        # Noise must not make a cycle free: the start is at most nine tenths of the longer run.
+        each = max((seconds[1] - seconds[0]) / (TIMED[1] - TIMED[0]), seconds[1] / TIMED[1] / 10)
+        samples[method] = cycle * max(1, round(trial.core_seconds / each))
     write_text(file, json.dumps({"trial": about, "samples": samples}, indent=2) + "\n")
     return samples
 

@@ -27,7 +27,7 @@ from koala.data.illustrations.images import ImageSet
 from koala.errors import Failure, UserError
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.illustrations import choose
-from koala.evaluation.judge import Judge
+from koala.evaluation.retrieval import Judge
 from koala.generation.decode import TINY
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline

@@ -1,99 +1,202 @@
-"""Whether `koala finetune` teaches a student what it does not know: a look, as a LoRA and whole.
+"""Whether `koala finetune` teaches a student what it does not know: a look, and a subject.
 
-The look is an art set that the mini family was not trained on. After fine-tuning on the drawings of
-most things, the model draws things that the fine-tuning has not shown, from the same noise as
-before. The shift is how far the images' mean feature (EfficientNet-Lite0) goes towards that of the
-real drawings of those things, as in `benchmarks.lora_carry`.
+The look is an art set that the mini family was not trained on, taught as a LoRA and to the whole
+U-Net; measured on things that the fine-tuning has not shown (`benchmarks.looks`). The subject is
+one drawing of that set, on ten images under a rare word (DreamBooth); measured by how far images of
+that word go towards other images of the subject, and how far images of other things go there too.
+Each LoRA is loaded into diffusers' pipeline as well, in both spellings, and its U-Net's output
+compared with ours.
 
-`python -m benchmarks.finetune --model koala-mini --out runs/look` writes `finetune.json` and
-`finetune.png`. Needs the extras `evaluate` and `lora`.
+`python -m benchmarks.finetune --out runs/look` writes `finetune.json` and `finetune.png`. Needs the
+extras `evaluate` and `lora`.
 """
 
 import argparse
-import json
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.lora_carry import SHOWN, Training, draw, evenly, measure, prepare, train
+from benchmarks.looks import (
+    HeldOut,
+    Training,
+    draw,
+    evenly,
+    measure,
+    prepare,
+    sheet,
+    train,
+    write_record,
+)
 from koala.checkpoints.resolve import resolve_model
-from koala.data.illustrations.images import ImageSet
-from koala.evaluation.features import EffLite0, at_size, extract
-from koala.evaluation.report import hardware
+from koala.data.illustrations import art
+from koala.data.illustrations.colours import BACKGROUNDS
+from koala.data.prepare import prepare as prepare_folder
+from koala.data.preprocess import Preparation
+from koala.evaluation.features import EffLite0, extract
 from koala.generation import load
 from koala.lora.training import FILE
-from koala.utils.contact_sheet import contact_sheet
 
-RECIPES = ("lora", "full")
 RATES = {"lora": 5e-4, "full": 1e-4}
+SUBJECT, LABEL, WORD = "1f9f8", "teddy bear", "sks"  # an emoji, what it shows, the rare word
+PICTURES, SEEDS, OTHERS = 10, 8, 8  # of the subject; drawn of its prompt; other things drawn
 
 
-def fine_tuned(
-    model: str, training: Training, extractor: nn.Module, things: int, seeds: int, out: Path
-) -> tuple[dict, Image.Image]:
-    """What each recipe does to the model (figures by recipe), and a sheet of it."""
-    data = prepare(training, resolve_model(model), out / "data")
-    real = ImageSet(data)
-    held_out = evenly(real.select("test-concept"), things)
-    prompts = [real.rows[i]["short"] for i in held_out]
-    before = draw(load(model), prompts, seeds, seed=0)
-    drawings = [at_size(real.image(i), before[0].size) for i in held_out]
-    target, without = extract(extractor, drawings), extract(extractor, before)
-    shown = {"before": before[::seeds]}
-    figures = {}
-    for recipe in RECIPES:
-        own = Training(**{**asdict(training), "learning_rate": RATES[recipe]})
-        result, losses = train(own, model, data, out / recipe, recipe)
-        pipeline = load(model if recipe == "lora" else result)
+def look(
+    model: str, training: Training, held_out: HeldOut, extractor: nn.Module, seeds: int, out: Path
+) -> tuple[dict, dict[str, list[Image.Image]]]:
+    """What each recipe makes of the look (figures by recipe), and images of it."""
+    before = draw(load(model), held_out.prompts, seeds)
+    figures, shown = {}, {"before": before[::seeds]}
+    for recipe, rate in RATES.items():
+        own = replace(training, learning_rate=rate)
+        result, losses = train(own, model, out / "data", out / recipe, recipe)
+        pipeline = load(model if recipe == "lora" else str(result))
         if recipe == "lora":
             pipeline.add_lora(result / FILE)
-        after = draw(pipeline, prompts, seeds, seed=0)
-        shift = asdict(measure(without, extract(extractor, after), target))
-        tail = max(1, len(losses) // 10)
+        after = draw(pipeline, held_out.prompts, seeds)
+        shift = held_out.shift(extractor, before, after)
         figures[recipe] = {
-            **shift,
-            "share_of_the_way": shift["shift"] / shift["distance"],
-            "learning_rate": own.learning_rate,
-            "loss_first_tenth": sum(losses[:tail]) / tail,
-            "loss_last_tenth": sum(losses[-tail:]) / tail,
+            **asdict(shift),
+            "share_of_the_way": shift.shift / shift.distance,
+            "learning_rate": rate,
+            "losses": asdict(losses),
         }
         shown[recipe] = after[::seeds]
-    rows, captions = [], []
-    for what, images in {**shown, "drawn": drawings}.items():
-        rows += evenly(images, SHOWN)
-        captions += [f"{what}: {prompt}" for prompt in evenly(prompts, SHOWN)]
-    return figures, contact_sheet(rows, captions, columns=min(SHOWN, len(prompts)), scale=2)
+    figures["lora"]["diffusers"] = differences_from_diffusers(model, out / "lora" / "lora")
+    return figures, shown
+
+
+def subject(
+    model: str, training: Training, others: Sequence[str], extractor: nn.Module, out: Path
+) -> tuple[dict, dict[str, list[Image.Image]]]:
+    """What DreamBooth makes of a subject, and images of it: the ten, before, and after."""
+    caption = f"a {WORD} {LABEL}"
+    images = subject_images(training.style, 2 * PICTURES)
+    folder = out / "subject" / f"1_{caption}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, image in enumerate(images[:PICTURES]):
+        image.save(folder / f"{n}.png")
+    data = out / "subject-data"
+    given = Preparation(size=images[0].width, held_out=0.0)
+    prepare_folder(str(folder.parent), data, model, workers=1, preparation=given)
+    result, losses = train(training, model, data, out / "dreambooth", "dreambooth")
+    pipeline, target = load(model), extract(extractor, images[PICTURES:])
+    before = [draw(pipeline, [caption], SEEDS), draw(pipeline, others, 1)]
+    pipeline.add_lora(result / FILE)
+    after = [draw(pipeline, [caption], SEEDS), draw(pipeline, others, 1)]
+    shares = []
+    for one, other in zip(before, after, strict=True):
+        shift = measure(extract(extractor, one), extract(extractor, other), target)
+        shares.append(shift.shift / shift.distance)
+    figures = {
+        "prompt": caption,
+        "images": PICTURES,
+        "samples": training.samples,
+        "batch": training.batch,
+        "learning_rate": training.learning_rate,
+        "share_of_the_way": shares[0],
+        "share_of_the_way_of_other_things": shares[1],
+        "losses": asdict(losses),
+        "diffusers": differences_from_diffusers(model, result),
+    }
+    shown = {
+        "shown": images[:SEEDS],
+        f"{caption}, before": before[0],
+        f"{caption}, after": after[0],
+        "others, before": before[1],
+        "others, after": after[1],
+    }
+    return figures, shown
+
+
+def subject_images(style: str, number: int, size: int = 128) -> list[Image.Image]:
+    """The subject's drawing in many places, of many sizes, on all backgrounds."""
+    name = art.drawing_of(style, SUBJECT, LABEL)
+    assert name is not None, f"{style} does not draw a {LABEL}"
+    images = []
+    for n in range(number):
+        side = size // 2 + 7 * n % (size // 2)
+        canvas = Image.new("RGBA", (size, size), [*BACKGROUNDS.values()][n % len(BACKGROUNDS)])
+        room = size - side
+        place = (5 * n % (room + 1), 3 * n % (room + 1))
+        canvas.alpha_composite(art.drawing(style, name, side), place)
+        images.append(canvas.convert("RGB"))
+    return images
+
+
+@torch.no_grad()
+def differences_from_diffusers(model: str, folder: Path) -> dict[str, float]:
+    """The U-Net's output with each of a LoRA's files: diffusers' beside ours, relative to ours."""
+    ours, found = load(model), {}
+    ours.add_lora(folder / FILE)
+    inputs = _inputs(ours.unet)
+    expected = ours.unet(**inputs).sample
+    for file in sorted(folder.glob("*.safetensors")):
+        theirs = StableDiffusionXLPipeline.from_pretrained(resolve_model(model))
+        theirs.load_lora_weights(folder, weight_name=file.name)
+        difference = theirs.unet(**inputs).sample - expected
+        found[file.name] = (difference.norm() / expected.norm()).item()
+    return found
+
+
+def _inputs(unet: nn.Module) -> dict[str, object]:
+    """Of one evaluation of a U-Net, always the same."""
+    generator, config = torch.Generator().manual_seed(0), unet.config
+    ids = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    side = float(8 * config.sample_size)
+    return {
+        "sample": normal(1, config.in_channels, config.sample_size, config.sample_size),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": normal(1, 8, config.cross_attention_dim),
+        "added_cond_kwargs": {
+            "text_embeds": normal(1, ids),
+            "time_ids": torch.tensor([[side, side, 0.0, 0.0, side, side]]),
+        },
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="koala-mini", help="name or folder of the model")
     parser.add_argument("--style", default=Training.style, help="art set (default openmoji)")
-    parser.add_argument("--samples", type=int, default=8_000, help="seen by each recipe")
-    parser.add_argument("--things", type=int, default=96, help="held-out things drawn (at most)")
-    parser.add_argument("--seeds", type=int, default=2, help="images of each thing")
+    parser.add_argument(
+        "--samples", type=int, default=2_400, help="seen by each recipe of the look"
+    )
+    parser.add_argument("--subject-samples", type=int, default=800, help="seen of the subject")
+    parser.add_argument("--things", type=int, default=40, help="held-out things drawn (at most)")
+    parser.add_argument("--seeds", type=int, default=1, help="images of each thing")
     parser.add_argument("--out", type=Path, required=True, help="folder")
     o = parser.parse_args()
     start = time.perf_counter()
-    training = Training(style=o.style, samples=o.samples)
-    figures, sheet = fine_tuned(o.model, training, EffLite0(), o.things, o.seeds, o.out)
+    extractor = EffLite0()
+    training = Training(style=o.style, samples=o.samples, batch=16)
+    data = prepare(training, resolve_model(o.model), o.out / "data")
+    held_out = HeldOut.of(data, o.things)
+    figures, shown = look(o.model, training, held_out, extractor, o.seeds, o.out)
+    of_subject = replace(training, samples=o.subject_samples, batch=4)
+    others = evenly(held_out.prompts, OTHERS)
+    figures["subject"], subject_shown = subject(o.model, of_subject, others, extractor, o.out)
     record = {
         "command": f"python -m benchmarks.finetune --model {Path(o.model).name} "
-        f"--style {o.style} --samples {o.samples} --things {o.things} --seeds {o.seeds}",
-        "hardware": hardware(),
-        "threads": torch.get_num_threads(),
+        f"--style {o.style} --samples {o.samples} --subject-samples {o.subject_samples} "
+        f"--things {o.things} --seeds {o.seeds}",
         "training": {k: v for k, v in asdict(training).items() if k != "learning_rate"},
-        "things": o.things,
+        "things": len(held_out.prompts),
         **figures,
         "seconds": round(time.perf_counter() - start),
     }
-    (o.out / "finetune.json").write_text(json.dumps(record, indent=1) + "\n")
-    sheet.save(o.out / "finetune.png", optimize=True)
-    print(json.dumps(record, indent=1))
+    write_record(record, held_out.sheet(shown), o.out, "finetune")
+    sheet(subject_shown, [""] * SEEDS).save(o.out / "finetune-subject.png", optimize=True)
 
 
 if __name__ == "__main__":

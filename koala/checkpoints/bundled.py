@@ -15,6 +15,7 @@ from koala.utils.atomic import new_folder
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 WHOLE = "koala-mini"  # the member with all parts
+DEFAULT = "koala-mini"  # what draws where no model is named
 
 
 def bundled_names() -> list[str]:

@@ -12,7 +12,7 @@ from koala.architectures.block_map import check_depth_rule, tensor_map
 from koala.architectures.config import unet_config
 from koala.architectures.layout import parameters
 from koala.architectures.table import UNetArchitecture, check_student, student_of
-from koala.checkpoints import model_card, sampling
+from koala.checkpoints import card_facts, model_card, sampling
 from koala.checkpoints.pipeline_files import SCHEDULER, Contents, as_file, write_folder
 from koala.checkpoints.resolve import read_model
 from koala.checkpoints.tensors import float_dtype
@@ -118,7 +118,7 @@ def compress(
             bytes=sizes["unet"],
             out=out,
         )
-        _card(teacher, contents, report, depth_rule).write(part)
+        model_card.write(_card(teacher, contents, report, depth_rule), part)
     return report
 
 
@@ -161,15 +161,16 @@ def adopt(
     tensors = {**contents.tensors, "unet": other.tensors["unet"]}
     with new_folder(out) as part:
         write_folder(part, tensors, _pipeline_files(contents, cut), float_dtype("fp32"))
-        model_card.adopted_of(known, _known(contents), model_card.name_of(out)).write(part)
+        adopted = model_card.adopted_of(known, _known(contents), model_card.name_of(out))
+        model_card.write(adopted, part)
 
 
 def _card(
     teacher: str | Path, contents: Contents, report: CompressReport, depth_rule: str
-) -> model_card.ModelCard:
+) -> card_facts.ModelCard:
     """The student's model card."""
     name = model_card.name_of(teacher)
-    cut = model_card.Compressed(
+    cut = card_facts.Compressed(
         teacher=name,
         teacher_architecture=report.teacher,
         teacher_parameters=report.teacher_parameters,
@@ -183,6 +184,6 @@ def _card(
     return model_card.student_of(_known(contents), name, model_card.name_of(report.out), cut)
 
 
-def _known(contents: Contents) -> model_card.ModelCard:
+def _known(contents: Contents) -> card_facts.ModelCard:
     """The model card of a folder, or of a single file's metadata."""
     return model_card.of_contents(contents.source, contents.metadata)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from koala.architectures.layout import parameters
 from koala.architectures.table import UNetArchitecture
-from koala.checkpoints import model_card
+from koala.checkpoints import card_facts, model_card
 from koala.checkpoints.detect import foreign
 from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.prediction import Prediction, of_config
@@ -136,5 +136,5 @@ def _part(tensors: Collection[Stored]) -> PartSummary:
     )
 
 
-def _named(licence: model_card.Licence) -> str | None:
+def _named(licence: card_facts.Licence) -> str | None:
     return None if licence.identifier == "unknown" else licence.name or licence.identifier

@@ -150,24 +150,21 @@ def _settings(folder: Path, component: str) -> dict[str, Any]:
 
 
 def _load_encoder(model_class: Any, folder: Path, component: str, dtype: torch.dtype) -> Any:
-    import torch
-
-    from koala.utils.networks import CLIPTextConfig, CLIPTextEmbeddings
+    from koala.utils.networks import CLIPTextConfig
 
     with without_weights():
         encoder = model_class(CLIPTextConfig(**_settings(folder, component)))
     if not _filled(encoder, read_tensors(folder, component), dtype):
         return _by_library(model_class, folder, component, dtype=dtype)
-    for module in encoder.modules():
-        if isinstance(module, CLIPTextEmbeddings):  # its only state that no file has
-            positions = torch.arange(module.position_embedding.num_embeddings)
-            module.register_buffer("position_ids", positions.expand(1, -1), persistent=False)
     return encoder.eval()
 
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """Models that are made inside the block hold no memory, and nothing is initialised."""
+    """Models that are made inside the block hold no memory, and nothing is initialised.
+
+    But positions are real: no file has them.
+    """
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -177,6 +174,8 @@ def without_weights() -> Iterator[None]:
         ) -> Any:
             if getattr(func, "__module__", None) == "torch.nn.init":
                 return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+            if func is torch.arange:
+                kwargs = {**(kwargs or {}), "device": "cpu"}
             return func(*args, **(kwargs or {}))
 
     with torch.device("meta"), WithoutInit():

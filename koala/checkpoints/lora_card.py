@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from koala.checkpoints.model_card import FILE, ModelCard, Trained, training_of
+from koala.checkpoints.card_facts import ModelCard, Trained
+from koala.checkpoints.card_text import training_of
+from koala.checkpoints.model_card import FILE
 from koala.utils.atomic import write_text
 
 

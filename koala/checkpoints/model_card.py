@@ -6,21 +6,24 @@ later. The licence is the teacher's, read from its card or from the metadata of 
 it is "unknown" if neither names one.
 """
 
-from __future__ import annotations
-
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from koala.checkpoints import card_text
+from koala.checkpoints.card_facts import (
+    SECTIONS,
+    Compressed,
+    Licence,
+    ModelCard,
+    Pruned,
+    Trained,
+)
 from koala.checkpoints.validate import read_small
 from koala.errors import UserError
 from koala.utils.atomic import write_text
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
 
 FILE = "README.md"
 _FRONT_MATTER = 200_000  # characters, the most that is read
@@ -36,132 +39,9 @@ _TITLES = {  # other names of these licences
 }
 
 
-@dataclass(frozen=True)
-class Licence:
-    """A model's licence, in the Hub's terms."""
-
-    identifier: str = "unknown"  # in the Hub's list; "other" with a name and a link
-    name: str | None = None
-    link: str | None = None
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """How `koala compress` made the U-Net."""
-
-    teacher: str
-    teacher_architecture: str
-    teacher_parameters: int
-    architecture: str
-    parameters: int
-    inherited: int  # teacher tensors that the student inherits
-    dropped: int  # teacher tensors that it does not inherit
-    depth_rule: str
-    predicts: str = "epsilon"  # "v" for v-prediction, with ", zero terminal SNR" if so
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What `koala compress --prune` did to the U-Net."""
-
-    model: str
-    before: int  # parameters
-    after: int
-    prompts: int  # that it was calibrated on
-
-
-@dataclass(frozen=True)
-class Assembled:
-    """What a model was put together from, `koala.lora.assembly`."""
-
-    unet: str
-    base: str | None  # of what the U-Net's file lacks
-    vae: str | None
-    loras: list[str]  # merged: name:scale
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What `koala distill` or `koala finetune` did."""
-
-    recipe: str  # its name
-    settings: dict[str, Any]  # the whole recipe
-    samples: dict[str, int]  # what was trained -> samples it has seen
-    data: dict[str, Any]  # "pictures" to train on, and what the prepared folder says of itself
-    teacher: str | None  # of its VAE and text encoders; None: trained from scratch
-    distilled: bool  # some loss compares with that teacher
-    student: str | None = None  # whose U-Net it went on from; None: the teacher's, cut
-    before: int = 0  # samples that student had seen, according to its card
-    grown: str | None = None  # the cut that the U-Net was grown from, `koala.checkpoints.grow`
-    tuned: bool = False  # by `koala finetune`, from the U-Net of `teacher` itself
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What `koala evaluate` measured."""
-
-    table: str  # Markdown: the real images' row and the model's
-    settings: dict[str, Any]
-    hardware: str
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """All that is known of a model; None: unknown."""
-
-    title: str
-    licence: Licence = field(default_factory=Licence)
-    base_model: str | None = None  # Hub id of the model that it derives from
-    cut: Compressed | None = None
-    trained: Trained | None = None
-    evaluated: Evaluated | None = None
-    ours: bool = True  # False: not written by koala
-    assembled: Assembled | None = None
-    pruned: Pruned | None = None
-
-    def metadata(self) -> ModelCardData:
-        """The front matter."""
-        from huggingface_hub import ModelCardData
-
-        facts = {name: getattr(self, name) for name in _FACTS}
-        known = {name: asdict(value) for name, value in facts.items() if value}
-        tags = ["koala", "stable-diffusion-xl", "text-to-image"]
-        return ModelCardData(
-            license=self.licence.identifier,
-            license_name=self.licence.name,
-            license_link=self.licence.link,
-            base_model=self.base_model,
-            library_name="diffusers",
-            pipeline_tag="text-to-image",
-            tags=tags + (["distillation"] if self.trained and self.trained.distilled else []),
-            koala=json.loads(json.dumps({"title": self.title, **known})),
-        )
-
-    def text(self, where: str = ".") -> str:
-        """The complete file. where: the folder or Hub id that its snippets load."""
-        sections = (
-            f"# {self.title}\n\n{_about(self)}",
-            _use(where, diffusers=self.pruned is None),
-            _making(self),
-            _evaluation(self),
-            _limits(self),
-            _licence(self),
-        )
-        return f"---\n{self.metadata().to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
-
-    def write(self, folder: Path) -> None:
-        """Writes README.md into `folder`."""
-        write_text(folder / FILE, self.text())
-
-
-_PAPER = "[KOALA](https://arxiv.org/abs/2312.04005)"
-_FACTS = {
-    "cut": Compressed,
-    "assembled": Assembled,
-    "trained": Trained,
-    "evaluated": Evaluated,
-    "pruned": Pruned,
-}
+def write(card: ModelCard, folder: Path) -> None:
+    """Writes README.md into `folder`."""
+    write_text(folder / FILE, card_text.text(card))
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -200,7 +80,7 @@ def read(folder: Path) -> ModelCard:
             licence=_licence_in(data),
             base_model=base if isinstance(base, str) else None,
             ours="koala" in data,
-            **{k: kind(**found[k]) for k, kind in _FACTS.items() if k in found},
+            **{k: kind(**found[k]) for k, kind in SECTIONS.items() if k in found},
         )
     except UserError:
         raise
@@ -292,171 +172,3 @@ def _both(unet: Licence, rest: Licence) -> Licence:
 def trained_of(start: ModelCard, title: str, trained: Trained) -> ModelCard:
     """The card of a trained model: the card it started from, and the training."""
     return replace(start, title=title, trained=trained, evaluated=None, ours=True)
-
-
-# --- text -----------------------------------------------------------------------------------
-
-
-def _about(card: ModelCard) -> str:
-    kind = "A text-to-image pipeline in the Stable Diffusion XL family"
-    if p := card.pruned:
-        share = 1 - p.after / p.before
-        return (
-            f"{kind}: **{p.model}** with {share:.0%} of its U-Net's parameters pruned, without "
-            f"training ({p.before:,} before, {p.after:,} now)."
-        )
-    if c := card.cut:
-        share = c.parameters / c.teacher_parameters
-        since = "not trained"
-        if card.trained:
-            since = "then distilled" if card.trained.distilled else "then trained without a teacher"
-            since = f"fine-tuned from {card.trained.teacher}" if card.trained.tuned else since
-        return (
-            f"{kind}, compressed with {_PAPER}'s method: the "
-            f"U-Net of **{c.teacher}** ({c.teacher_architecture}, {c.teacher_parameters:,} "
-            f"parameters) cut to **{c.architecture}** ({c.parameters:,}, {share:.0%}), {since}."
-        )
-    if card.trained and card.trained.student:
-        return (
-            f"{kind}, compressed with {_PAPER}'s method and trained further from "
-            f"{card.trained.student}."
-        )
-    if card.trained and card.trained.tuned:
-        return f"{kind}, fine-tuned from {card.trained.teacher}."
-    if card.trained and card.trained.grown:
-        return f"{kind}, its U-Net grown from that of {card.trained.grown} and trained further."
-    return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
-
-
-def _use(where: str, diffusers: bool) -> str:
-    koala = f"""With koala:
-
-```sh
-koala generate "a red fox" --model {where} --steps 10 --guidance 3.5
-```"""
-    if not diffusers:
-        return f"""## Use
-
-{koala}
-
-diffusers and programs that know SDXL's own widths do not load it: its modules have widths of their
-own inside (`inner_widths` in `unet/config.json`)."""
-    return f"""## Use
-
-With diffusers (the folder's scheduler is Euler with trailing timesteps):
-
-```python
-import torch
-from diffusers import StableDiffusionXLPipeline
-
-gpu = torch.cuda.is_available()
-pipe = StableDiffusionXLPipeline.from_pretrained(
-    "{where}", torch_dtype=torch.float16 if gpu else torch.float32
-)
-pipe = pipe.to("cuda" if gpu else "cpu")
-image = pipe("a red fox", guidance_scale=3.5, num_inference_steps=10).images[0]
-image.save("fox.png")
-```
-
-{koala}"""
-
-
-def _making(card: ModelCard) -> str:
-    parts = ["## How it was made"]
-    if c := card.cut:
-        parts.append(
-            f"The student inherits {c.inherited:,} of its teacher's U-Net tensors; {c.dropped:,} "
-            f"were dropped (depth rule `{c.depth_rule}` chooses the transformer blocks that stay). "
-            "Text encoders, VAE and tokenizers are the teacher's."
-            + ("" if c.predicts == "epsilon" else f" The U-Net predicts {c.predicts}.")
-        )
-    if a := card.assembled:
-        of = [
-            f"the U-Net of {a.unet}",
-            *([f"what that lacks of {a.base}"] if a.base else []),
-            *([f"the VAE of {a.vae}"] if a.vae else []),
-            *([f"merged LoRAs {', '.join(a.loras)}"] if a.loras else []),
-        ]
-        parts.append(f"{'The teacher' if card.cut else 'It'} was put together: {'; '.join(of)}.")
-    if card.trained:
-        parts.append(training_of(card.trained))
-    if p := card.pruned:
-        parts.append(
-            "Then heads, channels and groups of channels were removed, chosen by what their loss "
-            f"costs while {p.prompts} prompts are drawn, and the layers after them fitted anew."
-        )
-    if len(parts) == 1:
-        parts.append("Not recorded.")
-    return "\n\n".join(parts)
-
-
-def training_of(t: Trained) -> str:
-    """What a card says of a training."""
-    samples = ", ".join(f"{what} {number:,}" for what, number in t.samples.items())
-    data = {key: value for key, value in t.data.items() if key != "pictures"}
-    role = "teacher" if t.distilled else "VAE and text encoders of"
-    role = "fine-tuned from" if t.tuned else role
-    recipe = f"`{t.recipe}`" + (f", {role} {t.teacher}" if t.teacher else "")
-    earlier = ""
-    if t.student or (t.tuned and t.before):
-        seen = f"{t.before:,} samples" if t.before else "an unrecorded number of samples"
-        earlier = f"- trained further from: {t.student or t.teacher}, after {seen}\n"
-    parts = [
-        f"- recipe: {recipe}\n"
-        f"{earlier}"
-        f"- samples seen: {samples}\n"
-        f"- data: {t.data['pictures']:,} captioned training images, prepared with",
-        _json(data),
-        "All settings of the recipe:",
-        _json(t.settings),
-    ]
-    return "\n\n".join(parts)
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return f"```json\n{json.dumps(value, indent=1)}\n```"
-
-
-def _evaluation(card: ModelCard) -> str:
-    if (e := card.evaluated) is None:
-        return "## Evaluation\n\nNot evaluated."
-    settings = "; ".join(f"{name}: {value}" for name, value in e.settings.items())
-    return f"""## Evaluation
-
-{e.table}
-
-Measured by `koala evaluate` ({settings}), on {e.hardware}. Distances are comparable only between
-models evaluated with the same settings and images."""
-
-
-def _limits(card: ModelCard) -> str:
-    limits = []
-    if card.cut and not card.trained:
-        limits.append(
-            "It has not been distilled, and until it is, its images are noise. It is a starting "
-            "point for `koala distill`, not a model to generate with."
-        )
-    if card.trained:
-        limits.append("It can draw what its training images (above) show; do not expect much else.")
-    if card.cut or (card.trained and card.trained.student):
-        limits.append(
-            "According to KOALA's authors, such students struggle with long legible text, hands, "
-            "and prompts with several attributes or relations."
-        )
-    limits.append("It is meant for research. Its images make no statement about people or events.")
-    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
-
-
-def _licence(card: ModelCard) -> str:
-    own, source = card.licence, "its teacher" if card.cut else "the model it derives from"
-    if own.identifier == "unknown":
-        statement = (
-            f"Unknown: {source} names none. Ask its authors before you redistribute this model."
-            if card.cut or not card.trained
-            else "None has been stated."
-        )
-    else:
-        statement = f"{own.name or own.identifier}, carried over from {source}"
-        statement += f": {own.link}" if own.link else "."
-    files = "Files named LICENSE or NOTICE, if any, hold further terms and credits."
-    return f"## Licence\n\n{statement} {files}"

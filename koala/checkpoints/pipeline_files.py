@@ -197,7 +197,8 @@ def write_pipeline(contents: Contents, out: Path, dtype: str | None = None) -> i
     with new_folder(out) as part:
         written = sum(write_folder(part, contents.tensors, contents.files, dtype).values())
         if model_card.FILE not in contents.files:
-            model_card.read_metadata(contents.source, contents.metadata).write(part)
+            card = model_card.read_metadata(contents.source, contents.metadata)
+            model_card.write(card, part)
     return written
 
 

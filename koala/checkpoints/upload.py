@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from koala.checkpoints import model_card
+from koala.checkpoints import card_text, model_card
 from koala.checkpoints.resolve import HUB_ID
 from koala.errors import Failure, UserError
 
@@ -54,7 +54,7 @@ def push(model: str | Path, target: str) -> str:
         files = sorted(path for path in model.rglob("*") if path.is_file())
         contents = {path.relative_to(model).as_posix(): path for path in files}
     if model_card.FILE in contents and (written := model_card.read(model)).ours:
-        contents[model_card.FILE] = written.text(target).encode()
+        contents[model_card.FILE] = card_text.text(written, target).encode()
     with _explained(target):
         api = HfApi()
         address = api.create_repo(target, exist_ok=True)

@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from koala.checkpoints.bundled import DEFAULT
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.sampling import USUAL
 from koala.checkpoints.words import read_words
@@ -35,8 +36,8 @@ def _arguments(p: Parser) -> None:
 
     model = p.add_argument_group("model")
     model.add_argument(
-        "--model", default="koala-mini",
-        help="bundled name, folder, single file or Hub id (default koala-mini)",
+        "--model", default=DEFAULT,
+        help=f"bundled name, folder, single file or Hub id (default {DEFAULT})",
     )  # fmt: skip
     model.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:SCALE]",

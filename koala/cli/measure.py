@@ -46,12 +46,12 @@ def _evaluate_arguments(p: Parser) -> None:
         "illustrations)",
     )  # fmt: skip
     asked.add_argument(
-        "--steps", nargs="+", default=["10"], metavar="N",
-        help="denoising steps, of all or by row: 10 sdxl=25 (default 10)",
+        "--steps", nargs="+", default=[], metavar="N",
+        help="denoising steps, of all or by row: 10 sdxl=25 (default: each model's own)",
     )  # fmt: skip
     asked.add_argument(
-        "--guidance", nargs="+", default=["3.5"], metavar="G",
-        help="guidance scale, CFG, of all or by row (default 3.5)",
+        "--guidance", nargs="+", default=[], metavar="G",
+        help="guidance scale, CFG, of all or by row (default: each model's own)",
     )  # fmt: skip
     asked.add_argument(
         "--size", metavar="WIDTHxHEIGHT", help="at which all are compared (default: their own)"

@@ -22,7 +22,7 @@ from koala.cli.command import (
 )
 from koala.errors import UserError
 from koala.generation.export import FORMATS, check_export, export
-from koala.generation.validation import prompts_in, pruning
+from koala.generation.validation import budget, prompts_in, pruning
 from koala.utils.atomic import check_new, write_text
 
 if TYPE_CHECKING:
@@ -55,13 +55,18 @@ def _compress_arguments(p: Parser) -> None:
         help="remove that share of the U-Net's parameters, such as 0.2, from inside its modules; "
         "the result draws at once, in koala",
     )  # fmt: skip
+    how.add_argument(
+        "--advise", action="store_true",
+        help="write nothing: print every way to make this model smaller, with what it takes",
+    )  # fmt: skip
+    p.add_argument(
+        "--vram", type=number, metavar="GIB", help="for --advise: what the GPU has for the model"
+    )
     p.add_argument(
         "--calibrate", type=Path, metavar="FILE",
         help="for --prune: a text file with a prompt a line, which are drawn to see what matters",
     )  # fmt: skip
-    p.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the student's new folder"
-    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="the student's new folder")
     p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
     p.add_argument(
         "--depth-rule",
@@ -76,6 +81,13 @@ def _compress_arguments(p: Parser) -> None:
 def _compress(o: argparse.Namespace) -> None:
     from koala.checkpoints.compress import check_compression, compress
 
+    if o.advise:
+        _advise(o)
+        return
+    if o.vram is not None:
+        raise UserError("--vram is for --advise: leave it out")
+    if o.out is None:
+        raise UserError("koala compress needs --out DIR, the student's new folder")
     check_push(o)
     if o.prune is not None:
         pruned = _prune(o)
@@ -89,6 +101,20 @@ def _compress(o: argparse.Namespace) -> None:
     report = compress(assembled(o, o.teacher), o.to, o.out, o.dtype, rule)
     push(o, report.out)
     show(o, asdict(report), report.line())
+
+
+def _advise(o: argparse.Namespace) -> None:
+    from koala.generation.advice import advise, text
+
+    for name in ("out", "calibrate", "dtype", "depth_rule", "vae", "teacher_lora", "push_to_hub"):
+        if getattr(o, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} has no effect on --advise, which writes nothing: leave it out"
+            )
+    room = None if o.vram is None else budget(o.vram)
+    rungs = advise(o.teacher, room, o.base)
+    show(o, [asdict(rung) for rung in rungs], text(rungs, o.teacher, room))
 
 
 def _prune(o: argparse.Namespace) -> "PruneReport":
@@ -239,6 +265,7 @@ COMPRESS = Command(
         "koala compress sdxl.safetensors --to koala-700m --out runs/student",
         "koala compress sdxl.safetensors --to 0,1,1,no-mid --dtype fp16 --out runs/smaller",
         "koala compress sdxl.safetensors --prune 0.2 --calibrate prompts.txt --out runs/pruned",
+        "koala compress sdxl.safetensors --advise --vram 8",
     ),
     _compress_arguments,
     _compress,

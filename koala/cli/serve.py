@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from koala.checkpoints.bundled import DEFAULT
 from koala.cli.command import Command, Parser, number, say, whole
 from koala.serving.settings import (
     CONTENT_SCORE,
@@ -29,8 +30,8 @@ LIMITS = (  # name, what it limits, type
 def _arguments(p: Parser) -> None:
     usual = Limits()
     p.add_argument(
-        "--model", default="koala-mini",
-        help="bundled name, folder, single file or Hub id (default koala-mini)",
+        "--model", default=DEFAULT,
+        help=f"bundled name, folder, single file or Hub id (default {DEFAULT})",
     )  # fmt: skip
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     p.add_argument("--port", type=whole, default=8000, help="default 8000; 0 takes any free port")

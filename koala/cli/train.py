@@ -109,12 +109,14 @@ def _prepare_arguments(p: Parser) -> None:
 
 def _prepare(o: argparse.Namespace) -> None:
     require("koala prepare", "train", "pyarrow")
-    from koala.data.prepare import preparation_of, prepare
+    from koala.data.prepare import check, preparation_of, prepare
 
     given = {name: getattr(o, name) for name in (*PREPARATION, *FILTERS)}
     preparation = preparation_of(o.source, given)
-    model = _with_parts(o, "--model", o.model)
-    report = prepare(o.source, o.out, model, o.workers, o.device, o.sheet, o.kind, preparation)
+    how = o.workers, o.device, o.sheet, o.kind, preparation
+    if o.base or o.vae or o.teacher_lora:
+        check(o.source, o.out, o.model, *how)  # before the model is put together
+    report = prepare(o.source, o.out, _with_parts(o, "--model", o.model), *how)
     show(o, asdict(report), "\n".join(report.lines()))
 
 

@@ -4,6 +4,7 @@ Shapes: n samples, h x w pixels; latents [n, 4, h/8, w/8].
 """
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from koala.data.buckets import Size
 from koala.data.captions import CaptionFitter
 from koala.data.preprocess import Dropped, Preparation, Sample
 from koala.text_conditioning import TextConditioner
+from koala.utils.device import compute_dtype
 
 BATCH_PIXELS = 4 << 20  # that the VAE encodes at once: four images at 1024 x 1024
 NEGLIGIBLE = 0.1  # error of bf16, or of another VAE, that is small beside the posterior's deviation
@@ -66,7 +68,7 @@ class EncodedSample:
 
 
 class Moments:
-    """A model's VAE on a device: in fp32 on a CPU; elsewhere in bf16 if its error is small.
+    """A model's VAE on a device: in fp32, or in bf16 on a GPU that has it if its error is small.
 
     Small is less than `NEGLIGIBLE` of the posterior's deviation, on an image that is the same in
     every process.
@@ -76,7 +78,15 @@ class Moments:
         self.device = torch.device(device)
         self.vae = load_vae(model).to(self.device, memory_format=torch.channels_last)
         self.scale = LatentScale(self.vae.config, self.device)
-        self.in_bf16 = self.device.type != "cpu" and self.bf16_error() < NEGLIGIBLE
+        self.in_bf16 = False
+        if compute_dtype(self.device) == torch.bfloat16:
+            error = self.bf16_error()
+            self.in_bf16 = error < NEGLIGIBLE
+            print(
+                f"koala: in bf16 the VAE errs by {error:.2g} of its posterior's deviation: images "
+                f"are encoded in {'bf16' if self.in_bf16 else 'fp32'}",
+                file=sys.stderr,
+            )
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -10,17 +10,18 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors.torch import save
 
-from koala.data.captions import CaptionFitter, check_expressions
+from koala.data.captions import CaptionFitter
 from koala.data.encoding import PROBE, EncodedSample, Encoder, encoder_hash
 from koala.data.items import Source
-from koala.data.preprocess import Preparation
+from koala.data.preprocess import Preparation, with_captions
 from koala.data.shards import (
+    CLAIM,
     Summary,
     merge,
     read_summary,
@@ -34,7 +35,6 @@ from koala.errors import UserError
 from koala.utils.atomic import claim, new_file
 from koala.utils.progress import progress
 
-PEEK = 64  # items inspected for captions and scores
 HELD_OUT = 16  # images of a source, on average, if that is no more than the share below
 HELD_OUT_SHARE = 0.1
 SEED = 0  # of the draws from the posterior, if stored
@@ -47,7 +47,7 @@ def prepare_latents(
     workers: int | None = None, device: str = "cpu",
 ) -> Summary:  # fmt: skip
     """Encodes a source with the VAE of a checked model folder; see `koala.data.prepare`."""
-    preparation = _with_captions(source, preparation)
+    preparation = with_captions(source, preparation)
     rank, world = (int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
     workers = workers or own_cores()
     with pool_of(workers) as pool:
@@ -118,29 +118,9 @@ def _long(
 # --- before the work ------------------------------------------------------------------------
 
 
-def _with_captions(source: Source, preparation: Preparation) -> Preparation:
-    """The preparation with its captions resolved; UserError if the source lacks one."""
-    there = (item for part in source.parts() for item in source.items(part, 0, PEEK))
-    first = list(islice((item for item in there if not item.damage), PEEK))
-    fields = list(dict.fromkeys(name for item in first for name in item.captions))
-    told = [item.captions for item in first if item.captions]
-    common = [name for name in fields if all(name in captions for captions in told)]
-    captions = preparation.captions or source.captions or tuple(common or fields)
-    check_expressions(captions, fields)
-    if not captions and first:
-        raise UserError(
-            f"the first {len(first)} images of the source have no captions: looked for "
-            f"{source.looked_in}"
-        )
-    for score in preparation.filters.scores:
-        if first and not any(score in item.scores for item in first):
-            raise UserError(f"the first {len(first)} images of the source have no score {score}")
-    return replace(preparation, captions=captions)
-
-
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Records what the latents are made with; `UserError` for another VAE or settings."""
-    path = out / "latents.json"
+    path = out / CLAIM
     found = json.loads(path.read_text()) if path.exists() else settings
     if found.get("encoder") != settings["encoder"]:
         raise UserError(

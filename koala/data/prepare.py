@@ -9,19 +9,25 @@ import os
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from koala.checkpoints.resolve import resolve_model
-from koala.data.illustrations.images import ImageSet, prepare_images, settings_of
+from koala.checkpoints.resolve import check_name, resolve_model
+from koala.data.illustrations.images import (
+    ImageSet,
+    check_images,
+    prepare_images,
+    settings_of,
+)
 from koala.data.illustrations.scenes import ILLUSTRATIONS, Illustrations
-from koala.data.preprocess import Filters, Preparation
-from koala.data.shards import Summary
+from koala.data.items import Source
+from koala.data.preprocess import Filters, Preparation, with_captions
+from koala.data.shards import CLAIM, Summary
 from koala.data.sources import recognise
 from koala.data.sources.parquet import Parquet
 from koala.errors import UserError, did_you_mean
-from koala.utils.atomic import locked
+from koala.utils.atomic import check_claim, locked
 from koala.utils.contact_sheet import contact_sheet
 from koala.utils.device import check_device, pick_device
 
@@ -89,32 +95,70 @@ def prepare(
     that cannot be downloaded, a folder made with other settings or another VAE, workers below 1;
     Failure if the disk is full.
     """
+    found = check(source, out, model, workers, device, sheet, kind, preparation)
+    with locked(Path(out), f".lock-{os.environ.get('RANK', '0')}"):  # ranks share the folder
+        if isinstance(found, Illustrations):
+            mirror = preparation is not None and preparation.mirror
+            return _prepare_illustrations(found, Path(out), model, workers, device, sheet, mirror)
+        assert model is not None
+        folder = resolve_model(model)
+        from koala.data.latent_preparation import prepare_latents  # loads torch: after all checks
+
+        preparation = preparation or Preparation()
+        summary = prepare_latents(found, Path(out), folder, preparation, workers, _device(device))
+    return PrepareReport(Path(out), {}, summary, None)
+
+
+def check(
+    source: str,
+    out: str | Path,
+    model: str | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+    sheet: str | Path | None = None,
+    kind: str | None = None,
+    preparation: Preparation | None = None,
+) -> Source | Illustrations:
+    """What `source` names. UserError for arguments of `prepare` that are wrong.
+
+    Writes nothing, downloads nothing and loads no torch. The model need not be complete: parts of
+    others may be meant for it.
+    """
     if workers is not None and workers < 1:
         raise UserError(f"{workers} workers: must be at least 1")
     check_device(device)
     if device is not None and model is None:
         raise UserError(f"--device {device} applies to encoding: give --model too")
-    with locked(Path(out), f".lock-{os.environ.get('RANK', '0')}"):  # ranks share the folder
-        return _prepare(source, Path(out), model, workers, device, sheet, kind, preparation)
-
-
-def _prepare(
-    source: str, out: Path, model: str | None, workers: int | None, device: str | None,
-    sheet: str | Path | None, kind: str | None, preparation: Preparation | None,
-) -> PrepareReport:  # fmt: skip
     if source in ILLUSTRATIONS:
-        settings = ILLUSTRATIONS[source]
-        if preparation:
-            settings = replace(settings, size=preparation.size)
-        mirror = preparation is not None and preparation.mirror
-        if kind or preparation not in (None, Preparation(settings.size, mirror=mirror)):
-            raise UserError(
-                f"{source} has fixed settings: give only --size, --mirror, --model, --device, "
-                "--sheet"
-            )
-        if mirror and model is None:
-            raise UserError("--mirror applies to latents: give --model too")
-        return _prepare_illustrations(settings, out, model, workers, device, sheet, mirror)
+        found: Source | Illustrations = _illustrations(source, Path(out), model, kind, preparation)
+    else:
+        found = _source(source, Path(out), model, sheet, kind, preparation or Preparation())
+    if model is not None:
+        check_name(model)
+    return found
+
+
+def _illustrations(
+    source: str, out: Path, model: str | None, kind: str | None, preparation: Preparation | None
+) -> Illustrations:
+    settings = ILLUSTRATIONS[source]
+    if preparation:
+        settings = replace(settings, size=preparation.size)
+    mirror = preparation is not None and preparation.mirror
+    if kind or preparation not in (None, Preparation(settings.size, mirror=mirror)):
+        raise UserError(
+            f"{source} has fixed settings: give only --size, --mirror, --model, --device, --sheet"
+        )
+    if mirror and model is None:
+        raise UserError("--mirror applies to latents: give --model too")
+    check_images(settings, out)
+    return settings
+
+
+def _source(
+    source: str, out: Path, model: str | None, sheet: str | Path | None, kind: str | None,
+    preparation: Preparation,
+) -> Source:  # fmt: skip
     if not Path(source).expanduser().exists() and (close := did_you_mean(source, ILLUSTRATIONS)):
         raise UserError(f"source {source!r} does not exist{close}")
     found = recognise(source, kind)
@@ -122,12 +166,9 @@ def _prepare(
         raise UserError(f"source {source} has images already: give --model to encode them")
     if sheet is not None:
         raise UserError(f"--sheet {sheet}: only the illustration set has a sheet; leave it out")
-    folder = resolve_model(model)
-    from koala.data.latent_preparation import prepare_latents  # loads torch: after all checks
-
-    place = _device(device)
-    summary = prepare_latents(found, out, folder, preparation or Preparation(), workers, place)
-    return PrepareReport(out, {}, summary, None)
+    settings = asdict(with_captions(found, preparation))
+    check_claim(out / CLAIM, {"source": found.name, **settings}, asdict(Preparation()))
+    return found
 
 
 def facts_of(folder: str | Path) -> dict[str, Any]:

@@ -8,18 +8,20 @@ import hashlib
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from koala.data.buckets import STEP, Size, buckets, fit
-from koala.data.captions import compose
+from koala.data.captions import POLICIES, check_expressions, compose
 from koala.data.items import SCORES, Item, Source
-from koala.errors import UserError
+from koala.errors import UserError, unknown
 
 PAPER = (255, 255, 255)  # background of transparent images
+PEEK = 64  # items of a source that are inspected for captions and scores
 Stored = Literal["moments", "draw", "pixels"]
 
 
@@ -81,6 +83,8 @@ class Preparation:
                 f"long captions {self.long_captions!r}: applies to stored embeddings only; add "
                 "--text, or set it in the training"
             )
+        if self.long_captions not in (None, *POLICIES):
+            raise unknown("policy for long captions", self.long_captions, POLICIES)
         if self.text and len(self.captions) > 1:
             raise UserError(
                 f"embeddings need one caption, not {', '.join(self.captions)}: choose one"
@@ -108,6 +112,26 @@ class Dropped:
     id: str
     reason: str
     detail: str = ""
+
+
+def with_captions(source: Source, preparation: Preparation) -> Preparation:
+    """The preparation with its captions resolved; UserError if the source lacks one."""
+    there = (item for part in source.parts() for item in source.items(part, 0, PEEK))
+    first = list(islice((item for item in there if not item.damage), PEEK))
+    fields = list(dict.fromkeys(name for item in first for name in item.captions))
+    told = [item.captions for item in first if item.captions]
+    common = [name for name in fields if all(name in captions for captions in told)]
+    captions = preparation.captions or source.captions or tuple(common or fields)
+    check_expressions(captions, fields)
+    if not captions and first:
+        raise UserError(
+            f"the first {len(first)} images of the source have no captions: looked for "
+            f"{source.looked_in}"
+        )
+    for score in preparation.filters.scores:
+        if first and not any(score in item.scores for item in first):
+            raise UserError(f"the first {len(first)} images of the source have no score {score}")
+    return replace(preparation, captions=captions)
 
 
 def read_samples(

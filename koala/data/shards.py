@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from koala.data.encoding import EncodedSample
 
 INDEX, SHARDS, REPORT = "index.arrow", "shards.arrow", "report.jsonl"
+CLAIM = "latents.json"
 GROUPS = 1 << 16  # above the number of groups in any unit
 _SHARD_FILE = re.compile(r"(\d+)-(\d+)\.safetensors")
 CAPTION = "caption "  # prefix of the index's caption columns

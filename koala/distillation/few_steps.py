@@ -176,23 +176,12 @@ class FeatureMatching(StepDistillation):
     x is what the student draws, y a real image of the same caption with the same noise, both at the
     same level; means are over the feature's places. Each tap's error is divided by the mean square
     of the real image's feature, so that no tap outweighs the others. No second network is trained.
+    Arguments as of `StepDistillation`.
     """
 
-    def __init__(
-        self,
-        student: UNet2DConditionModel,
-        teacher: UNet2DConditionModel,
-        conditioner: TextConditioner,
-        schedule: NoiseSchedule,
-        settings: StepSettings,
-        sampler: StepSampler,
-        base: str | Path,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            student, teacher, conditioner, schedule, settings, sampler, base, **options
-        )
-        self._features = Features(teacher, tap_points(teacher, settings.taps))
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._features = Features(self.teacher, tap_points(self.teacher, self.settings.taps))
 
     @property
     def through_teacher(self) -> bool:
@@ -242,24 +231,18 @@ class DistributionMatching(StepDistillation):
 
     The critic predicts the noise between what the student draws and a higher level. TDM compares
     each step's result at the noise levels of that step; so do we. Neither DMD2's adversarial loss
-    nor any image is used.
+    nor any image is used. Arguments as of `StepDistillation`.
     """
 
     def __init__(
         self,
         student: UNet2DConditionModel,
         teacher: UNet2DConditionModel,
-        conditioner: TextConditioner,
-        schedule: NoiseSchedule,
-        settings: StepSettings,
-        sampler: StepSampler,
-        base: str | Path,
+        *arguments: Any,
         **options: Any,
     ) -> None:
-        critic = copy.deepcopy(teacher).requires_grad_(True)
-        super().__init__(
-            student, teacher, conditioner, schedule, settings, sampler, base, **options
-        )
+        critic = copy.deepcopy(teacher).requires_grad_(True)  # float32: the teacher will not be
+        super().__init__(student, teacher, *arguments, **options)
         self.fake = nn.Module.to(critic, self.device)
         self._apart["critic_called"] = self.fake
 

@@ -26,12 +26,13 @@ from koala.distillation.ema import EMA
 from koala.distillation.forward_process import generators_at
 from koala.distillation.optimizers import new_optimizer, set_rate, trained_parameters
 from koala.distillation.parallel import Layout
-from koala.distillation.precision import computing
+from koala.distillation.precision import LossScale, computing
 from koala.distillation.records import Log, Record
 from koala.distillation.settings import Training
 from koala.distillation.throughput import Meter
 from koala.errors import UserError
 from koala.utils.atomic import claim, new_file
+from koala.utils.device import compute_dtype
 from koala.utils.progress import progress
 
 VALIDATION_SEED = 2**40  # of the validation's noise and timesteps: the same in every run
@@ -101,19 +102,14 @@ def train(
     """
     module = task.trainable.train()
     critic = task.critic.train() if isinstance(task, TaskWithCritic) else None
-    layout = layout or Layout()
+    layout = layout or Layout(dtype=compute_dtype(next(module.parameters()).device))
     world, parts = layout.world, layout.hardware.accumulate
     micro = layout.hardware.micro_batch(settings.batch, world.size)
     _check(settings, layout, validation, critic)
     with world.together():
         if world.first:
             claim(run / "run.json", {**asdict(settings), **(note or {})})
-    with world.together():
-        if not (run / "run.json").is_file():
-            raise UserError(
-                f"{run}: process {world.rank} does not see what process 0 wrote there: all "
-                "machines must share the folder --out"
-            )
+    world.check_shared(run / "run.json")
     averages = [EMA(module, length, layout.hardware.ema_on_cpu) for length in settings.half_lives]
     if optimizer is not None:
         chosen = optimizer([*trained_parameters(module).values()], settings)
@@ -122,7 +118,7 @@ def train(
     state = checkpoint.State(module, averages, chosen, critic)
     last = checkpoint.newest(run)
     seen, open_sums = checkpoint.load(last, state) if last else (0, None)
-    log, meter = Log(open_sums), Meter(world, seen, flops)
+    log, meter, scale = Log(open_sums), Meter(world, seen, flops), LossScale(layout.dtype)
     with world.together():
         record = Record(run, seen, loggers) if world.first else None
     saved = time.monotonic()
@@ -135,18 +131,22 @@ def train(
             # One step.
             batch = data.batch(seen, settings.batch, world.rank, world.size)
             first = seen + world.rank * parts * micro
-            generators = generators_at(settings.seed, first, parts * micro)
             of_critic = settings.moves_critic(seen)
             moving = critic if of_critic and critic is not None else module
-            sums = gradients(task, layout, batch, generators, of_critic)
-            norm = nn.utils.clip_grad_norm_(moving.parameters(), settings.clip)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            sums["grad_norm"] = norm
+            while True:
+                generators = generators_at(settings.seed, first, parts * micro)
+                sums = gradients(task, layout, batch, generators, of_critic, scale.value)
+                scale.divide(moving.parameters())
+                norm = nn.utils.clip_grad_norm_(moving.parameters(), settings.clip)
+                sums["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+                save_due = time.monotonic() - saved > settings.save_every
+                wishes = [float(stop_requested()), float(save_due and world.first)]
+                values, (stop, save) = _agree(layout, sums, wishes)
+                if not scale.overflowed(values["grad_norm"]):
+                    break
+                chosen.zero_grad(set_to_none=True)
             if of_critic:
-                sums = {f"critic_{name}": value for name, value in sums.items()}
-            save_due = time.monotonic() - saved > settings.save_every
-            wishes = [float(stop_requested()), float(save_due and world.first)]
-            values, (stop, save) = _agree(layout, sums, wishes)
+                values = {f"critic_{name}": value for name, value in values.items()}
             _check_finite(layout, values, seen, run)
             log.add(values)
             set_rate(chosen, settings.lr_at(seen))
@@ -191,11 +191,12 @@ def gradients(
     batch: dict[str, Any],
     generators: Sequence[torch.Generator],
     of_critic: bool = False,
+    scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """Accumulates the gradients of a batch, part by part; returns the means of its losses.
 
     batch: this process's share of a step. generators: one per sample. of_critic: the gradients of
-    the task's critic, not of the student.
+    the task's critic, not of the student. scale: a factor of the gradients.
     """
     compute = task.losses
     if of_critic:
@@ -207,9 +208,9 @@ def gradients(
     for part in range(parts):
         own = generators[part * micro : (part + 1) * micro]
         with layout.computing(last=part == parts - 1):
-            with computing(device, layout.hardware.cpu_bf16):
+            with computing(device, layout.dtype):
                 losses = compute(_cut(batch, part, micro), own)
-            (losses["loss"] / parts).backward()
+            (losses["loss"] / parts * scale).backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float() / parts
     return sums
@@ -290,7 +291,7 @@ def _validate(
         for batch, length in zip(validation, lengths, strict=True):
             for part in range(-(-length // size)):
                 number = min(size, length - part * size)
-                with computing(device, layout.hardware.cpu_bf16):
+                with computing(device, layout.dtype):
                     losses = task.losses(
                         _cut(batch, part, size), generators_at(VALIDATION_SEED, first, number)
                     )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from koala.distillation.settings import PLAIN, Hardware
 from koala.distillation.taps import Region, regions
 from koala.errors import FailedElsewhere, Failure, UserError
-from koala.utils.device import cpu_name, has_bf16, pick_device
+from koala.utils.device import compute_dtype, cpu_name, has_bf16, pick_device
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,15 @@ class World:
                 raise FailedElsewhere(f"process {failed} failed") from mine
         if mine is not None:
             raise mine
+
+    def check_shared(self, path: Path) -> None:
+        """UserError in every process unless all see this file or folder of the first one's."""
+        with self.together():
+            if not path.exists():
+                raise UserError(
+                    f"{path.parent}: process {self.rank} does not see what process 0 wrote there: "
+                    "all machines must share the folder --out"
+                )
 
 
 @contextmanager
@@ -126,6 +136,7 @@ class Layout:
 
     world: World = World()
     hardware: Hardware = PLAIN
+    dtype: torch.dtype = torch.float32  # of products; weights are float32
     replicas: tuple[DistributedDataParallel, ...] = ()
     shards: tuple[FSDPModule, ...] = ()
 
@@ -176,18 +187,21 @@ def lay_out(task: Laid, hardware: Hardware, world: World, buckets: int = 1) -> L
             _offload(region.block, world.device)
     if teacher is not None and hardware.teacher == "sharded":
         _shard(teacher, world, _AS_IT_IS)
+    dtype = _dtype(hardware, world)
     if hardware.sharding == "fsdp":
-        low = world.device.type == "cuda" or hardware.cpu_bf16
-        precision = _IN_BF16 if low else _AS_IT_IS
-        shards = tuple(_shard(network, world, precision) for network in trained)
-        return Layout(world, hardware, shards=shards)
+        shards = tuple(_shard(network, world, _computing_in(dtype)) for network in trained)
+        return Layout(world, hardware, dtype, shards=shards)
     if world.size > 1:
         replicas = tuple(_replicated(network, world) for network in trained)
         task.call_through(replicas[0])
         if isinstance(task, LaidWithCritic):
             task.call_critic_through(replicas[1])
-        return Layout(world, hardware, replicas)
-    return Layout(world, hardware)
+        return Layout(world, hardware, dtype, replicas)
+    return Layout(world, hardware, dtype)
+
+
+def _dtype(hardware: Hardware, world: World) -> torch.dtype:
+    return torch.bfloat16 if hardware.cpu_bf16 else compute_dtype(world.device)
 
 
 def _replicated(network: nn.Module, world: World) -> DistributedDataParallel:
@@ -206,7 +220,7 @@ def alone(device: str, cpu_bf16: bool) -> Layout:
     world, hardware = World(device=torch.device(device)), Hardware(cpu_bf16=cpu_bf16)
     if cpu_bf16:
         _check_cpu_bf16(hardware, world)
-    return Layout(world, hardware)
+    return Layout(world, hardware, _dtype(hardware, world))
 
 
 def _check(task: Laid, hardware: Hardware, world: World) -> None:
@@ -285,11 +299,18 @@ def _checkpoint(found: list[Region]) -> None:
 
 
 _AS_IT_IS = MixedPrecisionPolicy()
-# Gathers in the dtype that autocast computes in, half the bytes; gradients are summed in fp32.
-# Inputs stay as they are: bf16 would round image sizes.
-_IN_BF16 = MixedPrecisionPolicy(
-    param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-)
+
+
+def _computing_in(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Gathers in the dtype that autocast computes in, half the bytes; gradients are summed in fp32.
+
+    Inputs stay as they are: 16 bits would round image sizes.
+    """
+    if dtype == torch.float32:
+        return _AS_IT_IS
+    return MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 def _shard(unet: nn.Module, world: World, policy: MixedPrecisionPolicy) -> FSDPModule:

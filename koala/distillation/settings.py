@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from koala.architectures.block_map import check_depth_rule
-from koala.checkpoints.sampling import Sampling
+from koala.checkpoints.sampling import USUAL, Sampling
 from koala.errors import UserError, unknown
 
 OPTIMIZERS = ("adamw", "adamw-8bit")
@@ -109,7 +109,7 @@ class Hardware:
     compile: str = ""  # torch.compile backend for each block, e.g. "inductor"; "": eager
     channels_last: bool = True  # memory format of images and convolutions
     ema_on_cpu: bool = False  # averages in main memory, 4 bytes per parameter each
-    cpu_bf16: bool = False  # bf16 on a CPU that supports it, as always on a GPU
+    cpu_bf16: bool = False  # bf16 on a CPU that supports it, as always on a GPU that does
     stored_text: bool = False  # the data must hold text embeddings, so that no encoder is needed
 
     def __post_init__(self) -> None:
@@ -193,6 +193,11 @@ def check_scale(guidance: float | None) -> None:
         raise UserError(f"guidance {guidance}: it must be above 1, or None for none")
 
 
+def _check_steps(steps: int) -> None:
+    if not 1 <= steps <= MOST_STEPS:
+        raise UserError(f"steps {steps}: a student draws in 1 to {MOST_STEPS}")
+
+
 @dataclass(frozen=True)
 class DistillationSettings:
     """Settings of the loss. A term with weight 0 is not computed.
@@ -212,6 +217,7 @@ class DistillationSettings:
     min_snr: float | None = None  # gamma of L_task's min-SNR weights; none: timesteps are equal
     min_snr_out: bool = False  # these weigh L_outKD as well
     guidance: float | None = None  # the teacher's scale, above 1; none: its plain prediction
+    steps: int = 10  # with guidance: what its student is drawn in by default, 1 to 10
     taps: tuple[Tap, ...] = PAPER_TAPS  # features compared, as sa+lf@DW-1,UP-3; none with weight 0
     depth_rule: str = "bottom"  # pairs transformer blocks: "bottom" (the paper's best),
     # "interleave" or "up"
@@ -259,7 +265,13 @@ class DistillationSettings:
 
     def _check_guidance(self) -> None:
         check_scale(self.guidance)
+        _check_steps(self.steps)
         if self.guidance is None:
+            if self.steps != USUAL.steps:
+                raise UserError(
+                    f"steps {self.steps} without guidance has no effect: give the teacher's "
+                    "guidance too, or leave it out"
+                )
             return
         if not self.learns_from_teacher:
             raise UserError("guidance is the teacher's, but no loss term compares with it")
@@ -272,7 +284,7 @@ class DistillationSettings:
     @property
     def sampling(self) -> Sampling | None:
         """What the student is drawn with, if not as its teacher."""
-        return Sampling(guidance=1.0) if self.guidance else None
+        return Sampling(steps=self.steps, guidance=1.0) if self.guidance else None
 
     @property
     def learns_from_teacher(self) -> bool:
@@ -299,8 +311,7 @@ class StepSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
-        if not 1 <= self.steps <= MOST_STEPS:
-            raise UserError(f"steps {self.steps}: a student draws in 1 to {MOST_STEPS}")
+        _check_steps(self.steps)
         check_scale(self.guidance)
         if self.method == "mmd" and self.guidance is not None:
             raise UserError(

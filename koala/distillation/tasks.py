@@ -34,6 +34,7 @@ from koala.distillation.taps import Features, paired_points, tap_points
 from koala.errors import UserError
 from koala.text_conditioning import TextConditioner
 from koala.utils.atomic import new_folder
+from koala.utils.device import compute_dtype
 
 # Draws one sheet: (U-Net, prompts, seed) -> image, or None if nothing can be drawn.
 Draw = Callable[[nn.Module, Sequence[str], int], Image.Image | None]
@@ -214,17 +215,10 @@ def _edited(file: Path) -> Iterator[dict[str, Any]]:
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def teacher_dtype(device: torch.device) -> torch.dtype:
-    """bf16 if the device supports it, else float32."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
-
-
 class Taught(Denoising):
     """A task with a frozen teacher beside the student; its losses are defined by subclasses.
 
-    student: trained, float32. teacher: evaluated in `teacher_dtype`; it follows the student to its
+    student: trained, float32. teacher: evaluated in `compute_dtype`; it follows the student to its
     device. Other arguments as in `Denoising`.
     """
 
@@ -249,7 +243,7 @@ class Taught(Denoising):
 
     def _place_teacher(self) -> None:
         # Not diffusers' own `to`, which warns needlessly about fp32 modules.
-        nn.Module.to(self.teacher, self.device, teacher_dtype(self.device))
+        nn.Module.to(self.teacher, self.device, compute_dtype(self.device))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Taught:
         super()._apply(*args, **kwargs)  # called by .to() and .cuda(): the teacher follows

@@ -1,6 +1,6 @@
 """A training's throughput: samples per second, memory, and share of the matmul peak.
 
-The peak is measured on the same device, in the same run, by one large bf16 matrix product.
+The peak is measured on the same device, in the same run, by one large 16-bit matrix product.
 """
 
 import resource
@@ -9,17 +9,19 @@ import time
 import torch
 
 from koala.distillation.parallel import World
+from koala.utils.device import compute_dtype
 
 PEAK_SIDE = 8192  # of the matrices; random, because zeros would be faster
 PEAK_TIMES = 20
 
 
 def matmul_peak(device: torch.device) -> float | None:
-    """FLOP/s of one device on a large bf16 matrix product; None on the CPU."""
+    """FLOP/s of a GPU on a large matrix product in `compute_dtype`; None on the CPU."""
     if device.type != "cuda":
         return None
     a, b = (
-        torch.randn(PEAK_SIDE, PEAK_SIDE, device=device, dtype=torch.bfloat16) for _ in range(2)
+        torch.randn(PEAK_SIDE, PEAK_SIDE, device=device, dtype=compute_dtype(device))
+        for _ in range(2)
     )
     times = []
     for _ in range(2):  # the first round warms up

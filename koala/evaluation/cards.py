@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from koala.checkpoints import model_card
+from koala.checkpoints import card_facts, model_card
 from koala.errors import UserError
 from koala.evaluation.models import REAL, Row
 from koala.evaluation.table import EvaluationReport
@@ -30,5 +30,5 @@ def enter(report: EvaluationReport, folders: Mapping[str, Path]) -> None:
     """Writes each model's row and the real images' into its model card."""
     for name, folder in folders.items():
         table = report.only([REAL, name]).table()
-        evaluated = model_card.Evaluated(table, report.settings, report.hardware)
-        replace(model_card.read(folder), evaluated=evaluated).write(folder)
+        evaluated = card_facts.Evaluated(table, report.settings, report.hardware)
+        model_card.write(replace(model_card.read(folder), evaluated=evaluated), folder)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from koala.data.illustrations.images import ImageSet
 from koala.evaluation.drawing import files_of, folder_of
-from koala.evaluation.judge import Judge
-from koala.evaluation.judging import Sentences, check_judge, load_judge, train_judge
 from koala.evaluation.metrics.bundled import Retrieval
 from koala.evaluation.metrics.catalogue import MetricInfo
 from koala.evaluation.metrics.metric import Distance, Metric, create
@@ -23,6 +21,7 @@ from koala.evaluation.pictures import RealPictures, at_size, stamp
 from koala.evaluation.plan import Part, Plan
 from koala.evaluation.prompts import Prompt
 from koala.evaluation.published import published
+from koala.evaluation.retrieval import Judge, Sentences, check_judge, load_judge, train_judge
 from koala.evaluation.scoring import Pictures, ScoreFiles, score
 from koala.evaluation.statistics import (
     Measured,

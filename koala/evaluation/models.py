@@ -15,11 +15,13 @@ from PIL import Image
 
 from koala.architectures.table import FACTOR
 from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.sampling import USUAL, Sampling
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError, unknown
 from koala.generation import validation
 from koala.generation.form import is_form
 from koala.generation.png import IMAGES
+from koala.generation.requests import Known
 
 REAL = "real pictures"  # the report's first row, where there are any
 T = TypeVar("T")
@@ -45,6 +47,11 @@ class Run:
                 return image.size
         side = unet_architecture(resolve_model(self.model)).sample * FACTOR
         return side, side
+
+    @property
+    def sampling(self) -> Sampling:
+        """What the model is made for; of pictures it has no meaning."""
+        return USUAL if self.pictures is not None else Known.of(self.model).sampling
 
 
 @dataclass(frozen=True)
@@ -127,9 +134,15 @@ def named(size: Size) -> str:
 
 
 def per_row(
-    what: str, given: Sequence[str], rows: Sequence[Row], read: Callable[[str], T]
+    what: str,
+    given: Sequence[str],
+    rows: Sequence[Row],
+    read: Callable[[str], T],
+    made_for: Callable[[Sampling], T],
 ) -> dict[str, T]:
     """A value for each row, from VALUE for all and NAME=VALUE for some: `--steps 10 sdxl=25`.
+
+    Where nothing is said of a row, its model's own, by its first run.
 
     UserError for a name that no row has, and for two values for one.
     """
@@ -150,10 +163,11 @@ def per_row(
         if set(chosen) & set(into):
             raise UserError(f"--{what} {' '.join(given)}: give one value for all, or one for each")
         into |= chosen
-    missing = [row.name for row in rows if row.name not in every | own]
-    if missing:
-        raise UserError(f"--{what} says nothing of {', '.join(missing)}: put a value for all first")
-    return every | own
+    named = every | own
+    return {
+        row.name: named[row.name] if row.name in named else made_for(row.runs[0].sampling)
+        for row in rows
+    }
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

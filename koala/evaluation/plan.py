@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 from koala.errors import UserError
@@ -85,8 +86,8 @@ def plan(
     metrics: Sequence[str] = (),
     count: int | None = None,
     seeds: Sequence[int] | None = None,
-    steps: Sequence[str] = ("10",),
-    guidance: Sequence[str] = ("3.5",),
+    steps: Sequence[str] = (),
+    guidance: Sequence[str] = (),
     size: str | None = None,
     weights: Sequence[str] = (),
     judge: str | Path | None = None,
@@ -104,8 +105,8 @@ def plan(
         raise UserError(f"count {count}: an evaluation needs at least {FEWEST} prompts")
     if seeds is not None:
         check_seeds(seeds)
-    by_row_steps = per_row("steps", steps, rows, int)
-    by_row_guidance = per_row("guidance", guidance, rows, float)
+    by_row_steps = per_row("steps", steps, rows, int, attrgetter("steps"))
+    by_row_guidance = per_row("guidance", guidance, rows, float, attrgetter("guidance"))
     check_sampling(by_row_steps, by_row_guidance)
     check_device(device)
     if device is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from koala.evaluation.drawing import draw
-from koala.evaluation.judging import Sentences
 from koala.evaluation.measuring import (
     PartResult,
     measure,
@@ -30,6 +29,7 @@ from koala.evaluation.models import REAL
 from koala.evaluation.plan import Plan, plan
 from koala.evaluation.prompts import write
 from koala.evaluation.report_page import report_page
+from koala.evaluation.retrieval import Sentences
 from koala.evaluation.table import EvaluationReport, EvaluationRow
 from koala.utils.atomic import new_file, write_text
 from koala.utils.contact_sheet import image_grid
@@ -47,8 +47,8 @@ def evaluate(
     metrics: Sequence[str] = (),
     count: int | None = None,
     seeds: Sequence[int] | None = None,
-    steps: int = 10,
-    guidance: float = 3.5,
+    steps: int | None = None,
+    guidance: float | None = None,
     size: str | None = None,
     weights: Mapping[str, str | Path] | None = None,
     judge: str | Path | None = None,
@@ -72,7 +72,7 @@ def evaluate(
     count: so many prompts of each set; by default all, 200 of the illustrations.
     seeds: evaluation seeds, from 0; by default as many as the set's authors draw, three of the
         illustrations.
-    steps, guidance: of sampling. size: WIDTHxHEIGHT; by default the models' own.
+    steps, guidance: of sampling. size: WIDTHxHEIGHT. All by default the models' own.
     weights: name in `koala.evaluation.metrics.weights.WEIGHTS` -> folder, file or Hub id.
     judge: judge.safetensors of an earlier report; None trains one on the illustrations.
     notes: name in the report -> a note, such as the samples seen.
@@ -85,7 +85,9 @@ def evaluate(
         models = [f"{name}={_places(place)}" for name, place in models.items()]
     asked = plan(
         models, out, prompts, pictures,
-        metrics=metrics, count=count, seeds=seeds, steps=[str(steps)], guidance=[str(guidance)],
+        metrics=metrics, count=count, seeds=seeds,
+        steps=[] if steps is None else [str(steps)],
+        guidance=[] if guidance is None else [str(guidance)],
         size=size, weights=[f"{name}={path}" for name, path in (weights or {}).items()],
         judge=judge, device=device, notes=notes,
     )  # fmt: skip

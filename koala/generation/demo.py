@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from koala.checkpoints.bundled import DEFAULT
 from koala.errors import UserError
 from koala.generation.loader import load
 from koala.generation.png import check_writable
@@ -24,7 +25,7 @@ SEED = 7
 WIDEST = 256  # pixels: smaller images are enlarged by a whole factor, up to this
 
 
-def demo(out: Path, model: str | Path = "koala-mini") -> Path:
+def demo(out: Path, model: str | Path = DEFAULT) -> Path:
     """Draws the eight prompts into the PNG `out`, prints the seconds of each; returns the path."""
     check_writable(out.parent)
     start = time.perf_counter()
@@ -36,7 +37,7 @@ def demo(out: Path, model: str | Path = "koala-mini") -> Path:
         images += pipeline(prompt, seed=SEED).images
         print(f"{time.perf_counter() - start:5.2f} s  {prompt}", flush=True)
     scale = max(1, WIDEST // images[0].width)
-    title = f"{pipeline.name}: 10 steps, guidance 3.5, seed {SEED}"
+    title = f"{pipeline.name}: {pipeline.known.sampling.text()}, seed {SEED}"
     sheet = contact_sheet(images, list(EIGHT_PROMPTS), columns=4, scale=scale, title=title)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")

@@ -53,6 +53,7 @@ class Drawing(ABC):
     batch_sizes: tuple[int, ...]  # compiled rows; (): any
     takes_loras: bool  # for single requests
     takes_embeddings: bool = False  # textual inversions
+    takes_images: bool = True  # to start from
     # Keeps in the cache what lets the next start be fast. It takes seconds, once for a model, so
     # it is for after the images are there.
     keep_form: Callable[[], None] = staticmethod(lambda: None)
@@ -199,6 +200,11 @@ class Drawing(ABC):
             raise UserError(
                 f"the textual inversion {asked.embeddings[0].stem} needs text encoders that "
                 "PyTorch runs: leave its name out, or load the model with the backend torch"
+            )
+        if asked.image is not None and not self.takes_images:
+            raise UserError(
+                f"{self.name} runs without PyTorch, which starting from an image needs: load the "
+                "model itself with backend 'torch'"
             )
         first = asked.settings[0]
         pixels = places = paste = None

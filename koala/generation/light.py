@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from koala.checkpoints.sampling import of_named
-from koala.errors import UserError
 from koala.generation.denoise import Condition
 from koala.generation.drawing import Drawing
 from koala.generation.form import Form, network_file, tokenizer_file
@@ -31,7 +30,7 @@ class LightPipeline(Drawing):
     """
 
     plan = None
-    takes_loras = False
+    takes_loras = takes_images = False
     batch_sizes = ROWS
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -58,10 +57,7 @@ class LightPipeline(Drawing):
         self.decode = one_by_one(decode)
 
     def encode(self, pixels: Array) -> Array:
-        raise UserError(
-            f"{self.name} runs without PyTorch, which starting from an image needs: load the "
-            "model itself with backend 'torch'"
-        )
+        raise NotImplementedError  # `requests` refuses images
 
     @property
     def factor(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import koala
 from koala.architectures.table import FACTOR
+from koala.checkpoints.bundled import DEFAULT
 from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import read_json, unet_architecture
@@ -45,7 +46,7 @@ Put = Callable[[str, Sequence[nn.Module]], None]
 
 
 def load(
-    model: str | Path = "koala-mini",
+    model: str | Path = DEFAULT,
     device: torch.device | str | None = None,
     *,
     dtype: torch.dtype | str | None = None,
@@ -186,7 +187,7 @@ def set_runtime(
         pipeline.decode = one_by_one(full(pipeline.vae))
         say(f"{blocks} blocks are compiled at each size's first picture, unless in the cache")
     if graphs:
-        pipeline.predict = graphed(pipeline.predict, pipeline.unet.device)
+        pipeline.predict = graphed(pipeline.predict, pipeline.device)
     if compiled or graphs:
         pipeline.predict, pipeline.batch_sizes = in_fixed_batches(pipeline.predict), ROWS
         return None
@@ -199,7 +200,7 @@ def set_runtime(
     if chosen.name.startswith("openvino"):
         pipeline.batch_sizes = ROWS
     cost = _COST if chosen.name in validation.ROUNDED else ""
-    if backend not in (None, "remembered") or pipeline.unet.device.type == "cpu":
+    if backend not in (None, "remembered") or pipeline.device.type == "cpu":
         say(f"backend {chosen.name} ({chosen.why}){cost}")
     return chosen
 

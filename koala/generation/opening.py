@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koala.checkpoints.bundled import DEFAULT
 from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
 from koala.generation import form
@@ -25,7 +26,7 @@ _TORCH_ONLY = (
 
 
 def load(
-    model: str | Path = "koala-mini",
+    model: str | Path = DEFAULT,
     device: torch.device | str | None = None,
     *,
     dtype: torch.dtype | str | None = None,
@@ -107,7 +108,7 @@ def load(
 
 
 def open_model(
-    model: str | Path = "koala-mini",
+    model: str | Path = DEFAULT,
     device: Any = None,
     *,
     of_requests: Sequence[str] = (),

@@ -12,7 +12,7 @@ import torch
 
 from koala.architectures.config import INNER, from_unet_config
 from koala.architectures.layout import parameters
-from koala.checkpoints import model_card
+from koala.checkpoints import card_facts, model_card
 from koala.checkpoints.load import load_unet
 from koala.checkpoints.pipeline_files import Contents, as_file, kinds_of, write_folder
 from koala.checkpoints.prune import prune
@@ -82,12 +82,12 @@ def prune_model(
     smaller = prune(unet, share, calls, say)
     name = model_card.name_of(model)
     before, after = (parameters(from_unet_config(one.config)) for one in (unet, smaller))
-    made = model_card.Pruned(name, before, after, len(prompts))
+    made = card_facts.Pruned(name, before, after, len(prompts))
     narrowed = len(smaller.config[INNER])
     with new_folder(out) as part:
         _write(contents, smaller, part, kind)
         card = model_card.of_contents(contents.source, contents.metadata)
-        model_card.pruned_of(card, name, model_card.name_of(out), made).write(part)
+        model_card.write(model_card.pruned_of(card, name, model_card.name_of(out), made), part)
     return PruneReport(name, before, after, narrowed, len(prompts), out)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from koala.checkpoints import model_card, sampling, single_file
+from koala.checkpoints import card_facts, model_card, sampling, single_file
 from koala.checkpoints.pipeline_files import (
     SCHEDULER,
     Contents,
@@ -23,7 +23,13 @@ from koala.checkpoints.pipeline_files import (
     from_folder,
     write_folder,
 )
-from koala.checkpoints.resolve import models_cache, read_model, resolve_model, single_file_path
+from koala.checkpoints.resolve import (
+    check_name,
+    models_cache,
+    read_model,
+    resolve_model,
+    single_file_path,
+)
 from koala.checkpoints.tensors import Source, View, load_tensor
 from koala.checkpoints.vae_files import VaeFiles, read_vae
 from koala.checkpoints.validate import parse_object
@@ -52,7 +58,7 @@ def assembled(
     contents = _contents(model, base, other)
     given = [(Path(file).expanduser(), scale) for file, scale in (loras or {}).items()]
     read_loras = [(read(file, _base_of(contents)), scale) for file, scale in given]
-    parts = model_card.Assembled(
+    parts = card_facts.Assembled(
         unet=model_card.name_of(model),
         base=None if base is None else model_card.name_of(base),
         vae=None if vae is None else model_card.name_of(vae),
@@ -68,7 +74,7 @@ def assembled(
             with new_folder(folder) as part:
                 changes = _Changes(contents, read_loras)
                 write_folder(part, contents.tensors, _files(contents, given), change=changes.get)
-                card.write(part)
+                model_card.write(card, part)
     return folder
 
 
@@ -79,6 +85,7 @@ def _contents(model: str | Path, base: str | Path | None, vae: VaeFiles | None) 
         completing = None if base is None else read_model(base)
         contents = single_file.read(file, completing, parts)
     elif base is not None:
+        check_name(str(model))
         raise UserError(
             f"--base {base} has no effect: {model} is a complete model; leave it out, or give the "
             "file with the U-Net alone"

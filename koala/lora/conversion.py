@@ -7,7 +7,7 @@ import math
 import struct
 from pathlib import Path
 
-from koala.checkpoints.tensors import Stored, load_tensor, read_metadata, write
+from koala.checkpoints.tensors import Stored, View, load_tensor, read_metadata, write
 from koala.errors import UserError, unknown
 from koala.lora import peft
 from koala.lora.names import base_named, shapes, spellings, targets
@@ -38,9 +38,10 @@ def convert_lora(
 def write_converted(lora: Lora, out: Path, spelling: str = "kohya") -> None:
     """Writes a LoRA file for the model that the LoRA was read for.
 
-    Modules get their names in that model. Dtypes and metadata are unchanged, with the model added.
-    In kohya's spelling each module has its alpha. In the file's own, PEFT's settings are adapted,
-    in a separate file if they were in one. Raises `UserError` if `out` exists or cannot be written.
+    Modules get their names in that model. Dtypes and metadata are unchanged, with the model added;
+    fp8 becomes fp16. In kohya's spelling each module has its alpha. In the file's own, PEFT's
+    settings are adapted, in a separate file if they were in one. Raises `UserError` if `out` exists
+    or cannot be written.
     """
     metadata = {**read_metadata(lora.file), MADE_FOR: signature(lora.base.unet)}
     check_new(out)
@@ -66,7 +67,8 @@ def write_converted(lora: Lora, out: Path, spelling: str = "kohya") -> None:
         if settings.beside:
             part = both.enter_context(new_file(beside))
             part.write_text(settings.text() + "\n", encoding="utf-8")
-        write(out, {name: (s.dtype, s.shape) for name, s in own.items()}, own.__getitem__, metadata)
+        kinds = {name: (View((stored,)).dtype, stored.shape) for name, stored in own.items()}
+        write(out, kinds, own.__getitem__, metadata)
 
 
 def _kohya(lora: Lora) -> dict[str, tuple[str, tuple[int, ...], Stored | bytes]]:
@@ -80,7 +82,7 @@ def _kohya(lora: Lora) -> dict[str, tuple[str, tuple[int, ...], Stored | bytes]]
             if role == "magnitude":  # PEFT's axes differ
                 ones = (1,) * (len(shapes(lora.base)[target]) - 1)
                 shape, role = (math.prod(shape), *ones), "dora_scale"
-            tensors[stem + _ENDINGS.get(role, f".{role}")] = (stored.dtype, shape, stored)
+            tensors[stem + _ENDINGS.get(role, f".{role}")] = (View((stored,)).dtype, shape, stored)
         if f"{stem}.alpha" in tensors:
             continue
         if adapter.rank is not None:

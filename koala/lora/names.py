@@ -161,6 +161,7 @@ def spellings(base: BaseModel) -> dict[str, dict[Target, str]]:
     return dotted | {
         "kohya, original names": {t: "lora_unet_" + _flat(original[t.path]) for t in unet},
         "kohya, diffusers names": {t: "lora_unet_" + _flat(t.path) for t in unet},
+        "LyCORIS": {t: "lycoris_" + _flat(t.path) for t in unet},
         "kohya, text": {t: kohya[t.part] + _flat(t.path) for t in text},
         "diffusers": {t: f"unet.{t.path}" for t in unet},
         "diffusers, processors": {

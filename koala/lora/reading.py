@@ -24,7 +24,15 @@ from koala.architectures.table import (
     root_faults,
     student_of,
 )
-from koala.checkpoints.tensors import FLOATS, Stored, load_tensor, read_header, read_metadata
+from koala.checkpoints.detect import foreign
+from koala.checkpoints.tensors import (
+    FLOATS,
+    FP8,
+    Stored,
+    load_tensor,
+    read_header,
+    read_metadata,
+)
 from koala.checkpoints.validate import some
 from koala.errors import UserError
 from koala.lora import kinds, peft
@@ -225,15 +233,17 @@ def _entries(file: Path) -> tuple[list[Entry], dict[str, list[str]]]:
         del tensors[stem]
     others = left_out.get("other tensors", [])
     if not tensors:
+        kind = foreign({key: stored.shape for key, stored in header.items()}) or "an SDXL model"
         raise UserError(
-            f"{file} is not a LoRA: none of its {len(header)} tensors is named like one"
+            f"{file} is not a LoRA: none of its {len(header)} tensors is named like one; "
+            f"it is {kind}"
         )
     if len(others) > STRAY * len(header):
         raise UserError(f"{file} has tensors that are not part of a LoRA: {some(others)}")
     entries = [Entry(stem, endings) for stem, endings in tensors.items()]
     if half := [e.stem for e in entries if not kinds.kind_of(e.roles)]:
         raise UserError(f"{file}: the matrices of {some(half)} are not all there, or of two kinds")
-    strange = {s.dtype for e in entries for s in e.tensors.values()} - {*FLOATS}
+    strange = {s.dtype for e in entries for s in e.tensors.values()} - {*FLOATS, *FP8}
     if strange:
         raise UserError(f"{file} holds {some(sorted(strange))} tensors; they must be floats")
     return entries, left_out

@@ -56,7 +56,7 @@ def bundle(model: str | Path, out: Path, data: Path | None = None) -> int:
         if words is not None:
             words.write(part)
         card = model_card.read(source)
-        replace(card, title=out.name).write(part)
+        model_card.write(replace(card, title=out.name), part)
         if out.name != WHOLE:
             _leave_out_shared(part, out.parent / WHOLE)
         return sum(file.stat().st_size for file in part.rglob("*.safetensors"))

@@ -14,13 +14,14 @@ from koala.checkpoints.sampling import USUAL
 from koala.checkpoints.validate import unet_architecture
 from koala.data.latents import LatentSet
 from koala.distillation.forward_process import NoiseSchedule
-from koala.distillation.tasks import Denoising, Distillation, Encode, Taught, teacher_dtype
+from koala.distillation.tasks import Denoising, Distillation, Encode, Taught
 from koala.errors import UserError
 from koala.lora.training import add_lora
 from koala.recipes.previews import drawing
 from koala.recipes.recipe import MINI_PROMPTS, Finetune, Student, Teacher
 from koala.recipes.tasks import student_task
 from koala.text_conditioning import TextConditioner
+from koala.utils.device import compute_dtype
 
 CAPTION_CACHE = 2**31  # bytes of embeddings cached by a training on the CPU: the whole mini set's
 VALIDATION_SAMPLES = 128
@@ -146,7 +147,7 @@ def _finetuning(
     latents: LatentSet,
 ) -> Denoising:
     """Without a LoRA's matrices the U-Net rests, and does so in the dtype of a teacher."""
-    unet = load_unet(base, teacher_dtype(device) if recipe.lora else None)
+    unet = load_unet(base, compute_dtype(device) if recipe.lora else None)
     if recipe.lora:
         torch.manual_seed(recipe.training.seed)
         add_lora(unet, recipe.lora)

@@ -27,7 +27,7 @@ from koala.checkpoints.validate import read_json, read_tensors, unet_architectur
 from koala.data.index import Index
 from koala.distillation.optimizers import trained_parameters
 from koala.distillation.settings import StepSettings
-from koala.distillation.taps import tap_points
+from koala.distillation.taps import regions, tap_points
 from koala.errors import UserError
 from koala.lora.names import base_named
 from koala.recipes.build import CAPTION_CACHE, UNet
@@ -68,6 +68,7 @@ class Estimate:
     pixels: int
     tflop_a_sample: float  # all passes of a step, over what the steps train by turns
     tflop_again: float  # extra, if activations are recomputed
+    compilations: int  # of blocks, at most, whatever the number of image sizes; 0: eager
     device: str
     room: float  # of the device
     memory: dict[str, float]
@@ -82,6 +83,10 @@ class Estimate:
     def total(self) -> float:
         """GiB of one device."""
         return sum(self.memory.values())
+
+    @property
+    def _compiled(self) -> str:
+        return f"at most {self.compilations} blocks, once for all sizes of images"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -99,6 +104,7 @@ class Estimate:
             f"samples       {self.samples:,} of {self.pixels} px, {self.batch} a step: "
             f"{self.processes} x {self.micro_batch} at once",
             f"a sample      {self.tflop_a_sample:.4g} TFLOP{again}",
+            *([f"compiled      {self._compiled}"] if self.compilations else []),
             f"memory        {self.total:.2f} of {self.room:.1f} GiB of each {self.device}:",
             *(f"{size:14.2f} {part}" for part, size in self.memory.items()),
             *(f"{size:14.2f} in main memory: {n}" for n, size in self.main_memory.items()),
@@ -182,6 +188,7 @@ def estimate(
         pixels=setup.pixels,
         tflop_a_sample=flops / 1e12,
         tflop_again=again / 1e12,
+        compilations=_compilations(setup),
         device=speed.device,
         room=speed.room,
         memory={part: size / 2**30 for part, size in memory.items()},
@@ -299,6 +306,19 @@ def _flops(setup: TrainingSetup) -> tuple[float, float]:
         lora=setup.lora is not None,
     )
     return (again if setup.hardware.checkpointing else 0), rest
+
+
+def _compilations(setup: TrainingSetup) -> int:
+    """Compiled blocks, at most: those of one shape share the code. A network that runs both with a
+    gradient and without one, as in step distillation, is compiled for each."""
+    if not setup.hardware.compile:
+        return 0
+    student = len(regions(blank_unet(setup.student)))
+    teacher = 0 if setup.teacher is None else len(regions(blank_unet(setup.teacher)))
+    if isinstance(setup.settings, StepSettings):
+        critic = teacher if setup.training.critic_updates else 0
+        return 2 * (student + critic) + teacher
+    return student + teacher
 
 
 def _taps(recipe: UNet, setup: TrainingSetup) -> dict[str, int]:

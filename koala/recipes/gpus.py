@@ -1,7 +1,8 @@
 """GPUs by name or by numbers, for dry runs without the GPU itself.
 
 Memory in GiB as reported by the driver; peak in TFLOP/s of dense bf16 products accumulated in fp32,
-from data sheets (for GeForce cards twice the fp32 rate, as in the white papers).
+fp16 where there is no bf16, from data sheets (for GeForce cards twice the fp32 rate, of the 2080s
+four times, as in the white papers).
 """
 
 import re
@@ -37,6 +38,11 @@ GPUS = {
     "3060": Gpu(11.6, 25.5),
     "3070": Gpu(7.6, 40.6),
     "4060": Gpu(7.6, 30.2),
+    "v100": Gpu(31.7, 125.0),
+    "v100-16gb": Gpu(15.8, 125.0),
+    "t4": Gpu(14.6, 65.0),
+    "2080ti": Gpu(10.6, 53.8),
+    "2080": Gpu(7.6, 40.3),
 }
 
 

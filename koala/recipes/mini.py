@@ -121,7 +121,7 @@ def koala_mini_guided() -> Student:
     return _student(
         DistillationSettings(
             task_weight=0.0, feature_weight=0.0, taps=(), min_snr=1.0, min_snr_out=True,
-            guidance=3.5, caption_dropout=0.0,
+            guidance=3.5, steps=4, caption_dropout=0.0,
         ),
         samples=96_000, batch=64, lr=7e-4,
     )  # fmt: skip

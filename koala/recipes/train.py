@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from koala.architectures.config import from_unet_config
-from koala.checkpoints import lora_card, model_card, sampling
+from koala.checkpoints import card_facts, lora_card, model_card, sampling
 from koala.checkpoints.compress import adopt, compress
 from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import Moments
@@ -85,7 +85,7 @@ def distill(
             models = _run(recipe, data, out, teacher, student, world, loggers, own)
         with world.together():
             for model in models if world.first else ():
-                _card(name, recipe, data, out, teacher, student).write(model)
+                model_card.write(_card(name, recipe, data, out, teacher, student), model)
     return models[0]
 
 
@@ -122,7 +122,7 @@ def finetune(
                     card = model_card.read(resolve_model(model))
                     lora_card.write(result, out.absolute().name, card, facts)
                 else:
-                    _card(name, recipe, data, out, model, None).write(result)
+                    model_card.write(_card(name, recipe, data, out, model, None), result)
     return results[0]
 
 
@@ -166,6 +166,8 @@ def _run(
                 compress(teacher, recipe.cut, start, "fp32", rule or "bottom")
             else:
                 adopt(student or teacher, teacher, recipe.cut, start, rule)
+    if isinstance(recipe, Student):
+        world.check_shared(start)
     conditioner = conditioner_of(source, world.device, latents)
     encode = Moments(source, world.device) if latents.images else None
     kind = own.task if own and own.task else Distillation
@@ -248,9 +250,9 @@ def _card(
     out: Path,
     teacher: str | None,
     student: str | None,
-) -> model_card.ModelCard:
+) -> card_facts.ModelCard:
     """The finished model's card: the card of the model it started from, and this training."""
-    start = model_card.ModelCard("")
+    start = card_facts.ModelCard("")
     if not isinstance(recipe, Base):
         assert teacher is not None
         start = model_card.read(
@@ -269,12 +271,12 @@ def _card(
 
 def _trained(
     name: str, recipe: Recipe, data: str | Path, teacher: str | None, student: str | None
-) -> model_card.Trained:
+) -> card_facts.Trained:
     """This training, for a card."""
     trained = {"U-Net": recipe.training} if not isinstance(recipe, Base) else {
         "VAE": recipe.vae, "decoder": recipe.decoder, "text encoders": recipe.text,
     }  # fmt: skip
-    return model_card.Trained(
+    return card_facts.Trained(
         recipe=name,
         settings=asdict(recipe),
         samples={what: training.samples for what, training in trained.items()},

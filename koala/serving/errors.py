@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 
 from koala.errors import Failure, UserError
 from koala.generation import Late
-from koala.generation.memory.placement import ran_out
 from koala.serving.admission import UNAVAILABLE, Busy
 from koala.serving.content_filter import HeldBackError
+from koala.utils.device import ran_out
 
 _log = logging.getLogger("koala.serving")
 

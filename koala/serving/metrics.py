@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from koala.generation import Pass
+from koala.utils.device import allocated_bytes
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 _IMAGES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
@@ -24,7 +24,7 @@ class Metrics:
             "koala_batch_limit", "Largest batch, in images of native size."
         )
         self._memory = self._gauge("koala_device_memory_bytes", "GPU memory allocated by torch.")
-        self._memory.set_function(_device_memory)
+        self._memory.set_function(allocated_bytes)
         self._rows = self._histogram("koala_batch_pictures", "Images in one pass.", _IMAGES)
         self._step = self._histogram("koala_step_seconds", "Duration of one pass.")
         self._wait = self._histogram("koala_wait_seconds", "From acceptance to the first step.")
@@ -81,7 +81,3 @@ class Metrics:
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
-
-
-def _device_memory() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0

@@ -10,9 +10,11 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from koala.errors import Failure, UserError
+from koala.generation.form import is_form
 from koala.serving.jobs.database import Database
 from koala.serving.settings import Options, check
 from koala.utils.extras import require
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-    from koala.generation import Pipeline
+    from koala.generation.drawing import Drawing
     from koala.serving.content_filter import ContentFilter
     from koala.serving.service import Service
 
@@ -84,8 +86,12 @@ def http_config(app: "FastAPI", options: Options) -> "uvicorn.Config":
     )  # fmt: skip
 
 
-def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Options]":
-    """The model as asked for, and the options with limits that its memory plan can hold."""
+def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Drawing, Options]":
+    """The model as asked for, and the options with limits that its memory plan can hold.
+
+    The folder of an OpenVINO form, and any model where PyTorch is not installed, is served without
+    PyTorch: requests that start from an image are refused.
+    """
     from koala.generation import load
     from koala.generation.runtime.fixed_batches import one_by_one
 
@@ -100,7 +106,7 @@ def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Pipeline, Opt
         vram=options.vram,
         size=None if side is None else (side, side),
         images=limits.max_batch or 8,
-        from_image=True,
+        from_image=not is_form(options.model) and find_spec("torch") is not None,
         say=say,
     )
     if (plan := pipeline.plan) is not None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from PIL import Image
 
 from koala.errors import UserError
-from koala.generation import Engine, Late, Pass, Pipeline, Progress, Request, Ticket
-from koala.generation.drawing import Result
+from koala.generation import Engine, Late, Pass, Progress, Request, Ticket
+from koala.generation.drawing import Drawing, Result
 from koala.generation.validation import SMALLEST, is_far
 from koala.generation.validation import size as checked_size
 from koala.lora.folder import lora_file, lora_names
@@ -97,7 +97,7 @@ class Service:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Drawing,
         limits: Limits,
         loras: Path | None = None,
         metrics: Metrics | None = None,

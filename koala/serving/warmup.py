@@ -7,18 +7,18 @@ batch would only add latency.
 import time
 from collections.abc import Sequence
 
-import torch
-
-from koala.generation import Engine, Pipeline, Progress
+from koala.generation import Engine, Progress
 from koala.generation.denoise import BatchRow, evaluate
-from koala.generation.memory.placement import free_unused, ran_out
+from koala.generation.drawing import Drawing
+from koala.utils.arrays import no_gradients, wait_for
+from koala.utils.device import free_unused, ran_out
 
 GAIN = 1.05  # least speed-up per image from doubling the batch
 MOST = 16  # images, of two rows each with guidance
 LONGEST = 2.0  # seconds of a pass; beyond it the batch is not doubled
 
 
-def warm_up(pipeline: Pipeline, max_batch: int | None = None, sizes: Sequence[int] = ()) -> int:
+def warm_up(pipeline: Drawing, max_batch: int | None = None, sizes: Sequence[int] = ()) -> int:
     """Generates one image, and returns the best batch size in images of native size.
 
     max_batch: skips the measurement. sizes: numbers of rows that are compiled or captured
@@ -36,7 +36,7 @@ def warm_up(pipeline: Pipeline, max_batch: int | None = None, sizes: Sequence[in
     return best
 
 
-def _generate(pipeline: Pipeline) -> None:
+def _generate(pipeline: Drawing) -> None:
     """Generates a complete image with previews."""
 
     def preview(progress: Progress) -> None:
@@ -49,7 +49,7 @@ def _generate(pipeline: Pipeline) -> None:
     ticket.result()
 
 
-def _best_batch(pipeline: Pipeline, row: BatchRow) -> int:
+def _best_batch(pipeline: Drawing, row: BatchRow) -> int:
     best, cost = 1, _seconds(pipeline, [row])
     while best < MOST and cost * best < LONGEST:
         try:
@@ -57,7 +57,7 @@ def _best_batch(pipeline: Pipeline, row: BatchRow) -> int:
         except Exception as error:
             if not ran_out(error):
                 raise
-            free_unused(pipeline.device)
+            free_unused()
             return max(1, best // 2)  # leave memory for others
         if cheaper * GAIN > cost:
             break
@@ -65,14 +65,12 @@ def _best_batch(pipeline: Pipeline, row: BatchRow) -> int:
     return best
 
 
-@torch.inference_mode()
-def _seconds(pipeline: Pipeline, rows: list[BatchRow], runs: int = 3) -> float:
+def _seconds(pipeline: Drawing, rows: list[BatchRow], runs: int = 3) -> float:
     """Seconds of one step of the rows: the best of `runs` after one warm-up."""
     seconds = []
     for _ in range(runs + 1):
         start = time.perf_counter()
-        epsilons = evaluate(pipeline.predict, rows)
-        if epsilons[0].device.type == "cuda":
-            torch.cuda.synchronize(epsilons[0].device)
+        with no_gradients():
+            wait_for(evaluate(pipeline.predict, rows)[0])
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])

@@ -64,6 +64,14 @@ def no_gradients() -> AbstractContextManager[Any]:
     return nullcontext() if torch is None else torch.inference_mode()
 
 
+def wait_for(array: Array) -> None:
+    """Returns when a GPU, if it is on one, has computed it."""
+    if getattr(array, "is_cuda", False):
+        import torch
+
+        torch.cuda.synchronize(array.device)
+
+
 def numbers(kind: Array, values: Sequence[float]) -> Array:
     """Float32 numbers in the kind of array that `kind` is, on the CPU."""
     if isinstance(kind, np.ndarray):

@@ -122,12 +122,23 @@ def claim(
     if not file.exists():
         write_text(file, json.dumps(wanted, indent=1) + "\n")
         return
+    found = json.loads(file.read_text(encoding="utf-8"))
+    check_claim(file, {**dict.fromkeys([*(defaults or {}), *found]), **wanted}, defaults)
+
+
+def check_claim(
+    file: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """`UserError` if the JSON `file` is there and differs in one of these settings; see `claim`."""
+    if not file.exists():
+        return
+    wanted = json.loads(json.dumps(settings))
     found = json.loads(json.dumps(defaults or {})) | json.loads(file.read_text(encoding="utf-8"))
-    for name in sorted({*found, *wanted}):
-        if found.get(name) != wanted.get(name):
+    for name in sorted(wanted):
+        if found.get(name) != wanted[name]:
             raise UserError(
                 f"{file.parent} was made with {name}={found.get(name)!r}, now it is "
-                f"{wanted.get(name)!r}; take another --out, or remove this folder"
+                f"{wanted[name]!r}; take another --out, or remove this folder"
             )
 
 

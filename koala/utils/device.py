@@ -5,6 +5,7 @@ Importing this loads no torch.
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -68,6 +69,44 @@ def free_bytes(device: torch.device) -> int:
     return int(FREE_SHARE * free)
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether an error means that a device or the machine has no more memory."""
+    torch = sys.modules.get("torch")
+    return (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))  # on the CPU
+    )
+
+
+def free_unused() -> None:
+    """Returns the memory that torch holds and nobody uses."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch is not None and torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def allocated_bytes() -> int:
+    """GPU memory that torch has allocated; 0 without a GPU, or without torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return 0
+    allocated: int = torch.cuda.memory_allocated()
+    return allocated
+
+
+def free_and_total_bytes() -> tuple[int, int] | None:
+    """Memory of the current GPU; None without one, or without torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return free, total
+
+
 def resident_bytes() -> int:
     """Memory that this process holds now; where the system does not tell, the most it ever held."""
     import resource
@@ -123,6 +162,17 @@ def cpu_name() -> str:
 def has_bf16() -> bool:
     """Whether the CPU has bfloat16 instructions; emulation is slower than float32."""
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & {*_facts().get("flags", "").split()})
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What a training multiplies in: bf16 on a GPU that has it, fp16 on an older one (Volta,
+    Turing), else fp32."""
+    import torch
+
+    if device.type != "cuda":
+        return torch.float32
+    has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_it else torch.float16
 
 
 def hardware() -> str:

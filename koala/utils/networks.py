@@ -52,6 +52,20 @@ _REST: dict[str, Deferral] = {
         "CPUOffloadPolicy": class_later,
         "MixedPrecisionPolicy": class_later,
     },
+    "torch.distributed.tensor": dict.fromkeys(
+        ("DTensor", "Partial", "Replicate", "Shard"), class_later
+    )
+    | {"distribute_tensor": called_later},
+    "torch.distributed.tensor._utils": {"compute_local_shape_and_global_offset": called_later},
+    "torch.distributed.tensor.placement_types": dict.fromkeys(
+        ("Shard", "_StridedShard"), class_later
+    ),
+    "transformers.distributed.expert_parallel": {"apply_expert_parallelism": called_later},
+    "transformers.distributed.tensor_parallel": dict.fromkeys(
+        ("apply_tensor_parallelism", "gather_state_dict_for_save", "verify_tp_plan"), called_later
+    ),
+    "transformers.models": None,
+    "transformers.quantizers": None,
     "transformers.generation.continuous_batching": {"PagedAttentionCache": class_later},
     "transformers.generation.continuous_batching.cache": {"PagedAttentionCache": class_later},
 }

@@ -31,7 +31,7 @@ from koala.data.illustrations.scenes import (
     plan,
 )
 from koala.evaluation.features import extract
-from koala.evaluation.judge import Judge
+from koala.evaluation.retrieval import Judge
 
 pytestmark = pytest.mark.usefixtures("packages")
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from benchmarks import lora_carry
+from benchmarks import looks, lora_carry
 from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.checkpoints.bundled import BUNDLED
@@ -42,14 +42,14 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def test_a_lora_is_trained_carried_and_measured(teacher, tmp_path):
-    training = lora_carry.Training(samples=8, batch=4, rank=2, learning_rate=1e-2, held_out=0.5)
-    data = lora_carry.prepare(training, teacher, tmp_path / "data")
-    made, losses = lora_carry.train(training, str(teacher), data, tmp_path / "run")
-    assert len(losses) == 2
-    assert all(map(math.isfinite, losses))
+    training = looks.Training(samples=8, batch=4, rank=2, learning_rate=1e-2, held_out=0.5)
+    data = looks.prepare(training, teacher, tmp_path / "data")
+    made, losses = looks.train(training, str(teacher), data, tmp_path / "run")
+    assert math.isfinite(losses.first_tenth) and math.isfinite(losses.last_tenth)
     models = {"teacher": str(teacher), "student": "koala-mini"}
     lora = made / lora_carry.FILE
-    figures, sheet = lora_carry.compare(models, lora, data, Colours(), things=2, seeds=1)
+    held_out = looks.HeldOut.of(data, 2)
+    figures, sheet = lora_carry.compare(models, lora, held_out, Colours(), seeds=1)
     carried = figures["student"]["lora"]
     assert (carried["made_for"], carried["applied_to"]) == ("sdxl-mini", "koala-mini")
     assert carried["applied"] < carried["modules"] == figures["teacher"]["lora"]["applied"]
@@ -61,11 +61,11 @@ def test_a_lora_is_trained_carried_and_measured(teacher, tmp_path):
 def test_the_shift_is_measured_along_the_way_to_the_target():
     without = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
     target = torch.tensor([[10.0, 1.0]])
-    found = lora_carry.measure(without, without + torch.tensor([[1.0, 3.0], [3.0, 3.0]]), target)
-    assert found == lora_carry.Shift(distance=10.0, shift=2.0, error=1.0, sideways=3.0)
+    found = looks.measure(without, without + torch.tensor([[1.0, 3.0], [3.0, 3.0]]), target)
+    assert found == looks.Shift(distance=10.0, shift=2.0, error=1.0, sideways=3.0)
 
 
 def test_a_style_of_the_family_is_no_evidence(teacher, tmp_path):
     for style, told in (("noto", "was trained on"), ("mdi", "give an art set of emoji")):
         with pytest.raises(UserError, match=told):
-            lora_carry.prepare(lora_carry.Training(style=style), teacher, tmp_path)
+            looks.prepare(looks.Training(style=style), teacher, tmp_path)

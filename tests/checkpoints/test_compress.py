@@ -17,7 +17,7 @@ from koala.architectures.block_map import DEPTH_RULES, block_map, tensor_map
 from koala.architectures.config import unet_config
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import CUTS, UNetArchitecture, get, student_of
-from koala.checkpoints import model_card
+from koala.checkpoints import card_facts, model_card
 from koala.checkpoints.compress import adopt, compress
 from koala.checkpoints.load import load_unet
 from koala.checkpoints.validate import WEIGHTS, unet_architecture
@@ -316,16 +316,16 @@ def test_both_licences_go_with_it(teacher, tmp_path):
     (theirs / model_card.FILE).write_text("---\nlicense: openrail++\n---\n")
     mine = model_card.read(ours)
     for licence, expected in (
-        (model_card.Licence("openrail++"), model_card.Licence("openrail++")),
+        (card_facts.Licence("openrail++"), card_facts.Licence("openrail++")),
         (
-            model_card.Licence("other", "terms of Ann", "https://example.org"),
-            model_card.Licence(
+            card_facts.Licence("other", "terms of Ann", "https://example.org"),
+            card_facts.Licence(
                 "other",
                 "U-Net: terms of Ann, https://example.org; VAE and text encoders: openrail++",
             ),
         ),
     ):
-        replace(mine, licence=licence).write(ours)
+        model_card.write(replace(mine, licence=licence), ours)
         adopt(ours, theirs, "koala-700m", tmp_path / "begun")
         told = model_card.read(tmp_path / "begun")
         assert (told.title, told.cut, told.licence) == ("begun", mine.cut, expected)

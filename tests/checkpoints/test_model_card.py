@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from koala.checkpoints import model_card
+from koala.checkpoints import card_text, model_card
+from koala.checkpoints.card_facts import Compressed, Evaluated, Licence, ModelCard, Trained
 from koala.checkpoints.compress import compress
-from koala.checkpoints.model_card import Compressed, Evaluated, Licence, ModelCard, Trained
 from koala.cli import main
 from koala.errors import UserError
 from koala.evaluation.cards import enter, folders_with_cards
@@ -134,7 +134,7 @@ def test_the_snippets_run_as_they_stand(toy_sdxl, tmp_path, monkeypatch):
 def test_a_card_is_read_as_it_was_written(tmp_path):
     evaluated = Evaluated("| a |\n|---|\n| 1 |", {"prompts": 200, "seeds": [0, 1]}, "a laptop")
     for written in (ModelCard("bare"), FULL, replace(FULL, evaluated=evaluated)):
-        written.write(tmp_path)
+        model_card.write(written, tmp_path)
         assert model_card.read(tmp_path) == written
         assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
@@ -144,7 +144,7 @@ def test_a_card_is_read_as_it_was_written(tmp_path):
 def test_any_licences_name_survives(tmp_path_factory, name):
     folder = tmp_path_factory.mktemp("card")
     written = replace(FULL, licence=Licence("other", name, None))
-    written.write(folder)
+    model_card.write(written, folder)
     assert model_card.read(folder) == written
     assert metadata_load(folder / "README.md")["license_name"] == name
 
@@ -154,11 +154,11 @@ def test_training_goes_on_from_the_students_card(tmp_path):
         ModelCard("start", Licence("openrail++"), None, CUT), "run", TRAINED
     )
     assert trained == ModelCard("run", Licence("openrail++"), None, CUT, TRAINED)
-    text = trained.text()
+    text = card_text.text(trained)
     for said in ("40,000", "12,345", "`koala-mini`, teacher sdxl-mini", "then distilled"):
         assert said in text
     assert "not been distilled" not in text
-    assert "distillation" in trained.metadata().tags
+    assert "distillation" in card_text.front_matter(trained).tags
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,9 @@ def test_training_goes_on_from_the_students_card(tmp_path):
 )
 def test_a_student_that_went_on_says_from_what(before, seen):
     """Also one that others cut, of which no more is known."""
-    text = ModelCard("mine", trained=replace(TRAINED, student="koala-700m", before=before)).text()
+    text = card_text.text(
+        ModelCard("mine", trained=replace(TRAINED, student="koala-700m", before=before))
+    )
     assert f"- trained further from: koala-700m, after {seen}\n" in text
     assert "method and trained further from koala-700m." in text
     assert "trained from scratch" not in text and "long legible text" in text
@@ -174,12 +176,12 @@ def test_a_student_that_went_on_says_from_what(before, seen):
 
 def test_training_without_a_teacher_is_no_distillation():
     alone = ModelCard("t", trained=replace(TRAINED, distilled=False))
-    assert "distillation" not in alone.metadata().tags
-    assert "VAE and text encoders of sdxl-mini" in alone.text()
+    assert "distillation" not in card_text.front_matter(alone).tags
+    assert "VAE and text encoders of sdxl-mini" in card_text.text(alone)
 
 
 def test_a_reports_row_is_entered(tmp_path):
-    column = Column("illustrations", "r@5", "R@5 ↑", True, 1, 2, "koala.evaluation.judge")
+    column = Column("illustrations", "r@5", "R@5 ↑", True, 1, 2, "koala.evaluation.retrieval")
     rows = [
         EvaluationRow(name, "", {column.key: Cell(value)})
         for name, value in (("real pictures", 0.5), ("mine", 0.25), ("yours", 0.125))
@@ -188,7 +190,7 @@ def test_a_reports_row_is_entered(tmp_path):
     models = {name: tmp_path / name for name in ("mine", "yours")}
     for folder in models.values():
         folder.mkdir()
-        FULL.write(folder)
+        model_card.write(FULL, folder)
     enter(report, folders_with_cards(rows_of([f"{n}={path}" for n, path in models.items()])))
     text = (tmp_path / "mine" / "README.md").read_text()
     assert "| mine | 0.25 |" in text and "| real pictures | 0.50 |" in text

@@ -66,6 +66,20 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     (["compress", "gone", "--base", "gone", "--to", "koala-1b", "--out", "x", "--dtype", "fp61"],
      "mean fp16?"),
     (["convert", "gone", "--base", "gone", "--to", "single-file", "--out", "x"], "must end in"),
+    (["convert", "gone", "--base", "gone", "--to", "diffusers", "--out", "x"], "unknown model"),
+    (["prepare", "gone", "--base", "gone", "--model", "gone", "--out", "x"],
+     "source 'gone' does not exist"),
+    (["prepare", "images", "--base", "gone", "--model", "gone", "--out", "x", "--size", "9"],
+     "size 9: it must be a multiple of 8"),
+    (["prepare", "images", "--base", "gone", "--model", "gone", "--out", "x", "--text",
+      "--long-captions", "cut"], "unknown policy for long captions 'cut'"),
+    (["prepare", "images", "--vae", "gone", "--model", "gone", "--out", "x", "--caption", "title"],
+     "the source has no title"),
+    (["prepare", "images", "--vae", "gone", "--model", "gone", "--out", "made"],
+     "made was made with size=64, now it is 1024"),
+    (["prepare", "illustrations", "--vae", "gone", "--model", "gone", "--out", "x", "--text"],
+     "has fixed settings"),
+    (["prepare", "images", "--base", "gone", "--model", "gone", "--out", "x"], "unknown model"),
     # serve
     (["serve", "--model", "koala-mni"], "did you mean koala-mini?"),
     (["serve", "--backend", "atuo"], "unknown backend 'atuo'"),
@@ -142,6 +156,10 @@ def told(tmp_path_factory) -> list:
     write_folder(folder / "images", images(2, [(64, 64)]))
     Image.new("L", (64, 64)).save(folder / "black.png")
     (folder / "prompts").write_text("a fox\n")
+    (folder / "made").mkdir()
+    (folder / "made" / "latents.json").write_text(
+        '{"source": "folder", "captions": ["text"], "size": 64}'
+    )
     before = sorted(folder.rglob("*"))
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *HEAVY], cwd=folder, check=True, capture_output=True,

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from koala.checkpoints import model_card
+from koala.checkpoints import card_text, model_card
 from koala.cli import main
 from koala.data.latents import LatentSet
 from koala.generation import load
@@ -141,7 +141,7 @@ def test_a_whole_u_net_and_its_card(toy_sdxl, data, tmp_path):
     assert (run / "model-ema-4" / unet).is_file()
     card = model_card.read(run / "model")
     assert card.trained.tuned and card.trained.teacher == "sdxl" and not card.trained.distilled
-    assert "fine-tuned from sdxl" in card.text()
+    assert "fine-tuned from sdxl" in card_text.text(card)
     again = tmp_path / "again"
     few = ("training.samples=4", "training.preview_every=1000")
     assert main(command("full", run / "model", data, again, *few)) == 0

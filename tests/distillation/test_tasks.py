@@ -16,7 +16,7 @@ from koala.checkpoints.prediction import VELOCITY, Prediction
 from koala.checkpoints.sampling import Sampling, of_config
 from koala.distillation.forward_process import NoiseSchedule, generators_at
 from koala.distillation.settings import PAPER_TAPS, DistillationSettings, Tap
-from koala.distillation.tasks import Denoising, Distillation, teacher_dtype
+from koala.distillation.tasks import Denoising, Distillation
 from koala.errors import UserError
 from koala.text_conditioning import TextConditioner
 from toy import toy_pipeline, toy_scheduler, toy_unet
@@ -187,8 +187,10 @@ def test_a_guided_teacher_is_what_the_pipeline_draws_with(
 def test_a_student_of_a_guided_teacher_says_that_it_needs_no_guidance(
     distillation: Make, tmp_path: Path
 ) -> None:
-    for guidance, known in ((2.0, Sampling(guidance=1.0)), (None, None)):
-        task = distillation(guidance=guidance, caption_dropout=0.0)
+    for guidance, steps, known in (
+        (2.0, 10, Sampling(guidance=1.0)), (2.0, 4, Sampling(4, guidance=1.0)), (None, 10, None),
+    ):  # fmt: skip
+        task = distillation(guidance=guidance, steps=steps, caption_dropout=0.0)
         task.export(task.trainable, tmp_path / "out")
         config = load_scheduler_config(tmp_path / "out")
         assert of_config(config) == known
@@ -327,7 +329,6 @@ def test_the_teacher_follows_the_student_to_its_device(distillation: Make) -> No
     task = distillation(teacher=teacher).to("meta")
     assert task.device.type == "meta"
     assert all(p.device.type == "meta" for p in teacher.parameters())
-    assert teacher_dtype(torch.device("cpu")) == torch.float32
 
 
 # --- randomness and captions ---------------------------------------------------------------
@@ -438,6 +439,8 @@ def test_another_forward_process_is_refused(key: str, value: str) -> None:
         ({"min_snr": 5.0, "task_weight": 0.0}, "min_snr 5.0 is given but task_weight is 0"),
         ({"min_snr_out": True}, "min_snr_out has no effect without min_snr"),
         ({"guidance": 1.0, "caption_dropout": 0.0}, "guidance 1.0: it must be above 1"),
+        ({"steps": 4}, "steps 4 without guidance has no effect"),
+        ({"guidance": 3.5, "steps": 11, "caption_dropout": 0.0}, "steps 11: .* in 1 to 10"),
         ({"guidance": 3.5}, "caption_dropout 0.1 with guidance: .* set it to 0"),
         (
             {"guidance": 3.5, "output_weight": 0.0, **NO_FEATURES},

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from koala.errors import UserError
 from koala.evaluation.distances import frechet, kernel_distance
 from koala.evaluation.features import EffLite0, as_tensor, extract
-from koala.evaluation.judge import Judge
 from koala.evaluation.pictures import at_size
+from koala.evaluation.retrieval import Judge
 from koala.mini.sentence_encoder import SentenceEncoder
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from operator import attrgetter
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +13,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from koala.checkpoints.pipeline_files import SCHEDULER
+from koala.checkpoints.sampling import Sampling
 from koala.data.illustrations.images import ImageSet
 from koala.errors import UserError
 from koala.evaluation.illustrations import choose
 from koala.evaluation.metrics.catalogue import OFFLINE
 from koala.evaluation.models import REAL, per_row, rows_of
+from koala.evaluation.plan import plan
 from koala.evaluation.report import evaluate
 from koala.evaluation.table import Cell, Column, EvaluationReport, EvaluationRow
 from koala.generation.png import read_settings
@@ -350,23 +354,42 @@ def test_rows_are_called_by_their_names_or_by_themselves():
             rows_of(wrong)
 
 
+OWN = attrgetter("steps")
+
+
 def test_pictures_that_are_there_take_no_steps(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     with pytest.raises(UserError, match="a is a folder of pictures, which are not drawn"):
-        per_row("steps", ["10", "a=4"], rows_of([f"a={tmp_path}", "b"]), int)
+        per_row("steps", ["10", "a=4"], rows_of([f"a={tmp_path}", "b"]), int, OWN)
 
 
 def test_values_are_of_all_rows_or_of_one():
     rows = rows_of(["a", "sdxl=x"])
-    assert per_row("steps", ["10", "sdxl=25"], rows, int) == {"a": 10, "sdxl": 25}
+    assert per_row("steps", ["10", "sdxl=25"], rows, int, OWN) == {"a": 10, "sdxl": 25}
     for wrong, says in (
         (["10", "sdx=25"], "did you mean sdxl"),
         (["10", "20"], "one value for all"),
-        (["sdxl=3"], "says nothing of a"),
         (["ten"], "--steps ten"),
     ):
         with pytest.raises(UserError, match=says):
-            per_row("steps", wrong, rows, int)
+            per_row("steps", wrong, rows, int, OWN)
+
+
+def test_a_model_of_which_nothing_is_said_is_drawn_as_it_is_made_for(model, tmp_path):
+    few = shutil.copytree(model, tmp_path / "few")
+    file = few / SCHEDULER
+    made_for = Sampling(steps=2, guidance=1.0).to_config()
+    file.write_text(json.dumps(json.loads(file.read_text()) | made_for))
+    (tmp_path / "prompts.txt").write_text("a fox\nan owl\na cat\n")
+    prompts = str(tmp_path / "prompts.txt")
+    found = plan([f"base={model}", f"few={few}"], tmp_path / "out", [prompts], measured=False)
+    assert found.steps == {"base": 10, "few": 2}
+    assert found.guidance == {"base": 3.5, "few": 1.0}
+    found = plan(
+        [f"base={model}", f"few={few}"], tmp_path / "out", [prompts], steps=["few=3"],
+        measured=False,
+    )  # fmt: skip
+    assert found.steps == {"base": 10, "few": 3}
 
 
 def test_models_of_two_sizes_are_refused(images, model, tmp_path):

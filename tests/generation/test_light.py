@@ -1,10 +1,14 @@
 """Drawing without PyTorch: from a model's OpenVINO form."""
 
+import base64
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -93,6 +97,38 @@ def test_a_form_draws_where_pytorch_cannot_be_imported(model, tmp_path):
     with Image.open(file) as drawn:
         again = koala.load(out)("a fox", seed=3, steps=2).images[0]
         assert np.abs(pixels(drawn) - pixels(again)).max() <= 1
+
+
+def test_a_form_is_served_where_pytorch_cannot_be_imported(model, tmp_path):
+    _, out = model
+    command = ["serve", "--model", str(out), "--port", "0", "--data", str(tmp_path)]
+
+    def asked(place, **body):
+        request = urllib.request.Request(
+            place, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+
+    with subprocess.Popen(
+        [sys.executable, "-c", _WITHOUT, *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        try:
+            ready = next(line for line in server.stderr if "is ready on" in line)
+            place = f"{ready.split()[-1]}/v1/images/generations"
+            drawn = asked(place, prompt="a fox", seed=3, num_inference_steps=2)["data"][0]
+            url = ready.split()[-1] + "/sdapi/v1/img2img"
+            with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+                asked(url, prompt="a fox", init_images=[drawn["b64_json"]])
+            assert "without PyTorch" in json.load(refused.value)["error"]["message"]
+        finally:
+            server.terminate()
+            ended = server.stdout.read().splitlines()[-1]
+    assert json.loads(ended) == [0, False]
+    with Image.open(io.BytesIO(base64.b64decode(drawn["b64_json"]))) as image:
+        again = koala.load(out)("a fox", seed=3, steps=2).images[0]
+        assert np.abs(pixels(image) - pixels(again)).max() <= 1
 
 
 def test_a_drawing_with_openvino_leaves_a_form_and_changed_weights_do_not_use_it(model):

@@ -4,9 +4,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = (
     "torch._dynamo",
     "torch._inductor",
+    "torch.distributed.tensor",
+    "sympy",
     "peft",
     "scipy.optimize",
     "scipy.stats",
@@ -20,7 +24,7 @@ HEAVY = (
 _DRAW = """
 import json, sys
 from koala.cli import main
-status = main(["generate", "a fox", "--steps", "2", "--backend", "torch", "--out", sys.argv[1]])
+status = main(["generate", "a fox", "--steps", "2", *sys.argv[2:], "--out", sys.argv[1]])
 print(json.dumps([status, sorted(sys.modules)]))
 """
 
@@ -32,8 +36,9 @@ def python(code, *arguments):
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def test_drawing_imports_no_compiler_no_peft_and_no_other_models(tmp_path):
-    status, modules = python(_DRAW, str(tmp_path / "fox.png"))
+@pytest.mark.parametrize("asked", [["--backend", "torch"], []], ids=["asked", "by default"])
+def test_drawing_imports_no_compiler_no_peft_and_no_other_models(tmp_path, asked):
+    status, modules = python(_DRAW, str(tmp_path / "fox.png"), *asked)
     assert status == 0 and (tmp_path / "fox.png").is_file()
     assert not {*modules} & {*HEAVY}
     others = {name.split(".")[2] for name in modules if name.startswith("transformers.models.")}
@@ -48,6 +53,9 @@ import peft, peft.utils, scipy.stats, scipy.optimize, torch
 import torch._dynamo.config, torch.distributed.fsdp._fully_shard
 from diffusers.models.transformers import FluxTransformer2DModel
 from diffusers.hooks import HookRegistry
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
 import diffusers, transformers
 mark()
 before = networks.BasicTransformerBlock

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from koala.checkpoints import model_card, sampling
+from koala.checkpoints import card_facts, model_card, sampling
 from koala.checkpoints.convert import convert
 from koala.checkpoints.load import load_scheduler_config, load_text, load_unet
 from koala.checkpoints.tensors import read_metadata
@@ -72,7 +72,7 @@ def test_a_base_completes_a_unet_alone(layout, other, single, toy_sdxl, tmp_path
     assert all(equal(folder, c, toy_sdxl) for c in ("vae", "text_encoder", "text_encoder_2"))
     assert load_scheduler_config(folder) == load_scheduler_config(toy_sdxl)
     card = model_card.read(folder).assembled
-    assert card == model_card.Assembled("sdxl_4step_unet", toy_sdxl.name, None, [])
+    assert card == card_facts.Assembled("sdxl_4step_unet", toy_sdxl.name, None, [])
     assert (
         "the U-Net of sdxl_4step_unet; what that lacks of sdxl"
         in (folder / "README.md").read_text()

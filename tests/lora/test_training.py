@@ -40,7 +40,7 @@ def test_a_base_that_rests_in_bf16_trains_matrices_in_fp32():
         add_lora(unet, LoraSettings(rank=2))
         trained = trained_parameters(unet)
         assert all(parameter.dtype == torch.float32 for parameter in trained.values())
-        with computing(torch.device("cpu"), cpu_bf16=True):
+        with computing(torch.device("cpu"), torch.bfloat16):
             unet(**toy_inputs()).sample.float().square().mean().backward()
         assert unet(**toy_inputs(dtype)).sample.isfinite().all()  # as a preview is drawn
         gradients[dtype] = torch.cat([p.grad.flatten() for p in trained.values()])

@@ -30,6 +30,7 @@ from koala.distillation.settings import (
     Tap,
     Training,
 )
+from koala.distillation.taps import regions
 from koala.errors import UserError
 from koala.recipes import cost, gpus
 from koala.recipes.calibrate import measured
@@ -270,6 +271,23 @@ def test_only_u_nets_are_reckoned():
 def test_the_pages_table_is_the_scripts():
     page = Path(__file__).parents[2] / "docs" / "training.md"
     assert scaling.table() in page.read_text()
+
+
+def test_what_is_compiled_is_bounded_and_said():
+    eager = estimate(recipes.get("koala-mini"), card="h100")
+    assert eager.compilations == 0 and "compiled" not in eager.text()
+    plan = toy_plan(hardware=Hardware(compile="inductor"))
+    student, teacher = (len(regions(blank_unet(arch))) for arch in (plan.student, plan.teacher))
+    assert cost._compilations(plan) == student + teacher
+    by_turns = replace(plan, settings=StepSettings("dmd"), training=BY_TURNS)
+    assert cost._compilations(by_turns) == 2 * (student + teacher) + teacher
+    compiled = replace(recipes.get("koala-mini"), hardware=Hardware(compile="inductor"))
+    shown = estimate(compiled, card="h100")
+    assert f"at most {shown.compilations} blocks, once for all sizes of images" in shown.text()
+
+
+def test_gpus_without_bf16_have_names_too():
+    assert {"t4", "v100", "2080ti"} <= gpus.GPUS.keys()
 
 
 def test_a_card_may_be_given_by_its_numbers():

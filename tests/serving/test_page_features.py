@@ -90,7 +90,9 @@ def test_what_waits_is_folded_and_all_can_be_cancelled(page):
     page.wait("document.querySelectorAll('#waiting .job').length === 2")
     assert page.find("#waiting").text == "2 jobs are waiting"
     assert page.find("#jobs .job").get_attribute("data-job") == first
-    assert page.find("#queue-text").text == "24 images to come"
+    text = page.find("#queue-text").text
+    to_come = int(text.removesuffix(" images to come"))
+    assert 16 < to_come <= 24, text  # of three times eight; the first job's may be drawn already
     page.click("#cancel-all")
     page.wait("document.getElementById('queue').hidden && !document.querySelector('.job')")
     assert {job["status"] for job in api(page, "/v1/jobs?limit=3")["data"]} == {"cancelled"}

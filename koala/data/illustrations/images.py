@@ -21,7 +21,7 @@ from koala.data.illustrations import art
 from koala.data.illustrations.colours import BACKGROUNDS, INKS, repainted
 from koala.data.illustrations.scenes import Illustrations, Layer, PlannedImage, plan
 from koala.errors import UserError
-from koala.utils.atomic import claim, new_file, write_text
+from koala.utils.atomic import check_claim, claim, new_file, write_text
 from koala.utils.extras import require
 from koala.utils.progress import progress
 
@@ -55,8 +55,8 @@ def prepare_images(settings: Illustrations, out: Path, workers: int | None = Non
 
     The same call resumes an interrupted run; UserError for a folder made with other settings.
     """
-    require("illustrations", "family", "inflect", "resvg_py")
-    claim(out / "set.json", {"source": "illustrations", **asdict(settings)})
+    check_images(settings, out)
+    claim(out / "set.json", _made_with(settings))
     rows = plan(settings)
     shards = [rows[i : i + SHARD] for i in range(0, len(rows), SHARD)]
     paths = [out / f"pictures-{i:05d}.parquet" for i in range(len(shards))]
@@ -75,6 +75,16 @@ def prepare_images(settings: Illustrations, out: Path, workers: int | None = Non
             advance(jobs[job])
     write_text(out / NOTICE, art.notice(drawn))
     return len(rows)
+
+
+def check_images(settings: Illustrations, out: Path) -> None:
+    """UserError if the set cannot be rendered into `out`, which may be made with other settings."""
+    require("illustrations", "family", "inflect", "resvg_py")
+    check_claim(out / "set.json", _made_with(settings))
+
+
+def _made_with(settings: Illustrations) -> dict:
+    return {"source": "illustrations", **asdict(settings)}
 
 
 def _write_shard(rows: list[PlannedImage], path: Path, size: int) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from koala.evaluation.distances import frechet, kernel_distance, kernel_left_out, polynomial
 from koala.evaluation.features import EffLite0, extract
-from koala.evaluation.judge import Judge
 from koala.evaluation.metrics.catalogue import MetricInfo
 from koala.evaluation.metrics.metric import Distance, Metric
 from koala.evaluation.prompts import Prompt
+from koala.evaluation.retrieval import Judge
 
 KERNEL_SUBSET = 100
 

@@ -46,7 +46,7 @@ class MetricInfo:
 
 def _retrieval(rank: int) -> MetricInfo:
     return MetricInfo(
-        f"r@{rank}", f"R@{rank}", True, (0, 1), "koala.evaluation.judge",
+        f"r@{rank}", f"R@{rank}", True, (0, 1), "koala.evaluation.retrieval",
         "bundled:Retrieval", "efflite0", packages=("efficientnet_lite_pytorch",),
         options={"rank": rank},
     )  # fmt: skip
@@ -75,6 +75,10 @@ _ALL = (
     MetricInfo(
         "pickscore", "PickScore", True, (-100, 100), "Kirstain et al. 2023 (arXiv 2305.01569)",
         "clip:PickScore", "pickscore", models=("pickscore",), digits=2,
+    ),
+    MetricInfo(
+        "imagereward", "ImageReward", True, (None, None), "Xu et al. 2023 (arXiv 2304.05977)",
+        "image_reward:ImageReward", "imagereward", models=("imagereward", "bert-vocabulary"),
     ),
     MetricInfo(
         "aesthetic", "aesthetic", True, (None, None),

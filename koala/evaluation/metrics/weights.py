@@ -41,6 +41,8 @@ class Weights:
 WEIGHTS: dict[str, Weights] = {
     "hpsv2.1": Weights("xswu/HPSv2", "HPS_v2.1_compressed.pt"),
     "pickscore": Weights("yuvalkirstain/PickScore_v1"),
+    "imagereward": Weights("THUDM/ImageReward", "ImageReward.pt"),
+    "bert-vocabulary": Weights("google-bert/bert-base-uncased", "vocab.txt"),
     "clip-vit-large-patch14": Weights("openai/clip-vit-large-patch14"),
     "clip-vit-large-patch14-336": Weights("openai/clip-vit-large-patch14-336"),
     "clip-vit-base-patch32": Weights("openai/clip-vit-base-patch32"),

@@ -17,6 +17,7 @@ from koala.architectures.table import FACTOR, LATENT_CHANNELS
 from koala.checkpoints.load import build_unet
 from koala.checkpoints.validate import read_json
 from koala.generation.decode import tiny_folder
+from koala.generation.memory.estimate import TEXT, UNET, VAE
 from koala.generation.memory.peak import peak_bytes
 from koala.generation.memory.quantise import quantise
 from koala.generation.row_tiling import decode_tiled, encode_tiled
@@ -29,7 +30,7 @@ from koala.utils.networks import (
     CLIPTextModelWithProjection,
 )
 
-TEXT, UNET, VAE, TINY = "text encoders", "U-Net", "VAE", "tiny VAE"
+TINY = "tiny VAE"
 
 _DECODERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "full": lambda vae, z: vae.decode(z).sample,

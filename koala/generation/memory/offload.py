@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from koala.generation.memory.estimate import ALIGNED
 from koala.utils.networks import (
     Attention,
     BasicTransformerBlock,
@@ -42,7 +43,6 @@ UNITS = (
     CLIPEncoderLayer,
     CLIPTextEmbeddings,
 )
-_ALIGNED = 256  # bytes: every tensor of a unit begins at a multiple, which GPUs read fastest
 
 
 def units_of(model: nn.Module) -> list[nn.Module]:
@@ -64,7 +64,7 @@ def aligned_size(tensors: Iterable[Tensor]) -> int:
 
 
 def _aligned(tensor: Tensor) -> int:
-    return math.ceil(tensor.numel() * tensor.element_size() / _ALIGNED) * _ALIGNED
+    return math.ceil(tensor.numel() * tensor.element_size() / ALIGNED) * ALIGNED
 
 
 class Unit:

@@ -3,7 +3,6 @@
 If memory runs out all the same, the next smaller plan is followed, once, and a line says so.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -19,6 +18,7 @@ from koala.generation.memory.quantise import quantise
 from koala.generation.pixels import Decode
 from koala.generation.runtime.dtypes import DTYPES
 from koala.generation.runtime.pytorch import encode_image
+from koala.utils.device import free_unused, ran_out
 from koala.utils.networks import AutoencoderKL
 
 P = ParamSpec("P")
@@ -113,22 +113,6 @@ class Placement:
             for model in models:
                 model.to("cpu")
         self.plan = smaller
-        free_unused(smaller.device)
+        free_unused()
         for part in (TEXT, UNET, VAE):
             self.put(part, self._models[part])
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error means that a device or the machine has no more memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # on the CPU
-    )
-
-
-def free_unused(device: torch.device) -> None:
-    """Returns the memory that torch holds and nobody uses."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from koala.generation.memory.estimate import GROUP, IN_8_BITS
+
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}  # number of the kind
 _DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-GROUP = 32  # weights with one scale in int4
 _CLIPS = tuple(1 - 0.05 * k for k in range(8))  # of a group's largest weight
-_IN_8_BITS = ("conv_in", "conv_out", "time_embedding", "add_embedding")  # of a U-Net in int4
 _SMALLEST = 2.0**-24  # scale: the smallest number that float16 has
 
 
@@ -62,6 +62,9 @@ class _Quantised(nn.Module):
 
 def _packed(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Two values a byte, uint8 [out, groups, GROUP / 2], and their scales [out, groups, 1]."""
+    if weight.is_meta:  # has no values to choose scales by
+        shape = (len(weight), -(-weight[0].numel() // GROUP))
+        return weight.new_empty(*shape, GROUP // 2, dtype=torch.uint8), weight.new_empty(*shape, 1)
     flat = weight.float().flatten(1)
     groups = F.pad(flat, (0, -flat.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     top = groups.abs().amax(2, keepdim=True) / LARGEST["int4"]
@@ -113,4 +116,4 @@ def quantise(model: nn.Module, kind: str) -> None:
         if layer := _QUANTISED.get(type(module)):
             module.__class__ = layer
             assert isinstance(module, _Quantised)
-            module.take("int8" if kind == "int4" and name.startswith(_IN_8_BITS) else kind)
+            module.take("int8" if kind == "int4" and name.startswith(IN_8_BITS) else kind)

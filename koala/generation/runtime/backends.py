@@ -71,7 +71,7 @@ def choose(
     """
     validation.runtime(asked, False, False)
     why = "as asked"
-    if asked in (None, "remembered") and unet.device.type == "cpu":
+    if asked in (None, "remembered") and device_and_dtype(unet)[0].type == "cpu":
         named = validation.default_backend()
         asked, why = named or asked, "as $KOALA_BACKEND says"
     if asked in (*EXACT, *ROUNDED):

@@ -4,11 +4,8 @@ Lists of what this server does not have are empty, and calls that would reload s
 once: nothing here changes while it runs but the LoRA folder, which is read at each request.
 """
 
-import resource
-import sys
 from typing import Any
 
-import torch
 from fastapi import APIRouter, Request
 
 from koala import __version__
@@ -17,6 +14,7 @@ from koala.generation.samplers import LABELS
 from koala.serving.api.a1111_accepted import OPTIONS, ignored_options
 from koala.serving.api.a1111_fields import ALIASES, OTHER_SCHEDULES, SCHEDULES
 from koala.serving.service import Service
+from koala.utils.device import free_and_total_bytes, resident_bytes
 
 router = APIRouter()
 NO_LISTS = ("extensions", "face-restorers", "hypernetworks", "latent-upscale-modes",
@@ -111,10 +109,9 @@ async def flags(request: Request) -> dict[str, Any]:
 
 @router.get("/memory", summary="Memory in bytes")
 async def memory() -> dict[str, Any]:
-    unit = 1 if sys.platform == "darwin" else 1024
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if not torch.cuda.is_available():
+    used = resident_bytes()
+    if (memory := free_and_total_bytes()) is None:
         return {"ram": {"used": used}, "cuda": {"error": "no CUDA device"}}
-    free, total = torch.cuda.mem_get_info()
+    free, total = memory
     system = {"free": free, "used": total - free, "total": total}
     return {"ram": {"used": used}, "cuda": {"system": system}}

@@ -42,7 +42,7 @@ class Replica:
 
         pipeline, options = loaded(options, print)
         batch = warm_up(pipeline, options.limits.max_batch, pipeline.batch_sizes)
-        native = pipeline.unet.config.sample_size * pipeline.factor
+        native = pipeline.known.native
         self._passes: list[Pass] = []
         self._engine = Engine(
             pipeline, max_batch=batch, max_pixels=batch * native**2, on_pass=self._passes.append

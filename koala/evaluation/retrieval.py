@@ -1,14 +1,16 @@
-"""Prompt alignment, measured by a judge trained on real images only.
+"""Prompt alignment as image-to-text retrieval, by a dual encoder trained on real images only.
 
 Two small heads project frozen image features (EfficientNet-Lite0) and text features (MiniLM) into
-one space. They are trained with InfoNCE, like CLIP. The judge ranks all prompts for each image;
+one space. They are trained with InfoNCE, like CLIP. This judge ranks all prompts for each image;
 R@k is the share of images whose own prompt is among the first k.
 
 Letters: n images, k captions of each, d_p and d_t widths of the features, e the common width.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from koala.errors import UserError
+from koala.evaluation.models import Size, named
 from koala.utils.atomic import new_file
+
+Sentences = Callable[[list[str]], Tensor]  # n texts -> [n, d] of length 1
 
 HIDDEN, EMBEDDING = 512, 256
 EPOCHS, PATIENCE, BATCH = 60, 8, 512
@@ -145,6 +150,44 @@ class Judge(nn.Module):
         judge.load_state_dict(tensors)
         judge.about = json.loads(about)
         return judge.eval()
+
+
+def train_judge(
+    rows: Sequence[dict[str, Any]], features: Tensor, sentences: Sentences, size: Size
+) -> Judge:
+    """A judge of pictures of that size. rows: of the illustrations; features: of their pictures."""
+    texts = [sentences([row[caption] for row in rows]).cpu() for caption in ("short", "long")]
+
+    def numbered(names: list[str]) -> Tensor:
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return torch.tensor([numbers[name] for name in names])
+
+    groups = numbered([row["short"] for row in rows])
+    concepts = numbered([row["concept"] for row in rows])
+    judge = Judge.fit(features, torch.stack(texts, 1).float(), groups, concepts)
+    judge.about["size"] = named(size)
+    return judge
+
+
+def load_judge(path: Path, size: Size) -> Judge:
+    """The judge of an earlier report. UserError if it was trained at another size."""
+    judge = Judge.load(path)
+    if judge.about.get("size") != named(size):
+        raise UserError(
+            f"the judge {path} was trained on {judge.about.get('size')} pixels, the models "
+            f"generate {named(size)}: leave it out to train one"
+        )
+    return judge
+
+
+def check_judge(judge: Judge, features: Tensor, texts: Tensor) -> None:
+    """UserError unless the judge was trained on features like these."""
+    widths = len(judge.picture.mean), len(judge.text.mean)
+    if widths != (features.shape[1], texts.shape[1]):
+        raise UserError(
+            f"the judge was trained on features of widths {widths}, these have "
+            f"{features.shape[1], texts.shape[1]}: leave it out to train one"
+        )
 
 
 def _held_out(concepts: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from koala.evaluation.judge import Judge
 from torch import Tensor
 
 from benchmarks.evaluator import Evaluator, build_evaluator
@@ -50,7 +51,6 @@ from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.images import ImageSet
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.illustrations import choose as choose_pictures
-from koala.evaluation.judge import Judge
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
 from koala.generation.pruning import _call, calibration

@@ -11,6 +11,7 @@ import json
 import re
 from pathlib import Path
 
+from koala.checkpoints.bundled import DEFAULT
 from koala.cli import COMMANDS
 from koala.generation import load
 from koala.generation.demo import EIGHT_PROMPTS
@@ -40,7 +41,7 @@ def prompts_shown() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="koala-mini")
+    parser.add_argument("--model", default=DEFAULT)
     parser.add_argument("--out", type=Path, default=Path("examples.png"), help="new file")
     options = parser.parse_args()
     prompts, pipeline = prompts_shown(), load(options.model)

@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from koala.evaluation.retrieval import Judge
 from koala.generation.decode import TINY
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
+from koala.generation.quantised_folder import write_quantised
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils.atomic import new_folder
 from koala.utils.device import hardware
@@ -49,6 +51,13 @@ def _loaded(**asked: Any) -> Callable[[str, str], Pipeline]:
     return lambda model, device: load(model, device, say=_say, **asked)
 
 
+def _stored(model: str, device: str) -> Pipeline:
+    """The model as `koala convert --weights int4` stores it."""
+    with tempfile.TemporaryDirectory() as place:
+        write_quantised(model, Path(place) / "int4")
+        return load(Path(place) / "int4", device, decode="full", say=_say)
+
+
 Way = tuple[Callable[[str, str], Pipeline], dict[str, Any]]  # loader, what is asked besides
 WAYS: dict[str, Way] = {
     EXACT: (_loaded(weights="fp32", decode="full"), {}),
@@ -57,6 +66,7 @@ WAYS: dict[str, Way] = {
     "weights int8": (_loaded(weights="int8", decode="full"), {}),
     "weights fp8": (_loaded(weights="fp8", decode="full"), {}),
     "weights int4": (_loaded(weights="int4", decode="full"), {}),
+    "stored in int4": (_stored, {}),
     "weights int8, decode tiny": (_loaded(weights="int8", decode="tiny"), {}),
     "weights bf16": (_loaded(weights="bf16", decode="full"), {}),
     "guidance until 0.75": (_loaded(weights="fp32", decode="full"), {"guidance_until": 0.75}),
@@ -77,6 +87,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--count", type=int, default=200, help="prompts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--likeness", action="store_true", help="PSNR alone: no metrics of pictures, in less time"
+    )
     parser.add_argument("--judge", type=Path, help="judge.safetensors of a report on the model")
     o = parser.parse_args()
     with new_folder(o.out) as folder:
@@ -98,11 +111,13 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
     real = ImageSet(o.pictures)
     chosen, reference, train = choose(real, o.count)
     side = load(o.model, "cpu").requests("x")[0].settings.width
+    evaluator = None
     extractor = EffLite0().to(o.device)
-    judge = Judge.load(o.judge) if o.judge else None
-    evaluator = build_evaluator(
-        real, chosen, reference, train, (side, side), extractor, SentenceEncoder(), judge
-    )
+    if not o.likeness:
+        judge = Judge.load(o.judge) if o.judge else None
+        evaluator = build_evaluator(
+            real, chosen, reference, train, (side, side), extractor, SentenceEncoder(), judge
+        )
     texts = [real.rows[i]["short"] for i in chosen]
     folder = resolve_model(o.model)
     exact: tuple[Tensor, list[Image.Image]] | None = None
@@ -123,7 +138,7 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
                 "way": name,
                 "PSNR latents": psnr(latents, exact[0], float(exact[0].max() - exact[0].min())),
                 "PSNR pictures": psnr(as_numbers(images), as_numbers(exact[1]), 255.0),
-                **means(images, len(o.seeds), evaluator, extractor),
+                **(means(images, len(o.seeds), evaluator, extractor) if evaluator else {}),
             }
         )
     return rows
@@ -177,7 +192,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| | PSNR latents, dB | PSNR images, dB | FD-EffLite0 | R@1 | R@5 | R@5 against fp32 |",
         "|---|---|---|---|---|---|---|",
     ]
-    exact = rows[0]["R@5"]
+    exact = rows[0].get("R@5")
     for row in rows:
         if "left out" in row:
             lines.append(f"| {row['way']} | left out: {row['left out']} | | | | | |")
@@ -186,6 +201,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             "equal" if row[f"PSNR {of}"] is None else f"{row[f'PSNR {of}']:.1f}"
             for of in ("latents", "pictures")
         ]
+        if "R@5" not in row:
+            lines.append(f"| {' | '.join((row['way'], *decibels, *['not measured'] * 4))} |")
+            continue
         change = row["R@5"] / exact - 1 if exact else math.nan
         mark = " **off by default**" if change < -MOST_LOST else ""
         figures = (f"{row['FD-EffLite0']:.2f}", f"{row['R@1']:.3f}", f"{row['R@5']:.3f}")

@@ -38,7 +38,7 @@ LONGEST = 600.0  # seconds that one request may take, on a machine that others u
 SAMPLES = 20  # of memory, over the run
 LEAST_FOR_SLOPE = 10
 MOST_GROWTH = 0.5  # KiB a request, in the second half, that is still called flat
-UNAVAILABLE = (503, 504)  # busy or late, which are answers too
+UNAVAILABLE = (501, 503, 504)  # not here, busy or late, which are answers too
 LIMITS = Limits(max_batch=8, steps=10, images=2, size=64 * 64, rate=0, upload_pixels=2**20)
 
 

@@ -6,6 +6,7 @@
 import argparse
 from pathlib import Path
 
+from koala.checkpoints.bundled import DEFAULT
 from koala.generation import load
 from koala.utils.contact_sheet import contact_sheet
 
@@ -14,7 +15,7 @@ EVERYDAY = Path(__file__).with_name("everyday_prompts.txt")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="koala-mini")
+    parser.add_argument("--model", default=DEFAULT)
     parser.add_argument("--prompts", type=Path, default=EVERYDAY, help="a text, one per line")
     parser.add_argument("--seed", type=int, default=7, help="of the first; each next is one more")
     parser.add_argument("--out", type=Path, default=Path("docs/sheet.png"))

@@ -13,7 +13,7 @@ import uvicorn
 from koala.generation import Pipeline
 from koala.serving.app import create_app
 from koala.serving.jobs.database import Database
-from koala.serving.run import http_config
+from koala.serving.run import content_filter, http_config
 from koala.serving.service import Service
 from koala.serving.settings import Limits, Options
 
@@ -35,8 +35,9 @@ def running(
     limits = limits or Limits(max_batch=8)
     options = Options(data=data, limits=limits, **{"fit": False, **told})
     service = Service(
-        pipeline, limits, options.lora_dir, embeddings=options.embedding_dir, fit=options.fit
-    )
+        pipeline, limits, options.lora_dir, embeddings=options.embedding_dir, fit=options.fit,
+        content_filter=content_filter(options),
+    )  # fmt: skip
     service.start()
     database = Database(data)
     app = create_app(service, database, options)

@@ -168,7 +168,9 @@ def _inner(stated: Any, arch: UNetArchitecture) -> tuple[tuple[str, int], ...]:
     possible = inner_widths(arch)
     for path, width in stated.items() if isinstance(stated, Mapping) else [("", stated)]:
         inner = possible.get(path)
-        whole = type(width) is int and inner and 0 < width < inner.width
+        # A resnet keeps at least one group; other modules may be their bias alone.
+        least = inner.unit if inner and inner.kind == "resnet" else 0
+        whole = type(width) is int and inner and least <= width < inner.width
         if not whole or not inner or width % inner.unit:
             raise UserError(f"U-Net setting {INNER} gives {path!r} the width {width!r}")
     return tuple((path, stated[path]) for path in possible if path in stated)

@@ -15,7 +15,10 @@ from koala.utils.atomic import new_folder
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 WHOLE = "koala-mini"  # the member with all parts
-DEFAULT = "koala-mini"  # what draws where no model is named
+DEFAULT = "koala-mini-guided"  # what draws where no model is named: four passes, not twenty
+# What `koala serve` takes: clients send a guidance scale and a negative prompt with every request,
+# and a model without guidance looks burnt with them.
+SERVED = "koala-mini"
 
 
 def bundled_names() -> list[str]:

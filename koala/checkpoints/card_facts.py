@@ -39,6 +39,15 @@ class Pruned:
     before: int  # parameters
     after: int
     prompts: int  # that it was calibrated on
+    latents: int = 0  # prepared ones that it was calibrated on, in place of prompts
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What `koala convert --weights` did to the U-Net."""
+
+    model: str
+    weights: str  # how they are stored
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class ModelCard:
     ours: bool = True  # False: not written by koala
     assembled: Assembled | None = None
     pruned: Pruned | None = None
+    quantised: Quantised | None = None
 
 
 SECTIONS = {  # fields of `ModelCard` that are records of their own
@@ -97,4 +107,5 @@ SECTIONS = {  # fields of `ModelCard` that are records of their own
     "trained": Trained,
     "evaluated": Evaluated,
     "pruned": Pruned,
+    "quantised": Quantised,
 }

@@ -38,7 +38,7 @@ def text(card: ModelCard, where: str = ".") -> str:
     """The complete file. where: the folder or Hub id that its snippets load."""
     sections = (
         f"# {card.title}\n\n{_about(card)}",
-        _use(where, diffusers=card.pruned is None),
+        _use(where, card),
         _making(card),
         _evaluation(card),
         _limits(card),
@@ -78,13 +78,19 @@ def _about(card: ModelCard) -> str:
     return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
 
 
-def _use(where: str, diffusers: bool) -> str:
+def _use(where: str, card: ModelCard) -> str:
     koala = f"""With koala:
 
 ```sh
 koala generate "a red fox" --model {where} --steps 10 --guidance 3.5
 ```"""
-    if not diffusers:
+    if card.quantised:
+        return f"""## Use
+
+{koala}
+
+No other program loads it: its U-Net is stored in {card.quantised.weights}, in a file of koala's."""
+    if card.pruned:
         return f"""## Use
 
 {koala}
@@ -131,10 +137,14 @@ def _making(card: ModelCard) -> str:
     if card.trained:
         parts.append(training_of(card.trained))
     if p := card.pruned:
+        drawn = f"while {p.prompts} prompts are drawn"
+        seen = f"on {p.latents} prepared latents" if p.latents else drawn
         parts.append(
             "Then heads, channels and groups of channels were removed, chosen by what their loss "
-            f"costs while {p.prompts} prompts are drawn, and the layers after them fitted anew."
+            f"costs {seen}, and the layers after them fitted anew."
         )
+    if q := card.quantised:
+        parts.append(f"Then the U-Net of {q.model} was stored in {q.weights}, without training.")
     if len(parts) == 1:
         parts.append("Not recorded.")
     return "\n\n".join(parts)

@@ -19,6 +19,7 @@ from koala.checkpoints.validate import (
     describe_faults,
     read_json,
     read_tensors,
+    refuse_quantised,
     unet_architecture,
     variant_of,
 )
@@ -43,6 +44,7 @@ def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DCondition
     """The U-Net of a checked model folder, on the CPU; `dtype` None means float32."""
     import torch
 
+    refuse_quantised(folder)
     stored = read_tensors(folder, "unet")
     check_unet(unet_architecture(folder), stored, folder)
     with without_weights():
@@ -74,6 +76,8 @@ def _narrow(module: Any, inner: Inner, width: int) -> None:
 
     if inner.kind == "attention":
         module.heads = width // inner.unit
+        if not width:
+            module.processor = _Constant()
         for name in ("to_q", "to_k", "to_v"):
             setattr(module, name, nn.Linear(getattr(module, name).in_features, width, bias=False))
         module.to_out[0] = nn.Linear(width, module.to_out[0].out_features)
@@ -86,6 +90,13 @@ def _narrow(module: Any, inner: Inner, width: int) -> None:
         module.time_emb_proj = nn.Linear(module.time_emb_proj.in_features, width)
         module.norm2 = nn.GroupNorm(width // inner.unit, width, norm.eps)
         module.conv2 = nn.Conv2d(width, conv2.out_channels, 3, padding=1)
+
+
+class _Constant:
+    """What runs an attention without heads: all it adds is a bias."""
+
+    def __call__(self, attention: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return attention.to_out[0].bias.to(hidden_states).expand_as(hidden_states)
 
 
 def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:

@@ -19,6 +19,7 @@ from koala.checkpoints.card_facts import (
     Licence,
     ModelCard,
     Pruned,
+    Quantised,
     Trained,
 )
 from koala.checkpoints.validate import read_small
@@ -152,6 +153,12 @@ def pruned_of(card: ModelCard, name: str, title: str, pruned: Pruned) -> ModelCa
     """The card of a pruned model: that of the model it was, and the pruning."""
     base = "/".join(name.split("/")[:2]) if "/" in name else card.base_model
     return replace(card, title=title, base_model=base, pruned=pruned, evaluated=None, ours=True)
+
+
+def quantised_of(card: ModelCard, name: str, title: str, weights: str) -> ModelCard:
+    """The card of a model whose U-Net is stored in fewer bits."""
+    stored = Quantised(name, weights)
+    return replace(card, title=title, quantised=stored, evaluated=None, ours=True)
 
 
 def adopted_of(student: ModelCard, teacher: ModelCard, title: str) -> ModelCard:

@@ -26,6 +26,7 @@ from koala.checkpoints.validate import (
     parse_object,
     read_small,
     read_tensors,
+    refuse_quantised,
     some,
     unet_architecture,
 )
@@ -71,6 +72,7 @@ def as_file(value: Mapping[str, Any]) -> bytes:
 
 def from_folder(folder: Path) -> Contents:
     """The contents of a model folder that passed `validate.check_folder`."""
+    refuse_quantised(folder)
     tensors = {
         component: {
             name: View((stored,))

@@ -1,6 +1,7 @@
 """Structured pruning of a U-Net without training, by what it computes on calibration inputs.
 
-Inside attentions, feed-forwards and resnets, heads, channels and groups of channels are removed;
+Inside attentions, feed-forwards and resnets, heads, channels and groups of channels are removed,
+of attentions and feed-forwards up to the last, so that whole ones go where little depends on them;
 what they add to the residual stream goes through one layer, the consumer, whose weights are then
 fitted anew by least squares. What a removal costs is known in closed form from the consumer's
 weights W and the second moments H of its inputs, as in optimal brain surgeon (Hassibi and Stork
@@ -184,7 +185,7 @@ def measure_sensitivity(
 
 
 def levels(site: Site, weights: Tensor, moments: Moments) -> list[Level]:
-    """The site at every width considered, from whole to a single unit left.
+    """The site at every width considered, from whole to none, or a resnet's last group.
 
     Units go one after the other, or several together, each time those that cost least: with H^-1 of
     what is left, tr(W_u [H^-1]_uu^-1 W_u^T) once all other weights are fitted to make up for it.
@@ -208,6 +209,8 @@ def levels(site: Site, weights: Tensor, moments: Moments) -> list[Level]:
         costs = torch.linalg.solve(blocks, parts.transpose(1, 2)).transpose(1, 2).mul(parts)
         order = costs.sum((1, 2)).argsort(stable=True)
         kept = kept[order[together:].sort().values]
+    if site.inner.kind != "resnet":  # the module as a whole: its mean stays, as a bias
+        found.append(Level(kept, float((weights @ h).mul(weights).sum())))
     return found
 
 
@@ -296,9 +299,8 @@ def _narrow(
         weights[f"{name}.bias"] = (bias + shift).to(bias.dtype)
     else:
         cut = whole[:, columns]
-    weights[f"{name}.weight"] = cut.unflatten(1, (len(channels), *weight.shape[2:])).to(
-        weight.dtype
-    )
+    shape = (len(weight), len(channels), *weight.shape[2:])
+    weights[f"{name}.weight"] = cut.reshape(shape).to(weight.dtype)
     rows = channels
     if site.inner.kind == "feed-forward":  # values, then gates
         rows = torch.cat([channels, channels + site.inner.width])

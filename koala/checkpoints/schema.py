@@ -114,9 +114,13 @@ _UNET |= {
     "time_embedding_dim": _NONE,
     "timestep_post_act": _NONE,
 }
+_UNET["quantised"] = _one_of("int4")
 _UNET[INNER] = Allowed(  # of a pruned one; whether they fit is for `koala.architectures.config`
     "whole numbers by the paths of modules",
-    lambda v: isinstance(v, dict) and all(isinstance(k, str) and _WIDTH.fits(v[k]) for k in v),
+    lambda v: (
+        isinstance(v, dict)
+        and all(isinstance(k, str) and type(v[k]) is int and v[k] >= 0 for k in v)
+    ),
 )
 _NORM = _number(-1e4, 1e4)
 _VAE = {

@@ -17,6 +17,7 @@ from koala.architectures.config import from_unet_config
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
 from koala.checkpoints.prediction import of_config
+from koala.checkpoints.quantised import stored_shapes
 from koala.checkpoints.schema import SCHEMAS, checked
 from koala.checkpoints.tensors import Stored, read_header
 from koala.errors import UserError
@@ -35,6 +36,10 @@ CONFIGS = {  # component -> the config file that it must have
     "tokenizer_2": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
+QUANTISED = "quantised"  # key of a U-Net's config: how its weights are stored
+QUANTISED_FILE = (
+    f"{_DIFFUSERS}.int4.safetensors"  # no other program takes it for weights of its own
+)
 _MOST_BYTES = 2**26  # of a small file
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
@@ -85,6 +90,8 @@ def weights_files(place: Path, component: str) -> list[Path]:
     Files of the `fp16` variant are taken where there are no others. Raises `UserError` if there
     are none of either.
     """
+    if component == "unet" and (place / QUANTISED_FILE).is_file():
+        return [place / QUANTISED_FILE]
     stem, variant = WEIGHTS[component], variant_of(place, component)
     ending = f".{variant}" if variant else ""
     if (single := place / f"{stem}{ending}.safetensors").is_file():
@@ -198,10 +205,27 @@ def unet_architecture(folder: Path) -> UNetArchitecture:
         raise UserError(f"{file}: {error}") from None
 
 
+def is_quantised(folder: Path) -> bool:
+    """Whether a model folder's U-Net is stored in 4 bits."""
+    return QUANTISED in read_json(folder / "unet" / "config.json")
+
+
+def refuse_quantised(folder: Path) -> None:
+    """UserError for a model that draws in koala, and that nothing else can be done with."""
+    if is_quantised(folder):
+        raise UserError(
+            f"{folder} is stored in int4, which draws and cannot be changed, converted or trained: "
+            "give the model that it was made of"
+        )
+
+
 def check_unet(arch: UNetArchitecture, stored: dict[str, Stored], folder: Path) -> None:
-    """Raises `UserError` unless `stored` has exactly the tensors of `arch`."""
+    """Raises `UserError` unless `stored` has exactly the tensors of `arch`, whole or in 4 bits."""
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    if faults := tensor_faults(tensor_shapes(arch), shapes):
+    expected: Shapes = tensor_shapes(arch)
+    if is_quantised(folder):
+        expected = stored_shapes(expected)
+    if faults := tensor_faults(expected, shapes):
         raise UserError(f"{folder}/unet: the weights do not fit config.json: {faults}")
 
 

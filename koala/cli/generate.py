@@ -208,7 +208,8 @@ GENERATE = Command(
     (
         'koala generate "a fox, noto style" --out fox.png',
         'koala generate "a fox, noto style" "an owl, noto style" -n 4 --seed 7 --out drawn',
-        'koala generate "a fox, noto style" --steps 20 --scheduler dpm++2m --negative-prompt blue',
+        'koala generate "a fox, noto style" --model koala-mini --steps 20 --scheduler dpm++2m '
+        "--negative-prompt blue",
         'koala generate "an owl, noto style" --image fox.png --strength 0.8 --out owl.png',
     ),
     _arguments,

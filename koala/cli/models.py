@@ -2,8 +2,9 @@
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from koala.architectures.block_map import DEPTH_RULES
 from koala.architectures.table import CUTS
@@ -63,8 +64,9 @@ def _compress_arguments(p: Parser) -> None:
         "--vram", type=number, metavar="GIB", help="for --advise: what the GPU has for the model"
     )
     p.add_argument(
-        "--calibrate", type=Path, metavar="FILE",
-        help="for --prune: a text file with a prompt a line, which are drawn to see what matters",
+        "--calibrate", type=Path, metavar="PROMPTS|DATA",
+        help="for --prune: a text file with a prompt a line, which are drawn to see what matters, "
+        "or a folder of koala prepare, whose latents are read",
     )  # fmt: skip
     p.add_argument("--out", type=Path, metavar="DIR", help="the student's new folder")
     p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
@@ -123,8 +125,14 @@ def _prune(o: argparse.Namespace) -> "PruneReport":
     if o.depth_rule is not None:
         raise UserError("--depth-rule has no effect on --prune, which removes no blocks")
     if o.calibrate is None:
-        raise UserError("--prune needs --calibrate FILE: a text file with a prompt a line")
-    prompts = prompts_in(o.calibrate)
+        raise UserError(
+            "--prune needs --calibrate: a text file with a prompt a line, or a folder that koala "
+            "prepare made"
+        )
+    data = o.calibrate.expanduser()
+    if data.is_dir() and not (data / "latents.json").is_file():
+        raise UserError(f"--calibrate {data} is no folder that koala prepare made")
+    prompts = None if data.is_dir() else prompts_in(data)
     pruning(o.prune, prompts)
     float_dtype(o.dtype)
     check_new(o.out.expanduser())
@@ -132,7 +140,12 @@ def _prune(o: argparse.Namespace) -> "PruneReport":
     check_new(o.out.expanduser())
     from koala.generation.pruning import prune_model  # all is checked: now torch may load
 
-    return prune_model(assembled(o, o.teacher), o.prune, prompts, o.out, o.dtype, say)
+    calibrate: Any = prompts
+    if prompts is None:
+        from koala.recipes.prepared_inputs import prepared_inputs
+
+        calibrate = partial(prepared_inputs, data)
+    return prune_model(assembled(o, o.teacher), o.prune, calibrate, o.out, o.dtype, say)
 
 
 def _convert_arguments(p: Parser) -> None:
@@ -155,6 +168,10 @@ def _convert_arguments(p: Parser) -> None:
     )
     p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
     p.add_argument(
+        "--weights",
+        help="int4: with --to diffusers, the U-Net in 4 bits, for koala generate alone",
+    )
+    p.add_argument(
         "--spelling",
         help="of a LoRA's names: kohya, which other programs read in full (default), or same",
     )
@@ -169,6 +186,7 @@ def _convert_arguments(p: Parser) -> None:
 
 def _convert(o: argparse.Namespace) -> None:
     from koala.checkpoints.convert import check_conversion, convert
+    from koala.checkpoints.resolve import check_name
     from koala.lora.conversion import convert_lora
 
     if o.student is not None and o.dtype is not None:
@@ -183,11 +201,22 @@ def _convert(o: argparse.Namespace) -> None:
             raise UserError("--workflow is for --to single-file, which ComfyUI reads: leave it out")
         if o.workflow.exists():
             raise UserError(f"{o.workflow} exists; name a new file")
+    if o.weights is not None and (o.weights != "int4" or o.to != "diffusers"):
+        raise UserError(
+            f"--weights {o.weights}: allowed is int4, with --to diffusers; for others give --dtype"
+        )
     if o.to in FORMATS:
         raise UserError(
             f"{o.to} is no format of a model to go on with: use koala export --to {o.to}"
         )
-    if o.student is None:
+    if o.weights is not None:
+        check_conversion(o.to, o.out, o.dtype)
+        check_name(o.model)
+        from koala.generation.quantised_folder import write_quantised
+
+        stored = write_quantised(assembled(o, o.model), o.out, o.dtype)
+        report, line = asdict(stored), stored.line()
+    elif o.student is None:
         check_conversion(o.to, o.out, o.dtype)  # before the model is assembled
         model = assembled(o, o.model)
         drawn = None if o.workflow is None else _workflow(model, o.out)
@@ -276,6 +305,7 @@ CONVERT = Command(
     (
         "koala convert runs/student --to single-file --dtype fp16 --out student.safetensors",
         "koala convert student.safetensors --to diffusers --out runs/again",
+        "koala convert sdxl.safetensors --to diffusers --weights int4 --out sdxl-int4",
         "koala convert style.safetensors --for runs/student --out student-style.safetensors",
     ),
     _convert_arguments,

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from koala.checkpoints.bundled import DEFAULT
+from koala.checkpoints.bundled import SERVED
 from koala.cli.command import Command, Parser, number, say, whole
 from koala.serving.settings import (
+    CONTENT_SCORE,
     Limits,
     Options,
     Scale,
@@ -29,8 +30,8 @@ LIMITS = (  # name, what it limits, type
 def _arguments(p: Parser) -> None:
     usual = Limits()
     p.add_argument(
-        "--model", default=DEFAULT,
-        help=f"bundled name, folder, single file or Hub id (default {DEFAULT})",
+        "--model", default=SERVED,
+        help=f"bundled name, folder, single file or Hub id (default {SERVED})",
     )  # fmt: skip
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     p.add_argument("--port", type=whole, default=8000, help="default 8000; 0 takes any free port")
@@ -64,6 +65,19 @@ def _arguments(p: Parser) -> None:
     p.add_argument(
         "--fit", action=argparse.BooleanOptionalAction, default=True,
         help="draw sizes that the model was not made for at its own size, and resize (default on)",
+    )  # fmt: skip
+    p.add_argument(
+        "--content-filter", nargs="?", type=number, const=CONTENT_SCORE, metavar="SCORE",
+        help="hold back images that a classifier takes for pornographic: from this score on, above "
+        f"0, up to 1 (default off; without a score {CONTENT_SCORE:g})",
+    )  # fmt: skip
+    p.add_argument(
+        "--sign-key", type=Path, metavar="FILE",
+        help="a private key (PEM): each image carries a C2PA manifest that is signed with it",
+    )  # fmt: skip
+    p.add_argument(
+        "--sign-certificates", type=Path, metavar="FILE",
+        help="its certificate (PEM), followed by those that it was signed with",
     )  # fmt: skip
     network = p.add_argument_group("names and pages, each a list with commas")
     network.add_argument(
@@ -121,6 +135,7 @@ def _run(o: argparse.Namespace) -> None:
         gallery_days=o.gallery_days, limits=limits, fit=o.fit, model_aliases=words(o.model_alias),
         quality_steps=quality_steps(o.quality_steps), allow_hosts=words(o.allow_host),
         allow_origins=words(o.allow_origin), trusted_proxies=words(o.trusted_proxy),
+        content_filter=o.content_filter, sign_key=o.sign_key, sign_certificates=o.sign_certificates,
     )  # fmt: skip
     sleep_while_waiting()
     if o.replicas is None:

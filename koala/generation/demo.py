@@ -18,7 +18,7 @@ EIGHT_PROMPTS = (
     "a car, flat twemoji style",
     "a strawberry, flat fluent style",
     "a whale, noto style",
-    "a purple guitar, solid icon",
+    "a purple mushroom, solid icon",
     "two red apples on a light blue background, noto style",
 )
 SEED = 7

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from koala.checkpoints import gguf_file
 from koala.checkpoints.resolve import read_model, resolve_model
+from koala.checkpoints.validate import refuse_quantised
 from koala.errors import UserError, unknown
 from koala.generation.form import OF_DTYPE
 from koala.utils.atomic import check_new
@@ -78,6 +79,8 @@ def export(model: str | Path, to: str, out: str | Path, dtype: str | None = None
     check_export(to, out, dtype)
     dtype = dtype or FORMATS[to][0]
     name = Path(model).resolve().name if Path(model).exists() else str(model)
+    if Path(model).expanduser().is_dir():
+        refuse_quantised(resolve_model(model))
     write = {"onnx": _onnx, "openvino": _openvino, "gguf": _gguf}[to]
     notes = write(model, out, dtype)
     files = [out] if out.is_file() else [file for file in out.rglob("*") if file.is_file()]

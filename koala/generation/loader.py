@@ -11,8 +11,9 @@ import koala
 from koala.architectures.table import FACTOR
 from koala.checkpoints.bundled import DEFAULT
 from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae
+from koala.checkpoints.quantised import KIND
 from koala.checkpoints.resolve import resolve_model
-from koala.checkpoints.validate import read_json, unet_architecture
+from koala.checkpoints.validate import is_quantised, read_json, unet_architecture
 from koala.errors import Failure, UserError
 from koala.generation import validation
 from koala.generation.decode import full
@@ -23,6 +24,7 @@ from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.placement import Placement
 from koala.generation.memory.plan import Planner, beside_model
 from koala.generation.pipeline import Pipeline
+from koala.generation.quantised_folder import load_quantised
 from koala.generation.runtime.backends import Backend, choose
 from koala.generation.runtime.compile import (
     compile_blocks,
@@ -64,10 +66,12 @@ def load(
     say: Say = lambda line: None,
 ) -> Pipeline:
     """`koala.load` with PyTorch; arguments and errors as in `koala.generation.opening.load`."""
+    folder, place = resolve_model(model), pick_device(device)
+    if is_quantised(folder):
+        weights = _as_stored(folder, weights, lora)
     planned = validation.runtime(
         backend, compile, graphs, vram, weights, decode, tiny_vae, str(dtype) if dtype else None
     )
-    folder, place = resolve_model(model), pick_device(device)
     name = Path(model).resolve().name if Path(model).exists() else str(model)
     scales = {file: validation.lora_scale(scale) for file, scale in (lora or {}).items()}
     if planned:
@@ -114,6 +118,18 @@ def load(
     return pipeline
 
 
+def _as_stored(folder: Path, weights: str | None, lora: Mapping[str | Path, float] | None) -> str:
+    """The weights that a folder is stored in. UserError for others, and LoRAs to be merged."""
+    if weights not in (None, KIND):
+        raise UserError(f"{folder} is stored in {KIND}: leave out --weights {weights}")
+    if lora:
+        raise UserError(
+            f"{folder} is stored in {KIND}, and LoRAs are merged before weights are rounded: draw "
+            f"with the model that it was made of and --weights {KIND}"
+        )
+    return KIND
+
+
 def _keep_form(pipeline: Pipeline, folder: Path, chosen: Backend, say: Say) -> None:
     try:
         keep_form(pipeline, folder, chosen)
@@ -147,7 +163,7 @@ def _read(folder: Path, name: str, dtype: torch.dtype, put: Put) -> Pipeline:
     """The pipeline of a folder; `put` is given each part's models, on the CPU, once it is read."""
     conditioner = TextConditioner.from_folder(folder, dtype, cache_size=CACHED_CHUNKS)
     put(TEXT, conditioner.encoders)
-    unet = load_unet(folder, dtype)
+    unet = (load_quantised if is_quantised(folder) else load_unet)(folder, dtype)
     nn.Module.to(unet, memory_format=torch.channels_last)  # type: ignore[call-overload]  # it does take it
     put(UNET, [unet])
     vae = load_vae(folder, torch.float32)

@@ -29,6 +29,7 @@ from koala.generation.validation import pruning
 from koala.utils.atomic import check_new, new_folder
 from koala.utils.networks import UNet2DConditionModel
 
+Inputs = Callable[[Path, Pipeline], list[UNetInputs]]
 AT_ONCE = 8  # prompts that are drawn together
 
 
@@ -40,15 +41,17 @@ class PruneReport:
     before: int  # parameters of the U-Net
     after: int
     narrowed: int  # modules that are narrower
-    prompts: int
+    prompts: int  # that were drawn
+    latents: int  # prepared ones that were read
     out: Path
 
     def line(self) -> str:
         """For a person."""
         share = 1 - self.after / self.before
+        seen = f"{self.latents} latents" if self.latents else f"{self.prompts} prompts"
         return (
             f"{self.model}: {self.before:,} parameters in the U-Net -> {self.after:,} "
-            f"({share:.1%} fewer, in {self.narrowed} modules), by {self.prompts} prompts, in "
+            f"({share:.1%} fewer, in {self.narrowed} modules), by {seen}, in "
             f"{self.out}; it draws in koala, and not in programs that know SDXL's own widths alone"
         )
 
@@ -56,39 +59,45 @@ class PruneReport:
 def prune_model(
     model: str | Path,
     share: float,
-    prompts: Sequence[str],
+    calibrate: Sequence[str] | Inputs,
     out: str | Path,
     dtype: str | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> PruneReport:
     """Writes the pipeline folder `out`: `model` with `share` fewer parameters in its U-Net.
 
-    model: name, folder, Hub id or single file. share: 0.01 to 0.6. prompts: what is drawn, in ten
-    steps with guidance 3.5, to see what the U-Net computes. dtype: of all weights, "fp32", "fp16"
+    model: name, folder, Hub id or single file. share: 0.01 to 0.6. calibrate: prompts, which are
+    drawn in ten steps with guidance 3.5 to see what the U-Net computes, or a function of the
+    model's folder and pipeline that gives the U-Net's inputs. dtype: of all weights, "fp32", "fp16"
     or "bf16"; None keeps each as it is. The whole U-Net is in memory in float32. Raises `UserError`
     for a setting that is not allowed, a model that is pruned already, more than can be removed, and
     if `out` exists or cannot be written; `Failure` if the disk is full.
     """
     kind, out = float_dtype(dtype), Path(out).expanduser()
-    pruning(share, prompts)
+    pruning(share, None if callable(calibrate) else calibrate)
     check_new(out)
     contents = read_model(model)
     folder = resolve_model(model)
     pipeline = load(folder, "cpu", dtype="fp32", backend="torch")
-    say("calibration: drawing")
-    samples = calibration(pipeline, prompts)
+    if callable(calibrate):
+        say("calibration: reading")
+        samples = calibrate(folder, pipeline)
+        counts = 0, sum(len(x) for x, _, _ in samples)
+    else:
+        say("calibration: drawing")
+        samples, counts = calibration(pipeline, calibrate), (len(calibrate), 0)
     unet = load_unet(folder)
     calls = [partial(_call, sample) for sample in samples]
     smaller = prune(unet, share, calls, say)
     name = model_card.name_of(model)
     before, after = (parameters(from_unet_config(one.config)) for one in (unet, smaller))
-    made = card_facts.Pruned(name, before, after, len(prompts))
+    made = card_facts.Pruned(name, before, after, *counts)
     narrowed = len(smaller.config[INNER])
     with new_folder(out) as part:
         _write(contents, smaller, part, kind)
         card = model_card.of_contents(contents.source, contents.metadata)
         model_card.write(model_card.pruned_of(card, name, model_card.name_of(out), made), part)
-    return PruneReport(name, before, after, narrowed, len(prompts), out)
+    return PruneReport(name, before, after, narrowed, *counts, out)
 
 
 def calibration(pipeline: Pipeline, prompts: Sequence[str]) -> list[UNetInputs]:

@@ -227,7 +227,7 @@ class _Sampled:
         steps = own.steps if asked.steps is None else asked.steps
         guidance = own.guidance if asked.guidance is None else asked.guidance
         validation.numbers(steps, guidance)
-        validation.negative_prompt(asked.negative_prompt, guidance)
+        validation.negative_prompt(asked.negative_prompt, guidance, own.guided)
         until = validation.guidance_until(asked.guidance_until, guidance)
         rescale = validation.guidance_rescale(asked.guidance_rescale, guidance)
         named = own.scheduler if asked.scheduler is None else asked.scheduler

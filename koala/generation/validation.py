@@ -51,12 +51,12 @@ def prompts(prompt: str | list[str]) -> list[str]:
     return found
 
 
-def pruning(share: float, calibration: Sequence[str]) -> None:
-    """UserError unless a U-Net can be pruned by that share on those prompts."""
+def pruning(share: float, calibration: Sequence[str] | None = None) -> None:
+    """UserError unless a U-Net can be pruned by that share on those prompts, if any."""
     least, most = PRUNED
     if not _number(share) or not least <= share <= most:
         raise UserError(f"--prune {share}: allowed are {least} to {most} of the U-Net's parameters")
-    if len(prompts([*calibration])) > MOST_CALIBRATION:
+    if calibration is not None and len(prompts([*calibration])) > MOST_CALIBRATION:
         raise UserError(
             f"{len(calibration)} prompts to calibrate on: at most {MOST_CALIBRATION} are drawn"
         )
@@ -74,13 +74,14 @@ def prompts_in(file: Path) -> list[str]:
     return prompts(found)
 
 
-def negative_prompt(text: str, guidance: float) -> None:
-    """UserError for a negative prompt that would have no effect."""
+def negative_prompt(text: str, guidance: float, guided: bool) -> None:
+    """UserError if it would have no effect. guided: whether the model is made for guidance."""
     _text(text, "negative prompt")
     if text and guidance <= 1:
+        other = "set guidance above 1" if guided else "take a model with guidance, as koala-mini"
         raise UserError(
-            f"the negative prompt {text!r} has no effect at guidance {guidance}: "
-            "leave it out, or set guidance above 1"
+            f"the negative prompt {text!r} has no effect at guidance {guidance:g}: leave it out, "
+            f"or {other}"
         )
 
 

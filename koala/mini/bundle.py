@@ -19,6 +19,7 @@ from koala.checkpoints import model_card
 from koala.checkpoints.bundled import WHOLE
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import CONFIGS, WEIGHTS, weights_files
+from koala.checkpoints.words import FILE as WORDS
 from koala.data.illustrations.words import words_of
 from koala.errors import UserError
 from koala.generation.decode import TINY, TINY_FILE
@@ -30,7 +31,8 @@ TEXTS = ("NOTICE.txt", "model_index.json")
 def bundle(model: str | Path, out: Path, data: Path | None = None) -> int:
     """Writes `out`, a pipeline folder in fp16; returns the bytes of its weights.
 
-    data: the prepared illustrations of its training, whose words are listed in the folder.
+    data: the prepared illustrations of its training, whose words are listed in the folder; None:
+        the folder's own list, if it has one.
     UserError if `model` is not a model, `data` no illustrations, or `out` exists.
     """
     source = resolve_model(model)
@@ -55,6 +57,8 @@ def bundle(model: str | Path, out: Path, data: Path | None = None) -> int:
             shutil.copy(source / name, part)
         if words is not None:
             words.write(part)
+        elif (source / WORDS).is_file():
+            shutil.copy(source / WORDS, part)
         card = model_card.read(source)
         model_card.write(replace(card, title=out.name), part)
         if out.name != WHOLE:

@@ -21,7 +21,7 @@ from koala.serving.keys import ApiKeys
 from koala.serving.links import Links
 from koala.serving.security import SecurityMiddleware
 from koala.serving.service import Service
-from koala.serving.settings import Options
+from koala.serving.settings import Options, signing
 
 DAY = 24 * 3600.0  # seconds
 
@@ -37,7 +37,9 @@ def create_app(service: Service, database: Database, options: Options) -> FastAP
         title="koala", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan
     )
     app.state.service, app.state.options = service, options
-    gallery = Gallery(database, options.gallery_bytes, options.gallery_days * DAY)
+    gallery = Gallery(
+        database, options.gallery_bytes, options.gallery_days * DAY, sign=signing(options)
+    )
     jobs = Jobs(service, JobTable(database, most_seconds=options.gallery_days * DAY), gallery)
     app.state.gallery, app.state.jobs = gallery, jobs
     app.state.gallery_writer = GalleryWriter(gallery)

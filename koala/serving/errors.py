@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from koala.errors import Failure, UserError
 from koala.generation import Late
 from koala.serving.admission import UNAVAILABLE, Busy
+from koala.serving.content_filter import HeldBackError
 from koala.utils.device import ran_out
 
 _log = logging.getLogger("koala.serving")
@@ -61,6 +62,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(status, str(error), error.reason, retry=error.retry_after)
         case Late():
             return ApiError(504, str(error), "deadline")
+        case HeldBackError():
+            return ApiError(400, str(error), "content_filter")
         case Failure():
             return ApiError(500, " ".join(str(error).split()), "failed")
         case ValidationError() | RequestValidationError():
@@ -84,7 +87,9 @@ def install(app: FastAPI, on_error: Callable[[str], None]) -> None:
         on_error(failure.code)
         return failure.response()
 
-    kinds = (ApiError, UserError, Busy, Failure, ValidationError, RequestValidationError)
+    kinds = (
+        ApiError, UserError, Busy, HeldBackError, Failure, ValidationError, RequestValidationError,
+    )  # fmt: skip
     for kind in (*kinds, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
     _document(app)

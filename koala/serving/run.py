@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from koala.generation.drawing import Drawing
+    from koala.serving.content_filter import ContentFilter
     from koala.serving.service import Service
 
 CONNECTIONS_END = 5  # seconds for answers to end after the last image is done
@@ -53,6 +54,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         service = Service(
             pipeline, options.limits, options.lora_dir, sizes=sizes,
             embeddings=options.embedding_dir, fit=options.fit,
+            content_filter=content_filter(options),
         )  # fmt: skip
         app = create_app(service, database, options)
         try:
@@ -61,6 +63,13 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             asyncio.run(_until_signalled(server, service, closed, listening, options, say))
         finally:
             service.close()
+
+
+def content_filter(options: Options) -> "ContentFilter | None":
+    """The content filter, if one is asked for."""
+    from koala.serving.content_filter import ContentFilter
+
+    return None if options.content_filter is None else ContentFilter(options.content_filter)
 
 
 def http_config(app: "FastAPI", options: Options) -> "uvicorn.Config":

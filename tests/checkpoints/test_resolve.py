@@ -1,5 +1,6 @@
 """Names of models and where they resolve to; incomplete and foreign models are refused."""
 
+import filecmp
 import json
 import shutil
 from pathlib import Path
@@ -41,7 +42,11 @@ def test_a_whole_folder_is_its_own_model(whole):
 
 def test_bundled_models_are_whole():
     for name in bundled_names():
-        assert resolve_model(name) == BUNDLED / name
+        folder = resolve_model(name)
+        for file in (BUNDLED / name).rglob("*.*"):
+            assert filecmp.cmp(file, folder / file.relative_to(BUNDLED / name), shallow=False)
+        shared = [path for path in (BUNDLED / "koala-mini").iterdir() if path.is_dir()]
+        assert all((folder / path.name).is_dir() for path in shared)
 
 
 def test_loads_as_float32_whatever_is_stored(whole, folder):

@@ -1,5 +1,6 @@
 """The pages' commands, run in order at toy size: what a reader is told to type works."""
 
+import json
 import re
 import shlex
 import shutil
@@ -144,3 +145,27 @@ def names_set(given: list[str]) -> tuple[str, ...]:
         return ()
     after = given[given.index("--set") + 1 :]
     return tuple(f"{part.partition('=')[0]}=" for part in after)
+
+
+def test_the_table_of_guided_distillation_is_the_report():
+    report = json.loads((DOCS / "evaluation" / "guided.json").read_text())
+    page = (DOCS / "few-steps.md").read_text()
+    for row in report["rows"][1:]:
+        shown = [
+            f"{cell['value']:.{digits}f} ({cell['low']:.{digits}f} to {cell['high']:.{digits}f})"
+            for cell, digits in (
+                (row["cells"]["illustrations fd-efflite0"], 2),
+                (row["cells"]["illustrations r@5"], 3),
+            )
+        ]
+        steps = report["settings"]["steps"][row["name"]]
+        guidance = report["settings"]["guidance"][row["name"]]
+        told, passes = ("none", steps) if guidance == 1 else (f"{guidance:g}", 2 * steps)
+        cells = [row["name"], str(steps), told, str(passes), *shown]
+        assert f"| {' | '.join(cells)} |" in page
+    verdicts = {each["column"].split()[-1]: each["verdict"] for each in report["comparisons"]}
+    fd, r5, r10 = (verdicts[name] for name in ("fd-efflite0", "r@5", "r@10"))
+    assert (fd["says"], r5["says"], r10["says"]) == ("worse", "cannot be told", "better")
+    for verdict, digits in ((fd, 2), (r5, 3), (r10, 3)):
+        for value in verdict["difference"].values():
+            assert f"{abs(value):.{digits}f}" in page

@@ -19,8 +19,10 @@ from koala.checkpoints.model_card import read
 from koala.checkpoints.prune import Level, Moments, Site, levels, prune
 from koala.cli import main
 from koala.errors import UserError
+from koala.generation.pruning import calibration, prune_model
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.pytorch import predictor
+from koala.recipes.prepared_inputs import prepared_inputs
 from toy import seeded_unet, toy_unet
 
 
@@ -36,7 +38,7 @@ def test_an_error_foretold_is_that_of_the_fitted_layer(kind):
     x = torch.randn(500, 12, generator=draw, dtype=torch.float64) @ mixed + 2
     w = torch.randn(5, 12, generator=draw, dtype=torch.float64)
     found = levels(site, w, moments_of(x))
-    assert [len(level.kept) for level in found] == [*range(site.units, 0, -1)]
+    assert [len(level.kept) for level in found] == [*range(site.units, -1, -1)]
     assert found[0].error == pytest.approx(0, abs=1e-6)
     assert all(a.error < b.error for a, b in pairwise(found))
     whole = float((x @ w.T - (x @ w.T).mean(0)).square().sum())
@@ -174,3 +176,83 @@ def test_what_is_pruned_is_no_teacher_and_is_not_pruned_again(pruned, tmp_path, 
 def test_a_pruned_u_net_is_built_from_its_config(pruned):
     config = json.loads((pruned / "unet" / "config.json").read_text())
     assert config[INNER] == dict(build_unet(config).config[INNER]) != {}
+
+
+@pytest.fixture(scope="module")
+def hollow(calls) -> torch.nn.Module:
+    """A U-Net two of whose modules are their bias alone."""
+    unet = seeded_unet()
+    sites = pruning.sites_of(from_unet_config(unet.config))
+    moments = pruning.observe(unet, sites, calls)
+    gone = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1",
+            "down_blocks.1.attentions.0.transformer_blocks.0.ff"}  # fmt: skip
+    chosen = {
+        site.path: Level(torch.arange(0 if site.path in gone else site.units), 0) for site in sites
+    }
+    return pruning.pruned(unet, sites, chosen, moments)
+
+
+def test_a_module_that_is_removed_leaves_its_mean(hollow, calls):
+    unet, path = seeded_unet(), "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    arch = from_unet_config(hollow.config)
+    assert dict(arch.inner)[path] == 0
+    assert sum(w.numel() for w in hollow.parameters()) == parameters(arch)
+    seen = []
+    handle = unet.get_submodule(path).register_forward_hook(lambda m, i, y: seen.append(y))
+    with torch.no_grad():
+        for call in calls:
+            call(unet)
+    handle.remove()
+    mean = torch.cat([y.flatten(0, -2) for y in seen]).mean(0)
+    bias = hollow.get_submodule(path).to_out[0].bias
+    assert torch.allclose(bias, mean, atol=1e-5)
+
+
+def test_a_hollow_u_net_is_quantised_fused_and_converted(hollow, calls):
+    pytest.importorskip("openvino")
+    from openvino import compile_model
+
+    from koala.generation.memory.quantise import quantise
+    from koala.generation.runtime.compile import fuse_projections
+    from koala.generation.runtime.openvino_graph import unet_model
+
+    x = example(hollow, 2, 8, 5)
+    with torch.no_grad():
+        exact = predictor(hollow)(*x)
+        fused = build_unet(hollow.config)
+        fused.load_state_dict(hollow.state_dict())
+        fuse_projections(fused)
+        assert torch.allclose(predictor(fused)(*x), exact, atol=1e-5)
+        for kind, bound in (("int8", 0.03), ("int4", 0.25)):
+            other = build_unet(hollow.config)
+            other.load_state_dict(hollow.state_dict())
+            quantise(other, kind)
+            assert (predictor(other)(*x) - exact).abs().mean() < bound * exact.abs().mean()
+    exactly = {"INFERENCE_PRECISION_HINT": "f32"}
+    run = compile_model(unet_model(hollow.config, hollow.state_dict()), "CPU", exactly)
+    sample, t, c = x
+    given = [v.numpy() for v in (sample, t.long(), c.text, c.pooled, c.time_ids)]
+    assert np.allclose(run(given)[0], exact.numpy(), atol=1e-4)
+
+
+def test_inputs_of_prepared_latents(base_parts):
+    data, base = base_parts
+    pipeline = koala.load(base, "cpu", backend="torch")
+    inputs, again = (prepared_inputs(data, base, pipeline) for _ in range(2))
+    assert 0 < sum(len(x) for x, _, _ in inputs) <= 256
+    for (x, t, c), (same, _, _) in zip(inputs, again, strict=True):
+        assert len(x) == len(t) == len(c.text) == len(c.time_ids) <= 8
+        assert torch.equal(x, same)
+        assert c.text.shape[-1] == pipeline.unet.config.cross_attention_dim
+
+
+def test_a_model_calibrated_on_latents_says_so(toy_sdxl, tmp_path, capsys):
+    out = tmp_path / "x"
+    made = prune_model(
+        toy_sdxl, 0.1, lambda folder, pipeline: calibration(pipeline, ["a fox"])[:2], out
+    )
+    assert made.prompts == 0 < made.latents == read(out).pruned.latents
+    assert "prepared latents" in (out / "README.md").read_text()
+    command = ["compress", str(toy_sdxl), "--prune", "0.1", "--out", str(tmp_path / "y")]
+    assert main([*command, "--calibrate", str(tmp_path)]) == 2
+    assert "no folder that koala prepare made" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_a_model_is_drawn_as_it_is_made_for_unless_told(toy_sdxl, tmp_path):
         assert (told.steps, told.guidance, told.sampler) == (7, 3.0, "DDIM")
     (usual,) = checked(toy_sdxl, "a fox").settings
     assert (usual.steps, usual.guidance, usual.sampler) == (10, 3.5, "Euler")
-    with pytest.raises(UserError, match=r"'blue' has no effect at guidance 1\.0"):
+    with pytest.raises(UserError, match=r"'blue' has no effect at guidance 1: "):
         checked(quick, "a fox", negative_prompt="blue")
     image = Image.new("RGB", (64, 64))
     with pytest.raises(UserError, match=r"strength 0\.4 of 2 steps"):

@@ -372,13 +372,9 @@ context.font = style.font;
 const found = [];
 for (const language of values[0]) {
   const words = await (await fetch(`page/${language}`)).json();
-  for (const [name, size, shape] of [
-    ["square", "1024 × 1024", ""], ["landscape", "1344 × 768", "16:9"],
-    ["portrait", "768 × 1344", "9:16"], ["like-image", "", ""],
-  ]) {
-    const text = words[name].replace("{size}", size).replace("{shape}", shape);
-    if (context.measureText(text).width > room) found.push(text);
-  }
+  const square = words.square.replace("{size}", "1024 × 1024");
+  const texts = [square, words["like-image"], words["own-size"], "1344 × 768, 16:9"];
+  found.push(...texts.filter((text) => context.measureText(text).width > room));
 }
 return found;
 """

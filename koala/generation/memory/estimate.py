@@ -12,12 +12,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from koala.checkpoints.quantised import GROUP, IN_8_BITS
 from koala.checkpoints.validate import Shapes
 
 MARGIN = 1.3  # on activations, for what the libraries' kernels take besides: up to 1.25 was seen
 CARRIED = 2 * 2**20  # bytes: latents, embeddings and the like of a request
-GROUP = 32  # weights with one scale in int4
-IN_8_BITS = ("conv_in", "conv_out", "time_embedding", "add_embedding")  # of a U-Net in int4
 ALIGNED = 256  # bytes: every tensor of a unit begins at a multiple, which GPUs read fastest
 TEXT, UNET, VAE = "text encoders", "U-Net", "VAE"
 # (place, decode) from the fastest to the smallest, of the planner's ladder.

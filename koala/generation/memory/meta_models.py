@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from koala.architectures.config import pooled_width
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
 from koala.checkpoints.load import build_unet
-from koala.checkpoints.validate import read_json
+from koala.checkpoints.validate import QUANTISED, read_json
 from koala.generation.decode import tiny_folder
 from koala.generation.memory.estimate import TEXT, UNET, VAE
 from koala.generation.memory.peak import peak_bytes
@@ -74,7 +74,8 @@ class MetaModels:
 
     def _built(self, part: str) -> list[Any]:
         if part == UNET:
-            return [build_unet(self.config("unet"))]
+            config = self.config("unet")
+            return [build_unet({k: v for k, v in config.items() if k != QUANTISED})]
         if part == VAE:
             return [AutoencoderKL.from_config(self.config("vae"))]
         if part == TINY:

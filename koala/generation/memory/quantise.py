@@ -11,11 +11,13 @@ Convolutions are a third of KOALA-700M's weights, so they are quantised too.
            its embeddings of time are int8: they are small, and all others depend on them
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from koala.generation.memory.estimate import GROUP, IN_8_BITS
+from koala.checkpoints.quantised import GROUP, IN_8_BITS, PARTS
 
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}  # number of the kind
 _DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -30,34 +32,61 @@ class _Quantised(nn.Module):
     shape: torch.Size  # of the weight
     values: Tensor  # the kind's bits as uint8, which a change of dtype leaves alone; [out, ...]
     scale: Tensor  # [out, 1, ...], in int4 [out, groups, 1], of the weight's dtype
+    left: Tensor  # [out, r], and right [r, inputs]: what is added to int4's; some layers have it
+    right: Tensor
 
     @property
     def weight(self) -> Tensor:
         """values * scale, in the scale's dtype. A new tensor: writing to it changes nothing."""
         if self.kind == "int4":
-            return _unpacked(self.values, self.scale, self.shape)
+            weight = _unpacked(self.values, self.scale, self.shape)
+            if "left" in self._buffers:
+                weight.flatten(1).addmm_(self.left, self.right)
+            return weight
         return self.values.view(_DTYPES[self.kind]).to(self.scale.dtype).mul_(self.scale)
 
-    @torch.no_grad()
     def take(self, kind: str) -> None:
         """Replaces the layer's weight parameter by values of the kind."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        self.hold(kind, *quantised(weight, kind))
+
+    def hold(self, kind: str, values: Tensor, scale: Tensor, *added: Tensor) -> None:
+        """Replaces the layer's weight parameter by these; added: left and right, or nothing."""
         weight = self._parameters.pop("weight")
         assert weight is not None
         self.kind, self.shape = kind, weight.shape
-        if kind == "int4":
-            values, scale = _packed(weight)
-            self.register_buffer("values", values)
-            self.register_buffer("scale", scale)
-            return
-        axes = tuple(range(1, weight.ndim))
-        top = weight.float().abs().amax(axes, keepdim=True) / LARGEST[kind]
-        # Rounded first, so that the values make up for the rounding of the scale.
-        scale = top.clamp(min=_SMALLEST).to(weight.dtype)
-        values = (weight.float() / scale.float()).clamp(-LARGEST[kind], LARGEST[kind])
-        if kind == "int8":
-            values = values.round()
-        self.register_buffer("values", values.to(_DTYPES[kind]).view(torch.uint8))
-        self.register_buffer("scale", scale)
+        for name, tensor in zip(PARTS, (values, scale, *added), strict=False):
+            self.register_buffer(name, tensor)
+
+
+@torch.no_grad()
+def quantised(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Values and scales of a weight, as `_Quantised` holds them."""
+    if kind == "int4":
+        return _packed(weight)
+    axes = tuple(range(1, weight.ndim))
+    top = weight.float().abs().amax(axes, keepdim=True) / LARGEST[kind]
+    # Rounded first, so that the values make up for the rounding of the scale.
+    scale = top.clamp(min=_SMALLEST).to(weight.dtype)
+    values = (weight.float() / scale.float()).clamp(-LARGEST[kind], LARGEST[kind])
+    if kind == "int8":
+        values = values.round()
+    return values.to(_DTYPES[kind]).view(torch.uint8), scale
+
+
+@torch.no_grad()
+def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """left [out, r] and right [r, inputs] in float16, whose product is near the weight.
+
+    What is left of it has fewer outliers, which 4 bits round best (SVDQuant, arXiv 2411.05007,
+    section 4.2). The same on every call.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(weight.float().flatten(1), rank + 8, niter=4)
+    root = s[:rank].sqrt()
+    return (u[:, :rank] * root).half(), (v[:, :rank] * root).T.contiguous().half()
 
 
 def _packed(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +142,17 @@ def quantise(model: nn.Module, kind: str) -> None:
     already is left alone. Biases, norms and embeddings keep their dtype.
     """
     for name, module in model.named_modules():
-        if layer := _QUANTISED.get(type(module)):
+        layer = _QUANTISED.get(type(module))
+        # A pruned module may be its bias alone.
+        if layer is not None and module.weight.numel():
             module.__class__ = layer
             assert isinstance(module, _Quantised)
             module.take("int8" if kind == "int4" and name.startswith(IN_8_BITS) else kind)
+
+
+def hold(module: nn.Module, path: str, tensors: Sequence[Tensor]) -> None:
+    """Makes a U-Net's linear layer or convolution one of these tensors, in the order of `PARTS`."""
+    module.__class__ = _QUANTISED[type(module)]
+    assert isinstance(module, _Quantised)
+    values, scale, *added = tensors
+    module.hold("int8" if path.startswith(IN_8_BITS) else "int4", values, scale, *added)

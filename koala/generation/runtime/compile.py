@@ -42,12 +42,15 @@ def fuse_projections(unet: nn.Module) -> None:
     for block in blocks:
         for attention in (block.attn1, block.attn2):
             _check_plain(attention)
+    # diffusers names one class of processors for what any callable may be. An attention without
+    # heads, of a pruned model, has nothing to fuse.
     for block in blocks:
-        _fuse(block.attn1, ("to_q", "to_k", "to_v"))
-        _fuse(block.attn2, ("to_k", "to_v"))
-        # diffusers names one class of processors for what any callable may be.
-        block.attn1.set_processor(_SelfAttention())  # type: ignore[arg-type]
-        block.attn2.set_processor(_CrossAttention())  # type: ignore[arg-type]
+        if block.attn1.heads:
+            _fuse(block.attn1, ("to_q", "to_k", "to_v"))
+            block.attn1.set_processor(_SelfAttention())  # type: ignore[arg-type]
+        if block.attn2.heads:
+            _fuse(block.attn2, ("to_k", "to_v"))
+            block.attn2.set_processor(_CrossAttention())  # type: ignore[arg-type]
 
 
 def _check_plain(attention: Attention) -> None:

@@ -5,6 +5,7 @@ ones; the cache folder keeps what was compiled for each.
 """
 
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ def openvino_folder() -> Path:
     return cache_folder().parent / "openvino"
 
 
+@lru_cache(maxsize=1)
+def core() -> Any:
+    """The only `openvino.Core` of this process, which is never dropped.
+
+    The CPU plugin of a core gives its thread another stack for signals, and takes it away when it
+    is dropped. Where cores are dropped in the order in which they were made, or in another thread,
+    the thread keeps a stack that is no more, and the next signal, a SIGTERM for example, is a
+    segmentation fault (OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class Compiled:
     """One model, run in float32, or in bfloat16 with `half`.
 
@@ -31,9 +46,6 @@ class Compiled:
     """
 
     def __init__(self, file: Path, half: bool = False, threads: int = 0) -> None:
-        import openvino
-
-        self.core = openvino.Core()
         self.file = file
         self.options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
@@ -56,9 +68,9 @@ class Compiled:
         return [answer[i] for i in range(len(answer))]
 
     def _compiled(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
-        model = self.core.read_model(self.file)
+        model = core().read_model(self.file)
         model.reshape(dict(enumerate(shapes)))
-        compiled = self.core.compile_model(model, "CPU", self.options)
+        compiled = core().compile_model(model, "CPU", self.options)
         trim(openvino_folder(), CACHE_BYTES)
         return compiled
 

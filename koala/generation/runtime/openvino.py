@@ -26,7 +26,7 @@ from koala.checkpoints.latent_scale import LatentScale
 from koala.errors import UserError
 from koala.generation.denoise import Condition, Predict
 from koala.generation.pixels import Decode, finished
-from koala.generation.runtime.compiled import Compiled, openvino_folder
+from koala.generation.runtime.compiled import Compiled, core, openvino_folder
 from koala.generation.runtime.openvino_graph import decoder_model, unet_model, unsupported
 from koala.utils.digest import digest
 from koala.utils.extras import require
@@ -136,7 +136,7 @@ class Engine:
         self.ov = openvino
         self.model, self.build = model, build
         self.precision, self.samples = precision, samples
-        if precision == "bf16" and "BF16" not in openvino.Core().get_property(
+        if precision == "bf16" and "BF16" not in core().get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
             raise UserError("precision 'bf16': this CPU has no bfloat16; choose fp32 or int8")

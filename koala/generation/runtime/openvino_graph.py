@@ -174,6 +174,8 @@ class _UNetBlocks:
         x = ops.add(x, layers.attention(f"{name}.attn1", normed, normed, heads))
         normed = layers.layer_norm(f"{name}.norm2", x)
         x = ops.add(x, layers.attention(f"{name}.attn2", normed, self.text, heads))
+        if not layers.tensors[f"{name}.ff.net.2.weight"].numel():  # pruned as a whole
+            return ops.add(x, layers.weight(f"{name}.ff.net.2.bias"))
         both = layers.linear(f"{name}.ff.net.0.proj", layers.layer_norm(f"{name}.norm3", x))
         y, gate = ops.split(both, layers.constant(-1), 2).outputs()
         y = ops.multiply(y, ops.gelu(gate, "erf"))
@@ -253,6 +255,8 @@ class _Layers:
         ops, asked = self.ops, {"to_q": x, "to_k": context, "to_v": context}
         full, width = self.tensors[f"{name}.to_out.0.weight"].shape
         heads = heads * width // full  # fewer in a pruned model
+        if not heads:
+            return self.weight(f"{name}.to_out.0.bias")
         parts = []
         for projection, given in asked.items():
             y = self.linear(f"{name}.{projection}", given)

@@ -33,7 +33,7 @@ from koala.serving.api.streams import cancelled_error, submit, wait_for_images
 from koala.serving.decoder import Decoder
 from koala.serving.fit import note, shown_size
 from koala.serving.image_request import ImageRequest
-from koala.serving.jobs.gallery_writer import encode_and_store
+from koala.serving.jobs.gallery_writer import GalleryWriter, encode_and_store
 from koala.serving.security import client_of
 from koala.serving.service import Event, Service, Submission
 from koala.serving.uploads import open_upload
@@ -178,10 +178,11 @@ async def _respond(
             (part.settings(settings), image and await asyncio.to_thread(part.put_back, image))
             for settings, image in pairs
         ]
-    writer = None if body.do_not_save_samples else request.app.state.gallery_writer
+    writer: GalleryWriter = request.app.state.gallery_writer
+    store = not body.do_not_save_samples
     pngs = await asyncio.gather(
         *(
-            asyncio.to_thread(encode_and_store, writer, image, settings, spec.client)
+            asyncio.to_thread(encode_and_store, writer, image, settings, spec.client, store=store)
             for settings, image in pairs
             if image is not None
         )

@@ -27,6 +27,7 @@ from koala.serving.api.streams import (
     submit,
     wait_for_images,
 )
+from koala.serving.content_filter import HeldBackError
 from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError, to_api_error
 from koala.serving.fit import note, shown_size
@@ -272,9 +273,10 @@ async def _stream(
     partial_images = body.partial_images or 0
 
     def on_event(seen: Event) -> None:
-        shown = seen.kind == "step" and seen.done in _preview_steps(seen.steps, partial_images)
-        if shown or seen.kind in ("picture", "failed", "cancelled"):
-            preview = seen.preview() if shown and seen.preview else None
+        preview = None
+        if seen.preview and seen.done in _preview_steps(seen.steps, partial_images):
+            preview = seen.preview()
+        if preview is not None or seen.kind in ("picture", "failed", "cancelled"):
             loop.call_soon_threadsafe(coming.put_nowait, (seen, preview))
 
     submission = await submit(request, spec, on_event)
@@ -321,7 +323,12 @@ async def _events(
                 assert error is not None
                 yield event("error", to_api_error(error).body())
                 return
-            data = await _base64(request, body, futures[i].result(), submission, i)
+            try:
+                image = await asyncio.wrap_future(futures[i])
+            except HeldBackError as error:
+                yield event("error", to_api_error(error).body())
+                return
+            data = await _base64(request, body, image, submission, i)
             yield message("completed", i, b64_json=data, usage=_usage(submission))
     finally:
         submission.cancel()

@@ -46,7 +46,7 @@ class Gallery:
 
     most_bytes: of files and thumbnails together; the newest image stays even if it is larger.
     most_seconds: age at which an image is deleted. clock: Unix seconds. owner, in methods: only
-    that client's images are visible.
+    that client's images are visible. sign: of a file and its format, the same signed.
     """
 
     def __init__(
@@ -55,9 +55,10 @@ class Gallery:
         most_bytes: int,
         most_seconds: float,
         clock: Callable[[], float] = time.time,
+        sign: Callable[[bytes, str], bytes] | None = None,
     ) -> None:
         self.database, self.most_bytes, self.most_seconds = database, most_bytes, most_seconds
-        self.clock = clock
+        self.clock, self._sign = clock, sign
         self.folder = database.folder / "pictures"
         with _explained():
             self.folder.mkdir(exist_ok=True)
@@ -97,6 +98,10 @@ class Gallery:
             raise
         self._unlink(*gone)
         return stored
+
+    def signed(self, data: bytes, format: str) -> bytes:
+        """A file of an image (png, jpeg or webp), signed if images are to be."""
+        return data if self._sign is None else self._sign(data, format)
 
     def get(self, id: str, owner: str | None = None) -> GalleryImage | None:
         """The image with an id, or None."""
@@ -188,13 +193,14 @@ class Gallery:
     def _write(self, id: str, image: Image.Image, settings: Settings, png: bytes | None) -> int:
         """Writes the file and syncs it and its folder to disk; returns its size."""
         part = self.folder / f".{id}.part"
+        if png is None:
+            encoded = io.BytesIO()
+            write_png(image, settings, encoded)
+            png = self.signed(encoded.getvalue(), "png")
         with _explained():
             try:
                 with open(part, "xb") as file:
-                    if png is None:
-                        write_png(image, settings, file)
-                    else:
-                        file.write(png)
+                    file.write(png)
                     file.flush()
                     os.fsync(file.fileno())
                     size = file.tell()

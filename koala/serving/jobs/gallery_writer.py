@@ -54,17 +54,18 @@ class GalleryWriter:
 
 
 def encode_and_store(
-    writer: GalleryWriter | None,
+    writer: GalleryWriter,
     image: Image.Image,
     settings: Settings,
     client: str,
     format: str = "png",
     quality: int | None = None,
+    store: bool = True,
 ) -> bytes:
-    """Encodes an image for the client, and passes it to the writer, if any."""
+    """Encodes an image for the client, and passes it to the writer if it is to be stored."""
     image = shown(image, settings)
-    data = encode(image, settings, format, quality)
-    if writer is not None:
+    data = writer.gallery.signed(encode(image, settings, format, quality), format)
+    if store:
         writer.write(image, settings, client, data if format == "png" else None)
     return data
 

@@ -118,7 +118,7 @@ function noteSampling(steps, guidance) {
 export function startChanged() {
   const side = `${about.size} × ${about.size}`;
   $("size").options[0].text = hasImage()
-    ? t("like-image") : t("square", { size: side, shape: "1:1" });
+    ? t("like-image") : t("square", { size: side });
 }
 
 // --- styles ---------------------------------------------------------------------------------

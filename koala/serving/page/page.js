@@ -114,7 +114,7 @@ async function start() {
   onKeyWanted(askForKey);
   const [facts, all] = await Promise.all([call("page/about.json"), call("page/presets.json")]);
   about = facts;
-  const presets = all[about.model] ?? all.other;
+  const presets = all[about.model.startsWith("koala-mini") ? "koala-mini" : "other"];
   $("model").textContent = about.model;
   $("prompt").placeholder = presets.examples[0];
   onBadFile(complain);

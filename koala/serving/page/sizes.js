@@ -3,10 +3,7 @@
 import { $ } from "./dom.js";
 import { t } from "./words.js";
 
-const SHAPES = [
-  ["square", 1, 1], ["landscape", 5, 4], ["portrait", 4, 5], ["landscape", 3, 2],
-  ["portrait", 2, 3], ["landscape", 16, 9], ["portrait", 9, 16],
-];
+const SHAPES = [[1, 1], [5, 4], [4, 5], [3, 2], [2, 3], [16, 9], [9, 16]];
 
 export const eighths = (pixels) => Math.max(16, 8 * Math.round(pixels / 8));
 
@@ -24,10 +21,10 @@ export function isFar({ size, far }, width, height) {
 
 /** Fills the size chooser. */
 export function fillSizes(about) {
-  const [square, ...others] = SHAPES.map(([name, w, h]) => {
+  const [square, ...others] = SHAPES.map(([w, h]) => {
     const [width, height] = nativeSize(about.size, w, h);
-    const text = t(name, { size: `${width} × ${height}`, shape: `${w}:${h}` });
-    return new Option(text, `${width}x${height}`);
+    const size = `${width} × ${height}`;
+    return new Option(w === h ? t("square", { size }) : `${size}, ${w}:${h}`, `${width}x${height}`);
   });
   square.value = "";
   $("size").replaceChildren(square, ...others, new Option(t("own-size"), "own"));

@@ -26,6 +26,7 @@ from koala.serving.jobs.database import Database
 from koala.serving.meta_pipeline import load_meta_pipeline
 from koala.serving.ray.remote_engine import RemoteEngine
 from koala.serving.ray.replicas import Replica
+from koala.serving.run import content_filter
 from koala.serving.service import Service
 from koala.serving.settings import Options, Scale, check
 
@@ -68,6 +69,7 @@ class ScaledService(Service):
         super().__init__(
             load_meta_pipeline(options.model), options.limits, options.lora_dir,
             embeddings=options.embedding_dir, fit=options.fit,
+            content_filter=content_filter(options),
         )  # fmt: skip
         assert options.limits.max_batch is not None
         self.handle, self.batch, self.replicas = handle, options.limits.max_batch, 1

@@ -1,0 +1,111 @@
+"""A model stored in 4 bits: what is on the disk draws again, and what cannot read it says so."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+import koala
+from koala.checkpoints.load import load_unet
+from koala.checkpoints.model_card import read
+from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import read_tensors
+from koala.cli import main
+from koala.errors import UserError
+from koala.generation.memory.quantise import hold, quantise
+from koala.generation.quantised_folder import load_quantised, stored_layer
+from koala.generation.runtime.backends import example
+from koala.generation.runtime.pytorch import predictor
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    out = tmp_path_factory.mktemp("stored") / "int4"
+    arguments = ["--to", "diffusers", "--weights", "int4", "--out", str(out)]
+    assert main(["convert", "koala-mini", *arguments]) == 0
+    return out
+
+
+def mini():
+    return load_unet(resolve_model("koala-mini"))
+
+
+@pytest.mark.parametrize("shape", [(128, 96), (64, 64, 3, 3), (64, 33), (16, 8)])
+def test_a_stored_layer_is_nearer_than_rounding_alone(shape):
+    draw = torch.Generator().manual_seed(0)
+    weight = 0.02 * torch.randn(shape, generator=draw)
+    weight[3] *= 20  # a channel of outliers
+    weight[:, 5] *= 20
+    layer = torch.nn.Linear(1, 1) if len(shape) == 2 else torch.nn.Conv2d(1, 1, 1)
+    layer.weight = torch.nn.Parameter(weight.clone())
+    model = torch.nn.ModuleDict({"layer": layer})
+    quantise(model, "int4")
+    alone = (model["layer"].weight - weight).square().sum()
+    made = stored_layer("down.weight", weight)
+    other = torch.nn.Linear(1, 1) if len(shape) == 2 else torch.nn.Conv2d(1, 1, 1)
+    other.weight = torch.nn.Parameter(weight.clone())
+    hold(other, "down", list(made.values()))
+    with torch.no_grad():
+        error = (other.float().weight - weight).square().sum()
+    if "left" in made:
+        assert error < 0.7 * alone
+    else:
+        assert error == pytest.approx(float(alone), rel=0.1)
+
+
+def test_the_folder_draws_nearer_than_weights_rounded_alone(stored):
+    pipeline = koala.load(stored, "cpu")
+    assert pipeline.plan.mode.weights == "int4"
+    assert np.ptp(np.array(pipeline("a fox", steps=1, seed=1).images[0])) > 0
+    whole, rounded = mini(), mini()
+    quantise(rounded, "int4")
+    unet = load_quantised(stored, torch.float32)
+    x = example(whole, 2, 16, 32)
+    with torch.no_grad():
+        exact, near, far = (predictor(one)(*x) for one in (whole, unet, rounded))
+    assert (near - exact).square().sum() < (far - exact).square().sum()
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            true = whole.get_submodule(name).weight
+            assert (module.weight - true).square().mean() < 0.02 * true.square().mean(), name
+
+
+def test_it_takes_a_third_of_fp16(stored):
+    sizes = {name: one.size for name, one in read_tensors(stored, "unet").items()}
+    whole = sum(w.numel() for w in mini().parameters())
+    assert sum(sizes.values()) < 0.36 * 2 * whole
+    assert read(stored).quantised.weights == "int4"
+    assert "import torch" not in (stored / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["convert", "--to", "single-file", "--out", "x.safetensors"],
+        ["convert", "--to", "diffusers", "--weights", "int4", "--out", "x"],
+        ["compress", "--to", "0,1,1", "--out", "x"],
+        ["export", "--to", "openvino", "--out", "x"],
+    ],
+)
+def test_what_cannot_read_it_refuses_it_by_name(stored, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([command[0], str(stored), *command[1:]]) == 2
+    assert "is stored in int4" in capsys.readouterr().err.splitlines()[-1]
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_weights_and_loras_are_refused(stored, capsys):
+    assert main(["inspect", str(stored)]) == 0
+    with pytest.raises(UserError, match="is stored in int4: leave out"):
+        koala.load(stored, "cpu", weights="int8")
+    with pytest.raises(UserError, match="LoRAs are merged before"):
+        koala.load(stored, "cpu", lora={"x": 1.0})
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        StableDiffusionXLPipeline.from_pretrained(stored, use_safetensors=True)
+
+
+@pytest.mark.parametrize("options", [["--to", "single-file"], ["--for", "koala-700m"]])
+def test_weights_are_for_a_folder(options, tmp_path, capsys):
+    out = str(tmp_path / "x.safetensors")
+    assert main(["convert", "koala-mini", *options, "--weights", "int4", "--out", out]) == 2
+    assert "with --to diffusers" in capsys.readouterr().err

@@ -325,7 +325,6 @@ LORAS: dict[str, Callable[[Loras], Made]] = {
         "lora_unet_out_2.diff_b": torch.zeros(4)}, None),
     "OneTrainer's dots": lambda m: (m.dotted("unet."), None),
     "ComfyUI's saver": lambda m: (m.dotted("diffusion_model."), None),
-    "PEFT": lambda m: (m.of("PEFT"), None),
     "PEFT, an adapter's name": lambda m: (_endings(
         m.of("PEFT"), ("lora_A.", "lora_A.my_style."), ("lora_B.", "lora_B.my_style.")), None),
     "PEFT's own": lambda m: (m.of("PEFT alone"), None),

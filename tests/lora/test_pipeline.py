@@ -10,6 +10,7 @@ from PIL import Image
 
 import koala
 from koala.architectures.table import get
+from koala.checkpoints.bundled import DEFAULT
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
@@ -150,15 +151,15 @@ def test_generate_draws_the_bundled_student_with_its_teachers_lora(teachers_lora
     arguments = ["generate", "a fox", "--steps", "1", "--seed", "3", "--out", str(tmp_path)]
     assert main([*arguments, "--json", "--lora", f"{teachers_lora}:0.5"]) == 0
     captured = capsys.readouterr()
-    report = read(teachers_lora, base_named("koala-mini")).report
+    report = read(teachers_lora, base_named(DEFAULT)).report
     assert report.dropped and report.made_for == "sdxl-mini"
     assert f"koala: {report.line()}\n" in captured.err
     (made,) = json.loads(captured.out)
     assert made["loras"] == [["style", 0.5]]
-    same = koala.load("koala-mini", "cpu", lora={teachers_lora: 0.5})("a fox", steps=1, seed=3)
+    same = koala.load(DEFAULT, "cpu", lora={teachers_lora: 0.5})("a fox", steps=1, seed=3)
     difference = np.asarray(Image.open(made["path"]), int) - np.asarray(same.images[0], int)
     assert abs(difference).max() <= 1
-    plain = koala.load("koala-mini", "cpu")("a fox", steps=1, seed=3)
+    plain = koala.load(DEFAULT, "cpu")("a fox", steps=1, seed=3)
     assert same.images[0].tobytes() != plain.images[0].tobytes()
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,11 +129,13 @@ def test_a_second_signal_ends_it_at_once(data, capsys):
     assert [client.status for client in clients] == [503, 503]
 
 
-def test_the_page_works(data, tmp_path, capsys):
+def test_the_page_works(data, signing_files, tmp_path, capsys):
     """Every command and every line of Python; each `koala serve` takes the last one's place.
 
     But for several engines, which tests/serving/test_scaleout.py has.
     """
+    for file, name in zip(signing_files, ("key.pem", "certificates.pem"), strict=True):
+        shutil.copy(file, name)
     port, names = free_port(), {}
     parts: list[tuple[str, list[Callable[[], object]]]] = []  # a server, and what is asked of it
     answers: list[str] = []
@@ -160,7 +163,7 @@ def test_the_page_works(data, tmp_path, capsys):
     for line, todo in parts:
         do = lambda todo=todo: [each() for each in todo]  # noqa: E731
         assert serving(do, port, *shlex.split(line, comments=True)[2:]) == 0
-    assert len(parts) == 5 and len(answers) == 9
+    assert len(parts) == 7 and len(answers) == 9
     assert json.loads((tmp_path / "answer.json").read_text())["seed"] == 7
     assert len(names["answer"].data) == 2 and names["edited"].size == "128x128"
     assert names["event"].type == "image_generation.completed"

@@ -1,7 +1,6 @@
 """Images with a C2PA manifest, read back."""
 
 import base64
-import datetime
 import io
 import json
 
@@ -17,51 +16,6 @@ from toy_server import running
 ASKED = {"prompt": "a fox", "steps": 2, "size": "16x16"}
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A key, and its certificate with that of the authority that signed it."""
-    pytest.importorskip("c2pa")
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
-    names = [
-        x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Toys"),
-                   x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("root", "server")
-    ]  # fmt: skip
-    start, made = datetime.datetime(2026, 1, 1), []
-    for i, (key, name) in enumerate(zip(keys, names, strict=True)):
-        root = i == 0
-        usage = x509.KeyUsage(not root, False, False, False, False, root, root, False, False)
-        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(keys[0].public_key())
-        builder = (
-            x509.CertificateBuilder(names[0], name, key.public_key(), i + 1)
-            .not_valid_before(start)
-            .not_valid_after(start + datetime.timedelta(36500))
-            .add_extension(x509.BasicConstraints(root, None), True)
-            .add_extension(usage, True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
-            .add_extension(issuer, False)
-        )
-        if not root:
-            purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
-            builder = builder.add_extension(purpose, False)
-        certificate = builder.sign(keys[0], hashes.SHA256())
-        made.insert(0, certificate.public_bytes(serialization.Encoding.PEM))
-    folder = tmp_path_factory.mktemp("keys")
-    (folder / "key.pem").write_bytes(
-        keys[1].private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    (folder / "chain.pem").write_bytes(b"".join(made))
-    return folder / "key.pem", folder / "chain.pem"
-
-
 def manifest(data: bytes, format: str):
     import c2pa
 
@@ -71,9 +25,9 @@ def manifest(data: bytes, format: str):
     return found["manifests"][found["active_manifest"]]
 
 
-def test_images_of_every_api_are_signed(files, tmp_path):
+def test_images_of_every_api_are_signed(signing_files, tmp_path):
     pipeline = load(toy_pipeline(tmp_path / "toy", architecture="koala"), "cpu")
-    told = {"sign_key": files[0], "sign_certificates": files[1]}
+    told = {"sign_key": signing_files[0], "sign_certificates": signing_files[1]}
     with running(pipeline, tmp_path / "data", **told) as server, httpx2.Client(
         base_url=server.url, timeout=120
     ) as client:  # fmt: skip
@@ -93,8 +47,8 @@ def test_images_of_every_api_are_signed(files, tmp_path):
     assert read_settings(io.BytesIO(images[0][0])).prompt == "a fox"
 
 
-def test_what_cannot_sign_is_refused_at_once(files, tmp_path):
-    key, chain = files
+def test_what_cannot_sign_is_refused_at_once(signing_files, tmp_path):
+    key, chain = signing_files
     (tmp_path / "wrong").write_text("no key")
     wrong, nowhere = tmp_path / "wrong", tmp_path / "nowhere"
     for told, words in (

@@ -273,8 +273,8 @@ def loras(asked: Sequence[str]) -> dict[str | Path, float]:
             r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", scale, re.ASCII | re.IGNORECASE
         )
         # "style.safetensors:0,8" is a file and no number; "C:\style.safetensors" is a file.
-        names_file = Path(file).exists() or "." in Path(file).name
-        if not colon or Path(text).exists() or not (number or names_file):
+        meant = Path(file).exists() or "." in Path(file).name or re.match(r"[-+]?\d", scale)
+        if not colon or Path(text).exists() or not (number or meant):
             file = text
         elif not number:
             raise UserError(

@@ -135,6 +135,8 @@ def test_a_scale_that_is_no_number_is_a_bad_scale_and_no_missing_file(tmp_path):
         for scale in ("0,8", "", "nan", "high", "0_8"):
             with pytest.raises(UserError, match=f"LoRA scale is '{scale}'.*as in {file}:0.8"):
                 parsed([f"{file}:{scale}"])
+    with pytest.raises(UserError, match="LoRA scale is '0,8'"):  # whatever the file is called
+        parsed(["F:0,8"])
     with pytest.raises(UserError, match="LoRA a is given twice"):
         parsed(["a", "a:0.5"])
 

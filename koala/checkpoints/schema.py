@@ -144,6 +144,24 @@ _VAE = {
     "use_post_quant_conv": _FLAG,
     "use_quant_conv": _FLAG,
 }
+_TINY = {
+    "_class_name": _TEXT | _NONE,
+    "act_fn": _one_of("relu", "silu", "swish"),
+    "decoder_block_out_channels": _list(_WIDTH, _STAGES),
+    "encoder_block_out_channels": _list(_WIDTH, _STAGES),
+    "force_upcast": _FLAG,
+    "in_channels": _one_of(3),
+    "latent_channels": _whole(1, 128),
+    "latent_magnitude": _NORM,
+    "latent_shift": _NORM,
+    "num_decoder_blocks": _list(_LAYERS, _STAGES),
+    "num_encoder_blocks": _list(_LAYERS, _STAGES),
+    "out_channels": _one_of(3),
+    "scaling_factor": _number(1e-4, 1e4),
+    "shift_factor": _NORM,
+    "upsample_fn": _one_of("nearest", "bilinear", "bicubic"),
+    "upsampling_scaling_factor": _whole(1, 8),
+}
 _ID = _whole(-1, 2**20)
 _TEXT_ENCODER = {
     "attention_dropout": _number(0, 1),
@@ -191,6 +209,7 @@ SCHEMAS: dict[str, dict[str, Allowed]] = {  # by the file's path in a model fold
     "tokenizer_2/tokenizer_config.json": {"model_max_length": _number(3, 1e40) | _NONE},
     "unet/config.json": _UNET,
     "vae/config.json": _VAE,
+    "vae_tiny/config.json": _TINY,
     "words.json": dict.fromkeys(
         ("backgrounds", "colours", "looks", "numbers", "places", "things"),
         _list(_TEXT, 100_000, least=0),
@@ -215,6 +234,10 @@ def checked(path: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
     heads, width = found.get("num_attention_heads"), found.get("hidden_size")
     if width and heads and width % heads:
         raise UserError(f"{where}: {heads} heads do not divide hidden_size {width}")
+    for end in ("encoder", "decoder"):  # of a tiny autoencoder
+        widths, blocks = f"{end}_block_out_channels", f"num_{end}_blocks"
+        if len(found.get(widths, ())) != len(found.get(blocks, ())):
+            raise UserError(f"{where}: {widths} and {blocks} must have a number for each stage")
     groups = found.get("norm_num_groups", 32)
     for width in found.get("block_out_channels", ()):
         if width % groups:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from koala.architectures.table import FACTOR, LATENT_CHANNELS
 from koala.checkpoints.latent_scale import LatentScale
+from koala.checkpoints.load import without_weights
 from koala.checkpoints.resolve import HUB_ID
+from koala.checkpoints.schema import checked
 from koala.checkpoints.tensors import load_tensor, read_header
 from koala.checkpoints.validate import read_json
 from koala.errors import UserError
@@ -87,10 +89,12 @@ def load_tiny(source: str | Path, dtype: torch.dtype = torch.float32) -> Autoenc
     for anything else, and for an autoencoder that does not fit SDXL's latents.
     """
     folder = tiny_folder(source)
-    config = read_json(folder / "config.json")
+    file = folder / "config.json"
+    config = checked(f"{TINY}/config.json", read_json(file), str(file))
     if config.get("_class_name") != "AutoencoderTiny":
         raise UserError(f"{folder} holds a {config.get('_class_name')}, not an AutoencoderTiny")
-    model = AutoencoderTiny.from_config(config)
+    with without_weights():
+        model = AutoencoderTiny.from_config(config)
     assert isinstance(model, AutoencoderTiny)
     factor = _upscaling(model.config)
     if (model.config.latent_channels, factor) != (LATENT_CHANNELS, FACTOR):
@@ -102,7 +106,8 @@ def load_tiny(source: str | Path, dtype: torch.dtype = torch.float32) -> Autoenc
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if wanted != {name: tensor.shape for name, tensor in stored.items()}:
         raise UserError(f"{folder / TINY_FILE} does not fit its config.json; fetch it again")
-    model.load_state_dict({name: load_tensor(tensor) for name, tensor in stored.items()})
+    weights = {name: load_tensor(tensor) for name, tensor in stored.items()}
+    model.load_state_dict(weights, assign=True)
     nn.Module.to(model, dtype)  # diffusers' own `to` warns of an empty list of modules
     return model.eval().requires_grad_(False)
 

@@ -16,6 +16,8 @@ from koala.checkpoints.tensors import read_header
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation import load
+from koala.generation.decode import load_tiny
+from toy import toy_tiny
 
 FILES = [path for path in schema.SCHEMAS if path != "words.json"]
 ODD = st.one_of(
@@ -30,6 +32,7 @@ ODD = st.one_of(
 def folder(toy_sdxl, tmp_path_factory):
     copy = tmp_path_factory.mktemp("hostile") / "toy"
     shutil.copytree(toy_sdxl, copy)
+    toy_tiny().save_pretrained(copy / "vae_tiny")
     return copy
 
 
@@ -63,6 +66,7 @@ def fault(folder: Path) -> str:
     try:
         inspect(folder)
         load(folder, "cpu")("a fox", steps=1, size="16x16")
+        load_tiny(folder)
     except UserError as error:
         return str(error)
     return ""
@@ -78,6 +82,8 @@ def fault(folder: Path) -> str:
         ("unet/config.json", "sample_size", None),
         ("unet/config.json", "act_fn", "gelu"),
         ("vae/config.json", "layers_per_block", 10**6),
+        ("vae_tiny/config.json", "num_decoder_blocks", [1, 1, 1]),
+        ("vae_tiny/config.json", "upsampling_scaling_factor", 10**6),
         ("vae/config.json", "down_block_types", ["AttnDownEncoderBlock2D"] * 4),
         ("vae/config.json", "scaling_factor", float("nan")),
         ("text_encoder/config.json", "num_hidden_layers", 10**6),

@@ -8,10 +8,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from koala.checkpoints.card_facts import SECTIONS, ModelCard, Trained
+from koala.checkpoints.sampling import USUAL, Sampling
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+SHOWN = 12  # of a list
 _PAPER = "[KOALA](https://arxiv.org/abs/2312.04005)"
 
 
@@ -34,11 +36,14 @@ def front_matter(card: ModelCard) -> ModelCardData:
     )
 
 
-def text(card: ModelCard, where: str = ".") -> str:
-    """The complete file. where: the folder or Hub id that its snippets load."""
+def text(card: ModelCard, where: str = ".", drawn: Sampling = USUAL) -> str:
+    """The complete file.
+
+    where: the folder or Hub id that its snippets load. drawn: what the model is made for.
+    """
     sections = (
         f"# {card.title}\n\n{_about(card)}",
-        _use(where, card),
+        _use(where, drawn, card),
         _making(card),
         _evaluation(card),
         _limits(card),
@@ -78,11 +83,11 @@ def _about(card: ModelCard) -> str:
     return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
 
 
-def _use(where: str, card: ModelCard) -> str:
+def _use(where: str, drawn: Sampling, card: ModelCard) -> str:
     koala = f"""With koala:
 
 ```sh
-koala generate "a red fox" --model {where} --steps 10 --guidance 3.5
+koala generate "a red fox" --model {where} --steps {drawn.steps} --guidance {drawn.guidance:g}
 ```"""
     if card.quantised:
         return f"""## Use
@@ -110,7 +115,9 @@ pipe = StableDiffusionXLPipeline.from_pretrained(
     "{where}", torch_dtype=torch.float16 if gpu else torch.float32
 )
 pipe = pipe.to("cuda" if gpu else "cpu")
-image = pipe("a red fox", guidance_scale=3.5, num_inference_steps=10).images[0]
+image = pipe(
+    "a red fox", guidance_scale={drawn.guidance:g}, num_inference_steps={drawn.steps}
+).images[0]
 image.save("fox.png")
 ```
 
@@ -166,11 +173,21 @@ def training_of(t: Trained) -> str:
         f"{earlier}"
         f"- samples seen: {samples}\n"
         f"- data: {t.data['pictures']:,} captioned training images, prepared with",
-        _json(data),
+        _json(_shortened(data)),
         "All settings of the recipe:",
         _json(t.settings),
     ]
     return "\n\n".join(parts)
+
+
+def _shortened(data: Mapping[str, Any]) -> dict[str, Any]:
+    """With the beginning of each long list; the front matter has all of it."""
+    return {
+        key: [*value[:SHOWN], f"and {len(value) - SHOWN} more"]
+        if isinstance(value, list) and len(value) > SHOWN + 1
+        else value
+        for key, value in data.items()
+    }
 
 
 def _json(value: Mapping[str, Any]) -> str:

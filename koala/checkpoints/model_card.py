@@ -22,7 +22,8 @@ from koala.checkpoints.card_facts import (
     Quantised,
     Trained,
 )
-from koala.checkpoints.validate import read_small
+from koala.checkpoints.sampling import USUAL, Sampling, of_config
+from koala.checkpoints.validate import read_json, read_small
 from koala.errors import UserError
 from koala.utils.atomic import write_text
 
@@ -42,7 +43,13 @@ _TITLES = {  # other names of these licences
 
 def write(card: ModelCard, folder: Path) -> None:
     """Writes README.md into `folder`."""
-    write_text(folder / FILE, card_text.text(card))
+    write_text(folder / FILE, card_text.text(card, drawn=drawn_with(folder)))
+
+
+def drawn_with(folder: Path) -> Sampling:
+    """What the model in a folder is made for."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    return (of_config(read_json(file)) if file.is_file() else None) or USUAL
 
 
 # --- reading --------------------------------------------------------------------------------

@@ -54,7 +54,9 @@ def push(model: str | Path, target: str) -> str:
         files = sorted(path for path in model.rglob("*") if path.is_file())
         contents = {path.relative_to(model).as_posix(): path for path in files}
     if model_card.FILE in contents and (written := model_card.read(model)).ours:
-        contents[model_card.FILE] = card_text.text(written, target).encode()
+        contents[model_card.FILE] = card_text.text(
+            written, target, model_card.drawn_with(model)
+        ).encode()
     with _explained(target):
         api = HfApi()
         address = api.create_repo(target, exist_ok=True)

@@ -1,6 +1,7 @@
 """Model cards: they parse, they carry the licence over, their snippets run, and they say no more
 than is known."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from koala.checkpoints import card_text, model_card
 from koala.checkpoints.card_facts import Compressed, Evaluated, Licence, ModelCard, Trained
 from koala.checkpoints.compress import compress
+from koala.checkpoints.sampling import Sampling
 from koala.cli import main
 from koala.errors import UserError
 from koala.evaluation.cards import enter, folders_with_cards
@@ -126,6 +128,26 @@ def test_the_snippets_run_as_they_stand(toy_sdxl, tmp_path, monkeypatch):
     (shell,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     assert shell == 'koala generate "a red fox" --model . --steps 10 --guidance 3.5\n'
     assert main(["generate", "a red fox", "--model", ".", "--steps", "1", "--guidance", "3.5"]) == 0
+
+
+def test_the_snippets_are_of_what_the_model_is_made_for(tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    made_for = Sampling(steps=4, guidance=1.0).to_config()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(made_for))
+    model_card.write(FULL, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "guidance_scale=1, num_inference_steps=4" in text
+    assert "--steps 4 --guidance 1\n" in text
+    assert model_card.read(tmp_path) == FULL
+
+
+def test_long_lists_are_shown_by_their_beginning_and_kept_whole(tmp_path):
+    data = {"pictures": 9, "names": [f"thing {i}" for i in range(40)]}
+    card = replace(FULL, trained=replace(TRAINED, data=data))
+    model_card.write(card, tmp_path)
+    body = (tmp_path / "README.md").read_text().split("\n---\n")[1]
+    assert "thing 11" in body and "thing 12" not in body and "and 28 more" in body
+    assert model_card.read(tmp_path) == card
 
 
 # --- a card goes on -------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from koala.checkpoints.bundled import DEFAULT
 from koala.generation import form
 from koala.utils.device import hardware
 
@@ -33,7 +34,7 @@ sys.exit(status)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="koala-mini")
+    parser.add_argument("--model", default=DEFAULT)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/start.json"))
     options = parser.parse_args()

@@ -102,24 +102,31 @@ def test_guidance_rescale_equals_diffusers(folder, prediction, rescale):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS[:2], ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
-def test_starting_from_an_image_equals_diffusers(folder, prediction, masked):
+# At a midpoint of DPM++ SDE diffusers' inpainting has what is kept at the noise level after it,
+# ours at the midpoint's own.
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [(name, masked) for name in SAMPLERS for masked in (False, True)
+     if not (masked and name == "dpm++sde")],
+)  # fmt: skip
+def test_starting_from_an_image_equals_diffusers(folder, name, prediction, masked):
     kind = StableDiffusionXLInpaintPipeline if masked else StableDiffusionXLImg2ImgPipeline
-    ours, theirs, _ = pair(folder, "euler", prediction, kind)
+    ours, theirs, draws = pair(folder, name, prediction, kind)
     image = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
     draw = torch.Generator().manual_seed(11)
     noise = torch.randn(1, 4, 8, 8, generator=draw)
     (request,) = ours.requests(
-        "a red fox", guidance=3, steps=10, strength=0.6, seed=11, image=image,
+        "a red fox", guidance=3, steps=10, strength=0.6, seed=11, image=image, scheduler=name,
         **({"mask": mask} if masked else {}),
     )  # fmt: skip
     with torch.inference_mode():
         row = ours.begin(request)
         latents = ours.encode(request.image)
-        schedule = row.sampler.sigmas
-        torch.testing.assert_close(row.x, latents + schedule[0] * noise, atol=1e-5, rtol=1e-5)
+        if name == "euler":
+            first = latents + row.sampler.sigmas[0] * noise
+            torch.testing.assert_close(row.x, first, atol=1e-5, rtol=1e-5)
         while not row.finished:
             row.advance(evaluate(ours.predict, [row])[0])
         given = {"image": latents}
@@ -127,6 +134,6 @@ def test_starting_from_an_image_equals_diffusers(folder, prediction, masked):
             given |= {"mask_image": mask, "height": 64, "width": 64}
         expected = theirs(
             "a red fox", strength=0.6, guidance_scale=3.0, num_inference_steps=10,
-            generator=torch.Generator().manual_seed(11), output_type="latent", **given,
+            generator=draws, output_type="latent", **given,
         ).images  # fmt: skip
     torch.testing.assert_close(row.x, expected, atol=1e-4, rtol=0)

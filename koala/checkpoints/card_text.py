@@ -102,6 +102,8 @@ No other program loads it: its U-Net is stored in {card.quantised.weights}, in a
 
 diffusers and programs that know SDXL's own widths do not load it: its modules have widths of their
 own inside (`inner_widths` in `unet/config.json`)."""
+    asked = f"guidance_scale={drawn.guidance:g}, num_inference_steps={drawn.steps}"
+    drawing = f'image = pipe("a red fox", {asked}).images[0]'
     return f"""## Use
 
 With diffusers (the folder's scheduler is Euler with trailing timesteps):
@@ -115,9 +117,7 @@ pipe = StableDiffusionXLPipeline.from_pretrained(
     "{where}", torch_dtype=torch.float16 if gpu else torch.float32
 )
 pipe = pipe.to("cuda" if gpu else "cpu")
-image = pipe(
-    "a red fox", guidance_scale={drawn.guidance:g}, num_inference_steps={drawn.steps}
-).images[0]
+{drawing}
 image.save("fox.png")
 ```
 

@@ -149,6 +149,15 @@ def _bad(file: Path, reason: str) -> UserError:
     return UserError(f"{file} is not a valid safetensors file: bad header ({reason[:200]})")
 
 
+_PAGE = "a web page, not a model: download the file itself; its page may ask for a login"
+_OTHERS = {  # how such files begin
+    b"version h": "a Git LFS pointer, not the file itself: run git lfs pull, or download the file",
+    b"<!doctype": _PAGE,
+    b"<html": _PAGE,
+    b"gguf": "a GGUF file; koala reads safetensors: download the model in that form",
+}
+
+
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
     """(the header's JSON object, offset of the first tensor, length of the file)."""
     try:
@@ -158,7 +167,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
             size = int.from_bytes(start[:8], "little")
             fits = length > 8 and size <= length - 8
             if start[8:] != b"{" or not fits:
-                _refuse_pickle(file, start)
+                _refuse_others(file, start)
             if not fits:
                 raise UserError(
                     f"{file} has {length:,} bytes: truncated, or not a safetensors file; "
@@ -178,7 +187,10 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + size, length
 
 
-def _refuse_pickle(file: Path, start: bytes) -> None:
+def _refuse_others(file: Path, start: bytes) -> None:
+    for beginning, kind in _OTHERS.items():
+        if start.lower().startswith(beginning):
+            raise UserError(f"{file} is {kind}")
     if file.suffix.lower() in _PICKLE_ENDINGS or start.startswith(_PICKLE_MAGIC):
         raise UserError(
             f"{file} is a pickle, which can run code when opened, so koala never opens it; "

@@ -287,6 +287,21 @@ def test_a_forged_length_costs_no_memory(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>not found</html>", "a web page, not a model"),
+        (b"<html><body>log in</body></html>", "a web page, not a model"),
+        (b"GGUF\x03\0\0\0" + bytes(64), "a GGUF file"),
+    ],
+)
+def test_what_people_have_under_such_a_name_is_called_by_its_own(tmp_path, content, said):
+    (tmp_path / "sdxl.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_header(tmp_path / "sdxl.safetensors")
+
+
 def test_pickles_are_never_opened(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"whatever it is, and longer than eight bytes")
     (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps({"a": [1.0] * 9}, protocol=2))

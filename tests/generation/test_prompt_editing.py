@@ -61,6 +61,7 @@ def loras(tmp_path_factory) -> Path:
         (r"[a\:b:c:2]", [r"a\:b", r"a\:b", "c", "c"]),
         ("a | b, 16:9 [x", ["a | b, 16:9 [x"] * 4),
         ("candy and hANDle", ["candy and hANDle"] * 4),
+        ("a {set} of snake__case", ["a {set} of snake__case"] * 4),
     ],
 )
 def test_the_prompt_of_each_step(prompt, texts):
@@ -72,6 +73,9 @@ def test_the_prompt_of_each_step(prompt, texts):
     [
         ("a cat AND a dog", "the prompt has AND, .* separate them by commas"),
         ("a cat AND a dog :1.2", "the prompt has AND"),
+        ("a {red|blue} fox", r"has \{red\|blue\}, which chooses between words in dynamic prompts"),
+        ("a __colour__ fox", "has __colour__, which stands for a list of words"),
+        ("a fox, embedding:zork", "has embedding:zork, which is ComfyUI's"),
         ("[cat:dog:half]", r"\[cat:dog:half\] in the prompt is no change that is known: allowed"),
         ("[a:b:c:0.5]", "no change that is known"),
         ("[a|b:0.5]", "no change that is known"),

@@ -16,7 +16,7 @@ from benchmarks.memory_plans import MODELS, SIZE, folder_of
 from koala import recipes
 from koala.architectures.table import get
 from koala.errors import UserError
-from koala.generation.advice import FILE, GIB, STUDENTS, memory_text, recorded, rungs
+from koala.generation.advice import FILE, GIB, STUDENTS, cells, recorded, rungs
 from koala.generation.memory.meta_models import TEXT, UNET, VAE, MetaModels
 from koala.recipes.cost import estimate
 from koala.utils.markdown import table
@@ -107,15 +107,7 @@ def page(models: MetaModels) -> str:
         for part in (TEXT, VAE)
     }
     rows = [
-        (
-            rung.way,
-            rung.time,
-            f"{rung.disk / 1e9:.2f}",
-            memory_text(rung),
-            f"{rung.arithmetic:.2f}",
-            rung.loses,
-            f"`{rung.command}`",
-        )
+        (*cells(rung)[:-1], f"`{rung.command}`")
         for rung in rungs("my-sdxl.safetensors", get("sdxl"), parts, BUDGET * GIB)
     ]
     return table(

@@ -176,21 +176,23 @@ def _days(arch: UNetArchitecture, recipe: str | None) -> str:
     return ", ".join(f"{count:.0f} days of a {card}" for card, count in days.items())
 
 
+def cells(rung: Rung) -> tuple[str, ...]:
+    """A line of the ladder's table; the command comes last."""
+    return (
+        rung.way,
+        rung.time,
+        f"{rung.disk / 1e9:.2f}",
+        memory_text(rung),
+        f"{rung.arithmetic:.2f}",
+        rung.loses,
+        rung.command,
+    )
+
+
 def text(ladder: list[Rung], model: str, budget: int | None) -> str:
     """The ladder as a table, and what its columns are."""
     fits = "" if budget is None else f", within {budget / GIB:g} GiB if it can be"
-    rows = [
-        (
-            rung.way,
-            rung.time,
-            f"{rung.disk / 1e9:.2f}",
-            memory_text(rung),
-            f"{rung.arithmetic:.2f}",
-            rung.loses,
-            rung.command,
-        )
-        for rung in ladder
-    ]
+    rows = [cells(rung) for rung in ladder]
     head = ("way", "time to make", "GB", "GiB", "arithmetic", "loses", "command")
     widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
     lines = [

@@ -146,6 +146,7 @@ def test_hints_say_what_the_model_is_made_for(page):
     made = api(page, "/page/about.json")["size"]
     page.set("size", "own")
     page.wait("!document.getElementById('own-size').hidden")
+    assert page.values("width", "height") == [str(made)] * 2
     page.set("width", 2 * made)
     page.set("height", 2 * made)
     note = page.find("#size-note")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEVICES = ("cpu", "cuda", "mps")
 _INFO = Path("/proc/cpuinfo")
 FREE_SHARE = 0.9  # of the free memory, for a model
-_M_MMAP_THRESHOLD = -3  # in <malloc.h>
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # in <malloc.h>
 
 
 def check_device(asked: str | None) -> None:
@@ -97,9 +97,18 @@ def keep_no_freed_memory() -> None:
     Otherwise the C library keeps what lies between tensors in use: a model of 2.4 GiB that was
     quantised layer by layer held 8.6. Does nothing without glibc.
     """
+    _mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def share_one_heap() -> None:
+    """Makes all threads use one heap, so that what one frees is there for the others (glibc)."""
+    _mallopt(_M_ARENA_MAX, 1)
+
+
+def _mallopt(parameter: int, value: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+        libc.mallopt(parameter, value)
 
 
 def allocated_bytes() -> int:

@@ -6,6 +6,7 @@ that load no torch, before anything else is done.
 Exit status: 0 done, 1 failed, 2 bad input (one line on standard error, no traceback).
 """
 
+import io
 import signal
 import sys
 import threading
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     stopping = _sigterm_interrupts()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not arguments:
             raise UserError("no command given; koala --help lists them")

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and how fast it answers."""
 
+import io
 import json
 import shlex
 import subprocess
@@ -151,6 +152,15 @@ def test_models_that_are_none_are_refused(tmp_path, capsys):
         line = refused(capsys, "generate", "a fox", "--model", model, *out)
         assert said in line
         assert model in line
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(toy_sdxl, tmp_path, monkeypatch):
+    (tmp_path / "🦊").symlink_to(toy_sdxl)
+    said = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", said)
+    assert main(["inspect", str(tmp_path / "🦊")]) == 0
+    said.flush()
+    assert b"\\U0001f98a" in said.buffer.getvalue()
 
 
 def test_compress_reports(toy_sdxl, tmp_path, capsys):

@@ -100,6 +100,14 @@ def test_rates_are_each_clients_own_and_say_when_to_come_back(locked):
     assert ask(locked, DRAW, ASKED, Authorization=f"Bearer {KEYS[1]}")[0] == 200
 
 
+@pytest.mark.parametrize(("proxies", "second"), [(("127.0.0.0/8",), 200), (("10.0.0.1",), 429)])
+def test_only_a_trusted_proxy_says_who_asks(pipeline, tmp_path, proxies, second):
+    limits = Limits(max_batch=2, rate=60, burst=1)
+    with running(pipeline, tmp_path, limits, trusted_proxies=proxies) as server:
+        for client, status in (("10.0.0.8", 200), ("10.0.0.9", second)):
+            assert ask(server, DRAW, ASKED, X_Forwarded_For=client)[0] == status
+
+
 def test_keys_have_a_least_length_and_are_read_once(tmp_path):
     file = tmp_path / "keys"
     for text, words in (("# none\n", "contains no key"), ("short\n", "is too short")):

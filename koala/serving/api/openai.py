@@ -94,19 +94,26 @@ def _form_schema(fields: type[EditRequest]) -> dict[str, Any]:
 
 @router.post("/images/edits", summary="Edit an image", openapi_extra=_form_schema(EditRequest))
 async def edits(request: Request) -> Response:
-    service: Service = request.app.state.service
     fields, files = await _form(request)
     body = EditRequest.model_validate(fields, strict=False)
+    spec = await edit_spec(request, body, _image(files), files.get("mask"))
+    return await _respond(request, body, spec, "image_edit")
+
+
+async def edit_spec(
+    request: Request, body: EditRequest, image: bytes | None, mask: bytes | None
+) -> ImageRequest:
+    """The checked fields of an edit as a request; transparent in the mask: repaint. ApiError."""
     spec = replace(
-        to_spec(request, body), image=_image(files), strength=body.strength,
+        to_spec(request, body), image=image, strength=body.strength,
         mask_blur=body.mask_blur, mask_fill=body.mask_fill,
     )  # fmt: skip
-    if "mask" in files:
-        most = service.limits.upload_pixels
-        decoder: Decoder = request.app.state.decoder
-        mask = await decoder.run(uploads.mask_of_transparency, files["mask"], most)
-        spec = replace(spec, mask=mask, strength=1.0 if body.strength is None else body.strength)
-    return await _respond(request, body, spec, "image_edit")
+    if mask is None:
+        return spec
+    most = request.app.state.service.limits.upload_pixels
+    decoder: Decoder = request.app.state.decoder
+    light = await decoder.run(uploads.mask_of_transparency, mask, most)
+    return replace(spec, mask=light, strength=1.0 if body.strength is None else body.strength)
 
 
 @router.post(

@@ -6,19 +6,18 @@ text of its last message is the prompt, and an image there is edited. Each image
 
 import time
 import uuid
-from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict
 
 from koala.errors import UserError
 from koala.serving import uploads
-from koala.serving.api.openai import as_base64, described, to_spec, usage
+from koala.serving.api.openai import as_base64, described, edit_spec, to_spec, usage
 from koala.serving.api.openai_fields import EditRequest
 from koala.serving.api.streams import submit, wait_for_images
 from koala.serving.errors import ApiError
-from koala.serving.image_request import ImageRequest
 
 router = APIRouter(prefix="/v1")
 TOOL = "image_generation"
@@ -64,10 +63,11 @@ class ResponseRequest(BaseModel):
 @router.post("/responses", summary="Generate or edit images, by OpenAI's image tool")
 async def responses(body: ResponseRequest, request: Request) -> dict[str, Any]:
     tool = body.tool()
-    prompt, image = _asked(body.input)
+    prompt, image = await run_in_threadpool(_asked, body.input)
     fields = _fields(body, tool, prompt)
     to_spec(request, fields.model_copy(update={"model": body.model}))  # which may be another
-    spec = await _spec(request, fields, tool, image)
+    mask = await run_in_threadpool(_mask, tool, image is not None)
+    spec = await edit_spec(request, fields, image, mask)
     submission = await submit(request, spec)
     service = request.app.state.service
     images = await wait_for_images(request, service, submission)
@@ -105,29 +105,20 @@ def _fields(body: ResponseRequest, tool: dict[str, Any], prompt: str) -> EditReq
     return EditRequest.model_validate({"prompt": prompt, "model": body.model} | given)
 
 
-async def _spec(
-    request: Request, fields: EditRequest, tool: dict[str, Any], image: bytes | None
-) -> ImageRequest:
-    """What to draw. ApiError where `action`, image and mask do not go together."""
+def _mask(tool: dict[str, Any], with_image: bool) -> bytes | None:
+    """The tool's mask. ApiError where `action`, image and mask do not go together."""
     action, mask = tool.get("action") or "auto", tool.get("input_image_mask")
-    allowed = ("auto", "generate") if image is None else ("auto", "edit")
+    allowed = ("auto", "edit") if with_image else ("auto", "generate")
     if action not in allowed:
         raise ApiError(
             400, f"action {action!r}: allowed are {' and '.join(allowed)} "
-            f"{'without' if image is None else 'with'} an image", "invalid_value", "tools",
+            f"{'with' if with_image else 'without'} an image", "invalid_value", "tools",
         )  # fmt: skip
-    spec = replace(
-        to_spec(request, fields), image=image, strength=fields.strength,
-        mask_blur=fields.mask_blur, mask_fill=fields.mask_fill,
-    )  # fmt: skip
     if mask is None:
-        return spec
-    if image is None:
+        return None
+    if not with_image:
         raise ApiError(400, "input_image_mask needs an image", "invalid_value", "tools")
-    data = _data(mask, "input_image_mask")
-    most = request.app.state.service.limits.upload_pixels
-    mask = await request.app.state.decoder.run(uploads.mask_of_transparency, data, most)
-    return replace(spec, mask=mask, strength=1.0 if spec.strength is None else spec.strength)
+    return _data(mask, "input_image_mask")
 
 
 def _asked(given: str | list[dict[str, Any]]) -> tuple[str, bytes | None]:

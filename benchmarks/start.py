@@ -2,8 +2,8 @@
 
 `python -m benchmarks.start [--model M] [--runs 5] [--out benchmarks/start.json]`
 
-Each way is run in a process of its own, in turns, after one run that fills the caches. Peak memory
-is the process's largest resident size.
+Each way is run in a process of its own, in turns, after one run that fills the caches, that of
+Python's bytecode among them. Peak memory is the process's largest resident size.
 """
 
 import argparse
@@ -74,7 +74,10 @@ def _drawn(model: str, backend: str, folder: str) -> dict[str, float]:
     """One drawing in a process of its own."""
     command = [sys.executable, "-m", "koala", *_command(model, backend, folder)]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    keeping = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=keeping
+    )
     _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from koala.architectures import time_ids as sizes
 from koala.architectures.time_ids import Pair
-from koala.checkpoints.load import load_text
+from koala.checkpoints.load import Layer, load_text
 from koala.errors import UserError
 
 if TYPE_CHECKING:  # loaded with the encoders; data with stored embeddings need neither
@@ -91,9 +91,10 @@ class TextConditioner:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         cache_size: int = 1024,
+        layer: Layer | None = None,
     ) -> TextConditioner:
         """The conditioner of a pipeline folder, its encoders on `device` in `dtype`."""
-        tokenizer, tokenizer_2, text_encoder, text_encoder_2 = load_text(folder, dtype)
+        tokenizer, tokenizer_2, text_encoder, text_encoder_2 = load_text(folder, dtype, layer)
         return cls(
             tokenizer,
             tokenizer_2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,13 @@ if TYPE_CHECKING:
     )
 
 _LEAST_ABAR = 2.0**-24  # noise level 4096
+# Called with a layer's path and the layer as soon as its weights are read, before the next one's.
+Layer = Callable[[str, "nn.Module"], object]
 
 
-def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
+def load_unet(
+    folder: Path, dtype: torch.dtype | None = None, layer: Layer | None = None
+) -> UNet2DConditionModel:
     """The U-Net of a checked model folder, on the CPU; `dtype` None means float32."""
     import torch
 
@@ -49,7 +53,7 @@ def load_unet(folder: Path, dtype: torch.dtype | None = None) -> UNet2DCondition
     check_unet(unet_architecture(folder), stored, folder)
     with without_weights():
         unet = build_unet(_settings(folder, "unet"))
-    assert _filled(unet, stored, dtype or torch.float32)
+    assert _filled(unet, stored, dtype or torch.float32, layer)
     return unet.eval()
 
 
@@ -115,7 +119,7 @@ def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:
 
 
 def load_text(
-    folder: Path, dtype: torch.dtype | None = None
+    folder: Path, dtype: torch.dtype | None = None, layer: Layer | None = None
 ) -> tuple[CLIPTokenizer, CLIPTokenizer, CLIPTextModel, CLIPTextModelWithProjection]:
     """(tokenizer, tokenizer_2, text_encoder, text_encoder_2) of a checked model folder.
 
@@ -130,8 +134,8 @@ def load_text(
         return (
             _tokenizer(folder / "tokenizer"),
             _tokenizer(folder / "tokenizer_2"),
-            _load_encoder(CLIPTextModel, folder, "text_encoder", kind),
-            _load_encoder(CLIPTextModelWithProjection, folder, "text_encoder_2", kind),
+            _load_encoder(CLIPTextModel, folder, "text_encoder", kind, layer),
+            _load_encoder(CLIPTextModelWithProjection, folder, "text_encoder_2", kind, layer),
         )
 
 
@@ -160,13 +164,18 @@ def _settings(folder: Path, component: str) -> dict[str, Any]:
     return {key: found[key] for key in found if key not in ABOUT and not key.startswith("_")}
 
 
-def _load_encoder(model_class: Any, folder: Path, component: str, dtype: torch.dtype) -> Any:
+def _load_encoder(
+    model_class: Any, folder: Path, component: str, dtype: torch.dtype, layer: Layer | None
+) -> Any:
     from koala.utils.networks import CLIPTextConfig
 
     with without_weights():
         encoder = model_class(CLIPTextConfig(**_settings(folder, component)))
-    if not _filled(encoder, read_tensors(folder, component), dtype):
-        return _by_library(model_class, folder, component, dtype=dtype)
+    if not _filled(encoder, read_tensors(folder, component), dtype, layer):
+        encoder = _by_library(model_class, folder, component, dtype=dtype)
+        if layer is not None:
+            for path, module in encoder.named_modules():
+                layer(path, module)
     return encoder.eval()
 
 
@@ -193,18 +202,32 @@ def without_weights() -> Iterator[None]:
         yield
 
 
-def _filled(model: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> bool:
+def _filled(
+    model: nn.Module,
+    stored: Mapping[str, Stored],
+    dtype: torch.dtype,
+    layer: Layer | None = None,
+) -> bool:
     """Puts stored weights into a model on the meta device; False if their names or shapes differ.
 
-    Tensor by tensor, without the initialisation that a library's own loader does first.
+    Layer by layer, without the initialisation that a library's own loader does first.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if wanted != {name: tensor.shape for name, tensor in stored.items()}:
         return False
-    # A copy, so that torch owns the memory and aligns it.
-    weights = {name: load_tensor(one).to(dtype, copy=True) for name, one in stored.items()}
-    _check_finite(weights, stored)
-    model.load_state_dict(weights, assign=True)
+    by_layer: dict[str, dict[str, str]] = {}
+    for name in stored:
+        path, _, key = name.rpartition(".")
+        by_layer.setdefault(path, {})[key] = name
+    for path, module in model.named_modules():
+        names = by_layer.get(path, {})
+        # A copy, so that torch owns the memory and aligns it.
+        own = {key: load_tensor(stored[name]).to(dtype, copy=True) for key, name in names.items()}
+        _check_finite({names[key]: tensor for key, tensor in own.items()}, stored)
+        if own:
+            module.load_state_dict(own, strict=False, assign=True)
+        if layer is not None:
+            layer(path, module)
     return True
 
 

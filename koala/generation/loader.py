@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import koala
 from koala.architectures.table import FACTOR
 from koala.checkpoints.bundled import DEFAULT
-from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae
+from koala.checkpoints.load import Layer, load_scheduler_config, load_unet, load_vae
 from koala.checkpoints.quantised import KIND
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import is_quantised, read_json, unet_architecture
@@ -36,7 +36,7 @@ from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_b
 from koala.generation.runtime.openvino import Calibration, UNetInputs, recorded
 from koala.generation.runtime.pytorch import predictor
 from koala.text_conditioning import TextConditioner
-from koala.utils.device import pick_device
+from koala.utils.device import keep_no_freed_memory, pick_device
 from koala.utils.networks import AutoencoderKL
 
 CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
@@ -87,6 +87,10 @@ def load(
         )  # fmt: skip
         budget = None if vram is None else validation.budget(vram)
         placement = Placement(planner, planner.choose(budget), say)
+        if budget is not None and place.type == "cpu":
+            keep_no_freed_memory()
+            if scales:
+                planner.check_merging(placement.plan)
         pipeline = placed(folder, name, placement, scales, say)
         if budget is not None and place.type == "cuda":  # more than that fails, and steps down
             _, total = torch.cuda.mem_get_info(place)
@@ -142,11 +146,12 @@ def placed(
 ) -> Pipeline:
     """A pipeline whose parts are where `placement` puts them, each before the next is read.
 
-    With LoRAs, which are merged into the weights, the whole model is read first.
+    Layers are quantised before the next is read, too. With LoRAs, which are merged into the
+    weights, the whole model is read first.
     """
     whole: dict[str, Sequence[nn.Module]] = {}
-    put = whole.__setitem__ if lora else placement.put
-    pipeline = _read(folder, name, DTYPES[placement.plan.mode.dtype], put)
+    put, layer = (whole.__setitem__, None) if lora else (placement.put, placement.layer)
+    pipeline = _read(folder, name, DTYPES[placement.plan.mode.dtype], put, layer)
     _merge(pipeline, lora, say)
     for part, models in whole.items():
         placement.put(part, models)
@@ -159,11 +164,19 @@ def placed(
     return pipeline
 
 
-def _read(folder: Path, name: str, dtype: torch.dtype, put: Put) -> Pipeline:
-    """The pipeline of a folder; `put` is given each part's models, on the CPU, once it is read."""
-    conditioner = TextConditioner.from_folder(folder, dtype, cache_size=CACHED_CHUNKS)
+def _read(
+    folder: Path, name: str, dtype: torch.dtype, put: Put, layer: Layer | None = None
+) -> Pipeline:
+    """The pipeline of a folder; `put` is given each part's models, on the CPU, once it is read.
+
+    So is `layer` each layer of the U-Net and the text encoders.
+    """
+    conditioner = TextConditioner.from_folder(folder, dtype, cache_size=CACHED_CHUNKS, layer=layer)
     put(TEXT, conditioner.encoders)
-    unet = (load_quantised if is_quantised(folder) else load_unet)(folder, dtype)
+    if is_quantised(folder):
+        unet = load_quantised(folder, dtype)
+    else:
+        unet = load_unet(folder, dtype, layer)
     nn.Module.to(unet, memory_format=torch.channels_last)  # type: ignore[call-overload]  # it does take it
     put(UNET, [unet])
     vae = load_vae(folder, torch.float32)

@@ -49,6 +49,22 @@ def test_bundled_models_are_whole():
         assert all((folder / path.name).is_dir() for path in shared)
 
 
+@pytest.mark.parametrize("load", [load_unet, load_text])
+def test_each_layer_is_handed_over_before_the_next_is_read(folder, load):
+    seen: list[str] = []
+
+    def layer(path, module):
+        assert not any(p.is_meta for p in module.parameters(recurse=False))
+        unread = [p for child in module.children() for p in child.parameters()]
+        assert all(p.is_meta for p in unread)
+        seen.append(path)
+
+    made = load(folder, layer=layer)
+    models = [made] if load is load_unet else made[2:]
+    assert seen == [path for model in models for path, _ in model.named_modules()]
+    assert not any(p.is_meta for model in models for p in model.parameters())
+
+
 def test_loads_as_float32_whatever_is_stored(whole, folder):
     for file in (UNET, VAE, TEXT, "text_encoder/model.safetensors"):
         tensors = {k: t.half() if t.is_floating_point() else t

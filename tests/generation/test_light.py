@@ -91,7 +91,7 @@ def test_a_form_draws_where_pytorch_cannot_be_imported(model, tmp_path):
     command = ["generate", "a fox", "--model", str(out), "--seed", "3", "--steps", "2"]
     ran = subprocess.run(
         [sys.executable, "-c", _WITHOUT, *command, "--out", str(file)],
-        capture_output=True, text=True, check=True,
+        capture_output=True, encoding="utf-8", check=True,
     )  # fmt: skip
     assert json.loads(ran.stdout.splitlines()[-1]) == [0, False]
     with Image.open(file) as drawn:

@@ -1,12 +1,14 @@
 """Plans obeyed: the same pictures, the memory that was promised, a step down where it ends."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from koala.checkpoints.bundled import BUNDLED
@@ -14,6 +16,7 @@ from koala.cli import main
 from koala.errors import Failure, UserError
 from koala.generation.decode import full
 from koala.generation.loader import load, placed
+from koala.generation.memory.meta_models import VAE
 from koala.generation.memory.placement import Placement
 from koala.generation.memory.plan import PLACES, Planner
 from koala.utils.device import ran_out
@@ -224,6 +227,33 @@ def test_load_by_a_budget(folder, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             load(folder, "cpu", **{"vram": "free", **arguments}, say=lines.append)
+
+
+def test_weights_are_rounded_as_they_are_read(folder):
+    """So a model is never in memory before its weights are rounded."""
+    planner = Planner(folder, CPU, (64, 64), weights="int8")
+    unrounded: list[int] = []
+
+    class Watched(Placement):
+        def put(self, part, models):
+            layers = [m for each in models for m in each.modules()]
+            if part != VAE:
+                unrounded.append(sum(type(m) in (nn.Linear, nn.Conv2d) for m in layers))
+            super().put(part, models)
+
+    placed(folder, "koala", Watched(planner, planner.plan(planner.modes[0]), print), {}, print)
+    assert unrounded == [0, 0]
+
+
+def test_a_lora_that_a_budget_cannot_merge_is_refused(folder, tmp_path):
+    file = toy_lora(tmp_path / "style.safetensors", toy_base(load(folder, "cpu").unet))
+    planner = Planner(folder, CPU, (64, 64), weights="int8")
+    plan = planner.plan(planner.modes[0])
+    rounded = sum(plan.parts.values())
+    for budget in (rounded, int(1.5 * rounded)):  # the weights in float32 take more than twice that
+        with pytest.raises(UserError, match="give it as --teacher-lora"):
+            planner.check_merging(replace(plan, budget=budget))
+    load(folder, "cpu", vram=16, weights="int8", lora={file: 1.0})
 
 
 def test_generate_by_a_plan_from_the_command_line(folder, tmp_path, capsys):

@@ -14,7 +14,7 @@ from koala.generation.decode import full, load_tiny, tiled, tiny
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.offload import GroupOffload, ModelOffload, OneAtATime, Resident
 from koala.generation.memory.plan import GIB, MemoryPlan, Planner
-from koala.generation.memory.quantise import quantise
+from koala.generation.memory.quantise import quantise, quantise_layer
 from koala.generation.pixels import Decode
 from koala.generation.runtime.dtypes import DTYPES
 from koala.generation.runtime.pytorch import encode_image
@@ -39,6 +39,11 @@ class Placement:
         self._models: dict[str, Sequence[nn.Module]] = {}
         self._decoders: dict[str, Decode] = {}
         self._stepped_down = False
+
+    def layer(self, path: str, module: nn.Module) -> None:
+        """Stores the weights of a layer of the U-Net or a text encoder as the plan has them."""
+        if self.plan.mode.quantised:
+            quantise_layer(path, module, self.plan.mode.quantised)
 
     def put(self, part: str, models: Sequence[nn.Module]) -> None:
         """Puts a part (TEXT, UNET or VAE), which is on the CPU, where the plan has it."""

@@ -211,6 +211,23 @@ class Planner:
             f"{-(-least.total * 100 // GIB) / 100:.2f} GiB ({least.mode.summary()})"
         )
 
+    def check_merging(self, plan: MemoryPlan) -> None:
+        """UserError if the budget does not hold the model before its weights are rounded.
+
+        LoRAs are merged into it then, in this process' memory.
+        """
+        dtypes = {TEXT: plan.mode.dtype, UNET: plan.mode.dtype, VAE: plan.mode.vae_dtype}
+        made = [
+            model for part, dtype in dtypes.items() for model in self._models.models(part, dtype)
+        ]
+        needed = aligned_size(tensors_of(made)) + self.process
+        if plan.budget is not None and needed > plan.budget:
+            raise UserError(
+                f"--lora is merged before the weights are rounded or offloaded, which takes "
+                f"{needed / GIB:.2f} GiB of {plan.budget / GIB:.2f}: give it as --teacher-lora "
+                "FILE:SCALE, which merges it on the disk"
+            )
+
     def smaller(self, plan: MemoryPlan) -> MemoryPlan | None:
         """The next plan that takes less, or None."""
         after = self.modes[self.modes.index(plan.mode) + 1 :]

@@ -141,13 +141,18 @@ def quantise(model: nn.Module, kind: str) -> None:
     kind: a key of `LARGEST`. A LoRA beside the weights goes on working; a layer that is quantised
     already is left alone. Biases, norms and embeddings keep their dtype.
     """
-    for name, module in model.named_modules():
-        layer = _QUANTISED.get(type(module))
-        # A pruned module may be its bias alone.
-        if layer is not None and module.weight.numel():
-            module.__class__ = layer
-            assert isinstance(module, _Quantised)
-            module.take("int8" if kind == "int4" and name.startswith(IN_8_BITS) else kind)
+    for path, module in model.named_modules():
+        quantise_layer(path, module, kind)
+
+
+def quantise_layer(path: str, module: nn.Module, kind: str) -> None:
+    """Does `quantise` for one module of a model, whose path tells how; others are left alone."""
+    layer = _QUANTISED.get(type(module))
+    # A pruned module may be its bias alone.
+    if layer is not None and isinstance(module.weight, Tensor) and module.weight.numel():
+        module.__class__ = layer
+        assert isinstance(module, _Quantised)
+        module.take("int8" if kind == "int4" and path.startswith(IN_8_BITS) else kind)
 
 
 def hold(module: nn.Module, path: str, tensors: Sequence[Tensor]) -> None:

@@ -12,7 +12,9 @@ const DEFAULTS = { // without what the model is made for
   negative: "", until: "1", rescale: "0", seed: "", number: "1", size: "",
   strength: "0.6", blur: "4", fill: "original",
 };
-const NAMES = ["prompt", "steps", "guidance", "scheduler", ...Object.keys(DEFAULTS)];
+const NAMES = [
+  "prompt", "steps", "guidance", "scheduler", "width", "height", ...Object.keys(DEFAULTS),
+];
 const NUMBERS = [1, 2, 3, 4, 6, 8, 10];
 const MOST_SEED = Number.MAX_SAFE_INTEGER; // larger integers are not exact in JavaScript
 let about = { model: "", size: 64, far: 1.5, fit: false, schedulers: {}, sampling: {} };

@@ -53,7 +53,7 @@ def load_unet(
     check_unet(unet_architecture(folder), stored, folder)
     with without_weights():
         unet = build_unet(_settings(folder, "unet"))
-    assert _filled(unet, stored, dtype or torch.float32, layer)
+    assert filled(unet, stored, dtype or torch.float32, layer)
     return unet.eval()
 
 
@@ -112,7 +112,7 @@ def load_vae(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderKL:
     kind = dtype or torch.float32
     with without_weights():
         vae = AutoencoderKL.from_config(_settings(folder, "vae"))
-    if _filled(vae, read_tensors(folder, "vae"), kind):
+    if filled(vae, read_tensors(folder, "vae"), kind):
         return vae.eval()
     # low_cpu_mem_usage needs accelerate, which is not a dependency.
     return _by_library(AutoencoderKL, folder, "vae", torch_dtype=kind, low_cpu_mem_usage=False)
@@ -171,7 +171,7 @@ def _load_encoder(
 
     with without_weights():
         encoder = model_class(CLIPTextConfig(**_settings(folder, component)))
-    if not _filled(encoder, read_tensors(folder, component), dtype, layer):
+    if not filled(encoder, read_tensors(folder, component), dtype, layer):
         encoder = _by_library(model_class, folder, component, dtype=dtype)
         if layer is not None:
             for path, module in encoder.named_modules():
@@ -202,7 +202,7 @@ def without_weights() -> Iterator[None]:
         yield
 
 
-def _filled(
+def filled(
     model: nn.Module,
     stored: Mapping[str, Stored],
     dtype: torch.dtype,

@@ -30,6 +30,7 @@ WEIGHTS = {  # component with weights -> stem of the file name
     "text_encoder": _TRANSFORMERS,
     "text_encoder_2": _TRANSFORMERS,
 }
+STEMS = {**WEIGHTS, "controlnet": _DIFFUSERS}  # the same, with what a pipeline is drawn with
 CONFIGS = {  # component -> the config file that it must have
     **dict.fromkeys(WEIGHTS, "config.json"),
     "tokenizer": "tokenizer_config.json",
@@ -92,7 +93,7 @@ def weights_files(place: Path, component: str) -> list[Path]:
     """
     if component == "unet" and (place / QUANTISED_FILE).is_file():
         return [place / QUANTISED_FILE]
-    stem, variant = WEIGHTS[component], variant_of(place, component)
+    stem, variant = STEMS[component], variant_of(place, component)
     ending = f".{variant}" if variant else ""
     if (single := place / f"{stem}{ending}.safetensors").is_file():
         return [single]
@@ -111,7 +112,7 @@ def weights_files(place: Path, component: str) -> list[Path]:
 
 def variant_of(place: Path, component: str) -> str | None:
     """Which files of a component's folder diffusers must be told to take; None: the usual ones."""
-    stem = WEIGHTS[component]
+    stem = STEMS[component]
     usual = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
     halved = (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")
     if any((place / name).is_file() for name in usual):

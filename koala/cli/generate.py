@@ -8,11 +8,20 @@ from pathlib import Path
 from koala.checkpoints.bundled import DEFAULT
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.sampling import USUAL
+from koala.checkpoints.validate import is_quantised
 from koala.checkpoints.words import read_words
 from koala.cli.command import Command, Parser, assembled, listed, number, say, show, whole
 from koala.errors import UserError
 from koala.generation.samplers import SAMPLERS, Sampler
-from koala.generation.validation import BACKENDS, DECODERS, MASK_BLUR, MASK_FILLS, STRENGTH, WEIGHTS
+from koala.generation.validation import (
+    BACKENDS,
+    DECODERS,
+    MASK_BLUR,
+    MASK_FILLS,
+    MOST_CONTROL,
+    STRENGTH,
+    WEIGHTS,
+)
 
 
 def _arguments(p: Parser) -> None:
@@ -107,6 +116,21 @@ def _arguments(p: Parser) -> None:
         help=f"what the redrawn part starts from: {listed(MASK_FILLS)} (default original)",
     )  # fmt: skip
 
+    control = p.add_argument_group("following an image")
+    control.add_argument(
+        "--control", metavar="CONTROLNET",
+        help="a ControlNet for the model, or for SDXL, its teacher: a folder, a Hub id or a single "
+        "file",
+    )  # fmt: skip
+    control.add_argument(
+        "--control-image", type=Path, metavar="FILE",
+        help="the edges, depths or whatever else the ControlNet reads",
+    )  # fmt: skip
+    control.add_argument(
+        "--control-scale", type=number, metavar="SCALE",
+        help=f"how strong it is, 0 to {MOST_CONTROL} (default 1)",
+    )  # fmt: skip
+
     runtime = p.add_argument_group("speed")
     runtime.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     runtime.add_argument(
@@ -143,7 +167,7 @@ def _run(o: argparse.Namespace) -> None:
         return
     if not o.prompt:
         raise UserError("no prompt: say what to draw, koala generate 'an owl, noto style'")
-    from koala.generation import validation
+    from koala.generation import control, validation
     from koala.generation.png import check_writable
     from koala.generation.prompt_loras import shared_loras
     from koala.generation.requests import check_values, checked
@@ -156,7 +180,10 @@ def _run(o: argparse.Namespace) -> None:
         "compile": o.compile, "graphs": o.graphs,
         "vram": o.vram, "weights": o.weights, "decode": o.decode, "tiny_vae": o.tiny_vae,
     }  # fmt: skip
-    validation.runtime(**runtime)
+    planned = validation.runtime(**runtime)
+    if o.control is not None:
+        control.check_runtime(o.backend, o.compile, o.graphs, planned)
+        runtime["backend"] = "torch"
     check_device(o.device)
     check_writable(o.out, len(o.prompt) * o.number)
     prompts, shared = shared_loras(o.prompt, o.lora_dir)
@@ -168,11 +195,17 @@ def _run(o: argparse.Namespace) -> None:
         "scheduler": o.scheduler, "size": o.size, "number": o.number, "seed": o.seed,
         "image": o.image, "strength": o.strength, "mask": o.mask, "mask_blur": o.mask_blur,
         "mask_fill": o.mask_fill,
-        "lora_dir": o.lora_dir, "embedding": o.embedding,
+        "lora_dir": o.lora_dir, "embedding": o.embedding, "control": o.control,
+        "control_image": o.control_image, "control_scale": o.control_scale,
     }  # fmt: skip
     check_values(prompts, lora=loras, **asked)  # before the model is assembled or fetched
     model = assembled(o, o.model)
-    settings = checked(model, prompts, lora=loras, **asked).settings
+    found = checked(model, prompts, lora=loras, **asked)
+    settings = found.settings
+    if found.control is not None:
+        quantised = is_quantised(resolve_model(model))
+        control.check_runtime(o.backend, o.compile, o.graphs, quantised)
+        say(found.control.net.line())
 
     if o.workflow:
         workflow(settings[0])  # refuses what it cannot say
@@ -184,7 +217,7 @@ def _run(o: argparse.Namespace) -> None:
     pipeline = open_model(
         model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
         images=len(settings), from_image=o.image is not None, say=say,
-        of_requests=[name for name in ("embedding", "lora_dir") if getattr(o, name)],
+        of_requests=[name for name in ("embedding", "lora_dir", "control") if getattr(o, name)],
     )  # fmt: skip
     for note in pipeline.known.notes(settings[0]):
         say(note)
@@ -211,6 +244,8 @@ GENERATE = Command(
         'koala generate "a fox, noto style" --model koala-mini --steps 20 --scheduler dpm++2m '
         "--negative-prompt blue",
         'koala generate "an owl, noto style" --image fox.png --strength 0.8 --out owl.png',
+        'koala generate "a lighthouse" --model my-koala --control canny-sdxl --control-image '
+        "edges.png",
     ),
     _arguments,
     _run,

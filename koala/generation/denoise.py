@@ -11,7 +11,7 @@ no torch.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
@@ -23,6 +23,26 @@ if TYPE_CHECKING:
     import torch
 
 
+# What a ControlNet adds: (x, timesteps, condition) -> a residual [n, c', h', w'] for each of the
+# U-Net's skip connections, and one for its mid block's output. The arguments are as the U-Net's.
+Residuals: TypeAlias = Callable[[Array, Array, "Condition"], tuple[list[Array], Array]]
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What a ControlNet is shown of n rows."""
+
+    net: Residuals
+    image: Array  # float32 [n, 3, 8h, 8w] in 0..1
+    scale: Array  # float32 [n], of the residuals
+
+    @staticmethod
+    def joined(parts: "Sequence[Hint]") -> "Hint":
+        """All of them as one batch, in order. They are for one ControlNet."""
+        (net,) = {part.net for part in parts}
+        return Hint(net, joined([p.image for p in parts]), joined([p.scale for p in parts]))
+
+
 @dataclass(frozen=True)
 class Condition:
     """The U-Net's conditioning of n rows."""
@@ -30,19 +50,24 @@ class Condition:
     text: Array  # [n, t, d]
     pooled: Array  # [n, p]
     time_ids: Array  # float32 [n, 6]
+    hint: Hint | None = field(default=None, kw_only=True)  # for PyTorch's predictor alone
 
     def to(self, device: "torch.device", dtype: "torch.dtype") -> "Condition":
-        """Tensors on another device, text in another dtype; bf16 would round the sizes."""
+        """Tensors on another device, text in another dtype; bf16 would round the sizes.
+
+        The hint stays where it is.
+        """
         text, pooled = (part.to(device, dtype) for part in (self.text, self.pooled))
-        return Condition(text, pooled, self.time_ids.to(device))
+        return Condition(text, pooled, self.time_ids.to(device), hint=self.hint)
 
     @staticmethod
     def joined(parts: "Sequence[Condition]") -> "Condition":
-        """All of them as one batch, in order."""
+        """All of them as one batch, in order. All have a hint, or none."""
         return Condition(
             joined([part.text for part in parts]),
             joined([part.pooled for part in parts]),
             joined([part.time_ids for part in parts]),
+            hint=Hint.joined([p.hint for p in parts if p.hint]) if parts[0].hint else None,
         )
 
 
@@ -101,6 +126,11 @@ class BatchRow:
     def shape(self) -> tuple[int, ...]:
         """(c, h, w, t): rows of equal shape can share a batch."""
         return (*self.x.shape[1:], self.condition.text.shape[1])
+
+    @property
+    def controlled_by(self) -> Residuals | None:
+        """Its ControlNet: rows can share a batch if it is the same."""
+        return None if self.condition.hint is None else self.condition.hint.net
 
     @property
     def scaled(self) -> Array:

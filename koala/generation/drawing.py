@@ -18,7 +18,8 @@ from PIL import Image
 from koala.architectures.time_ids import time_ids
 from koala.errors import UserError
 from koala.generation import image_inputs, samplers, validation
-from koala.generation.denoise import BatchRow, Condition, Inpainting, Predict
+from koala.generation.control import Control
+from koala.generation.denoise import BatchRow, Condition, Hint, Inpainting, Predict
 from koala.generation.engine import Engine, Progress
 from koala.generation.noise import Noise
 from koala.generation.pixels import Decode, to_images
@@ -54,6 +55,7 @@ class Drawing(ABC):
     takes_loras: bool  # for single requests
     takes_embeddings: bool = False  # textual inversions
     takes_images: bool = True  # to start from
+    takes_control: bool = False  # ControlNets
     # Keeps in the cache what lets the next start be fast. It takes seconds, once for a model, so
     # it is for after the images are there.
     keep_form: Callable[[], None] = staticmethod(lambda: None)
@@ -84,6 +86,10 @@ class Drawing(ABC):
 
     def embedding(self, file: Path) -> Ids:
         """The ids of a textual inversion's vectors, if it `takes_embeddings`."""
+        raise NotImplementedError
+
+    def hint(self, control: Control) -> Hint:
+        """What a request's ControlNet is shown, if it `takes_control`."""
         raise NotImplementedError
 
     @abstractmethod
@@ -156,6 +162,9 @@ class Drawing(ABC):
         lora_dir: Path | None = None,
         embedding: Sequence[str | Path] = (),
         embedding_dir: Path | None = None,
+        control: str | Path | None = None,
+        control_image: str | Path | Image.Image | None = None,
+        control_scale: float | None = None,
     ) -> list[Request]:
         """One checked request per image: `number` of each prompt, in the order of the prompts.
 
@@ -181,6 +190,9 @@ class Drawing(ABC):
         lora: files and scales, -100 to 100, for these images alone, besides the model's own.
         embedding: files of textual inversions, each named in a prompt by the file's name; those of
             the folder `embedding_dir` may be.
+        control: a ControlNet for the model, or for the teacher that it is a cut of: a folder, a Hub
+            id or a single file. control_image: what it is shown, of the image's shape, on black
+            where it is transparent. control_scale: how strong it is, 0 to 2; by default 1.
 
         UserError for a value that is not allowed.
         """
@@ -189,7 +201,8 @@ class Drawing(ABC):
             guidance_until=guidance_until, guidance_rescale=guidance_rescale, scheduler=scheduler,
             size=size, number=number, seed=seed, image=image, strength=strength, mask=mask,
             mask_blur=mask_blur, mask_fill=mask_fill, lora=lora, lora_dir=lora_dir,
-            embedding=embedding, embedding_dir=embedding_dir,
+            embedding=embedding, embedding_dir=embedding_dir, control=control,
+            control_image=control_image, control_scale=control_scale,
         )  # fmt: skip
         if any(asked.loras) and not self.takes_loras:
             raise UserError(
@@ -206,6 +219,11 @@ class Drawing(ABC):
                 f"{self.name} runs without PyTorch, which starting from an image needs: load the "
                 "model itself with backend 'torch'"
             )
+        if asked.control is not None and not self.takes_control:
+            raise UserError(
+                "a ControlNet needs a model that plain PyTorch runs: leave it out, or load the "
+                "model without compile, graphs or a memory plan"
+            )
         first = asked.settings[0]
         pixels = places = paste = None
         if asked.image is not None:
@@ -217,8 +235,15 @@ class Drawing(ABC):
             if asked.mask is not None:
                 places = self.own(asked.mask.places.astype(np.float32)[None, None])
                 paste = Paste(image, asked.mask.blend)
+        shown = None
+        if asked.control is not None:
+            image = image_inputs.on_ground(
+                asked.control.image, (first.width, first.height), "black"
+            )
+            seen = image_inputs.to_pixels(image, self.factor) / 2 + 0.5
+            shown = Control(asked.control.net, self.own(seen), first.control_scale)
         return [
-            Request(settings, pixels, places, paste, loras, asked.embeddings)
+            Request(settings, pixels, places, paste, loras, asked.embeddings, shown)
             for settings, loras in zip(asked.settings, asked.loras, strict=True)
         ]
 
@@ -244,7 +269,8 @@ class Drawing(ABC):
                     x = x + _refilled(kept, asked.mask_fill, noise)
             embeddings = {path.stem.lower(): self.embedding(path) for path in request.embeddings}
             steps = validation.steps_done(asked.steps, asked.strength)
-            of_steps = self._conditions(asked, steps, embeddings)
+            hint = None if request.control is None else self.hint(request.control)
+            of_steps = self._conditions(asked, steps, embeddings, hint)
             each = [pair for pair in of_steps for _ in range(sampler.evaluations)]
             (condition, unconditional), *later = each[: len(schedule)]
             guided = sampler.evaluations * math.ceil(asked.guidance_until * steps)
@@ -274,7 +300,7 @@ class Drawing(ABC):
         return sampler.adapted(schedule.last(asked.strength), asked.schedule)
 
     def _conditions(
-        self, asked: Settings, steps: int, embeddings: Mapping[str, Ids]
+        self, asked: Settings, steps: int, embeddings: Mapping[str, Ids], hint: Hint | None
     ) -> list[tuple[Condition, Condition | None]]:
         """For each step: the conditions with the prompt and, if there is guidance, without it."""
         prompts = by_step(asked.prompt, steps)
@@ -284,7 +310,7 @@ class Drawing(ABC):
         found = {text: encode(self.conditioner, text, embeddings) for text in texts}
         longest = max(one.text.shape[1] for one in found.values())
         conditions = {
-            text: self._condition(padded(self.conditioner, one, longest), asked)
+            text: self._condition(padded(self.conditioner, one, longest), asked, hint)
             for text, one in found.items()
         }
         if not negatives:
@@ -295,10 +321,10 @@ class Drawing(ABC):
             return [(conditions[prompt], empty) for prompt in prompts]
         return [(conditions[p], conditions[n]) for p, n in zip(prompts, negatives, strict=True)]
 
-    def _condition(self, encoded: PromptEmbedding, asked: Settings) -> Condition:
+    def _condition(self, encoded: PromptEmbedding, asked: Settings, hint: Hint | None) -> Condition:
         pair = (asked.height, asked.width)
         parts = (encoded.text, encoded.pooled, time_ids([pair], [(0, 0)], [pair]))
-        return Condition(*(self.own(part) for part in parts))
+        return Condition(*(self.own(part) for part in parts), hint=hint)
 
 
 def _refilled(kept: Inpainting, fill: str, noise: Noise) -> Array:

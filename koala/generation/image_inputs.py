@@ -13,8 +13,13 @@ from koala.utils.arrays import Array, like, to_numpy
 
 def on_white(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The image as RGB of `size` (width, height), on white where it is transparent."""
+    return on_ground(image, size, "white")
+
+
+def on_ground(image: Image.Image, size: tuple[int, int], colour: str) -> Image.Image:
+    """The same on another colour."""
     if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, "white")
+        ground = Image.new("RGBA", image.size, colour)
         image = Image.alpha_composite(ground, image.convert("RGBA"))
     rgb = image.convert("RGB")
     if rgb.size != size:

@@ -26,12 +26,12 @@ class LightPipeline(Drawing):
     """The form in a folder (`koala.generation.form`), ready to draw.
 
     It draws what `koala.generation.pipeline.Pipeline` draws with the same backend, within 1e-4.
-    It has no LoRAs and starts from no images: both need PyTorch. UserError for a folder that is not
-    whole, and where OpenVINO is missing.
+    It has no LoRAs or ControlNets and starts from no images: they need PyTorch. UserError for a
+    folder that is not whole, and where OpenVINO is missing.
     """
 
     plan = None
-    takes_loras = takes_images = False
+    takes_loras = takes_images = takes_control = False
     batch_sizes = ROWS
 
     def __init__(self, folder: Path, name: str | None = None) -> None:

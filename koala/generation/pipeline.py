@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from koala.checkpoints.sampling import of_named
 from koala.checkpoints.tensors import load_tensor
 from koala.checkpoints.textual_inversion import read_embedding
 from koala.errors import UserError
 from koala.generation import validation
+from koala.generation.control import Control
 from koala.generation.decode import full
-from koala.generation.denoise import Predict
+from koala.generation.denoise import Hint, Predict, Residuals
 from koala.generation.drawing import Drawing
 from koala.generation.memory.plan import MemoryPlan
 from koala.generation.noise import TorchNoise
 from koala.generation.pixels import Decode
 from koala.generation.requests import Known, Loras
-from koala.generation.runtime.pytorch import encode_image, predictor
+from koala.generation.runtime.pytorch import encode_image, predictor, residuals_of
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import BaseModel
 from koala.lora.reading import Lora, LoraReport, read
@@ -59,6 +60,7 @@ class Pipeline(Drawing):
     batch_sizes: tuple[int, ...] = field(default=(), init=False)  # compiled rows; (): any
     _lora_switcher: LoraSwitcher = field(init=False, repr=False)
     _embeddings: dict[Path, Ids] = field(default_factory=dict, init=False, repr=False)
+    _controlnet: tuple[Path, Residuals] | None = field(default=None, init=False, repr=False)
     _plain: Predict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +81,10 @@ class Pipeline(Drawing):
     @property
     def takes_loras(self) -> bool:  # type: ignore[override]  # found out, not set
         return self.predict is self._plain
+
+    @property
+    def takes_control(self) -> bool:  # type: ignore[override]  # found out, not set
+        return self.takes_loras
 
     def own(self, array: Array) -> Tensor:
         return torch.as_tensor(array).to(self.device)
@@ -116,6 +122,16 @@ class Pipeline(Drawing):
                 raise UserError(f"{file} has NaN or infinite values; download it again")
             self._embeddings[file] = self.conditioner.add_vectors(*vectors)
         return self._embeddings[file]
+
+    def hint(self, control: Control) -> Hint:
+        """What a ControlNet is shown. It is read once, and kept until a request has another."""
+        net = control.net
+        if self._controlnet is None or self._controlnet[0] != net.files.place:
+            device, dtype = device_and_dtype(self.unet)
+            module = net.files.load(net.unet, dtype)
+            nn.Module.to(module, device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # it does take it
+            self._controlnet = net.files.place, residuals_of(module, net.takes)
+        return Hint(self._controlnet[1], control.image, torch.tensor([control.scale]))
 
     # --- LoRAs ------------------------------------------------------------------------------
 

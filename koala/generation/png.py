@@ -137,6 +137,10 @@ def parameters(settings: Settings) -> str:
         values["Guidance until"] = f"{settings.guidance_until:g}"
     if settings.guidance_rescale:
         values["CFG Rescale"] = f"{settings.guidance_rescale:g}"
+    if settings.control:
+        values["ControlNet 0"] = _quoted(
+            f"Model: {settings.control}, Weight: {settings.control_scale:g}"
+        )
     loras = "".join(f" <lora:{name}:{scale:g}>" for name, scale in settings.loras)
     lines = [settings.prompt + loras]
     if settings.negative_prompt:

@@ -16,6 +16,7 @@ from PIL import Image
 
 import koala
 from koala.architectures.table import FACTOR, UNetArchitecture
+from koala.checkpoints.controlnet import open_controlnet
 from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.sampling import USUAL, Sampling, of_model, of_named
@@ -24,6 +25,7 @@ from koala.checkpoints.textual_inversion import read_embedding
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
 from koala.generation import samplers, validation
+from koala.generation.control import Control, ControlNet, check_scale, check_shape, fitted
 from koala.generation.form import Form, is_form
 from koala.generation.image_files import Mask, fingerprint, open_image, read_mask
 from koala.generation.prompt_editing import by_step
@@ -65,6 +67,9 @@ class Settings:
     embeddings: tuple[str, ...] = ()  # textual inversions that the prompts name
     enlarged: str = ""  # WIDTHxHEIGHT that the image was resized to once drawn, if it was
     pasted: str = ""  # WIDTHxHEIGHT+LEFT+TOP of the part of `enlarged` that was drawn, if not all
+    control: str = ""  # name of a ControlNet, if any
+    control_image: str = ""  # fingerprint of what it is shown
+    control_scale: float = 1.0  # of what it adds
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Request:
     paste: Paste | None = None  # with a mask
     lora: Loras = ()  # for this image alone, besides the model's
     embeddings: tuple[Path, ...] = ()  # textual inversions, by the names of the files
+    control: Control | None = None
 
     @property
     def pixels(self) -> int:
@@ -127,6 +133,14 @@ class Known:
 
 
 @dataclass(frozen=True)
+class CheckedControl:
+    """A ControlNet that the model can draw with."""
+
+    net: ControlNet
+    image: Image.Image  # upright, of any size
+
+
+@dataclass(frozen=True)
 class Checked:
     """A request of one or more images that a model can draw."""
 
@@ -135,6 +149,7 @@ class Checked:
     mask: Mask | None
     loras: list[Loras]  # for each image alone
     embeddings: tuple[Path, ...]  # textual inversions that the prompts name
+    control: CheckedControl | None
 
 
 def example(model: str, architecture: UNetArchitecture, meant: Sampling) -> Settings:
@@ -169,6 +184,9 @@ class Asked:
     lora_dir: Path | None = None
     embedding: Sequence[str | Path] = ()
     embedding_dir: Path | None = None
+    control: str | Path | None = None
+    control_image: str | Path | Image.Image | None = None
+    control_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +201,8 @@ class _Inputs:
     mask_blur: int
     loras: list[Loras]  # of each prompt
     embeddings: tuple[Path, ...]
+    control_image: Image.Image | None
+    control_scale: float
 
     @classmethod
     def of(cls, prompt: str | list[str], asked: Asked) -> _Inputs:
@@ -204,7 +224,14 @@ class _Inputs:
         loras: list[Loras] = [(*shared, *files.items()) for _, files in split]
         for path in (*_files(loras), *embeddings):
             read_header(path)  # refuses a file that is missing or damaged
-        return cls(prompts, seed, given, masked, size, blur, loras, embeddings)
+        strong = check_scale(
+            asked.control is not None, asked.control_image is not None, asked.control_scale
+        )
+        shown = None
+        if asked.control is not None and asked.control_image is not None:
+            shown = open_image(asked.control_image)
+            open_controlnet(asked.control)
+        return cls(prompts, seed, given, masked, size, blur, loras, embeddings, shown, strong)
 
 
 @dataclass(frozen=True)
@@ -264,6 +291,7 @@ def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) ->
     validation.schedule(known.scheduler_config, sampled.spacing, sampled.steps)
     names = _check_loras(known, inputs)
     width, height = inputs.size or (known.native, known.native)
+    control = _check_control(known, values.control, inputs.control_image, (width, height))
     area = None
     if inputs.image is not None and inputs.mask is not None:
         size = inputs.image.size
@@ -288,6 +316,9 @@ def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) ->
         mask_blur=inputs.mask_blur,
         mask_fill=sampled.mask_fill,
         embeddings=tuple(path.stem for path in inputs.embeddings),
+        control="" if control is None else control.net.files.name,
+        control_image="" if control is None else fingerprint(control.image),
+        control_scale=inputs.control_scale,
     )
     # The prompt of each image.
     of = [i // values.number for i in range(len(inputs.prompts) * values.number)]
@@ -295,13 +326,29 @@ def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) ->
         replace(first, prompt=inputs.prompts[n], loras=names[n], seed=first.seed + i)
         for i, n in enumerate(of)
     ]
-    return Checked(every, inputs.image, area, [inputs.loras[n] for n in of], inputs.embeddings)
+    loras = [inputs.loras[n] for n in of]
+    return Checked(every, inputs.image, area, loras, inputs.embeddings, control)
 
 
 def _without_model(prompt: str | list[str], asked: Asked) -> _Inputs:
     inputs = _Inputs.of(prompt, asked)
     _Sampled.of(inputs.prompts, asked, None)
     return inputs
+
+
+def _check_control(
+    known: Known, name: str | Path | None, image: Image.Image | None, size: tuple[int, int]
+) -> CheckedControl | None:
+    """UserError for a ControlNet that the model cannot take, or an image of another shape."""
+    if name is None or image is None:
+        return None
+    if known.base is None:
+        raise UserError(
+            f"{known.name} runs without PyTorch, which the ControlNet {name} needs: leave it out, "
+            "or name the model that this was made of"
+        )
+    check_shape(image.size, size)
+    return CheckedControl(fitted(name, known.name, known.base.unet), image)
 
 
 def _files(loras: Sequence[Loras]) -> set[Path]:

@@ -33,6 +33,7 @@ LONGEST_TEXT = 10_000  # characters
 MASK_BLUR = 4  # default, pixels
 MOST_MASK_BLUR = 64
 MASK_FILLS = ("original", "surroundings", "noise", "nothing")
+MOST_CONTROL = 2  # scale of a ControlNet
 STRENGTH = 0.6  # default for an image without a strength
 PRUNED = (0.01, 0.6)  # share of a U-Net's parameters that pruning can be asked for
 MOST_CALIBRATION = 256  # prompts

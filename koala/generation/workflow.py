@@ -52,6 +52,10 @@ def workflow(settings: Settings, checkpoint: str | None = None) -> Workflow:
             f"--workflow, or choose {', '.join(_SAMPLERS)}, as it is or with "
             f"{', '.join(f'-{name}' for name in _SCHEDULES)}"
         )
+    if settings.control:
+        raise UserError(
+            "a ComfyUI workflow is made for images without a ControlNet: leave out --workflow"
+        )
     nodes: Workflow = {}
 
     def add(kind: str, **inputs: Any) -> str:

@@ -31,6 +31,7 @@ _REST: dict[str, Deferral] = {
         "_get_group_onload_device": called_later,
     },
     "diffusers.models.autoencoders": None,
+    "diffusers.models.controlnets": None,
     "diffusers.models.transformers": None,
     "diffusers.models.unets": None,
     "scipy.integrate": {},
@@ -76,6 +77,7 @@ with deferred(_REST):
     from diffusers.models.attention_processor import Attention
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.controlnets.controlnet import ControlNetModel
     from diffusers.models.downsampling import Downsample2D
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -113,6 +115,7 @@ __all__ = [
     "CLIPTextModelWithProjection",
     "CLIPTokenizer",
     "ConfigMixin",
+    "ControlNetModel",
     "Downsample2D",
     "PreTrainedTokenizerBase",
     "ResnetBlock2D",

@@ -8,12 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 import koala
 from koala.cli import COMMANDS, main
 from koala.data.illustrations.scenes import SMALL
 from koala.generation import read_settings
+from toy_controlnet import saved, toy_controlnet
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +89,17 @@ def test_generate_writes_the_file_that_is_named(toy_sdxl, tmp_path, capsys):
     ]  # fmt: skip
     assert fox.read_bytes() == fox.with_name("fox-1.png").read_bytes()
     assert len(list(fox.parent.iterdir())) == 3
+
+
+def test_generate_says_how_much_of_a_controlnet_is_used(toy_sdxl, tmp_path, capsys):
+    unet = StableDiffusionXLPipeline.from_pretrained(toy_sdxl).unet
+    net = saved(toy_controlnet(unet), tmp_path / "edges")
+    Image.new("RGB", (64, 64), "white").save(edges := tmp_path / "edges.png")
+    given = ["generate", "a fox", "--model", str(toy_sdxl), "--steps", "1", "--seed", "7"]
+    given += ["--control", str(net), "--control-image", str(edges), "--control-scale", "0.5"]
+    assert main([*given, "--out", str(fox := tmp_path / "fox.png")]) == 0
+    assert "ControlNet edges: 10 of 10 residuals are used" in capsys.readouterr().err
+    assert (read_settings(fox).control, read_settings(fox).control_scale) == ("edges", 0.5)
 
 
 def test_a_long_prompt_is_read_to_its_end(toy_sdxl, tmp_path):

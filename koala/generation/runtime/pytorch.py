@@ -1,13 +1,15 @@
-"""U-Net and VAE encoder run by PyTorch."""
+"""U-Net, ControlNet and VAE encoder run by PyTorch."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from koala.checkpoints.latent_scale import LatentScale
 from koala.generation.decode import computed
-from koala.generation.denoise import Condition, Predict
+from koala.generation.denoise import Condition, Predict, Residuals
 from koala.generation.row_tiling import encode_tiled
 from koala.utils.device import device_and_dtype, to_device
-from koala.utils.networks import AutoencoderKL, UNet2DConditionModel, without_peft
+from koala.utils.networks import AutoencoderKL, ControlNetModel, UNet2DConditionModel, without_peft
 
 
 def predictor(unet: UNet2DConditionModel) -> Predict:
@@ -15,18 +17,57 @@ def predictor(unet: UNet2DConditionModel) -> Predict:
 
     def predict(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         device, dtype = device_and_dtype(unet)
-        own = condition.to(device, dtype)
+        own, given = (
+            condition.to(device, dtype),
+            (x.to(device, dtype), to_device(timesteps, device)),
+        )
+        down = mid = None
+        if own.hint is not None:
+            down, mid = own.hint.net(*given, own)
         with without_peft():
             (epsilon,) = unet(
-                x.to(device, dtype),
-                to_device(timesteps, device),
+                *given,
                 encoder_hidden_states=own.text,
                 added_cond_kwargs={"text_embeds": own.pooled, "time_ids": own.time_ids},
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=mid,
                 return_dict=False,
             )
         return epsilon.float()
 
     return predict
+
+
+def residuals_of(net: ControlNetModel, takes: Sequence[int | None]) -> Residuals:
+    """What a ControlNet adds to a U-Net whose places take these of its residuals.
+
+    takes: as of `koala.architectures.skip_map`. The network is on the U-Net's device, in its dtype.
+    """
+
+    def residuals(
+        x: Tensor, timesteps: Tensor, condition: Condition
+    ) -> tuple[list[Tensor], Tensor]:
+        hint = condition.hint
+        assert hint is not None
+        with without_peft():
+            down, mid = net(
+                x,
+                timesteps,
+                encoder_hidden_states=condition.text,
+                controlnet_cond=hint.image.to(x),
+                added_cond_kwargs={
+                    "text_embeds": condition.pooled,
+                    "time_ids": condition.time_ids,
+                },
+                return_dict=False,
+            )
+        scale = hint.scale.to(x)[:, None, None, None]
+        every = [scale * residual for residual in (*down, mid)]
+        # A U-Net without a mid block still asks for its residual.
+        *own, last = (x.new_zeros(()) if i is None else every[i] for i in takes)
+        return own, last
+
+    return residuals
 
 
 def encode_image(vae: AutoencoderKL, pixels: Tensor, tiled: bool = False) -> Tensor:

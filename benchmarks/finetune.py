@@ -7,15 +7,15 @@ that word go towards other images of the subject, and how far images of other th
 Each LoRA is loaded into diffusers' pipeline as well, in both spellings, and its U-Net's output
 compared with ours.
 
-`python -m benchmarks.finetune --out runs/look` writes `finetune.json` and `finetune.png`. Needs the
-extras `evaluate` and `lora`.
+`python -m benchmarks.finetune --out runs/look` writes `finetune.json`, `finetune.png` and
+`finetune-subject.png`. Needs the extras `evaluate` and `lora`.
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -29,6 +29,7 @@ from benchmarks.looks import (
     evenly,
     measure,
     prepare,
+    save_sheet,
     sheet,
     train,
     write_record,
@@ -41,6 +42,7 @@ from koala.data.preprocess import Preparation
 from koala.evaluation.features import EffLite0, extract
 from koala.generation import load
 from koala.lora.training import FILE
+from koala.utils import markdown
 
 RATES = {"lora": 5e-4, "full": 1e-4}
 SUBJECT, LABEL, WORD = "1f9f8", "teddy bear", "sks"  # an emoji, what it shows, the rare word
@@ -116,12 +118,12 @@ def subject(
 
 
 def subject_images(style: str, number: int, size: int = 128) -> list[Image.Image]:
-    """The subject's drawing in many places, of many sizes, on all backgrounds."""
+    """The subject's drawing, filling most of each image, on all backgrounds."""
     name = art.drawing_of(style, SUBJECT, LABEL)
     assert name is not None, f"{style} does not draw a {LABEL}"
     images = []
     for n in range(number):
-        side = size // 2 + 7 * n % (size // 2)
+        side = 3 * size // 4 + 7 * n % (size // 4)
         canvas = Image.new("RGBA", (size, size), [*BACKGROUNDS.values()][n % len(BACKGROUNDS)])
         room = size - side
         place = (5 * n % (room + 1), 3 * n % (room + 1))
@@ -165,6 +167,25 @@ def _inputs(unet: nn.Module) -> dict[str, object]:
     }
 
 
+def table(record: dict[str, Any]) -> str:
+    """How far images went towards real ones, as Markdown, and how far diffusers is from ours."""
+    look, found = record["training"]["samples"], record["subject"]
+    rows = []
+    for recipe, what in (("lora", "the look, as a LoRA"), ("full", "the look, the whole U-Net")):
+        shift = record[recipe]
+        share = f"{shift['share_of_the_way']:.0%} ± {shift['error'] / shift['distance']:.0%}"
+        rows.append([what, f"{look:,}", f"{record['things']} things not shown", share])
+    for of, key in (("its prompt", ""), (f"{OTHERS} other things", "_of_other_things")):
+        share = f"{found[f'share_of_the_way{key}']:.0%}"
+        rows.append(["the subject, as a LoRA", f"{found['samples']:,}", of, share])
+    differences = [*record["lora"]["diffusers"].values(), *found["diffusers"].values()]
+    return (
+        markdown.table(["taught", "samples", "images of", "of the way"], rows)
+        + "\n\nWith these LoRAs' files, diffusers' U-Net gives what ours gives to within "
+        f"{max(differences):.0e} of its norm."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="koala-mini", help="name or folder of the model")
@@ -172,12 +193,11 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=2_400, help="seen by each recipe of the look"
     )
-    parser.add_argument("--subject-samples", type=int, default=800, help="seen of the subject")
+    parser.add_argument("--subject-samples", type=int, default=2_400, help="seen of the subject")
     parser.add_argument("--things", type=int, default=40, help="held-out things drawn (at most)")
     parser.add_argument("--seeds", type=int, default=1, help="images of each thing")
     parser.add_argument("--out", type=Path, required=True, help="folder")
     o = parser.parse_args()
-    start = time.perf_counter()
     extractor = EffLite0()
     training = Training(style=o.style, samples=o.samples, batch=16)
     data = prepare(training, resolve_model(o.model), o.out / "data")
@@ -189,14 +209,13 @@ def main() -> None:
     record = {
         "command": f"python -m benchmarks.finetune --model {Path(o.model).name} "
         f"--style {o.style} --samples {o.samples} --subject-samples {o.subject_samples} "
-        f"--things {o.things} --seeds {o.seeds}",
+        f"--things {o.things} --seeds {o.seeds} --out {o.out}",
         "training": {k: v for k, v in asdict(training).items() if k != "learning_rate"},
         "things": len(held_out.prompts),
         **figures,
-        "seconds": round(time.perf_counter() - start),
     }
     write_record(record, held_out.sheet(shown), o.out, "finetune")
-    sheet(subject_shown, [""] * SEEDS).save(o.out / "finetune-subject.png", optimize=True)
+    save_sheet(sheet(subject_shown, [""] * SEEDS), o.out / "finetune-subject.png")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ images' mean feature (EfficientNet-Lite0) goes towards that of the real drawings
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ from koala.errors import UserError
 from koala.evaluation.features import extract
 from koala.evaluation.pictures import at_size
 from koala.generation import Pipeline
-from koala.utils.contact_sheet import contact_sheet
+from koala.utils.contact_sheet import image_grid
 from koala.utils.device import hardware
 from koala.utils.progress import progress
 
@@ -167,11 +168,8 @@ def measure(before: Tensor, after: Tensor, target: Tensor) -> Shift:
 
 def sheet(shown: dict[str, list[Image.Image]], prompts: Sequence[str]) -> Image.Image:
     """A row of each name's images, of prompts from all over the list."""
-    images, captions = [], []
-    for name, row in shown.items():
-        images += evenly(row, SHOWN)
-        captions += [f"{name}: {prompt}" for prompt in evenly(prompts, SHOWN)]
-    return contact_sheet(images, captions, columns=min(SHOWN, len(prompts)), scale=2)
+    rows = {name: evenly(row, SHOWN) for name, row in shown.items()}
+    return image_grid(rows, evenly(prompts, SHOWN))
 
 
 def evenly(found: Sequence[T], most: int) -> list[T]:
@@ -181,9 +179,14 @@ def evenly(found: Sequence[T], most: int) -> list[T]:
 
 
 def write_record(record: dict, pictures: Image.Image, out: Path, name: str) -> None:
-    """Writes `name`.json with the hardware, and `name`.png; prints the record."""
-    record = {"hardware": hardware(), "threads": torch.get_num_threads(), **record}
-    text = json.dumps(record, indent=1)
+    """Writes `name`.json with hardware and versions, and `name`.png; prints the record."""
+    made_on = {"hardware": hardware(), "peft": version("peft"), "threads": torch.get_num_threads()}
+    text = json.dumps(made_on | record, indent=1)
     (out / f"{name}.json").write_text(text + "\n")
-    pictures.save(out / f"{name}.png", optimize=True)
+    save_sheet(pictures, out / f"{name}.png")
     print(text)
+
+
+def save_sheet(pictures: Image.Image, path: Path) -> None:
+    """As a PNG of 256 colours, a third of the size."""
+    pictures.quantize(256).save(path, optimize=True)

@@ -76,6 +76,7 @@ def served(model: str, device: str | None, folder: Path, *more: str) -> Iterator
     command = [
         sys.executable, "-m", "koala", "serve", "--model", model, "--port", str(free_port()),
         "--data", str(folder), "--rate", "0", "--client-queue", "256", "--gallery-gib", "0.02",
+        "--no-fit",  # so that each size is drawn as it is when drawn alone
         *([] if device is None else ["--device", device]), *more,
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -10,15 +10,12 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python -m koala.generation.demo --out demo.png
 
-# Two processes, each with whole files, fill two cores. OpenVINO runs by itself: beside all the others it
-# has not been tried again since what crashed there was mended (docs/log.md). Ray does: its cluster is
-# many processes. torchao lies in a folder of its own: beside diffusers it warns at every start.
-OPENVINO := tests/generation/test_openvino.py tests/generation/test_light.py tests/generation/test_export.py
-ALONE := $(OPENVINO) tests/serving/test_scaleout.py tests/distillation/test_optimizers.py
+# Two processes, each with whole files, fill two cores. Ray runs by itself: its cluster is many
+# processes. torchao lies in a folder of its own: beside diffusers it warns at every start.
+ALONE := tests/serving/test_scaleout.py tests/distillation/test_optimizers.py
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/distillation/test_optimizers.py
-	$(BIN)/python -m pytest $(OPENVINO)
 	$(BIN)/python -m pytest tests/serving/test_scaleout.py
 
 lint: $(VENV)/.dev

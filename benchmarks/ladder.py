@@ -57,10 +57,10 @@ def work_of(models: dict[str, MetaModels]) -> dict[str, Any]:
 def lost() -> dict[str, Any]:
     """The change of R@5 by each way, of what was measured."""
     found = {}
-    fidelity = {row["way"]: row for row in _read(HERE / "fidelity" / "fidelity.json")["rows"]}
-    for kind in ("int8", "int4"):
-        if "R@5" in (row := fidelity.get(f"weights {kind}", {})):
-            found[kind] = _change(row["R@5"], fidelity["fp32"]["R@5"], "koala-mini")
+    for kind, folder in (("int8", "."), ("int4", "int4")):
+        record = _read(HERE / "fidelity" / folder / "fidelity.json")
+        of_way = {row["way"]: row["R@5"] for row in record["rows"]}
+        found[kind] = _change(of_way[f"weights {kind}"], of_way["fp32"], "koala-mini")
     report = HERE / "pruning" / "pruning.json"
     if report.exists():
         pruning = _read(report)

@@ -75,7 +75,7 @@ class Range:
             if (i + 1) % every == 0:
                 release()
                 self.memory.append((i + 1, resident()))
-                print(f"{i + 1:6} {resident():7.1f} MiB {dict(self.statuses)}", flush=True)
+                print(f"{i + 1:6} {self.memory[-1][1]:7.1f} MiB {dict(self.statuses)}", flush=True)
         for _ in workers:
             await coming.put(None)
         await asyncio.gather(*workers)

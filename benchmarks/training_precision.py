@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 WAYS: dict[str, Callable[[], AbstractContextManager]] = {
     "float32": nullcontext,
     "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
-    "ours": partial(computing, CPU, cpu_bf16=True),
+    "ours": partial(computing, CPU, torch.bfloat16),
 }
 
 

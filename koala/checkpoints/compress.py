@@ -41,6 +41,11 @@ class CompressReport:
 
     def line(self) -> str:
         """For a person."""
+        if not self.dropped:
+            return (
+                f"{self.teacher} ({self.teacher_parameters:,} parameters) has no block that this "
+                f"cut removes: {self.out} is a copy"
+            )
         return (
             f"{self.teacher} ({self.teacher_parameters:,} parameters) -> "
             f"{self.student} ({self.student_parameters:,}): {self.inherited} tensors "

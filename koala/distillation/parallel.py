@@ -160,7 +160,7 @@ def lay_out(task: Laid, hardware: Hardware, world: World, buckets: int = 1) -> L
 
     The order matters:
     1. taps are attached to the raw modules when the task is created;
-    2. memory format;
+    2. precision of the teacher, and memory format;
     3. compiling of each region, with its features as outputs;
     4. checkpointing around the compiled regions;
     5. FSDP2 or DDP around everything.
@@ -171,6 +171,8 @@ def lay_out(task: Laid, hardware: Hardware, world: World, buckets: int = 1) -> L
     critic = task.critic if isinstance(task, LaidWithCritic) else None
     trained = [student] if critic is None else [student, critic]
     networks = trained if teacher is None else [*trained, teacher]
+    if hardware.fp16 and teacher is not None:
+        nn.Module.to(teacher, torch.float16)
     if hardware.channels_last:
         for network in trained:
             _to_channels_last(network, sharded=hardware.sharding == "fsdp")
@@ -201,6 +203,8 @@ def lay_out(task: Laid, hardware: Hardware, world: World, buckets: int = 1) -> L
 
 
 def _dtype(hardware: Hardware, world: World) -> torch.dtype:
+    if hardware.fp16:
+        return torch.float16
     return torch.bfloat16 if hardware.cpu_bf16 else compute_dtype(world.device)
 
 
@@ -242,12 +246,21 @@ def _check(task: Laid, hardware: Hardware, world: World) -> None:
         raise UserError(
             "teacher=offloaded: on the CPU the teacher is in main memory anyway; leave it out"
         )
+    check_fp16(hardware, world.device)
     if hardware.cpu_bf16:
         _check_cpu_bf16(hardware, world)
     if hardware.compile and hardware.compile not in torch._dynamo.list_backends(exclude_tags=()):
         raise UserError(
             f"compile={hardware.compile}: choose one of "
             f"{', '.join(torch._dynamo.list_backends(exclude_tags=()))}; usually inductor"
+        )
+
+
+def check_fp16(hardware: Hardware, device: torch.device) -> None:
+    """UserError for fp16 elsewhere than on a GPU."""
+    if hardware.fp16 and device.type != "cuda":
+        raise UserError(
+            f"fp16=true: it is for GPUs, and this run is on {device.type}; leave it out"
         )
 
 

@@ -1,5 +1,5 @@
-"""The precision of a training: autocast to bf16 on a GPU, or to fp16 on an older one; float32 on a
-CPU.
+"""The precision of a training: autocast to bf16 on a GPU, or to fp16 on an older one and where
+`Hardware.fp16` asks for it; float32 on a CPU.
 
 A CPU with bf16 instructions may use autocast too (`Hardware.cpu_bf16`). PyTorch's attention and
 group norm are slower there in bf16 than in float32 (attention's backward pass eight times), so

@@ -110,6 +110,7 @@ class Hardware:
     channels_last: bool = True  # memory format of images and convolutions
     ema_on_cpu: bool = False  # averages in main memory, 4 bytes per parameter each
     cpu_bf16: bool = False  # bf16 on a CPU that supports it, as always on a GPU that does
+    fp16: bool = False  # fp16 and a scaled loss on a GPU that has bf16, as always on one without
     stored_text: bool = False  # the data must hold text embeddings, so that no encoder is needed
 
     def __post_init__(self) -> None:

@@ -147,7 +147,8 @@ def _finetuning(
     latents: LatentSet,
 ) -> Denoising:
     """Without a LoRA's matrices the U-Net rests, and does so in the dtype of a teacher."""
-    unet = load_unet(base, compute_dtype(device) if recipe.lora else None)
+    resting = torch.float16 if recipe.hardware.fp16 else compute_dtype(device)
+    unet = load_unet(base, resting if recipe.lora else None)
     if recipe.lora:
         torch.manual_seed(recipe.training.seed)
         add_lora(unet, recipe.lora)

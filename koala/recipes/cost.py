@@ -26,6 +26,7 @@ from koala.checkpoints.resolve import local_prediction, resolve_model
 from koala.checkpoints.validate import read_json, read_tensors, unet_architecture
 from koala.data.index import Index
 from koala.distillation.optimizers import trained_parameters
+from koala.distillation.parallel import check_fp16
 from koala.distillation.settings import StepSettings
 from koala.distillation.taps import regions, tap_points
 from koala.errors import UserError
@@ -163,6 +164,8 @@ def estimate(
     made_with = Index(data).made_with if data is not None else {}
     known = assumed(card) if card is not None else None
     here = pick_device(device)
+    if known is None:
+        check_fp16(recipe.hardware, here)
     on_gpu = known is not None or here.type == "cuda"
     setup = _setup(recipe, teacher, processes, on_gpu, made_with.get("size"))
     again, flops = _flops(setup)

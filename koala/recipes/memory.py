@@ -197,7 +197,7 @@ def _step(setup: TrainingSetup, of_critic: bool) -> dict[str, int]:
     for region in (region for network in recomputed for region in regions(network)):
         # Applied to the recomputation in the backward pass too.
         region.compute = partial(_within, modes, region.compute)
-    alone = replace(setup.hardware, compile="", sharding="ddp", teacher="whole")
+    alone = replace(setup.hardware, compile="", sharding="ddp", teacher="whole", fp16=False)
     lay_out(task, alone, World(device=META))
     replicated = setup.world > 1 and setup.hardware.sharding == "ddp"  # in buckets, for good
     kept = trained if replicated else [moving]

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from koala import __version__
 from koala.serving import errors
-from koala.serving.api import a1111, a1111_lists, a1111_tools, openai, page
+from koala.serving.api import a1111, a1111_lists, a1111_tools, openai, openai_responses, page
 from koala.serving.api import jobs as jobs_api
 from koala.serving.decoder import Decoder
 from koala.serving.jobs.database import Database
@@ -46,7 +46,8 @@ def create_app(service: Service, database: Database, options: Options) -> FastAP
     app.state.decoder, app.state.links = Decoder(), Links()
     app.state.a1111 = a1111.ActiveRequests()
     page_routes = page.router(service.pipeline.known, service.fit, service.most_pixels)
-    for each in (router, openai.router, jobs_api.router, a1111.queue_router, page_routes):
+    ours = (router, openai.router, openai_responses.router, jobs_api.router, page_routes)
+    for each in (*ours, a1111.queue_router):
         app.include_router(each)
     for each in (a1111.router, a1111_lists.router, a1111_tools.router):
         app.include_router(each, prefix="/sdapi/v1", tags=["AUTOMATIC1111"])

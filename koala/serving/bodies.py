@@ -22,6 +22,7 @@ WITH_IMAGES = (
     "/v1/jobs",
     "/v1/images/edits",
     "/v1/images/variations",
+    "/v1/responses",
     "/sdapi/v1/img2img",
     "/sdapi/v1/png-info",
     "/sdapi/v1/extra-batch-images",

@@ -33,6 +33,8 @@ MANIFEST = {
     ],
 }
 
+SETTINGS = {"builder": {"thumbnail": {"enabled": False}}}  # larger than most of our images
+
 
 class Signing:
     """Signs pictures. Thread-safe.
@@ -46,6 +48,7 @@ class Signing:
 
         private, chain = _read(key, "--sign-key"), _read(certificates, "--sign-certificates")
         self._lock = threading.Lock()
+        self._context = c2pa.Context.from_dict(SETTINGS)
         try:
             info = c2pa.C2paSignerInfo(_algorithm(private, key), chain, private, None)
             self._signer = c2pa.Signer.from_info(info)
@@ -64,7 +67,7 @@ class Signing:
 
         signed = io.BytesIO()
         with self._lock:
-            c2pa.Builder(json.dumps(MANIFEST)).sign(
+            c2pa.Builder(json.dumps(MANIFEST), self._context).sign(
                 self._signer, f"image/{format}", io.BytesIO(data), signed
             )
         return signed.getvalue()

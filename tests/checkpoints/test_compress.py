@@ -136,6 +136,13 @@ def test_every_student_tensor_is_the_named_teacher_tensor(teacher, tmp_path, cut
     assert report.bytes == (report.out / UNET).stat().st_size
 
 
+def test_a_cut_that_removes_nothing_says_so(teacher, tmp_path):
+    student = compress(teacher, "koala-700m", tmp_path / "student").out
+    report = compress(student, "0,1,1,no-mid", tmp_path / "again")
+    assert report.dropped == 0 and report.line().endswith(f"{tmp_path / 'again'} is a copy")
+    assert (student / UNET).read_bytes() == (report.out / UNET).read_bytes()
+
+
 def test_result_is_a_whole_pipeline(teacher, tmp_path):
     out = compress(teacher, "koala-700m", str(tmp_path / "new" / "student")).out
     pipe = StableDiffusionXLPipeline.from_pretrained(out)

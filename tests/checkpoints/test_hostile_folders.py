@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,13 @@ def folder(toy_sdxl, tmp_path_factory):
 def change(folder: Path, path: str, key: str, value: object) -> None:
     config = json.loads((folder / path).read_text())
     (folder / path).write_text(json.dumps({**config, key: value}))
+
+
+def write_header(file: Path, names: list[str]) -> None:
+    """Weights of many tensors without a value."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps(dict.fromkeys(names, entry)).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 @pytest.fixture
@@ -153,12 +162,72 @@ def test_links_out_of_the_folder_are_not_followed(own, tmp_path):
 
 
 def test_a_header_of_very_many_tensors_is_refused(tmp_path):
-    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    header = json.dumps({f"t{i}": entry for i in range(60_000)}).encode()
     file = tmp_path / "many.safetensors"
-    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    write_header(file, [f"t{i}" for i in range(60_000)])
     with pytest.raises(UserError, match="60,000 tensors, more than the limit of 50,000"):
         read_header(file)
+
+
+ALIASES = "\n".join(
+    ["---", "a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    + ["license: *a9", "---", ""]
+)
+HUGE = [
+    ("unet/config.json", "transformer_layers_per_block", [1, 1, 10**8]),
+    ("vae/config.json", "layers_per_block", 10**6),
+    ("text_encoder/config.json", "num_hidden_layers", 10**6),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+    ("unet/config.json", "block_out_channels", 5),
+    ("text_encoder/config.json", "hidden_size", "16"),
+]
+LIMITED = """
+import io, json, sys, time
+from contextlib import redirect_stderr
+from koala.cli import main
+
+told, before = [], 0.0
+for folder in sys.argv[1:]:
+    said = io.StringIO()
+    with redirect_stderr(said):
+        status = main(["inspect", folder])
+    now = time.process_time()
+    told.append([status, said.getvalue(), now - before])
+    before = now
+peak = next(row for row in open("/proc/self/status") if row.startswith("VmHWM:"))
+print(json.dumps([told, int(peak.split()[1])]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+def test_each_bad_folder_is_refused_in_a_line_in_5_s_and_500_mb(folder, tmp_path):
+    """Seconds of the processor, so that a busy machine is none the wiser."""
+    bad = []
+    for i, spoiling in enumerate([*HUGE, "aliases", "FIFO", 200_000, 49_000]):
+        bad.append(Path(shutil.copytree(folder, tmp_path / f"{i}")))
+        weights = bad[-1] / "unet" / "diffusion_pytorch_model.safetensors"
+        match spoiling:
+            case "aliases":
+                (bad[-1] / "README.md").write_text(ALIASES)
+            case "FIFO":
+                os.mkfifo(bad[-1] / "tokenizer" / "x.txt")
+            case int():
+                write_header(weights, [f"{'a.' * 60}{i}" for i in range(spoiling)])
+            case path, key, value:
+                change(bad[-1], path, key, value)
+    command = [sys.executable, "-c", LIMITED, *map(str, bad)]
+    told, peak = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    for status, said, seconds in told:
+        assert status == 2 and said.startswith("koala: ") and said.count("\n") == 1, said
+        assert seconds < 5, said
+    assert peak < 500 * 1024  # KB
+
+
+def test_a_stray_adapters_config_changes_nothing(own):
+    before = load(own, "cpu")("a fox", steps=1, seed=1, size="64x64").images[0].tobytes()
+    for part in ("text_encoder", "text_encoder_2", "unet"):
+        (own / part / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    assert load(own, "cpu")("a fox", steps=1, seed=1, size="64x64").images[0].tobytes() == before
 
 
 def test_control_characters_in_a_file_never_reach_the_terminal(own, tmp_path, capsys):

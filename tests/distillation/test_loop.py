@@ -183,6 +183,22 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
+def test_a_checkpoint_too_slow_for_torchruns_patience_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "TORCHRUN_WAITS", 0)  # any checkpoint is
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    module = nn.Linear(2, 2)
+    state = checkpoint.State(module, [EMA(module, 10)], torch.optim.AdamW(module.parameters()))
+    for by_torchrun, told in ((False, 0), (True, 1)):
+        if by_torchrun:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with checkpoint.Saver(tmp_path / str(told), SETTINGS, write=True) as saver:
+            for seen in (8, 16):
+                saver.save(seen, state, {})
+        assert capsys.readouterr().err.count("a stop may lose") == told
+
+
 def test_checkpoints_at_multiples_stay_for_good(base: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, save_every=10**6, keep=1, keep_every=14)
     train(toy_task(base), Stream(), settings, tmp_path / "run")

@@ -94,6 +94,7 @@ def norm(tensors: dict[str, Tensor]) -> float:
         (Hardware(cpu_bf16=True), "cuda", "training on a GPU uses bf16 anyway"),
         (Hardware(cpu_bf16=True, checkpointing=True), "cpu", "supports neither checkpointing"),
         (Hardware(cpu_bf16=True, compile="aot_eager"), "cpu", "nor compile"),
+        (Hardware(fp16=True), "cpu", "fp16=true: it is for GPUs, and this run is on cpu"),
     ],
 )
 def test_where_it_cannot_be_it_is_refused(base, hardware, device, message) -> None:
@@ -160,6 +161,15 @@ def test_a_step_in_fp16_is_near_that_in_float32(base, tmp_path) -> None:
     rounded = run_in(torch.float16, base, tmp_path / "rounded")
     difference = {name: rounded[name] - exact[name] for name in exact}
     assert 0 < norm(difference) < 0.01 * norm(exact)
+
+
+def test_fp16_may_be_asked_for_on_any_gpu(base) -> None:
+    """A layout for a GPU needs none at hand."""
+    task = toy_distillation(base)
+    layout = lay_out(task, Hardware(fp16=True), World(device=torch.device("cuda")))
+    assert layout.dtype == torch.float16 and task.teacher is not None
+    assert {p.dtype for p in task.teacher.parameters()} == {torch.float16}
+    assert {p.dtype for p in task.trainable.parameters()} == {torch.float32}
 
 
 def test_gradients_too_small_for_fp16_are_kept_and_too_large_ones_are_computed_again() -> None:

@@ -22,6 +22,7 @@ from koala.checkpoints.convert import convert
 from koala.cli import command_named, main
 from koala.generation import read_settings
 from koala.lora.names import base_named
+from koala.recipes.overrides import overridden
 from toy_controlnet import saved, toy_controlnet
 from toy_lora import toy_lora
 from toy_sources import images, write_yepop
@@ -109,6 +110,16 @@ def test_training(toy_sdxl, tmp_path, monkeypatch, capsys):
     models = {path.parent.name for path in tmp_path.glob("runs/*/model")}
     assert models == {"koala3", "koala4", "sa-normalised6", "second7"}
     assert (tmp_path / "runs/koala4/validation.jsonl").is_file()
+
+
+def test_the_papers_choices_can_each_be_put_to_another_value():
+    page = (DOCS / "training.md").read_text()
+    table = page.split("What the paper prints")[1].split("\n## ")[0]
+    paper = recipes.get("koala-lightning-700m")
+    given = re.findall(r"`--set ([\w.]+)=([^`]+)`", table)
+    assert len(given) == 6
+    for name, value in given:
+        assert overridden(paper, [f"{name}={value.replace('...', '2')}"]) != paper
 
 
 def test_memory(tmp_path, monkeypatch, capsys):

@@ -1,11 +1,13 @@
 """Programs that people point at such a server: the package itself where it is installed, else the
 requests that it sends with its defaults."""
 
+import asyncio
 import base64
 import io
 import json
 import shutil
 import subprocess
+from functools import partial
 
 import httpx2
 import openai
@@ -118,6 +120,56 @@ def test_langchain(server):
     module = pytest.importorskip("langchain_community.utilities.dalle_image_generator")
     tool = module.DallEAPIWrapper(base_url=f"{server.url}/v1", model="dall-e-3", **KEY)
     assert httpx2.get(tool.run("a fox")).content.startswith(b"\x89PNG")
+
+
+def test_image_generation_mcp(server, monkeypatch):
+    pytest.importorskip("image_generation_mcp")
+    from image_generation_mcp.providers import openai as of_openai
+    from image_generation_mcp.providers import sd_webui
+    from image_generation_mcp.providers.types import InputImage
+
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+    image = InputImage(picture((256, 256)).getvalue(), "image/png")
+
+    def size(provider, **told):
+        made = asyncio.run(provider().generate("a fox", negative_prompt="blur", **told))
+        return Image.open(io.BytesIO(made.image_data)).size
+
+    gpt = partial(of_openai.OpenAIImageProvider, "none", "gpt-image-1")
+    dalle = partial(of_openai.OpenAIImageProvider, "none", "dall-e-3")
+    webui = partial(sd_webui.SdWebuiImageProvider, server.url)
+    assert size(gpt) == size(dalle) == (1024, 1024)
+    assert size(gpt, aspect_ratio="3:2", reference_images=[image]) == (1536, 1024)
+    assert size(webui) == size(webui, reference_images=[image]) == (768, 768)
+
+
+NPM = """
+const fs = require("fs"), OpenAI = require("openai");
+const client = new OpenAI({baseURL: process.argv[1] + "/v1", apiKey: "none", maxRetries: 0});
+const {images} = client, told = {model: "gpt-image-1", prompt: "a fox", size: "64x64", n: 1};
+(async () => {
+  const made = [(await images.generate(told)).data[0].b64_json];
+  const image = fs.createReadStream(process.argv[2]), asked = {model: "gpt-image-1"};
+  made.push((await images.edit({...told, image})).data[0].b64_json);
+  for await (const event of await images.generate({...told, stream: true, partial_images: 1}))
+    made.push(event.b64_json);
+  const tools = [{type: "image_generation", size: "64x64"}];
+  const answer = await client.responses.create({...asked, input: "a fox", tools});
+  made.push(answer.output[0].result);
+  console.log(JSON.stringify(made));
+})();
+"""
+
+
+def test_openai_of_npm(server, tmp_path):
+    """`npm install openai` in a folder, and NODE_PATH=FOLDER/node_modules."""
+    node = shutil.which("node")
+    if node is None or subprocess.run([node, "-e", "require('openai')"], check=False).returncode:
+        pytest.skip("node has no package openai")
+    (tmp_path / "image.png").write_bytes(picture().getvalue())
+    command = [node, "-e", NPM, server.url, str(tmp_path / "image.png")]
+    told = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert [opened(text).size for text in told] == [(64, 64)] * 5
 
 
 # --- requests -------------------------------------------------------------------------------

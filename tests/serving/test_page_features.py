@@ -136,6 +136,9 @@ def test_a_lora_is_picked(page):
     id = draw(page, "a fox, noto style")
     assert api(page, f"/v1/gallery/{id}")["settings"]["loras"] == [["ink", 0.5]]
     page.click("#lora-list button")
+    id = draw(page, "a fox, noto style <lora:ink:0.8>")
+    typed = api(page, f"/v1/gallery/{id}")["settings"]
+    assert typed["loras"] == [["ink", 0.8]] and "<lora" not in typed["prompt"]
     assert not page.driver.find_elements("css selector", "#lora-list li")
 
 
@@ -143,6 +146,7 @@ def test_hints_say_what_the_model_is_made_for(page):
     made = api(page, "/page/about.json")["size"]
     page.set("size", "own")
     page.wait("!document.getElementById('own-size').hidden")
+    assert page.values("width", "height") == [str(made)] * 2
     page.set("width", 2 * made)
     page.set("height", 2 * made)
     note = page.find("#size-note")
@@ -376,7 +380,7 @@ def test_axe_finds_nothing(page, server):
         page.ready()
         page.js(axe)
         id = draw(page, "a fox, noto style")
-        drop(page, png(), "halves.png")
+        drop(page, png(size=(128, 128)), "halves.png")
         page.wait("!document.getElementById('given').hidden")
         page.js("for (const part of document.querySelectorAll('details')) part.open = true")
         page.click("#select")
@@ -386,8 +390,14 @@ def test_axe_finds_nothing(page, server):
         assert faults(page) == []
         page.find("#viewer").send_keys(Keys.ESCAPE)
         page.click("#paint")
+        page.find("#canvas").send_keys(Keys.SPACE)  # something is painted
         assert faults(page) == []
         page.click("#painter [data-close]")
+        page.wait("!document.getElementById('fill-field').hidden")
+        assert faults(page) == []
+        page.set("size", "own")
+        assert page.find("#own-size").is_displayed()
+        assert faults(page) == []
         page.click('[popovertarget="tips"]')
         assert faults(page) == []
         page.click("#ungive")

@@ -6,10 +6,12 @@ import json
 
 import httpx2
 import pytest
+from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import load, read_settings
 from koala.serving.settings import Options, check
+from koala.serving.signing import Signing
 from toy import toy_pipeline
 from toy_server import running
 
@@ -45,6 +47,13 @@ def test_images_of_every_api_are_signed(signing_files, tmp_path):
         assert signed["signature_info"]["common_name"] == "server"
         assert "trainedAlgorithmicMedia" in json.dumps(signed["assertions"])
     assert read_settings(io.BytesIO(images[0][0])).prompt == "a fox"
+
+
+@pytest.mark.parametrize("side", [8, 300])
+def test_a_manifest_takes_a_few_kilobytes_whatever_the_image(signing_files, side):
+    signing, file = Signing(*signing_files), io.BytesIO()
+    Image.effect_noise((side, side), 50).save(file, "PNG")
+    assert 0 < len(signing(file.getvalue(), "png")) - len(file.getvalue()) < 8 * 1024
 
 
 def test_what_cannot_sign_is_refused_at_once(signing_files, tmp_path):

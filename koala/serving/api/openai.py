@@ -70,10 +70,10 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 @router.post("/images/generations", summary="Generate images")
 async def generations(body: GenerationRequest, request: Request) -> Response:
-    return await _respond(request, body, _spec(request, body), "image_generation")
+    return await _respond(request, body, to_spec(request, body), "image_generation")
 
 
-def _spec(request: Request, body: GenerationRequest) -> ImageRequest:
+def to_spec(request: Request, body: GenerationRequest) -> ImageRequest:
     """The checked fields as a request. ApiError."""
     name, *aliases = _names(request)
     body.check(name, tuple(aliases))
@@ -98,7 +98,7 @@ async def edits(request: Request) -> Response:
     fields, files = await _form(request)
     body = EditRequest.model_validate(fields, strict=False)
     spec = replace(
-        _spec(request, body), image=_image(files), strength=body.strength,
+        to_spec(request, body), image=_image(files), strength=body.strength,
         mask_blur=body.mask_blur, mask_fill=body.mask_fill,
     )  # fmt: skip
     if "mask" in files:
@@ -118,7 +118,7 @@ async def variations(request: Request) -> Response:
     image = _image(files)
     if "mask" in files:
         raise ApiError(400, "mask is for edits: leave it out", "unknown_parameter", "mask")
-    spec = _spec(request, body)
+    spec = to_spec(request, body)
     decoder: Decoder = request.app.state.decoder
     prompt = spec.prompt or await decoder.run(_prompt_of, image)
     spec = replace(spec, prompt=prompt, image=image, strength=body.strength)
@@ -206,9 +206,9 @@ async def _respond(
     data = [await _datum(request, body, image, submission, i) for i, image in enumerate(images)]
     return JSONResponse(
         {
-            **_described(body, submission, service.pipeline.known),
+            **described(body, submission, service.pipeline.known),
             "data": data,
-            "usage": _usage(submission),
+            "usage": usage(submission),
         }
     )
 
@@ -218,7 +218,7 @@ async def _datum(
 ) -> dict[str, str]:
     """An image as the response holds it: its bytes, or its address in the gallery."""
     if not body.linked:
-        return {"b64_json": await _base64(request, body, image, submission, i)}
+        return {"b64_json": await as_base64(request, body, image, submission, i)}
     gallery: Gallery = request.app.state.gallery
     settings = submission.requests[i].settings
     stored = await asyncio.to_thread(gallery.add, image, settings, client_of(request))
@@ -226,7 +226,7 @@ async def _datum(
     return {"url": root + request.app.state.links.path(stored.id)}
 
 
-async def _base64(
+async def as_base64(
     request: Request,
     body: GenerationRequest,
     image: Image.Image,
@@ -241,7 +241,7 @@ async def _base64(
     return base64.b64encode(data).decode()
 
 
-def _described(body: GenerationRequest, submission: Submission, known: Known) -> dict[str, Any]:
+def described(body: GenerationRequest, submission: Submission, known: Known) -> dict[str, Any]:
     settings = submission.requests[0].settings
     return {
         "created": int(time.time()), "background": "opaque", "output_format": body.format,
@@ -250,7 +250,7 @@ def _described(body: GenerationRequest, submission: Submission, known: Known) ->
     }  # fmt: skip
 
 
-def _usage(submission: Submission) -> dict[str, Any]:
+def usage(submission: Submission) -> dict[str, Any]:
     """Counts words as text tokens and latent positions as image tokens."""
     first = submission.requests[0]
     text = len(first.settings.prompt.split())
@@ -300,11 +300,11 @@ async def _events(
     left = len(futures)
 
     def message(kind: str, index: int, **more: Any) -> bytes:
-        described = _described(body, submission, service.pipeline.known)
-        described["created_at"] = described.pop("created")
+        told = described(body, submission, service.pipeline.known)
+        told["created_at"] = told.pop("created")
         settings = submission.requests[index].settings
         name = f"{what}.{kind}"
-        return event(name, {"type": name, **described, "seed": settings.seed, **more})
+        return event(name, {"type": name, **told, "seed": settings.seed, **more})
 
     try:
         while left:
@@ -328,8 +328,8 @@ async def _events(
             except HeldBackError as error:
                 yield event("error", to_api_error(error).body())
                 return
-            data = await _base64(request, body, image, submission, i)
-            yield message("completed", i, b64_json=data, usage=_usage(submission))
+            data = await as_base64(request, body, image, submission, i)
+            yield message("completed", i, b64_json=data, usage=usage(submission))
     finally:
         submission.cancel()
 

@@ -9,7 +9,7 @@ import { weighs } from "./weights.js";
 import { many, t } from "./words.js";
 
 const DEFAULTS = { // without what the model is made for
-  negative: "", until: "1", rescale: "0", seed: "", number: "1", size: "", width: "", height: "",
+  negative: "", until: "1", rescale: "0", seed: "", number: "1", size: "",
   strength: "0.6", blur: "4", fill: "original",
 };
 const NAMES = ["prompt", "steps", "guidance", "scheduler", ...Object.keys(DEFAULTS)];
@@ -56,7 +56,8 @@ export const randomSeed = () => String(crypto.getRandomValues(new Uint32Array(1)
 
 function defaults() {
   const { steps, guidance, scheduler } = about.sampling;
-  return { ...DEFAULTS, steps: String(steps), guidance: String(guidance), scheduler };
+  const [width, height] = [about.size, about.size].map(String);
+  return { ...DEFAULTS, steps: String(steps), guidance: String(guidance), scheduler, width, height };
 }
 
 /** Links a range input and its number field. */

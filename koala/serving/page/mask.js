@@ -41,6 +41,9 @@ function cells() {
   for (const { points, width, erase } of current ? [...strokes, current] : strokes) {
     context.globalCompositeOperation = erase ? "destination-out" : "source-over";
     context.lineWidth = width;
+    context.beginPath();  // a dab: of a line without length nothing would be drawn
+    context.arc(...points[0], width / 2, 0, 2 * Math.PI);
+    context.fill();
     context.beginPath();
     context.moveTo(...points[0]);
     for (const point of points) context.lineTo(...point);

@@ -234,6 +234,7 @@ def test_a_net_for_another_model_is_refused_by_what_differs(student, net, folder
         "its residuals are 16, 16, 16, 16, 48": {"block_out_channels": (16, 48, 32)},
         "no addition embedding": {"addition_embed_type": None},
         "takes images of 4 channels": {"conditioning_channels": 4},
+        "reads its image at 1/4": {"conditioning_embedding_out_channels": (4, 8, 8)},
     }
     for i, (says, settings) in enumerate(changed.items()):
         other = saved(ControlNetModel.from_config({**config, **settings}), tmp_path / str(i))
@@ -281,6 +282,12 @@ def test_a_damaged_net_is_refused(student, folder, image, tmp_path):
         json.dumps({**config, "_class_name": "ControlNetUnionModel"})
     )
     refused(union, "is a ControlNetUnionModel, not a ControlNetModel")
+    strange = shutil.copytree(folder, tmp_path / "strange")
+    (strange / "config.json").write_text(json.dumps({**config, "down_block_types": ["Gone"] * 3}))
+    refused(strange, "no ControlNet is made by its config")
+    gaps = tensors | {"controlnet_down_blocks.20.weight": torch.zeros(())}
+    save_file(gaps, tmp_path / "gaps.safetensors")
+    refused(tmp_path / "gaps.safetensors", "a ControlNet for another model: its residuals")
     tensors["conv_in.bias"][0] = float("nan")
     save_file(tensors, tmp_path / "nan.safetensors")
     refused(tmp_path / "nan.safetensors", "NaN")

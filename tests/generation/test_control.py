@@ -1,5 +1,6 @@
 """ControlNets: equal to diffusers' on SDXL, and on a student what the block map leaves."""
 
+import copy
 import json
 import shutil
 
@@ -23,7 +24,7 @@ from koala.generation.control import fitted
 from koala.generation.denoise import Condition, Hint, evaluate
 from koala.generation.loader import _giving_way
 from koala.generation.png import parameters
-from koala.generation.runtime.pytorch import predictor, residuals_of
+from koala.generation.runtime.pytorch import predictor, residuals_of, without_unread
 from koala.generation.workflow import workflow
 from toy import toy_inputs, toy_pipeline, toy_unet
 from toy_controlnet import saved, toy_controlnet
@@ -127,6 +128,27 @@ def test_on_a_student_the_residuals_are_those_of_the_blocks_that_it_has(student,
     hint = Hint(residuals_of(net, control.takes), seen, scale)
     condition = Condition(text, added["text_embeds"], added["time_ids"], hint=hint)
     torch.testing.assert_close(predictor(unet)(x, ticks, condition), expected, atol=0, rtol=0)
+
+
+def test_what_a_student_does_not_take_is_not_computed(net, student):
+    """All that the student takes is bit for bit as of the whole ControlNet."""
+    takes = (*LAYERS_LEFT, None)
+    given = toy_inputs()
+    seen, scale = torch.rand(2, 3, SIDE, SIDE), torch.ones(2)
+    added = given["added_cond_kwargs"].values()
+    hint = Hint(residuals_of(net, takes), seen, scale)
+    condition = Condition(given["encoder_hidden_states"], *added, hint=hint)
+    x, ticks = given["sample"], given["timestep"]
+    smaller = without_unread(copy.deepcopy(net), takes)
+    with torch.inference_mode():
+        expected, _ = hint.net(x, ticks, condition)
+        found, _ = residuals_of(smaller, takes)(x, ticks, condition)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    last = [len(one.down_blocks[-1].resnets) for one in (net, smaller)]
+    assert last == [2, 1] and smaller.mid_block is None and net.mid_block is not None
+    for whole in ((*range(9), 9), (*LAYERS_LEFT, 9)):
+        kept = without_unread(copy.deepcopy(net), whole)
+        assert kept.state_dict().keys() == net.state_dict().keys()
 
 
 def test_scale_0_is_the_plain_image(student, folder, image):

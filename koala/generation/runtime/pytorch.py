@@ -38,6 +38,22 @@ def predictor(unet: UNet2DConditionModel) -> Predict:
     return predict
 
 
+def without_unread(net: ControlNetModel, takes: Sequence[int | None]) -> ControlNetModel:
+    """The network less the blocks at its end that no residual in `takes` depends on.
+
+    For KOALA-700M these are the last layer and the mid block.
+    """
+    unread = len(net.controlnet_down_blocks) - 1 - max(i for i in takes if i is not None)
+    if unread >= 0:
+        setattr(net, "mid_block", None)  # noqa: B010  # diffusers allows it, its types do not
+    block = net.down_blocks[-1]
+    for name in ("resnets", "attentions"):
+        layers = getattr(block, name, None)
+        if layers is not None and 0 < unread < len(layers):
+            setattr(block, name, layers[:-unread])
+    return net
+
+
 def residuals_of(net: ControlNetModel, takes: Sequence[int | None]) -> Residuals:
     """What a ControlNet adds to a U-Net whose places take these of its residuals.
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.looks import SHOWN, evenly, write_record
 from koala.architectures.block_map import block_map
-from koala.architectures.skip_map import skip_connections, skip_map
+from koala.architectures.skip_map import skip_connections
 from koala.architectures.table import UNetArchitecture
 from koala.data.illustrations.images import ImageSet
 from koala.distillation.forward_process import NoiseSchedule, draw_noise, generators_at
@@ -200,31 +200,19 @@ class Pairs:
 def other_maps(teacher: UNetArchitecture, student: UNetArchitecture) -> dict[str, list[list[int]]]:
     """Ways to give a teacher's residuals to a student's places: the numbers that each sums.
 
-    "summed": those of a removed resnet go to the resnet before it, which is of the same size, and
-    the mid block's to where it was. "by reader": each place takes what the teacher's resnet adds up
-    that the student's resnet, which joins the skip connection, inherits from.
+    "by block": a skip connection takes that of the block that its own inherits from, and the mid
+    block's is left out or kept. "summed": besides, those of a removed resnet go to the resnet
+    before it, which is of the same size.
     """
     theirs = {path: i for i, (path, _) in enumerate(skip_connections(teacher))}
-    own = [path for path, _ in skip_connections(student)]
-    places = {path: [number] for path, number in zip(own, skip_map(teacher, student), strict=False)}
-    last = ""
-    for path, number in theirs.items():
-        if path in places:
-            last = path
-        else:
-            places[last].append(number)
     inherited, mid = block_map(teacher, student), [len(theirs)]
-    read = [_readers(teacher), _readers(student)]
+    own = [[theirs[inherited[path]]] for path, _ in skip_connections(student)]
+    summed = [[*range(one[0], after[0])] for one, after in zip(own, [*own[1:], mid], strict=True)]
     return {
-        "summed": [*places.values(), mid],
-        "by reader": [*([read[0].index(inherited[path])] for path in read[1]), mid],
+        "by block": [*own, []],
+        "by block and mid": [*own, mid],
+        "summed": [*summed, mid],
     }
-
-
-def _readers(arch: UNetArchitecture) -> list[str]:
-    """The resnet that joins each skip connection."""
-    stages = range(len(arch.widths))
-    return [f"up_blocks.{i}.resnets.{j}" for i in stages for j in range(arch.layers + 1)][::-1]
 
 
 def by_map(pipeline: Pipeline, net: Residuals, sums: list[list[int]]) -> None:

@@ -25,12 +25,7 @@ from koala.generation.memory.plan import MemoryPlan
 from koala.generation.noise import TorchNoise
 from koala.generation.pixels import Decode
 from koala.generation.requests import Known, Loras
-from koala.generation.runtime.pytorch import (
-    encode_image,
-    predictor,
-    residuals_of,
-    without_unread,
-)
+from koala.generation.runtime.pytorch import encode_image, predictor, residuals_of
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import BaseModel
 from koala.lora.reading import Lora, LoraReport, read
@@ -133,7 +128,7 @@ class Pipeline(Drawing):
         net = control.net
         if self._controlnet is None or self._controlnet[0] != net.files.place:
             device, dtype = device_and_dtype(self.unet)
-            module = without_unread(net.files.load(net.unet, dtype), net.takes)
+            module = net.files.load(net.unet, dtype)
             nn.Module.to(module, device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # it does take it
             self._controlnet = net.files.place, residuals_of(module, net.takes)
         return Hint(self._controlnet[1], control.image, torch.tensor([control.scale]))

@@ -31,10 +31,10 @@ def test_a_controlnet_is_trained_and_measured(teacher, tmp_path):
     assert len(pairs.images) == 2
     models = {"teacher": str(teacher), "student": "koala-mini"}
     found, sheet = control.compare(pairs, tmp_path / "net", models)
-    assert found["residuals"].startswith("ControlNet net: 6 of 10 residuals are used")
+    assert found["residuals"].startswith("ControlNet net: 7 of 10 residuals are used")
     assert set(found["follows"]) == {
         "teacher without", "teacher with", "student without", "student with",
-        "student with, summed", "student with, by reader",
+        "student with, by block", "student with, by block and mid", "student with, summed",
     }  # fmt: skip
     assert all(0 <= one["value"] <= 1 for one in found["follows"].values())
     assert sheet.height > sheet.width / 2
@@ -64,8 +64,9 @@ def test_edges_are_where_the_brightness_changes():
 def test_other_ways_to_give_the_residuals():
     found = control.other_maps(ARCHITECTURES["sdxl"], ARCHITECTURES["koala-700m"])
     assert found == {
+        "by block": [[0], [1], [3], [4], [6], [7], []],
+        "by block and mid": [[0], [1], [3], [4], [6], [7], [9]],
         "summed": [[0], [1, 2], [3], [4, 5], [6], [7, 8], [9]],
-        "by reader": [[0], [2], [3], [5], [6], [8], [9]],
     }
 
 
@@ -76,8 +77,8 @@ def test_a_map_of_ones_own_takes_those_sums(teacher, tmp_path):
     pipeline = load("koala-mini", "cpu", backend="torch")
     expected = pipeline("a fox", seed=1, steps=1, **asked).images[0]
     every = residuals_of(net, range(10))
-    for second, same in ((1, True), (2, False)):
-        control.by_map(pipeline, every, [[0], [second], [3], [4], [6], [7], []])
+    for second, same in ((2, True), (1, False)):
+        control.by_map(pipeline, every, [[0], [second], [3], [5], [6], [8], [9]])
         found = pipeline("a fox", seed=1, steps=1, **asked).images[0]
         assert (np.asarray(ImageChops.difference(found, expected)).max() <= 1) == same
 

@@ -38,23 +38,7 @@ def predictor(unet: UNet2DConditionModel) -> Predict:
     return predict
 
 
-def without_unread(net: ControlNetModel, takes: Sequence[int | None]) -> ControlNetModel:
-    """The network less the blocks at its end that no residual in `takes` depends on.
-
-    For KOALA-700M these are the last layer and the mid block.
-    """
-    unread = len(net.controlnet_down_blocks) - 1 - max(i for i in takes if i is not None)
-    if unread >= 0:
-        setattr(net, "mid_block", None)  # noqa: B010  # diffusers allows it, its types do not
-    block = net.down_blocks[-1]
-    for name in ("resnets", "attentions"):
-        layers = getattr(block, name, None)
-        if layers is not None and 0 < unread < len(layers):
-            setattr(block, name, layers[:-unread])
-    return net
-
-
-def residuals_of(net: ControlNetModel, takes: Sequence[int | None]) -> Residuals:
+def residuals_of(net: ControlNetModel, takes: Sequence[int]) -> Residuals:
     """What a ControlNet adds to a U-Net whose places take these of its residuals.
 
     takes: as of `koala.architectures.skip_map`. The network is on the U-Net's device, in its dtype.
@@ -79,8 +63,7 @@ def residuals_of(net: ControlNetModel, takes: Sequence[int | None]) -> Residuals
             )
         scale = hint.scale.to(x)[:, None, None, None]
         every = [scale * residual for residual in (*down, mid)]
-        # A U-Net without a mid block still asks for its residual.
-        *own, last = (x.new_zeros(()) if i is None else every[i] for i in takes)
+        *own, last = (every[i] for i in takes)
         return own, last
 
     return residuals

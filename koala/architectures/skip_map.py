@@ -29,14 +29,19 @@ def with_layers(arch: UNetArchitecture, layers: int) -> UNetArchitecture:
     return replace(arch, name="custom", layers=layers, up=up, mid=arch.mid or 0, inner=())
 
 
-def skip_map(teacher: UNetArchitecture, student: UNetArchitecture) -> list[int | None]:
+def readers(arch: UNetArchitecture) -> list[str]:
+    """The resnet that joins each skip connection, in the order of `skip_connections`."""
+    stages = range(len(arch.widths))
+    return [f"up_blocks.{i}.resnets.{j}" for i in stages for j in range(arch.layers + 1)][::-1]
+
+
+def skip_map(teacher: UNetArchitecture, student: UNetArchitecture) -> list[int]:
     """Which of the teacher's residuals each of the student's places takes.
 
-    The places are the skip connections and last the mid block's output; None: the student has no
-    mid block. A skip connection takes that of the teacher's module that its own module inherits
-    from. Raises `UserError` if `student` is not a cut of `teacher`.
+    The places are the skip connections, and last where the mid block's output is, or would be. A
+    skip connection takes what the teacher's resnet reads that the resnet which joins it inherits
+    from: that learnt what the residual is added to. Raises `UserError` if `student` is not a cut of
+    `teacher`.
     """
-    inherited = block_map(teacher, student)
-    numbers = {path: i for i, (path, _) in enumerate(skip_connections(teacher))}
-    found: list[int | None] = [numbers[inherited[path]] for path, _ in skip_connections(student)]
-    return [*found, None if student.mid is None else len(numbers)]
+    inherited, theirs = block_map(teacher, student), readers(teacher)
+    return [*(theirs.index(inherited[path]) for path in readers(student)), len(theirs)]

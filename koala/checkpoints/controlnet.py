@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala.architectures.config import unet_config
-from koala.architectures.table import UNetArchitecture
+from koala.architectures.table import FACTOR, UNetArchitecture
 from koala.checkpoints.detect import foreign
 from koala.checkpoints.load import filled, without_weights
 from koala.checkpoints.resolve import HUB_ID, hub_folder, single_file_path
@@ -62,19 +62,25 @@ class ControlNetFiles:
         return [self._shape(f"controlnet_down_blocks.{i}")[0] for i in range(number)]
 
     @property
+    def halvings(self) -> int:
+        """How often the control image's sides are halved before it meets the latents."""
+        return sum(key.startswith(f"{_READS}blocks.") for key in self.tensors) // 4
+
+    @property
     def context(self) -> int:
         """Width of the text embeddings that it reads; 0: it reads none."""
-        keys = (s for key, s in self.tensors.items() if key.endswith(".attn2.to_k.weight"))
-        return next((stored.shape[-1] for stored in keys), 0)
+        paths = (key.removesuffix(".weight") for key in self.tensors)
+        return next((self._shape(path)[-1] for path in paths if path.endswith("attn2.to_k")), 0)
 
     @property
     def added(self) -> int:
         """Width of the pooled text embedding and the sizes; 0: it reads neither, as before SDXL."""
-        return (0, *self._shape("add_embedding.linear_1"))[-1]
+        return self._shape("add_embedding.linear_1")[-1]
 
     def _shape(self, path: str) -> tuple[int, ...]:
+        """Of a module's weight; (0,) if there is none."""
         stored = self.tensors.get(f"{path}.weight")
-        return () if stored is None else stored.shape
+        return (stored and stored.shape) or (0,)
 
     def settings(self, arch: UNetArchitecture) -> dict[str, Any]:
         """Arguments of diffusers' class; of a single file as its tensors and `arch` say."""
@@ -92,16 +98,13 @@ class ControlNetFiles:
                 "give its folder with config.json"
             )
         blocks = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths[:-1]]
-        inner = len([key for key in self.tensors if key.startswith(_READS + "blocks.")]) // 4
-        reads = [self._shape(f"{_READS}conv_in")] + [
-            self._shape(f"{_READS}blocks.{2 * i + 1}") for i in range(inner)
-        ]
+        reads = [f"{_READS}conv_in", *(f"{_READS}blocks.{2 * i + 1}" for i in range(self.halvings))]
         return {
             **{key: value for key, value in unet_config(arch).items() if key in taken},
             "down_block_types": blocks,
             "transformer_layers_per_block": [max(1, depth) for depth in depths[:-1]],
             "mid_block_type": "UNetMidBlock2DCrossAttn" if depths[-1] else "UNetMidBlock2D",
-            "conditioning_embedding_out_channels": [shape[0] for shape in reads],
+            "conditioning_embedding_out_channels": [self._shape(path)[0] for path in reads],
         }
 
     def _depth(self, path: str) -> int:
@@ -116,8 +119,8 @@ class ControlNetFiles:
         try:
             with without_weights():
                 net = ControlNetModel.from_config(self.settings(arch))
-        except (TypeError, ValueError, NotImplementedError) as error:
-            line = str(error).splitlines()[0]
+        except Exception as error:  # the config is untrusted, and the library checks nothing
+            line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise UserError(f"{self.name}: no ControlNet is made by its config: {line}") from None
         if not filled(net, self.tensors, dtype):
             wanted = {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
@@ -139,7 +142,8 @@ def open_controlnet(name: str | Path) -> ControlNetFiles:
     if path.is_dir():
         found = _of_folder(path, str(name))
     elif file := single_file_path(name):
-        found = ControlNetFiles(Path(name).stem, file, None, read_header(file))
+        shown = file.resolve().parent.name if file.stem.startswith(_STEM) else file.stem
+        found = ControlNetFiles(shown, file, None, read_header(file))
     elif isinstance(name, str) and HUB_ID.fullmatch(name):
         folder = hub_folder(name, _HUB_FILES)
         if not any(folder.glob(f"{_STEM}*.safetensors")):
@@ -179,5 +183,9 @@ def _check(net: ControlNetFiles) -> None:
         )
     if reads[1] != 3:
         raise UserError(f"{net.place} takes images of {reads[1]} channels: it must be 3, RGB")
+    if 2**net.halvings != FACTOR:
+        raise UserError(
+            f"{net.place} reads its image at 1/{2**net.halvings} of its size: it must be 1/{FACTOR}"
+        )
     if strange := sorted({stored.dtype for stored in net.tensors.values()} - {*FLOATS}):
         raise UserError(f"{net.place} holds {some(strange)} tensors; they must be floats")

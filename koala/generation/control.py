@@ -27,14 +27,14 @@ class ControlNet:
 
     files: ControlNetFiles
     unet: UNetArchitecture  # that it was made for, as far as its own tensors depend on it
-    takes: tuple[int | None, ...]  # residual of each skip connection and the mid block (`skip_map`)
+    takes: tuple[int, ...]  # residual of each skip connection and the mid block (`skip_map`)
 
     def line(self) -> str:
         """How many of its residuals are used, in one line."""
         every = [*(path for path, _ in skip_connections(self.unet)), "mid_block"]
         lost = [path for i, path in enumerate(every) if i not in self.takes]
         used = f"ControlNet {self.files.name}: {len(every) - len(lost)} of {len(every)} residuals"
-        return f"{used} are used" + (f"; of removed blocks: {', '.join(lost)}" if lost else "")
+        return f"{used} are used" + (f"; left out: {', '.join(lost)}" if lost else "")
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,12 @@
 
 import json
 import math
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from benchmarks import looks, lora_carry
-from koala.architectures.config import unet_config
-from koala.architectures.table import get
-from koala.checkpoints.bundled import BUNDLED
 from koala.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("packages")
@@ -28,17 +22,6 @@ class Colours(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().mean((2, 3))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    """The bundled student's teacher, its U-Net as initialised."""
-    folder = tmp_path_factory.mktemp("teacher") / "model"
-    shutil.copytree(BUNDLED / "koala-mini", folder, ignore=shutil.ignore_patterns("unet"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        UNet2DConditionModel(**unet_config(get("sdxl-mini"))).save_pretrained(folder / "unet")
-    return folder
 
 
 def test_a_lora_is_trained_carried_and_measured(teacher, tmp_path):

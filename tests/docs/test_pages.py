@@ -20,8 +20,10 @@ from koala.architectures.table import get
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.convert import convert
 from koala.cli import command_named, main
+from koala.generation import read_settings
 from koala.lora.names import base_named
 from koala.recipes.overrides import overridden
+from toy_controlnet import saved, toy_controlnet
 from toy_lora import toy_lora
 from toy_sources import images, write_yepop
 
@@ -37,7 +39,7 @@ def commands_of(page: str | Path, program: bool = False) -> list[list[str]]:
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
-    """A reader's folder: a fine-tune as a single file, here `sdxl-mini`, and a LoRA for it."""
+    """A reader's folder: a fine-tune as a single file, here `sdxl-mini`, and what is for it."""
     model = shutil.copytree(BUNDLED / "koala-mini", tmp_path / "model")
     shutil.rmtree(model / "unet")
     torch.manual_seed(0)
@@ -45,6 +47,8 @@ def desk(tmp_path, monkeypatch) -> Path:
     unet.save_pretrained(model / "unet")
     convert(model, "single-file", tmp_path / "my-sdxl.safetensors")
     toy_lora(tmp_path / "my-style.safetensors", base_named(str(model)))
+    saved(toy_controlnet(unet), tmp_path / "canny-sdxl")
+    Image.new("RGB", (128, 128)).save(tmp_path / "edges.png")
     shutil.rmtree(model)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KOALA_CACHE", str(tmp_path / "cache"))
@@ -53,7 +57,7 @@ def desk(tmp_path, monkeypatch) -> Path:
 
 def test_your_own_sdxl(desk, capsys):
     commands = commands_of("your-own-sdxl.md")
-    assert len(commands) == 12
+    assert len(commands) == 13
     Path("prompts.txt").write_text("a fox\n")
     for command in commands:
         if command[0] == "distill":
@@ -65,9 +69,10 @@ def test_your_own_sdxl(desk, capsys):
     written = {p.name for p in desk.iterdir()}
     assert {"runs", "my-koala.safetensors", "my-style-koala.safetensors", "pictures"} <= written
     assert "inherited" in capsys.readouterr().out
-    (path,) = (desk / "pictures").glob("*.png")
-    with Image.open(path) as image:
+    first, second = sorted((desk / "pictures").glob("*.png"))
+    with Image.open(first) as image:
         assert "<lora:my-style:0.8>" in image.info["parameters"]
+    assert read_settings(second).control == "canny-sdxl"
 
 
 def test_training(toy_sdxl, tmp_path, monkeypatch, capsys):

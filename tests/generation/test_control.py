@@ -31,7 +31,7 @@ from toy_controlnet import saved, toy_controlnet
 SIDE = 64
 ASKED = {"negative_prompt": "blur", "guidance": 4, "steps": 4, "seed": 11}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-LAYERS_LEFT = [0, 1, 3, 4, 6, 7]  # of 9: conv_in, and per stage one resnet and the downsampler
+READ = [0, 2, 3, 5, 6, 8]  # of 9: what the up resnets that are left read in the teacher
 
 
 @pytest.fixture(scope="module")
@@ -107,22 +107,22 @@ def test_halved_and_sharded_weights_are_read(toy_sdxl, net, image, tmp_path):
 def test_on_a_student_the_residuals_are_those_of_the_blocks_that_it_has(student, net, folder):
     unet = load(student, "cpu").unet
     control = fitted(folder, "toy", load(student, "cpu").known.base.unet)
-    assert control.takes == (*LAYERS_LEFT, None)
+    assert control.takes == (*READ, 9)
     assert control.line() == (
-        "ControlNet edges: 6 of 10 residuals are used; of removed blocks: down_blocks.0.resnets.1, "
-        "down_blocks.1.resnets.1, down_blocks.2.resnets.1, mid_block"
+        "ControlNet edges: 7 of 10 residuals are used; left out: down_blocks.0.resnets.0, "
+        "down_blocks.1.resnets.0, down_blocks.2.resnets.0"
     )
     given = toy_inputs()
     x, ticks, text = given["sample"], given["timestep"], given["encoder_hidden_states"]
     added = given["added_cond_kwargs"]
     seen = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
     scale = torch.tensor([1.0, 0.5])
-    down, _ = net(x, ticks, text, seen, added_cond_kwargs=added, return_dict=False)
+    down, mid = net(x, ticks, text, seen, added_cond_kwargs=added, return_dict=False)
     assert len(down) == 9
-    own = [scale.view(2, 1, 1, 1) * down[i] for i in LAYERS_LEFT]
+    own = [scale.view(2, 1, 1, 1) * down[i] for i in READ]
     expected = unet(
         x, ticks, text, added_cond_kwargs=added, down_block_additional_residuals=own,
-        mid_block_additional_residual=torch.zeros(()),
+        mid_block_additional_residual=scale.view(2, 1, 1, 1) * mid,
     ).sample  # fmt: skip
     hint = Hint(residuals_of(net, control.takes), seen, scale)
     condition = Condition(text, added["text_embeds"], added["time_ids"], hint=hint)
@@ -234,13 +234,14 @@ def test_a_net_for_another_model_is_refused_by_what_differs(student, net, folder
         "its residuals are 16, 16, 16, 16, 48": {"block_out_channels": (16, 48, 32)},
         "no addition embedding": {"addition_embed_type": None},
         "takes images of 4 channels": {"conditioning_channels": 4},
+        "reads its image at 1/4": {"conditioning_embedding_out_channels": (4, 8, 8)},
     }
     for i, (says, settings) in enumerate(changed.items()):
         other = saved(ControlNetModel.from_config({**config, **settings}), tmp_path / str(i))
         with pytest.raises(UserError, match=says):
             fitted(other, "toy", unet)
     single = saved(ControlNetModel.from_config({**config, "layers_per_block": 1}), tmp_path / "one")
-    assert fitted(single, "toy", unet).takes == (0, 1, 2, 3, 4, 5, None)
+    assert fitted(single, "toy", unet).takes == (0, 1, 2, 3, 4, 5, 6)
     with pytest.raises(UserError, match="a U-Net of 1 layers a stage; big has 2"):
         fitted(single, "big", from_unet_config(toy_unet("sdxl").config))
 
@@ -281,6 +282,12 @@ def test_a_damaged_net_is_refused(student, folder, image, tmp_path):
         json.dumps({**config, "_class_name": "ControlNetUnionModel"})
     )
     refused(union, "is a ControlNetUnionModel, not a ControlNetModel")
+    strange = shutil.copytree(folder, tmp_path / "strange")
+    (strange / "config.json").write_text(json.dumps({**config, "down_block_types": ["Gone"] * 3}))
+    refused(strange, "no ControlNet is made by its config")
+    gaps = tensors | {"controlnet_down_blocks.20.weight": torch.zeros(())}
+    save_file(gaps, tmp_path / "gaps.safetensors")
+    refused(tmp_path / "gaps.safetensors", "a ControlNet for another model: its residuals")
     tensors["conv_in.bias"][0] = float("nan")
     save_file(tensors, tmp_path / "nan.safetensors")
     refused(tmp_path / "nan.safetensors", "NaN")

@@ -38,7 +38,7 @@ def predictor(unet: UNet2DConditionModel) -> Predict:
     return predict
 
 
-def residuals_of(net: ControlNetModel, takes: Sequence[int | None]) -> Residuals:
+def residuals_of(net: ControlNetModel, takes: Sequence[int]) -> Residuals:
     """What a ControlNet adds to a U-Net whose places take these of its residuals.
 
     takes: as of `koala.architectures.skip_map`. The network is on the U-Net's device, in its dtype.
@@ -63,8 +63,7 @@ def residuals_of(net: ControlNetModel, takes: Sequence[int | None]) -> Residuals
             )
         scale = hint.scale.to(x)[:, None, None, None]
         every = [scale * residual for residual in (*down, mid)]
-        # A U-Net without a mid block still asks for its residual.
-        *own, last = (x.new_zeros(()) if i is None else every[i] for i in takes)
+        *own, last = (every[i] for i in takes)
         return own, last
 
     return residuals

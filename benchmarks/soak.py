@@ -29,6 +29,10 @@ import numpy as np
 from PIL import Image
 
 import koala
+from koala.serving.fit import shown
+from koala.serving.image_request import ImageRequest
+from koala.serving.service import Service
+from koala.serving.settings import Limits, Options
 
 CLIENTS = 64
 CANCELLED = 0.1  # of the requests
@@ -76,7 +80,6 @@ def served(model: str, device: str | None, folder: Path, *more: str) -> Iterator
     command = [
         sys.executable, "-m", "koala", "serve", "--model", model, "--port", str(free_port()),
         "--data", str(folder), "--rate", "0", "--client-queue", "256", "--gallery-gib", "0.02",
-        "--no-fit",  # so that each size is drawn as it is when drawn alone
         *([] if device is None else ["--device", device]), *more,
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -205,11 +208,19 @@ def _resident(pid: int) -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def alone(model: str, device: str | None) -> Service:
+    """What a server draws with, one image at a time."""
+    service = Service(koala.load(model, device), Limits(max_batch=1), fit=Options(Path()).fit)
+    service.start()
+    return service
+
+
 def compare(model: str, device: str | None, found: Crowd) -> dict[str, Any]:
     """Every picture beside that of its kind drawn alone."""
-    pipeline, worst, wrong, exact, seen = koala.load(model, device), [], [], 0, 0
+    service, worst, wrong, exact, seen = alone(model, device), [], [], 0, 0
     for kind, images in sorted(found.images.items()):
-        own = np.asarray(pipeline(**found.asked[kind]).images[0], np.int16)
+        drawn = service.submit(ImageRequest(**found.asked[kind])).result()
+        own = np.asarray(shown(drawn.images[0], drawn.settings[0]), np.int16)
         for data in images.values():
             seen += 1
             with Image.open(io.BytesIO(data)) as image:
@@ -217,6 +228,7 @@ def compare(model: str, device: str | None, found: Crowd) -> dict[str, Any]:
             exact += worst[-1] == 0
             if worst[-1] > TOLERANCE:
                 wrong.append({"asked": found.asked[kind], "difference": worst[-1]})
+    service.close()
     return {
         "tolerance, of 255": TOLERANCE, "largest difference": max(worst, default=None),
         "kinds": len(found.images), "different pictures": seen, "equal in every bit": exact,

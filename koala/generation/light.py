@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from koala.checkpoints.sampling import of_named
-from koala.generation.denoise import BatchRow, Condition
+from koala.generation.denoise import Condition
 from koala.generation.drawing import Drawing
 from koala.generation.form import Form, network_file, tokenizer_file
 from koala.generation.noise import NumpyNoise
 from koala.generation.pixels import finished
-from koala.generation.requests import Known, Loras, Request
+from koala.generation.requests import Known, Loras
 from koala.generation.runtime.compiled import Compiled
 from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_by_one
 from koala.utils.arrays import Array
@@ -42,8 +42,8 @@ class LightPipeline(Drawing):
         self.scheduler_config, self.zeros_for_empty = form.scheduler, form.zeros_for_empty
         half = form.backend == "openvino-bf16"
         self.conditioner = LightConditioner(folder, form)
-        unet = self._unet = Compiled(network_file(folder, "unet"), half)
-        decoder = self._decoder = Compiled(network_file(folder, "vae_decoder"), half)
+        unet = Compiled(network_file(folder, "unet"), half)
+        decoder = Compiled(network_file(folder, "vae_decoder"), half)
 
         def predict(x: Array, timesteps: Array, condition: Condition) -> Array:
             given = (x, timesteps, condition.text, condition.pooled, condition.time_ids)
@@ -57,15 +57,6 @@ class LightPipeline(Drawing):
 
         self.predict = in_fixed_batches(predict)
         self.decode = one_by_one(decode)
-
-    def begin(self, request: Request) -> BatchRow:
-        """As in `Drawing`; the first time the networks are compiled beside the text encoders."""
-        asked, form = request.settings, self.form
-        latents = (form.channels, -(-asked.height // form.factor), -(-asked.width // form.factor))
-        n, (first, second) = 2 if asked.guidance > 1 else 1, form.widths
-        self._unet.ahead((n, *latents), (n,), (n, form.tokens, first + second), (n, second), (n, 6))
-        self._decoder.ahead((1, *latents))
-        return super().begin(request)
 
     def encode(self, pixels: Array) -> Array:
         raise NotImplementedError  # `requests` refuses images
@@ -101,8 +92,6 @@ class LightConditioner:
         self.readers = (Reader(tokenizer_file(folder, "")), Reader(tokenizer_file(folder, "_2")))
         self._special = form.special
         self._encoders = [Compiled(network_file(folder, f"text_encoder{n}")) for n in ("", "_2")]
-        for encoder in self._encoders:
-            encoder.ahead((1, self.tokens))
         self.encode_ids = lru_cache(CACHED_CHUNKS)(self._encode)
 
     def _encode(

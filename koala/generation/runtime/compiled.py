@@ -5,7 +5,6 @@ ones; the cache folder keeps what was compiled for each.
 """
 
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from koala.utils.digest import digest
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not there
 
 CACHE_BYTES = 16 << 30  # of all models in the cache folder
-Shapes = tuple[tuple[int, ...], ...]  # of a network's inputs
-_AHEAD = ThreadPoolExecutor(2, "koala-compile")
 
 
 def openvino_folder() -> Path:
@@ -60,33 +57,22 @@ class Compiled:
         # OpenVINO's cache does not tell options apart: a model compiled for bf16 would be found for
         # fp32. So every set of options has a folder of its own.
         self.options["CACHE_DIR"] = str(openvino_folder() / digest([self.options]))
-        self._requests: dict[Shapes, Any] = {}
-        self._coming: dict[Shapes, Future[Any]] = {}
-
-    def ahead(self, *shapes: tuple[int, ...]) -> None:
-        """Begins to compile for inputs of these shapes, unless it has been compiled for others.
-
-        A thread does it beside the caller. A wrong guess costs nothing but its time.
-        """
-        if not self._requests and not self._coming:
-            core()  # in this thread, and once
-            self._coming[shapes] = _AHEAD.submit(self._request, shapes)
+        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """Its outputs, for inputs in its order and dtypes."""
         shapes = tuple(array.shape for array in arrays)
         if shapes not in self._requests:
-            coming = self._coming.pop(shapes, None)
-            self._requests[shapes] = coming.result() if coming else self._request(shapes)
+            self._requests[shapes] = self._compiled(shapes).create_infer_request()
         answer = self._requests[shapes].infer([*arrays], share_inputs=True)
         return [answer[i] for i in range(len(answer))]
 
-    def _request(self, shapes: Shapes) -> Any:
+    def _compiled(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
         model = core().read_model(self.file)
         model.reshape(dict(enumerate(shapes)))
         compiled = core().compile_model(model, "CPU", self.options)
         trim(openvino_folder(), CACHE_BYTES)
-        return compiled.create_infer_request()
+        return compiled
 
 
 def trim(folder: Path, limit: int) -> None:

@@ -35,7 +35,8 @@ def _prepare_arguments(p: Parser) -> None:
 
     p.add_argument(
         "source", help="a folder of images, webdataset tars, parquet files, a saved data set or "
-        f"ye-pop chunks; or {listed(ILLUSTRATIONS)}, which koala renders itself",
+        "ye-pop chunks; ORG/NAME of a data set on the Hub; or "
+        f"{listed(ILLUSTRATIONS)}, which koala renders itself",
     )  # fmt: skip
     p.add_argument(
         "--as", dest="kind", metavar="KIND",

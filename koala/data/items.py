@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-KINDS = ("folder", "webdataset", "parquet", "saved", "ye-pop")  # of sources, as `--as` calls them
+KINDS = (
+    "folder",
+    "webdataset",
+    "parquet",
+    "saved",
+    "datasets",
+    "ye-pop",
+)  # of sources, as `--as` calls them
 SCORES = {  # our name of a score -> names in data sets; the first one present counts
     "nsfw": ("nsfw", "nsfw_prediction", "punsafe"),
     "similarity": ("similarity", "alt_txt_similarity", "clip_similarity"),

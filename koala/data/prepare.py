@@ -25,11 +25,13 @@ from koala.data.items import Source
 from koala.data.preprocess import Filters, Preparation, with_captions
 from koala.data.shards import CLAIM, Summary
 from koala.data.sources import recognise
+from koala.data.sources.hub import DATASETS, HubData
 from koala.data.sources.parquet import Parquet
 from koala.errors import UserError, did_you_mean
 from koala.utils.atomic import check_claim, locked
 from koala.utils.contact_sheet import contact_sheet
 from koala.utils.device import check_device, pick_device
+from koala.utils.extras import require
 
 CAPTIONS = ("short", "subject", "long", "everyday")  # of the illustration set
 SHEET = 60  # images on the contact sheet
@@ -85,7 +87,8 @@ def prepare(
 ) -> PrepareReport:
     """Encodes the captioned images of `source` with the VAE of `model` into the folder `out`.
 
-    source: a path (see `koala.data.sources`; `kind` resolves ambiguity), or "illustrations" or
+    source: a path (see `koala.data.sources`; `kind` resolves ambiguity), a data set's name on the
+    Hugging Face Hub ("ORG/NAME", or "ORG/NAME:CONFIG"), or "illustrations" or
     "illustrations-small", which are rendered first, and only rendered if no model is given.
     preparation: size, captions, filters; None: the defaults; illustrations accept only size and
     mirroring. workers: processes that read images (default: all cores). sheet: PNG of a contact
@@ -102,10 +105,11 @@ def prepare(
             return _prepare_illustrations(found, Path(out), model, workers, device, sheet, mirror)
         assert model is not None
         folder = resolve_model(model)
+        images = found.fetch() if isinstance(found, HubData) else found
         from koala.data.latent_preparation import prepare_latents  # loads torch: after all checks
 
         preparation = preparation or Preparation()
-        summary = prepare_latents(found, Path(out), folder, preparation, workers, _device(device))
+        summary = prepare_latents(images, Path(out), folder, preparation, workers, _device(device))
     return PrepareReport(Path(out), {}, summary, None)
 
 
@@ -118,7 +122,7 @@ def check(
     sheet: str | Path | None = None,
     kind: str | None = None,
     preparation: Preparation | None = None,
-) -> Source | Illustrations:
+) -> Source | HubData | Illustrations:
     """What `source` names. UserError for arguments of `prepare` that are wrong.
 
     Writes nothing, downloads nothing and loads no torch. The model need not be complete: parts of
@@ -130,7 +134,9 @@ def check(
     if device is not None and model is None:
         raise UserError(f"--device {device} applies to encoding: give --model too")
     if source in ILLUSTRATIONS:
-        found: Source | Illustrations = _illustrations(source, Path(out), model, kind, preparation)
+        found: Source | HubData | Illustrations = _illustrations(
+            source, Path(out), model, kind, preparation
+        )
     else:
         found = _source(source, Path(out), model, sheet, kind, preparation or Preparation())
     if model is not None:
@@ -158,7 +164,7 @@ def _illustrations(
 def _source(
     source: str, out: Path, model: str | None, sheet: str | Path | None, kind: str | None,
     preparation: Preparation,
-) -> Source:  # fmt: skip
+) -> Source | HubData:  # fmt: skip
     if not Path(source).expanduser().exists() and (close := did_you_mean(source, ILLUSTRATIONS)):
         raise UserError(f"source {source!r} does not exist{close}")
     found = recognise(source, kind)
@@ -166,6 +172,9 @@ def _source(
         raise UserError(f"source {source} has images already: give --model to encode them")
     if sheet is not None:
         raise UserError(f"--sheet {sheet}: only the illustration set has a sheet; leave it out")
+    if isinstance(found, HubData):  # nothing more is known before it is fetched
+        require(f"source {source}", DATASETS, DATASETS)
+        return found
     settings = asdict(with_captions(found, preparation))
     check_claim(out / CLAIM, {"source": found.name, **settings}, asdict(Preparation()))
     return found

@@ -9,19 +9,20 @@ from pathlib import Path
 
 from koala.data.items import KINDS, Source
 from koala.data.sources.folder import SUFFIXES, Folder
+from koala.data.sources.hub import HubData, hub_data
 from koala.data.sources.parquet import Parquet
-from koala.data.sources.saved import Saved, is_saved
+from koala.data.sources.saved import is_saved, saved
 from koala.data.sources.webdataset import WebDataset, is_tar
 from koala.data.sources.yepop import YePop, chunk_files
 from koala.errors import UserError, unknown
 
-_KINDS: dict[str, Callable[[Path], Source]] = dict(
-    zip(KINDS, (Folder, WebDataset, Parquet, Saved, YePop), strict=True)
+_KINDS: dict[str, Callable[[Path], Source | HubData]] = dict(
+    zip(KINDS, (Folder, WebDataset, Parquet, saved, HubData, YePop), strict=True)
 )
 
 
-def recognise(place: str | Path, kind: str | None = None) -> Source:
-    """The source at `place`: a folder, a tar or a parquet file.
+def recognise(place: str | Path, kind: str | None = None) -> Source | HubData:
+    """The source at `place`: a folder, a tar, a parquet file, or a data set's name on the Hub.
 
     kind: one of KINDS, if the place holds several. UserError if there is no known kind, or several
     and none is named.
@@ -29,10 +30,13 @@ def recognise(place: str | Path, kind: str | None = None) -> Source:
     root = Path(place).expanduser()
     if kind is not None and kind not in _KINDS:
         raise unknown("kind of source", kind, KINDS)
+    if data := hub_data(str(root), kind):
+        return data
     if not root.exists():
         raise UserError(
             f"source {str(place)!r} does not exist; give a path of one of the kinds "
-            f"{', '.join(KINDS)}, or illustrations or illustrations-small"
+            f"{', '.join(KINDS)}, a data set of the Hub as ORG/NAME, or illustrations or "
+            "illustrations-small"
         )
     found = [kind] if kind else _found(root)
     if len(found) != 1:

@@ -1,12 +1,14 @@
 """Parquet files: images embedded as bytes or named by path, captions in the text columns.
 
 The image is the column `image` (bytes, or Hugging Face's {bytes, path}), `jpg`, `png`, `webp` or
-`bytes`; else the path in `path`, `file_name` or `image_path`, relative to the file's folder. Order:
+`bytes`, or the first that `datasets` has marked as images; else the path in `path`, `file_name` or
+`image_path`, relative to the file's folder. Order:
 files by name, rows as they come. A row group is read at once, so groups of a few hundred rows
 are best. Files named `test-...` or `validation-...`, as on the Hub, are held out, if there are
 others. The illustration set is stored in such files, with its own splits and kinds.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -46,18 +48,18 @@ class Parquet:
             file = _file(self.root / part)
         except (pa.ArrowException, OSError):
             return 1
-        image_column(self.root / part, file.schema_arrow.names)
+        image_column(self.root / part, file.schema_arrow)
         return file.metadata.num_rows
 
     def items(self, part: str, first: int, count: int) -> Iterator[Item]:
         """The id is the column `id` or `key`, else file name and row number."""
         path, split = self.root / part, "test" if part in _held_out(self) else None
         try:
-            names = _file(path).schema_arrow.names
+            schema = _file(path).schema_arrow
         except (pa.ArrowException, OSError) as error:
             yield damaged(part, f"not a complete parquet file ({error})")
             return
-        column = image_column(path, names)
+        column = image_column(path, schema)
         for number, record in _records(path, first, count):
             yield item_of(path.parent, f"{path.stem}/{number}", record, column, split)
 
@@ -101,15 +103,24 @@ def _group(path: Path, group: int) -> pa.Table:
     return _file(path).read_row_group(group)
 
 
-def image_column(path: Path, names: list[str]) -> str:
+def image_column(path: Path, schema: pa.Schema) -> str:
     """The column with the images; UserError if there is none."""
-    for name in (*EMBEDDED, *PATHS):
-        if name in names:
+    for name in (*EMBEDDED, *_declared(schema), *PATHS):
+        if name in schema.names:
             return name
     raise UserError(
         f"{path} has no image column: {', '.join(EMBEDDED)} for bytes, or "
-        f"{', '.join(PATHS)} for paths; it has {', '.join(names)}"
+        f"{', '.join(PATHS)} for paths; it has {', '.join(schema.names)}"
     )
+
+
+def _declared(schema: pa.Schema) -> list[str]:
+    """The columns that are images by the description that `datasets` writes into its files."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [name for name, feature in features.items() if feature.get("_type") == "Image"]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def _read(folder: Path, image: Any) -> bytes:

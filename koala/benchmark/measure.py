@@ -73,7 +73,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
-        _CLEAR.write_text("5")  # man 5 proc: resets the high water mark
+        _CLEAR.write_text("5", encoding="utf-8")  # man 5 proc: resets the high water mark
 
 
 def peak_bytes(device: torch.device) -> int | None:
@@ -93,7 +93,7 @@ def resident_bytes(device: torch.device) -> int | None:
 def _status(key: str) -> int | None:
     if not _STATUS.exists():
         return None
-    lines = [line for line in _STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
+    lines = [line for line in _STATUS.read_text("utf-8").splitlines() if line.startswith(f"{key}:")]
     return 1024 * int(lines[0].split()[1]) if lines else None
 
 

@@ -109,6 +109,6 @@ def write(report: BenchmarkReport, out: Path) -> None:
         ("benchmark.md", report.table()),
     ):
         with new_file(out / name) as part:
-            part.write_text(text)
+            part.write_text(text, "utf-8")
     if report.rows and find_spec("matplotlib"):
         plot(report, out / "benchmark.png")

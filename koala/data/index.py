@@ -137,7 +137,7 @@ class Index:
             table = pa.ipc.open_file(pa.memory_map(str(self.files.table(SHARDS))))
             self._rows = pa.ipc.open_file(pa.memory_map(str(self.files.table(INDEX))))
             self.made_with: dict[str, Any] = json.loads(
-                self.files.table("latents.json").read_text()
+                self.files.table("latents.json").read_text("utf-8")
             )
         except FileNotFoundError as error:
             raise UserError(

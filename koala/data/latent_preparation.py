@@ -121,7 +121,7 @@ def _long(
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Records what the latents are made with; `UserError` for another VAE or settings."""
     path = out / CLAIM
-    found = json.loads(path.read_text()) if path.exists() else settings
+    found = json.loads(path.read_text("utf-8")) if path.exists() else settings
     if found.get("encoder") != settings["encoder"]:
         raise UserError(
             f"{out} holds latents of another VAE ({found.get('encoder')}, this model's is "

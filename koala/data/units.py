@@ -63,7 +63,7 @@ def plan_units(source: Source, out: Path, unit: int, pool: Executor | None) -> U
     """
     path, there = out / "plan.json", source.parts()
     if path.exists():
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text("utf-8"))
         if changed := _changed(kept["parts"], there):
             raise UserError(
                 f"{out} was started before the source's part {changed} changed: prepare the "

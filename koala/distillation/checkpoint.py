@@ -160,7 +160,7 @@ def _write(
     try:
         with new_folder(folder) as part:
             save_file(tensors, part / "state.safetensors")
-            (part / "state.json").write_text(json.dumps({"samples": seen, "log": log}))
+            (part / "state.json").write_text(json.dumps({"samples": seen, "log": log}), "utf-8")
     except (UserError, Failure, SafetensorError) as error:
         raise Failure(
             f"{folder}: cannot write the checkpoint ({error}); run again to resume"
@@ -193,7 +193,7 @@ def load(checkpoint: Path, state: State) -> tuple[int, dict[str, Any]]:
             make_moments(state.optimizer, moving)
             for name, tensor, like in state.tensors():
                 local(tensor).copy_(part_of(file.get_tensor(name), like))
-        about = json.loads((checkpoint / "state.json").read_text())
+        about = json.loads((checkpoint / "state.json").read_text("utf-8"))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise Failure(
             f"{checkpoint}: the checkpoint is damaged ({error}); remove this folder and run again "

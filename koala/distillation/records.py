@@ -48,7 +48,7 @@ class Wandb:
         require("--log wandb", "wandb", "wandb")
         import wandb
 
-        settings = (run / "run.json").read_text()
+        settings = (run / "run.json").read_text("utf-8")
         self._run = wandb.init(
             project="koala",
             name=run.name,
@@ -89,7 +89,7 @@ class Lines:
         """Removes lines beyond the samples `seen`: they will be written again."""
         self.path = path
         if path.exists():
-            text = path.read_text()
+            text = path.read_text("utf-8")
             whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may truncate the last line
             kept = [line for line in whole if json.loads(line)["samples"] <= seen]
             write_text(path, "".join(f"{line}\n" for line in kept))

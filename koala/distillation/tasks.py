@@ -210,9 +210,9 @@ class Denoising(nn.Module):
 @contextmanager
 def _edited(file: Path) -> Iterator[dict[str, Any]]:
     """A JSON file's values, written back at the end."""
-    values = json.loads(file.read_text())
+    values = json.loads(file.read_text("utf-8"))
     yield values
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class Taught(Denoising):

@@ -66,7 +66,7 @@ class Scores:
         if run.pictures is not None:
             told = stamp(files)
         else:
-            told = (folder_of(self.plan, self.part, run) / "settings.json").read_text()
+            told = (folder_of(self.plan, self.part, run) / "settings.json").read_text("utf-8")
             told = digest([told, self.part.seeds])
         size = self.plan.size
         return Pictures(

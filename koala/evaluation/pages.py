@@ -95,7 +95,7 @@ def blind_page(names: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]])
     ]
     data = {"names": list(names), "pairs": pairs, "digest": digest([names, pairs])}
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    template = Path(__file__).with_name("blind_page.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("blind_page.html").read_text("utf-8")
     return template.replace("/*DATA*/", text)
 
 

@@ -185,7 +185,7 @@ def parti(path: Path) -> PromptSet:
 def mjhq(path: Path) -> PromptSet:
     """MJHQ-30K (arXiv 2402.17245): 3,000 pictures with prompts in each of ten categories."""
     file = _file(path, "mjhq-30k")
-    rows = load_json(file.read_text(encoding="utf-8"), str(file))
+    rows = load_json(file.read_text("utf-8"), str(file))
     prompts = (Prompt(id, row["prompt"], row["category"]) for id, row in rows.items())
     return PromptSet("mjhq-30k", tuple(prompts), metrics=("fid", "clip-score"))
 
@@ -196,7 +196,7 @@ def coco(path: Path) -> PromptSet:
     An id is the image's file name without its suffix, so that a folder of the images fits.
     """
     file = _file(path, "coco")
-    found = load_json(file.read_text(encoding="utf-8"), str(file))
+    found = load_json(file.read_text("utf-8"), str(file))
     names = {image["id"]: Path(image["file_name"]).stem for image in found["images"]}
     first: dict[str, str] = {}
     for one in sorted(found["annotations"], key=lambda a: a["id"]):

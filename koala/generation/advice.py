@@ -70,7 +70,7 @@ def advise(model: str | Path, budget: int | None = None, base: str | None = None
 @cache
 def recorded() -> dict[str, Any]:
     """What `python -m benchmarks.ladder` wrote."""
-    return json.loads(FILE.read_text())
+    return json.loads(FILE.read_text("utf-8"))
 
 
 def rungs(

@@ -75,7 +75,7 @@ class Form:
         return cls(**values)
 
     def write(self, folder: Path) -> None:
-        (folder / FORM).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (folder / FORM).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
 
 
 def network_file(folder: Path, name: str) -> Path:
@@ -102,7 +102,7 @@ def found(folder: Path, backend: str) -> Path | None:
     """The form in the cache that a backend draws a model folder from; None if there is none."""
     if backend in REMEMBERED:
         file = _choice(folder)
-        backend = file.read_text().strip() if file.is_file() else ""
+        backend = file.read_text("utf-8").strip() if file.is_file() else ""
     place = place_of(folder, backend)
     return place if backend in BACKENDS and is_form(place) else None
 
@@ -110,7 +110,7 @@ def found(folder: Path, backend: str) -> Path | None:
 def remember(folder: Path, backend: str) -> None:
     """Keeps which backend a measurement has chosen for a model folder on this machine."""
     with new_file(_choice(folder)) as part:
-        part.write_text(backend + "\n")
+        part.write_text(backend + "\n", "utf-8")
 
 
 def _choice(folder: Path) -> Path:

@@ -66,7 +66,7 @@ def pruning(share: float, calibration: Sequence[str] | None = None) -> None:
 def prompts_in(file: Path) -> list[str]:
     """The prompts in a text file, one a line; empty lines are skipped. UserError if it has none."""
     try:
-        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+        lines = file.expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--calibrate {file} cannot be read as text: {error}") from None
     found = [line.strip() for line in lines if line.strip()]

@@ -82,7 +82,7 @@ def _write_half(file: Path, to: Path) -> None:
 
 
 def _write_config(file: Path, to: Path) -> None:
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text("utf-8"))
     if file.name == "config.json":
         config.pop("_name_or_path", None)  # its "dtype" stays float32, which loaders convert to
     compact = file.name == "tokenizer.json"  # a megabyte less

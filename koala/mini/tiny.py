@@ -84,6 +84,6 @@ class TinyDistillation(nn.Module):
         assert isinstance(trainable, AutoencoderTiny)
         trainable.save_pretrained(folder)
         file = folder / "config.json"
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text("utf-8"))
         del config["block_out_channels"]  # diffusers writes it and then warns about it
-        file.write_text(json.dumps(config, indent=2) + "\n")
+        file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

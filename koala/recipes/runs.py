@@ -110,7 +110,7 @@ def _name(run: Path, folder: Path) -> str:
 
 
 def _state(run: Path, folder: Path) -> RunState:
-    samples = json.loads((run / "run.json").read_text())["samples"]
+    samples = json.loads((run / "run.json").read_text("utf-8"))["samples"]
     lines = _lines(run / FILES["train"])
     last = lines[-1] if lines else {}
     seen = int(last.get("samples", 0))
@@ -135,7 +135,7 @@ def _lines(file: Path) -> list[dict[str, float]]:
     """The whole lines of a JSONL file; a training may be writing the last."""
     if not file.is_file():
         return []
-    text = file.read_text()
+    text = file.read_text("utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 

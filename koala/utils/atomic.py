@@ -122,7 +122,7 @@ def claim(
     if not file.exists():
         write_text(file, json.dumps(wanted, indent=1) + "\n")
         return
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = json.loads(file.read_text("utf-8"))
     check_claim(file, {**dict.fromkeys([*(defaults or {}), *found]), **wanted}, defaults)
 
 
@@ -133,7 +133,7 @@ def check_claim(
     if not file.exists():
         return
     wanted = json.loads(json.dumps(settings))
-    found = json.loads(json.dumps(defaults or {})) | json.loads(file.read_text(encoding="utf-8"))
+    found = json.loads(json.dumps(defaults or {})) | json.loads(file.read_text("utf-8"))
     for name in sorted(wanted):
         if found.get(name) != wanted[name]:
             raise UserError(

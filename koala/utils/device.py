@@ -64,7 +64,7 @@ def free_bytes(device: torch.device) -> int:
     elif device.type == "mps":
         free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     elif (meminfo := Path("/proc/meminfo")).exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in meminfo.read_text("utf-8").splitlines())
         free = min(int(lines["MemAvailable"].split()[0]) * 1024, _left_to_group())
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -134,7 +134,7 @@ def resident_bytes() -> int:
     import resource
 
     if (statm := Path("/proc/self/statm")).exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
+        return int(statm.read_text("utf-8").split()[1]) * resource.getpagesize()
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -143,7 +143,7 @@ def _left_to_group() -> int:
     """Memory left to this container (Linux, cgroups v2)."""
     group = Path("/sys/fs/cgroup")
     try:
-        most, now = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        most, now = ((group / f"memory.{name}").read_text("utf-8") for name in ("max", "current"))
         return max(0, int(most) - int(now))
     except (OSError, ValueError):  # none, or "max": no limit
         return 2**63
@@ -171,7 +171,7 @@ def _facts() -> dict[str, str]:
     """The first CPU's entries in /proc/cpuinfo; empty if there is no such file."""
     if not _INFO.is_file():
         return {}
-    first = _INFO.read_text().split("\n\n")[0].splitlines()
+    first = _INFO.read_text("utf-8").split("\n\n")[0].splitlines()
     pairs = (line.partition(":") for line in first)
     return {key.strip(): value.strip() for key, _, value in pairs}
 

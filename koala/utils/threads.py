@@ -21,10 +21,11 @@ def _quota(cgroups: Path) -> float:
     """The container's quota in cores; infinity without one. cgroup v2, else v1."""
     try:
         if (cgroups / "cpu.max").exists():
-            quota, period = (cgroups / "cpu.max").read_text().split()
+            quota, period = (cgroups / "cpu.max").read_text("utf-8").split()
         else:
             quota, period = (
-                (cgroups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+                (cgroups / "cpu" / f"cpu.cfs_{name}_us").read_text("utf-8")
+                for name in ("quota", "period")
             )
         return float(quota) / float(period) if float(quota) > 0 else math.inf
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"

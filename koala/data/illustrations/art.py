@@ -53,7 +53,7 @@ ART_SETS = {s.name: s for s in (
 
 @cache
 def _iconify(art: str) -> dict:
-    return json.loads((package(ART_SETS[art].package) / "icons.json").read_text())
+    return json.loads((package(ART_SETS[art].package) / "icons.json").read_text("utf-8"))
 
 
 def _plain(hexcode: str) -> str:
@@ -66,7 +66,9 @@ def by_code_point(art: str) -> dict[str, str]:
     """Emoji code points ('1f98a') -> the drawing's name for `drawing`."""
     folder = package(ART_SETS[art].package)
     if (folder / "chars.json").is_file():
-        return {_plain(h): n for h, n in json.loads((folder / "chars.json").read_text()).items()}
+        return {
+            _plain(h): n for h, n in json.loads((folder / "chars.json").read_text("utf-8")).items()
+        }
     return {_plain(p.stem): p.stem for p in (folder / "assets").glob("*.webp")}
 
 

@@ -238,8 +238,8 @@ def hashed(*words: object) -> float:
 def concepts() -> tuple[Concept, ...]:
     """All emoji except flags, skin-tone variants and components, in Unicode's order."""
     folder = package("emojibase-data")
-    data = json.loads((folder / "en" / "data.json").read_text())
-    meta = json.loads((folder / "meta" / "groups.json").read_text())
+    data = json.loads((folder / "en" / "data.json").read_text("utf-8"))
+    meta = json.loads((folder / "meta" / "groups.json").read_text("utf-8"))
     found = []
     for entry in sorted(data, key=lambda e: e.get("order", 0)):
         group = meta["groups"].get(str(entry.get("group")), "")

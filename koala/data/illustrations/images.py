@@ -100,7 +100,7 @@ def _write_shard(rows: list[PlannedImage], path: Path, size: int) -> None:
 
 def settings_of(folder: Path) -> dict:
     """The source and settings that a prepared folder was made with."""
-    return json.loads((folder / "set.json").read_text())
+    return json.loads((folder / "set.json").read_text("utf-8"))
 
 
 def shards_of(folder: Path) -> list[Path]:

@@ -89,7 +89,7 @@ def choose(
             "torch", "--backend auto converts the model, once, and may be faster", unet, vae
         )
     if file.is_file():
-        seconds = json.loads(file.read_text())["seconds"]
+        seconds = json.loads(file.read_text("utf-8"))["seconds"]
     elif asked == "remembered":
         return _made("torch", "none was measured: --backend auto measures", unet, vae)
     else:
@@ -97,7 +97,9 @@ def choose(
             seconds = _measured(unet, fitting, samples)
             with new_file(file) as part:
                 key = _key(unet, fitting)
-                part.write_text(json.dumps({"seconds": seconds, "key": key}, indent=1) + "\n")
+                part.write_text(
+                    json.dumps({"seconds": seconds, "key": key}, indent=1) + "\n", "utf-8"
+                )
         except OSError as error:
             if not unasked:
                 raise

@@ -1,13 +1,13 @@
 """Whether `koala finetune` teaches a student what it does not know: a look, and a subject.
 
-The look is an art set that the mini family was not trained on, taught as a LoRA and to the whole
-U-Net; measured on things that the fine-tuning has not shown (`benchmarks.looks`). The subject is
-one drawing of that set, on ten images under a rare word (DreamBooth); measured by how far images of
-that word go towards other images of the subject, and how far images of other things go there too.
-Each LoRA is loaded into diffusers' pipeline as well, in both spellings, and its U-Net's output
-compared with ours.
+The look is clip art (`benchmarks.clipart`), taught as a LoRA and to the whole U-Net; measured on
+things that the fine-tuning has not shown (`benchmarks.looks`). The subject is an emoji of a set
+that the mini family was not trained on, on ten images under a rare word (DreamBooth); measured by
+how far images of that word go towards other images of the subject, and how far images of other
+things go there too. Each LoRA is loaded into diffusers' pipeline as well, in both spellings, and
+its U-Net's output compared with ours.
 
-`python -m benchmarks.finetune --out runs/look` writes `finetune.json`, `finetune.png` and
+`python -m benchmarks.finetune --svg SVG --out runs/look` writes `finetune.json`, `finetune.png` and
 `finetune-subject.png`. Needs the extras `evaluate` and `lora`.
 """
 
@@ -22,13 +22,13 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.clipart import prepare_clipart
 from benchmarks.looks import (
     HeldOut,
     Training,
     draw,
     evenly,
     measure,
-    prepare,
     save_sheet,
     sheet,
     train,
@@ -45,19 +45,26 @@ from koala.lora.training import FILE
 from koala.utils import markdown
 
 RATES = {"lora": 5e-4, "full": 1e-4}
-SUBJECT, LABEL, WORD = "1f9f8", "teddy bear", "sks"  # an emoji, what it shows, the rare word
+# An emoji of an art set, what it shows, the rare word:
+SET, SUBJECT, LABEL, WORD = "openmoji", "1f9f8", "teddy bear", "sks"
 PICTURES, SEEDS, OTHERS = 10, 8, 8  # of the subject; drawn of its prompt; other things drawn
 
 
 def look(
-    model: str, training: Training, held_out: HeldOut, extractor: nn.Module, seeds: int, out: Path
+    model: str,
+    training: Training,
+    data: Path,
+    held_out: HeldOut,
+    extractor: nn.Module,
+    seeds: int,
+    out: Path,
 ) -> tuple[dict, dict[str, list[Image.Image]]]:
     """What each recipe makes of the look (figures by recipe), and images of it."""
     before = draw(load(model), held_out.prompts, seeds)
     figures, shown = {}, {"before": before[::seeds]}
     for recipe, rate in RATES.items():
         own = replace(training, learning_rate=rate)
-        result, losses = train(own, model, out / "data", out / recipe, recipe)
+        result, losses = train(own, model, data, out / recipe, recipe)
         pipeline = load(model if recipe == "lora" else str(result))
         if recipe == "lora":
             pipeline.add_lora(result / FILE)
@@ -79,7 +86,7 @@ def subject(
 ) -> tuple[dict, dict[str, list[Image.Image]]]:
     """What DreamBooth makes of a subject, and images of it: the ten, before, and after."""
     caption = f"a {WORD} {LABEL}"
-    images = subject_images(training.style, 2 * PICTURES)
+    images = subject_images(2 * PICTURES)
     folder = out / "subject" / f"1_{caption}"
     folder.mkdir(parents=True, exist_ok=True)
     for n, image in enumerate(images[:PICTURES]):
@@ -117,17 +124,17 @@ def subject(
     return figures, shown
 
 
-def subject_images(style: str, number: int, size: int = 128) -> list[Image.Image]:
+def subject_images(number: int, size: int = 128) -> list[Image.Image]:
     """The subject's drawing, filling most of each image, on all backgrounds."""
-    name = art.drawing_of(style, SUBJECT, LABEL)
-    assert name is not None, f"{style} does not draw a {LABEL}"
+    name = art.drawing_of(SET, SUBJECT, LABEL)
+    assert name is not None, f"{SET} does not draw a {LABEL}"
     images = []
     for n in range(number):
         side = 3 * size // 4 + 7 * n % (size // 4)
         canvas = Image.new("RGBA", (size, size), [*BACKGROUNDS.values()][n % len(BACKGROUNDS)])
         room = size - side
         place = (5 * n % (room + 1), 3 * n % (room + 1))
-        canvas.alpha_composite(art.drawing(style, name, side), place)
+        canvas.alpha_composite(art.drawing(SET, name, side), place)
         images.append(canvas.convert("RGB"))
     return images
 
@@ -189,26 +196,27 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="koala-mini", help="name or folder of the model")
-    parser.add_argument("--style", default=Training.style, help="art set (default openmoji)")
+    parser.add_argument(
+        "--svg", type=Path, default=Path("/usr/share/openclipart/svg"), help="of Open Clip Art"
+    )
     parser.add_argument(
         "--samples", type=int, default=2_400, help="seen by each recipe of the look"
     )
     parser.add_argument("--subject-samples", type=int, default=2_400, help="seen of the subject")
-    parser.add_argument("--things", type=int, default=40, help="held-out things drawn (at most)")
+    parser.add_argument("--things", type=int, default=40, help="held-out drawings (at most)")
     parser.add_argument("--seeds", type=int, default=1, help="images of each thing")
     parser.add_argument("--out", type=Path, required=True, help="folder")
     o = parser.parse_args()
     extractor = EffLite0()
-    training = Training(style=o.style, samples=o.samples, batch=16)
-    data = prepare(training, resolve_model(o.model), o.out / "data")
-    held_out = HeldOut.of(data, o.things)
-    figures, shown = look(o.model, training, held_out, extractor, o.seeds, o.out)
+    training = Training(style="openclipart", samples=o.samples, batch=16)
+    data, held_out = prepare_clipart(o.svg, o.model, o.out, o.things)
+    figures, shown = look(o.model, training, data, held_out, extractor, o.seeds, o.out)
     of_subject = replace(training, samples=o.subject_samples, batch=4)
     others = evenly(held_out.prompts, OTHERS)
     figures["subject"], subject_shown = subject(o.model, of_subject, others, extractor, o.out)
     record = {
         "command": f"python -m benchmarks.finetune --model {Path(o.model).name} "
-        f"--style {o.style} --samples {o.samples} --subject-samples {o.subject_samples} "
+        f"--svg SVG --samples {o.samples} --subject-samples {o.subject_samples} "
         f"--things {o.things} --seeds {o.seeds} --out {o.out}",
         "training": {k: v for k, v in asdict(training).items() if k != "learning_rate"},
         "things": len(held_out.prompts),

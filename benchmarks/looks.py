@@ -37,7 +37,7 @@ SHOWN = 8  # things on the sheet
 class Training:
     """How the look is taught."""
 
-    style: str = "openmoji"  # art set
+    style: str = "openmoji"  # art set, or a name of another look
     samples: int = 20_000
     batch: int = 32
     rank: int = 16  # of a LoRA
@@ -130,11 +130,9 @@ def train(
         "hardware.checkpointing=false", "hardware.ema_on_cpu=false",
     ]  # fmt: skip
     if recipe != "dreambooth":
-        settings += [
-            "caption_dropout=0.1",
-            "mixture.kinds=emoji:1",
-            "mixture.captions=short:1,long:1",
-        ]
+        settings.append("caption_dropout=0.1")
+    if (data / "set.json").exists():  # illustrations, which have several captions each
+        settings += ["mixture.kinds=emoji:1", "mixture.captions=short:1,long:1"]
     if recipe != "full":
         settings += [f"lora.rank={training.rank}", "lora.modules=all"]
     result = finetune(recipe, model, data, out, settings=settings)

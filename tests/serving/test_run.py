@@ -183,6 +183,7 @@ def test_the_pages_figures_are_those_of_the_records():
     serving, soak = record("serving"), record("serving_soak")
     ratios = serving["under load"]["steps to static, median of rounds"]
     kill, fuzz = record("serving_kill"), record("serving_fuzz")
+    memory = soak["memory, MiB"]
     attacks = record("serving_attacks")["attacks"].values()
     figures = [
         f"{ratios['median']:.2f} times",
@@ -191,6 +192,7 @@ def test_the_pages_figures_are_those_of_the_records():
         f"{serving['first preview']['made after steps']} steps",
         str(soak["errors"]),
         f"{soak['against solo runs']['largest difference']} of 255",
+        f"{memory['after a fifth']:,.0f} and {memory['at the end']:,.0f} MiB",
         str(len(fuzz["faults"])),
         f"{fuzz['growth in the second half, KiB a request']:.1f} KiB a request",
         str(sum(kill["faults"].values())),

@@ -253,7 +253,7 @@ def run(model: str, device: str | None, seconds: float) -> dict[str, Any]:
         "memory, MiB": {
             "after a fifth": settled[0][1], "at the end": settled[-1][1],
             "slope, MiB a minute": None if slope is None else round(slope, 3),
-            "minute by minute": {str(int(at)): round(held) for at, held in reversed(memory)},
+            "minute by minute": {str(int(at)): round(held) for at, held in memory},
         },
         "against solo runs": compare(model, device, found),
     }  # fmt: skip

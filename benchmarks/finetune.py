@@ -1,14 +1,14 @@
 """Whether `koala finetune` teaches a student what it does not know: a look, and a subject.
 
-The look is clip art (`benchmarks.clipart`), taught as a LoRA and to the whole U-Net; measured on
-things that the fine-tuning has not shown (`benchmarks.looks`). The subject is an emoji of a set
-that the mini family was not trained on, on ten images under a rare word (DreamBooth); measured by
-how far images of that word go towards other images of the subject, and how far images of other
-things go there too. Each LoRA is loaded into diffusers' pipeline as well, in both spellings, and
-its U-Net's output compared with ours.
+The looks are an emoji set that the mini family was not trained on, and clip art of many hands
+(`benchmarks.clipart`), each taught as a LoRA and to the whole U-Net; measured on things that the
+fine-tuning has not shown (`benchmarks.looks`). The subject is one drawing of that emoji set, on ten
+images under a rare word (DreamBooth); measured by how far images of that word go towards other
+images of the subject, and how far images of other things go there too. Each LoRA is loaded into
+diffusers' pipeline as well, in both spellings, and its U-Net's output compared with ours.
 
-`python -m benchmarks.finetune --svg SVG --out runs/look` writes `finetune.json`, `finetune.png` and
-`finetune-subject.png`. Needs the extras `evaluate` and `lora`.
+`python -m benchmarks.finetune --svg SVG --out runs/look` writes `finetune.json` and a sheet of each
+look and of the subject. Needs the extras `evaluate` and `lora`.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from benchmarks.looks import (
     draw,
     evenly,
     measure,
+    prepare,
     save_sheet,
     sheet,
     train,
@@ -45,8 +46,9 @@ from koala.lora.training import FILE
 from koala.utils import markdown
 
 RATES = {"lora": 5e-4, "full": 1e-4}
-# An emoji of an art set, what it shows, the rare word:
-SET, SUBJECT, LABEL, WORD = "openmoji", "1f9f8", "teddy bear", "sks"
+SET, CLIP_ART = "openmoji", "openclipart"
+LOOKS = {SET: "OpenMoji", CLIP_ART: "clip art"}
+SUBJECT, LABEL, WORD = "1f9f8", "teddy bear", "sks"  # an emoji, what it shows, the rare word
 PICTURES, SEEDS, OTHERS = 10, 8, 8  # of the subject; drawn of its prompt; other things drawn
 
 
@@ -176,16 +178,18 @@ def _inputs(unet: nn.Module) -> dict[str, object]:
 
 def table(record: dict[str, Any]) -> str:
     """How far images went towards real ones, as Markdown, and how far diffusers is from ours."""
-    look, found = record["training"]["samples"], record["subject"]
-    rows = []
-    for recipe, what in (("lora", "the look, as a LoRA"), ("full", "the look, the whole U-Net")):
-        shift = record[recipe]
-        share = f"{shift['share_of_the_way']:.0%} ± {shift['error'] / shift['distance']:.0%}"
-        rows.append([what, f"{look:,}", f"{record['things']} things not shown", share])
+    samples, found = record["training"]["samples"], record["subject"]
+    rows, differences = [], [*found["diffusers"].values()]
+    for name, figures in record["looks"].items():
+        for recipe, how in (("lora", "as a LoRA"), ("full", "the whole U-Net")):
+            shift = figures[recipe]
+            share = f"{shift['share_of_the_way']:.0%} ± {shift['error'] / shift['distance']:.0%}"
+            of = f"{figures['things']} things not shown"
+            rows.append([f"{LOOKS[name]}, {how}", f"{samples:,}", of, share])
+        differences += figures["lora"]["diffusers"].values()
     for of, key in (("its prompt", ""), (f"{OTHERS} other things", "_of_other_things")):
         share = f"{found[f'share_of_the_way{key}']:.0%}"
         rows.append(["the subject, as a LoRA", f"{found['samples']:,}", of, share])
-    differences = [*record["lora"]["diffusers"].values(), *found["diffusers"].values()]
     return (
         markdown.table(["taught", "samples", "images of", "of the way"], rows)
         + "\n\nWith these LoRAs' files, diffusers' U-Net gives what ours gives to within "
@@ -196,34 +200,39 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="koala-mini", help="name or folder of the model")
-    parser.add_argument(
-        "--svg", type=Path, default=Path("/usr/share/openclipart/svg"), help="of Open Clip Art"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=2_400, help="seen by each recipe of the look"
-    )
+    parser.add_argument("--svg", type=Path, help="Open Clip Art's folder; default: no such look")
+    parser.add_argument("--samples", type=int, default=2_400, help="seen by each recipe of a look")
     parser.add_argument("--subject-samples", type=int, default=2_400, help="seen of the subject")
-    parser.add_argument("--things", type=int, default=40, help="held-out drawings (at most)")
+    parser.add_argument("--things", type=int, default=40, help="held-out things drawn (at most)")
     parser.add_argument("--seeds", type=int, default=1, help="images of each thing")
     parser.add_argument("--out", type=Path, required=True, help="folder")
     o = parser.parse_args()
     extractor = EffLite0()
-    training = Training(style="openclipart", samples=o.samples, batch=16)
-    data, held_out = prepare_clipart(o.svg, o.model, o.out, o.things)
-    figures, shown = look(o.model, training, data, held_out, extractor, o.seeds, o.out)
+    training = Training(style=SET, samples=o.samples, batch=16)
+    data = prepare(training, resolve_model(o.model), o.out / SET / "data")
+    taught = {SET: (data, HeldOut.of(data, o.things))}
+    if o.svg:
+        taught[CLIP_ART] = prepare_clipart(o.svg, o.model, o.out / CLIP_ART, o.things)
+    figures: dict[str, Any] = {}
+    for name, (data, held_out) in taught.items():
+        out = o.out / name
+        figures[name], shown = look(o.model, training, data, held_out, extractor, o.seeds, out)
+        figures[name]["things"] = len(held_out.prompts)
+        save_sheet(held_out.sheet(shown), o.out / f"finetune-{name}.png")
     of_subject = replace(training, samples=o.subject_samples, batch=4)
-    others = evenly(held_out.prompts, OTHERS)
-    figures["subject"], subject_shown = subject(o.model, of_subject, others, extractor, o.out)
+    others = evenly(taught[SET][1].prompts, OTHERS)
+    of_it, shown = subject(o.model, of_subject, others, extractor, o.out)
     record = {
-        "command": f"python -m benchmarks.finetune --model {Path(o.model).name} "
-        f"--svg SVG --samples {o.samples} --subject-samples {o.subject_samples} "
-        f"--things {o.things} --seeds {o.seeds} --out {o.out}",
-        "training": {k: v for k, v in asdict(training).items() if k != "learning_rate"},
-        "things": len(held_out.prompts),
-        **figures,
+        "command": f"python -m benchmarks.finetune --model {Path(o.model).name} --svg SVG "
+        f"--samples {o.samples} --subject-samples {o.subject_samples} "
+        f"--things {o.things} --seeds {o.seeds} --out {o.out.name}",
+        "training": {
+            k: v for k, v in asdict(training).items() if k not in ("learning_rate", "style")
+        },
+        "looks": figures,
+        "subject": of_it,
     }
-    write_record(record, held_out.sheet(shown), o.out, "finetune")
-    save_sheet(sheet(subject_shown, [""] * SEEDS), o.out / "finetune-subject.png")
+    write_record(record, sheet(shown, [""] * SEEDS), o.out, "finetune")
 
 
 if __name__ == "__main__":

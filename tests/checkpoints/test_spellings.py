@@ -201,8 +201,7 @@ def test_a_folder_with_only_fp16_variants_is_read(folder, toy_sdxl, tmp_path, co
     assert_equal(values(resolve_model(folder)), expected)
     assert_equal(values(convert(folder, "diffusers", tmp_path / "again").out), expected)
     for load in (load_unet, load_vae, lambda at: load_text(at)[3]):
-        for name, weight in load(folder).state_dict().items():
-            assert torch.equal(weight, load(toy_sdxl).state_dict()[name])
+        assert_equal(load(folder).state_dict(), load(toy_sdxl).state_dict())
 
 
 def test_an_usual_file_is_taken_before_its_variant(folder, toy_sdxl):

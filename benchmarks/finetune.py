@@ -225,7 +225,7 @@ def main() -> None:
     record = {
         "command": f"python -m benchmarks.finetune --model {Path(o.model).name} --svg SVG "
         f"--samples {o.samples} --subject-samples {o.subject_samples} "
-        f"--things {o.things} --seeds {o.seeds} --out {o.out.name}",
+        f"--things {o.things} --seeds {o.seeds} --out OUT",
         "training": {
             k: v for k, v in asdict(training).items() if k not in ("learning_rate", "style")
         },

@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 # processes. torchao lies in a folder of its own: beside diffusers it warns at every start.
 ALONE := tests/serving/test_scaleout.py tests/distillation/test_optimizers.py
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 --durations-min=20 $(ALONE:%=--ignore=%)
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/distillation/test_optimizers.py
 	$(BIN)/python -m pytest tests/serving/test_scaleout.py
 

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_loader
@@ -24,9 +24,15 @@ from typing import Any, TypeAlias
 
 # What stands for `name` of a module, made of both.
 StandIn: TypeAlias = Callable[[str, str], Any]
-# None: modules of the package are imported alone. Else nothing of it is, and these names, which
-# others import from it, have stand-ins.
-Deferral: TypeAlias = Mapping[str, StandIn] | None
+# Nothing of the package is imported, and these names, which others import from it, have stand-ins.
+Deferral: TypeAlias = Mapping[str, StandIn]
+
+
+class Alone(dict[str, StandIn]):
+    """A deferral of a package whose own code alone is put off: its modules are imported.
+
+    A name that one of its modules has is that module. Other names may have stand-ins.
+    """
 
 
 @contextmanager
@@ -41,9 +47,12 @@ def deferred(packages: Mapping[str, Deferral]) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+        if not any(isinstance(one, _Retry) for one in sys.meta_path):
+            sys.meta_path.append(_Retry())
         for name, stand_ins in packages.items():
             module = sys.modules.get(name)
-            if stand_ins is not None and isinstance(module, _Deferred) and not module.started:
+            kept = isinstance(stand_ins, Alone)
+            if not kept and isinstance(module, _Deferred) and not module.started:
                 del sys.modules[name]
                 above, _, last = name.rpartition(".")
                 if above in sys.modules:
@@ -51,6 +60,21 @@ def deferred(packages: Mapping[str, Deferral]) -> Iterator[None]:
 
 
 # --- stand-ins ------------------------------------------------------------------------------
+
+
+def of(module: str, made: StandIn) -> StandIn:
+    """The stand-in `made` for a name that a package has from that module."""
+    return lambda _, name: made(module, name)
+
+
+def itself(module: str, name: str) -> Any:
+    """The real thing, for a name that a package has from a module that costs nothing."""
+    return getattr(import_module(module), name)
+
+
+def version_of(module: str, name: str) -> str:
+    """A package's version, as it is installed."""
+    return metadata.version(module)
 
 
 def called_later(module: str, name: str) -> Callable[..., Any]:
@@ -135,6 +159,40 @@ def _real(module: str, name: str) -> Any:
     return getattr(found, name)
 
 
+# --- what is installed --------------------------------------------------------------------------
+
+
+class _Packages(Mapping[str, list[str]]):
+    """`importlib.metadata.packages_distributions()`, found out when it is first asked."""
+
+    def __init__(self, found: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._found = functools.cache(found)
+
+    def __getitem__(self, name: str) -> list[str]:
+        return self._found()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found())
+
+    def __len__(self) -> int:
+        return len(self._found())
+
+
+@contextmanager
+def packages_listed_later() -> Iterator[None]:
+    """Whoever lists all installed packages inside the block does so when the list is first used.
+
+    diffusers lists them as it is imported, which reads some hundred files, for packages that have
+    other names than their modules and are seldom there.
+    """
+    real = metadata.packages_distributions
+    metadata.packages_distributions = lambda: _Packages(real)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        metadata.packages_distributions = real
+
+
 # --- modules whose code has not run -----------------------------------------------------------
 
 
@@ -143,12 +201,17 @@ class _Deferred(ModuleType):
         super().__init__(name)
         self._loader: Loader | None = None  # until the import system has set the module up
         self._lock = threading.RLock()
-        self.started = False
+        self.started = self.alone = False
 
     def __getattr__(self, name: str) -> Any:
         if name == "__path__":  # asked by the import system of what is no package
             raise AttributeError(name)
+        if self.alone and not self.started and PathFinder.find_spec(f"{self.__name__}.{name}", self.__path__):
+            return import_module(f"{self.__name__}.{name}")
         self.run()
+        there = sys.modules.get(self.__name__)
+        if there is not None and there is not self:  # its code has put another in its place
+            return getattr(there, name)
         try:
             return self.__dict__[name]
         except KeyError:
@@ -161,14 +224,15 @@ class _Deferred(ModuleType):
             if loader is not None:
                 self.started = True
                 above = sys.modules.get(self.__name__.rpartition(".")[0])
-                if isinstance(above, _Deferred):
+                if isinstance(above, _Deferred) and not above.alone:
                     above.run()
                 loader.exec_module(self)
 
     def defer(self, loader: Loader, stand_ins: Deferral) -> None:
         assert self.__spec__ is not None
+        self.alone = isinstance(stand_ins, Alone)
         self._loader = self.__spec__.loader = self.__loader__ = loader
-        for name, made in (stand_ins or {}).items():
+        for name, made in stand_ins.items():
             setattr(self, name, made(self.__name__, name))
 
 
@@ -182,7 +246,7 @@ class _Finder(MetaPathFinder):
         above = name.rpartition(".")[0]
         if name not in self.packages:
             package = sys.modules.get(above)
-            if isinstance(package, _Deferred) and self.packages[above] is not None:
+            if isinstance(package, _Deferred) and not isinstance(self.packages[above], Alone):
                 package.run()  # as if it had just been imported; that may have imported this one
                 if name in sys.modules:
                     return spec_from_loader(name, _There())
@@ -191,6 +255,21 @@ class _Finder(MetaPathFinder):
         if spec is not None and spec.loader is not None:
             spec.loader = _Deferring(spec.loader, self.packages[name])
         return spec
+
+
+class _Retry(MetaPathFinder):
+    """For modules that nobody finds until their package's own code has run."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package = sys.modules.get(name.rpartition(".")[0])
+        if not isinstance(package, _Deferred) or package.started:
+            return None
+        package.run()
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in others)
+        return next((spec for spec in found if spec is not None), None)
 
 
 class _Deferring(Loader):

@@ -10,11 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from koala.utils.deferred import (
+    Alone,
     Deferral,
     called_later,
     class_later,
     deferred,
+    itself,
     marked_later,
+    of,
+    packages_listed_later,
+    version_of,
     wrapped_later,
 )
 
@@ -25,15 +30,24 @@ _PEFT: dict[str, Deferral] = {
 }
 _REST: dict[str, Deferral] = {
     **_PEFT,
-    "diffusers.hooks": None,
+    "diffusers.hooks": Alone(),
     "diffusers.hooks.group_offloading": {
         "_maybe_remove_and_reapply_group_offloading": called_later,
         "_get_group_onload_device": called_later,
     },
-    "diffusers.models.autoencoders": None,
-    "diffusers.models.controlnets": None,
-    "diffusers.models.transformers": None,
-    "diffusers.models.unets": None,
+    "diffusers.models.autoencoders": Alone(),
+    "diffusers.models.controlnets": Alone(),
+    "diffusers.models.transformers": Alone(),
+    "diffusers.models.unets": Alone(),
+    "diffusers.quantizers": Alone(
+        DiffusersAutoQuantizer=of("diffusers.quantizers.auto", class_later),
+        DiffusersQuantizer=of("diffusers.quantizers.base", class_later),
+    ),
+    "diffusers.utils.dynamic_modules_utils": {"get_class_from_dynamic_module": called_later},
+    "diffusers.utils.remote_utils": {"remote_decode": called_later},
+    "diffusers.utils.loading_utils": dict.fromkeys(
+        ("get_module_from_name", "get_submodule_by_name", "load_image", "load_video"), called_later
+    ),
     "scipy.integrate": {},
     "scipy.optimize": {"linear_sum_assignment": called_later},
     "scipy.stats": {},
@@ -61,17 +75,33 @@ _REST: dict[str, Deferral] = {
     "torch.distributed.tensor.placement_types": dict.fromkeys(
         ("Shard", "_StridedShard"), class_later
     ),
+    "transformers": Alone(
+        __version__=version_of,
+        AutoImageProcessor=of("transformers.models.auto.image_processing_auto", class_later),
+        CLIPTextModel=of("transformers.models.clip.modeling_clip", class_later),
+        CLIPTextModelWithProjection=of("transformers.models.clip.modeling_clip", class_later),
+        PreTrainedModel=of("transformers.modeling_utils", class_later),
+    ),
     "transformers.distributed.expert_parallel": {"apply_expert_parallelism": called_later},
     "transformers.distributed.tensor_parallel": dict.fromkeys(
         ("apply_tensor_parallelism", "gather_state_dict_for_save", "verify_tp_plan"), called_later
     ),
-    "transformers.models": None,
-    "transformers.quantizers": None,
+    "transformers.models": Alone(),
+    "transformers.feature_extraction_utils": {"FeatureExtractionMixin": class_later},
+    "transformers.image_processing_utils": {"ImageProcessingMixin": class_later},
+    "transformers.processing_utils": {
+        "ProcessorMixin": class_later, "Unpack": of("typing_extensions", itself),
+    },
+    "transformers.video_processing_utils": {"BaseVideoProcessor": class_later},
+    "transformers.quantizers": Alone(
+        HfQuantizer=of("transformers.quantizers.base", class_later),
+    ),
     "transformers.generation.continuous_batching": {"PagedAttentionCache": class_later},
     "transformers.generation.continuous_batching.cache": {"PagedAttentionCache": class_later},
+    "trio": {},
 }
 
-with deferred(_REST):
+with deferred(_REST), packages_listed_later():
     from diffusers.configuration_utils import ConfigMixin
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.attention_processor import Attention

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from koala.checkpoints.bundled import DEFAULT
-from koala.cli import COMMANDS
+from koala.cli import command_named
 from koala.generation import load
 from koala.generation.demo import EIGHT_PROMPTS
 from koala.utils.contact_sheet import contact_sheet
@@ -28,7 +28,7 @@ def prompts_shown() -> list[str]:
     """The prompts, each once, in the order of the pages."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     lines = [line for page in pages for line in page.read_text().splitlines()]
-    lines += COMMANDS["generate"].examples
+    lines += command_named("generate").examples
     found: list[str] = []
     for line in lines:
         for pattern in (_COMMAND, _PYTHON):

@@ -72,12 +72,17 @@ def _command(model: str, backend: str, folder: str) -> list[str]:
 
 def _drawn(model: str, backend: str, folder: str) -> dict[str, float]:
     """One drawing in a process of its own."""
-    command = [sys.executable, "-m", "koala", *_command(model, backend, folder)]
+    return used_by(_command(model, backend, folder))
+
+
+def used_by(command: list[str], **variables: str) -> dict[str, float]:
+    """Seconds, processor seconds and peak MB of `koala COMMAND` in a process of its own."""
     start = time.perf_counter()
     keeping = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=keeping
-    )
+        [sys.executable, "-m", "koala", *command],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=keeping | variables,
+    )  # fmt: skip
     _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)

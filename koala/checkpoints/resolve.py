@@ -72,6 +72,11 @@ def resolve_model(name_or_path: str | Path) -> Path:
     return folder
 
 
+def name_of(model: str | Path) -> str:
+    """What a model is called: as its file or folder is, else as it was asked for."""
+    return Path(model).resolve().name if Path(model).exists() else str(model)
+
+
 def check_name(model: str) -> None:
     """UserError as in `resolve_model`, but without downloading or unpacking.
 

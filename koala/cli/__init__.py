@@ -11,32 +11,29 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from koala import __version__
-from koala.cli import generate, measure, models, serve, train
 from koala.cli.command import Command, say
 from koala.errors import FailedElsewhere, Failure, UserError, unknown
+from koala.utils.collection import own_process
 
-GROUPS = {
-    "draw": (generate.GENERATE, serve.SERVE),
-    "models": (
-        models.INSPECT,
-        models.COMPRESS,
-        models.CONVERT,
-        models.EXPORT,
-        models.ARCHITECTURES,
+GROUPS = {  # of `koala --help`: commands, each with the module that has it
+    "draw": {"generate": "generate", "serve": "serve"},
+    "models": dict.fromkeys(
+        ("inspect", "compress", "convert", "export", "architectures"), "models"
     ),
-    "training": (train.PREPARE, train.DISTILL, train.FINETUNE, train.RUNS),
-    "measuring": (measure.EVALUATE, measure.BENCHMARK),
+    "training": dict.fromkeys(("prepare", "distill", "finetune", "runs"), "train"),
+    "measuring": dict.fromkeys(("evaluate", "benchmark"), "measure"),
 }
-COMMANDS: dict[str, Command] = {
-    command.name: command for group in GROUPS.values() for command in group
-}
+COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        own_process()
+        arguments = sys.argv[1:]
     stopping = _sigterm_interrupts()
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files that its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -77,10 +74,11 @@ def _sigterm_interrupts() -> Callable[[], object]:
 
 
 def command_named(name: str) -> Command:
-    """The command of that name; `UserError` lists the names."""
+    """The command of that name, whose module alone is imported; `UserError` lists the names."""
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    return COMMANDS[name]
+    found: Command = getattr(import_module(f"koala.cli.{COMMANDS[name]}"), name.upper())
+    return found
 
 
 def overview() -> str:
@@ -90,9 +88,9 @@ def overview() -> str:
         "",
         "Make Stable-Diffusion-XL-class models small and fast, and draw with them.",
     ]
-    for group, commands in GROUPS.items():
+    for group, names in GROUPS.items():
         lines += ["", f"{group}:"]
-        for command in commands:
+        for command in map(command_named, names):
             lines += [f"  {command.name:<14} {command.summary}", f"{'':17}{command.examples[0]}"]
     return "\n".join(
         [*lines, "", "koala COMMAND --help explains a command; koala --version prints the version."]

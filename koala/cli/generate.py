@@ -22,6 +22,7 @@ from koala.generation.validation import (
     STRENGTH,
     WEIGHTS,
 )
+from koala.utils.collection import kept
 
 
 def _arguments(p: Parser) -> None:
@@ -210,15 +211,16 @@ def _run(o: argparse.Namespace) -> None:
     if o.workflow:
         workflow(settings[0])  # refuses what it cannot say
 
-    from koala.generation import save
-    from koala.generation.opening import open_model  # all is checked: now torch may load
-    from koala.utils.progress import progress
+    with kept():  # all is checked: now torch may load
+        from koala.generation import save
+        from koala.generation.opening import open_model
+        from koala.utils.progress import progress
 
-    pipeline = open_model(
-        model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
-        images=len(settings), from_image=o.image is not None, say=say,
-        of_requests=[name for name in ("embedding", "lora_dir", "control") if getattr(o, name)],
-    )  # fmt: skip
+        pipeline = open_model(
+            model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
+            images=len(settings), from_image=o.image is not None, say=say,
+            of_requests=[name for name in ("embedding", "lora_dir", "control") if getattr(o, name)],
+        )  # fmt: skip
     for note in pipeline.known.notes(settings[0]):
         say(note)
     if pipeline.plan is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from koala.checkpoints import gguf_file
-from koala.checkpoints.resolve import read_model, resolve_model
+from koala.checkpoints.resolve import name_of, read_model, resolve_model
 from koala.checkpoints.validate import refuse_quantised
 from koala.errors import UserError, unknown
 from koala.generation.form import OF_DTYPE
@@ -78,7 +78,7 @@ def export(model: str | Path, to: str, out: str | Path, dtype: str | None = None
     out = Path(out).expanduser()
     check_export(to, out, dtype)
     dtype = dtype or FORMATS[to][0]
-    name = Path(model).resolve().name if Path(model).exists() else str(model)
+    name = name_of(model)
     if Path(model).expanduser().is_dir():
         refuse_quantised(resolve_model(model))
     write = {"onnx": _onnx, "openvino": _openvino, "gguf": _gguf}[to]
@@ -96,12 +96,12 @@ def _onnx(model: str | Path, out: Path, dtype: str) -> tuple[str, ...]:
 
 
 def _openvino(model: str | Path, out: Path, dtype: str) -> tuple[str, ...]:
-    from koala.generation.form_writing import write_form
-    from koala.generation.loader import load
+    from koala.generation.form_writing import Source, write_form
 
     lacking = absent("openvino", "openvino_tokenizers")
-    pipeline = load(model, "cpu", backend="torch")
-    write_form(pipeline, OF_DTYPE[dtype], out, resolve_model(model), for_genai=not lacking)
+    folder = resolve_model(model)
+    source = Source.of_folder(folder, name_of(model))
+    write_form(source, OF_DTYPE[dtype], out, folder, for_genai=not lacking)
     return (f"not for OpenVINO GenAI: {lacking}",) if lacking else ()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from koala.checkpoints.sampling import of_named
+from koala.checkpoints.tokenizer_file import Reader as FileReader
 from koala.generation.denoise import Condition
 from koala.generation.drawing import Drawing
 from koala.generation.form import Form, network_file, tokenizer_file
@@ -89,7 +90,9 @@ class LightConditioner:
 
     def __init__(self, folder: Path, form: Form) -> None:
         self.tokens, self.widths = form.tokens, form.widths
-        self.readers = (Reader(tokenizer_file(folder, "")), Reader(tokenizer_file(folder, "_2")))
+        files = FileReader()
+        first, second = (Reader(tokenizer_file(folder, n), files) for n in ("", "_2"))
+        self.readers = (first, second)
         self._special = form.special
         self._encoders = [Compiled(network_file(folder, f"text_encoder{n}")) for n in ("", "_2")]
         self.encode_ids = lru_cache(CACHED_CHUNKS)(self._encode)
@@ -112,14 +115,12 @@ class LightConditioner:
 class Reader:
     """Text to tokens, by the package tokenizers."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, files: FileReader) -> None:
+        self._file, self._files = file, files
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self._file))
+        tokenizer = self._files.tokenizer(self._file)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 import koala
 from koala.architectures.table import FACTOR
 from koala.checkpoints.bundled import DEFAULT
-from koala.checkpoints.load import Layer, load_scheduler_config, load_unet, load_vae
+from koala.checkpoints.load import (
+    Layer,
+    load_scheduler_config,
+    load_unet,
+    load_vae,
+    zeros_for_empty,
+)
 from koala.checkpoints.quantised import KIND
-from koala.checkpoints.resolve import resolve_model
-from koala.checkpoints.validate import is_quantised, read_json, unet_architecture
+from koala.checkpoints.resolve import name_of, resolve_model
+from koala.checkpoints.validate import is_quantised, unet_architecture
 from koala.errors import Failure, UserError
 from koala.generation import validation
 from koala.generation.decode import full
@@ -72,7 +78,7 @@ def load(
     planned = validation.runtime(
         backend, compile, graphs, vram, weights, decode, tiny_vae, str(dtype) if dtype else None
     )
-    name = Path(model).resolve().name if Path(model).exists() else str(model)
+    name = name_of(model)
     scales = {file: validation.lora_scale(scale) for file, scale in (lora or {}).items()}
     if planned:
         native = unet_architecture(folder).sample * FACTOR
@@ -181,14 +187,13 @@ def _read(
     put(UNET, [unet])
     vae = load_vae(folder, torch.float32)
     put(VAE, [vae])
-    index = read_json(folder / "model_index.json")
     return Pipeline(
         name=name,
         unet=unet.eval(),
         vae=vae.eval(),
         conditioner=conditioner,
         scheduler_config=load_scheduler_config(folder),
-        zeros_for_empty=index.get("force_zeros_for_empty_prompt", True),
+        zeros_for_empty=zeros_for_empty(folder),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala.checkpoints.bundled import DEFAULT
-from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.resolve import name_of, resolve_model
 from koala.errors import UserError
 from koala.generation import form
 from koala.generation.validation import default_backend
@@ -134,8 +134,7 @@ def open_model(
         if place is not None and find_spec("openvino") and find_spec("tokenizers"):
             from koala.generation.light import LightPipeline
 
-            name = Path(model).resolve().name if Path(model).exists() else str(model)
-            pipeline = LightPipeline(place, name)
+            pipeline = LightPipeline(place, name_of(model))
             options.get("say", str)(f"backend {pipeline.form.backend} (from the cache)")
             return pipeline
     if find_spec("torch") is None:

@@ -1,11 +1,9 @@
 """A model without weights, to check requests in a process that does not run the model."""
 
-from pathlib import Path
-
 from transformers import CLIPTokenizer
 
 from koala.checkpoints.load import load_scheduler_config
-from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.resolve import name_of, resolve_model
 from koala.generation import Pipeline
 from koala.generation.memory.meta_models import TEXT, UNET, VAE, MetaModels
 from koala.text_conditioning import TextConditioner
@@ -21,7 +19,7 @@ def load_meta_pipeline(model: str) -> Pipeline:
         for name in ("tokenizer", "tokenizer_2")
     )
     return Pipeline(
-        name=Path(model).resolve().name if Path(model).exists() else model,
+        name=name_of(model),
         unet=unet,
         vae=vae,
         conditioner=TextConditioner(*tokenizers, *parts.models(TEXT, "fp32")),

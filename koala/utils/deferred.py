@@ -206,7 +206,11 @@ class _Deferred(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name == "__path__":  # asked by the import system of what is no package
             raise AttributeError(name)
-        if self.alone and not self.started and PathFinder.find_spec(f"{self.__name__}.{name}", self.__path__):
+        if (
+            self.alone
+            and not self.started
+            and PathFinder.find_spec(f"{self.__name__}.{name}", self.__path__)
+        ):
             return import_module(f"{self.__name__}.{name}")
         self.run()
         there = sys.modules.get(self.__name__)

@@ -90,7 +90,8 @@ _REST: dict[str, Deferral] = {
     "transformers.feature_extraction_utils": {"FeatureExtractionMixin": class_later},
     "transformers.image_processing_utils": {"ImageProcessingMixin": class_later},
     "transformers.processing_utils": {
-        "ProcessorMixin": class_later, "Unpack": of("typing_extensions", itself),
+        "ProcessorMixin": class_later,
+        "Unpack": of("typing_extensions", itself),
     },
     "transformers.video_processing_utils": {"BaseVideoProcessor": class_later},
     "transformers.quantizers": Alone(

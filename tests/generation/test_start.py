@@ -18,9 +18,16 @@ HEAVY = (
     "diffusers.models.transformers.transformer_flux",
     "diffusers.models.unets.unet_3d_condition",
     "transformers.generation.continuous_batching",
+    "diffusers.quantizers.auto",
+    "diffusers.utils.dynamic_modules_utils",
+    "gguf",
+    "transformers.image_processing_utils",
+    "transformers.processing_utils",
+    "trio",
     "matplotlib",
     "pyarrow",
 )
+MOST = 2100  # modules
 _DRAW = """
 import json, sys
 from koala.cli import main
@@ -49,6 +56,11 @@ _ALL_THERE = """
 import json, sys
 import koala.utils.networks as networks
 from koala.utils.deferred import mark
+import diffusers.loaders.lora_base, diffusers.utils.import_utils, importlib.metadata
+encoder = networks.CLIPTextModel.__new__(networks.CLIPTextModel)
+known = [isinstance(one, diffusers.loaders.lora_base.PreTrainedModel) for one in (encoder, 1)]
+import transformers, transformers.tokenization_utils_fast  # which its own code alone can find
+listed = importlib.metadata.packages_distributions()
 import peft, peft.utils, scipy.stats, scipy.optimize, torch
 import torch._dynamo.config, torch.distributed.fsdp._fully_shard
 from diffusers.models.transformers import FluxTransformer2DModel
@@ -75,9 +87,20 @@ print(json.dumps([
     networks.CLIPTextModel is transformers.CLIPTextModel,
     compiled.shape[1],
     networks.AutoencoderKL is diffusers.AutoencoderKL,
+    known,
+    type(listed) is dict and listed["torch"] == diffusers.utils.import_utils._package_map["torch"],
+    transformers.__version__ == importlib.metadata.version("transformers"),
+    issubclass(
+        transformers.CLIPImageProcessor,
+        transformers.models.auto.image_processing_auto.ImageProcessingMixin,
+    ),
+    diffusers.quantizers.PipelineQuantizationConfig.__name__,
 ]))
 """
 
 
 def test_what_was_deferred_is_all_there_for_others():
-    assert python(_ALL_THERE) == [True, True, False, True, True, 2, True]
+    assert python(_ALL_THERE) == [
+        True, True, False, True, True, 2, True, [True, False], True, True, True,
+        "PipelineQuantizationConfig",
+    ]  # fmt: skip

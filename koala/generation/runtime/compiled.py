@@ -12,11 +12,17 @@ from typing import Any
 import numpy as np
 
 from koala.utils.asset_packages import cache_folder
+from koala.utils.deferred import Alone, Deferral, called_later, deferred
 from koala.utils.digest import digest
 
 # OpenVINO and NNCF report their use through this package, if it can be imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not there
 
+# What builds and converts models, which running them does not.
+_BUILDING: dict[str, Deferral] = {
+    "openvino.tools.ovc": {"convert_model": called_later},
+    **{f"openvino.opset{n}": Alone() for n in range(1, 18)},
+}
 CACHE_BYTES = 16 << 30  # of all models in the cache folder
 
 
@@ -34,7 +40,8 @@ def core() -> Any:
     the thread keeps a stack that is no more, and the next signal, a SIGTERM for example, is a
     segmentation fault (OpenVINO 2026.4).
     """
-    import openvino
+    with deferred(_BUILDING):
+        import openvino
 
     return openvino.Core()
 

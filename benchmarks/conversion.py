@@ -1,0 +1,62 @@
+"""What OpenVINO takes at full size: to convert KOALA-700M, and to draw with what came of it.
+
+`python -m benchmarks.conversion [--folder FOLDER] [--out benchmarks/conversion.json]`
+
+Random weights, stored in fp16, 512 x 512 pixels, 4 steps. Every command has a process of its own,
+whose peak memory is its largest resident size, and a cache that is empty at first. It takes 25 GB
+of disk. FOLDER: of a model, rather than a random one.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.start import used_by
+from koala.utils.device import hardware
+
+DRAWN = ["--size", "512x512", "--steps", "4", "--seed", "7"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/conversion.json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, form = options.folder or Path(scratch) / "koala-700m", str(Path(scratch) / "form")
+        if options.folder is None:
+            written = [sys.executable, "-m", "benchmarks.cpu", "--write", str(folder)]
+            subprocess.run(written, check=True)
+        draw = ["generate", "a fox", *DRAWN, "--out", scratch, "--model"]
+        commands = {
+            "export": ["export", str(folder), "--to", "openvino", "--out", form],
+            "first image of the form": [*draw, form],
+            "next image of the form": [*draw, form],
+        }
+        taken = {}
+        for name, command in commands.items():
+            taken[name] = used_by(command, KOALA_CACHE=str(Path(scratch) / "cache"))
+            print(name, taken[name], flush=True)
+    record = {
+        "command": "python -m benchmarks.conversion",
+        "hardware": hardware(),
+        "model": "koala-turbo-700m, random weights"
+        if options.folder is None
+        else options.folder.name,
+        "commands": {
+            name: {
+                "seconds": round(one["seconds"], 1),
+                "processor seconds": round(one["processor"], 1),
+                "peak GB": round(one["peak"] / 1e3, 2),
+            }
+            for name, one in taken.items()
+        },
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

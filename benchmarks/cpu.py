@@ -11,8 +11,8 @@ and its cost in likeness in the table of `python -m benchmarks.fidelity`.
 For a machine that does nothing else. Beside the seconds stand those of the processor, which other
 work changes less.
 
-The ways through OpenVINO are left out unless they are named: to convert this U-Net takes more than
-13 GB.
+The ways through OpenVINO are left out unless they are named: a first image takes 12.7 GB
+(`python -m benchmarks.conversion`).
 """
 
 import argparse

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from koala.checkpoints import single_file
 from koala.checkpoints.bundled import bundled_folder, bundled_names
 from koala.checkpoints.pipeline_files import SCHEDULER, Contents, from_folder, write_pipeline
@@ -209,6 +207,8 @@ def unpacked(file: Path) -> Path:
     contents = single_file.read(file)  # first, so that an invalid file prints only its error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        from filelock import FileLock
+
         lock = FileLock(folder.with_name(f".{name}.lock"))
         with lock:
             if not folder.is_dir():

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock
-
 from koala.checkpoints import card_facts, model_card, sampling, single_file
 from koala.checkpoints.pipeline_files import (
     SCHEDULER,
@@ -66,6 +64,8 @@ def assembled(
     )
     folder = models_cache() / _key(contents, given) / parts.unet.rpartition("/")[2]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock
+
     with FileLock(folder.parent / "lock"):  # the processes of one run want the same folder
         if not folder.is_dir():
             print(f"koala: putting {model} together in {folder}, once", file=sys.stderr)

@@ -51,12 +51,16 @@ def deferred(packages: Mapping[str, Deferral]) -> Iterator[None]:
             sys.meta_path.append(_Retry())
         for name, stand_ins in packages.items():
             module = sys.modules.get(name)
-            kept = isinstance(stand_ins, Alone)
-            if not kept and isinstance(module, _Deferred) and not module.started:
-                del sys.modules[name]
-                above, _, last = name.rpartition(".")
-                if above in sys.modules:
-                    vars(sys.modules[above]).pop(last, None)
+            if not isinstance(module, _Deferred) or module.started:
+                continue
+            if isinstance(stand_ins, Alone):
+                for stand_in in stand_ins:  # from now on whoever asks gets the real thing
+                    vars(module).pop(stand_in, None)
+                continue
+            del sys.modules[name]
+            above, _, last = name.rpartition(".")
+            if above in sys.modules:
+                vars(sys.modules[above]).pop(last, None)
 
 
 # --- stand-ins ------------------------------------------------------------------------------
@@ -186,7 +190,7 @@ def packages_listed_later() -> Iterator[None]:
     other names than their modules and are seldom there.
     """
     real = metadata.packages_distributions
-    metadata.packages_distributions = lambda: _Packages(real)  # type: ignore[assignment]
+    metadata.packages_distributions = lambda: _Packages(real)
     try:
         yield
     finally:

@@ -57,6 +57,8 @@ _ALL_THERE = """
 import json, sys
 import koala.utils.networks as networks
 from koala.utils.deferred import mark
+from transformers import CLIPTextModel, PreTrainedModel
+real = [CLIPTextModel is networks.CLIPTextModel, issubclass(CLIPTextModel, PreTrainedModel)]
 import diffusers.loaders.lora_base, diffusers.utils.import_utils, importlib.metadata
 encoder = networks.CLIPTextModel.__new__(networks.CLIPTextModel)
 known = [isinstance(one, diffusers.loaders.lora_base.PreTrainedModel) for one in (encoder, 1)]
@@ -88,6 +90,7 @@ print(json.dumps([
     networks.CLIPTextModel is transformers.CLIPTextModel,
     compiled.shape[1],
     networks.AutoencoderKL is diffusers.AutoencoderKL,
+    [*real, PreTrainedModel.__module__],
     known,
     type(listed) is dict and listed["torch"] == diffusers.utils.import_utils._package_map["torch"],
     transformers.__version__ == importlib.metadata.version("transformers"),
@@ -102,6 +105,7 @@ print(json.dumps([
 
 def test_what_was_deferred_is_all_there_for_others():
     assert python(_ALL_THERE) == [
-        True, True, False, True, True, 2, True, [True, False], True, True, True,
+        True, True, False, True, True, 2, True,
+        [True, True, "transformers.modeling_utils"], [True, False], True, True, True,
         "PipelineQuantizationConfig",
     ]  # fmt: skip

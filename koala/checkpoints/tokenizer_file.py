@@ -94,6 +94,7 @@ def _model(text: str) -> Any:
     from tokenizers import Tokenizer
 
     whole = Tokenizer.from_str(f"{json.dumps(_NONE)[:-1]}, {_KEY}{text}")
-    stated = (whole.normalizer, whole.pre_tokenizer, whole.post_processor, whole.decoder)
-    stated += (whole.truncation, whole.padding, whole.get_added_tokens_decoder() or None)
-    return whole.model if stated == (None,) * len(stated) else None
+    stated: list[Any] = [whole.normalizer, whole.pre_tokenizer, whole.post_processor]
+    stated += [whole.decoder, whole.truncation, whole.padding]
+    stated.append(whole.get_added_tokens_decoder() or None)
+    return whole.model if stated == [None] * len(stated) else None

@@ -9,15 +9,13 @@ picture takes twice as long. Both back ends, alone and beside the loops, in turn
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.busy import busy
 from koala.utils.threads import limit_threads, sleep_while_waiting
 
 limit_threads()
@@ -29,27 +27,6 @@ from koala.utils.device import hardware  # noqa: E402
 
 MODEL = "koala-mini"
 ROUNDS, EACH = 8, 4  # images of a round
-
-
-def spin() -> None:
-    while True:
-        pass
-
-
-@contextmanager
-def busy(loops: int) -> Iterator[None]:
-    """So many endless loops while the block runs."""
-    spawn = multiprocessing.get_context("spawn")
-    others = [spawn.Process(target=spin, daemon=True) for _ in range(loops)]
-    for other in others:
-        other.start()
-    time.sleep(1)  # until they have started
-    try:
-        yield
-    finally:
-        for other in others:
-            other.kill()
-            other.join()
 
 
 def image_seconds(pipeline: Any, seed: int) -> float:

@@ -41,8 +41,8 @@ from koala.utils.device import hardware, has_bf16
 
 CASE = "koala-turbo-700m"
 STOCK = "diffusers fp32"
-VRAM = 4.2  # GiB that our process may take
-FEWER = 3.7  # GiB, which are less than 4 GB
+VRAM = 6.5  # GiB that our process may take: all networks stay in memory
+FEWER = 3.7  # GiB, which are less than 4 GB: networks take turns
 STEPS = 10
 MINI = "mini"  # folder of the bundled model's report
 CUT = {"guidance_until": 0.5}
@@ -51,6 +51,7 @@ TINY_FP32 = {"plan": {"weights": "fp32", "decode": "tiny"}}
 ROUNDED = {"plan": {"weights": "bf16"}}
 TINY_BF16 = {"plan": {"weights": "bf16", "decode": "tiny"}}
 FEW = {"plan": {"weights": "bf16", "decode": "tiny", "vram": FEWER}, "steps": 4}
+IN_FEW_STEPS = "koala bf16, 4 steps without guidance, tiny decode"
 WAYS: dict[str, dict[str, Any]] = {  # what each asks of us beside prompt, steps, guidance and size
     STOCK: {},
     "koala fp32": EXACT,
@@ -60,7 +61,7 @@ WAYS: dict[str, dict[str, Any]] = {  # what each asks of us beside prompt, steps
     "koala bf16": ROUNDED,
     "koala bf16, tiny decode": TINY_BF16,
     "koala bf16, guided half way, tiny decode": TINY_BF16 | {"ask": CUT},
-    "koala bf16, 4 steps without guidance, tiny decode": FEW | {"ask": {"guidance": 1}},
+    IN_FEW_STEPS: FEW | {"ask": {"guidance": 1}},
     "koala openvino fp32": {"backend": "openvino"},
     "koala openvino bf16": {"backend": "openvino-bf16"},
 }

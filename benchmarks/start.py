@@ -3,7 +3,8 @@
 `python -m benchmarks.start [--model M] [--runs 5] [--out benchmarks/start.json]`
 
 Each way is run in a process of its own, in turns, after one run that fills the caches, that of
-Python's bytecode among them. Peak memory is the process's largest resident size.
+Python's bytecode among them. Peak memory is the process's largest resident size. With PyTorch also
+beside an endless loop on each core, with threads that sleep while they wait and with spinning ones.
 """
 
 import argparse
@@ -18,10 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.busy import busy
 from koala.checkpoints.bundled import DEFAULT
 from koala.generation import form
 from koala.utils.device import hardware
+from koala.utils.threads import available_cores
 
+WAITING = {"sleeping": "PASSIVE", "spinning": "ACTIVE"}  # OMP_WAIT_POLICY
 WAYS = {"PyTorch": "torch", "without PyTorch": "openvino"}
 _COUNT = """
 import sys
@@ -45,6 +49,12 @@ def main() -> None:
         for _ in range(options.runs):
             for way, backend in WAYS.items():
                 runs[way].append(_drawn(options.model, backend, folder))
+        with busy(available_cores()):
+            beside: dict[str, list[float]] = {name: [] for name in WAITING}
+            for _ in range(3):
+                for name, policy in WAITING.items():
+                    command = _command(options.model, "torch", folder)
+                    beside[name].append(used_by(command, OMP_WAIT_POLICY=policy)["seconds"])
         counts = {way: _modules(options.model, backend, folder) for way, backend in WAYS.items()}
     record = {
         "hardware": hardware(),
@@ -59,9 +69,12 @@ def main() -> None:
             }
             for way, of in runs.items()
         },
+        "PyTorch beside busy cores, seconds": {
+            name: statistics.median(seconds) for name, seconds in beside.items()
+        },
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["ways"], indent=1))
+    print(json.dumps(record, indent=1))
 
 
 def _command(model: str, backend: str, folder: str) -> list[str]:

@@ -23,6 +23,7 @@ from koala.generation.validation import (
     WEIGHTS,
 )
 from koala.utils.collection import kept
+from koala.utils.threads import sleep_while_waiting
 
 
 def _arguments(p: Parser) -> None:
@@ -211,6 +212,7 @@ def _run(o: argparse.Namespace) -> None:
     if o.workflow:
         workflow(settings[0])  # refuses what it cannot say
 
+    sleep_while_waiting()
     with kept():  # all is checked: now torch may load
         from koala.generation import save
         from koala.generation.opening import open_model

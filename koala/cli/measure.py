@@ -12,6 +12,7 @@ from koala.evaluation.metrics.catalogue import METRICS
 from koala.evaluation.metrics.weights import WEIGHTS
 from koala.evaluation.prompt_sets import ILLUSTRATIONS, SETS
 from koala.generation.validation import BACKENDS
+from koala.utils.threads import sleep_while_waiting
 
 
 def _evaluate_arguments(p: Parser) -> None:
@@ -94,6 +95,7 @@ def _evaluate(o: argparse.Namespace) -> None:
         judge=o.judge, device=o.device, measured=bool(o.model or o.metrics),
     )  # fmt: skip
     cards = folders_with_cards(asked.rows) if o.card else {}
+    sleep_while_waiting()
     from koala.evaluation.report import run  # all is checked: now torch may load
 
     report = run(asked)

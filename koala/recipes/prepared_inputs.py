@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from koala.architectures.table import FACTOR
 from koala.checkpoints.load import load_scheduler_config
+from koala.checkpoints.unet_steps import rows_at_once
 from koala.data.index import Index
 from koala.data.latents import LatentSet
 from koala.distillation.forward_process import NoiseSchedule
@@ -41,8 +43,9 @@ def prepared_inputs(data: Path, model: Path, pipeline: Pipeline) -> list[UNetInp
         t = torch.linspace(0, schedule.steps - 1, len(z)).round().long()
         t = t[torch.randperm(len(z), generator=draw)]  # whatever the order of the data
         x = schedule.add_noise(z, torch.randn(z.shape, generator=draw), t)
-        for k in range(0, len(z), AT_ONCE):
-            part = slice(k, k + AT_ONCE)
+        step = min(AT_ONCE, rows_at_once(FACTOR**2 * z.shape[2] * z.shape[3]))
+        for k in range(0, len(z), step):
+            part = slice(k, k + step)
             text, pooled = _text(batch, part, pipeline)
             inputs.append((x[part], t[part].float(), Condition(text, pooled, ids[part])))
     return inputs

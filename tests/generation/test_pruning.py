@@ -16,18 +16,41 @@ from koala.checkpoints import prune as pruning
 from koala.checkpoints.convert import convert
 from koala.checkpoints.load import build_unet, load_unet
 from koala.checkpoints.model_card import read
-from koala.checkpoints.prune import Level, Moments, Site, levels, prune
+from koala.checkpoints.moments import Moments, Seen, inverse_of, principal
+from koala.checkpoints.prune import Level, Site, levels, prune
+from koala.checkpoints.unet_steps import evaluate
 from koala.cli import main
 from koala.errors import UserError
-from koala.generation.pruning import calibration, prune_model
+from koala.generation.denoise import Condition
+from koala.generation.pruning import asked, calibration, prune_model
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.pytorch import predictor
+from koala.generation.streaming import streamed_pipeline
 from koala.recipes.prepared_inputs import prepared_inputs
 from toy import seeded_unet, toy_unet
 
 
 def moments_of(x: torch.Tensor) -> Moments:
-    return Moments(len(x), x.sum(0), x.T @ x)
+    return Moments(len(x), torch.zeros_like(x[0]), x.sum(0), x.T @ x)
+
+
+def inverse(x: torch.Tensor) -> torch.Tensor:
+    return inverse_of(moments_of(x).covariance()[1])
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    with pytest.raises(UserError, match="NaN or infinite"):
+        moments_of(torch.full((3, 2), torch.nan, dtype=torch.float64)).covariance()
+
+
+def test_inputs_that_hardly_differ_have_an_inverse():
+    draw = torch.Generator().manual_seed(0)
+    x = (1 + 1e-4 * torch.randn(4, 64, generator=draw)).double()
+    rounded = moments_of(x)
+    rounded.products = (x.float().T @ x.float()).double()
+    h, factor = rounded.covariance()
+    assert torch.allclose(factor @ factor.T, h) and h.isfinite().all()
+    assert (inverse_of(factor) @ h - torch.eye(64)).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["attention", "feed-forward"])
@@ -37,7 +60,7 @@ def test_an_error_foretold_is_that_of_the_fitted_layer(kind):
     mixed = torch.randn(12, 12, generator=draw, dtype=torch.float64)
     x = torch.randn(500, 12, generator=draw, dtype=torch.float64) @ mixed + 2
     w = torch.randn(5, 12, generator=draw, dtype=torch.float64)
-    found = levels(site, w, moments_of(x))
+    found = levels(site, w, inverse(x))
     assert [len(level.kept) for level in found] == [*range(site.units, -1, -1)]
     assert found[0].error == pytest.approx(0, abs=1e-6)
     assert all(a.error < b.error for a, b in pairwise(found))
@@ -55,56 +78,161 @@ def test_what_others_make_up_for_goes_first():
     x = torch.randn(300, 8, generator=draw, dtype=torch.float64)
     x[:, 5] = x[:, 1] - 2 * x[:, 2] + 1
     w = torch.ones(3, 8, dtype=torch.float64)
-    second = levels(site, w, moments_of(x))[1]
+    second = levels(site, w, inverse(x))[1]
     assert len({1, 2, 5} - {*second.kept.tolist()}) == 1
     assert second.error < 1e-2 * float((x @ w.T).square().sum())
 
 
 @pytest.fixture(scope="module")
-def calls():
+def every():
     unet = seeded_unet()
-    asked = [example(unet, 2, 8, 5) for _ in range(3)]
-    return [lambda unet, one=one: predictor(unet)(*one) for one in asked]
+    return [asked(*example(unet, 2, side, 5)) for side in (8, 8, 10)]
 
 
-def error(unet, other, calls) -> float:
+def run(unet, every) -> list[torch.Tensor]:
     with torch.no_grad():
-        pairs = [(call(unet), call(other)) for call in calls]
+        return [predictor(unet)(e.x, e.timesteps, Condition(*e[2:])) for e in every]
+
+
+def error(unet, other, every) -> float:
+    pairs = zip(run(unet, every), run(other, every), strict=True)
     return float(sum((a - b).square().sum() for a, b in pairs))
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3])
-def test_a_pruned_u_net_is_smaller_and_nearer_than_an_unfitted_one(calls, share):
+def made(pruned) -> torch.nn.Module:
+    """The U-Net of what was pruned."""
+    unet = build_unet(pruned.config)
+    unet.load_state_dict(dict(pruned))
+    return unet.eval().requires_grad_(False)
+
+
+def seeded() -> tuple[dict, dict]:
+    """Config and weights of the toy U-Net."""
     unet = seeded_unet()
-    smaller = prune(unet, share, calls)
+    return unet.config, unet.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "koala"])
+@pytest.mark.parametrize("side", [8, 10])  # the second is odd, once halved
+def test_steps_compute_what_the_u_net_does(kind, side):
+    unet = toy_unet(kind).requires_grad_(False)
+    given = asked(*example(unet, 2, side, 5))
+    streamed = pruning.unet_of(unet.config, unet.state_dict())
+    assert all(w.untyped_storage().nbytes() < 8 for w in streamed.parameters())
+    (exact,) = run(unet, [given])
+    with torch.no_grad():
+        assert torch.equal(evaluate(streamed, given), exact)
+    assert torch.equal(run(streamed, [given])[0], exact)
+    assert all(w.untyped_storage().nbytes() < 8 for w in streamed.parameters())
+
+
+def test_a_streamed_pipeline_draws_as_one_in_memory(toy_sdxl):
+    whole = koala.load(toy_sdxl, "cpu", backend="torch")
+    streamed = streamed_pipeline(toy_sdxl, "toy")
+    both = [calibration(one, ["a fox", "a red apple"]) for one in (whole, streamed)]
+    for (x, t, c), (same, at, given) in zip(*both, strict=True):
+        assert torch.allclose(x, same, atol=1e-3) and torch.equal(t, at)  # of other layouts
+        assert torch.allclose(c.text, given.text, atol=1e-5)
+        assert torch.allclose(c.pooled, given.pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "rows"), [("64x64", 4), ("1448x1448", 2)])
+def test_large_images_are_drawn_one_by_one(toy_sdxl, size, rows):
+    pipeline = streamed_pipeline(toy_sdxl, "toy")
+    every = calibration(pipeline, ["a fox", "a red apple"], size=size, steps=1)
+    assert {len(x) for x, _, _ in every} == {rows}
+    assert len(every) == 4 // rows
+
+
+def test_sensitivities_are_gradients_of_the_whole_u_net(every):
+    unet = seeded_unet()
+    sites = pruning.sites_of(from_unet_config(unet.config))
+    pruning.measure_sensitivity(pruning.unet_of(unet.config, unet.state_dict()), sites, every)
+    draw, outputs = torch.Generator().manual_seed(0), {}
+    for site in sites:
+        unet.get_submodule(site.consumer).register_forward_hook(
+            lambda module, inputs, output, path=site.path: outputs.update({path: output})
+        )
+    unet.conv_in.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    wanted = dict.fromkeys((site.path for site in sites), 0.0)
+    for one in every:
+        y = predictor(unet)(one.x, one.timesteps, Condition(*one[2:]))
+        total = (y * torch.randn(y.shape, generator=draw)).sum()
+        for path, gradient in zip(
+            wanted, torch.autograd.grad(total, [outputs[path] for path in wanted]), strict=True
+        ):
+            wanted[path] += float(gradient.square().mean()) / len(every)
+    for site in sites:
+        assert site.sensitivity == pytest.approx(wanted[site.path], rel=1e-5)
+
+
+def test_moments_are_those_of_the_whole_u_net(every, tmp_path):
+    unet, rows = seeded_unet(), {}
+    sites = pruning.sites_of(from_unet_config(unet.config))
+    for site in sites:
+        unet.get_submodule(site.consumer).register_forward_pre_hook(
+            lambda module, inputs, site=site: rows.setdefault(site.path, []).append(
+                pruning._rows(inputs[0], site).double()
+            )
+        )
+    run(unet, every)
+    streamed = pruning.unet_of(unet.config, unet.state_dict())
+    order = []
+    for site, moments in pruning.observe(streamed, sites, every, tmp_path):
+        wanted = moments_of(torch.cat(rows[site.path]))
+        assert moments.rows == wanted.rows
+        assert torch.allclose(moments.mean, wanted.mean, atol=1e-6)
+        own, whole = (one.covariance()[0] for one in (moments, wanted))
+        assert (own - whole).abs().max() < 1e-5 * whole.abs().max()
+        order.append(site.path)
+    assert sorted(order) == sorted(rows) and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("rows", [3, 512])  # that are read at a time
+def test_a_fit_is_that_of_least_squares(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("koala.checkpoints.moments.ROWS", rows)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 10, generator=draw, dtype=torch.float64) + 1
+    w = torch.randn(4, 10, generator=draw, dtype=torch.float64)
+    moments, columns = moments_of(x), torch.tensor([0, 1, 4, 7, 8])
+    h, _ = moments.covariance()
+    cut, gain = Seen(moments.mean, h, tmp_path / "h").fitted(w, columns)
+    among, cross = h[columns][:, columns], w @ h[:, columns]
+    assert torch.allclose(cut, cross @ torch.linalg.inv(among))
+    assert torch.allclose((x[:, columns] @ cut.T + gain).mean(0), (x @ w.T).mean(0))
+    assert torch.allclose(principal(h.clone(), columns), among)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_a_pruned_u_net_is_smaller_and_nearer_than_an_unfitted_one(every, share, tmp_path):
+    unet = seeded_unet()
+    smaller = made(prune(*seeded(), share, every, tmp_path))
     arch, whole = (from_unet_config(one.config) for one in (smaller, unet))
     assert share <= 1 - parameters(arch) / parameters(whole) < share + 0.1
     assert {n: tuple(t.shape) for n, t in smaller.state_dict().items()} == tensor_shapes(arch)
     assert flops(arch, 64, 64, 32) < flops(whole, 64, 64, 32)
-    sites = pruning.sites_of(whole)
-    moments = pruning.observe(unet, sites, calls)
     possible = inner_widths(whole)
     cut = dict(arch.inner)
     random = torch.Generator().manual_seed(0)
-    other = {}
+    other, sites = {}, pruning.sites_of(whole)
     for site in sites:
         kept = cut.get(site.path, site.inner.width) // possible[site.path].unit
         other[site.path] = Level(torch.randperm(site.units, generator=random)[:kept].sort()[0], 0)
-    by_chance = pruning.pruned(unet, sites, other, moments, refit=False)
-    assert error(smaller, unet, calls) < 0.5 * error(by_chance, unet, calls)
+    by_chance = made(pruning.Pruned(*seeded(), sites, other, seen=None))
+    assert error(smaller, unet, every) < 0.5 * error(by_chance, unet, every)
 
 
-def test_nothing_is_lost_where_nothing_is_removed(calls):
+def test_nothing_is_lost_where_nothing_is_removed(every):
     unet = seeded_unet()
     sites = pruning.sites_of(from_unet_config(unet.config))
     whole = {site.path: Level(torch.arange(site.units), 0) for site in sites}
-    same = pruning.pruned(unet, sites, whole, {})
-    assert error(same, unet, calls) == 0
+    same = made(pruning.Pruned(*seeded(), sites, whole, seen=None))
+    assert error(same, unet, every) == 0
 
 
-def test_more_than_there_is_cannot_be_removed(calls):
+def test_more_than_there_is_cannot_be_removed(every, tmp_path):
     with pytest.raises(UserError, match=r"at most 0\.\d\d can be removed"):
-        prune(seeded_unet(), 0.99, calls)
+        prune(*seeded(), 0.99, every, tmp_path)
 
 
 def test_the_sites_are_all_that_can_be_narrower():
@@ -179,36 +307,39 @@ def test_a_pruned_u_net_is_built_from_its_config(pruned):
 
 
 @pytest.fixture(scope="module")
-def hollow(calls) -> torch.nn.Module:
+def hollow(every, tmp_path_factory) -> torch.nn.Module:
     """A U-Net two of whose modules are their bias alone."""
-    unet = seeded_unet()
-    sites = pruning.sites_of(from_unet_config(unet.config))
-    moments = pruning.observe(unet, sites, calls)
+    config, weights = seeded()
+    sites = pruning.sites_of(from_unet_config(config))
+    place = tmp_path_factory.mktemp("seen")
+    streamed = pruning.unet_of(config, weights)
+    seen = {
+        site.path: Seen(moments.mean, moments.covariance()[0], place / site.path)
+        for site, moments in pruning.observe(streamed, sites, every, place)
+    }
     gone = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1",
             "down_blocks.1.attentions.0.transformer_blocks.0.ff"}  # fmt: skip
     chosen = {
         site.path: Level(torch.arange(0 if site.path in gone else site.units), 0) for site in sites
     }
-    return pruning.pruned(unet, sites, chosen, moments)
+    return made(pruning.Pruned(config, weights, sites, chosen, seen))
 
 
-def test_a_module_that_is_removed_leaves_its_mean(hollow, calls):
+def test_a_module_that_is_removed_leaves_its_mean(hollow, every):
     unet, path = seeded_unet(), "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
     arch = from_unet_config(hollow.config)
     assert dict(arch.inner)[path] == 0
     assert sum(w.numel() for w in hollow.parameters()) == parameters(arch)
     seen = []
     handle = unet.get_submodule(path).register_forward_hook(lambda m, i, y: seen.append(y))
-    with torch.no_grad():
-        for call in calls:
-            call(unet)
+    run(unet, every)
     handle.remove()
     mean = torch.cat([y.flatten(0, -2) for y in seen]).mean(0)
     bias = hollow.get_submodule(path).to_out[0].bias
     assert torch.allclose(bias, mean, atol=1e-5)
 
 
-def test_a_hollow_u_net_is_quantised_fused_and_converted(hollow, calls):
+def test_a_hollow_u_net_is_quantised_fused_and_converted(hollow):
     pytest.importorskip("openvino")
     from openvino import compile_model
 

@@ -1,0 +1,109 @@
+"""Memory and time of `koala compress --prune` and `koala convert --weights int4` on a whole SDXL.
+
+    python -m benchmarks.random_sdxl SDXL
+    python -m benchmarks.streamed_pruning --folder SDXL --scratch DIR
+
+prunes a fifth of a random SDXL by one prompt of 256 x 256 pixels in one step, and quantises what
+comes out, each in a process of its own. Takes up to 30 GB below DIR. Peak memory is of the whole
+process in each part of its work, above an interpreter that has imported torch and does nothing.
+The record is `streamed_pruning.json` beside this file. Time is of this
+little calibration. What a longer one takes besides is its evaluations: each is drawn, run forward
+and backward for the sensitivities, and run forward for the moments.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from koala.utils.device import hardware
+
+BOUND = 3072  # MiB above an idle interpreter
+IDLE = "import torch; print([l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l][0])"
+
+
+def pruned(model: Path, out: Path) -> None:
+    """Prunes, and prints what each part of the work took, as JSON."""
+    from koala.generation.pruning import calibration, prune_model
+
+    parts: list[dict[str, float | str]] = []
+    began = [time.perf_counter(), time.process_time()]
+
+    def ended(what: str) -> None:
+        if parts:
+            now = (time.perf_counter(), time.process_time())
+            wall, processor = (round(a - b, 1) for a, b in zip(now, began, strict=True))
+            parts[-1] |= {"peak_mib": peak(), "seconds": wall, "processor_seconds": processor}
+            print(parts[-1], file=sys.stderr, flush=True)
+        began[:] = time.perf_counter(), time.process_time()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is of what follows
+        parts.append({"part": what})
+
+    made = prune_model(
+        model,
+        0.2,
+        lambda folder, pipeline: calibration(pipeline, ["a fox"], size="256x256", steps=1),
+        out,
+        say=ended,
+    )
+    ended("end")
+    print(json.dumps({"line": made.line(), "parts": parts[:-1]}))
+
+
+def quantised(model: Path, out: Path) -> None:
+    """Quantises, and prints the same."""
+    from koala.generation.quantised_folder import write_quantised
+
+    began = time.perf_counter(), time.process_time()
+    line = write_quantised(model, out).line()
+    now = time.perf_counter(), time.process_time()
+    wall, processor = (round(a - b, 1) for a, b in zip(now, began, strict=True))
+    part = {"part": "int4", "peak_mib": peak(), "seconds": wall, "processor_seconds": processor}
+    print(json.dumps({"line": line, "parts": [part]}))
+
+
+def peak() -> float:
+    """MiB of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return round(int(next(x.split()[1] for x in lines if x.startswith("VmHWM"))) / 1024, 1)
+
+
+def main() -> None:
+    """Measures and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--folder", type=Path, required=True, help="a full-size SDXL")
+    parser.add_argument("--scratch", type=Path, help="a folder for the files (default: temporary)")
+    parser.add_argument("--only", choices=("pruned", "quantised"), help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.only:
+        (pruned if o.only == "pruned" else quantised)(o.folder, o.scratch)
+        return
+    idle = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, check=True)
+    record = {
+        "command": "python -m benchmarks.streamed_pruning --folder SDXL",
+        "hardware": hardware(),
+        "idle_with_torch_mib": round(int(idle.stdout) / 1024, 1),
+        "bound_mib": BOUND,
+    }
+    with tempfile.TemporaryDirectory(dir=o.scratch) as scratch:
+        model = o.folder
+        for what in ("pruned", "quantised"):
+            out = Path(scratch) / what
+            command = [sys.executable, "-m", "benchmarks.streamed_pruning", "--only", what]
+            command += ["--folder", str(model), "--scratch", str(out)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            record[what] = json.loads(done.stdout.splitlines()[-1])
+            model = out
+    text = json.dumps(record, indent=1).replace(f"{scratch}/", "")
+    print(text)
+    Path(__file__).with_suffix(".json").write_text(text + "\n")
+    parts = [part for what in ("pruned", "quantised") for part in record[what]["parts"]]
+    if max(part["peak_mib"] for part in parts) > record["idle_with_torch_mib"] + BOUND:
+        sys.exit(f"over the bound of {BOUND} MiB")
+
+
+if __name__ == "__main__":
+    main()

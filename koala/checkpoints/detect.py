@@ -46,7 +46,9 @@ _FOREIGN = (
         "lora_linear_layer.", "_lora.down.", ".lora_mid.",
     )),
     ("a ControlNet", ("controlnet_cond_embedding.", "input_hint_block.", "control_add_embedding.")),
-    ("an IP-Adapter", ("ip_adapter.", "to_k_ip.")),
+    ("an IP-Adapter, which is applied to a model with `koala generate --ip-adapter`", (
+        "ip_adapter.", "to_k_ip.",
+    )),
     ("a motion module (AnimateDiff)", ("motion_modules.",)),
     ("a Stable Video Diffusion model", ("time_stack.", "temporal_transformer_blocks.")),
     ("a Flux transformer", (

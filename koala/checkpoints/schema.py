@@ -181,6 +181,20 @@ _TEXT_ENCODER = {
     "attn_implementation": _one_of(None, "eager", "sdpa"),
     "quantization_config": _NONE,
 }
+_IMAGE_ENCODER = {
+    "attention_dropout": _number(0, 1),
+    "hidden_act": _one_of("quick_gelu", "gelu"),
+    "hidden_size": _WIDTH,
+    "image_size": _whole(1, 2**11),
+    "intermediate_size": _whole(1, 2**17),
+    "layer_norm_eps": _number(1e-9, 1e-3),
+    "num_attention_heads": _HEADS,
+    "num_channels": _one_of(3),
+    "num_hidden_layers": _whole(1, 128),
+    "patch_size": _whole(1, 2**11),
+    "projection_dim": _WIDTH,
+    "quantization_config": _NONE,
+}
 _SAMPLING = {"steps": _whole(1, 1000), "guidance": _number(0, 100), "scheduler": _TEXT}
 _SCHEDULER = {
     "_class_name": _TEXT | _NONE,
@@ -197,7 +211,9 @@ _SCHEDULER = {
     "prediction_type": _TEXT | _NONE,
     "rescale_betas_zero_snr": _FLAG | _NONE,
 }
+IMAGE_ENCODER = "image_encoder/config.json"
 SCHEMAS: dict[str, dict[str, Allowed]] = {  # by the file's path in a model folder
+    IMAGE_ENCODER: _IMAGE_ENCODER,
     "model_index.json": {
         "_class_name": _TEXT | _NONE,
         "force_zeros_for_empty_prompt": _FLAG,

@@ -30,7 +30,11 @@ WEIGHTS = {  # component with weights -> stem of the file name
     "text_encoder": _TRANSFORMERS,
     "text_encoder_2": _TRANSFORMERS,
 }
-STEMS = {**WEIGHTS, "controlnet": _DIFFUSERS}  # the same, with what a pipeline is drawn with
+STEMS = {  # the same, with what a pipeline is drawn with
+    **WEIGHTS,
+    "controlnet": _DIFFUSERS,
+    "image_encoder": _TRANSFORMERS,
+}
 CONFIGS = {  # component -> the config file that it must have
     **dict.fromkeys(WEIGHTS, "config.json"),
     "tokenizer": "tokenizer_config.json",

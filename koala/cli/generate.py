@@ -19,6 +19,7 @@ from koala.generation.validation import (
     MASK_BLUR,
     MASK_FILLS,
     MOST_CONTROL,
+    MOST_IP_SCALE,
     STRENGTH,
     WEIGHTS,
 )
@@ -133,6 +134,22 @@ def _arguments(p: Parser) -> None:
         help=f"how strong it is, 0 to {MOST_CONTROL} (default 1)",
     )  # fmt: skip
 
+    like = p.add_argument_group("an image as a prompt")
+    like.add_argument(
+        "--ip-adapter", metavar="FILE[:SCALE]",
+        help="a plain IP-Adapter for the model, or for SDXL, its teacher; how strong it is, 0 to "
+        f"{MOST_IP_SCALE} (default 1)",
+    )  # fmt: skip
+    like.add_argument(
+        "--ip-image", type=Path, metavar="FILE",
+        help="the image that says, with the prompt, what to draw; its middle square is read",
+    )  # fmt: skip
+    like.add_argument(
+        "--image-encoder", type=Path, metavar="FOLDER",
+        help="the CLIP image encoder that the adapter was trained with (default: the folder "
+        "image_encoder beside the adapter)",
+    )  # fmt: skip
+
     runtime = p.add_argument_group("speed")
     runtime.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     runtime.add_argument(
@@ -183,9 +200,12 @@ def _run(o: argparse.Namespace) -> None:
         "vram": o.vram, "weights": o.weights, "decode": o.decode, "tiny_vae": o.tiny_vae,
     }  # fmt: skip
     planned = validation.runtime(**runtime)
-    if o.control is not None:
-        control.check_runtime(o.backend, o.compile, o.graphs, planned)
+    beside = {"--control": o.control, "--ip-adapter": o.ip_adapter}
+    plain = [option for option, given in beside.items() if given is not None]
+    for option in plain:
+        control.check_runtime(option, o.backend, o.compile, o.graphs, planned)
         runtime["backend"] = "torch"
+    ip_adapter, ip_scale = validation.ip_adapter(o.ip_adapter)
     check_device(o.device)
     check_writable(o.out, len(o.prompt) * o.number)
     prompts, shared = shared_loras(o.prompt, o.lora_dir)
@@ -199,15 +219,20 @@ def _run(o: argparse.Namespace) -> None:
         "mask_fill": o.mask_fill,
         "lora_dir": o.lora_dir, "embedding": o.embedding, "control": o.control,
         "control_image": o.control_image, "control_scale": o.control_scale,
+        "ip_adapter": ip_adapter, "ip_image": o.ip_image, "ip_scale": ip_scale,
+        "image_encoder": o.image_encoder,
     }  # fmt: skip
     check_values(prompts, lora=loras, **asked)  # before the model is assembled or fetched
     model = assembled(o, o.model)
     found = checked(model, prompts, lora=loras, **asked)
     settings = found.settings
-    if found.control is not None:
+    for option in plain:
         quantised = is_quantised(resolve_model(model))
-        control.check_runtime(o.backend, o.compile, o.graphs, quantised)
+        control.check_runtime(option, o.backend, o.compile, o.graphs, quantised)
+    if found.control is not None:
         say(found.control.net.line())
+    if found.image_prompt is not None:
+        say(found.image_prompt.adapter.line())
 
     if o.workflow:
         workflow(settings[0])  # refuses what it cannot say
@@ -218,10 +243,11 @@ def _run(o: argparse.Namespace) -> None:
         from koala.generation.opening import open_model
         from koala.utils.progress import progress
 
+        named = ("embedding", "lora_dir", "control", "ip_adapter")
         pipeline = open_model(
             model, o.device, lora=loras, **runtime, size=(settings[0].width, settings[0].height),
             images=len(settings), from_image=o.image is not None, say=say,
-            of_requests=[name for name in ("embedding", "lora_dir", "control") if getattr(o, name)],
+            of_requests=[name for name in named if getattr(o, name)],
         )  # fmt: skip
     for note in pipeline.known.notes(settings[0]):
         say(note)
@@ -250,6 +276,8 @@ GENERATE = Command(
         'koala generate "an owl, noto style" --image fox.png --strength 0.8 --out owl.png',
         'koala generate "a lighthouse" --model my-koala --control canny-sdxl --control-image '
         "edges.png",
+        'koala generate "in the snow" --model my-koala --ip-adapter '
+        "ip-adapter_sdxl.safetensors:0.6 --ip-image fox.png",
     ),
     _arguments,
     _run,

@@ -104,8 +104,10 @@ def check_shape(image: tuple[int, int], size: tuple[int, int]) -> None:
         )
 
 
-def check_runtime(backend: str | None, compile: bool, graphs: bool, planned: bool) -> None:
-    """UserError for what does not go with a ControlNet, which plain PyTorch runs."""
+def check_runtime(
+    option: str, backend: str | None, compile: bool, graphs: bool, planned: bool
+) -> None:
+    """UserError for what does not go with an option that plain PyTorch runs, as --control."""
     given = {
         f"--backend {backend}": backend not in (None, "torch"),
         "--compile": compile,
@@ -114,7 +116,7 @@ def check_runtime(backend: str | None, compile: bool, graphs: bool, planned: boo
     }
     for name, is_given in given.items():
         if is_given:
-            raise UserError(f"--control needs plain PyTorch: it does not go with {name}")
+            raise UserError(f"{option} needs plain PyTorch: it does not go with {name}")
 
 
 def _wide(widths: int | list[int]) -> str:

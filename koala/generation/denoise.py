@@ -11,8 +11,9 @@ no torch.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
@@ -43,6 +44,27 @@ class Hint:
         return Hint(net, joined([p.image for p in parts]), joined([p.scale for p in parts]))
 
 
+# What an IP-Adapter does: (U-Net, tokens [n, i, d], scale [n]) -> a block inside which that U-Net's
+# cross-attentions read the tokens too.
+Attached: TypeAlias = Callable[[Any, Array, Array], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What an IP-Adapter shows a U-Net of n rows."""
+
+    attached: Attached
+    tokens: Array  # [n, i, d]
+    scale: Array  # float32 [n]
+
+    @staticmethod
+    def joined(parts: "Sequence[ImageTokens]") -> "ImageTokens":
+        """All of them as one batch, in order. They are for one IP-Adapter."""
+        (attached,) = {part.attached for part in parts}
+        tokens, scale = (joined([getattr(p, key) for p in parts]) for key in ("tokens", "scale"))
+        return ImageTokens(attached, tokens, scale)
+
+
 @dataclass(frozen=True)
 class Condition:
     """The U-Net's conditioning of n rows."""
@@ -50,24 +72,29 @@ class Condition:
     text: Array  # [n, t, d]
     pooled: Array  # [n, p]
     time_ids: Array  # float32 [n, 6]
-    hint: Hint | None = field(default=None, kw_only=True)  # for PyTorch's predictor alone
+    # For PyTorch's predictor alone:
+    hint: Hint | None = field(default=None, kw_only=True)
+    image: ImageTokens | None = field(default=None, kw_only=True)
 
     def to(self, device: "torch.device", dtype: "torch.dtype") -> "Condition":
         """Tensors on another device, text in another dtype; bf16 would round the sizes.
 
-        The hint stays where it is.
+        The hint and the image's tokens stay where they are.
         """
         text, pooled = (part.to(device, dtype) for part in (self.text, self.pooled))
-        return Condition(text, pooled, self.time_ids.to(device), hint=self.hint)
+        return replace(self, text=text, pooled=pooled, time_ids=self.time_ids.to(device))
 
     @staticmethod
     def joined(parts: "Sequence[Condition]") -> "Condition":
-        """All of them as one batch, in order. All have a hint, or none."""
+        """All of them as one batch, in order. All have a hint, or none; and an image's tokens."""
         return Condition(
             joined([part.text for part in parts]),
             joined([part.pooled for part in parts]),
             joined([part.time_ids for part in parts]),
             hint=Hint.joined([p.hint for p in parts if p.hint]) if parts[0].hint else None,
+            image=ImageTokens.joined([p.image for p in parts if p.image])
+            if parts[0].image
+            else None,
         )
 
 
@@ -128,9 +155,10 @@ class BatchRow:
         return (*self.x.shape[1:], self.condition.text.shape[1])
 
     @property
-    def controlled_by(self) -> Residuals | None:
-        """Its ControlNet: rows can share a batch if it is the same."""
-        return None if self.condition.hint is None else self.condition.hint.net
+    def controlled_by(self) -> tuple[Residuals | None, Attached | None]:
+        """Its ControlNet and IP-Adapter: rows can share a batch if they are the same."""
+        hint, image = self.condition.hint, self.condition.image
+        return None if hint is None else hint.net, None if image is None else image.attached
 
     @property
     def scaled(self) -> Array:

@@ -19,8 +19,16 @@ from koala.architectures.time_ids import time_ids
 from koala.errors import UserError
 from koala.generation import image_inputs, samplers, validation
 from koala.generation.control import Control
-from koala.generation.denoise import BatchRow, Condition, Hint, Inpainting, Predict
+from koala.generation.denoise import (
+    BatchRow,
+    Condition,
+    Hint,
+    ImageTokens,
+    Inpainting,
+    Predict,
+)
 from koala.generation.engine import Engine, Progress
+from koala.generation.image_prompt import ImagePrompt
 from koala.generation.noise import Noise
 from koala.generation.pixels import Decode, to_images
 from koala.generation.prompt_editing import by_step
@@ -55,7 +63,7 @@ class Drawing(ABC):
     takes_loras: bool  # for single requests
     takes_embeddings: bool = False  # textual inversions
     takes_images: bool = True  # to start from
-    takes_control: bool = False  # ControlNets
+    takes_control: bool = False  # ControlNets and IP-Adapters
     # Keeps in the cache what lets the next start be fast. It takes seconds, once for a model, so
     # it is for after the images are there.
     keep_form: Callable[[], None] = staticmethod(lambda: None)
@@ -90,6 +98,10 @@ class Drawing(ABC):
 
     def hint(self, control: Control) -> Hint:
         """What a request's ControlNet is shown, if it `takes_control`."""
+        raise NotImplementedError
+
+    def image_tokens(self, prompt: ImagePrompt) -> tuple[ImageTokens, ImageTokens]:
+        """What a request's IP-Adapter shows, and what stands for none, if it `takes_control`."""
         raise NotImplementedError
 
     @abstractmethod
@@ -165,6 +177,10 @@ class Drawing(ABC):
         control: str | Path | None = None,
         control_image: str | Path | Image.Image | None = None,
         control_scale: float | None = None,
+        ip_adapter: str | Path | None = None,
+        ip_image: str | Path | Image.Image | None = None,
+        ip_scale: float | None = None,
+        image_encoder: str | Path | None = None,
     ) -> list[Request]:
         """One checked request per image: `number` of each prompt, in the order of the prompts.
 
@@ -193,6 +209,11 @@ class Drawing(ABC):
         control: a ControlNet for the model, or for the teacher that it is a cut of: a folder, a Hub
             id or a single file. control_image: what it is shown, of the image's shape, on black
             where it is transparent. control_scale: how strong it is, 0 to 2; by default 1.
+        ip_adapter: the file of a plain IP-Adapter for the model, or for its teacher.
+            ip_image: the image that it takes for a prompt, of any size, on white where it is
+            transparent; its middle square is read. ip_scale: how strong it is, 0 to 2; by default
+            1. image_encoder: the folder of the image encoder that it was trained with; by default
+            `image_encoder` beside the file.
 
         UserError for a value that is not allowed.
         """
@@ -202,7 +223,8 @@ class Drawing(ABC):
             size=size, number=number, seed=seed, image=image, strength=strength, mask=mask,
             mask_blur=mask_blur, mask_fill=mask_fill, lora=lora, lora_dir=lora_dir,
             embedding=embedding, embedding_dir=embedding_dir, control=control,
-            control_image=control_image, control_scale=control_scale,
+            control_image=control_image, control_scale=control_scale, ip_adapter=ip_adapter,
+            ip_image=ip_image, ip_scale=ip_scale, image_encoder=image_encoder,
         )  # fmt: skip
         if any(asked.loras) and not self.takes_loras:
             raise UserError(
@@ -219,11 +241,13 @@ class Drawing(ABC):
                 f"{self.name} runs without PyTorch, which starting from an image needs: load the "
                 "model itself with backend 'torch'"
             )
-        if asked.control is not None and not self.takes_control:
-            raise UserError(
-                "a ControlNet needs a model that plain PyTorch runs: leave it out, or load the "
-                "model without compile, graphs or a memory plan"
-            )
+        beside = {"a ControlNet": asked.control, "an IP-Adapter": asked.image_prompt}
+        for what, given in beside.items():
+            if given is not None and not self.takes_control:
+                raise UserError(
+                    f"{what} needs a model that plain PyTorch runs: leave it out, or load the "
+                    "model without compile, graphs or a memory plan"
+                )
         first = asked.settings[0]
         pixels = places = paste = None
         if asked.image is not None:
@@ -242,8 +266,13 @@ class Drawing(ABC):
             )
             seen = image_inputs.to_pixels(image, self.factor) / 2 + 0.5
             shown = Control(asked.control.net, self.own(seen), first.control_scale)
+        image_prompt = None
+        if asked.image_prompt is not None:
+            adapter = asked.image_prompt.adapter
+            read = image_inputs.for_clip(asked.image_prompt.image, adapter.encoder.side)
+            image_prompt = ImagePrompt(adapter, self.own(read), first.ip_scale)
         return [
-            Request(settings, pixels, places, paste, loras, asked.embeddings, shown)
+            Request(settings, pixels, places, paste, loras, asked.embeddings, shown, image_prompt)
             for settings, loras in zip(asked.settings, asked.loras, strict=True)
         ]
 
@@ -271,6 +300,12 @@ class Drawing(ABC):
             steps = validation.steps_done(asked.steps, asked.strength)
             hint = None if request.control is None else self.hint(request.control)
             of_steps = self._conditions(asked, steps, embeddings, hint)
+            if request.image_prompt is not None:
+                image, none = self.image_tokens(request.image_prompt)
+                of_steps = [
+                    (replace(one, image=image), other and replace(other, image=none))
+                    for one, other in of_steps
+                ]
             each = [pair for pair in of_steps for _ in range(sampler.evaluations)]
             (condition, unconditional), *later = each[: len(schedule)]
             guided = sampler.evaluations * math.ceil(asked.guidance_until * steps)

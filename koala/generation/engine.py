@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from koala.errors import Failure
-from koala.generation.denoise import BatchRow, Predict, Residuals, evaluate
+from koala.generation.denoise import BatchRow, Predict, evaluate
 from koala.generation.requests import Loras, Request
 from koala.utils.arrays import Array, no_gradients
 
@@ -362,7 +362,7 @@ class Engine:
         ticket.row = None
 
 
-def _kind(ticket: Ticket) -> tuple[tuple[int, ...], Loras, Residuals | None]:
+def _kind(ticket: Ticket) -> tuple[object, ...]:
     """Tickets of equal kind can share a pass: one shape, the same weights."""
     assert ticket.row is not None
     return ticket.row.shape, ticket.request.lora, ticket.row.controlled_by

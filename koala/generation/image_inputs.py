@@ -10,6 +10,10 @@ from koala.architectures.table import FACTOR
 from koala.generation.pixels import Decode
 from koala.utils.arrays import Array, like, to_numpy
 
+# Of the images that CLIP was trained on, in 0..1, red, green and blue.
+_CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
+_CLIP_DEVIATION = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+
 
 def on_white(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The image as RGB of `size` (width, height), on white where it is transparent."""
@@ -25,6 +29,19 @@ def on_ground(image: Image.Image, size: tuple[int, int], colour: str) -> Image.I
     if rgb.size != size:
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
     return rgb
+
+
+def for_clip(image: Image.Image, side: int) -> np.ndarray:
+    """Float32 [1, 3, side, side], an image as CLIP was trained to read it.
+
+    The shorter side is resized to `side`, and the middle square is cut out.
+    """
+    shorter = min(image.size)
+    width, height = (int(side * one / shorter) for one in image.size)
+    rgb = on_white(image, image.size).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    pixels = np.array(rgb.crop((left, top, left + side, top + side)), np.float32) / 255
+    return ((pixels - _CLIP_MEAN) / _CLIP_DEVIATION).transpose(2, 0, 1)[None]
 
 
 def to_pixels(image: Image.Image, factor: int = FACTOR) -> np.ndarray:

@@ -27,8 +27,8 @@ class LightPipeline(Drawing):
     """The form in a folder (`koala.generation.form`), ready to draw.
 
     It draws what `koala.generation.pipeline.Pipeline` draws with the same backend, within 1e-4.
-    It has no LoRAs or ControlNets and starts from no images: they need PyTorch. UserError for a
-    folder that is not whole, and where OpenVINO is missing.
+    It has no LoRAs, ControlNets or IP-Adapters and starts from no images: they need PyTorch.
+    UserError for a folder that is not whole, and where OpenVINO is missing.
     """
 
     plan = None

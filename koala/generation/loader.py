@@ -246,12 +246,15 @@ def set_runtime(
 
 
 def _giving_way(pipeline: Pipeline, predict: Predict) -> Predict:
-    """`predict`, and PyTorch for what it was not made with: LoRAs of the pipeline, ControlNets."""
+    """`predict`, and PyTorch for what it was not made with.
+
+    That are LoRAs of the pipeline, ControlNets and IP-Adapters.
+    """
     plain, made_with = predictor(pipeline.unet), len(pipeline.loras)
 
     def evaluate_unet(x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         changed = len(pipeline.loras) != made_with or pipeline._lora_switcher.active
-        changed = changed or condition.hint is not None
+        changed = changed or condition.hint is not None or condition.image is not None
         return (plain if changed else predict)(x, timesteps, condition)
 
     return evaluate_unet

@@ -19,12 +19,14 @@ from koala.errors import UserError
 from koala.generation import validation
 from koala.generation.control import Control
 from koala.generation.decode import full
-from koala.generation.denoise import Hint, Predict, Residuals
+from koala.generation.denoise import Hint, ImageTokens, Predict, Residuals
 from koala.generation.drawing import Drawing
+from koala.generation.image_prompt import ImagePrompt, IPAdapter
 from koala.generation.memory.plan import MemoryPlan
 from koala.generation.noise import TorchNoise
 from koala.generation.pixels import Decode
 from koala.generation.requests import Known, Loras
+from koala.generation.runtime.image_prompt import ImageReader
 from koala.generation.runtime.pytorch import encode_image, predictor, residuals_of
 from koala.lora.adapters import Attached, Merged, Modules, merge, modules_of
 from koala.lora.names import BaseModel
@@ -61,6 +63,10 @@ class Pipeline(Drawing):
     _lora_switcher: LoraSwitcher = field(init=False, repr=False)
     _embeddings: dict[Path, Ids] = field(default_factory=dict, init=False, repr=False)
     _controlnet: tuple[Path, Residuals] | None = field(default=None, init=False, repr=False)
+    _reader: tuple[IPAdapter, ImageReader] | None = field(default=None, init=False, repr=False)
+    _shown: tuple[ImagePrompt, tuple[Tensor, Tensor]] | None = field(
+        default=None, init=False, repr=False
+    )
     _plain: Predict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -132,6 +138,21 @@ class Pipeline(Drawing):
             nn.Module.to(module, device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # it does take it
             self._controlnet = net.files.place, residuals_of(module, net.takes)
         return Hint(self._controlnet[1], control.image, torch.tensor([control.scale]))
+
+    def image_tokens(self, prompt: ImagePrompt) -> tuple[ImageTokens, ImageTokens]:
+        """What a request's IP-Adapter shows, and what stands for no image.
+
+        It is read once, with its image encoder, and kept until a request has another.
+        """
+        if self._reader is None or not self._reader[0].same(prompt.adapter):
+            self._reader = self._shown = None  # room for the next
+            self._reader = prompt.adapter, ImageReader(prompt.adapter, *device_and_dtype(self.unet))
+        reader = self._reader[1]
+        if self._shown is None or self._shown[0] is not prompt:
+            self._shown = prompt, reader.tokens(torch.as_tensor(prompt.pixels))
+        scale = torch.tensor([prompt.scale])
+        image, none = (ImageTokens(reader.attached, one, scale) for one in self._shown[1])
+        return image, none
 
     # --- LoRAs ------------------------------------------------------------------------------
 

@@ -141,6 +141,10 @@ def parameters(settings: Settings) -> str:
         values["ControlNet 0"] = _quoted(
             f"Model: {settings.control}, Weight: {settings.control_scale:g}"
         )
+    if settings.ip_adapter:
+        values["IP-Adapter"] = _quoted(
+            f"Model: {settings.ip_adapter}, Weight: {settings.ip_scale:g}"
+        )
     loras = "".join(f" <lora:{name}:{scale:g}>" for name, scale in settings.loras)
     lines = [settings.prompt + loras]
     if settings.negative_prompt:

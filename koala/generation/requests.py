@@ -17,6 +17,7 @@ from PIL import Image
 import koala
 from koala.architectures.table import FACTOR, UNetArchitecture
 from koala.checkpoints.controlnet import open_controlnet
+from koala.checkpoints.ip_adapter import open_image_encoder, open_ip_adapter
 from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.sampling import USUAL, Sampling, of_model, of_named
@@ -28,6 +29,7 @@ from koala.generation import samplers, validation
 from koala.generation.control import Control, ControlNet, check_scale, check_shape, fitted
 from koala.generation.form import Form, is_form
 from koala.generation.image_files import Mask, fingerprint, open_image, read_mask
+from koala.generation.image_prompt import ImagePrompt, IPAdapter, check_ip_scale, fitted_adapter
 from koala.generation.prompt_editing import by_step
 from koala.generation.prompt_embeddings import named_embeddings
 from koala.generation.prompt_loras import refuse_loras, split_loras
@@ -70,6 +72,9 @@ class Settings:
     control: str = ""  # name of a ControlNet, if any
     control_image: str = ""  # fingerprint of what it is shown
     control_scale: float = 1.0  # of what it adds
+    ip_adapter: str = ""  # name of an IP-Adapter, if any
+    ip_image: str = ""  # fingerprint of the image that is its prompt
+    ip_scale: float = 1.0  # of what it adds
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Request:
     lora: Loras = ()  # for this image alone, besides the model's
     embeddings: tuple[Path, ...] = ()  # textual inversions, by the names of the files
     control: Control | None = None
+    image_prompt: ImagePrompt | None = None
 
     @property
     def pixels(self) -> int:
@@ -141,6 +147,14 @@ class CheckedControl:
 
 
 @dataclass(frozen=True)
+class CheckedImagePrompt:
+    """An image for a prompt, and an IP-Adapter that the model can draw with."""
+
+    adapter: IPAdapter
+    image: Image.Image  # upright, of any size
+
+
+@dataclass(frozen=True)
 class Checked:
     """A request of one or more images that a model can draw."""
 
@@ -150,6 +164,7 @@ class Checked:
     loras: list[Loras]  # for each image alone
     embeddings: tuple[Path, ...]  # textual inversions that the prompts name
     control: CheckedControl | None
+    image_prompt: CheckedImagePrompt | None
 
 
 def example(model: str, architecture: UNetArchitecture, meant: Sampling) -> Settings:
@@ -187,6 +202,10 @@ class Asked:
     control: str | Path | None = None
     control_image: str | Path | Image.Image | None = None
     control_scale: float | None = None
+    ip_adapter: str | Path | None = None
+    ip_image: str | Path | Image.Image | None = None
+    ip_scale: float | None = None
+    image_encoder: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +222,8 @@ class _Inputs:
     embeddings: tuple[Path, ...]
     control_image: Image.Image | None
     control_scale: float
+    ip_image: Image.Image | None
+    ip_scale: float
 
     @classmethod
     def of(cls, prompt: str | list[str], asked: Asked) -> _Inputs:
@@ -231,7 +252,20 @@ class _Inputs:
         if asked.control is not None and asked.control_image is not None:
             shown = open_image(asked.control_image)
             open_controlnet(asked.control)
-        return cls(prompts, seed, given, masked, size, blur, loras, embeddings, shown, strong)
+        ip_scale = check_ip_scale(
+            asked.ip_adapter is not None, asked.ip_image is not None,
+            asked.image_encoder is not None, asked.ip_scale,
+        )  # fmt: skip
+        ip_image = None
+        if asked.ip_adapter is not None and asked.ip_image is not None:
+            ip_image = open_image(asked.ip_image)
+            open_ip_adapter(asked.ip_adapter)
+            if asked.image_encoder is not None:
+                open_image_encoder(asked.image_encoder)
+        return cls(
+            prompts, seed, given, masked, size, blur, loras, embeddings, shown, strong,
+            ip_image, ip_scale,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -292,6 +326,7 @@ def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) ->
     names = _check_loras(known, inputs)
     width, height = inputs.size or (known.native, known.native)
     control = _check_control(known, values.control, inputs.control_image, (width, height))
+    image_prompt = _check_image_prompt(known, values, inputs.ip_image)
     area = None
     if inputs.image is not None and inputs.mask is not None:
         size = inputs.image.size
@@ -319,6 +354,9 @@ def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) ->
         control="" if control is None else control.net.files.name,
         control_image="" if control is None else fingerprint(control.image),
         control_scale=inputs.control_scale,
+        ip_adapter="" if image_prompt is None else image_prompt.adapter.file.name,
+        ip_image="" if image_prompt is None else fingerprint(image_prompt.image),
+        ip_scale=inputs.ip_scale,
     )
     # The prompt of each image.
     of = [i // values.number for i in range(len(inputs.prompts) * values.number)]
@@ -327,7 +365,7 @@ def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) ->
         for i, n in enumerate(of)
     ]
     loras = [inputs.loras[n] for n in of]
-    return Checked(every, inputs.image, area, loras, inputs.embeddings, control)
+    return Checked(every, inputs.image, area, loras, inputs.embeddings, control, image_prompt)
 
 
 def _without_model(prompt: str | list[str], asked: Asked) -> _Inputs:
@@ -349,6 +387,21 @@ def _check_control(
         )
     check_shape(image.size, size)
     return CheckedControl(fitted(name, known.name, known.base.unet), image)
+
+
+def _check_image_prompt(
+    known: Known, asked: Asked, image: Image.Image | None
+) -> CheckedImagePrompt | None:
+    """UserError for an IP-Adapter that the model cannot take."""
+    if asked.ip_adapter is None or image is None:
+        return None
+    if known.base is None:
+        raise UserError(
+            f"{known.name} runs without PyTorch, which the IP-Adapter {asked.ip_adapter} needs: "
+            "leave it out, or name the model that this was made of"
+        )
+    adapter = fitted_adapter(asked.ip_adapter, asked.image_encoder, known.name, known.base.unet)
+    return CheckedImagePrompt(adapter, image)
 
 
 def _files(loras: Sequence[Loras]) -> set[Path]:

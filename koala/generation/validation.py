@@ -34,6 +34,7 @@ MASK_BLUR = 4  # default, pixels
 MOST_MASK_BLUR = 64
 MASK_FILLS = ("original", "surroundings", "noise", "nothing")
 MOST_CONTROL = 2  # scale of a ControlNet
+MOST_IP_SCALE = 2  # of an IP-Adapter
 STRENGTH = 0.6  # default for an image without a strength
 PRUNED = (0.01, 0.6)  # share of a U-Net's parameters that pruning can be asked for
 MOST_CALIBRATION = 256  # prompts
@@ -269,23 +270,34 @@ def loras(asked: Sequence[str]) -> dict[str | Path, float]:
     """
     found: dict[str | Path, float] = {}
     for text in asked:
-        file, colon, scale = text.rpartition(":")
-        number = re.fullmatch(
-            r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", scale, re.ASCII | re.IGNORECASE
-        )
-        # "style.safetensors:0,8" is a file and no number; "C:\style.safetensors" is a file.
-        meant = Path(file).exists() or "." in Path(file).name or re.match(r"[-+]?\d", scale)
-        if not colon or Path(text).exists() or not (number or meant):
-            file = text
-        elif not number:
-            raise UserError(
-                f"LoRA scale is {scale!r}: allowed are numbers from -{MOST_LORA_SCALE} to "
-                f"{MOST_LORA_SCALE}, as in {file}:0.8"
-            )
+        allowed = f"from -{MOST_LORA_SCALE} to {MOST_LORA_SCALE}"
+        file, scale = file_and_scale(text, "LoRA", allowed)
         if file in found:
             raise UserError(f"LoRA {file} is given twice: name each once")
-        found[file] = 1.0 if file == text else lora_scale(float(scale))
+        found[file] = 1.0 if scale is None else lora_scale(scale)
     return found
+
+
+def ip_adapter(asked: str | None) -> tuple[str | None, float | None]:
+    """File and scale of "FILE" or "FILE:SCALE"; None where not given."""
+    if asked is None:
+        return None, None
+    return file_and_scale(asked, "IP-Adapter", f"from 0 to {MOST_IP_SCALE}")
+
+
+def file_and_scale(text: str, what: str, allowed: str) -> tuple[str, float | None]:
+    """The parts of "FILE" or "FILE:SCALE". UserError for a scale that is no number."""
+    file, colon, scale = text.rpartition(":")
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", scale, re.ASCII | re.IGNORECASE)
+    # "style.safetensors:0,8" is a file and no number; "C:\style.safetensors" is a file.
+    meant = Path(file).exists() or "." in Path(file).name or re.match(r"[-+]?\d", scale)
+    if not colon or Path(text).exists() or not (number or meant):
+        return text, None
+    if not number:
+        raise UserError(
+            f"{what} scale is {scale!r}: allowed are numbers {allowed}, as in {file}:0.8"
+        )
+    return file, float(scale)
 
 
 def runtime(

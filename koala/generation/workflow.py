@@ -52,10 +52,11 @@ def workflow(settings: Settings, checkpoint: str | None = None) -> Workflow:
             f"--workflow, or choose {', '.join(_SAMPLERS)}, as it is or with "
             f"{', '.join(f'-{name}' for name in _SCHEDULES)}"
         )
-    if settings.control:
-        raise UserError(
-            "a ComfyUI workflow is made for images without a ControlNet: leave out --workflow"
-        )
+    for what, given in (("a ControlNet", settings.control), ("an IP-Adapter", settings.ip_adapter)):
+        if given:
+            raise UserError(
+                f"a ComfyUI workflow is made for images without {what}: leave out --workflow"
+            )
     nodes: Workflow = {}
 
     def add(kind: str, **inputs: Any) -> str:

@@ -17,6 +17,7 @@ from koala.cli import COMMANDS, command_named, main
 from koala.data.illustrations.scenes import SMALL
 from koala.generation import read_settings
 from toy_controlnet import saved, toy_controlnet
+from toy_ip_adapter import toy_image_encoder, toy_ip_adapter
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,6 +104,19 @@ def test_generate_says_how_much_of_a_controlnet_is_used(toy_sdxl, tmp_path, caps
     assert main([*given, "--out", str(fox := tmp_path / "fox.png")]) == 0
     assert "ControlNet edges: 10 of 10 residuals are used" in capsys.readouterr().err
     assert (read_settings(fox).control, read_settings(fox).control_scale) == ("edges", 0.5)
+
+
+def test_generate_says_how_much_of_an_ip_adapter_is_used(toy_sdxl, tmp_path, capsys):
+    unet = StableDiffusionXLPipeline.from_pretrained(toy_sdxl).unet
+    file = toy_ip_adapter(unet, tmp_path / "ip-toy.safetensors")
+    encoder = toy_image_encoder(tmp_path / "encoder")
+    Image.new("RGB", (64, 48), "white").save(shown := tmp_path / "shown.png")
+    given = ["generate", "a fox", "--model", str(toy_sdxl), "--steps", "1", "--seed", "7"]
+    given += ["--ip-adapter", f"{file}:0.5", "--ip-image", str(shown)]
+    given += ["--image-encoder", str(encoder)]
+    assert main([*given, "--out", str(fox := tmp_path / "fox.png")]) == 0
+    assert "IP-Adapter ip-toy: 17 of 17 layers are used" in capsys.readouterr().err
+    assert (read_settings(fox).ip_adapter, read_settings(fox).ip_scale) == ("ip-toy", 0.5)
 
 
 def test_a_long_prompt_is_read_to_its_end(toy_sdxl, tmp_path):

@@ -24,6 +24,7 @@ from koala.generation import read_settings
 from koala.lora.names import base_named
 from koala.recipes.overrides import overridden
 from toy_controlnet import saved, toy_controlnet
+from toy_ip_adapter import toy_image_encoder, toy_ip_adapter
 from toy_lora import toy_lora
 from toy_sources import images, write_yepop
 
@@ -49,6 +50,9 @@ def desk(tmp_path, monkeypatch) -> Path:
     toy_lora(tmp_path / "my-style.safetensors", base_named(str(model)))
     saved(toy_controlnet(unet), tmp_path / "canny-sdxl")
     Image.new("RGB", (128, 128)).save(tmp_path / "edges.png")
+    toy_ip_adapter(unet, tmp_path / "ip-adapter_sdxl_vit-h.safetensors")
+    toy_image_encoder(tmp_path / "image_encoder")
+    Image.new("RGB", (160, 128), "orange").save(tmp_path / "fox.png")
     shutil.rmtree(model)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KOALA_CACHE", str(tmp_path / "cache"))
@@ -57,7 +61,7 @@ def desk(tmp_path, monkeypatch) -> Path:
 
 def test_your_own_sdxl(desk, capsys):
     commands = commands_of("your-own-sdxl.md")
-    assert len(commands) == 13
+    assert len(commands) == 14
     Path("prompts.txt").write_text("a fox\n")
     for command in commands:
         if command[0] == "distill":
@@ -69,10 +73,11 @@ def test_your_own_sdxl(desk, capsys):
     written = {p.name for p in desk.iterdir()}
     assert {"runs", "my-koala.safetensors", "my-style-koala.safetensors", "pictures"} <= written
     assert "inherited" in capsys.readouterr().out
-    first, second = sorted((desk / "pictures").glob("*.png"))
+    first, second, third = sorted((desk / "pictures").glob("*.png"))
     with Image.open(first) as image:
         assert "<lora:my-style:0.8>" in image.info["parameters"]
     assert read_settings(second).control == "canny-sdxl"
+    assert read_settings(third).ip_adapter == "ip-adapter_sdxl_vit-h"
 
 
 def test_training(toy_sdxl, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """U-Net, ControlNet and VAE encoder run by PyTorch."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -24,7 +25,11 @@ def predictor(unet: UNet2DConditionModel) -> Predict:
         down = mid = None
         if own.hint is not None:
             down, mid = own.hint.net(*given, own)
-        with without_peft():
+        image = own.image
+        with (
+            nullcontext() if image is None else image.attached(unet, image.tokens, image.scale),
+            without_peft(),
+        ):
             (epsilon,) = unet(
                 *given,
                 encoder_hidden_states=own.text,

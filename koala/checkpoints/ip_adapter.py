@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,9 +156,7 @@ class ImageEncoder:
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The network on the CPU. Raises `UserError` if its weights do not fit its config."""
-        import koala.utils.networks  # first: what its classes never call stays unloaded
-
-        assert koala.utils.networks
+        import_module("koala.utils.networks")  # first: then these bring no other models along
         from transformers.models.clip.configuration_clip import CLIPVisionConfig
         from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
@@ -183,9 +182,9 @@ def open_image_encoder(folder: str | Path) -> ImageEncoder:
         what = config.get("_class_name") or kind or "an unknown kind of model"
         raise UserError(f"{place} is {what}, not an image encoder: {_ENCODER_FORM}")
     settings = checked(IMAGE_ENCODER, config, str(place / "config.json"))
-    tensors = read_component(place, BESIDE)
     if settings.get("patch_size", 32) > settings.get("image_size", 224):
         raise UserError(f"{place}/config.json: patch_size must be at most image_size")
+    tensors = read_component(place, BESIDE)
     # Older files have the positions' numbers, which the network counts itself.
     own = {key: stored for key, stored in tensors.items() if not key.endswith(".position_ids")}
     if len(own.get("visual_projection.weight", Stored(place, "", (), 0, 0)).shape) != 2:

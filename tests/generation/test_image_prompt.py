@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from koala.generation.image_inputs import for_clip
 from koala.generation.image_prompt import fitted_adapter
 from koala.generation.loader import _giving_way
 from koala.generation.png import parameters
+from koala.generation.requests import checked
 from koala.generation.runtime.pytorch import predictor
 from koala.generation.workflow import workflow
 from toy import toy_pipeline, toy_unet
@@ -403,8 +405,6 @@ def test_an_adapter_of_sd_15_is_named(adapter, tmp_path):
 
 
 def test_a_model_pruned_inside_its_cross_attentions_is_refused(adapter):
-    from dataclasses import replace
-
     arch = from_unet_config(toy_unet("sdxl").config)
     path = "mid_block.attentions.0.transformer_blocks.1"
     other = replace(arch, inner=((f"{path}.ff", 64),))
@@ -476,6 +476,12 @@ def test_what_plain_pytorch_does_not_run_takes_none(student, adapter, image):
     pipe = load(student, "cpu", weights="fp32")
     with pytest.raises(UserError, match="an IP-Adapter needs a model that plain PyTorch runs"):
         pipe.requests("a fox", ip_adapter=adapter, ip_image=image)
+
+
+def test_a_model_without_pytorch_takes_none(student, adapter, image):
+    form = replace(load(student, "cpu").known, base=None)
+    with pytest.raises(UserError, match="toy runs without PyTorch, which the IP-Adapter"):
+        checked(form, "a fox", ip_adapter=adapter, ip_image=image)
 
 
 def test_refusals_load_no_torch(tmp_path):

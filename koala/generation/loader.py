@@ -248,7 +248,7 @@ def set_runtime(
 def _giving_way(pipeline: Pipeline, predict: Predict) -> Predict:
     """`predict`, and PyTorch for what it was not made with.
 
-    That are LoRAs of the pipeline, ControlNets and IP-Adapters.
+    Those are LoRAs of the pipeline, ControlNets and IP-Adapters.
     """
     plain, made_with = predictor(pipeline.unet), len(pipeline.loras)
 

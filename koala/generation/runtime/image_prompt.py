@@ -35,7 +35,7 @@ class ImageReader:
     def tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """What images [n, 3, s, s] become, and what stands for none, both [n, t, d].
 
-        None is an embedding of zeros, as the adapter was trained without images.
+        That is an embedding of zeros, as in diffusers.
         """
         found = self._encoder(pixels.to(self._device, self._dtype)).image_embeds
         return self._projected(found), self._projected(torch.zeros_like(found))

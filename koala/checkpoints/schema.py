@@ -211,9 +211,7 @@ _SCHEDULER = {
     "prediction_type": _TEXT | _NONE,
     "rescale_betas_zero_snr": _FLAG | _NONE,
 }
-IMAGE_ENCODER = "image_encoder/config.json"
 SCHEMAS: dict[str, dict[str, Allowed]] = {  # by the file's path in a model folder
-    IMAGE_ENCODER: _IMAGE_ENCODER,
     "model_index.json": {
         "_class_name": _TEXT | _NONE,
         "force_zeros_for_empty_prompt": _FLAG,
@@ -231,18 +229,20 @@ SCHEMAS: dict[str, dict[str, Allowed]] = {  # by the file's path in a model fold
         _list(_TEXT, 100_000, least=0),
     ),
 }
+IMAGE_ENCODER = "image_encoder/config.json"  # of an IP-Adapter's, which is in no model's folder
+_TABLES = {**SCHEMAS, IMAGE_ENCODER: _IMAGE_ENCODER}
 # Checked, but not passed to a network's class: a repository as implementation would be code to
 # download, and weights are plain floats.
 ABOUT = ("attn_implementation", "quantization_config")
 
 
 def checked(path: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings of the file `path` in a model folder that koala reads.
+    """The settings of the file `path`, a key of `SCHEMAS` or `IMAGE_ENCODER`, that koala reads.
 
     where: the file as an error names it. Raises `UserError` for a value that is not allowed, and
     for widths that do not go together.
     """
-    table = SCHEMAS[path]
+    table = _TABLES[path]
     found = {key: value for key, value in config.items() if key in table}
     for key, value in found.items():
         if not table[key].fits(value):

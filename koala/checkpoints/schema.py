@@ -166,7 +166,7 @@ _ID = _whole(-1, 2**20)
 _TEXT_ENCODER = {
     "attention_dropout": _number(0, 1),
     "bos_token_id": _ID | _NONE,
-    "eos_token_id": _ID | _NONE,
+    "eos_token_id": _ID,
     "hidden_act": _one_of("quick_gelu", "gelu"),
     "hidden_size": _WIDTH,
     "intermediate_size": _whole(1, 2**17),

@@ -98,6 +98,7 @@ def fault(folder: Path) -> str:
         ("text_encoder/config.json", "num_hidden_layers", 10**6),
         ("text_encoder/config.json", "hidden_size", "16"),
         ("text_encoder/config.json", "num_attention_heads", 3),
+        ("text_encoder/config.json", "eos_token_id", None),
         ("text_encoder_2/config.json", "_attn_implementation", "someone/kernel"),
         ("text_encoder_2/config.json", "quantization_config", {"quant_method": "x"}),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),

@@ -19,10 +19,11 @@ from toy_sources import images, write_folder
 
 # What needs more than a desk has: GPUs, hours, or packages that are fetched. Their pages' commands
 # are rehearsed in tests/serving, tests/data, tests/recipes, tests/evaluation, tests/benchmark,
-# test_control and test_export.
+# test_control, test_image_prompt and test_export.
 ELSEWHERE = ("koala export", "koala serve", "koala prepare illustrations-small", "koala evaluate",
              "koala benchmark koala-lightning-700m", "koala finetune dreambooth",
-             "koala finetune lora", 'koala generate "a lighthouse" --model my-koala')  # fmt: skip
+             "koala finetune lora", 'koala generate "a lighthouse" --model my-koala',
+             'koala generate "in the snow" --model my-koala')  # fmt: skip
 SMALLER = {  # what makes the others a matter of seconds
     "prepare": ["--size", "64", "--held-out", "0.3", "--workers", "1"],
     "distill": [

@@ -13,7 +13,7 @@ from koala.architectures.skip_map import skip_connections, skip_map, with_layers
 from koala.architectures.table import TIME_IDS, UNetArchitecture
 from koala.checkpoints.controlnet import ControlNetFiles, open_controlnet
 from koala.errors import UserError
-from koala.generation.validation import MOST_CONTROL
+from koala.generation.validation import MOST_CONTROL, added_scale
 
 if TYPE_CHECKING:
     from koala.utils.arrays import Array
@@ -84,15 +84,7 @@ def check_scale(net: bool, image: bool, scale: float | None) -> float:
                 raise UserError(f"a control {name} has no effect without a ControlNet: give one")
     elif not image:
         raise UserError("a ControlNet needs a control image, which it draws by: give one")
-    if scale is None:
-        return 1.0
-    numeric = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not numeric or not 0 <= scale <= MOST_CONTROL:
-        raise UserError(
-            f"control scale is {scale!r}: allowed are numbers from 0 (none) to {MOST_CONTROL}, "
-            "1 is usual"
-        )
-    return float(scale)
+    return added_scale("control", scale, MOST_CONTROL, "1 is usual")
 
 
 def check_shape(image: tuple[int, int], size: tuple[int, int]) -> None:

@@ -20,7 +20,7 @@ from koala.checkpoints.ip_adapter import (
     open_ip_adapter,
 )
 from koala.errors import UserError
-from koala.generation.validation import MOST_IP_SCALE
+from koala.generation.validation import MOST_IP_SCALE, added_scale
 
 if TYPE_CHECKING:
     from koala.utils.arrays import Array
@@ -124,12 +124,4 @@ def check_ip_scale(adapter: bool, image: bool, encoder: bool, scale: float | Non
                 raise UserError(f"{what} has no effect without an IP-Adapter: give one")
     elif not image:
         raise UserError("an IP-Adapter needs an image, which it takes for a prompt: give one")
-    if scale is None:
-        return 1.0
-    numeric = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not numeric or not 0 <= scale <= MOST_IP_SCALE:
-        raise UserError(
-            f"IP-Adapter scale is {scale!r}: allowed are numbers from 0 (none) to {MOST_IP_SCALE}, "
-            "0.5 leaves the text room"
-        )
-    return float(scale)
+    return added_scale("IP-Adapter", scale, MOST_IP_SCALE, "0.5 leaves the text room")

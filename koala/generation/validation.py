@@ -263,6 +263,17 @@ def lora_scale(asked: float) -> float:
     return float(asked)
 
 
+def added_scale(what: str, asked: float | None, most: float, hint: str) -> float:
+    """How strong what is added to a model is: 0 to `most`, 1 unless told."""
+    if asked is None:
+        return 1.0
+    if not _number(asked) or not 0 <= asked <= most:
+        raise UserError(
+            f"{what} scale is {asked!r}: allowed are numbers from 0 (none) to {most}, {hint}"
+        )
+    return float(asked)
+
+
 def loras(asked: Sequence[str]) -> dict[str | Path, float]:
     """File -> scale, of each "FILE" or "FILE:SCALE"; the default scale is 1.
 

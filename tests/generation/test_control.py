@@ -15,10 +15,11 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from drawn_together import assert_drawn_together_as_alone
 from koala.architectures.config import from_unet_config
 from koala.checkpoints.controlnet import open_controlnet
 from koala.errors import UserError
-from koala.generation import Engine, load, read_settings, save
+from koala.generation import load, read_settings, save
 from koala.generation.control import fitted
 from koala.generation.denoise import Condition, Hint, evaluate
 from koala.generation.loader import _giving_way
@@ -148,17 +149,7 @@ def test_in_one_batch_each_image_is_its_own(toy_sdxl, net, folder, image, tmp_pa
         {},
     ]
     requests = [pipe.requests("a fox", **{**ASKED, **kind})[0] for kind in kinds]
-    alone = [pipe.draw([request]).images[0] for request in requests]
-    passes = []
-    engine = Engine(pipe, on_pass=lambda one: passes.append(one.images))
-    tickets = [engine.submit(request) for request in requests]
-    while engine.turn():
-        pass
-    assert sorted(passes) == [1] * 8 + [2] * 4  # two of the four share each of their steps
-    for ticket, expected in zip(tickets, alone, strict=True):
-        difference = np.abs(np.asarray(ticket.result(), int) - np.asarray(expected, int))
-        assert difference.max() <= 1
-    assert len({image.tobytes() for image in alone}) == 4
+    assert_drawn_together_as_alone(pipe, requests)
 
 
 def test_another_backend_gives_way_to_pytorch(student, folder, image):

@@ -35,10 +35,13 @@ class HubData:
             found: Any = datasets.load_dataset(str(self.path), self.config)
         except Exception as error:  # a reader of every layout raises what any of them raises
             why = " ".join(str(error).split())[:300]
+            elsewhere = (
+                '; without a network, `load_dataset("ORG/NAME").save_to_disk("DIR")` where there '
+                "is one makes a folder to copy and to give here"
+            )
             raise UserError(
                 f"datasets cannot load {self.path} ({why}); a configuration is named as in "
-                f'{self.path}:CONFIG; without a network, `load_dataset("ORG/NAME")'
-                '.save_to_disk("DIR")` where there is one makes a folder to copy and to give here'
+                f"{self.path}:CONFIG{'' if Path(self.path).exists() else elsewhere}"
             ) from None
         files = [
             (f"{split}/{Path(file['filename']).name}", Path(file["filename"]))

@@ -49,9 +49,9 @@ from koala.data.illustrations.images import ImageSet
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.illustrations import choose as choose_pictures
 from koala.evaluation.retrieval import Judge
+from koala.generation.calibration import asked, calibration
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
-from koala.generation.pruning import asked, calibration
 from koala.generation.runtime.pytorch import predictor
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils import markdown

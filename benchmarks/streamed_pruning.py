@@ -27,7 +27,8 @@ IDLE = "import torch; print([l.split()[1] for l in open('/proc/self/status') if 
 
 def pruned(model: Path, out: Path) -> None:
     """Prunes, and prints what each part of the work took, as JSON."""
-    from koala.generation.pruning import calibration, prune_model
+    from koala.generation.calibration import calibration
+    from koala.generation.pruning import prune_model
 
     parts: list[dict[str, float | str]] = []
     began = [time.perf_counter(), time.process_time()]

@@ -19,6 +19,7 @@ from torch import Tensor
 from koala.errors import UserError
 
 DAMPING = 1e-3  # of the mean second moment, added to each
+MOST_INPUTS = 12_000  # of a layer whose moments are taken: two matrices of its size are 2.3 GB
 ROWS = 512  # of a large matrix that are moved at a time
 
 
@@ -61,22 +62,45 @@ class Moments:
 
         H takes the place of the products. UserError for inputs that are not finite.
         """
+        h = self._symmetric()
+        h.addr_(self.total, self.total, alpha=-1 / self.rows)
+        return h, _damped(h, DAMPING)
+
+    def about_zero(self, damping: float) -> Tensor:
+        """The lower Cholesky factor [i, i] of the inputs' second moments about zero, damped.
+
+        damping: of the mean second moment. The products are gone. UserError as of `covariance`.
+        """
+        h = self._symmetric()
+        h.addr_(self.shift, self.total).addr_(self.total, self.shift)
+        h.addr_(self.shift, self.shift, alpha=self.rows)
+        factor = _damped(h, damping)
+        self.products = self.products.new_zeros(0, 0)
+        return factor
+
+    def _symmetric(self) -> Tensor:
+        """The products, on both sides of the diagonal."""
         h = self.products
         for a in range(0, len(h), ROWS):
             h[a + ROWS :, a : a + ROWS] = h[a : a + ROWS, a + ROWS :].T
-        h.addr_(self.total, self.total, alpha=-1 / self.rows)
-        damping = DAMPING * h.diagonal().mean() + torch.finfo(h.dtype).tiny
-        h.diagonal().add_(damping)
-        if not damping.isfinite():
-            raise UserError(
-                "the U-Net computes NaN or infinite values from what it is calibrated on"
-            )
+        return h
+
+
+def _damped(h: Tensor, share: float) -> Tensor:
+    """The lower Cholesky factor of H, to whose diagonal that share of its mean is added, or more.
+
+    More where rows of float32 ask for it.
+    """
+    damping = share * h.diagonal().mean() + torch.finfo(h.dtype).tiny
+    h.diagonal().add_(damping)
+    if not damping.isfinite():
+        raise UserError("the U-Net computes NaN or infinite values from what it is calibrated on")
+    factor, failed = torch.linalg.cholesky_ex(h)
+    while failed:
+        h.diagonal().add_(9 * damping)
+        damping = 10 * damping
         factor, failed = torch.linalg.cholesky_ex(h)
-        while failed:  # a few rows of float32
-            h.diagonal().add_(9 * damping)
-            damping = 10 * damping
-            factor, failed = torch.linalg.cholesky_ex(h)
-        return h, factor
+    return factor
 
 
 class Seen:

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from koala.architectures.config import INNER, from_unet_config
 from koala.architectures.layout import Inner, inner_widths, parameters, tensor_shapes
 from koala.architectures.table import UNetArchitecture
 from koala.checkpoints.load import build_unet, without_weights
-from koala.checkpoints.moments import Moments, Seen, principal, spilled
+from koala.checkpoints.moments import Seen, principal, spilled
+from koala.checkpoints.observed import observe
 from koala.checkpoints.streamed import stream
-from koala.checkpoints.unet_steps import Asked, evaluate, side_by_side
+from koala.checkpoints.unet_steps import Asked, evaluate
 from koala.errors import UserError
 from koala.utils.networks import UNet2DConditionModel
 
@@ -91,43 +91,6 @@ def sites_of(arch: UNetArchitecture) -> list[Site]:
 
 
 # --- what is seen -------------------------------------------------------------------------------
-
-
-def observe(
-    unet: UNet2DConditionModel, sites: Sequence[Site], every: Sequence[Asked], scratch: Path
-) -> Iterator[tuple[Site, Moments]]:
-    """Every site with the moments of its consumer's inputs, in the U-Net's order.
-
-    They are the caller's own, and nothing else holds them.
-    """
-    for path, run in side_by_side(unet, every, scratch):
-        inside = [site for site in sites if f"{site.path}.".startswith(f"{path}.")]
-        found: dict[str, Moments] = {}
-        with contextlib.ExitStack() as hooks:
-            for site in inside:
-                consumer = unet.get_submodule(site.consumer)
-                handle = consumer.register_forward_pre_hook(_adding(site, found))
-                hooks.callback(handle.remove)
-            run()
-        for site in inside:
-            yield site, found.pop(site.path)
-
-
-def _adding(site: Site, found: dict[str, Moments]) -> Callable[..., None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = _rows(inputs[0], site).float()
-        if site.path not in found:
-            found[site.path] = Moments.about(rows)
-        found[site.path].add(rows)
-
-    return hook
-
-
-def _rows(x: Tensor, site: Site) -> Tensor:
-    """A consumer's inputs as the rows [n, i] that its matrix multiplies."""
-    if site.inner.kind == "resnet":
-        return F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
-    return x.flatten(0, -2)
 
 
 def measure_sensitivity(
@@ -357,10 +320,11 @@ def what_is_seen(
     advance("sensitivity")
     measure_sensitivity(unet, sites, every)
     advance("moments")
-    seen, found = {}, {}
-    for site, moments in observe(unet, sites, every, scratch):
+    seen, found, of = {}, {}, {site.consumer: site for site in sites}
+    for consumer, moments in observe(unet, [*of], every, scratch):
+        site = of[consumer]
         seen[site.path], inverse = spilled(moments, scratch / site.path)
         del moments
-        weight = matrix(weights[f"{site.consumer}.weight"])
+        weight = matrix(weights[f"{consumer}.weight"])
         found[site.path] = levels(site, weight, inverse)
     return seen, found

@@ -181,21 +181,23 @@ def evaluate(unet: UNet2DConditionModel, asked: Asked) -> Tensor:
 @torch.no_grad()
 def side_by_side(
     unet: UNet2DConditionModel, every: Sequence[Asked], scratch: Path
-) -> Iterator[tuple[str, Callable[[], None]]]:
-    """All evaluations together, step by step: yields a step's path, and what runs it for all.
+) -> Iterator[tuple[str, Callable[[bool], None]]]:
+    """All evaluations together, step by step: yields a step's path, and run(again) for all.
 
-    Each must be called once before the next is asked for. What lies between the steps is in files
-    in `scratch`, which are removed at the end.
+    Each must be called before the next is asked for: once, or several times, all but the last with
+    again=True. What lies between the steps is in files in `scratch`, which are removed at the end.
     """
     found = steps(unet)
     with tempfile.TemporaryDirectory(dir=scratch) as place:
         kept = [_Kept(Path(place), k, asked) for k, asked in enumerate(every)]
         for k, (step, unused) in enumerate(zip(found, _last_uses(found), strict=True)):
 
-            def run(k: int = k, step: Step = step, unused: set[int] = unused) -> None:
+            def run(again: bool, k: int = k, step: Step = step, unused: set[int] = unused) -> None:
                 for values in kept:
-                    values.put(k, step.run(*map(values.get, step.reads)))
-                    values.drop(unused)
+                    made = step.run(*map(values.get, step.reads))
+                    if not again:
+                        values.put(k, made)
+                        values.drop(unused)
 
             yield step.path, run
 

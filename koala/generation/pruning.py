@@ -1,13 +1,12 @@
 """`koala compress --prune`: a model with fewer parameters that draws at once.
 
-The pruning itself is `koala.checkpoints.prune`'s; here is what it is calibrated on, and the folder.
+The pruning itself is `koala.checkpoints.prune`'s; here is the folder that it is written to.
 """
 
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,19 +18,13 @@ from koala.checkpoints.prune import Pruned, prune
 from koala.checkpoints.resolve import read_model, resolve_model
 from koala.checkpoints.streamed import StoredWeights
 from koala.checkpoints.tensors import float_dtype, torch_dtype, write
-from koala.checkpoints.unet_steps import Asked, rows_at_once
 from koala.checkpoints.validate import WEIGHTS
 from koala.errors import UserError
-from koala.generation.denoise import Condition, Predict, evaluate
-from koala.generation.pipeline import Pipeline
-from koala.generation.runtime.openvino import UNetInputs, recorded
-from koala.generation.runtime.pytorch import predictor
+from koala.generation.calibration import Inputs, calibration_of
 from koala.generation.streaming import streamed_pipeline
 from koala.generation.validation import pruning
 from koala.utils.atomic import check_new, new_folder
 from koala.utils.device import keep_no_freed_memory
-
-Inputs = Callable[[Path, Pipeline], list[UNetInputs]]
 
 
 @dataclass(frozen=True)
@@ -84,14 +77,7 @@ def prune_model(
     pipeline = streamed_pipeline(folder, name)
     config, whole = pipeline.unet.config, StoredWeights(contents.tensors["unet"])
     with new_folder(out) as part, tempfile.TemporaryDirectory(dir=part) as scratch:
-        if callable(calibrate):
-            say("calibration: reading")
-            samples = calibrate(folder, pipeline)
-            counts = 0, sum(len(x) for x, _, _ in samples)
-        else:
-            say("calibration: drawing")
-            samples, counts = calibration(pipeline, calibrate), (len(calibrate), 0)
-        every = [asked(*sample) for sample in samples]
+        every, *counts = calibration_of(calibrate, folder, pipeline, say)
         smaller = prune(config, whole, share, every, Path(scratch), say)
         before, after = (parameters(from_unet_config(one)) for one in (config, smaller.config))
         made = card_facts.Pruned(name, before, after, *counts)
@@ -100,42 +86,6 @@ def prune_model(
         card = model_card.of_contents(contents.source, contents.metadata)
         model_card.write(model_card.pruned_of(card, name, model_card.name_of(out), made), part)
     return PruneReport(name, before, after, len(smaller.config[INNER]), *counts, out)
-
-
-def asked(x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> Asked:
-    """The U-Net's inputs as calibration takes them."""
-    return Asked(x, timesteps, condition.text, condition.pooled, condition.time_ids)
-
-
-def calibration(pipeline: Pipeline, prompts: Sequence[str], **settings: Any) -> list[UNetInputs]:
-    """What the U-Net is given while the prompts are drawn, the seed being each one's number.
-
-    settings: of all requests, such as `size`.
-    """
-    samples: list[UNetInputs] = []
-    predict = recorded(predictor(pipeline.unet), samples)
-    first = 0
-    while first < len(prompts):
-        first += _draw(pipeline, predict, prompts[first:], first, settings)
-    return [
-        (x.clone(), t.clone(), type(c)(c.text.clone(), c.pooled.clone(), c.time_ids.clone()))
-        for x, t, c in samples
-    ]
-
-
-@torch.inference_mode()
-def _draw(
-    pipeline: Pipeline, predict: Predict, prompts: Sequence[str], seed: int, settings: Any
-) -> int:
-    """Draws as many of the prompts as go together, and returns their number."""
-    every = pipeline.requests([*prompts], seed=seed, **settings)
-    one = every[0].settings
-    together = every[: max(1, rows_at_once(one.width * one.height) // 2)]  # with and without it
-    rows = [pipeline.begin(request) for request in together]
-    while not rows[0].finished:
-        for row, output in zip(rows, evaluate(predict, rows), strict=True):
-            row.advance(output)
-    return len(together)
 
 
 def _write(contents: Contents, unet: Pruned, part: Path, kind: str | None) -> None:

@@ -17,12 +17,14 @@ from koala.checkpoints.convert import convert
 from koala.checkpoints.load import build_unet, load_unet
 from koala.checkpoints.model_card import read
 from koala.checkpoints.moments import Moments, Seen, inverse_of, principal
+from koala.checkpoints.observed import observe
 from koala.checkpoints.prune import Level, Site, levels, prune
 from koala.checkpoints.unet_steps import evaluate
 from koala.cli import main
 from koala.errors import UserError
+from koala.generation.calibration import asked, calibration
 from koala.generation.denoise import Condition
-from koala.generation.pruning import asked, calibration, prune_model
+from koala.generation.pruning import prune_model
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.pytorch import predictor
 from koala.generation.streaming import streamed_pipeline
@@ -166,28 +168,6 @@ def test_sensitivities_are_gradients_of_the_whole_u_net(every):
         assert site.sensitivity == pytest.approx(wanted[site.path], rel=1e-5)
 
 
-def test_moments_are_those_of_the_whole_u_net(every, tmp_path):
-    unet, rows = seeded_unet(), {}
-    sites = pruning.sites_of(from_unet_config(unet.config))
-    for site in sites:
-        unet.get_submodule(site.consumer).register_forward_pre_hook(
-            lambda module, inputs, site=site: rows.setdefault(site.path, []).append(
-                pruning._rows(inputs[0], site).double()
-            )
-        )
-    run(unet, every)
-    streamed = pruning.unet_of(unet.config, unet.state_dict())
-    order = []
-    for site, moments in pruning.observe(streamed, sites, every, tmp_path):
-        wanted = moments_of(torch.cat(rows[site.path]))
-        assert moments.rows == wanted.rows
-        assert torch.allclose(moments.mean, wanted.mean, atol=1e-6)
-        own, whole = (one.covariance()[0] for one in (moments, wanted))
-        assert (own - whole).abs().max() < 1e-5 * whole.abs().max()
-        order.append(site.path)
-    assert sorted(order) == sorted(rows) and not [*tmp_path.iterdir()]
-
-
 @pytest.mark.parametrize("rows", [3, 512])  # that are read at a time
 def test_a_fit_is_that_of_least_squares(rows, tmp_path, monkeypatch):
     monkeypatch.setattr("koala.checkpoints.moments.ROWS", rows)
@@ -315,7 +295,9 @@ def hollow(every, tmp_path_factory) -> torch.nn.Module:
     streamed = pruning.unet_of(config, weights)
     seen = {
         site.path: Seen(moments.mean, moments.covariance()[0], place / site.path)
-        for site, moments in pruning.observe(streamed, sites, every, place)
+        for site, (_, moments) in zip(
+            sites, observe(streamed, [site.consumer for site in sites], every, place), strict=True
+        )
     }
     gone = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1",
             "down_blocks.1.attentions.0.transformer_blocks.0.ff"}  # fmt: skip

@@ -41,24 +41,33 @@ from koala.utils.progress import progress
 EXACT = "fp32"
 MOST_LOST = 0.02  # of R@5
 CHUNK = 32  # prompts at a time
+CALIBRATE = 8  # captions of training pictures, that rounding is calibrated on
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _loaded(**asked: Any) -> Callable[[str, str], Pipeline]:
-    return lambda model, device: load(model, device, say=_say, **asked)
+Loader = Callable[[str, str, Sequence[str]], Pipeline]  # of a model, a device, and captions
 
 
-def _stored(model: str, device: str) -> Pipeline:
-    """The model as `koala convert --weights int4` stores it."""
-    with tempfile.TemporaryDirectory() as place:
-        write_quantised(model, Path(place) / "int4")
-        return load(Path(place) / "int4", device, decode="full", say=_say)
+def _loaded(**asked: Any) -> Loader:
+    return lambda model, device, captions: load(model, device, say=_say, **asked)
 
 
-Way = tuple[Callable[[str, str], Pipeline], dict[str, Any]]  # loader, what is asked besides
+def _stored(calibrate: bool) -> Loader:
+    """The model as `koala convert --weights int4` stores it, calibrated on the captions or not."""
+
+    def loader(model: str, device: str, captions: Sequence[str]) -> Pipeline:
+        with tempfile.TemporaryDirectory() as place:
+            out = Path(place) / "int4"
+            _say(write_quantised(model, out, calibrate=captions if calibrate else None).line())
+            return load(out, device, decode="full", say=_say)
+
+    return loader
+
+
+Way = tuple[Loader, dict[str, Any]]  # and what is asked besides
 WAYS: dict[str, Way] = {
     EXACT: (_loaded(weights="fp32", decode="full"), {}),
     "decode tiled": (_loaded(weights="fp32", decode="tiled"), {}),
@@ -66,7 +75,8 @@ WAYS: dict[str, Way] = {
     "weights int8": (_loaded(weights="int8", decode="full"), {}),
     "weights fp8": (_loaded(weights="fp8", decode="full"), {}),
     "weights int4": (_loaded(weights="int4", decode="full"), {}),
-    "stored in int4": (_stored, {}),
+    "stored in int4": (_stored(calibrate=False), {}),
+    "stored in int4, calibrated": (_stored(calibrate=True), {}),
     "weights int8, decode tiny": (_loaded(weights="int8", decode="tiny"), {}),
     "weights bf16": (_loaded(weights="bf16", decode="full"), {}),
     "guidance until 0.75": (_loaded(weights="fp32", decode="full"), {"guidance_until": 0.75}),
@@ -119,6 +129,7 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
             real, chosen, reference, train, (side, side), extractor, SentenceEncoder(), judge
         )
     texts = [real.rows[i]["short"] for i in chosen]
+    captions = [real.rows[i]["short"] for i in train[:CALIBRATE]]
     folder = resolve_model(o.model)
     exact: tuple[Tensor, list[Image.Image]] | None = None
     rows = []
@@ -128,7 +139,8 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         loader, asked = WAYS[name]
         try:
-            latents, images = drawn(name, loader(o.model, o.device), texts, o.seeds, asked)
+            pipeline = loader(o.model, o.device, captions)
+            latents, images = drawn(name, pipeline, texts, o.seeds, asked)
         except (UserError, Failure) as error:
             rows.append({"way": name, "left out": str(error)})
             continue

@@ -48,6 +48,8 @@ class Quantised:
 
     model: str
     weights: str  # how they are stored
+    prompts: int = 0  # that the rounding was calibrated on
+    latents: int = 0  # prepared ones that it was calibrated on, in place of prompts
 
 
 @dataclass(frozen=True)

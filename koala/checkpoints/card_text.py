@@ -151,7 +151,11 @@ def _making(card: ModelCard) -> str:
             f"costs {seen}, and the layers after them fitted anew."
         )
     if q := card.quantised:
-        parts.append(f"Then the U-Net of {q.model} was stored in {q.weights}, without training.")
+        seen = f"{q.latents} prepared latents" if q.latents else f"{q.prompts} prompts"
+        by = f", calibrated on {seen}" if q.prompts or q.latents else ""
+        parts.append(
+            f"Then the U-Net of {q.model} was stored in {q.weights}, without training{by}."
+        )
     if len(parts) == 1:
         parts.append("Not recorded.")
     return "\n\n".join(parts)

@@ -162,9 +162,8 @@ def pruned_of(card: ModelCard, name: str, title: str, pruned: Pruned) -> ModelCa
     return replace(card, title=title, base_model=base, pruned=pruned, evaluated=None, ours=True)
 
 
-def quantised_of(card: ModelCard, name: str, title: str, weights: str) -> ModelCard:
+def quantised_of(card: ModelCard, title: str, stored: Quantised) -> ModelCard:
     """The card of a model whose U-Net is stored in fewer bits."""
-    stored = Quantised(name, weights)
     return replace(card, title=title, quantised=stored, evaluated=None, ours=True)
 
 

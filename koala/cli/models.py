@@ -23,11 +23,12 @@ from koala.cli.command import (
 )
 from koala.errors import UserError
 from koala.generation.export import FORMATS, check_export, export
-from koala.generation.validation import budget, prompts_in, pruning
+from koala.generation.validation import budget, calibration_prompts, prompts_in, pruning
 from koala.utils.atomic import check_new, write_text
 
 if TYPE_CHECKING:
     from koala.generation.pruning import PruneReport
+    from koala.generation.quantised_folder import QuantiseReport
 
 MODEL = "bundled name, folder, single file or Hub id of an SDXL-class model"
 
@@ -129,10 +130,7 @@ def _prune(o: argparse.Namespace) -> "PruneReport":
             "--prune needs --calibrate: a text file with a prompt a line, or a folder that koala "
             "prepare made"
         )
-    data = o.calibrate.expanduser()
-    if data.is_dir() and not (data / "latents.json").is_file():
-        raise UserError(f"--calibrate {data} is no folder that koala prepare made")
-    prompts = None if data.is_dir() else prompts_in(data)
+    prompts = _calibration_prompts(o.calibrate)
     pruning(o.prune, prompts)
     float_dtype(o.dtype)
     check_new(o.out.expanduser())
@@ -140,12 +138,25 @@ def _prune(o: argparse.Namespace) -> "PruneReport":
     check_new(o.out.expanduser())
     from koala.generation.pruning import prune_model  # all is checked: now torch may load
 
-    calibrate: Any = prompts
-    if prompts is None:
-        from koala.recipes.prepared_inputs import prepared_inputs
-
-        calibrate = partial(prepared_inputs, data)
+    calibrate = _calibrate(o.calibrate, prompts)
     return prune_model(assembled(o, o.teacher), o.prune, calibrate, o.out, o.dtype, say)
+
+
+def _calibration_prompts(calibrate: Path) -> list[str] | None:
+    """The prompts of --calibrate; None: it is a folder of koala prepare. UserError if neither."""
+    data = calibrate.expanduser()
+    if data.is_dir() and not (data / "latents.json").is_file():
+        raise UserError(f"--calibrate {data} is no folder that koala prepare made")
+    return None if data.is_dir() else prompts_in(data)
+
+
+def _calibrate(calibrate: Path, prompts: list[str] | None) -> Any:
+    """What pruning and rounding take for it. Loads torch."""
+    if prompts is not None:
+        return prompts
+    from koala.recipes.prepared_inputs import prepared_inputs
+
+    return partial(prepared_inputs, calibrate.expanduser())
 
 
 def _convert_arguments(p: Parser) -> None:
@@ -172,6 +183,11 @@ def _convert_arguments(p: Parser) -> None:
         help="int4: with --to diffusers, the U-Net in 4 bits, for koala generate alone",
     )
     p.add_argument(
+        "--calibrate", type=Path, metavar="PROMPTS|DATA",
+        help="for --weights int4: a text file with a prompt a line, which are drawn to see what is "
+        "lost by rounding, or a folder of koala prepare, whose latents are read",
+    )  # fmt: skip
+    p.add_argument(
         "--spelling",
         help="of a LoRA's names: kohya, which other programs read in full (default), or same",
     )
@@ -186,7 +202,6 @@ def _convert_arguments(p: Parser) -> None:
 
 def _convert(o: argparse.Namespace) -> None:
     from koala.checkpoints.convert import check_conversion, convert
-    from koala.checkpoints.resolve import check_name
     from koala.lora.conversion import convert_lora
 
     if o.student is not None and o.dtype is not None:
@@ -205,16 +220,14 @@ def _convert(o: argparse.Namespace) -> None:
         raise UserError(
             f"--weights {o.weights}: allowed is int4, with --to diffusers; for others give --dtype"
         )
+    if o.calibrate is not None and o.weights is None:
+        raise UserError("--calibrate is for --weights int4: leave it out")
     if o.to in FORMATS:
         raise UserError(
             f"{o.to} is no format of a model to go on with: use koala export --to {o.to}"
         )
     if o.weights is not None:
-        check_conversion(o.to, o.out, o.dtype)
-        check_name(o.model)
-        from koala.generation.quantised_folder import write_quantised
-
-        stored = write_quantised(assembled(o, o.model), o.out, o.dtype)
+        stored = _quantise(o)
         report, line = asdict(stored), stored.line()
     elif o.student is None:
         check_conversion(o.to, o.out, o.dtype)  # before the model is assembled
@@ -229,6 +242,21 @@ def _convert(o: argparse.Namespace) -> None:
         report, line = asdict(carried), carried.line()
     push(o, o.out.expanduser())
     show(o, report, line)
+
+
+def _quantise(o: argparse.Namespace) -> "QuantiseReport":
+    from koala.checkpoints.convert import check_conversion
+    from koala.checkpoints.resolve import check_name
+
+    prompts = None if o.calibrate is None else _calibration_prompts(o.calibrate)
+    if prompts is not None:
+        calibration_prompts(prompts)
+    check_conversion(o.to, o.out, o.dtype)
+    check_name(o.model)
+    from koala.generation.quantised_folder import write_quantised  # all is checked
+
+    calibrate = None if o.calibrate is None else _calibrate(o.calibrate, prompts)
+    return write_quantised(assembled(o, o.model), o.out, o.dtype, calibrate, say)
 
 
 def _workflow(model: str | Path, out: Path) -> str:
@@ -305,7 +333,8 @@ CONVERT = Command(
     (
         "koala convert runs/student --to single-file --dtype fp16 --out student.safetensors",
         "koala convert student.safetensors --to diffusers --out runs/again",
-        "koala convert sdxl.safetensors --to diffusers --weights int4 --out sdxl-int4",
+        "koala convert sdxl.safetensors --to diffusers --weights int4 --calibrate prompts.txt "
+        "--out sdxl-int4",
         "koala convert style.safetensors --for runs/student --out student-style.safetensors",
     ),
     _convert_arguments,

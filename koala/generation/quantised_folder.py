@@ -1,9 +1,13 @@
 """`koala convert --weights int4`: a model folder whose U-Net is stored in 4 bits, and its reading.
 
 A layer's largest singular directions are kept in fp16, and the rest is rounded to 4 bits
-(SVDQuant). Tensor by tensor: the model is never in memory.
+(SVDQuant), by what the layers see if there are prompts or latents to calibrate on (GPTQ). Tensor by
+tensor: the model is never in memory.
 """
 
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,19 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from koala.architectures.layout import parameters
-from koala.checkpoints import model_card
+from koala.checkpoints import card_facts, model_card
 from koala.checkpoints.load import build_unet, without_weights
+from koala.checkpoints.moments import MOST_INPUTS
+from koala.checkpoints.observed import observe
 from koala.checkpoints.pipeline_files import Tensors, as_file, visible_progress, write_folder
 from koala.checkpoints.quantised import IN_8_BITS, KIND, PARTS, is_layer, rank_of, stored_tensors
-from koala.checkpoints.resolve import read_model
+from koala.checkpoints.resolve import read_model, resolve_model
+from koala.checkpoints.streamed import StoredWeights
 from koala.checkpoints.tensors import (
     Source,
     float_dtype,
     load_tensor,
-    not_finite,
     size_of,
     write,
 )
+from koala.checkpoints.unet_steps import Asked
 from koala.checkpoints.validate import (
     QUANTISED,
     QUANTISED_FILE,
@@ -32,9 +39,15 @@ from koala.checkpoints.validate import (
     read_tensors,
     unet_architecture,
 )
+from koala.generation.calibration import Inputs, calibration_of
+from koala.generation.memory.calibrated import DAMPING, calibrated
 from koala.generation.memory.quantise import hold, low_rank, quantised
+from koala.generation.streaming import streamed_pipeline
+from koala.generation.validation import calibration_prompts
 from koala.utils.atomic import check_new, new_folder
+from koala.utils.device import keep_no_freed_memory
 from koala.utils.networks import UNet2DConditionModel
+from koala.utils.progress import progress
 
 
 @dataclass(frozen=True)
@@ -46,24 +59,42 @@ class QuantiseReport:
     weights: str
     unet_bytes: int
     bytes: int  # of all weights
+    prompts: int  # that were drawn to calibrate on
+    latents: int  # prepared ones that were read for it
+    calibrated: int  # layers
+    too_wide: int  # layers in 4 bits that are not, since their moments are too large
     out: Path
 
     def line(self) -> str:
         """One line for the terminal."""
+        seen = f"{self.latents} latents" if self.latents else f"{self.prompts} prompts"
+        by = f", calibrated on {seen}" if self.prompts or self.latents else ""
+        if self.too_wide:
+            by += f" but for {self.too_wide} layers of more than {MOST_INPUTS:,} inputs"
         return (
-            f"{self.model} ({self.parameters:,} parameters in the U-Net), U-Net in {self.weights}, "
-            f"{self.unet_bytes / 1e6:,.1f} of {self.bytes / 1e6:,.1f} MB in {self.out}; it draws "
-            "in koala, and cannot be changed, converted or trained"
+            f"{self.model} ({self.parameters:,} parameters in the U-Net), U-Net in {self.weights}"
+            f"{by}, {self.unet_bytes / 1e6:,.1f} of {self.bytes / 1e6:,.1f} MB in {self.out}; it "
+            "draws in koala, and cannot be changed, converted or trained"
         )
 
 
-def write_quantised(model: str | Path, out: str | Path, dtype: str | None = None) -> QuantiseReport:
+def write_quantised(
+    model: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    calibrate: Sequence[str] | Inputs | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> QuantiseReport:
     """Writes the pipeline folder `out`: `model` with its U-Net in 4 bits.
 
     model: name, folder, Hub id or single file. dtype: of all other weights, "fp32", "fp16" or
-    "bf16"; None keeps each as it is. UserError as from `koala.checkpoints.convert.convert`.
+    "bf16"; None keeps each as it is. calibrate: what the rounding goes by, as of
+    `koala.generation.pruning.prune_model`; None: by the weights alone. UserError as from
+    `koala.checkpoints.convert.convert`, and for what it cannot be calibrated on.
     """
     kind, out = float_dtype(dtype), Path(out).expanduser()
+    if calibrate is not None and not callable(calibrate):
+        calibration_prompts(calibrate)
     check_new(out)
     contents = read_model(model)
     unet = contents.tensors["unet"]
@@ -71,22 +102,40 @@ def write_quantised(model: str | Path, out: str | Path, dtype: str | None = None
     config = contents.config("unet/config.json") | {QUANTISED: KIND}
     files = {**contents.files, "unet/config.json": as_file(config)}
     rest = {part: of for part, of in contents.tensors.items() if part != "unet"}
-    with new_folder(out) as part:
+    with new_folder(out) as part, tempfile.TemporaryDirectory(dir=part) as scratch:
+        layers = _Layers(unet, Path(scratch))
+        prompts, latents, done, too_wide = 0, 0, 0, 0
+        if calibrate is not None:
+            keep_no_freed_memory()
+            folder = resolve_model(model)
+            pipeline = streamed_pipeline(folder, name)
+            every, prompts, latents = calibration_of(calibrate, folder, pipeline, say)
+            done, too_wide = layers.calibrate(pipeline.unet, every)
         sizes = write_folder(part, rest, files, kind)
-        size = _write_unet(part / "unet" / QUANTISED_FILE, unet, kind)
+        size = _write_unet(part / "unet" / QUANTISED_FILE, unet, layers, kind)
         card = model_card.of_contents(contents.source, contents.metadata)
-        model_card.write(model_card.quantised_of(card, name, model_card.name_of(out), KIND), part)
-    count = parameters(contents.architecture)
-    return QuantiseReport(name, count, KIND, size, size + sum(sizes.values()), out)
+        stored = card_facts.Quantised(name, KIND, prompts, latents)
+        model_card.write(model_card.quantised_of(card, model_card.name_of(out), stored), part)
+    return QuantiseReport(
+        model=name,
+        parameters=parameters(contents.architecture),
+        weights=KIND,
+        unet_bytes=size,
+        bytes=size + sum(sizes.values()),
+        prompts=prompts,
+        latents=latents,
+        calibrated=done,
+        too_wide=too_wide,
+        out=out,
+    )
 
 
-def _write_unet(file: Path, unet: Tensors, kind: str | None) -> int:
+def _write_unet(file: Path, unet: Tensors, layers: "_Layers", kind: str | None) -> int:
     shapes = {name: view.shape for name, view in unet.items()}
     plain = {name: view for name, view in unet.items() if not is_layer(name, view.shape)}
     tensors = {name: (kind or view.dtype, view.shape) for name, view in plain.items()}
     tensors |= stored_tensors(shapes)
     total = sum(size_of(*tensor) for tensor in tensors.values())
-    layers = _Layers(unet)
     with visible_progress(total) as advance:
 
         def source(name: str) -> Source:
@@ -96,34 +145,76 @@ def _write_unet(file: Path, unet: Tensors, kind: str | None) -> int:
 
 
 class _Layers:
-    """The layers' tensors, each computed once."""
+    """The layers' tensors, each computed once: when it is asked for, or before by `calibrate`."""
 
-    def __init__(self, unet: Tensors) -> None:
-        self.unet = unet
+    def __init__(self, unet: Tensors, scratch: Path) -> None:
+        """scratch: a folder for what is computed before."""
+        self.scratch, self.weights = scratch, StoredWeights(unet)
         self._made: dict[str, Tensor] = {}  # what is written later
 
     def part(self, name: str) -> bytes:
         """The bytes of one tensor of a layer."""
+        if (file := self.scratch / name).exists():
+            return file.read_bytes()
         if name not in self._made:
-            base = name.rpartition(".")[0]
-            view = self.unet[f"{base}.weight"]
-            weight = load_tensor(view, "F32")
-            if not weight.abs().max().isfinite():
-                raise not_finite(view, f"{base}.weight")
-            made = stored_layer(f"{base}.weight", weight)
-            self._made |= {f"{base}.{key}": tensor for key, tensor in made.items()}
-        tensor = self._made.pop(name).contiguous()
-        return tensor.flatten().view(torch.uint8).numpy().tobytes()
+            self._made |= self._stored(name.rpartition(".")[0])
+        return _bytes(self._made.pop(name))
+
+    def _stored(self, layer: str, factor: Tensor | None = None) -> dict[str, Tensor]:
+        weight = f"{layer}.weight"
+        made = stored_layer(weight, self.weights[weight], factor)
+        return {f"{layer}.{key}": tensor for key, tensor in made.items()}
+
+    def calibrate(self, unet: UNet2DConditionModel, every: Sequence[Asked]) -> tuple[int, int]:
+        """Computes all layers in 4 bits by what they see, but for those of too many inputs.
+
+        Returns the numbers of both. unet: the whole one, streamed.
+        """
+        inputs = {
+            name.removesuffix(".weight"): math.prod(view.shape[1:])
+            for name, view in self.weights.stored.items()
+            if is_layer(name, view.shape) and not name.startswith(IN_8_BITS)
+        }
+        alike = _alike([layer for layer, count in inputs.items() if count <= MOST_INPUTS])
+        done = sum(map(len, alike.values()))
+        with progress("calibrating", done, "layers") as advance:
+            for first, moments in observe(unet, [*alike], every, self.scratch):
+                factor = moments.about_zero(DAMPING)
+                for layer in alike[first]:
+                    for name, tensor in self._stored(layer, factor).items():
+                        (self.scratch / name).write_bytes(_bytes(tensor))
+                    advance(1)
+                del moments, factor  # before the next are there
+        return done, len(inputs) - done
 
 
-def stored_layer(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """What is stored in place of a layer's weight [out, ...]; see `koala.checkpoints.quantised`."""
+def _alike(layers: Sequence[str]) -> Mapping[str, list[str]]:
+    """Those that see the same by one of them: an attention's layers on an image or a text."""
+    found: dict[str, list[str]] = {}
+    for layer in sorted(layers):
+        path, _, leaf = layer.rpartition(".")
+        of_text = path.endswith(".attn2")
+        first = "to_k" if leaf == "to_v" or (leaf == "to_q" and not of_text) else leaf
+        found.setdefault(f"{path}.{first}", []).append(layer)
+    return found
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def stored_layer(name: str, weight: Tensor, factor: Tensor | None = None) -> dict[str, Tensor]:
+    """What is stored in place of a layer's weight [out, ...]; see `koala.checkpoints.quantised`.
+
+    factor: of what a layer in 4 bits sees, as of `calibrated`.
+    """
     kind = "int8" if name.startswith(IN_8_BITS) else KIND
     added: tuple[Tensor, ...] = ()
     if kind == KIND and (rank := rank_of(len(weight), weight[0].numel())):
         added = low_rank(weight, rank)
         weight = weight - (added[0].float() @ added[1].float()).reshape(weight.shape)
-    values, scale = quantised(weight.half(), kind)
+    half = weight.half()
+    values, scale = quantised(half, kind) if factor is None else calibrated(half, factor)
     return dict(zip(PARTS, (values, scale, *added), strict=False))
 
 

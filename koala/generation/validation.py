@@ -58,7 +58,13 @@ def pruning(share: float, calibration: Sequence[str] | None = None) -> None:
     least, most = PRUNED
     if not _number(share) or not least <= share <= most:
         raise UserError(f"--prune {share}: allowed are {least} to {most} of the U-Net's parameters")
-    if calibration is not None and len(prompts([*calibration])) > MOST_CALIBRATION:
+    if calibration is not None:
+        calibration_prompts(calibration)
+
+
+def calibration_prompts(calibration: Sequence[str]) -> None:
+    """UserError unless a U-Net can be calibrated on those prompts."""
+    if len(prompts([*calibration])) > MOST_CALIBRATION:
         raise UserError(
             f"{len(calibration)} prompts to calibrate on: at most {MOST_CALIBRATION} are drawn"
         )

@@ -35,6 +35,10 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     (["compress", "koala-mini", "--to", "koala-1b", "--calibrate", "prompts", "--out", "x"],
      "--calibrate is for --prune"),
     (["convert", "x", "--to", "diffusers", "--for", "x", "--out", "y"], "--for: not allowed with"),
+    (["convert", "koala-mini", "--to", "diffusers", "--calibrate", "prompts", "--out", "x"],
+     "--calibrate is for --weights int4: leave it out"),
+    (["convert", "koala-mini", "--to", "diffusers", "--weights", "int4", "--calibrate", "gone",
+      "--out", "x"], "--calibrate gone cannot be read"),
     # generate
     (["generate"], "no prompt: say what to draw"),
     ([*GENERATE, "--list-words"], "--list-words draws nothing: leave out the prompt 'a fox'"),

@@ -12,10 +12,13 @@ from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import read_tensors
 from koala.cli import main
 from koala.errors import UserError
+from koala.generation.calibration import calibration
 from koala.generation.memory.quantise import hold, quantise
-from koala.generation.quantised_folder import load_quantised, stored_layer
+from koala.generation.pruning import prune_model
+from koala.generation.quantised_folder import load_quantised, stored_layer, write_quantised
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.pytorch import predictor
+from koala.generation.streaming import streamed_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +112,83 @@ def test_weights_are_for_a_folder(options, tmp_path, capsys):
     out = str(tmp_path / "x.safetensors")
     assert main(["convert", "koala-mini", *options, "--weights", "int4", "--out", out]) == 2
     assert "with --to diffusers" in capsys.readouterr().err
+
+
+PROMPTS = ("a fox", "a red apple", "a house")
+
+
+@pytest.fixture(scope="module")
+def both(toy_sdxl, tmp_path_factory):
+    """The toy model in 4 bits, calibrated on prompts and not."""
+    place = tmp_path_factory.mktemp("both")
+    (place / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = ["convert", str(toy_sdxl), "--to", "diffusers", "--weights", "int4"]
+    calibrate = ["--calibrate", str(place / "prompts.txt")]
+    assert main([*command, *calibrate, "--out", str(place / "calibrated")]) == 0
+    assert main([*command, "--out", str(place / "plain")]) == 0
+    return place / "calibrated", place / "plain"
+
+
+def test_calibrated_it_computes_nearer_to_the_whole_model(both, toy_sdxl):
+    inputs = calibration(streamed_pipeline(toy_sdxl, "toy"), PROMPTS)
+    whole = predictor(load_unet(toy_sdxl))
+    own, plain = (predictor(load_quantised(folder, torch.float32)) for folder in both)
+    with torch.no_grad():
+        errors = [
+            sum(float((one(*x) - whole(*x)).square().sum()) for x in inputs) for one in (own, plain)
+        ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_calibrated_it_is_stored_and_draws_as_without(both):
+    own, plain = (read_tensors(folder, "unet") for folder in both)
+    assert {name: (one.dtype, one.shape) for name, one in own.items()} == {
+        name: (one.dtype, one.shape) for name, one in plain.items()
+    }
+    assert sorted(f.name for f in both[0].iterdir()) == sorted(f.name for f in both[1].iterdir())
+    picture = np.array(koala.load(both[0], "cpu")("a fox", steps=2, seed=1).images[0])
+    assert np.ptp(picture) > 0
+
+
+def test_the_card_says_by_how_many_prompts(both):
+    assert [read(folder).quantised.prompts for folder in both] == [len(PROMPTS), 0]
+    texts = [(folder / "README.md").read_text() for folder in both]
+    assert "without training, calibrated on 3 prompts." in texts[0]
+    assert "without training." in texts[1] and "calibrated" not in texts[1]
+
+
+def test_layers_of_too_many_inputs_are_rounded_as_without(both, toy_sdxl, tmp_path, monkeypatch):
+    monkeypatch.setattr("koala.generation.quantised_folder.MOST_INPUTS", 300)
+    out = tmp_path / "x"
+    made = write_quantised(
+        toy_sdxl, out, calibrate=lambda folder, pipeline: calibration(pipeline, ["a fox"])[:2]
+    )
+    but = f"calibrated on 4 latents but for {made.too_wide} layers of more than 300 inputs, "
+    assert but in made.line()
+    assert made.prompts == 0 and read(out).quantised.latents == made.latents == 4
+    assert "calibrated on 4 prepared latents" in (out / "README.md").read_text()
+    whole = load_unet(toy_sdxl)
+    own, plain = (load_quantised(folder, torch.float32) for folder in (out, both[1]))
+    same, other = 0, 0
+    for name, module in whole.named_modules():
+        if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            continue
+        equal = torch.equal(own.get_submodule(name).weight, plain.get_submodule(name).weight)
+        first = name.startswith(("conv_", "time_embedding", "add_embedding"))
+        if first or module.weight[0].numel() > 300:
+            assert equal, name
+            same += not first
+        else:
+            other += not equal
+    assert (same, other) == (made.too_wide, made.calibrated)
+
+
+def test_a_pruned_model_is_calibrated(toy_sdxl, tmp_path):
+    prune_model(toy_sdxl, 0.3, ["a fox"], tmp_path / "pruned")
+    made = write_quantised(tmp_path / "pruned", tmp_path / "int4", calibrate=["a fox"])
+    assert made.prompts == 1 and made.too_wide == 0 and "calibrated on 1 prompts" in made.line()
+    unets = load_unet(tmp_path / "pruned"), load_quantised(tmp_path / "int4", torch.float32)
+    x = example(unets[0], 2, 8, 5)
+    with torch.no_grad():
+        exact, near = (predictor(unet)(*x) for unet in unets)
+    assert (near - exact).abs().mean() < 0.25 * exact.abs().mean()

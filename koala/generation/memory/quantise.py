@@ -96,22 +96,34 @@ def _packed(weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight.new_empty(*shape, GROUP // 2, dtype=torch.uint8), weight.new_empty(*shape, 1)
     flat = weight.float().flatten(1)
     groups = F.pad(flat, (0, -flat.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    top = groups.abs().amax(2, keepdim=True) / LARGEST["int4"]
+    scale = scale_of(groups, weight.dtype)
+    return packed(whole(groups, scale)), scale
+
+
+def scale_of(groups: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale, [..., 1] in `dtype`, that rounds each group [..., GROUP] best."""
+    top = groups.abs().amax(-1, keepdim=True) / LARGEST["int4"]
     scale = least = None
     for clip in _CLIPS:
-        tried = (clip * top).clamp(min=_SMALLEST).to(weight.dtype)
-        error = (_whole(groups, tried) * tried.float() - groups).square().sum(2, keepdim=True)
+        tried = (clip * top).clamp(min=_SMALLEST).to(dtype)
+        error = (whole(groups, tried) * tried.float() - groups).square().sum(-1, keepdim=True)
         if scale is None or least is None:
             scale, least = tried, error
         else:
             scale = torch.where(error < least, tried, scale)
             least = torch.minimum(error, least)
     assert scale is not None
-    values = (_whole(groups, scale) + 8).to(torch.uint8)
-    return values[..., ::2] | values[..., 1::2] << 4, scale
+    return scale
 
 
-def _whole(groups: Tensor, scale: Tensor) -> Tensor:
+def packed(numbers: Tensor) -> Tensor:
+    """Whole numbers from -8 to 7, two a byte: [..., GROUP] -> uint8 [..., GROUP / 2]."""
+    values = (numbers + 8).to(torch.uint8)
+    return values[..., ::2] | values[..., 1::2] << 4
+
+
+def whole(groups: Tensor, scale: Tensor) -> Tensor:
+    """The whole numbers from -8 to 7 whose multiples of the scale are nearest to the groups."""
     return (groups / scale.float()).round().clamp(-8, LARGEST["int4"])
 
 

@@ -77,15 +77,16 @@ def prune_model(
     pipeline = streamed_pipeline(folder, name)
     config, whole = pipeline.unet.config, StoredWeights(contents.tensors["unet"])
     with new_folder(out) as part, tempfile.TemporaryDirectory(dir=part) as scratch:
-        every, *counts = calibration_of(calibrate, folder, pipeline, say)
+        every, prompts, latents = calibration_of(calibrate, folder, pipeline, say)
         smaller = prune(config, whole, share, every, Path(scratch), say)
         before, after = (parameters(from_unet_config(one)) for one in (config, smaller.config))
-        made = card_facts.Pruned(name, before, after, *counts)
+        made = card_facts.Pruned(name, before, after, prompts, latents)
         say("writing")
         _write(contents, smaller, part, kind)
         card = model_card.of_contents(contents.source, contents.metadata)
         model_card.write(model_card.pruned_of(card, name, model_card.name_of(out), made), part)
-    return PruneReport(name, before, after, len(smaller.config[INNER]), *counts, out)
+    narrowed = len(smaller.config[INNER])
+    return PruneReport(name, before, after, narrowed, prompts, latents, out)
 
 
 def _write(contents: Contents, unet: Pruned, part: Path, kind: str | None) -> None:

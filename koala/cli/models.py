@@ -333,8 +333,7 @@ CONVERT = Command(
     (
         "koala convert runs/student --to single-file --dtype fp16 --out student.safetensors",
         "koala convert student.safetensors --to diffusers --out runs/again",
-        "koala convert sdxl.safetensors --to diffusers --weights int4 --calibrate prompts.txt "
-        "--out sdxl-int4",
+        "koala convert sdxl.safetensors --to diffusers --weights int4 --out sdxl-int4",
         "koala convert style.safetensors --for runs/student --out student-style.safetensors",
     ),
     _convert_arguments,

@@ -327,4 +327,5 @@ def what_is_seen(
         del moments
         weight = matrix(weights[f"{consumer}.weight"])
         found[site.path] = levels(site, weight, inverse)
+        del inverse  # before the next one's moments are there
     return seen, found

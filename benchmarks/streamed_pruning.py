@@ -3,12 +3,12 @@
     python -m benchmarks.random_sdxl SDXL
     python -m benchmarks.streamed_pruning --folder SDXL --scratch DIR
 
-prunes a fifth of a random SDXL by one prompt of 256 x 256 pixels in one step, and quantises what
-comes out, each in a process of its own. Takes up to 30 GB below DIR. Peak memory is of the whole
-process in each part of its work, above an interpreter that has imported torch and does nothing.
-The record is `streamed_pruning.json` beside this file. Time is of this
-little calibration. What a longer one takes besides is its evaluations: each is drawn, run forward
-and backward for the sensitivities, and run forward for the moments.
+prunes a fifth of a random SDXL by one prompt of 256 x 256 pixels in one step, and stores a whole
+one in 4 bits, each in a process of its own; `--what` measures one of them anew. Takes up to 30 GB
+below DIR. Peak memory is of the whole process in each part of its work, above an interpreter that
+has imported torch and does nothing. The record is `streamed_pruning.json` beside this file. Time is
+of this little calibration. What a longer one takes besides is its evaluations: each is drawn, run
+forward and backward for the sensitivities, and run forward for the moments.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from koala.utils.device import hardware
 
+RECORD = Path(__file__).with_suffix(".json")
 BOUND = 3072  # MiB above an idle interpreter
 IDLE = "import torch; print([l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l][0])"
 
@@ -72,36 +73,40 @@ def peak() -> float:
     return round(int(next(x.split()[1] for x in lines if x.startswith("VmHWM"))) / 1024, 1)
 
 
+WHAT = {"pruned": pruned, "quantised": quantised}
+
+
 def main() -> None:
     """Measures and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--folder", type=Path, required=True, help="a full-size SDXL")
     parser.add_argument("--scratch", type=Path, help="a folder for the files (default: temporary)")
-    parser.add_argument("--only", choices=("pruned", "quantised"), help=argparse.SUPPRESS)
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
+    parser.add_argument("--only", choices=WHAT, help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.only:
-        (pruned if o.only == "pruned" else quantised)(o.folder, o.scratch)
+        WHAT[o.only](o.folder, o.scratch)
         return
     idle = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, check=True)
-    record = {
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record |= {
         "command": "python -m benchmarks.streamed_pruning --folder SDXL",
         "hardware": hardware(),
         "idle_with_torch_mib": round(int(idle.stdout) / 1024, 1),
         "bound_mib": BOUND,
     }
     with tempfile.TemporaryDirectory(dir=o.scratch) as scratch:
-        model = o.folder
-        for what in ("pruned", "quantised"):
+        for what in o.what:
             out = Path(scratch) / what
             command = [sys.executable, "-m", "benchmarks.streamed_pruning", "--only", what]
-            command += ["--folder", str(model), "--scratch", str(out)]
+            command += ["--folder", str(o.folder), "--scratch", str(out)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            record[what] = json.loads(done.stdout.splitlines()[-1])
-            model = out
-    text = json.dumps(record, indent=1).replace(f"{scratch}/", "")
+            line = done.stdout.splitlines()[-1]
+            record[what] = json.loads(line.replace(f"{scratch}/", ""))
+    text = json.dumps(record, indent=1)
     print(text)
-    Path(__file__).with_suffix(".json").write_text(text + "\n")
-    parts = [part for what in ("pruned", "quantised") for part in record[what]["parts"]]
+    RECORD.write_text(text + "\n")
+    parts = [part for what in WHAT if what in record for part in record[what]["parts"]]
     if max(part["peak_mib"] for part in parts) > record["idle_with_torch_mib"] + BOUND:
         sys.exit(f"over the bound of {BOUND} MiB")
 

@@ -145,25 +145,27 @@ def _write_unet(file: Path, unet: Tensors, layers: "_Layers", kind: str | None) 
 
 
 class _Layers:
-    """The layers' tensors, each computed once: when it is asked for, or before by `calibrate`."""
+    """The layers' tensors, each layer computed once and kept in files until they are asked for."""
 
     def __init__(self, unet: Tensors, scratch: Path) -> None:
-        """scratch: a folder for what is computed before."""
+        """scratch: a folder for the files."""
         self.scratch, self.weights = scratch, StoredWeights(unet)
-        self._made: dict[str, Tensor] = {}  # what is written later
 
     def part(self, name: str) -> bytes:
-        """The bytes of one tensor of a layer."""
-        if (file := self.scratch / name).exists():
-            return file.read_bytes()
-        if name not in self._made:
-            self._made |= self._stored(name.rpartition(".")[0])
-        return _bytes(self._made.pop(name))
+        """The bytes of one tensor of a layer, to be asked for once."""
+        file = self.scratch / name
+        if not file.exists():
+            self._store(name.rpartition(".")[0])
+        made = file.read_bytes()
+        file.unlink()
+        return made
 
-    def _stored(self, layer: str, factor: Tensor | None = None) -> dict[str, Tensor]:
+    def _store(self, layer: str, factor: Tensor | None = None) -> None:
         weight = f"{layer}.weight"
         made = stored_layer(weight, self.weights[weight], factor)
-        return {f"{layer}.{key}": tensor for key, tensor in made.items()}
+        for key, tensor in made.items():
+            data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+            data.tofile(self.scratch / f"{layer}.{key}")
 
     def calibrate(self, unet: UNet2DConditionModel, every: Sequence[Asked]) -> tuple[int, int]:
         """Computes all layers in 4 bits by what they see, but for those of too many inputs.
@@ -181,8 +183,7 @@ class _Layers:
             for first, moments in observe(unet, [*alike], every, self.scratch):
                 factor = moments.about_zero(DAMPING)
                 for layer in alike[first]:
-                    for name, tensor in self._stored(layer, factor).items():
-                        (self.scratch / name).write_bytes(_bytes(tensor))
+                    self._store(layer, factor)
                     advance(1)
                 del moments, factor  # before the next are there
         return done, len(inputs) - done
@@ -197,10 +198,6 @@ def _alike(layers: Sequence[str]) -> Mapping[str, list[str]]:
         first = "to_k" if leaf == "to_v" or (leaf == "to_q" and not of_text) else leaf
         found.setdefault(f"{path}.{first}", []).append(layer)
     return found
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def stored_layer(name: str, weight: Tensor, factor: Tensor | None = None) -> dict[str, Tensor]:

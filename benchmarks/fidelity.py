@@ -189,6 +189,7 @@ def drawn(
 
 @torch.no_grad()
 def evaluated(pipeline: Pipeline, given: Sequence[UNetInputs]) -> list[Tensor]:
+    """The U-Net's outputs, as the pipeline computes them."""
     return [pipeline.predict(*one).float().cpu() for one in given]
 
 

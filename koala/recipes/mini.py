@@ -68,8 +68,8 @@ def mini_vae() -> Autoencoder:
 def sdxl_mini_64() -> Teacher:
     """The teacher's first part, at 64 pixels: learns what things are at a quarter of the cost.
 
-    Most things that it draws well there it draws at 128 pixels after a few thousand samples, and
-    few of them after ten times as long at 128 alone (`docs/log.md`).
+    Most single things that it draws there it draws at 128 pixels after 77,000 samples more. At 128
+    pixels alone things new to it were still blobs after 128,000 (`docs/log.md`).
 
     min-SNR with gamma 1 limits the weight of clean timesteps: shapes are decided at the noisy half
     of the timesteps, which a plain mean weighs lightly.

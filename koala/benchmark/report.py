@@ -10,6 +10,7 @@ from koala.benchmark.measure import Ceilings, Timing
 from koala.benchmark.ratio import Ratio
 from koala.benchmark.ways import DEFAULT
 from koala.utils import markdown
+from koala.utils.counted import counted
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class BenchmarkRow:
 
     def line(self) -> str:
         """For a person, while others are still measured."""
-        threads = "" if self.threads is None else f"  {threads_text(self.threads)}"
+        threads = "" if self.threads is None else f"  {counted(self.threads, 'thread')}"
         return f"{self.name}  {self.label}{threads}  {self.cells()['image s']} s"
 
     def claim(self) -> str | None:
@@ -49,7 +50,7 @@ class BenchmarkRow:
         found = self.times_faster
         if found is None:
             return None
-        where = "" if self.threads is None else f" on {threads_text(self.threads)}"
+        where = "" if self.threads is None else f" on {counted(self.threads, 'thread')}"
         verdict = found.verdict()
         return (
             f"{self.name}, {self.label}: {found.text()} times as fast as stock diffusers{where}, "
@@ -80,10 +81,6 @@ class BenchmarkRow:
         for budget, seconds in self.budgets.items():
             cells[f"in {budget} GB"] = "OOM" if seconds is None else f"{seconds:.3f}"
         return cells
-
-
-def threads_text(threads: int) -> str:
-    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from koala.utils.counted import counted
+
 
 @dataclass(frozen=True)
 class Licence:
@@ -50,6 +52,13 @@ class Quantised:
     weights: str  # how they are stored
     prompts: int = 0  # that the rounding was calibrated on
     latents: int = 0  # prepared ones that it was calibrated on, in place of prompts
+
+
+def calibrated_on(prompts: int, latents: int) -> str:
+    """What was drawn or read for a calibration, in words; "" without one."""
+    if latents:
+        return counted(latents, "prepared latent")
+    return counted(prompts, "prompt") if prompts else ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from koala.checkpoints.card_facts import SECTIONS, ModelCard, Trained
+from koala.checkpoints.card_facts import SECTIONS, ModelCard, Trained, calibrated_on
 from koala.checkpoints.sampling import USUAL, Sampling
 
 if TYPE_CHECKING:
@@ -144,15 +144,14 @@ def _making(card: ModelCard) -> str:
     if card.trained:
         parts.append(training_of(card.trained))
     if p := card.pruned:
-        drawn = f"while {p.prompts} prompts are drawn"
-        seen = f"on {p.latents} prepared latents" if p.latents else drawn
+        seen = f"{'on' if p.latents else 'while drawing'} {calibrated_on(p.prompts, p.latents)}"
         parts.append(
             "Then heads, channels and groups of channels were removed, chosen by what their loss "
             f"costs {seen}, and the layers after them fitted anew."
         )
     if q := card.quantised:
-        seen = f"{q.latents} prepared latents" if q.latents else f"{q.prompts} prompts"
-        by = f", calibrated on {seen}" if q.prompts or q.latents else ""
+        seen = calibrated_on(q.prompts, q.latents)
+        by = f", calibrated on {seen}" if seen else ""
         parts.append(
             f"Then the U-Net of {q.model} was stored in {q.weights}, without training{by}."
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from koala.checkpoints.validate import read_json
 from koala.errors import UserError
+from koala.utils.counted import counted
 
 KEY = "_koala_sampling"  # in scheduler/scheduler_config.json
 
@@ -110,6 +111,5 @@ def by_name(name: str) -> Sampling | None:
 
 
 def _in_words(steps: int, guidance: float) -> str:
-    plural = "" if steps == 1 else "s"
     guided = f"with guidance {guidance:g}" if guidance > 1 else "without guidance"
-    return f"{steps} step{plural} {guided}"
+    return f"{counted(steps, 'step')} {guided}"

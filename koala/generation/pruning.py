@@ -24,6 +24,7 @@ from koala.generation.calibration import Inputs, calibration_of
 from koala.generation.streaming import streamed_pipeline
 from koala.generation.validation import pruning
 from koala.utils.atomic import check_new, new_folder
+from koala.utils.counted import counted
 from koala.utils.device import keep_no_freed_memory
 
 
@@ -42,10 +43,10 @@ class PruneReport:
     def line(self) -> str:
         """For a person."""
         share = 1 - self.after / self.before
-        seen = f"{self.latents} latents" if self.latents else f"{self.prompts} prompts"
+        seen = card_facts.calibrated_on(self.prompts, self.latents)
         return (
             f"{self.model}: {self.before:,} parameters in the U-Net -> {self.after:,} "
-            f"({share:.1%} fewer, in {self.narrowed} modules), by {seen}, in "
+            f"({share:.1%} fewer, in {counted(self.narrowed, 'module')}), by {seen}, in "
             f"{self.out}; it draws in koala, and not in programs that know SDXL's own widths alone"
         )
 

@@ -45,6 +45,7 @@ from koala.generation.memory.quantise import hold, low_rank, quantised
 from koala.generation.streaming import streamed_pipeline
 from koala.generation.validation import calibration_prompts
 from koala.utils.atomic import check_new, new_folder
+from koala.utils.counted import counted
 from koala.utils.device import keep_no_freed_memory
 from koala.utils.networks import UNet2DConditionModel
 from koala.utils.progress import progress
@@ -67,10 +68,10 @@ class QuantiseReport:
 
     def line(self) -> str:
         """One line for the terminal."""
-        seen = f"{self.latents} latents" if self.latents else f"{self.prompts} prompts"
-        by = f", calibrated on {seen}" if self.prompts or self.latents else ""
+        seen = card_facts.calibrated_on(self.prompts, self.latents)
+        by = f", calibrated on {seen}" if seen else ""
         if self.too_wide:
-            by += f" but for {self.too_wide} layers of more than {MOST_INPUTS:,} inputs"
+            by += f" but for {counted(self.too_wide, 'layer')} of more than {MOST_INPUTS:,} inputs"
         return (
             f"{self.model} ({self.parameters:,} parameters in the U-Net), U-Net in {self.weights}"
             f"{by}, {self.unet_bytes / 1e6:,.1f} of {self.bytes / 1e6:,.1f} MB in {self.out}; it "

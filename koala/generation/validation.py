@@ -75,7 +75,8 @@ def prompts_in(file: Path) -> list[str]:
     try:
         lines = file.expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--calibrate {file} cannot be read as text: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--calibrate {file} cannot be read as text: {reason}") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UserError(f"--calibrate {file} holds no prompt: write one a line")

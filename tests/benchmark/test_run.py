@@ -23,12 +23,13 @@ from koala.benchmark.drawer import RemoteDrawer, image_flops
 from koala.benchmark.models import build
 from koala.benchmark.plot import plot
 from koala.benchmark.ratio import FEWEST, Ratio, ratio
-from koala.benchmark.report import BenchmarkReport, BenchmarkRow, threads_text
+from koala.benchmark.report import BenchmarkReport, BenchmarkRow
 from koala.benchmark.run import benchmark
 from koala.benchmark.ways import Way, ways_of
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation import load
+from koala.utils.counted import counted
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -295,7 +296,7 @@ def test_the_figures_of_docs_speed_are_those_of_the_records():
         way = f"by default ({row['backend']})" if row["way"] == "koala" else row["way"][6:]
         figures = [f"{s:.3f}" for s in (stocks[row["threads"]], seconds)]
         figures += [Ratio(**pairs).text(), f"{row['peak_gb']:.2f}"]
-        expected.append([f"koala-mini, {way}, {threads_text(row['threads'])}", *figures])
+        expected.append([f"koala-mini, {way}, {counted(row['threads'], 'thread')}", *figures])
     ways = json.loads((folder / "full_size.json").read_text())["ways"]
     few = json.loads((folder / "few_steps.json").read_text())["ways"]
     rows = [(ways[cpu.STOCK], name, way) for name, way in ways.items() if name != cpu.STOCK]

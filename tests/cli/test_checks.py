@@ -27,7 +27,7 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     (["compress", "koala-mini", "--prune", "0.2", "--out", "x"],
      "--prune needs --calibrate: a text file"),
     (["compress", "koala-mini", "--prune", "0.2", "--calibrate", "gone", "--out", "x"],
-     "--calibrate gone cannot be read"),
+     "--calibrate gone cannot be read as text: No such file"),
     (["compress", "koala-mini", "--prune", "20", "--calibrate", "prompts", "--out", "x"],
      "--prune 20.0: allowed are 0.01 to 0.6"),
     (["compress", "koala-mini", "--prune", "0.2", "--depth-rule", "up", "--out", "x"],

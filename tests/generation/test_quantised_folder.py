@@ -163,7 +163,8 @@ def test_layers_of_too_many_inputs_are_rounded_as_without(both, toy_sdxl, tmp_pa
     made = write_quantised(
         toy_sdxl, out, calibrate=lambda folder, pipeline: calibration(pipeline, ["a fox"])[:2]
     )
-    but = f"calibrated on 4 latents but for {made.too_wide} layers of more than 300 inputs, "
+    wide = f"{made.too_wide} layers of more than 300 inputs"
+    but = f"calibrated on 4 prepared latents but for {wide}, "
     assert but in made.line()
     assert made.prompts == 0 and read(out).quantised.latents == made.latents == 4
     assert "calibrated on 4 prepared latents" in (out / "README.md").read_text()
@@ -186,7 +187,7 @@ def test_layers_of_too_many_inputs_are_rounded_as_without(both, toy_sdxl, tmp_pa
 def test_a_pruned_model_is_calibrated(toy_sdxl, tmp_path):
     prune_model(toy_sdxl, 0.3, ["a fox"], tmp_path / "pruned")
     made = write_quantised(tmp_path / "pruned", tmp_path / "int4", calibrate=["a fox"])
-    assert made.prompts == 1 and made.too_wide == 0 and "calibrated on 1 prompts" in made.line()
+    assert made.prompts == 1 and made.too_wide == 0 and "calibrated on 1 prompt, " in made.line()
     unets = load_unet(tmp_path / "pruned"), load_quantised(tmp_path / "int4", torch.float32)
     x = example(unets[0], 2, 8, 5)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE, MetaModel
 from koala.generation.memory.offload import aligned_size, tensors_of, units_of
 from koala.generation.memory.quantise import LARGEST
 from koala.generation.runtime.dtypes import DTYPES, check_dtype
+from koala.utils.counted import counted
 from koala.utils.device import free_bytes, resident_bytes
 
 GIB = 2**30
@@ -135,7 +136,7 @@ class MemoryPlan:
         mode, largest = self.mode, max(self.phases, key=lambda phase: phase.total)
         unit, named = (GIB, "GiB") if self.total >= GIB else (2**20, "MiB")
         within = "" if self.budget is None else f" of {self.budget / unit:,.2f}"
-        many = "1 picture" if self.images == 1 else f"{self.images} pictures"
+        many = counted(self.images, "picture")
         decodes = {"full": ", decodes whole", "tiled": ", decodes in tiles", "tiny": ", idle"}
         rows = {
             TEXT: (mode.weights, ""),

@@ -23,9 +23,10 @@ from toy_packages import toy_packages
 os.environ["KOALA_BACKEND"] = "torch"
 
 # A cache of the tests' own but for the data packages.
-cache_folder().mkdir(parents=True, exist_ok=True)
+PACKAGES = cache_folder() / "packages"
+PACKAGES.mkdir(parents=True, exist_ok=True)
 CACHE = Path(tempfile.mkdtemp(prefix="koala-tests-"))
-(CACHE / "packages").symlink_to(cache_folder())
+(CACHE / "packages").symlink_to(PACKAGES)
 os.environ["KOALA_CACHE"] = str(CACHE)
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 

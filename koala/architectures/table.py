@@ -67,6 +67,7 @@ CUTS = {
 
 
 def mirrored(depths: tuple[int, ...], layers: int) -> tuple[tuple[int, ...], ...]:
+    """The up stages' depths for those of the down stages: one ResNet more, deepest first."""
     return tuple((depth,) * (layers + 1) for depth in reversed(depths))
 
 

@@ -34,7 +34,7 @@ def bundled_folder(name: str) -> Path:
         return own
     parts = [*sorted(own.iterdir()), *(p for p in shared if not (own / p.name).exists())]
     key = " ".join(f"{part} {part.stat().st_mtime_ns}" for part in parts)
-    made = cache_folder().parent / "bundled" / hashlib.sha256(key.encode()).hexdigest()[:12] / name
+    made = cache_folder() / "bundled" / hashlib.sha256(key.encode()).hexdigest()[:12] / name
     try:
         if not made.is_dir():
             with new_folder(made) as folder:

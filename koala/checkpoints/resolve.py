@@ -188,7 +188,7 @@ def read_model(model: str | Path) -> Contents:
 
 def models_cache() -> Path:
     """Where models that koala made from others' files lie."""
-    return cache_folder().parent / "models"
+    return cache_folder() / "models"
 
 
 def unpacked(file: Path) -> Path:

@@ -78,10 +78,6 @@ _UNET = {
     "flip_sin_to_cos": _one_of(True),
     "freq_shift": _one_of(0),
     "in_channels": _whole(1, 2**10),
-    "inner_widths": Allowed(  # of a pruned U-Net: `koala.architectures.config` looks at the paths
-        "widths of modules by their path",
-        lambda v: isinstance(v, dict) and len(v) < 10_000 and all(map(_WIDTH.fits, v.values())),
-    ),
     "layers_per_block": _LAYERS | _list(_LAYERS, _STAGES),
     "mid_block_scale_factor": _one_of(1, 1.0),
     "mid_block_type": _TEXT | _NONE,
@@ -119,6 +115,7 @@ _UNET[INNER] = Allowed(  # of a pruned one; whether they fit is for `koala.archi
     "whole numbers by the paths of modules",
     lambda v: (
         isinstance(v, dict)
+        and len(v) < 10_000
         and all(isinstance(k, str) and type(v[k]) is int and v[k] >= 0 for k in v)
     ),
 )

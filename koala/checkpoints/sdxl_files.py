@@ -61,6 +61,7 @@ def _bundled(tokenizer: str) -> Path:
 
 
 def vae_config(tensors: Tensors) -> dict[str, Any]:
+    """The config of a VAE of SDXL's kind, from its tensors' shapes. ValueError for other widths."""
     widths: list[int] = []
     while view := tensors.get(f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight"):
         widths.append(view.shape[0])

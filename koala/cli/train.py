@@ -1,4 +1,4 @@
-"""`koala prepare` and `koala distill`: from captioned images to a trained model."""
+"""`koala prepare`, `distill`, `finetune` and `runs`: from captioned images to a trained model."""
 
 import argparse
 from dataclasses import asdict
@@ -319,7 +319,7 @@ FINETUNE = Command(
     "finetune",
     "train a model further on your own images, whole or as a LoRA; run it again to resume",
     (
-        "koala finetune dreambooth --model koala-700m --data fox --out runs/fox",
+        "koala finetune dreambooth --model etri-vilab/koala-700m --data fox --out runs/fox",
         "koala finetune lora --model sdxl.safetensors --data style --out runs/style",
         "koala finetune full --model koala-700m --dry-run --card 4090",
     ),

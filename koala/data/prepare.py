@@ -28,7 +28,7 @@ from koala.data.sources import recognise
 from koala.data.sources.hub import DATASETS, HubData
 from koala.data.sources.parquet import Parquet
 from koala.errors import UserError, did_you_mean
-from koala.utils.atomic import check_claim, locked
+from koala.utils.atomic import check_claim, locked, new_file
 from koala.utils.contact_sheet import contact_sheet
 from koala.utils.device import check_device, pick_device
 from koala.utils.extras import require
@@ -223,7 +223,9 @@ def _draw_sheet(images: ImageSet, sheet: str | Path | None) -> Path | None:
     chosen = sorted(random.Random(0).sample(range(len(images)), min(SHEET, len(images))))
     scale = max(1, 128 // images.image(0).width)
     captions = [images.rows[i]["short"] for i in chosen]
-    contact_sheet([images.image(i) for i in chosen], captions, 10, scale).save(sheet)
+    drawn = contact_sheet([images.image(i) for i in chosen], captions, 10, scale)
+    with new_file(Path(sheet)) as part:
+        drawn.save(part, format="PNG")
     return Path(sheet)
 
 

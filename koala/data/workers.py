@@ -15,14 +15,14 @@ from koala.data.items import Source
 from koala.data.preprocess import Dropped, Preparation, Sample, read_samples
 from koala.data.units import UnitPlan
 from koala.errors import Failure
+from koala.utils.threads import available_cores
 
 AHEAD = 4  # chunks of items read ahead, per process
 
 
 def own_cores() -> int:
     """This process's share of the available cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager

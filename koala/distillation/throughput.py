@@ -3,13 +3,12 @@
 The peak is measured on the same device, in the same run, by one large 16-bit matrix product.
 """
 
-import resource
 import time
 
 import torch
 
 from koala.distillation.parallel import World
-from koala.utils.device import compute_dtype
+from koala.utils.device import compute_dtype, most_resident_bytes
 
 PEAK_SIDE = 8192  # of the matrices; random, because zeros would be faster
 PEAK_TIMES = 20
@@ -38,7 +37,7 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes of this process: of GPU memory, or of main memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return most_resident_bytes()
 
 
 class Meter:

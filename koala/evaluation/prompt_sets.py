@@ -42,7 +42,7 @@ def read_prompts(given: str) -> PromptSet:
         return _published(name, Path(place).expanduser())
     path = Path(given).expanduser()
     if given in SETS and not path.exists():
-        return _published(given, cache_folder().parent / "sets" / given)
+        return _published(given, cache_folder() / "sets" / given)
     if not path.exists():
         raise unknown(
             "prompts", given, SETS, ", a file with one prompt to a line, csv or jsonl, or a folder "

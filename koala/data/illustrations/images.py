@@ -7,7 +7,6 @@ written atomically, so the same command resumes a killed run.
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from PIL import Image
 from koala.data.illustrations import art
 from koala.data.illustrations.colours import BACKGROUNDS, INKS, repainted
 from koala.data.illustrations.scenes import Illustrations, Layer, PlannedImage, plan
+from koala.data.workers import own_cores
 from koala.errors import UserError
 from koala.utils.atomic import check_claim, claim, new_file, write_text
 from koala.utils.extras import require
@@ -67,7 +67,7 @@ def prepare_images(settings: Illustrations, out: Path, workers: int | None = Non
         art.package(art.ART_SETS[name].package)  # downloaded before the workers need it
     with (
         progress("rendering", len(rows), "pictures", done) as advance,
-        ProcessPoolExecutor(workers or os.cpu_count()) as pool,
+        ProcessPoolExecutor(workers or own_cores()) as pool,
     ):
         jobs = {pool.submit(_write_shard, s, p, settings.size): len(s) for s, p in todo}
         for job in as_completed(jobs):

@@ -240,4 +240,4 @@ def _key(unet: UNet2DConditionModel, among: Iterable[str]) -> dict[str, object]:
 
 
 def _record_file(unet: UNet2DConditionModel, among: Iterable[str]) -> Path:
-    return cache_folder().parent / "backends" / f"{openvino.digest([_key(unet, among)])}.json"
+    return cache_folder() / "backends" / f"{openvino.digest([_key(unet, among)])}.json"

@@ -120,7 +120,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     depends on the number of kinds, not on the depth. It happens at the first forward of each
     shape. Results are kept under $KOALA_CACHE, or in $TORCHINDUCTOR_CACHE_DIR if that is set.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder().parent / "inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     mark()
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 4 * _MOST_GRAPHS

@@ -28,7 +28,7 @@ CACHE_BYTES = 16 << 30  # of all models in the cache folder
 
 def openvino_folder() -> Path:
     """Where converted and compiled models are kept."""
-    return cache_folder().parent / "openvino"
+    return cache_folder() / "openvino"
 
 
 @lru_cache(maxsize=1)

@@ -29,6 +29,7 @@ from koala.serving.ray.replicas import Replica
 from koala.serving.run import content_filter
 from koala.serving.service import Service
 from koala.serving.settings import Options, Scale, check
+from koala.utils.threads import available_cores
 
 APP, REPLICAS = "koala", "replicas"
 BATCH = 8  # default batch size in images
@@ -156,7 +157,7 @@ def serve(options: Options, scale: Scale, say: Callable[[str], None]) -> None:
     stop = threading.Event()
     started_here = "RAY_ADDRESS" not in os.environ
     if started_here:
-        cpus = max(os.cpu_count() or 1, scale.most)
+        cpus = max(available_cores(), scale.most)
         ray.init(
             num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECTS,
             logging_level=logging.WARNING, log_to_driver=False,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 KNOWN = ("sdxl", "ssd-1b", "segmind-vega")  # U-Nets of stable-diffusion.cpp, of SDXL's kind
 DTYPES = {"fp16": "F16", "fp32": "F32", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0"}
+# stable-diffusion.cpp multiplies by this matrix as Transformers does, though under the name of
+# OpenCLIP's, whose file holds it the other way round.
+_TURNED = "conditioner.embedders.1.model.text_projection"
 # Of matrices that stable-diffusion.cpp leaves as they are when it quantises a file itself.
 _KEPT = ("time_embed.", "label_emb.", "embedding", "text_projection")
 
@@ -118,6 +121,8 @@ def _value(name: str, view: View, dtype: str) -> np.ndarray:
 
     kind = _kind(name, view, dtype)
     tensor = load_tensor(view, "F16" if kind.name == "F16" else "F32").numpy()
+    if name == _TURNED:
+        tensor = tensor.T.copy()
     if not all_finite(tensor.tobytes(), "F16" if kind.name == "F16" else "F32"):
         raise not_finite(view, name)
     return quantize(tensor, kind)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from koala.evaluation.table import EvaluationReport
     from koala.generation.drawing import Result
     from koala.generation.export import ExportReport, export
-    from koala.generation.opening import load
+    from koala.generation.loader import load
     from koala.generation.pipeline import Pipeline
     from koala.generation.requests import Request, Settings
     from koala.lora.training import LoraSettings

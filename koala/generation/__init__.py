@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from koala.generation.drawing import Result
     from koala.generation.engine import Engine, Late, Pass, Progress, Ticket
-    from koala.generation.opening import load
+    from koala.generation.loader import load
     from koala.generation.pipeline import Pipeline
     from koala.generation.png import check_writable, read_settings, save
     from koala.generation.requests import Request, Settings

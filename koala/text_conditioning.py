@@ -55,10 +55,10 @@ class TextConditioner:
     The embeddings are the penultimate hidden states of both CLIP text encoders, concatenated, and
     the second encoder's projected pooled output. The encoders are frozen.
 
-    With a cache, prompts are encoded one by one, so that an embedding depends on its tokens alone:
-    the batch's shape changes the last bits of its rows, and a resumed training would differ from
-    an uninterrupted one by what the cache happened to hold. Without a cache, prompts are encoded
-    together, which is many times faster on a GPU.
+    With a cache, prompts are encoded in groups of one size, filled up with empty prompts, so that
+    an embedding depends on its tokens alone: the batch's shape changes the last bits of its rows,
+    and a resumed training would differ from an uninterrupted one by what the cache happened to
+    hold. Without a cache, prompts are encoded together, which is many times faster on a GPU.
     """
 
     def __init__(
@@ -68,9 +68,14 @@ class TextConditioner:
         text_encoder: CLIPTextModel,
         text_encoder_2: CLIPTextModelWithProjection,
         cache_size: int = 1024,
+        group: int = 1,
     ) -> None:
-        """Takes what `load_text` returns. cache_size: prompts cached; 0: no cache."""
-        assert cache_size >= 0
+        """Takes what `load_text` returns.
+
+        cache_size: prompts cached; 0: no cache. group: prompts encoded at once, with a cache; more
+        than one where most calls bring several new prompts, as in training.
+        """
+        assert cache_size >= 0 and group >= 1
         self.tokenizers = (tokenizer, tokenizer_2)
         self.encoders = (
             text_encoder.eval().requires_grad_(False),
@@ -81,6 +86,7 @@ class TextConditioner:
         assert text_encoder_2.config.projection_dim is not None
         self.pooled_width: int = text_encoder_2.config.projection_dim
         self._cache_size = cache_size
+        self._group = group
         self._cache: OrderedDict[Ids, tuple[Tensor, Tensor]] = OrderedDict()
         self._added: tuple[list[Tensor], list[Tensor]] = ([], [])  # [d1] and [d2]
 
@@ -91,6 +97,7 @@ class TextConditioner:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         cache_size: int = 1024,
+        group: int = 1,
         layer: Layer | None = None,
     ) -> TextConditioner:
         """The conditioner of a pipeline folder, its encoders on `device` in `dtype`."""
@@ -101,6 +108,7 @@ class TextConditioner:
             text_encoder.to(device),
             text_encoder_2.to(device),
             cache_size=cache_size,
+            group=group,
         )
 
     @property
@@ -134,7 +142,7 @@ class TextConditioner:
         ids = [self._first_ids(prompt) for prompt in prompts]
         if not self._cache_size:
             return self._encode(ids)
-        rows = [self.encode_ids(one) for one in ids]
+        rows = self._rows(ids)
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
     def zeros(self, n: int) -> tuple[Tensor, Tensor]:
@@ -166,14 +174,22 @@ class TextConditioner:
 
         Cached, so do not write to them. No gradients.
         """
-        found = self._cache.pop(ids, None)
-        if found is None:
-            text, pooled = self._encode([ids])
-            found = text[0], pooled[0]
-        self._cache[ids] = found
-        if len(self._cache) > self._cache_size:
+        return self._rows([ids])[0]
+
+    def _rows(self, ids: Sequence[Ids]) -> list[tuple[Tensor, Tensor]]:
+        """Each one's embeddings [t, d1 + d2] and [p], from the cache where they are there."""
+        wanted = dict.fromkeys(ids)
+        found = {one: self._cache.pop(one) for one in wanted if one in self._cache}
+        missing = [one for one in wanted if one not in found]
+        for first in range(0, len(missing), self._group):
+            part = missing[first : first + self._group]
+            empty: list[Ids] = [((), ())] * (self._group - len(part))
+            for one, text, pooled in zip(part, *self._encode([*part, *empty]), strict=False):
+                found[one] = text.clone(), pooled.clone()  # not views, which would keep the group
+        self._cache.update((one, found[one]) for one in wanted)  # the newest last
+        while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        return found
+        return [found[one] for one in ids]
 
     def _first_ids(self, prompt: str) -> Ids:
         first, second = (

@@ -38,10 +38,11 @@ def test_zeros_are_diffusers_embedding_of_no_negative_prompt(folder, conditioner
     assert torch.equal(zeros, text) and torch.equal(zeros_pooled, pooled)
 
 
-def test_an_embedding_depends_on_its_prompt_alone(folder, conditioner):
-    together = conditioner(PROMPTS)
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_an_embedding_depends_on_its_prompt_alone(folder, group):
+    together = TextConditioner.from_folder(folder, group=group)(PROMPTS)
     for i, prompt in enumerate(PROMPTS):
-        alone = TextConditioner.from_folder(folder)([prompt])
+        alone = TextConditioner.from_folder(folder, group=group)([prompt])
         assert torch.equal(alone[0][0], together[0][i])
         assert torch.equal(alone[1][0], together[1][i])
 

@@ -33,7 +33,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(
-    a: Tensor, b: Tensor, generator: torch.Generator, subsets: int = 100, size: int = 100
+    a: Tensor, b: Tensor, generator: torch.Generator, *, size: int, subsets: int = 100
 ) -> float:
     """Kernel distance (KID): squared MMD, unbiased, kernel k(x, y) = (x.y / d + 1)^3.
 

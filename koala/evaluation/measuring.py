@@ -45,7 +45,7 @@ class PartResult:
     columns: list[Column]
     cells: dict[str, dict[str, Cell]]  # row -> column's key -> cell
     comparisons: list[Comparison]
-    judge: Judge | None = None
+    judge: Judge | None
 
 
 class Scores:

@@ -36,7 +36,7 @@ class Mode:
 
     dtype: str  # that U-Net and text encoders compute in: a key of DTYPES
     vae_dtype: str
-    quantised: str | None = None  # to int8, fp8 or int4: how their weights are stored
+    quantised: str | None  # to int8, fp8 or int4: how their weights are stored
     place: str = "resident"  # a key of PLACES
     decode: str = "full"  # or "tiled" or "tiny"
 

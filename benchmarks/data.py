@@ -42,7 +42,6 @@ from koala.data.shards import INDEX, Summary, index_schema, shard_name, write_ta
 MODEL = BUNDLED / "koala-mini"  # whose VAE the folders name
 UNIT = 4096
 CAPTION = "a fox in the snow"  # a longer one would load tokenizers, which a training has anyway
-LONG = "a photograph of a fox that stands in the snow between two birches, in the evening"
 BATCH = 128  # the paper's
 LINKS = 30_000  # of one file, at most: file systems have a limit
 

@@ -20,8 +20,6 @@ from PIL import Image
 SIZES = ((80, 80), (120, 70), (64, 100))  # width, height
 WORDS = ("fox", "owl", "car", "rose", "boat", "drum", "pear")
 
-Pairs = Sequence[tuple[str, bytes]]
-
 
 def caption(n: int) -> str:
     return f"{WORDS[n % len(WORDS)]} no {n}"

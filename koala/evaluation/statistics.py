@@ -178,13 +178,3 @@ def pseudo_values(total: float, left_out: np.ndarray) -> np.ndarray:
 def groups_of(prompts: int) -> np.ndarray:
     """[prompts]: the group of the jackknife that each is in, in turn, to spread categories."""
     return np.arange(prompts) % min(GROUPS, prompts)
-
-
-def win_rate(wins: float, votes: int) -> Interval:
-    """A share of votes with Wilson's 95 % interval (Wilson 1927). A tie is half a win."""
-    if not votes:
-        return Interval(math.nan, 0.0, 1.0)
-    z, p = 1.959964, wins / votes
-    centre = (p + z * z / (2 * votes)) / (1 + z * z / votes)
-    half = z * math.sqrt(p * (1 - p) / votes + z * z / (4 * votes**2)) / (1 + z * z / votes)
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))

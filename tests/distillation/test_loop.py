@@ -178,8 +178,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> N
     module = nn.Linear(2, 2)
     state = checkpoint.State(module, [EMA(module, 10)], torch.optim.AdamW(module.parameters()))
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(Failure, match="000000000008: cannot write the checkpoint"):
-        checkpoint.save(tmp_path, 8, state, {}, SETTINGS)
+    with checkpoint.Saver(tmp_path, SETTINGS, write=True) as saver:
+        saver.save(8, state, {})
+        with pytest.raises(Failure, match="000000000008: cannot write the checkpoint"):
+            saver.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 

@@ -37,7 +37,7 @@ class Mode:
     dtype: str  # that U-Net and text encoders compute in: a key of DTYPES
     vae_dtype: str
     quantised: str | None  # to int8, fp8 or int4: how their weights are stored
-    place: str = "resident"  # a key of PLACES
+    place: str = "resident"  # of LADDER
     decode: str = "full"  # or "tiled" or "tiny"
 
     @property
@@ -70,15 +70,13 @@ class Mode:
         return f"weights {self.weights}, {self.place}, {self.decode} decode"
 
 
-PLACES = {
-    "resident": "all on the device",
-    "text group offload": "the text encoders a block at a time, only to encode a new prompt",
-    "model offload": "a part at a time",
-    "group offload": "text encoders and U-Net a block at a time, the VAE as a whole",
-}
-
 # (quantised, place, decode) from the fastest to the smallest. If no weights are asked for, 8 bits
-# come before offloading the U-Net: dequantising a layer takes less time than copying it.
+# come before offloading the U-Net: dequantising a layer takes less time than copying it. On the
+# device are:
+#   resident            all parts
+#   text group offload  text encoders a block at a time, only to encode a new prompt
+#   model offload       a part at a time
+#   group offload       text encoders and U-Net a block at a time, the VAE as a whole
 LADDER: tuple[tuple[str | None, str, str], ...] = (
     (None, "resident", "full"),
     (None, "resident", "tiled"),

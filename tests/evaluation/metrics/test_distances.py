@@ -111,9 +111,9 @@ def test_the_whole_kernel_distance_is_its_subsets_mean():
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(30, 4, generator=draw), torch.randn(25, 4, generator=draw) + 0.5
     whole = squared_mmd(a, b, polynomial)
-    subsets = kernel_distance(a, b, draw, subsets=600, size=20)
+    subsets = kernel_distance(a, b, 20, subsets=600)
     assert subsets == pytest.approx(whole, rel=0.05)
-    every = kernel_distance(a[:25], b, draw, subsets=1, size=25)
+    every = kernel_distance(a[:25], b, 25, subsets=1)
     assert every == pytest.approx(squared_mmd(a[:25], b, polynomial), rel=1e-9)
 
 

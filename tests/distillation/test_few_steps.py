@@ -26,7 +26,7 @@ from koala.distillation.settings import PLAIN, Hardware, StepSettings, Tap, Trai
 from koala.errors import Failure, UserError
 from koala.recipes.tasks import student_task
 from koala.text_conditioning import TextConditioner
-from toy import toy_pipeline, toy_scheduler, toy_unet
+from toy import toy_scheduler, toy_unet
 from toy_training import SignalledStream, Stream, processes, toy_task
 
 TRAILING = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -39,11 +39,6 @@ TRAINING = Training(
     critic_lr=2e-3, critic_updates=2, keep=100,
 )  # fmt: skip
 GRADIENT_BOUND = 1e-5  # of the difference's norm, relative to the gradient's
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
 
 
 def new_task(

@@ -21,13 +21,7 @@ from koala.distillation.forward_process import generators_at
 from koala.distillation.loop import train
 from koala.distillation.settings import Training
 from koala.errors import Failure, UserError
-from toy import toy_pipeline
 from toy_training import SETTINGS, SignalledStream, Stream, toy_task
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from koala.distillation.settings import PAPER_TAPS, PLAIN, Hardware
 from koala.distillation.taps import Features, regions, tap_points
 from koala.errors import FailedElsewhere, Failure, UserError
 from koala.utils.device import has_bf16
-from toy import TEXT_WIDTHS, toy_pipeline, toy_unet
+from toy import TEXT_WIDTHS, toy_unet
 from toy_training import (
     SETTINGS,
     STEP,
@@ -36,11 +36,6 @@ TERMS = ("task", "out", "feat", "loss", "grad_norm")
 GRADIENT_BOUND = 1e-5  # of the difference's norm, relative to the gradient's
 # Runs of several steps: AdamW divides by the gradient's size, so rounding grows where it is small.
 COURSE_BOUND = 1e-2  # of the difference's norm, relative to how far the weights have come
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,10 @@ from koala.distillation.settings import Hardware
 from koala.errors import UserError
 from koala.generation.denoise import Condition
 from koala.generation.runtime.pytorch import predictor
-from toy import TEXT_WIDTHS, TIME_EMBED, toy_pipeline, toy_unet
+from toy import TEXT_WIDTHS, TIME_EMBED, toy_unet
 from toy_training import STEP, Stream, distil, toy_distillation, toy_task
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory):
-    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,29 @@
-"""Requests of different kinds in one engine: each image is as if it were drawn alone."""
+"""Drawing step by step, without an engine; and that an engine draws each image as if alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
 from koala.generation import Engine, Pipeline
+from koala.generation.denoise import BatchRow, evaluate
 from koala.generation.requests import Request
+
+
+@torch.inference_mode()
+def stepped(pipe: Pipeline, rows: Sequence[BatchRow]) -> torch.Tensor:
+    """The latents of rows of one shape and number of steps, stepped together to their end."""
+    while not rows[0].finished:
+        for row, output in zip(rows, evaluate(pipe.predict, rows), strict=True):
+            row.advance(output)
+    return torch.cat([row.x for row in rows])
+
+
+@torch.inference_mode()
+def latents_of(pipe: Pipeline, prompts: str | list[str], **asked: Any) -> torch.Tensor:
+    """The latents of all images that are asked for."""
+    return stepped(pipe, [pipe.begin(request) for request in pipe.requests(prompts, **asked)])
 
 
 def assert_drawn_together_as_alone(pipe: Pipeline, requests: Sequence[Request]) -> None:

@@ -16,13 +16,13 @@ to --fast-teacher. Arms whose teacher is not given are left out, and said to be 
 import argparse
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.record import command
 from koala.errors import UserError, unknown
 from koala.evaluation.report import evaluate
 from koala.evaluation.table import Comparison, EvaluationReport
@@ -172,7 +172,7 @@ refuted here is refuted of them.
 
 Hardware: {hardware()}
 
-Command: `{shlex.join(["python", "-m", "benchmarks.ablations", *sys.argv[1:]])}`
+Command: `{command("ablations")}`
 """
 
 

@@ -29,6 +29,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from benchmarks.record import keep
 from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.checkpoints.bundled import BUNDLED
@@ -188,8 +189,7 @@ def main() -> None:
         "greatest_relative_difference": differences,
         "seconds": round(time.monotonic() - begun),
     }
-    o.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    keep(o.out, record)
     worst = max(value[term] for value in differences.values() for term in TERMS)
     if worst > BOUND:
         raise SystemExit(f"losses differ by {worst:.2g}, more than {BOUND:g}")

@@ -18,7 +18,6 @@ The ways through OpenVINO are left out unless they are named: a first image take
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+from benchmarks.record import command
 from koala.benchmark.cases import subject
 from koala.benchmark.measure import GB, peak_bytes
 from koala.benchmark.models import build, stock
@@ -106,7 +106,7 @@ def bundled(options: argparse.Namespace) -> None:
 def full_size(options: argparse.Namespace) -> dict[str, Any]:
     """Every way in every round; written after each round."""
     figures: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]]),
+        "command": command("cpu"),
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
         "model": options.model or f"{CASE}, random weights",
@@ -161,8 +161,8 @@ def table(figures: dict[str, Any]) -> str:
 
 def in_a_process(*arguments: str) -> str:
     """What this script prints with these arguments, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cpu", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+    words = [sys.executable, "-m", "benchmarks.cpu", *arguments]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
     return done.stdout
 
 

@@ -12,7 +12,6 @@ be a default.
 import argparse
 import json
 import math
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.evaluator import Evaluator, build_evaluator
+from benchmarks.record import command
 from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.images import ImageSet
 from koala.errors import Failure, UserError
@@ -109,7 +109,7 @@ def main() -> None:
     with new_folder(o.out) as folder:
         rows = measured(o)
         report = {
-            "command": shlex.join(["python", "-m", "benchmarks.fidelity", *sys.argv[1:]]),
+            "command": command("fidelity"),
             "hardware": hardware(),
             "prompts": o.count,
             "seeds": o.seeds,

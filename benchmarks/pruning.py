@@ -16,7 +16,6 @@ goes into OUT: pruning.json, pruning.md and pruning.png.
 
 import argparse
 import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.evaluator import Evaluator, build_evaluator
+from benchmarks.record import command
 from koala.architectures.block_map import tensor_map
 from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.flops import flops
@@ -85,7 +85,7 @@ def main() -> None:
     with new_folder(o.out) as folder:
         rows = measured(o)
         report = {
-            "command": shlex.join(["python", "-m", "benchmarks.pruning", *sys.argv[1:]]),
+            "command": command("pruning"),
             "hardware": hardware(),
             "model": Path(o.model).name,
             "prompts": o.count,

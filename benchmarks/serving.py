@@ -32,6 +32,7 @@ import uvicorn
 import koala
 from benchmarks import batching, soak
 from benchmarks.batching import BATCH, LOAD, PROMPT, WINDOW
+from benchmarks.record import keep
 from koala.generation import Pipeline
 from koala.serving.app import create_app
 from koala.serving.image_request import ImageRequest
@@ -298,8 +299,7 @@ def main() -> None:
         "note": o.note, **found,
     }  # fmt: skip
     usual = Path("benchmarks/serving_soak.json" if o.soak else "benchmarks/serving.json")
-    (o.out or usual).write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    keep((o.out or usual), figures)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.record import keep
 from koala.utils.device import hardware
 
 RECORD = Path(__file__).with_suffix(".json")
@@ -103,9 +104,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             line = done.stdout.splitlines()[-1]
             record[what] = json.loads(line.replace(f"{scratch}/", ""))
-    text = json.dumps(record, indent=1)
-    print(text)
-    RECORD.write_text(text + "\n")
+    keep(RECORD, record)
     parts = [part for what in WHAT if what in record for part in record[what]["parts"]]
     if max(part["peak_mib"] for part in parts) > record["idle_with_torch_mib"] + BOUND:
         sys.exit(f"over the bound of {BOUND} MiB")

@@ -1,5 +1,7 @@
 """Tiny random weights of the metrics' models, in the formats that they are published in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,22 +36,18 @@ from transformers import (
 from toy import END, START, toy_tokenizer, toy_vocabulary
 
 
-def seeded(seed: int = 0):
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
     """A block whose random numbers are of that seed, and leave others' as they were."""
-    context = torch.random.fork_rng(devices=[])
-    return _Seeded(context, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
-class _Seeded:
-    def __init__(self, context, seed):
-        self.context, self.seed = context, seed
-
-    def __enter__(self):
-        self.context.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error):
-        return self.context.__exit__(*error)
+def letters(texts: list[str]) -> torch.Tensor:
+    """Text features at toy size: how often each letter occurs."""
+    counts = torch.tensor([[float(t.count(chr(97 + i))) for i in range(26)] for t in texts])
+    return torch.nn.functional.normalize(counts, dim=-1)
 
 
 def lively(model, std: float = 0.3):
@@ -67,7 +65,7 @@ def random_pictures(n: int, size: tuple[int, int] = (40, 56), seed: int = 0) -> 
     return [image.resize(size, Image.Resampling.BICUBIC) for image in small]
 
 
-def toy_clip(folder: Path, seed: int = 0) -> Path:
+def toy_clip(folder: Path) -> Path:
     """A CLIPModel folder: 32-pixel pictures, 32 tokens."""
     vocabulary = toy_vocabulary()
     text = {
@@ -80,7 +78,7 @@ def toy_clip(folder: Path, seed: int = 0) -> Path:
         "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
     }  # fmt: skip
-    with seeded(seed):
+    with seeded():
         config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
         lively(CLIPModel(config)).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)

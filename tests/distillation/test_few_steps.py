@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from koala.checkpoints.load import load_scheduler_config
@@ -27,7 +26,7 @@ from koala.errors import Failure, UserError
 from koala.recipes.tasks import student_task
 from koala.text_conditioning import TextConditioner
 from toy import toy_scheduler, toy_unet
-from toy_training import SignalledStream, Stream, processes, toy_task
+from toy_training import SignalledStream, Stream, processes, state, toy_task
 
 TRAILING = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
             "timestep_spacing": "trailing"}  # fmt: skip
@@ -317,10 +316,6 @@ def distil(
     task = new_task(base, settings)
     layout = lay_out(task, hardware, world or World())
     train(task, data or Stream(), training, run, layout=layout)
-
-
-def state(run: Path, seen: int) -> dict[str, Tensor]:
-    return load_file(run / "checkpoints" / f"{seen:012d}" / "state.safetensors")
 
 
 @pytest.fixture(scope="module")

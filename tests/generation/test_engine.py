@@ -16,7 +16,7 @@ from PIL import Image
 from koala.errors import Failure, UserError
 from koala.generation import Engine, Late, Ticket, load
 from koala.generation.denoise import BatchRow, evaluate
-from stepping import stepped
+from stepping import assert_near, stepped
 from toy import TOKENS
 from toy_lora import toy_base, toy_lora
 
@@ -83,11 +83,6 @@ def run(engine):
 
 def bytes_of(images):
     return [image.tobytes() for image in images]
-
-
-def assert_near(image, other):
-    difference = np.abs(np.asarray(image, np.float32) - np.asarray(other, np.float32))
-    assert difference.max() <= 1  # of 255: 1e-4 can turn a rounding
 
 
 # --- rows -----------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ def unet():
     return toy_unet("koala").requires_grad_(False)
 
 
-def answer(unet, rows: int = 3, side: int = 8):
-    return predictor(unet)(*example(unet, rows, side, tokens=5))
+def answer(unet, side: int = 8):
+    return predictor(unet)(*example(unet, 3, side, tokens=5))
 
 
 @pytest.mark.parametrize("side", [8, 9])

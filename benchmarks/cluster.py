@@ -34,6 +34,7 @@ from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.convert import convert
+from koala.distillation.settings import SHARDINGS
 from koala.utils.device import hardware
 
 BOUND = 1e-5  # of a loss, relative
@@ -42,7 +43,6 @@ SIZES = ((512, 512), (448, 576), (576, 448), (384, 640), (640, 384))  # width, h
 IMAGES = 8  # of each size
 BATCH, STEPS = 8, 6
 TERMS = ("task", "out", "feat", "loss", "grad_norm")
-SHARDINGS = ("ddp", "fsdp")
 # What every run is given; the rate is low, so that AdamW's division by small gradients, which makes
 # more of rounding than there is, stays out of the losses.
 SETTINGS = (

@@ -19,12 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.memory_use import idle_with_torch
 from benchmarks.record import keep
 from koala.utils.device import hardware
 
 RECORD = Path(__file__).with_suffix(".json")
 BOUND = 3072  # MiB above an idle interpreter
-IDLE = "import torch; print([l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l][0])"
 
 
 def pruned(model: Path, out: Path) -> None:
@@ -88,12 +88,11 @@ def main() -> None:
     if o.only:
         WHAT[o.only](o.folder, o.scratch)
         return
-    idle = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, check=True)
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     record |= {
         "command": "python -m benchmarks.streamed_pruning --folder SDXL",
         "hardware": hardware(),
-        "idle_with_torch_mib": round(int(idle.stdout) / 1024, 1),
+        "idle_with_torch_mib": idle_with_torch(),
         "bound_mib": BOUND,
     }
     with tempfile.TemporaryDirectory(dir=o.scratch) as scratch:

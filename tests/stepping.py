@@ -7,16 +7,14 @@ import numpy as np
 import torch
 
 from koala.generation import Engine, Pipeline
-from koala.generation.denoise import BatchRow, evaluate
+from koala.generation.denoise import BatchRow, finish
 from koala.generation.requests import Request
 
 
 @torch.inference_mode()
 def stepped(pipe: Pipeline, rows: Sequence[BatchRow]) -> torch.Tensor:
     """The latents of rows of one shape and number of steps, stepped together to their end."""
-    while not rows[0].finished:
-        for row, output in zip(rows, evaluate(pipe.predict, rows), strict=True):
-            row.advance(output)
+    finish(pipe.predict, rows)
     return torch.cat([row.x for row in rows])
 
 

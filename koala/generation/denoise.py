@@ -210,3 +210,10 @@ def _guide(without: Array, with_prompt: Array, row: BatchRow) -> Array:
     # arXiv 2305.08891, section 3.4: guidance without the contrast that it adds.
     rescaled = guided * (deviation(with_prompt) / deviation(guided))
     return row.guidance_rescale * rescaled + (1 - row.guidance_rescale) * guided
+
+
+def finish(predict: Predict, rows: Sequence[BatchRow]) -> None:
+    """Takes all steps of rows of one shape and number of steps, together."""
+    while not rows[0].finished:
+        for row, output in zip(rows, evaluate(predict, rows), strict=True):
+            row.advance(output)

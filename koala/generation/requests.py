@@ -111,13 +111,18 @@ class Known:
         """Of a bundled name, a folder, a Hub id or a single file. UserError if it is not found."""
         if is_form(model):
             form = Form.read(Path(model).expanduser())
-            meant = of_named(form.name, form.scheduler)
-            return cls(form.name, form.native, form.scheduler, None, sampling=meant)
+            return cls.of_form(form, form.name)
         folder = resolve_model(model)
         return cls(
             str(model), unet_architecture(folder).sample * FACTOR, load_scheduler_config(folder),
             base_of(folder), sampling=of_model(model, folder),
         )  # fmt: skip
+
+    @classmethod
+    def of_form(cls, form: Form, name: str) -> Known:
+        """Of an OpenVINO form, under a name."""
+        meant = of_named(name, form.scheduler)
+        return cls(name, form.native, form.scheduler, base=None, sampling=meant)
 
     def notes(self, settings: Settings) -> list[str]:
         """A line for each of an image's settings that the model was not made for."""

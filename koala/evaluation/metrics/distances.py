@@ -19,10 +19,9 @@ from koala.errors import UserError
 from koala.evaluation.distances import kernel_left_out, squared_mmd
 from koala.evaluation.features import as_tensor
 from koala.evaluation.metrics.loading import pretrained, read_pickled
-from koala.evaluation.metrics.metric import Distance, FrechetDistance, KernelDistance
+from koala.evaluation.metrics.metric import BATCH, Distance, FrechetDistance, KernelDistance
 from koala.evaluation.prompts import Prompt
 
-BATCH = 16  # pictures in one forward pass
 CMMD_WIDTH, CMMD_SCALE = 10.0, 1000.0  # sigma and the factor of the published numbers
 
 

@@ -16,6 +16,8 @@ from koala.evaluation.distances import frechet, kernel_distance, kernel_left_out
 from koala.evaluation.metrics.catalogue import MetricInfo
 from koala.evaluation.prompts import Prompt
 
+BATCH = 16  # pictures in one forward pass
+
 
 class Metric(ABC):
     """A metric whose value is the mean over pictures. `info` says what it needs and means."""

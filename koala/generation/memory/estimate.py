@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from koala.checkpoints.quantised import GROUP, IN_8_BITS
 from koala.checkpoints.validate import Shapes
 
+GIB = 2**30
 MARGIN = 1.3  # on activations, for what the libraries' kernels take besides: up to 1.25 was seen
 CARRIED = 2 * 2**20  # bytes: latents, embeddings and the like of a request
 ALIGNED = 256  # bytes: every tensor of a unit begins at a multiple, which GPUs read fastest

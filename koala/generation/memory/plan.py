@@ -16,7 +16,7 @@ from torch import nn
 from koala.errors import UserError
 from koala.generation import decode as decoding
 from koala.generation import validation
-from koala.generation.memory.estimate import CARRIED, MARGIN
+from koala.generation.memory.estimate import CARRIED, GIB, MARGIN
 from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE, MetaModels
 from koala.generation.memory.offload import aligned_size, tensors_of, units_of
 from koala.generation.memory.quantise import LARGEST
@@ -24,7 +24,6 @@ from koala.generation.runtime.dtypes import DTYPES, check_dtype
 from koala.utils.counted import counted
 from koala.utils.device import free_bytes, resident_bytes
 
-GIB = 2**30
 # Bytes that a process on a CPU grows by while it works, besides its tensors: code that is paged in,
 # and gaps in the allocator; up to 0.21 GiB were seen.
 GROWTH = 2**28

@@ -65,21 +65,33 @@ def random_pictures(n: int, size: tuple[int, int] = (40, 56), seed: int = 0) -> 
     return [image.resize(size, Image.Resampling.BICUBIC) for image in small]
 
 
-def toy_clip(folder: Path) -> Path:
-    """A CLIPModel folder: 32-pixel pictures, 32 tokens."""
+def tower(width: int) -> dict[str, int]:
+    """Two layers of a transformer."""
+    return {
+        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+
+
+def eye(width: int) -> dict[str, int]:
+    """The config of what looks at 32-pixel pictures."""
+    return {**tower(width), "image_size": 32, "patch_size": 8}
+
+
+def reader() -> dict[str, int]:
+    """The config of what reads 32 of the toy tokenizer's tokens."""
     vocabulary = toy_vocabulary()
-    text = {
-        "vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 32,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32,
+    return {
+        **tower(16), "vocab_size": len(vocabulary), "max_position_embeddings": 32,
         "bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END],
         "pad_token_id": vocabulary[END],
     }  # fmt: skip
-    vision = {
-        "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-    }  # fmt: skip
+
+
+def toy_clip(folder: Path) -> Path:
+    """A CLIPModel folder: 32-pixel pictures, 32 tokens."""
     with seeded():
-        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+        config = CLIPConfig(text_config=reader(), vision_config=eye(24), projection_dim=12)
         lively(CLIPModel(config)).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     size = {"height": 32, "width": 32}
@@ -113,17 +125,12 @@ def toy_blip(folder: Path) -> Path:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "a", "red", "fox", "is",
              "there", "?", "an", "owl", "[DEC]", "[ENC]"]  # fmt: skip
     text = {
-        "vocab_size": len(words), "hidden_size": 16, "encoder_hidden_size": 16,
-        "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        **tower(16), "vocab_size": len(words), "encoder_hidden_size": 16,
         "max_position_embeddings": 32, "bos_token_id": words.index("[DEC]"),
         "pad_token_id": 0, "eos_token_id": 2, "sep_token_id": 3,
     }  # fmt: skip
-    vision = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-    }  # fmt: skip
     with seeded():
-        config = BlipConfig(text_config=text, vision_config=vision, projection_dim=8)
+        config = BlipConfig(text_config=text, vision_config=eye(16), projection_dim=8)
         lively(BlipForQuestionAnswering(config)).save_pretrained(folder)
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
     BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -132,19 +139,8 @@ def toy_blip(folder: Path) -> Path:
 
 def toy_owl(folder: Path) -> Path:
     """An Owlv2ForObjectDetection folder with the toy tokenizer."""
-    vocabulary = toy_vocabulary()
-    text = {
-        "vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 32,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32,
-        "bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END],
-        "pad_token_id": vocabulary[END],
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-    }  # fmt: skip
     with seeded():
-        config = Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
+        config = Owlv2Config(text_config=reader(), vision_config=eye(16), projection_dim=16)
         lively(Owlv2ForObjectDetection(config)).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     Owlv2ImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)

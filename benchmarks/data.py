@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import torch
 from fsspec.spec import AbstractFileSystem
 from PIL import Image
 
+from benchmarks.memory_use import resident
 from koala.checkpoints import tensors
 from koala.checkpoints.bundled import BUNDLED
 from koala.data import shard_cache
@@ -90,17 +90,11 @@ def _shard(path: Path, rows: int, shape: tuple[int, int, int]) -> None:
     )
 
 
-def _resident() -> float:
-    """MiB of this process, its libraries included."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return round(pages * resource.getpagesize() / 2**20)
-
-
 def opened(folder: Path) -> dict[str, float]:
     """Start-up of a training's data, from imports done to the first batch in hand."""
-    before, start, busy = _resident(), time.perf_counter(), time.process_time()
+    before, start, busy = round(resident()), time.perf_counter(), time.process_time()
     data = LatentSet(folder, MODEL)
-    ready, used, open_mib = time.perf_counter(), time.process_time() - busy, _resident()
+    ready, used, open_mib = time.perf_counter(), time.process_time() - busy, round(resident())
     data.order.batch(0, BATCH)
     ordered = time.perf_counter()
     places = [data.order.batch(n, BATCH) for n in range(1, 201)]
@@ -115,7 +109,7 @@ def opened(folder: Path) -> dict[str, float]:
         "order_of_a_later_batch_s": round(later, 5),
         "process_mib_with_libraries": before,
         "process_mib_opened": open_mib,
-        "process_mib_with_first_batch": _resident(),
+        "process_mib_with_first_batch": round(resident()),
         **shuffled(data, places),
     }
 

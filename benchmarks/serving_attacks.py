@@ -13,7 +13,6 @@ import base64
 import contextlib
 import io
 import json
-import re
 import resource
 import socket
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import httpx2
 from PIL import Image
 
+from benchmarks.memory_use import peak, resident
 from benchmarks.soak import served
 from koala.utils.device import hardware
 
@@ -108,21 +108,13 @@ ATTACKS: tuple[Attack, ...] = (
 )  # fmt: skip
 
 
-def memory(process: int, name: str) -> float:
-    """MiB: VmRSS or VmHWM of a process."""
-    text = Path(f"/proc/{process}/status").read_text()
-    found = re.search(rf"{name}:\s+(\d+)", text)
-    assert found is not None
-    return int(found[1]) / 1024
-
-
 def under(attack: Attack, model: str) -> dict[str, Any]:
     """What others see of a server that is attacked."""
     over = threading.Event()
     with tempfile.TemporaryDirectory() as folder, served(model, None, Path(folder)) as (url, pid):
         asked = {"prompt": "a fox", "size": "64x64", "steps": 3}
         httpx2.post(f"{url}/v1/images/generations", json=asked, timeout=60)
-        idle = memory(pid, "VmRSS")
+        idle = resident(pid)
         attacker = threading.Thread(target=attack, args=(url, over))
         health, drawn, failed = [], [], 0
         attacker.start()
@@ -143,7 +135,7 @@ def under(attack: Attack, model: str) -> dict[str, Any]:
             "healths": len(health), "slowest health, seconds": round(max(health), 3),
             "pictures": len(drawn), "slowest picture, seconds": round(max(drawn), 2),
             "pictures that failed": failed, "idle, MiB": round(idle),
-            "above idle at the peak, MiB": round(memory(pid, "VmHWM") - idle),
+            "above idle at the peak, MiB": round(peak(pid) - idle),
         }  # fmt: skip
 
 

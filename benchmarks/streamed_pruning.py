@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.memory_use import idle_with_torch
+from benchmarks.memory_use import idle_with_torch, peak
 from benchmarks.record import keep
 from koala.utils.device import hardware
 
@@ -66,12 +66,6 @@ def quantised(model: Path, out: Path) -> None:
     wall, processor = (round(a - b, 1) for a, b in zip(now, began, strict=True))
     part = {"part": "int4", "peak_mib": peak(), "seconds": wall, "processor_seconds": processor}
     print(json.dumps({"line": line, "parts": [part]}))
-
-
-def peak() -> float:
-    """MiB of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return round(int(next(x.split()[1] for x in lines if x.startswith("VmHWM"))) / 1024, 1)
 
 
 WHAT = {"pruned": pruned, "quantised": quantised}

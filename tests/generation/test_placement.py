@@ -16,9 +16,10 @@ from koala.cli import main
 from koala.errors import Failure, UserError
 from koala.generation.decode import full
 from koala.generation.loader import load, placed
+from koala.generation.memory.estimate import LADDER
 from koala.generation.memory.meta_models import VAE
 from koala.generation.memory.placement import Placement
-from koala.generation.memory.plan import LADDER, Planner
+from koala.generation.memory.plan import Planner
 from koala.utils.device import ran_out
 from toy import toy_pipeline, toy_tiny
 from toy_lora import toy_base, toy_lora

@@ -16,7 +16,7 @@ from torch import nn
 from koala.errors import UserError
 from koala.generation import decode as decoding
 from koala.generation import validation
-from koala.generation.memory.estimate import CARRIED, GIB, MARGIN
+from koala.generation.memory.estimate import CARRIED, GIB, LADDER, MARGIN
 from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE, MetaModels
 from koala.generation.memory.offload import aligned_size, tensors_of, units_of
 from koala.generation.memory.quantise import LARGEST
@@ -67,24 +67,6 @@ class Mode:
 
     def summary(self) -> str:
         return f"weights {self.weights}, {self.place}, {self.decode} decode"
-
-
-# (quantised, place, decode) from the fastest to the smallest. If no weights are asked for, 8 bits
-# come before offloading the U-Net: dequantising a layer takes less time than copying it. On the
-# device are:
-#   resident            all parts
-#   text group offload  text encoders a block at a time, only to encode a new prompt
-#   model offload       a part at a time
-#   group offload       text encoders and U-Net a block at a time, the VAE as a whole
-LADDER: tuple[tuple[str | None, str, str], ...] = (
-    (None, "resident", "full"),
-    (None, "resident", "tiled"),
-    (None, "text group offload", "tiled"),
-    ("int8", "resident", "tiled"),
-    ("int8", "model offload", "tiled"),
-    ("int8", "group offload", "tiled"),
-    ("int8", "group offload", "tiny"),
-)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def train_arms(
     data: Path,
     out: Path,
     samples: int | None,
-    settings: Sequence[str] = (),
+    settings: Sequence[str],
 ) -> dict[str, list[Path]]:
     """Every arm's finished models, seed by seed; what is finished is not trained again."""
     models: dict[str, list[Path]] = {name: [] for name in arms}

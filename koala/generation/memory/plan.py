@@ -97,8 +97,8 @@ class MemoryPlan:
     images: int  # at a time
     parts: dict[str, int]  # weights of each part, bytes
     phases: tuple[Phase, ...]
+    process: int  # bytes beside the model: on a CPU the interpreter and its libraries
     budget: int | None = None  # bytes
-    process: int = 0  # bytes beside the model: on a CPU the interpreter and its libraries
 
     @property
     def peak(self) -> int:
@@ -262,9 +262,7 @@ class Planner:
             for name, busy, activations in every
         )
         sizes = {part: aligned_size(tensors_of(made)) for part, made in parts.items()}
-        return MemoryPlan(
-            mode, self.device, self.size, self.images, sizes, phases, process=self.process
-        )
+        return MemoryPlan(mode, self.device, self.size, self.images, sizes, phases, self.process)
 
 
 def beside_model(device: torch.device) -> int:

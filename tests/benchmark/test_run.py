@@ -18,7 +18,7 @@ from koala.architectures.flops import flops
 from koala.architectures.layout import parameters as count
 from koala.architectures.table import ARCHITECTURES
 from koala.benchmark import measure
-from koala.benchmark.cases import CASES, GPUS, Subject, get, subject
+from koala.benchmark.cases import CASES, GPUS, Subject, subject
 from koala.benchmark.drawer import RemoteDrawer, image_flops
 from koala.benchmark.models import build
 from koala.benchmark.plot import plot
@@ -86,7 +86,7 @@ def test_the_same_figures_as_table_csv_json_and_plot(made):
 
 def test_the_published_table_is_whole():
     assert len(CASES) == 9 and all(len(case.published) == len(GPUS) for case in CASES.values())
-    assert get("koala-lightning-700m").published[2] == (0.66, 8.3)
+    assert CASES["koala-lightning-700m"].published[2] == (0.66, 8.3)
     assert [name for name, case in CASES.items() if case.published[0] is None] == [
         "sdxl-base-1.0",
         "sdxl-turbo",
@@ -96,7 +96,7 @@ def test_the_published_table_is_whole():
     assert {case.architecture for case in CASES.values()} <= set(ARCHITECTURES)
     assert subject("ssd-1b") == Subject(CASES["ssd-1b"], random=True)
     with pytest.raises(UserError, match="koala-turbo-1b"):
-        get("koala-turbo-2b")
+        subject("koala-turbo-2b")
 
 
 def test_a_images_operations_are_all_its_evaluations_and_the_decoder(toy_sdxl):

@@ -1,7 +1,10 @@
 """The illustrations' metrics of pictures that a benchmark drew, as `koala evaluate` has them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from PIL import Image
 from torch import Tensor, nn
 
 from koala.data.illustrations.images import ImageSet
@@ -10,7 +13,10 @@ from koala.evaluation.features import extract
 from koala.evaluation.metrics.bundled import KERNEL_SUBSET
 from koala.evaluation.pictures import at_size
 from koala.evaluation.retrieval import Judge, Sentences, check_judge, train_judge
+from koala.generation.pipeline import Pipeline
 from koala.utils.progress import progress
+
+CHUNK = 32  # pictures that are asked for at once
 
 
 @dataclass(frozen=True)
@@ -64,3 +70,24 @@ def _features(
     with progress(f"features of {what}", len(indices), "pictures") as advance:
         some = (at_size(real.image(i), size) for i in indices)
         return extract(extractor, some, on_batch=advance)
+
+
+def draw(
+    name: str, pipeline: Pipeline, texts: Sequence[str], seeds: Sequence[int], **asked: Any
+) -> list[Image.Image]:
+    """Each text once for each seed, seed by seed; every picture has noise of its own."""
+    images: list[Image.Image] = []
+    with progress(name, len(texts) * len(seeds), "pictures") as advance:
+        for seed in seeds:
+            for start in range(0, len(texts), CHUNK):
+                first = seed * len(texts) + start
+                made = pipeline(list(texts[start : start + CHUNK]), seed=first, **asked).images
+                images += made
+                advance(len(made))
+    return images
+
+
+def relative_error(some: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The squared error over all values, as a share of the exact ones' squares."""
+    errors = sum(float((a - b).square().sum()) for a, b in zip(some, exact, strict=True))
+    return errors / sum(float(b.square().sum()) for b in exact)

@@ -19,7 +19,7 @@ from koala.generation.samplers import SAMPLERS
 from stepping import latents_of
 from toy import toy_pipeline
 from toy_schedulers import their_scheduler
-from toy_sources import images, write_folder
+from toy_sources import images, prepared, write_folder
 
 SMALL = ["training.samples=8", "training.batch=4", "training.validate_every=8", "pixels=64",
          "hardware.compile=", "hardware.accumulate=1", "prompts=a fox"]  # fmt: skip
@@ -34,8 +34,7 @@ def chain(request, tmp_path_factory) -> tuple[Prediction, Path, Path]:
     config = teacher / SCHEDULER
     config.write_text(json.dumps(json.loads(config.read_text()) | request.param.config))
     source = write_folder(folder / "pictures", images(12, [(70, 70)]))
-    given = ["--model", str(teacher), "--out", str(folder / "data"), "--size", "64"]
-    assert main(["prepare", str(source), *given, "--held-out", "0.3", "--workers", "1"]) == 0
+    prepared(source, teacher, folder / "data", "--held-out", "0.3")
     command = ["distill", "ablation-sa", "--data", str(folder / "data"), "--device", "cpu",
                "--teacher", str(teacher), "--out", str(folder / "run"), "--set",
                *SMALL]  # fmt: skip

@@ -36,7 +36,7 @@ from koala.benchmark.models import build, stock
 from koala.benchmark.run import benchmark
 from koala.generation.decode import TINY
 from koala.generation.loader import load
-from koala.utils.atomic import check_new, new_file
+from koala.utils.atomic import check_new, write_text
 from koala.utils.device import hardware, has_bf16
 
 CASE = "koala-turbo-700m"
@@ -124,8 +124,7 @@ def full_size(options: argparse.Namespace) -> dict[str, Any]:
                 measured[way].append(json.loads(in_a_process(*asked).splitlines()[-1]))
                 print(f"{way}: {measured[way][-1]}", flush=True)
             figures["ways"] = summary(measured)
-            with new_file(options.out / "full_size.json") as part:
-                part.write_text(json.dumps(figures, indent=1) + "\n")
+            write_text(options.out / "full_size.json", json.dumps(figures, indent=1) + "\n")
     return figures
 
 

@@ -16,13 +16,13 @@ to --fast-teacher. Arms whose teacher is not given are left out, and said to be 
 import argparse
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.record import command
 from koala.errors import UserError, unknown
 from koala.evaluation.report import evaluate
 from koala.evaluation.table import Comparison, EvaluationReport
@@ -98,7 +98,7 @@ def train_arms(
     data: Path,
     out: Path,
     samples: int | None,
-    settings: Sequence[str] = (),
+    settings: Sequence[str],
 ) -> dict[str, list[Path]]:
     """Every arm's finished models, seed by seed; what is finished is not trained again."""
     models: dict[str, list[Path]] = {name: [] for name in arms}
@@ -172,7 +172,7 @@ refuted here is refuted of them.
 
 Hardware: {hardware()}
 
-Command: `{shlex.join(["python", "-m", "benchmarks.ablations", *sys.argv[1:]])}`
+Command: `{command("ablations")}`
 """
 
 

@@ -8,7 +8,6 @@ picture takes twice as long. Both back ends, alone and beside the loops, in turn
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.busy import busy
+from benchmarks.record import keep
 from koala.utils.threads import limit_threads, sleep_while_waiting
 
 limit_threads()
@@ -65,8 +65,7 @@ def main() -> None:
         "loops": cores,
         "back ends": rows,
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    keep(options.out, record)
 
 
 if __name__ == "__main__":

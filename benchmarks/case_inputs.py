@@ -227,7 +227,6 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
 # --- LoRAs ----------------------------------------------------------------------------------
 
 Made = tuple[Tensors, Metadata | None]
-FILES = ("down", "up")
 
 
 class Loras:

@@ -29,10 +29,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from benchmarks.record import keep
 from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.convert import convert
+from koala.distillation.settings import SHARDINGS
 from koala.utils.device import hardware
 
 BOUND = 1e-5  # of a loss, relative
@@ -41,7 +43,6 @@ SIZES = ((512, 512), (448, 576), (576, 448), (384, 640), (640, 384))  # width, h
 IMAGES = 8  # of each size
 BATCH, STEPS = 8, 6
 TERMS = ("task", "out", "feat", "loss", "grad_norm")
-SHARDINGS = ("ddp", "fsdp")
 # What every run is given; the rate is low, so that AdamW's division by small gradients, which makes
 # more of rounding than there is, stays out of the losses.
 SETTINGS = (
@@ -188,8 +189,7 @@ def main() -> None:
         "greatest_relative_difference": differences,
         "seconds": round(time.monotonic() - begun),
     }
-    o.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    keep(o.out, record)
     worst = max(value[term] for value in differences.values() for term in TERMS)
     if worst > BOUND:
         raise SystemExit(f"losses differ by {worst:.2g}, more than {BOUND:g}")

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 from benchmarks.full_size import check_round_trip, digests
 from benchmarks.random_sdxl import SCHEDULER as SDXL
+from benchmarks.record import keep
 from koala.checkpoints.convert import convert
 from koala.checkpoints.inspect import inspect
 from koala.checkpoints.pipeline_files import SCHEDULER
@@ -155,8 +156,7 @@ def main() -> None:
         "comfyui": comfy.version, "commit": options.commit, "hardware": hardware(),
         "full_size_there_and_back": whole, "by_names_and_shapes": rows,
     }  # fmt: skip
-    Path(__file__).with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    keep(Path(__file__).with_suffix(".json"), record)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,6 @@ writes `composition.json` beside this file.
 """
 
 import argparse
-import json
-import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -34,6 +31,7 @@ from PIL import Image, ImageColor
 from torch import Tensor, nn
 
 from benchmarks.evaluator import build_evaluator
+from benchmarks.record import command, keep
 from koala.data.illustrations.colours import BACKGROUNDS, INKS, named, oklab
 from koala.data.illustrations.concepts import with_article
 from koala.data.illustrations.images import ImageSet, render, settings_of
@@ -244,10 +242,9 @@ def main() -> None:
         "seeds": SEEDS,
         "right": found,
         "hardware": hardware(),
-        "command": shlex.join(["python", "-m", "benchmarks.composition", *sys.argv[1:]]),
+        "command": command("composition"),
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    keep(Path(__file__).with_suffix(".json"), record)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ The ways through OpenVINO are left out unless they are named: a first image take
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -30,13 +29,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+from benchmarks.record import command
 from koala.benchmark.cases import subject
 from koala.benchmark.measure import GB, peak_bytes
 from koala.benchmark.models import build, stock
 from koala.benchmark.run import benchmark
 from koala.generation.decode import TINY
 from koala.generation.loader import load
-from koala.utils.atomic import check_new, new_file
+from koala.utils.atomic import check_new, write_text
 from koala.utils.device import hardware, has_bf16
 
 CASE = "koala-turbo-700m"
@@ -106,7 +106,7 @@ def bundled(options: argparse.Namespace) -> None:
 def full_size(options: argparse.Namespace) -> dict[str, Any]:
     """Every way in every round; written after each round."""
     figures: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]]),
+        "command": command("cpu"),
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
         "model": options.model or f"{CASE}, random weights",
@@ -124,8 +124,7 @@ def full_size(options: argparse.Namespace) -> dict[str, Any]:
                 measured[way].append(json.loads(in_a_process(*asked).splitlines()[-1]))
                 print(f"{way}: {measured[way][-1]}", flush=True)
             figures["ways"] = summary(measured)
-            with new_file(options.out / "full_size.json") as part:
-                part.write_text(json.dumps(figures, indent=1) + "\n")
+            write_text(options.out / "full_size.json", json.dumps(figures, indent=1) + "\n")
     return figures
 
 
@@ -161,8 +160,8 @@ def table(figures: dict[str, Any]) -> str:
 
 def in_a_process(*arguments: str) -> str:
     """What this script prints with these arguments, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cpu", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+    words = [sys.executable, "-m", "benchmarks.cpu", *arguments]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
     return done.stdout
 
 

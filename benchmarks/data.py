@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import torch
 from fsspec.spec import AbstractFileSystem
 from PIL import Image
 
+from benchmarks.memory_use import resident
 from koala.checkpoints import tensors
 from koala.checkpoints.bundled import BUNDLED
 from koala.data import shard_cache
@@ -42,7 +42,6 @@ from koala.data.shards import INDEX, Summary, index_schema, shard_name, write_ta
 MODEL = BUNDLED / "koala-mini"  # whose VAE the folders name
 UNIT = 4096
 CAPTION = "a fox in the snow"  # a longer one would load tokenizers, which a training has anyway
-LONG = "a photograph of a fox that stands in the snow between two birches, in the evening"
 BATCH = 128  # the paper's
 LINKS = 30_000  # of one file, at most: file systems have a limit
 
@@ -91,17 +90,11 @@ def _shard(path: Path, rows: int, shape: tuple[int, int, int]) -> None:
     )
 
 
-def _resident() -> float:
-    """MiB of this process, its libraries included."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return round(pages * resource.getpagesize() / 2**20)
-
-
 def opened(folder: Path) -> dict[str, float]:
     """Start-up of a training's data, from imports done to the first batch in hand."""
-    before, start, busy = _resident(), time.perf_counter(), time.process_time()
+    before, start, busy = round(resident()), time.perf_counter(), time.process_time()
     data = LatentSet(folder, MODEL)
-    ready, used, open_mib = time.perf_counter(), time.process_time() - busy, _resident()
+    ready, used, open_mib = time.perf_counter(), time.process_time() - busy, round(resident())
     data.order.batch(0, BATCH)
     ordered = time.perf_counter()
     places = [data.order.batch(n, BATCH) for n in range(1, 201)]
@@ -116,7 +109,7 @@ def opened(folder: Path) -> dict[str, float]:
         "order_of_a_later_batch_s": round(later, 5),
         "process_mib_with_libraries": before,
         "process_mib_opened": open_mib,
-        "process_mib_with_first_batch": _resident(),
+        "process_mib_with_first_batch": round(resident()),
         **shuffled(data, places),
     }
 
@@ -246,18 +239,18 @@ def reading(images: int = 40) -> dict[str, float]:
     return {"pictures_per_core_s": round(images / seconds, 1), "bytes": buffer.tell()}
 
 
-def encoding(side: int = 512) -> dict[str, float]:
+def encoding() -> dict[str, float]:
     """Pictures a second that one core encodes by SDXL's VAE (random weights, fp32)."""
     from koala.benchmark.models import new_vae
 
     torch.set_num_threads(1)
     vae = new_vae(torch.device("cpu"), torch.float32)
-    image = torch.zeros(1, 3, side, side).to(memory_format=torch.channels_last)
+    image = torch.zeros(1, 3, 512, 512).to(memory_format=torch.channels_last)
     start = time.process_time()
     with torch.inference_mode():
         vae.encode(image)
     seconds = time.process_time() - start
-    return {"pixels": side, "pictures_per_core_s": float(f"{1 / seconds:.3g}")}
+    return {"pixels": 512, "pictures_per_core_s": float(f"{1 / seconds:.3g}")}
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ illustrations of `koala prepare`. Needs the extra `evaluate`.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.record import keep
 from koala.utils.device import hardware
 
 BOUND = 1.2  # of the drawing's time
@@ -61,8 +61,7 @@ def main() -> None:
         "scoring_over_drawing": scoring / drawing,
         "bound": BOUND,
     }
-    o.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    keep(o.out, record)
     if scoring > BOUND * drawing:
         raise SystemExit(f"scoring took {scoring / drawing:.2f} of the drawing, above {BOUND}")
 

@@ -1,8 +1,10 @@
 """The illustrations' metrics of pictures that a benchmark drew, as `koala evaluate` has them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from koala.data.illustrations.images import ImageSet
@@ -11,7 +13,10 @@ from koala.evaluation.features import extract
 from koala.evaluation.metrics.bundled import KERNEL_SUBSET
 from koala.evaluation.pictures import at_size
 from koala.evaluation.retrieval import Judge, Sentences, check_judge, train_judge
+from koala.generation.pipeline import Pipeline
 from koala.utils.progress import progress
+
+CHUNK = 32  # pictures that are asked for at once
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,9 @@ class Evaluator:
 
     def measure(self, features: Tensor) -> dict[str, float]:
         """The metrics of images generated for the prompts, features [n, d]."""
-        size = min(KERNEL_SUBSET, len(features), len(self.held_out))
-        generator = torch.Generator().manual_seed(0)
         return {
             "FD-EffLite0": frechet(features, self.held_out),
-            "kernel distance": kernel_distance(features, self.held_out, generator, size=size),
+            "kernel distance": kernel_distance(features, self.held_out, KERNEL_SUBSET),
         } | self.judge.retrieval(features, self.texts)
 
 
@@ -67,3 +70,24 @@ def _features(
     with progress(f"features of {what}", len(indices), "pictures") as advance:
         some = (at_size(real.image(i), size) for i in indices)
         return extract(extractor, some, on_batch=advance)
+
+
+def draw(
+    name: str, pipeline: Pipeline, texts: Sequence[str], seeds: Sequence[int], **asked: Any
+) -> list[Image.Image]:
+    """Each text once for each seed, seed by seed; every picture has noise of its own."""
+    images: list[Image.Image] = []
+    with progress(name, len(texts) * len(seeds), "pictures") as advance:
+        for seed in seeds:
+            for start in range(0, len(texts), CHUNK):
+                first = seed * len(texts) + start
+                made = pipeline(list(texts[start : start + CHUNK]), seed=first, **asked).images
+                images += made
+                advance(len(made))
+    return images
+
+
+def relative_error(some: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The squared error over all values, as a share of the exact ones' squares."""
+    errors = sum(float((a - b).square().sum()) for a, b in zip(some, exact, strict=True))
+    return errors / sum(float(b.square().sum()) for b in exact)

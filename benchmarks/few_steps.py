@@ -61,13 +61,13 @@ class Trial:
     teacher: str
     student: str
     out: Path
-    core_seconds: float = 600.0  # of each training
-    batch: int = 64
-    seeds: tuple[int, ...] = (0, 1, 2)  # of training
-    evaluation_seeds: tuple[int, ...] = (0, 1, 2)
+    core_seconds: float  # of each training
+    batch: int
+    seeds: tuple[int, ...]  # of training
+    evaluation_seeds: tuple[int, ...]
+    prompts: int
+    extra: tuple[str, ...]  # settings of every run
     steps: tuple[int, ...] = STEPS
-    prompts: int = 200
-    extra: tuple[str, ...] = ()  # settings of every run
 
     def about(self) -> dict[str, Any]:
         """What must not change when the trial goes on, for JSON."""
@@ -221,7 +221,7 @@ def main() -> None:
     o = p.parse_args()
     trial = Trial(
         o.data, o.teacher, o.student, o.out, o.core_seconds, o.batch, tuple(range(o.seeds)),
-        tuple(range(o.evaluation_seeds)), prompts=o.prompts, extra=tuple(o.set),
+        tuple(range(o.evaluation_seeds)), o.prompts, tuple(o.set),
     )  # fmt: skip
     run(trial)
     print((trial.out / "few_steps.md").read_text())

@@ -12,7 +12,6 @@ be a default.
 import argparse
 import json
 import math
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,7 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.evaluator import Evaluator, build_evaluator
+from benchmarks.evaluator import CHUNK, Evaluator, build_evaluator, draw, relative_error
+from benchmarks.record import command
 from koala.checkpoints.resolve import resolve_model
 from koala.data.illustrations.images import ImageSet
 from koala.errors import Failure, UserError
@@ -40,11 +40,9 @@ from koala.generation.runtime.openvino import UNetInputs
 from koala.mini.sentence_encoder import SentenceEncoder
 from koala.utils.atomic import new_folder
 from koala.utils.device import hardware
-from koala.utils.progress import progress
 
 EXACT = "fp32"
 MOST_LOST = 0.02  # of R@5
-CHUNK = 32  # prompts at a time
 CALIBRATE = 8  # captions of training pictures, that rounding is calibrated on
 
 
@@ -109,7 +107,7 @@ def main() -> None:
     with new_folder(o.out) as folder:
         rows = measured(o)
         report = {
-            "command": shlex.join(["python", "-m", "benchmarks.fidelity", *sys.argv[1:]]),
+            "command": command("fidelity"),
             "hardware": hardware(),
             "prompts": o.count,
             "seeds": o.seeds,
@@ -176,14 +174,7 @@ def drawn(
         return decode(x)
 
     pipeline.decode = recorded
-    images: list[Image.Image] = []
-    with progress(name, len(texts) * len(seeds), "pictures") as advance:
-        for seed in seeds:
-            for start in range(0, len(texts), CHUNK):
-                first = seed * len(texts) + start
-                made = pipeline(list(texts[start : start + CHUNK]), seed=first, **asked).images
-                images += made
-                advance(len(made))
+    images = draw(name, pipeline, texts, seeds, **asked)
     return torch.cat(latents), images
 
 
@@ -191,12 +182,6 @@ def drawn(
 def evaluated(pipeline: Pipeline, given: Sequence[UNetInputs]) -> list[Tensor]:
     """The U-Net's outputs, as the pipeline computes them."""
     return [pipeline.predict(*one).float().cpu() for one in given]
-
-
-def relative_error(some: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The squared error over all values, as a share of the exact ones' squares."""
-    errors = sum(float((a - b).square().sum()) for a, b in zip(some, exact, strict=True))
-    return errors / sum(float(b.square().sum()) for b in exact)
 
 
 def as_numbers(images: Sequence[Image.Image]) -> Tensor:

@@ -126,11 +126,11 @@ def subject(
     return figures, shown
 
 
-def subject_images(number: int, size: int = 128) -> list[Image.Image]:
+def subject_images(number: int) -> list[Image.Image]:
     """The subject's drawing, filling most of each image, on all backgrounds."""
     name = art.drawing_of(SET, SUBJECT, LABEL)
     assert name is not None, f"{SET} does not draw a {LABEL}"
-    images = []
+    images, size = [], 128
     for n in range(number):
         side = 3 * size // 4 + 7 * n % (size // 4)
         canvas = Image.new("RGBA", (size, size), [*BACKGROUNDS.values()][n % len(BACKGROUNDS)])

@@ -14,7 +14,6 @@ SDXL's file, which must be ours. diffusers' reader is part of the tests
 
 import argparse
 import importlib
-import json
 import sys
 import tempfile
 import types
@@ -26,6 +25,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
+from benchmarks.record import keep
 from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.table import get
 from koala.checkpoints import ldm_keys
@@ -143,8 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         drawn = {n: sgm(o.sgm, n, Path(work)) for n in ("sdxl", "bk-sdxl", "koala-1b")}
     result = {"torch": torch.__version__, "bound": BOUND, "sgm": drawn, "sd-mecha": sd_mecha()}
-    o.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    keep(o.out, result)
     listed = result["sd-mecha"]
     wrong = [k for k in ("missing", "unknown", "misshapen") if listed[k]]
     wrong += [n for n, found in drawn.items() if max(found.values()) > BOUND]

@@ -300,11 +300,11 @@ _NO_IMAGES = (
 
 
 @cache
-def bomb(width: int, height: int, text: int = 30_000_000) -> bytes:
+def bomb(width: int, height: int) -> bytes:
     """A PNG of few bytes that says it is large, with a text that unpacks to many."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     rows = zlib.compress(bytes(min(width * height, 1_000_000)), 9)
-    said = b"Comment\x00\x00" + zlib.compress(bytes(text), 9)
+    said = b"Comment\x00\x00" + zlib.compress(bytes(30_000_000), 9)
     chunks = ((b"IHDR", head), (b"zTXt", said), (b"IDAT", rows), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from benchmarks.memory_use import idle_with_torch
 from benchmarks.random_sdxl import write_random_sdxl
 from koala.architectures.block_map import tensor_map
 from koala.architectures.table import student_of
@@ -37,7 +38,6 @@ PEAK = (
     "lines = Path('/proc/self/status').read_text().splitlines();"
     "print([line.split()[1] for line in lines if line.startswith('VmHWM')][0]); sys.exit(status)"
 )
-IDLE = "import torch; print([l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l][0])"
 Digests = dict[str, tuple[str, tuple[int, ...], str]]  # name -> dtype, shape, hash of the bytes
 
 
@@ -168,11 +168,10 @@ def measure_all(teacher: Path, scratch: Path, repeats: int) -> dict:
     equal["sdxl back to a folder"] = check_round_trip(of_teacher, digests(back))
     remove(back)
     compress("compress a single file to koala-700m", single, "koala-700m")
-    idle = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, check=True)
     return {
         "command": "python -m benchmarks.full_size",
         "hardware": hardware(),
-        "idle_with_torch_mib": round(int(idle.stdout) / 1024, 1),
+        "idle_with_torch_mib": idle_with_torch(),
         "teacher_bytes": sum(p.stat().st_size for p in files_of(teacher)),
         "measured": {
             name: asdict(m) | {"ratio": m.ratio(), "processor_ratio": m.ratio(1)}

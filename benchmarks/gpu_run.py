@@ -17,7 +17,7 @@ import torch
 
 from koala.benchmark.cases import Subject
 from koala.benchmark.measure import Ceilings
-from koala.utils.atomic import new_file
+from koala.utils.atomic import write_text
 
 Row = dict[str, Any]
 Rows = Iterator[Row]
@@ -53,8 +53,7 @@ class Run:
             ("gpu.csv", as_csv(sections)),
             ("gpu.md", as_markdown(self.figures)),
         ):
-            with new_file(self.out / name) as part:
-                part.write_text(text)
+            write_text(self.out / name, text)
 
     def plot(self) -> None:
         """Draws what was measured, where matplotlib is installed."""

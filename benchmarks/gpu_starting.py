@@ -40,7 +40,7 @@ def starting(run: Run) -> Rows:
     yield from saving(work[0], run)
     work.clear()
     measure.release(run.device)
-    for dynamic in (True, False):
+    for dynamic in (True,) if run.toy else (True, False):  # a rehearsal finds the graphs once
         if run.left > 0:
             yield from shapes(_ours(scene, cut), run, dynamic)
         torch.compiler.reset()
@@ -51,9 +51,7 @@ def shapes(work: Ours, run: Run, dynamic: bool) -> Rows:
     """The first and the second step at each bucket, compiled."""
     for network in (work.task.trainable, work.task.teacher):
         assert network is not None
-        # A processor's compiler would take minutes; "eager" finds the graphs and runs them as is.
-        backend = "inductor" if run.device.type == "cuda" else "eager"
-        parallel._compile(regions(network), backend, dynamic=dynamic)
+        parallel._compile(regions(network), work.scene.compiler, dynamic=dynamic)
     for height, width in TOY_BUCKETS if run.toy else BUCKETS:
         if run.left < 0:
             return

@@ -68,6 +68,11 @@ class Scene:
         """What public scripts compute in; a processor's autocast knows bf16 alone."""
         return torch.float16 if self.device.type == "cuda" else torch.bfloat16
 
+    @property
+    def compiler(self) -> str:
+        """On a processor, whose own takes minutes, one that only finds the graphs."""
+        return "inductor" if self.device.type == "cuda" else "eager"
+
     def student(self, cut: str) -> UNetArchitecture:
         return student_of(self.teacher, cut)
 
@@ -290,9 +295,7 @@ def public(scene: Scene) -> Rows:
 
 def ours(scene: Scene, cut: str, size: int, run: Run, foretold: Foretold) -> Rows:
     """Ours, eager and then compiled, at once and as the recipe has it; with fewer where it must."""
-    # A processor's compiler would take minutes; "eager" finds the graphs and runs them as they are.
-    compiler = "inductor" if scene.device.type == "cuda" else "eager"
-    rungs = [("+ compiled blocks", Hardware(compile=compiler))]
+    rungs = [("+ compiled blocks", Hardware(compile=scene.compiler))]
     if cut == CUTS[0]:
         rungs.insert(0, ("+ channels_last, fused optimiser, taps as outputs", Hardware()))
     for name, hardware in rungs:

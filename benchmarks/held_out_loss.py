@@ -11,12 +11,11 @@ never showed. Learning by heart lowers the first alone.
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks.record import command
 from koala.checkpoints.load import load_scheduler_config, load_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.data.latents import LatentSet
@@ -62,7 +61,7 @@ def main() -> None:
         "L_task": losses(resolve_model(options.model), options.data),
         "samples of a split": SAMPLES,
         "hardware": hardware(),
-        "command": shlex.join(["python", "-m", "benchmarks.held_out_loss", *sys.argv[1:]]),
+        "command": command("held_out_loss"),
     }
     known = json.loads(FILE.read_text()) if FILE.exists() else []
     kept = [one for one in known if one["model"] != found["model"]]

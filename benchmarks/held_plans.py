@@ -9,7 +9,6 @@ of the whole process, from its start until it ends.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.record import keep
 from koala.utils.device import hardware
 
 BUDGETS = (4, 6, 13)  # GiB
@@ -61,9 +61,7 @@ def main() -> None:
         rows = [drawn(folder, budget, Path(place)) for budget in BUDGETS]
     command = "python -m benchmarks.held_plans --folder SDXL"
     record = {"command": command, "hardware": hardware(), "rows": rows}
-    text = json.dumps(record, indent=1)
-    print(text)
-    Path(__file__).with_suffix(".json").write_text(text + "\n")
+    keep(Path(__file__).with_suffix(".json"), record)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.record import keep
 from koala import finetune
 from koala.data.illustrations.art import ART_SETS
 from koala.data.illustrations.images import ImageSet, prepare_images
@@ -179,10 +180,8 @@ def evenly(found: Sequence[T], most: int) -> list[T]:
 def write_record(record: dict, pictures: Image.Image, out: Path, name: str) -> None:
     """Writes `name`.json with hardware and versions, and `name`.png; prints the record."""
     made_on = {"hardware": hardware(), "peft": version("peft"), "threads": torch.get_num_threads()}
-    text = json.dumps(made_on | record, indent=1)
-    (out / f"{name}.json").write_text(text + "\n")
+    keep(out / f"{name}.json", made_on | record)
     save_sheet(pictures, out / f"{name}.png")
-    print(text)
 
 
 def save_sheet(pictures: Image.Image, path: Path) -> None:

@@ -7,7 +7,6 @@ benchmarks.start` has the memory.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import keep
 from koala.benchmark.ratio import ratio
 from koala.checkpoints.bundled import DEFAULT
 from koala.generation import load
@@ -72,8 +72,7 @@ def main() -> None:
         "models": {name: model.figures() for name, model in models.items()},
         "times faster": pairs.text(),
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    keep(options.out, record)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ goes into OUT: pruning.json, pruning.md and pruning.png.
 
 import argparse
 import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.evaluator import Evaluator, build_evaluator
+from benchmarks.evaluator import build_evaluator, draw, relative_error
+from benchmarks.record import command
 from koala.architectures.block_map import tensor_map
 from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.flops import flops
@@ -58,9 +58,7 @@ from koala.utils import markdown
 from koala.utils.atomic import new_folder
 from koala.utils.device import hardware
 from koala.utils.networks import UNet2DConditionModel
-from koala.utils.progress import progress
 
-CHUNK = 32  # prompts at a time
 Start = tuple[str, float, UNet2DConditionModel]  # way, share asked for, the U-Net
 
 
@@ -85,7 +83,7 @@ def main() -> None:
     with new_folder(o.out) as folder:
         rows = measured(o)
         report = {
-            "command": shlex.join(["python", "-m", "benchmarks.pruning", *sys.argv[1:]]),
+            "command": command("pruning"),
             "hardware": hardware(),
             "model": Path(o.model).name,
             "prompts": o.count,
@@ -118,11 +116,16 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
         with torch.no_grad():
             outputs = [evaluate(unet, one) for one in unseen]
         exact = exact or outputs
-        row = {"way": way, "share": share, **size_of(unet, side), "error": error(outputs, exact)}
+        row = {
+            "way": way,
+            "share": share,
+            **size_of(unet, side),
+            "error": relative_error(outputs, exact),
+        }
         print(row, file=sys.stderr)
         if evaluator is not None:
             pipeline.unet, pipeline.predict = unet, predictor(unet)
-            row |= scores(way, pipeline, texts, o.seed, evaluator, extractor)
+            row |= evaluator.measure(extract(extractor, draw(way, pipeline, texts, [o.seed])))
         rows.append(row)
     for row in rows:
         for key in ("parameters", "FLOPs"):
@@ -130,34 +133,9 @@ def measured(o: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The squared difference as a share of the exact ones' squares."""
-    pairs = list(zip(outputs, exact, strict=True))
-    far = sum(float((a - b).square().sum()) for a, b in pairs)
-    return far / sum(float(b.square().sum()) for _, b in pairs)
-
-
 def size_of(unet: UNet2DConditionModel, side: int) -> dict[str, int]:
     arch = from_unet_config(unet.config)
     return {"parameters": parameters(arch), "FLOPs": flops(arch, side, side, arch.tokens)}
-
-
-def scores(
-    name: str,
-    pipeline: Pipeline,
-    texts: Sequence[str],
-    seed: int,
-    evaluator: Evaluator,
-    extractor: EffLite0,
-) -> dict[str, float]:
-    images = []
-    with progress(name, len(texts), "pictures") as advance:
-        for start in range(0, len(texts), CHUNK):
-            part = list(texts[start : start + CHUNK])
-            made = pipeline(part, seed=seed * len(texts) + start).images
-            images += made
-            advance(len(made))
-    return evaluator.measure(extract(extractor, images))
 
 
 # --- the starts ---------------------------------------------------------------------------------

@@ -21,39 +21,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from koala.architectures.config import unet_config as config_of
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import get
+from koala.benchmark import models
+from koala.benchmark.models import CLIP
 from koala.checkpoints.bundled import BUNDLED
 
 BUFFER = 32 << 20  # random values; every tensor is cut out of them at a place of its own
-CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "quick_gelu",
-    "projection_dim": 768,
-    "pad_token_id": 1,
-}
-BIG_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-    "pad_token_id": 1,
-}
-CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-    "force_upcast": True,
-}
+CLIP_L, BIG_G = ({**each, "pad_token_id": 1} for each in (models.CLIP_L, models.BIG_G))
+VAE = {**models.VAE, "norm_num_groups": 32, "force_upcast": True}
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",
     "num_train_timesteps": 1000,

@@ -10,8 +10,6 @@ trained on real pictures as in `koala evaluate`.
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.evaluator import build_evaluator
+from benchmarks.record import command
 from koala.checkpoints.load import load_vae
 from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
@@ -77,7 +76,7 @@ def main() -> None:
         "rebuilt": rebuilt(0.0),
         "rebuilt, latents with noise": {str(noise): rebuilt(noise) for noise in NOISES},
         "hardware": hardware(),
-        "command": shlex.join(["python", "-m", "benchmarks.reconstruction", *sys.argv[1:]]),
+        "command": command("reconstruction"),
     }
     out = Path(__file__).with_suffix(".json")
     known = json.loads(out.read_text()) if out.exists() else []

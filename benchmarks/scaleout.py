@@ -8,7 +8,6 @@ then again, while one engine is killed. Needs the extra `ray` and a core or a GP
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 import httpx2
 import psutil
 
+from benchmarks.record import keep
 from benchmarks.soak import served
 from koala.utils.device import hardware
 
@@ -100,8 +100,7 @@ def main() -> None:
         "hardware": hardware(), "model": o.model, "note": o.note,
         **measure(o.model, o.device, o.replicas, o.jobs),
     }  # fmt: skip
-    o.out.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    keep(o.out, figures)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ The result goes to `sd_cpp.json` beside this file.
 """
 
 import argparse
-import json
 import math
-import shlex
 import shutil
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -38,6 +35,7 @@ from transformers import (
 )
 
 from benchmarks.random_sdxl import BIG_G, CLIP, CLIP_L, SCHEDULER, VAE
+from benchmarks.record import command, keep
 from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.checkpoints.bundled import BUNDLED
@@ -156,10 +154,9 @@ def main() -> None:
         "models": found,
         "cyllama": version("cyllama"),
         "hardware": hardware(),
-        "command": shlex.join(["python", "-m", "benchmarks.sd_cpp", *sys.argv[1:]]),
+        "command": command("sd_cpp"),
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    keep(Path(__file__).with_suffix(".json"), record)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import uvicorn
 import koala
 from benchmarks import batching, soak
 from benchmarks.batching import BATCH, LOAD, PROMPT, WINDOW
+from benchmarks.record import keep
 from koala.generation import Pipeline
 from koala.serving.app import create_app
 from koala.serving.image_request import ImageRequest
@@ -62,8 +63,8 @@ def by_steps(service: Service) -> Submit:
 class Static:
     """Batches that are filled, or waited for so long, and drawn to their end one after another."""
 
-    def __init__(self, service: Service, window: float = WINDOW) -> None:
-        self.service, self.window = service, window
+    def __init__(self, service: Service) -> None:
+        self.service = service
         self._line: SimpleQueue[tuple[int, Future[Any]]] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -75,7 +76,7 @@ class Static:
     def _work(self) -> None:
         while True:
             batch = [self._line.get()]
-            end = time.monotonic() + self.window
+            end = time.monotonic() + WINDOW
             while len(batch) < BATCH:
                 try:
                     batch.append(self._line.get(timeout=max(0.0, end - time.monotonic())))
@@ -112,10 +113,10 @@ def load(submit: Submit, arrivals: list[float]) -> dict[str, Any]:
     }
 
 
-def capacity(service: Service, batches: int = 3) -> float:
+def capacity(service: Service) -> float:
     """Pictures a second in full batches, one after the other."""
     found = []
-    for _ in range(batches):
+    for _ in range(3):
         start = time.monotonic()
         for submission in [service.submit(order(i)) for i in range(BATCH)]:
             submission.result()
@@ -298,8 +299,7 @@ def main() -> None:
         "note": o.note, **found,
     }  # fmt: skip
     usual = Path("benchmarks/serving_soak.json" if o.soak else "benchmarks/serving.json")
-    (o.out or usual).write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    keep((o.out or usual), figures)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import base64
 import contextlib
 import io
 import json
-import re
 import resource
 import socket
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import httpx2
 from PIL import Image
 
+from benchmarks.memory_use import peak, resident
 from benchmarks.soak import served
 from koala.utils.device import hardware
 
@@ -43,27 +43,27 @@ def large_images(url: str, over: threading.Event) -> None:
     Image.new("RGB", (4096, 4096)).save(file, "PNG")
     image = base64.b64encode(file.getvalue()).decode()
     body = {"prompt": "a", "size": "64x64", "steps": 2, "image": image, "strength": 0.5}
-    posts(url, "/v1/jobs", json.dumps(body).encode(), over, 10)
+    posts(url, json.dumps(body).encode(), over, 10)
 
 
 def huge_object(url: str, over: threading.Event) -> None:
     """30 MiB of keys that nobody knows."""
     keys = b",".join(b'"%d":1' % i for i in range(2_500_000))
-    posts(url, "/v1/jobs", b'{"prompt":"a",' + keys + b"}", over, 2)
+    posts(url, b'{"prompt":"a",' + keys + b"}", over, 2)
 
 
 def many_loras(url: str, over: threading.Event) -> None:
     """A list of 1.3 million."""
     body = b'{"prompt":"a","lora":[' + b"{}," * 1_300_000 + b"{}]}"
-    posts(url, "/v1/jobs", body, over, 2)
+    posts(url, body, over, 2)
 
 
-def posts(url: str, path: str, body: bytes, over: threading.Event, at_once: int) -> None:
+def posts(url: str, body: bytes, over: threading.Event, at_once: int) -> None:
     def post() -> None:
         with httpx2.Client(base_url=url, timeout=120) as client:
             while not over.is_set():
                 with contextlib.suppress(httpx2.HTTPError):  # refused while it is still sent
-                    client.post(path, content=body, headers=JSON)
+                    client.post("/v1/jobs", content=body, headers=JSON)
 
     threads = [threading.Thread(target=post) for _ in range(at_once)]
     for thread in threads:
@@ -108,21 +108,13 @@ ATTACKS: tuple[Attack, ...] = (
 )  # fmt: skip
 
 
-def memory(process: int, name: str) -> float:
-    """MiB: VmRSS or VmHWM of a process."""
-    text = Path(f"/proc/{process}/status").read_text()
-    found = re.search(rf"{name}:\s+(\d+)", text)
-    assert found is not None
-    return int(found[1]) / 1024
-
-
 def under(attack: Attack, model: str) -> dict[str, Any]:
     """What others see of a server that is attacked."""
     over = threading.Event()
     with tempfile.TemporaryDirectory() as folder, served(model, None, Path(folder)) as (url, pid):
         asked = {"prompt": "a fox", "size": "64x64", "steps": 3}
         httpx2.post(f"{url}/v1/images/generations", json=asked, timeout=60)
-        idle = memory(pid, "VmRSS")
+        idle = resident(pid)
         attacker = threading.Thread(target=attack, args=(url, over))
         health, drawn, failed = [], [], 0
         attacker.start()
@@ -143,7 +135,7 @@ def under(attack: Attack, model: str) -> dict[str, Any]:
             "healths": len(health), "slowest health, seconds": round(max(health), 3),
             "pictures": len(drawn), "slowest picture, seconds": round(max(drawn), 2),
             "pictures that failed": failed, "idle, MiB": round(idle),
-            "above idle at the peak, MiB": round(memory(pid, "VmHWM") - idle),
+            "above idle at the peak, MiB": round(peak(pid) - idle),
         }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.record import keep
 from koala.serving.jobs.database import FILE, Database
 from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.table import Job, JobTable
@@ -82,8 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="koala-kill-") as folder:
         figures = run(options, Path(folder) / "data")
-    options.out.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    keep(options.out, figures)
     sys.exit(any(figures["faults"].values()))
 
 

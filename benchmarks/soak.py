@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import random
 import socket
 import statistics
@@ -29,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 import koala
+from benchmarks.memory_use import resident
 from koala.serving.fit import shown
 from koala.serving.image_request import ImageRequest
 from koala.serving.service import Service
@@ -196,16 +196,11 @@ async def crowd(
         memory = []
         while not all(task.done() for task in tasks):
             await asyncio.wait(tasks, timeout=EVERY)
-            memory.append(((time.monotonic() - start) / 60, _resident(pid)))
+            memory.append(((time.monotonic() - start) / 60, resident(pid)))
             print(f"{memory[-1][0]:5.1f} min {memory[-1][1]:7.1f} MiB {dict(found.counts)}",
                   f"{len(found.errors)} errors", flush=True)  # fmt: skip
         await asyncio.gather(*tasks)
     return found, memory
-
-
-def _resident(pid: int) -> float:
-    with open(f"/proc/{pid}/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def alone(model: str, device: str | None) -> Service:

@@ -8,7 +8,6 @@ beside an endless loop on each core, with threads that sleep while they wait and
 """
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.busy import busy
+from benchmarks.record import keep
 from koala.checkpoints.bundled import DEFAULT
 from koala.generation import form
 from koala.utils.device import hardware
@@ -73,8 +73,7 @@ def main() -> None:
             name: statistics.median(seconds) for name, seconds in beside.items()
         },
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    keep(options.out, record)
 
 
 def _command(model: str, backend: str, folder: str) -> list[str]:

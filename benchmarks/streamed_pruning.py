@@ -19,11 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.memory_use import idle_with_torch, peak
+from benchmarks.record import keep
 from koala.utils.device import hardware
 
 RECORD = Path(__file__).with_suffix(".json")
 BOUND = 3072  # MiB above an idle interpreter
-IDLE = "import torch; print([l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l][0])"
 
 
 def pruned(model: Path, out: Path) -> None:
@@ -67,12 +68,6 @@ def quantised(model: Path, out: Path) -> None:
     print(json.dumps({"line": line, "parts": [part]}))
 
 
-def peak() -> float:
-    """MiB of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return round(int(next(x.split()[1] for x in lines if x.startswith("VmHWM"))) / 1024, 1)
-
-
 WHAT = {"pruned": pruned, "quantised": quantised}
 
 
@@ -87,12 +82,11 @@ def main() -> None:
     if o.only:
         WHAT[o.only](o.folder, o.scratch)
         return
-    idle = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, check=True)
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     record |= {
         "command": "python -m benchmarks.streamed_pruning --folder SDXL",
         "hardware": hardware(),
-        "idle_with_torch_mib": round(int(idle.stdout) / 1024, 1),
+        "idle_with_torch_mib": idle_with_torch(),
         "bound_mib": BOUND,
     }
     with tempfile.TemporaryDirectory(dir=o.scratch) as scratch:
@@ -103,9 +97,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             line = done.stdout.splitlines()[-1]
             record[what] = json.loads(line.replace(f"{scratch}/", ""))
-    text = json.dumps(record, indent=1)
-    print(text)
-    RECORD.write_text(text + "\n")
+    keep(RECORD, record)
     parts = [part for what in WHAT if what in record for part in record[what]["parts"]]
     if max(part["peak_mib"] for part in parts) > record["idle_with_torch_mib"] + BOUND:
         sys.exit(f"over the bound of {BOUND} MiB")

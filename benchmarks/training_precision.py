@@ -6,7 +6,6 @@ float32; PyTorch's autocast as it is; and ours, which keeps attention and group 
 (`koala.distillation.precision`). In processor seconds, in turns, the least of each.
 """
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from benchmarks.record import keep
 from koala.architectures.config import unet_config
 from koala.architectures.table import get
 from koala.distillation.precision import computing
@@ -61,8 +61,7 @@ def main() -> None:
         "batch": BATCH,
         "samples a processor second": {n: round(BATCH / s, 1) for n, s in least.items()},
     }
-    Path("benchmarks/training_precision.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    keep(Path("benchmarks/training_precision.json"), figures)
 
 
 if __name__ == "__main__":

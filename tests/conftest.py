@@ -54,6 +54,11 @@ def toy_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def toy_koala(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_pipeline(tmp_path_factory.mktemp("toy") / "koala", architecture="koala")
+
+
+@pytest.fixture(scope="session")
 def base_parts(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A prepared folder of the mini family's, and its base pipeline."""
     with pytest.MonkeyPatch.context() as patch:

@@ -1,10 +1,15 @@
 """The mini family at toy size: prepared pictures, and a base pipeline that has learnt nothing."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 
+from koala.architectures.config import unet_config
+from koala.architectures.table import get
+from koala.checkpoints.bundled import BUNDLED
 from koala.data.illustrations.images import prepare_images
 from koala.data.prepare import encode_images
 from koala.distillation.settings import Training
@@ -52,3 +57,13 @@ def toy_mini_base(folder: Path) -> tuple[Path, Path]:
     base = assemble(folder / "base", coding, telling, data)
     encode_images(data, base)
     return data, base
+
+
+def untrained_teacher(folder: Path) -> UNet2DConditionModel:
+    """Writes the bundled student's teacher, its U-Net as initialised, and returns that."""
+    shutil.copytree(BUNDLED / "koala-mini", folder, ignore=shutil.ignore_patterns("unet"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(**unet_config(get("sdxl-mini")))
+    unet.save_pretrained(folder / "unet")
+    return unet

@@ -1,5 +1,7 @@
 """Tiny random weights of the metrics' models, in the formats that they are published in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,22 +36,18 @@ from transformers import (
 from toy import END, START, toy_tokenizer, toy_vocabulary
 
 
-def seeded(seed: int = 0):
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
     """A block whose random numbers are of that seed, and leave others' as they were."""
-    context = torch.random.fork_rng(devices=[])
-    return _Seeded(context, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
-class _Seeded:
-    def __init__(self, context, seed):
-        self.context, self.seed = context, seed
-
-    def __enter__(self):
-        self.context.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error):
-        return self.context.__exit__(*error)
+def letters(texts: list[str]) -> torch.Tensor:
+    """Text features at toy size: how often each letter occurs."""
+    counts = torch.tensor([[float(t.count(chr(97 + i))) for i in range(26)] for t in texts])
+    return torch.nn.functional.normalize(counts, dim=-1)
 
 
 def lively(model, std: float = 0.3):
@@ -67,21 +65,33 @@ def random_pictures(n: int, size: tuple[int, int] = (40, 56), seed: int = 0) -> 
     return [image.resize(size, Image.Resampling.BICUBIC) for image in small]
 
 
-def toy_clip(folder: Path, seed: int = 0) -> Path:
-    """A CLIPModel folder: 32-pixel pictures, 32 tokens."""
+def tower(width: int) -> dict[str, int]:
+    """Two layers of a transformer."""
+    return {
+        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+
+
+def eye(width: int) -> dict[str, int]:
+    """The config of what looks at 32-pixel pictures."""
+    return {**tower(width), "image_size": 32, "patch_size": 8}
+
+
+def reader() -> dict[str, int]:
+    """The config of what reads 32 of the toy tokenizer's tokens."""
     vocabulary = toy_vocabulary()
-    text = {
-        "vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 32,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32,
+    return {
+        **tower(16), "vocab_size": len(vocabulary), "max_position_embeddings": 32,
         "bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END],
         "pad_token_id": vocabulary[END],
     }  # fmt: skip
-    vision = {
-        "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-    }  # fmt: skip
-    with seeded(seed):
-        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+
+
+def toy_clip(folder: Path) -> Path:
+    """A CLIPModel folder: 32-pixel pictures, 32 tokens."""
+    with seeded():
+        config = CLIPConfig(text_config=reader(), vision_config=eye(24), projection_dim=12)
         lively(CLIPModel(config)).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     size = {"height": 32, "width": 32}
@@ -115,17 +125,12 @@ def toy_blip(folder: Path) -> Path:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "a", "red", "fox", "is",
              "there", "?", "an", "owl", "[DEC]", "[ENC]"]  # fmt: skip
     text = {
-        "vocab_size": len(words), "hidden_size": 16, "encoder_hidden_size": 16,
-        "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        **tower(16), "vocab_size": len(words), "encoder_hidden_size": 16,
         "max_position_embeddings": 32, "bos_token_id": words.index("[DEC]"),
         "pad_token_id": 0, "eos_token_id": 2, "sep_token_id": 3,
     }  # fmt: skip
-    vision = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-    }  # fmt: skip
     with seeded():
-        config = BlipConfig(text_config=text, vision_config=vision, projection_dim=8)
+        config = BlipConfig(text_config=text, vision_config=eye(16), projection_dim=8)
         lively(BlipForQuestionAnswering(config)).save_pretrained(folder)
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
     BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -134,19 +139,8 @@ def toy_blip(folder: Path) -> Path:
 
 def toy_owl(folder: Path) -> Path:
     """An Owlv2ForObjectDetection folder with the toy tokenizer."""
-    vocabulary = toy_vocabulary()
-    text = {
-        "vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 32,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32,
-        "bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END],
-        "pad_token_id": vocabulary[END],
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-    }  # fmt: skip
     with seeded():
-        config = Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
+        config = Owlv2Config(text_config=reader(), vision_config=eye(16), projection_dim=16)
         lively(Owlv2ForObjectDetection(config)).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     Owlv2ImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)

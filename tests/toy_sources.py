@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from koala.cli import main
+
 SIZES = ((80, 80), (120, 70), (64, 100))  # width, height
 WORDS = ("fox", "owl", "car", "rose", "boat", "drum", "pear")
-
-Pairs = Sequence[tuple[str, bytes]]
 
 
 def caption(n: int) -> str:
@@ -191,3 +191,10 @@ LAYOUTS = {
     "ye-pop zipped": write_yepop,
     "ye-pop unpacked": lambda root, files: write_yepop(root, files, zipped=False),
 }
+
+
+def prepared(source: Path, model: Path, out: Path, *options: str) -> Path:
+    """Latents of 64 pixels that `koala prepare` made."""
+    given = ["--model", str(model), "--out", str(out), "--size", "64", "--workers", "1", *options]
+    assert main(["prepare", str(source), *given]) == 0
+    return out

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import multiprocessing
+from safetensors.torch import load_file
+from torch import Tensor, multiprocessing
 
 from koala.checkpoints.load import load_scheduler_config
 from koala.distillation.forward_process import NoiseSchedule
@@ -101,19 +102,34 @@ def distil(
     train(task, data or Stream(), settings, run, layout=layout, validation=validation)
 
 
-def processes(function: Callable[..., None], *arguments: object, count: int = 2) -> None:
-    """Runs function(rank, *arguments) in `count` processes with torchrun's environment."""
+def state(run: Path, seen: int) -> dict[str, Tensor]:
+    """What the checkpoint after `seen` samples holds."""
+    return load_file(run / "checkpoints" / f"{seen:012d}" / "state.safetensors")
+
+
+def gradient(run: Path) -> dict[str, Tensor]:
+    """The clipped gradient of a single step's run, times 1 - beta_1."""
+    return {name: v for name, v in state(run, STEP.batch).items() if name.endswith(".exp_avg")}
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    """Of all of them together."""
+    return sum(value.square().sum().item() for value in tensors.values()) ** 0.5
+
+
+def processes(function: Callable[..., None], *arguments: object) -> None:
+    """Runs function(rank, *arguments) in two processes with torchrun's environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_process, (port, count, function, arguments), nprocs=count)
+    multiprocessing.spawn(_process, (port, function, arguments), nprocs=2)
 
 
-def _process(rank: int, port: int, count: int, function: Callable, arguments: tuple) -> None:
+def _process(rank: int, port: int, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     function(rank, *arguments)

@@ -51,18 +51,17 @@ class UNetArchitecture:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a student is cut out of its teacher (KOALA, section 3.1)."""
+    """What a student keeps of its teacher, with one layer a block (KOALA, section 3.1)."""
 
-    layers: int
     depth: tuple[Fraction, ...]  # share of the teacher's depth that stays, per stage, rounded up
     mid: bool
 
 
 HALF, THREE_FIFTHS, ALL = Fraction(1, 2), Fraction(3, 5), Fraction(1)
 CUTS = {
-    "bk-sdxl": Cut(1, (ALL, ALL, ALL), mid=True),
-    "koala-1b": Cut(1, (ALL, ALL, THREE_FIFTHS), mid=True),
-    "koala-700m": Cut(1, (ALL, ALL, HALF), mid=False),
+    "bk-sdxl": Cut((ALL, ALL, ALL), mid=True),
+    "koala-1b": Cut((ALL, ALL, THREE_FIFTHS), mid=True),
+    "koala-700m": Cut((ALL, ALL, HALF), mid=False),
 }
 
 
@@ -160,17 +159,17 @@ def student_of(teacher: UNetArchitecture, to: str) -> UNetArchitecture:
         raise UserError(f"{teacher.name} cannot be the teacher: {'; '.join(faults)}")
     root = teacher
     if cut := CUTS.get(to):
-        root, layers, mid = _root(teacher, to), cut.layers, cut.mid
+        root, mid = _root(teacher, to), cut.mid
         depths = tuple(math.ceil(d * s) for d, s in zip(root.depths, cut.depth, strict=True))
     else:
-        layers, mid = 1, not to.endswith(_NO_MID)
+        mid = not to.endswith(_NO_MID)
         depths = _own_depths(to, teacher)
     student = replace(
         teacher,
         name=f"{to} of {root.name}" if cut else "custom",
-        layers=layers,
+        layers=1,
         depths=depths,
-        up=mirrored(depths, layers),
+        up=mirrored(depths, 1),
         mid=depths[-1] if mid else None,
     )
     for name, of, by in _STUDENTS:

@@ -16,7 +16,7 @@ from koala.architectures.table import ARCHITECTURES, FACTOR, UNetArchitecture
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.tensors import float_dtype
 from koala.checkpoints.validate import unet_architecture
-from koala.errors import UserError, did_you_mean, unknown
+from koala.errors import UserError, did_you_mean
 from koala.generation import validation
 from koala.utils.atomic import check_new
 from koala.utils.device import check_device
@@ -60,13 +60,6 @@ _ROWS = (
 )
 # fmt: on
 CASES = {row[0]: Case(*row[:5], published=row[5:]) for row in _ROWS}
-
-
-def get(name: str) -> Case:
-    """The case with a name. UserError."""
-    if name not in CASES:
-        raise unknown("case", name, CASES)
-    return CASES[name]
 
 
 @dataclass(frozen=True)

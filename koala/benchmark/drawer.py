@@ -61,7 +61,7 @@ class Drawer:
         self.threads = torch.get_num_threads()
         self.chosen, self.way, self.device = chosen, way, device
         measure.release(device)
-        self._before = 0 if device.type == "cpu" else measure.resident_bytes(device) or 0
+        self._before = measure.held_bytes(device)
         measure.reset_peak(device)
         self._prompts = count()
         if way.decode is not None and chosen.folder is not None:

@@ -80,21 +80,15 @@ def peak_bytes(device: torch.device) -> int | None:
     """The peak since `reset_peak`: allocated on CUDA, resident on Linux CPUs, else None."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM") if device.type == "cpu" else None
-
-
-def resident_bytes(device: torch.device) -> int | None:
-    """The memory in use now, counted like `peak_bytes`."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _status("VmRSS") if device.type == "cpu" else None
-
-
-def _status(key: str) -> int | None:
-    if not _STATUS.exists():
+    if device.type != "cpu" or not _STATUS.exists():
         return None
-    lines = [line for line in _STATUS.read_text("utf-8").splitlines() if line.startswith(f"{key}:")]
-    return 1024 * int(lines[0].split()[1]) if lines else None
+    lines = _STATUS.read_text("utf-8").splitlines()
+    return next((1024 * int(x.split()[1]) for x in lines if x.startswith("VmHWM:")), None)
+
+
+def held_bytes(device: torch.device) -> int:
+    """What a peak holds already: on CUDA all that is allocated; a CPU's counts as a whole."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 # --- ceilings -------------------------------------------------------------------------------

@@ -29,18 +29,18 @@ from koala.text_conditioning import TextConditioner
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_CLIP: dict[str, Any] = {
+CLIP: dict[str, Any] = {
     "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2,
 }  # fmt: skip
-_CLIP_L: dict[str, Any] = {
+CLIP_L: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "hidden_act": "quick_gelu", "projection_dim": 768,
 }  # fmt: skip
-_BIG_G: dict[str, Any] = {
+BIG_G: dict[str, Any] = {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
     "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280,
 }  # fmt: skip
-_VAE = {
+VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (128, 256, 512, 512),
@@ -73,16 +73,16 @@ def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline
 
 def new_vae(device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     """SDXL's VAE with random weights."""
-    return _random(lambda: AutoencoderKL(**_VAE), device, dtype)
+    return _random(lambda: AutoencoderKL(**VAE), device, dtype)
 
 
 def new_conditioner(
     device: torch.device, dtype: torch.dtype, cache_size: int = 1024
 ) -> TextConditioner:
     """SDXL's text encoders with random weights; `cache_size` as in `TextConditioner`."""
-    text = _random(lambda: CLIPTextModel(CLIPTextConfig(**_CLIP, **_CLIP_L)), device, dtype)
+    text = _random(lambda: CLIPTextModel(CLIPTextConfig(**CLIP, **CLIP_L)), device, dtype)
     text_2 = _random(
-        lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP, **_BIG_G)), device, dtype
+        lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP, **BIG_G)), device, dtype
     )
     return TextConditioner(_tokenizer(), _tokenizer(), text, text_2, cache_size)
 
@@ -138,5 +138,5 @@ def _tokenizer() -> CLIPTokenizer:
     tokenizer = CLIPTokenizer.from_pretrained(
         BUNDLED / "koala-mini" / "tokenizer", local_files_only=True
     )
-    tokenizer.model_max_length = _CLIP["max_position_embeddings"]
+    tokenizer.model_max_length = CLIP["max_position_embeddings"]
     return tokenizer

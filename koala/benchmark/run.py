@@ -19,7 +19,7 @@ from koala.benchmark.report import BenchmarkReport, BenchmarkRow
 from koala.benchmark.turns import Turns
 from koala.benchmark.ways import DEFAULT, PYTORCH, STOCK, ways_of
 from koala.generation.runtime.dtypes import check_dtype, torch_dtype
-from koala.utils.atomic import new_file
+from koala.utils.atomic import write_text
 from koala.utils.device import hardware, pick_device
 from koala.utils.threads import available_cores
 
@@ -108,7 +108,6 @@ def write(report: BenchmarkReport, out: Path) -> None:
         ("benchmark.csv", report.csv()),
         ("benchmark.md", report.table()),
     ):
-        with new_file(out / name) as part:
-            part.write_text(text, "utf-8")
+        write_text(out / name, text)
     if report.rows and find_spec("matplotlib"):
         plot(report, out / "benchmark.png")

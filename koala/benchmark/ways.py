@@ -6,7 +6,7 @@ from koala.architectures.layout import parameters
 from koala.benchmark.cases import Subject
 from koala.generation.decode import TINY
 from koala.generation.runtime.backends import SMALL
-from koala.generation.validation import ROUNDED
+from koala.generation.validation import ROUNDED, default_backend
 from koala.utils.device import has_bf16
 from koala.utils.extras import absent
 
@@ -43,7 +43,8 @@ def ways_of(
     found.append(Way(DEFAULT))
     cut = [Way("koala guided half way", False, guidance_until=0.5)]
     if on_cpu:
-        found.append(Way(PYTORCH, backend="torch"))
+        if default_backend() != "torch":  # else PyTorch is what a person gets anyway
+            found.append(Way(PYTORCH, backend="torch"))
         if has_bf16():
             small = parameters(chosen.architecture) <= SMALL
             engine = "openvino" if small and not absent("openvino", "openvino") else "torch"

@@ -81,18 +81,6 @@ def _whole(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.name.isdigit())
 
 
-def save(
-    run: Path, seen: int, state: State, log: dict[str, Any], settings: Training, write: bool = True
-) -> None:
-    """Writes the state after `seen` samples; Failure if it cannot be written.
-
-    Every process must call this, since shards are gathered; only one may `write`.
-    """
-    tensors = _gathered(state, write)
-    if write:
-        _write(run, seen, tensors, log, settings)
-
-
 class Saver:
     """Writes checkpoints while the training goes on.
 

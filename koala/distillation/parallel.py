@@ -82,7 +82,7 @@ class World:
 
 
 @contextmanager
-def joined(device: str | None = None) -> Iterator[World]:
+def joined(device: str | None) -> Iterator[World]:
     """Joins the processes started by torchrun, each on its own device; else a single process.
 
     device: "cpu" or "cuda"; None picks the best one. UserError if the machine has fewer GPUs than

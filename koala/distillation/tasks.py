@@ -271,24 +271,13 @@ class Distillation(Taught):
         schedule: NoiseSchedule,
         settings: DistillationSettings,
         base: str | Path,
-        *,
-        draw: Draw | None = None,
-        prompts: Sequence[str] = (),
-        encode: Encode | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
-            student,
-            teacher,
-            conditioner,
-            schedule,
-            base,
-            caption_dropout=settings.caption_dropout,
-            min_snr=settings.min_snr,
-            draw=draw,
-            prompts=prompts,
-            encode=encode,
-            sampling=settings.sampling,
-        )
+            student, teacher, conditioner, schedule, base,
+            caption_dropout=settings.caption_dropout, min_snr=settings.min_snr,
+            sampling=settings.sampling, **options,
+        )  # fmt: skip
         self.settings = settings
         self.pairs = self.tapped(student, teacher)
         self._features = Features(student, [*self.pairs])

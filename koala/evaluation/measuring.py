@@ -45,7 +45,7 @@ class PartResult:
     columns: list[Column]
     cells: dict[str, dict[str, Cell]]  # row -> column's key -> cell
     comparisons: list[Comparison]
-    judge: Judge | None = None
+    judge: Judge | None
 
 
 class Scores:
@@ -143,7 +143,7 @@ def measure(
         column = _column(part, metric.info)
         columns.append(column)
         measured = {row.name: _measured(scores, metric, row.runs) for row in plan.rows}
-        for name, cell in _cells(part, metric, measured, scores).items():
+        for name, cell in _cells(part, metric, measured).items():
             cells[name][column.key] = cell
         alone = {name: row for name, (row, _) in measured.items()}
         comparisons += _comparisons(part, metric, column, alone)
@@ -257,10 +257,8 @@ def _cells(
     part: Part,
     metric: Metric,
     measured: Mapping[str, tuple[Measured, list[list[float]]]],
-    scores: Scores,
 ) -> dict[str, Cell]:
-    strata = None if isinstance(metric, Distance) else part.strata
-    draws = prompt_draws([row.of_prompts for row, _ in measured.values()], strata)
+    draws = _draws(part, metric, [row.of_prompts for row, _ in measured.values()])
     cells = {}
     for (name, (row, by_seed)), drawn in zip(measured.items(), draws, strict=True):
         found = interval(row.value, drawn, [(row.training_error, len(row.totals))])
@@ -273,6 +271,11 @@ def _cells(
     return cells
 
 
+def _draws(part: Part, metric: Metric, units: Sequence[np.ndarray]) -> np.ndarray:
+    """`prompt_draws`, within categories where the metric is the mean over them."""
+    return prompt_draws(units, None if isinstance(metric, Distance) else part.strata)
+
+
 def _comparisons(
     part: Part, metric: Metric, column: Column, measured: Mapping[str, Measured]
 ) -> list[Comparison]:
@@ -280,7 +283,7 @@ def _comparisons(
     if not pairs:
         return []
     apart = [measured[a].of_prompts - measured[b].of_prompts for a, b in pairs]
-    draws = prompt_draws(apart, None if isinstance(metric, Distance) else part.strata)
+    draws = _draws(part, metric, apart)
     n, higher = len(part.prompts.prompts), metric.info.higher
     return [
         Comparison(a, b, column.key, compare(measured[a], measured[b], drawn, n, higher))

@@ -37,7 +37,7 @@ class Run:
 
     name: str
     model: str
-    pictures: Path | None = None
+    pictures: Path | None
 
     @property
     def size(self) -> Size:

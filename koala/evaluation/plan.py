@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -71,10 +71,10 @@ class Plan:
     guidance: dict[str, float]
     out: Path
     weights: dict[str, Path]
-    judge: Path | None = None
-    device: str | None = None
-    notes: dict[str, str] = field(default_factory=dict)
-    images: Path | None = None  # the illustrations, if they are compared with
+    judge: Path | None
+    device: str | None
+    notes: dict[str, str]
+    images: Path | None  # the illustrations, if they are compared with
 
 
 def plan(

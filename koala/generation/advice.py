@@ -21,10 +21,9 @@ from koala.checkpoints.pipeline_files import Contents
 from koala.checkpoints.resolve import read_model, single_file_path
 from koala.checkpoints.validate import Shapes
 from koala.errors import UserError
-from koala.generation.memory.estimate import PLACES, TEXT, UNET, VAE, Peak, peak, weights
+from koala.generation.memory.estimate import GIB, PLACES, TEXT, UNET, VAE, Peak, peak, weights
 
 FILE = Path(__file__).with_name("ladder.json")
-GIB = 2**30
 PRUNED = 0.2  # the share that the ladder's row of pruning removes
 # A student, and the recipe of one GPU that distils it.
 STUDENTS: dict[str, str | None] = {

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from koala.checkpoints.unet_steps import Asked, rows_at_once
-from koala.generation.denoise import Condition, Predict, evaluate
+from koala.generation.denoise import Condition, Predict, finish
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.openvino import UNetInputs, recorded
 from koala.generation.runtime.pytorch import predictor
@@ -70,7 +70,5 @@ def _draw(
     one = every[0].settings
     together = every[: max(1, rows_at_once(one.width * one.height) // 2)]  # with and without it
     rows = [pipeline.begin(request) for request in together]
-    while not rows[0].finished:
-        for row, output in zip(rows, evaluate(predict, rows), strict=True):
-            row.advance(output)
+    finish(predict, rows)
     return len(together)

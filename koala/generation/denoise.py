@@ -125,14 +125,14 @@ class BatchRow:
     sampler: Sampler
     x: Array  # float32 [1, c, h, w], on the device
     condition: Condition  # n = 1
-    unconditional: Condition | None = None  # of the same length; None: no guidance
-    guidance: float = 1.0
-    guided_steps: int = 0  # counted from the first
-    guidance_rescale: float = 0.0  # 0: none
-    kept: Inpainting | None = None
-    size: tuple[int, int] | None = None  # of the image, if its last places are padding
-    paste: Callable[[Image.Image], Image.Image] | None = None  # puts kept pixels back
-    later: Sequence[tuple[Condition, Condition | None]] = ()  # of the steps after the first
+    unconditional: Condition | None  # of the same length; None: no guidance
+    guidance: float
+    guided_steps: int  # counted from the first
+    guidance_rescale: float  # 0: none
+    kept: Inpainting | None
+    size: tuple[int, int]  # of the image; the last places beyond are padding
+    paste: Callable[[Image.Image], Image.Image] | None  # puts kept pixels back
+    later: Sequence[tuple[Condition, Condition | None]]  # of the steps after the first
     done: int = 0  # steps
     denoised: Array | None = None  # the last step's estimate of the image, latents like x
 
@@ -167,7 +167,7 @@ class BatchRow:
 
     def cut(self, drawn: Image.Image) -> Image.Image:
         """The finished image of what the latents decode to."""
-        if self.size is not None and drawn.size != self.size:
+        if drawn.size != self.size:
             drawn = drawn.crop((0, 0, *self.size))
         return drawn if self.paste is None else self.paste(drawn)
 
@@ -210,3 +210,10 @@ def _guide(without: Array, with_prompt: Array, row: BatchRow) -> Array:
     # arXiv 2305.08891, section 3.4: guidance without the contrast that it adds.
     rescaled = guided * (deviation(with_prompt) / deviation(guided))
     return row.guidance_rescale * rescaled + (1 - row.guidance_rescale) * guided
+
+
+def finish(predict: Predict, rows: Sequence[BatchRow]) -> None:
+    """Takes all steps of rows of one shape and number of steps, together."""
+    while not rows[0].finished:
+        for row, output in zip(rows, evaluate(predict, rows), strict=True):
+            row.advance(output)

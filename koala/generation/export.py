@@ -38,7 +38,7 @@ class ExportReport:
     dtype: str
     bytes: int  # of all files
     out: Path
-    notes: tuple[str, ...] = ()  # what its reader should know
+    notes: tuple[str, ...]  # what its reader should know
 
     def line(self) -> str:
         """One line for the terminal."""
@@ -49,7 +49,7 @@ class ExportReport:
         )
 
 
-def check_export(to: str, out: Path, dtype: str | None = None) -> None:
+def check_export(to: str, out: Path, dtype: str | None) -> None:
     """Before a model is read: UserError unless it can be written to `out`, as `export` takes it."""
     if to in _REFUSED:
         raise UserError(f"--to {to}: {_REFUSED[to]}")

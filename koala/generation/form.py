@@ -23,7 +23,7 @@ from typing import Any
 from koala.checkpoints.validate import CONFIGS, read_json
 from koala.errors import UserError
 from koala.utils.asset_packages import cache_folder
-from koala.utils.atomic import new_file
+from koala.utils.atomic import write_text
 from koala.utils.device import cpu_name
 from koala.utils.digest import digest
 
@@ -109,8 +109,7 @@ def found(folder: Path, backend: str) -> Path | None:
 
 def remember(folder: Path, backend: str) -> None:
     """Keeps which backend a measurement has chosen for a model folder on this machine."""
-    with new_file(_choice(folder)) as part:
-        part.write_text(backend + "\n", "utf-8")
+    write_text(_choice(folder), backend + "\n")
 
 
 def _choice(folder: Path) -> Path:

@@ -6,21 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from koala.checkpoints.sampling import of_named
 from koala.checkpoints.tokenizer_file import Reader as FileReader
 from koala.generation.denoise import Condition
 from koala.generation.drawing import Drawing
 from koala.generation.form import Form, network_file, tokenizer_file
 from koala.generation.noise import NumpyNoise
 from koala.generation.pixels import finished
+from koala.generation.prompts import CACHED_CHUNKS
 from koala.generation.requests import Known, Loras
 from koala.generation.runtime.compiled import Compiled
 from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_by_one
 from koala.utils.arrays import Array
 from koala.utils.device import share_one_heap
 from koala.utils.extras import require
-
-CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
 
 
 class LightPipeline(Drawing):
@@ -72,8 +70,7 @@ class LightPipeline(Drawing):
 
     @property
     def known(self) -> Known:
-        meant = of_named(self.name, self.form.scheduler)
-        return Known(self.name, self.form.native, self.form.scheduler, base=None, sampling=meant)
+        return Known.of_form(self.form, self.name)
 
     def own(self, array: Array) -> np.ndarray:
         return np.asarray(array, np.float32)

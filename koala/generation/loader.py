@@ -23,13 +23,14 @@ from koala.checkpoints.validate import is_quantised, unet_architecture
 from koala.errors import Failure, UserError
 from koala.generation import validation
 from koala.generation.decode import full
-from koala.generation.denoise import Condition, Predict, evaluate
+from koala.generation.denoise import Condition, Predict, finish
 from koala.generation.engine import PIXELS_AT_ONCE
 from koala.generation.form_writing import keep_form
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.placement import Placement
 from koala.generation.memory.plan import Planner, beside_model
 from koala.generation.pipeline import Pipeline
+from koala.generation.prompts import CACHED_CHUNKS
 from koala.generation.quantised_folder import load_quantised
 from koala.generation.runtime.backends import Backend, choose
 from koala.generation.runtime.compile import (
@@ -49,7 +50,6 @@ from koala.utils.device import (
 )
 from koala.utils.networks import AutoencoderKL
 
-CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
 CALIBRATION = ("a fox, noto style", "two green apples on a light blue background")
 _COST = "; it rounds: docs/speed.md has what that costs"
 
@@ -266,7 +266,5 @@ def _samples(pipeline: Pipeline) -> list[UNetInputs]:
     samples: list[UNetInputs] = []
     predict = recorded(predictor(pipeline.unet), samples)
     rows = [pipeline.begin(request) for request in pipeline.requests([*CALIBRATION], seed=0)]
-    while not rows[0].finished:
-        for row, epsilon in zip(rows, evaluate(predict, rows), strict=True):
-            row.advance(epsilon)
+    finish(predict, rows)
     return samples

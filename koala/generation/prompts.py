@@ -51,6 +51,9 @@ class Encoder(Protocol):
         """Embeddings [t, d1 + d2] and pooled [p] of at most t - 2 tokens for each encoder."""
 
 
+CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
+
+
 @dataclass(frozen=True)
 class PromptEmbedding:
     """One prompt as the U-Net reads it; t is a multiple of a chunk's tokens."""

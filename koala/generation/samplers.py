@@ -43,6 +43,8 @@ class Sampler:
     spacing: ClassVar[str] = "trailing"
     spacings: ClassVar[tuple[str, ...]] = tuple(name for name in LABELS if name != "lcm")
     evaluations: ClassVar[int] = 1
+    # Whether x begins with training's variance, sigma^2 + 1; else the image's variance is left out.
+    begins_as_trained: ClassVar[bool] = False
 
     @classmethod
     def adapted(cls, schedule: Schedule, spacing: str) -> Schedule:
@@ -57,7 +59,8 @@ class Sampler:
 
     def start(self, noise: Array) -> Array:
         """x before the first step, of standard normal noise."""
-        return noise * self.sigmas[0]
+        sigma = self.sigmas[0]
+        return noise * (_std(sigma) if self.begins_as_trained else sigma)
 
     def denoised(self, i: int, x: Array, output: Array) -> Array:
         """The estimate of x0 before step i, from the U-Net's output.
@@ -89,14 +92,11 @@ class Euler(Sampler):
 class DDIM(Euler):
     """DDIM without added noise (arXiv 2010.02502, equation 12, its sigma 0).
 
-    Written for x = x0 + sigma * noise it is Euler's method. Only the start differs: its variance
-    is that of training, sigma^2 + 1; Euler's leaves out the image's variance of one.
+    Written for x = x0 + sigma * noise it is Euler's method. Only the start differs.
     """
 
     name = "DDIM"
-
-    def start(self, noise: Array) -> Array:
-        return noise * _std(self.sigmas[0])
+    begins_as_trained = True
 
 
 class EulerAncestral(Sampler):
@@ -119,6 +119,8 @@ class _Multistep(Sampler):
     others off.
     """
 
+    begins_as_trained = True
+
     def __init__(self, schedule: Schedule, noise: Noise) -> None:
         super().__init__(schedule, noise)
         self.before: list[Array] = []  # the last two estimates of x0, the latest first
@@ -126,9 +128,6 @@ class _Multistep(Sampler):
     @classmethod
     def adapted(cls, schedule: Schedule, spacing: str) -> Schedule:
         return schedule.whole(nearest=spacing == "karras")
-
-    def start(self, noise: Array) -> Array:
-        return noise * _std(self.sigmas[0])
 
     def toward(self, i: int, denoised: Array) -> Array:
         """What step i leads to: denoised, and how it changes (arXiv 2211.01095, algorithm 2).
@@ -247,9 +246,7 @@ class LCM(Sampler):
     name = "LCM"
     spacing = "lcm"
     spacings = ("lcm",)
-
-    def start(self, noise: Array) -> Array:
-        return noise * _std(self.sigmas[0])
+    begins_as_trained = True
 
     def step(self, i: int, x: Array, denoised: Array) -> Array:
         sigma, to = self.sigmas[i], self.sigmas[i + 1]

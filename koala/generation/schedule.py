@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from koala.checkpoints.load import noise_levels
-from koala.checkpoints.prediction import EPSILON, of_config
+from koala.checkpoints.prediction import of_config
 from koala.generation import validation
 from koala.generation.validation import LCM_LEVELS
 
@@ -26,7 +26,7 @@ class Schedule:
     timesteps: np.ndarray  # float64 [steps], falling, 0..999; not whole in every spacing
     sigmas: np.ndarray  # float32 [steps + 1], falling, the last one 0
     trained: np.ndarray  # float32 [levels], rising: the noise level of each timestep of training
-    prediction: str = EPSILON  # the U-Net's, a type of `koala.checkpoints.prediction`
+    prediction: str  # the U-Net's, a type of `koala.checkpoints.prediction`
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -7,10 +7,9 @@ from koala.checkpoints.prune import unet_of
 from koala.checkpoints.streamed import StoredWeights
 from koala.checkpoints.validate import check_unet, read_json, read_tensors, unet_architecture
 from koala.generation.pipeline import Pipeline
+from koala.generation.prompts import CACHED_CHUNKS
 from koala.text_conditioning import TextConditioner
 from koala.utils.networks import AutoencoderKL
-
-CACHED_CHUNKS = 64  # chunks of prompts whose embeddings are kept
 
 
 def streamed_pipeline(folder: Path, name: str) -> Pipeline:

@@ -53,7 +53,7 @@ def prompts(prompt: str | list[str]) -> list[str]:
     return found
 
 
-def pruning(share: float, calibration: Sequence[str] | None = None) -> None:
+def pruning(share: float, calibration: Sequence[str] | None) -> None:
     """UserError unless a U-Net can be pruned by that share on those prompts, if any."""
     least, most = PRUNED
     if not _number(share) or not least <= share <= most:

@@ -1,5 +1,6 @@
 """Builds what a recipe of a U-Net trains: models, text encoders, task, validation samples."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from koala.checkpoints.sampling import USUAL
 from koala.checkpoints.validate import unet_architecture
 from koala.data.latents import LatentSet
 from koala.distillation.forward_process import NoiseSchedule
-from koala.distillation.tasks import Denoising, Distillation, Encode, Taught
+from koala.distillation.tasks import Denoising, Distillation, Encode
 from koala.errors import UserError
 from koala.lora.training import add_lora
 from koala.recipes.previews import drawing
@@ -64,10 +65,35 @@ def task_of(
     student.
     """
     if isinstance(recipe, Student):
-        return _distilling(recipe, source, start, conditioner, device, encode, kind)
+        return student_task(
+            recipe.settings,
+            load_unet(start).to(device),
+            load_unet(source),  # the task casts it and moves it to the device
+            conditioner,
+            load_scheduler_config(source),
+            start,
+            kind,
+            draw=drawing(source, conditioner, device, recipe.settings.sampling or USUAL),
+            prompts=recipe.prompts,
+            encode=encode,
+        )
+    prompts: Sequence[str] = MINI_PROMPTS
     if isinstance(recipe, Teacher):
-        return _teaching(recipe, source, conditioner, device, encode)
-    return _finetuning(recipe, source, conditioner, device, encode, latents)
+        unet = _teacher(recipe, source)
+    else:
+        unet = _finetuned(recipe, source, device)
+        prompts = recipe.prompts or tuple(dict.fromkeys(latents.batch(0, PREVIEWS)["captions"]))
+    return Denoising(
+        unet.to(device),
+        conditioner,
+        NoiseSchedule(load_scheduler_config(source)),
+        source,
+        caption_dropout=recipe.caption_dropout,
+        min_snr=recipe.min_snr,
+        draw=drawing(source, conditioner, device),
+        prompts=prompts,
+        encode=encode,
+    )
 
 
 def conditioner_of(model: Path, device: torch.device, latents: LatentSet) -> TextConditioner:
@@ -81,86 +107,29 @@ def conditioner_of(model: Path, device: torch.device, latents: LatentSet) -> Tex
     return TextConditioner.from_folder(model, torch.float16, device, cache_size=0)
 
 
-def _teaching(
-    recipe: Teacher,
-    base: Path,
-    conditioner: TextConditioner,
-    device: torch.device,
-    encode: Encode | None,
-) -> Denoising:
+def _teacher(recipe: Teacher, base: Path) -> UNet2DConditionModel:
+    """A new U-Net, or that of `base`, grown if it is a cut."""
     torch.manual_seed(recipe.training.seed)
     arch = get(recipe.architecture)
-    if recipe.further:
-        found, unet = unet_architecture(base), load_unet(base)
-        if found != arch:
-            try:
-                unet = grow(unet, arch)
-            except UserError:
-                raise UserError(
-                    f"{base} has the U-Net {found.name}, but this recipe continues {arch.name}: "
-                    "give the model made by the recipe before it, or a cut of it"
-                ) from None
-    else:
-        unet = UNet2DConditionModel(**unet_config(arch))
-    return Denoising(
-        unet.to(device),
-        conditioner,
-        NoiseSchedule(load_scheduler_config(base)),
-        base,
-        caption_dropout=recipe.caption_dropout,
-        min_snr=recipe.min_snr,
-        draw=drawing(base, conditioner, device),
-        prompts=MINI_PROMPTS,
-        encode=encode,
-    )
+    if not recipe.further:
+        return UNet2DConditionModel(**unet_config(arch))
+    found, unet = unet_architecture(base), load_unet(base)
+    if found == arch:
+        return unet
+    try:
+        return grow(unet, arch)
+    except UserError:
+        raise UserError(
+            f"{base} has the U-Net {found.name}, but this recipe continues {arch.name}: "
+            "give the model made by the recipe before it, or a cut of it"
+        ) from None
 
 
-def _distilling(
-    recipe: Student,
-    teacher: Path,
-    start: Path,
-    conditioner: TextConditioner,
-    device: torch.device,
-    encode: Encode | None,
-    kind: type[Distillation],
-) -> Taught:
-    """Distils a copy of `start`, the student before distillation."""
-    return student_task(
-        recipe.settings,
-        load_unet(start).to(device),
-        load_unet(teacher),  # the task casts it and moves it to the device
-        conditioner,
-        load_scheduler_config(teacher),
-        start,
-        kind,
-        draw=drawing(teacher, conditioner, device, recipe.settings.sampling or USUAL),
-        prompts=recipe.prompts,
-        encode=encode,
-    )
-
-
-def _finetuning(
-    recipe: Finetune,
-    base: Path,
-    conditioner: TextConditioner,
-    device: torch.device,
-    encode: Encode | None,
-    latents: LatentSet,
-) -> Denoising:
+def _finetuned(recipe: Finetune, base: Path, device: torch.device) -> UNet2DConditionModel:
     """Without a LoRA's matrices the U-Net rests, and does so in the dtype of a teacher."""
     resting = torch.float16 if recipe.hardware.fp16 else compute_dtype(device)
     unet = load_unet(base, resting if recipe.lora else None)
     if recipe.lora:
         torch.manual_seed(recipe.training.seed)
         add_lora(unet, recipe.lora)
-    return Denoising(
-        unet.to(device),
-        conditioner,
-        NoiseSchedule(load_scheduler_config(base)),
-        base,
-        caption_dropout=recipe.caption_dropout,
-        min_snr=recipe.min_snr,
-        draw=drawing(base, conditioner, device),
-        prompts=recipe.prompts or [*dict.fromkeys(latents.batch(0, PREVIEWS)["captions"])],
-        encode=encode,
-    )
+    return unet

@@ -52,7 +52,7 @@ class Teacher:
     training: Training
     caption_dropout: float  # share of samples without a caption, for guidance
     mixture: Mixture
-    min_snr: float | None = None  # gamma of min-SNR weights; none: timesteps are equal
+    min_snr: float | None  # gamma of min-SNR weights; none: timesteps are equal
     further: bool = False  # go on from the given model's U-Net, grown if it is a cut
     hardware: Hardware = PLAIN
 

@@ -41,8 +41,8 @@ def check_finetune(
     recipe: Finetune,
     model: str,
     data: str | Path,
-    device: str | None = None,
-    loggers: Sequence[str] = (),
+    device: str | None,
+    loggers: Sequence[str],
 ) -> None:
     """UserError for arguments of `finetune` that do not exist; nothing is downloaded."""
     check_device(device)
@@ -66,10 +66,10 @@ def _check_hardware(recipe: Finetune) -> None:
 
 def check_dry_run(
     recipe: Recipe,
-    processes: int = 1,
-    card: str | None = None,
-    device: str | None = None,
-    data: str | Path | None = None,
+    processes: int,
+    card: str | None,
+    device: str | None,
+    data: str | Path | None,
 ) -> None:
     """UserError for settings that a cost estimate or a run of the recipe would reject."""
     check_device(device)

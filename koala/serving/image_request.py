@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 IMAGES = ("image", "mask")
-INTERACTIVE, BATCH = 0, 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class ImageRequest:
     loras: tuple[tuple[str, float], ...] = ()  # (name in the LoRA folder, scale)
     fit: bool | None = None  # draw at the native area and resize; None: as the server does
     client: str = "anonymous"  # a key or an address, for fair queueing
-    priority: int = INTERACTIVE  # lower runs first
+    priority: int = 0  # lower runs first
     deadline: float | None = None  # seconds after acceptance
 
     def to_dict(self) -> dict[str, Any]:

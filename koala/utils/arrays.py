@@ -14,13 +14,13 @@ import numpy as np
 Array: TypeAlias = Any  # a numpy.ndarray or a torch.Tensor; those of one call are of one kind
 
 
-def joined(parts: Sequence[Array], axis: int = 0) -> Array:
-    """The arrays as one, along an axis."""
+def joined(parts: Sequence[Array]) -> Array:
+    """The arrays as one, along the first axis."""
     if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts, axis)
+        return np.concatenate(parts)
     import torch
 
-    return torch.cat([*parts], axis)
+    return torch.cat([*parts])
 
 
 def like(array: Array, values: Any) -> Array:

@@ -33,7 +33,7 @@ def check_device(asked: str | None) -> None:
         raise unknown("device", asked, DEVICES, " or one of several, such as cuda:1")
 
 
-def pick_device(asked: torch.device | str | None = None) -> torch.device:
+def pick_device(asked: torch.device | str | None) -> torch.device:
     """The requested device, UserError if it is not available; None chooses the best one."""
     import torch
 

@@ -17,6 +17,7 @@ from koala.checkpoints.sampling import Sampling, of_config
 from koala.errors import UserError
 from koala.recipes.train import distill
 from toy_family import TINY
+from toy_metrics import letters
 
 
 class Colours(nn.Module):
@@ -28,11 +29,6 @@ class Colours(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(images.float() / 255, 3).flatten(1)
-
-
-def letters(texts: list[str]) -> Tensor:
-    counts = torch.tensor([[float(t.count(chr(97 + i))) for i in range(26)] for t in texts])
-    return nn.functional.normalize(counts, dim=-1)
 
 
 @pytest.fixture

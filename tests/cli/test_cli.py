@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionXLPipeline
@@ -18,8 +17,6 @@ from koala.data.illustrations.scenes import SMALL
 from koala.generation import read_settings
 from toy_controlnet import saved, toy_controlnet
 from toy_ip_adapter import toy_image_encoder, toy_ip_adapter
-
-ROOT = Path(__file__).parents[2]
 
 
 def refused(capsys, *arguments: str) -> str:

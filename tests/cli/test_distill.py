@@ -13,7 +13,7 @@ from koala.checkpoints import model_card
 from koala.checkpoints.compress import compress
 from koala.cli import main
 from toy import toy_pipeline
-from toy_sources import images, write_folder
+from toy_sources import images, prepared, write_folder
 
 SMALL = [
     "training.samples=16", "training.batch=4", "training.validate_every=8", "pixels=64",
@@ -24,10 +24,8 @@ SMALL = [
 @pytest.fixture(scope="module")
 def data(toy_sdxl, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    source = str(write_folder(folder / "there", images(24, [(70, 70)])))
-    command = ["prepare", source, "--model", str(toy_sdxl), "--out", str(folder / "d")]
-    assert main([*command, "--size", "64", "--held-out", "0.3", "--workers", "1"]) == 0
-    return folder / "d"
+    source = write_folder(folder / "there", images(24, [(70, 70)]))
+    return prepared(source, toy_sdxl, folder / "d", "--held-out", "0.3")
 
 
 @pytest.fixture(scope="module")

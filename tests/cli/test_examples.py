@@ -5,15 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
 
-from koala.architectures.config import unet_config
-from koala.architectures.table import get
-from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.convert import convert
 from koala.cli import COMMANDS, command_named, main
 from koala.lora.names import base_of
+from toy_family import untrained_teacher
 from toy_lora import toy_lora
 from toy_sources import images, write_folder
 
@@ -39,12 +35,8 @@ ORDER = ("generate", "inspect", "compress", "convert", "export", "architectures"
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
     """What the examples name: an SDXL as a single file, here `sdxl-mini`, a LoRA, images."""
-    model = shutil.copytree(
-        BUNDLED / "koala-mini", tmp_path / "model", ignore=shutil.ignore_patterns("unet")
-    )
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(**unet_config(get("sdxl-mini")))
-    unet.save_pretrained(model / "unet")
+    model = tmp_path / "model"
+    untrained_teacher(model)
     convert(model, "single-file", tmp_path / "sdxl.safetensors")
     toy_lora(tmp_path / "style.safetensors", base_of(model))
     shutil.rmtree(model)

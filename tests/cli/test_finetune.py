@@ -16,7 +16,7 @@ from koala.data.latents import LatentSet
 from koala.generation import load
 from koala.lora.training import FILE, LoraSettings
 from toy import toy_pipeline
-from toy_sources import images
+from toy_sources import images, prepared
 
 SMALL = [
     "training.samples=16", "training.batch=4", "training.lr=0.01", "training.preview_every=16",
@@ -37,9 +37,7 @@ def data(koala, tmp_path_factory) -> Path:
     (folder / "there" / f"2_{SUBJECT}").mkdir(parents=True)
     for n, file in enumerate(images(10, [(70, 70), (64, 100)])):
         (folder / "there" / f"2_{SUBJECT}" / f"{n}.jpg").write_bytes(file)
-    command = ["prepare", str(folder / "there"), "--model", str(koala), "--out", str(folder / "d")]
-    assert main([*command, "--size", "64", "--held-out", "0", "--workers", "1"]) == 0
-    return folder / "d"
+    return prepared(folder / "there", koala, folder / "d", "--held-out", "0")
 
 
 def command(recipe: str, model: Path, data: Path, out: Path, *changes: str) -> list[str]:

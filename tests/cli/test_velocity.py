@@ -15,11 +15,11 @@ from koala.checkpoints.prediction import VELOCITY, Prediction
 from koala.checkpoints.tensors import read_header, read_metadata
 from koala.cli import main
 from koala.generation import load
-from koala.generation.denoise import evaluate
 from koala.generation.samplers import SAMPLERS
+from stepping import latents_of
 from toy import toy_pipeline
 from toy_schedulers import their_scheduler
-from toy_sources import images, write_folder
+from toy_sources import images, prepared, write_folder
 
 SMALL = ["training.samples=8", "training.batch=4", "training.validate_every=8", "pixels=64",
          "hardware.compile=", "hardware.accumulate=1", "prompts=a fox"]  # fmt: skip
@@ -34,8 +34,7 @@ def chain(request, tmp_path_factory) -> tuple[Prediction, Path, Path]:
     config = teacher / SCHEDULER
     config.write_text(json.dumps(json.loads(config.read_text()) | request.param.config))
     source = write_folder(folder / "pictures", images(12, [(70, 70)]))
-    given = ["--model", str(teacher), "--out", str(folder / "data"), "--size", "64"]
-    assert main(["prepare", str(source), *given, "--held-out", "0.3", "--workers", "1"]) == 0
+    prepared(source, teacher, folder / "data", "--held-out", "0.3")
     command = ["distill", "ablation-sa", "--data", str(folder / "data"), "--device", "cpu",
                "--teacher", str(teacher), "--out", str(folder / "run"), "--set",
                *SMALL]  # fmt: skip
@@ -77,17 +76,14 @@ def test_the_student_is_drawn_as_diffusers_draws_it(chain, name):
         num_inference_steps=4, height=64, width=64, generator=[draws], output_type="latent",
     ).images  # fmt: skip
     ours = load(student, device="cpu")
-    (request,) = ours.requests(
-        "a red fox", negative_prompt="blur", guidance=4, guidance_rescale=0.7, steps=4, seed=5,
-        size=(64, 64), scheduler=name,
+    x = latents_of(
+        ours, "a red fox", negative_prompt="blur", guidance=4, guidance_rescale=0.7, steps=4,
+        seed=5, size=(64, 64), scheduler=name,
     )  # fmt: skip
-    row = ours.begin(request)
-    while not row.finished:
-        row.advance(evaluate(ours.predict, [row])[0])
     # diffusers' DDIM and LCM start at abar = 0, ours at 2**-24 (tests/generation/test_velocity.py)
     bound = 1e-3 if stated.zero_snr and name in ("ddim", "lcm") else 1e-4
     scale = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(row.x / scale, expected / scale, atol=bound, rtol=0)
+    torch.testing.assert_close(x / scale, expected / scale, atol=bound, rtol=0)
 
 
 def test_a_single_file_and_back_keep_the_marks(chain, tmp_path):

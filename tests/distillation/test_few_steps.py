@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from koala.checkpoints.load import load_scheduler_config
@@ -26,8 +25,8 @@ from koala.distillation.settings import PLAIN, Hardware, StepSettings, Tap, Trai
 from koala.errors import Failure, UserError
 from koala.recipes.tasks import student_task
 from koala.text_conditioning import TextConditioner
-from toy import toy_pipeline, toy_scheduler, toy_unet
-from toy_training import SignalledStream, Stream, processes, toy_task
+from toy import toy_scheduler, toy_unet
+from toy_training import SignalledStream, Stream, processes, state, toy_task
 
 TRAILING = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
             "timestep_spacing": "trailing"}  # fmt: skip
@@ -39,11 +38,6 @@ TRAINING = Training(
     critic_lr=2e-3, critic_updates=2, keep=100,
 )  # fmt: skip
 GRADIENT_BOUND = 1e-5  # of the difference's norm, relative to the gradient's
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
 
 
 def new_task(
@@ -322,10 +316,6 @@ def distil(
     task = new_task(base, settings)
     layout = lay_out(task, hardware, world or World())
     train(task, data or Stream(), training, run, layout=layout)
-
-
-def state(run: Path, seen: int) -> dict[str, Tensor]:
-    return load_file(run / "checkpoints" / f"{seen:012d}" / "state.safetensors")
 
 
 @pytest.fixture(scope="module")

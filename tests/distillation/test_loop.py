@@ -21,13 +21,7 @@ from koala.distillation.forward_process import generators_at
 from koala.distillation.loop import train
 from koala.distillation.settings import Training
 from koala.errors import Failure, UserError
-from toy import toy_pipeline
 from toy_training import SETTINGS, SignalledStream, Stream, toy_task
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +172,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> N
     module = nn.Linear(2, 2)
     state = checkpoint.State(module, [EMA(module, 10)], torch.optim.AdamW(module.parameters()))
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(Failure, match="000000000008: cannot write the checkpoint"):
-        checkpoint.save(tmp_path, 8, state, {}, SETTINGS)
+    with checkpoint.Saver(tmp_path, SETTINGS, write=True) as saver:
+        saver.save(8, state, {})
+        with pytest.raises(Failure, match="000000000008: cannot write the checkpoint"):
+            saver.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 

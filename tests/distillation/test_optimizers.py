@@ -49,7 +49,9 @@ def test_moments_come_back_bit_for_bit(tmp_path: Path, name: str, eager: None) -
     left, taken_up = learner(name), learner(name)
     for number in range(3):
         step(left, number)
-    checkpoint.save(tmp_path, 12, left, {}, settings(name))
+    with checkpoint.Saver(tmp_path, settings(name), write=True) as saver:
+        saver.save(12, left, {})
+        saver.wait()
     saved = load_file(tmp_path / "checkpoints" / f"{12:012d}" / "state.safetensors")
     width = {value.element_size() for key, value in saved.items() if key.endswith(".codes")}
     assert width == (set() if name == "adamw" else {1})

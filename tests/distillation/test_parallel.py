@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch._dynamo.utils
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from koala.distillation import parallel
@@ -21,14 +20,17 @@ from koala.distillation.settings import PAPER_TAPS, PLAIN, Hardware
 from koala.distillation.taps import Features, regions, tap_points
 from koala.errors import FailedElsewhere, Failure, UserError
 from koala.utils.device import has_bf16
-from toy import TEXT_WIDTHS, toy_pipeline, toy_unet
+from toy import TEXT_WIDTHS, toy_unet
 from toy_training import (
     SETTINGS,
     STEP,
     SignalledStream,
     Stream,
     distil,
+    gradient,
+    norm,
     processes,
+    state,
     toy_task,
 )
 
@@ -36,11 +38,6 @@ TERMS = ("task", "out", "feat", "loss", "grad_norm")
 GRADIENT_BOUND = 1e-5  # of the difference's norm, relative to the gradient's
 # Runs of several steps: AdamW divides by the gradient's size, so rounding grows where it is small.
 COURSE_BOUND = 1e-2  # of the difference's norm, relative to how far the weights have come
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +59,10 @@ def course(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 COURSE = replace(SETTINGS, keep=100)
 
 
-def state(run: Path, seen: int) -> dict[str, Tensor]:
-    return load_file(run / "checkpoints" / f"{seen:012d}" / "state.safetensors")
-
-
-def gradient(run: Path) -> dict[str, Tensor]:
-    """The clipped gradient of a single step's run, times 1 - beta_1."""
-    return {name: v for name, v in state(run, 4).items() if name.endswith(".exp_avg")}
-
-
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Norm of the difference of two sets of tensors."""
     assert ours.keys() == theirs.keys()
     return sum((ours[name] - theirs[name]).square().sum().item() for name in ours) ** 0.5
-
-
-def norm(tensors: dict[str, Tensor]) -> float:
-    return sum(value.square().sum().item() for value in tensors.values()) ** 0.5
 
 
 def losses(run: Path, file: str) -> dict[str, float]:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from koala.distillation.forward_process import Noised, predict
@@ -19,15 +18,10 @@ from koala.distillation.settings import Hardware
 from koala.errors import UserError
 from koala.generation.denoise import Condition
 from koala.generation.runtime.pytorch import predictor
-from toy import TEXT_WIDTHS, TIME_EMBED, toy_pipeline, toy_unet
-from toy_training import STEP, Stream, distil, toy_distillation, toy_task
+from toy import TEXT_WIDTHS, TIME_EMBED, toy_unet
+from toy_training import STEP, Stream, distil, gradient, norm, toy_distillation, toy_task
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory):
-    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
 
 
 @pytest.fixture(autouse=True)
@@ -76,16 +70,6 @@ def test_a_run_learns_in_it_and_goes_on_without_it(base, tmp_path) -> None:
     before = norm(rounded)
     distil(base, run, settings=STEP)  # the same run, at its end: nothing is trained again
     assert norm(gradient(run)) == before
-
-
-def gradient(run: Path) -> dict[str, Tensor]:
-    """The clipped gradient of a single step's run, times 1 - beta_1."""
-    (file,) = (run / "checkpoints").glob("*/state.safetensors")
-    return {name: v for name, v in load_file(file).items() if name.endswith(".exp_avg")}
-
-
-def norm(tensors: dict[str, Tensor]) -> float:
-    return sum(value.square().sum().item() for value in tensors.values()) ** 0.5
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch import nn
 from koala.distillation.forward_process import generators_at
 from koala.distillation.loop import VALIDATION_SEED, train
 from koala.errors import Failure, UserError
-from toy import toy_pipeline
 from toy_training import SETTINGS, SignalledStream, Stream, toy_task
 
 LOGGERS = ("tensorboard", "wandb")
@@ -26,11 +25,6 @@ MISSING = [
     for name in LOGGERS
     if name not in INSTALLED
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
 
 
 @pytest.fixture(scope="module")

@@ -37,13 +37,14 @@ def koala_700m() -> UNet2DConditionModel:
     return on_meta("koala-700m")
 
 
-def inputs(unet: UNet2DConditionModel, n: int = 2) -> dict:
+def inputs(unet: UNet2DConditionModel) -> dict:
+    n = 2
     g = torch.Generator().manual_seed(0)
     config = unet.config
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     return {
         "sample": torch.randn(n, 4, 8, 8, generator=g),
-        "timestep": torch.tensor([3, 700][:n]),
+        "timestep": torch.tensor([3, 700]),
         "encoder_hidden_states": torch.randn(n, 5, config.cross_attention_dim, generator=g),
         "added_cond_kwargs": {
             "text_embeds": torch.randn(n, pooled, generator=g),

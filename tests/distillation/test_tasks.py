@@ -19,17 +19,12 @@ from koala.distillation.settings import PAPER_TAPS, DistillationSettings, Tap
 from koala.distillation.tasks import Denoising, Distillation
 from koala.errors import UserError
 from koala.text_conditioning import TextConditioner
-from toy import toy_pipeline, toy_scheduler, toy_unet
+from toy import toy_scheduler, toy_unet
 
 CAPTIONS = ["a red fox", "two green apples", "a drum"]
 PLAIN = {"num_train_timesteps": 1000, "timestep_spacing": "trailing", **BETAS}
 SCHEDULE = NoiseSchedule(dict(toy_scheduler().config))
 NO_FEATURES = {"feature_weight": 0.0, "taps": ()}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_pipeline(tmp_path_factory.mktemp("base") / "koala", architecture="koala")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from koala.cli import main
-from toy_sources import images, write_folder
+from toy_sources import images, prepared, write_folder
 
 PAGE = Path(__file__).parents[2] / "docs" / "own.md"
 FILE, DATA = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -20,9 +20,8 @@ SMALL = [
 @pytest.fixture(scope="module")
 def desk(toy_sdxl, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("own")
-    source = str(write_folder(folder / "there", images(8, [(70, 70)])))
-    command = ["prepare", source, "--model", str(toy_sdxl), "--out", str(folder / "data")]
-    assert main([*command, "--size", "64", "--held-out", "0", "--workers", "1"]) == 0
+    source = write_folder(folder / "there", images(8, [(70, 70)]))
+    prepared(source, toy_sdxl, folder / "data", "--held-out", "0")
     return folder
 
 

@@ -9,21 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch.distributed.run import get_args_parser as torchrun
 
 from koala import recipes
-from koala.architectures.config import unet_config
-from koala.architectures.table import get
-from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.convert import convert
 from koala.cli import command_named, main
 from koala.generation import read_settings
 from koala.lora.names import base_named
 from koala.recipes.overrides import overridden
 from toy_controlnet import saved, toy_controlnet
+from toy_family import untrained_teacher
 from toy_ip_adapter import toy_image_encoder, toy_ip_adapter
 from toy_lora import toy_lora
 from toy_sources import images, write_yepop
@@ -41,11 +37,8 @@ def commands_of(page: str | Path, program: bool = False) -> list[list[str]]:
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
     """A reader's folder: a fine-tune as a single file, here `sdxl-mini`, and what is for it."""
-    model = shutil.copytree(BUNDLED / "koala-mini", tmp_path / "model")
-    shutil.rmtree(model / "unet")
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(**unet_config(get("sdxl-mini")))
-    unet.save_pretrained(model / "unet")
+    model = tmp_path / "model"
+    unet = untrained_teacher(model)
     convert(model, "single-file", tmp_path / "my-sdxl.safetensors")
     toy_lora(tmp_path / "my-style.safetensors", base_named(str(model)))
     saved(toy_controlnet(unet), tmp_path / "canny-sdxl")

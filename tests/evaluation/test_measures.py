@@ -67,7 +67,7 @@ def test_kernel_distance_equals_the_sum_over_pairs():
     pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
     expected = sum(kernel(a[i], a[j]) + kernel(b[i], b[j]) for i, j in pairs) / 42
     expected -= 2 * sum(kernel(x, y) for x in a for y in b) / 49
-    assert kernel_distance(a, b, rng(), subsets=1, size=7) == pytest.approx(expected, rel=1e-9)
+    assert kernel_distance(a, b, 7, subsets=1) == pytest.approx(expected, rel=1e-9)
 
 
 def test_kernel_distance_is_unbiased():
@@ -75,7 +75,7 @@ def test_kernel_distance_is_unbiased():
     values = []
     for seed in range(200):
         a, b = torch.randn(2, 20, 6, generator=rng(seed), dtype=torch.float64)
-        values.append(kernel_distance(a, b, rng(), subsets=1, size=20))
+        values.append(kernel_distance(a, b, 20, subsets=1))
     values = torch.tensor(values)
     assert abs(values.mean()) < 4 * values.std() / len(values) ** 0.5
     assert values.min() < 0
@@ -84,9 +84,9 @@ def test_kernel_distance_is_unbiased():
 def test_kernel_distance_grows_with_a_shift_and_repeats_by_seed():
     a = torch.randn(60, 8, generator=rng(1))
     b = torch.randn(60, 8, generator=rng(2))
-    near, far = (kernel_distance(a, b + s, rng(), subsets=20, size=30) for s in (0.0, 1.0))
+    near, far = (kernel_distance(a, b + s, 30, subsets=20) for s in (0.0, 1.0))
     assert abs(near) < 0.2 < far
-    assert far == kernel_distance(a, b + 1.0, rng(), subsets=20, size=30)
+    assert far == kernel_distance(a, b + 1.0, 30, subsets=20)
 
 
 def images(n: int, side: int = 32) -> list[Image.Image]:

@@ -8,7 +8,6 @@ from PIL import Image
 
 from koala.cli import main
 from koala.evaluation.pages import address, blind_page, side_by_side
-from koala.evaluation.statistics import win_rate
 from toy_browser import CHROMIUM, DRIVER, Page
 
 RED, BLUE = (address(Image.new("RGB", (16, 16), colour)) for colour in ("red", "blue"))
@@ -73,6 +72,16 @@ def page(tmp_path_factory):
     browser.driver.quit()
 
 
+def wilson(page: Page, wins: float, votes: int) -> list[float]:
+    return json.loads(str(page.js(f"return JSON.stringify(wilson({wins}, {votes}))")))
+
+
+def test_wilsons_interval_is_the_published_one(page):
+    """Of 81 wins in 263: 0.2553 to 0.3662 (Newcombe 1998, table I)."""
+    assert wilson(page, 81, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)
+    assert wilson(page, 10, 10)[1] == pytest.approx(1)
+
+
 def key(page: Page, name: str) -> None:
     page.js(
         "dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], cancelable: true}))", name
@@ -102,8 +111,7 @@ def test_wins_are_counted_by_keyboard_and_names_come_last(page):
             page.driver.refresh()  # what was chosen is kept
     assert 0 < sum(sides) < 12, "sides are random"
     rate = [float(x) for x in str(page.js("return document.documentElement.dataset.rate")).split()]
-    expected = win_rate(11.5, 12)
-    assert rate == pytest.approx([expected.value, expected.low, expected.high], abs=1e-6)
+    assert rate == pytest.approx([11.5 / 12, *wilson(page, 11.5, 12)])
     says = page.find("#says").text
     assert "the <red> wins 95.8 % of 12 pairs" in says and "the <red> is better." in says
     cells = [cell.text for cell in page.driver.find_elements("css selector", "#table td")]

@@ -26,6 +26,7 @@ from koala.evaluation.table import Cell, Column, EvaluationReport, EvaluationRow
 from koala.generation.png import read_settings
 from koala.utils.contact_sheet import image_grid
 from toy import toy_pipeline
+from toy_metrics import letters
 
 STYLES = ("round", "square", "flat")
 METRICS = [f"illustrations {name}" for name in OFFLINE]
@@ -44,12 +45,6 @@ class Colours(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images.float() / 255)
-
-
-def letters(texts: list[str]) -> Tensor:
-    """Text features at toy size: how often each letter occurs."""
-    counts = torch.tensor([[float(t.count(chr(97 + i))) for i in range(26)] for t in texts])
-    return nn.functional.normalize(counts, dim=-1)
 
 
 def drawing(concept: int, style: str) -> bytes:

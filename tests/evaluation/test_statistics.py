@@ -10,7 +10,6 @@ from koala.evaluation.statistics import (
     interval,
     prompt_draws,
     pseudo_values,
-    win_rate,
 )
 
 
@@ -117,10 +116,3 @@ def test_pseudo_values_of_a_mean_are_its_values():
     np.testing.assert_allclose(pseudo_values(values.mean(), left_out), values)
     assert groups_of(45).max() == 19 and np.bincount(groups_of(45)).max() == 3
     assert list(groups_of(3)) == [0, 1, 2]
-
-
-def test_wilsons_interval_is_the_published_one():
-    """Of 81 wins in 263: 0.2553 to 0.3662 (Newcombe 1998, table I)."""
-    found = win_rate(81, 263)
-    assert (found.low, found.high) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert win_rate(10, 10).high == pytest.approx(1) and win_rate(0, 0).low == 0

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from koala.errors import UserError
-from koala.generation.denoise import evaluate
 from koala.generation.loader import load
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.compile import compile_blocks, fuse_projections, graphed
@@ -16,6 +15,7 @@ from koala.generation.runtime.fixed_batches import ROWS, in_fixed_batches, one_b
 from koala.generation.runtime.pytorch import predictor
 from koala.generation.samplers import SAMPLERS
 from koala.utils.device import device_and_dtype
+from stepping import stepped
 from toy import toy_pipeline, toy_unet
 
 
@@ -25,8 +25,8 @@ def unet():
     return toy_unet("koala").requires_grad_(False)
 
 
-def answer(unet, rows: int = 3, side: int = 8):
-    return predictor(unet)(*example(unet, rows, side, tokens=5))
+def answer(unet, side: int = 8):
+    return predictor(unet)(*example(unet, 3, side, tokens=5))
 
 
 @pytest.mark.parametrize("side", [8, 9])
@@ -128,9 +128,7 @@ def test_the_host_never_waits_for_the_device_between_steps(tmp_path):
             rows = [pipeline.begin(r) for r in pipeline.requests(["a", "b"], scheduler=name)]
             torch.cuda.set_sync_debug_mode("error")
             try:
-                while not rows[0].finished:
-                    for row, noise in zip(rows, evaluate(pipeline.predict, rows), strict=True):
-                        row.advance(noise)
+                stepped(pipeline, rows)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

@@ -15,29 +15,24 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from drawn_together import assert_drawn_together_as_alone
 from koala.architectures.config import from_unet_config
 from koala.checkpoints.controlnet import open_controlnet
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
 from koala.generation.control import fitted
-from koala.generation.denoise import Condition, Hint, evaluate
+from koala.generation.denoise import Condition, Hint
 from koala.generation.loader import _giving_way
 from koala.generation.png import parameters
 from koala.generation.runtime.pytorch import predictor, residuals_of
 from koala.generation.workflow import workflow
-from toy import toy_inputs, toy_pipeline, toy_unet
+from stepping import assert_drawn_together_as_alone, latents_of
+from toy import toy_inputs, toy_unet
 from toy_controlnet import saved, toy_controlnet
 
 SIDE = 64
 ASKED = {"negative_prompt": "blur", "guidance": 4, "steps": 4, "seed": 11}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 READ = [0, 2, 3, 5, 6, 8]  # of 9: what the up resnets that are left read in the teacher
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala")
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +53,7 @@ def image():
 
 @torch.inference_mode()
 def drawn(pipe, **asked):
-    (request,) = pipe.requests("a red fox", **{**ASKED, **asked})
-    row = pipe.begin(request)
-    while not row.finished:
-        row.advance(evaluate(pipe.predict, [row])[0])
-    return row.x
+    return latents_of(pipe, "a red fox", **{**ASKED, **asked})
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.6])
@@ -105,9 +96,9 @@ def test_halved_and_sharded_weights_are_read(toy_sdxl, net, image, tmp_path):
 
 
 @torch.inference_mode()
-def test_on_a_student_the_residuals_are_those_of_the_blocks_that_it_has(student, net, folder):
-    unet = load(student, "cpu").unet
-    control = fitted(folder, "toy", load(student, "cpu").known.base.unet)
+def test_on_a_student_the_residuals_are_those_of_the_blocks_that_it_has(toy_koala, net, folder):
+    unet = load(toy_koala, "cpu").unet
+    control = fitted(folder, "toy", load(toy_koala, "cpu").known.base.unet)
     assert control.takes == (*READ, 9)
     assert control.line() == (
         "ControlNet edges: 7 of 10 residuals are used; left out: down_blocks.0.resnets.0, "
@@ -130,8 +121,8 @@ def test_on_a_student_the_residuals_are_those_of_the_blocks_that_it_has(student,
     torch.testing.assert_close(predictor(unet)(x, ticks, condition), expected, atol=0, rtol=0)
 
 
-def test_scale_0_is_the_plain_image(student, folder, image):
-    pipe = load(student, "cpu")
+def test_scale_0_is_the_plain_image(toy_koala, folder, image):
+    pipe = load(toy_koala, "cpu")
     off = drawn(pipe, control=folder, control_image=image, control_scale=0)
     torch.testing.assert_close(off, drawn(pipe), atol=0, rtol=0)
     assert (drawn(pipe, control=folder, control_image=image) - off).abs().max() > 1e-2
@@ -152,8 +143,8 @@ def test_in_one_batch_each_image_is_its_own(toy_sdxl, net, folder, image, tmp_pa
     assert_drawn_together_as_alone(pipe, requests)
 
 
-def test_another_backend_gives_way_to_pytorch(student, folder, image):
-    pipe = load(student, "cpu")
+def test_another_backend_gives_way_to_pytorch(toy_koala, folder, image):
+    pipe = load(toy_koala, "cpu")
     expected, plain = drawn(pipe, control=folder, control_image=image), drawn(pipe)
     calls = []
 
@@ -169,8 +160,8 @@ def test_another_backend_gives_way_to_pytorch(student, folder, image):
     assert len(calls) == ASKED["steps"]
 
 
-def test_an_image_says_what_it_was_drawn_by(student, folder, image, tmp_path):
-    pipe = load(student, "cpu")
+def test_an_image_says_what_it_was_drawn_by(toy_koala, folder, image, tmp_path):
+    pipe = load(toy_koala, "cpu")
     result = pipe("a fox", steps=1, seed=1, control=folder, control_image=image, control_scale=0.5)
     (path,) = save(result, tmp_path)
     settings = read_settings(path)
@@ -181,8 +172,8 @@ def test_an_image_says_what_it_was_drawn_by(student, folder, image, tmp_path):
         workflow(settings)
 
 
-def test_a_transparent_control_image_lies_on_black(student, folder):
-    pipe = load(student, "cpu")
+def test_a_transparent_control_image_lies_on_black(toy_koala, folder):
+    pipe = load(toy_koala, "cpu")
     clear, black = Image.new("RGBA", (SIDE, SIDE)), Image.new("RGB", (SIDE, SIDE))
     found = [drawn(pipe, control=folder, control_image=it, steps=1) for it in (clear, black)]
     torch.testing.assert_close(*found, atol=0, rtol=0)
@@ -206,16 +197,16 @@ def test_a_transparent_control_image_lies_on_black(student, folder):
         ({"control": "MODEL", "control_image": "IMAGE"}, "is a model, not a ControlNet"),
     ],
 )
-def test_what_is_asked_wrongly_is_refused(student, folder, image, asked, says):
+def test_what_is_asked_wrongly_is_refused(toy_koala, folder, image, asked, says):
     wide = Image.new("RGB", (64, 32))
-    named = {"NET": folder, "IMAGE": image, "WIDE": wide, "MODEL": student}
+    named = {"NET": folder, "IMAGE": image, "WIDE": wide, "MODEL": toy_koala}
     asked = {key: named.get(value, value) for key, value in asked.items()}
     with pytest.raises(UserError, match=says):
-        load(student, "cpu").requests("a fox", **asked)
+        load(toy_koala, "cpu").requests("a fox", **asked)
 
 
-def test_a_net_for_another_model_is_refused_by_what_differs(student, net, folder, tmp_path):
-    unet = load(student, "cpu").known.base.unet
+def test_a_net_for_another_model_is_refused_by_what_differs(toy_koala, net, folder, tmp_path):
+    unet = load(toy_koala, "cpu").known.base.unet
     config = {k: v for k, v in net.config.items() if not k.startswith("_")}
     changed = {
         "its text embeddings are 24 wide, toy needs 40": {"cross_attention_dim": 24},
@@ -255,8 +246,8 @@ def test_other_files_are_refused_by_name(tmp_path, names, says):
         open_controlnet(file)
 
 
-def test_a_damaged_net_is_refused(student, folder, image, tmp_path):
-    pipe = load(student, "cpu")
+def test_a_damaged_net_is_refused(toy_koala, folder, image, tmp_path):
+    pipe = load(toy_koala, "cpu")
 
     def refused(net, says):
         with pytest.raises(UserError, match=says):
@@ -284,7 +275,7 @@ def test_a_damaged_net_is_refused(student, folder, image, tmp_path):
     refused(tmp_path / "nan.safetensors", "NaN")
 
 
-def test_what_plain_pytorch_does_not_run_takes_none(student, folder, image):
-    pipe = load(student, "cpu", weights="fp32")
+def test_what_plain_pytorch_does_not_run_takes_none(toy_koala, folder, image):
+    pipe = load(toy_koala, "cpu", weights="fp32")
     with pytest.raises(UserError, match="needs a model that plain PyTorch runs"):
         pipe.requests("a fox", control=folder, control_image=image)

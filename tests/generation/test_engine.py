@@ -16,7 +16,8 @@ from PIL import Image
 from koala.errors import Failure, UserError
 from koala.generation import Engine, Late, Ticket, load
 from koala.generation.denoise import BatchRow, evaluate
-from toy import TOKENS, toy_pipeline
+from stepping import assert_near, stepped
+from toy import TOKENS
 from toy_lora import toy_base, toy_lora
 
 SIDE = 16  # pixels: the smallest picture there is
@@ -33,8 +34,8 @@ KINDS = [  # requests that differ in all a row can differ in, of one shape
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return load(toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala"), "cpu")
+def pipeline(toy_koala):
+    return load(toy_koala, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +69,7 @@ def kinds(pipeline):
 
 @torch.inference_mode()
 def latents_alone(pipeline, request):
-    row = pipeline.begin(request)
-    while not row.finished:
-        row.advance(evaluate(pipeline.predict, [row])[0])
-    return row.x
+    return stepped(pipeline, [pipeline.begin(request)])
 
 
 def drawn_alone(pipeline, request):
@@ -85,11 +83,6 @@ def run(engine):
 
 def bytes_of(images):
     return [image.tobytes() for image in images]
-
-
-def assert_near(image, other):
-    difference = np.abs(np.asarray(image, np.float32) - np.asarray(other, np.float32))
-    assert difference.max() <= 1  # of 255: 1e-4 can turn a rounding
 
 
 # --- rows -----------------------------------------------------------------------------------

@@ -12,23 +12,17 @@ from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
-from koala.generation.denoise import evaluate
 from koala.generation.image_files import fingerprint, open_image, read_mask
 from koala.generation.image_inputs import filled, on_white, to_pixels
 from koala.generation.png import parameters
 from koala.generation.runtime.pytorch import encode_image
 from koala.generation.validation import MASK_FILLS
-from toy import toy_pipeline
+from stepping import latents_of
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala")
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    return load(folder, device="cpu")
+def pipeline(toy_koala):
+    return load(toy_koala, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +40,6 @@ def mask():
     return Image.fromarray(grey)
 
 
-@torch.inference_mode()
-def latents_of(pipe, prompts, **asked):
-    rows = [pipe.begin(request) for request in pipe.requests(prompts, **asked)]
-    while not rows[0].finished:
-        for row, epsilon in zip(rows, evaluate(pipe.predict, rows), strict=True):
-            row.advance(epsilon)
-    return torch.cat([row.x for row in rows])
-
-
 def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -67,9 +52,9 @@ def encoded(pipe, image):
 # --- equality with diffusers ----------------------------------------------------------------
 
 
-def test_latents_of_a_image_are_the_mode_of_diffusers_vae(folder, pipeline, image):
+def test_latents_of_a_image_are_the_mode_of_diffusers_vae(toy_koala, pipeline, image):
     """Its pipelines draw from the posterior; the most likely latents need no seed."""
-    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
+    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(toy_koala)
     config = pipe.vae.config
     mean, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
     pixels = pipe.image_processor.preprocess(image)
@@ -83,8 +68,8 @@ def test_latents_of_a_image_are_the_mode_of_diffusers_vae(folder, pipeline, imag
 
 
 @pytest.mark.parametrize(("strength", "guidance"), [(0.3, 3.5), (0.65, 1.0), (1.0, 3.5)])
-def test_image_to_image_equals_diffusers(folder, pipeline, image, strength, guidance):
-    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
+def test_image_to_image_equals_diffusers(toy_koala, pipeline, image, strength, guidance):
+    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(toy_koala)
     pipe.set_progress_bar_config(disable=True)
     arguments = {
         "prompt": ["a red fox", "an owl"], "strength": strength, "guidance_scale": guidance,
@@ -102,11 +87,11 @@ def test_image_to_image_equals_diffusers(folder, pipeline, image, strength, guid
 
 
 @pytest.mark.parametrize(("strength", "guidance"), [(0.6, 3.5), (1.0, 1.0)])
-def test_inpainting_equals_diffusers(folder, image, mask, strength, guidance):
+def test_inpainting_equals_diffusers(toy_koala, image, mask, strength, guidance):
     """With a VAE without statistics: diffusers' inpainting forgets them when it encodes."""
-    ours = load(folder, device="cpu")
+    ours = load(toy_koala, device="cpu")
     ours.vae.register_to_config(latents_mean=None, latents_std=None)
-    pipe = StableDiffusionXLInpaintPipeline.from_pretrained(folder, vae=ours.vae)
+    pipe = StableDiffusionXLInpaintPipeline.from_pretrained(toy_koala, vae=ours.vae)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
         prompt=["a red fox", "an owl"], strength=strength, guidance_scale=guidance,

@@ -21,21 +21,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-from drawn_together import assert_drawn_together_as_alone
 from koala.architectures.attention_map import attention_map, cross_attentions, roots
 from koala.architectures.config import from_unet_config, unet_config
 from koala.architectures.table import ARCHITECTURES, get
 from koala.checkpoints.ip_adapter import open_image_encoder, open_ip_adapter
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
-from koala.generation.denoise import evaluate
+from koala.generation.asked import checked
 from koala.generation.image_inputs import for_clip
 from koala.generation.image_prompt import fitted_adapter
 from koala.generation.loader import _giving_way
 from koala.generation.png import parameters
-from koala.generation.requests import checked
 from koala.generation.runtime.pytorch import predictor
 from koala.generation.workflow import workflow
+from stepping import assert_drawn_together_as_alone, latents_of
 from toy import toy_pipeline, toy_unet
 from toy_controlnet import saved, toy_controlnet
 from toy_ip_adapter import SIDE, toy_image_encoder, toy_ip_adapter
@@ -51,11 +50,6 @@ TAKEN = {
     "up_blocks.1.attentions.0.transformer_blocks.0.attn2": 12,
     "up_blocks.1.attentions.1.transformer_blocks.0.attn2": 14,
 }
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala")
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +69,7 @@ def image():
 
 @torch.inference_mode()
 def drawn(pipe, **asked):
-    (request,) = pipe.requests("a red fox", **{**ASKED, **asked})
-    row = pipe.begin(request)
-    while not row.finished:
-        row.advance(evaluate(pipe.predict, [row])[0])
-    return row.x
+    return latents_of(pipe, "a red fox", **{**ASKED, **asked})
 
 
 def of_diffusers(ours, folder, kind=StableDiffusionXLPipeline, **parts):
@@ -130,15 +120,15 @@ def test_beside_a_controlnet_it_equals_diffusers(toy_sdxl, adapter, image, tmp_p
     assert_equal(found, expected, drawn(ours, **control))
 
 
-def test_on_a_student_it_equals_diffusers_with_the_mapped_layers(student, adapter, image):
-    ours = load(student, "cpu")
+def test_on_a_student_it_equals_diffusers_with_the_mapped_layers(toy_koala, adapter, image):
+    ours = load(toy_koala, "cpu")
     fits = fitted_adapter(adapter, None, "toy", ours.known.base.unet)
     assert fits.takes == TAKEN
     assert fits.line() == (
         "IP-Adapter ip-toy: 6 of 17 layers are used; left out: 1 of down_blocks.1, 3 of "
         "down_blocks.2, 4 of up_blocks.0, 1 of up_blocks.1, 2 of mid_block"
     )
-    theirs = of_diffusers(ours, student)
+    theirs = of_diffusers(ours, toy_koala)
     theirs.image_encoder = CLIPVisionModelWithProjection.from_pretrained(
         adapter.parent / "image_encoder"
     )
@@ -164,8 +154,8 @@ def test_on_a_student_it_equals_diffusers_with_the_mapped_layers(student, adapte
     assert_equal(found, expected, drawn(ours))
 
 
-def test_scale_0_is_the_plain_image(student, adapter, image):
-    pipe = load(student, "cpu")
+def test_scale_0_is_the_plain_image(toy_koala, adapter, image):
+    pipe = load(toy_koala, "cpu")
     processors = dict(pipe.unet.attn_processors)
     off = drawn(pipe, ip_adapter=adapter, ip_image=image, ip_scale=0)
     torch.testing.assert_close(off, drawn(pipe), atol=0, rtol=0)
@@ -245,8 +235,8 @@ def test_in_one_batch_each_image_is_its_own(toy_sdxl, adapter, image, tmp_path):
     assert_drawn_together_as_alone(pipe, requests)
 
 
-def test_another_backend_gives_way_to_pytorch(student, adapter, image):
-    pipe = load(student, "cpu")
+def test_another_backend_gives_way_to_pytorch(toy_koala, adapter, image):
+    pipe = load(toy_koala, "cpu")
     asked = {"ip_adapter": adapter, "ip_image": image}
     expected, plain = drawn(pipe, **asked), drawn(pipe)
     calls = []
@@ -262,8 +252,8 @@ def test_another_backend_gives_way_to_pytorch(student, adapter, image):
     assert len(calls) == ASKED["steps"]
 
 
-def test_an_image_says_what_it_was_drawn_by(student, adapter, image, tmp_path):
-    pipe = load(student, "cpu")
+def test_an_image_says_what_it_was_drawn_by(toy_koala, adapter, image, tmp_path):
+    pipe = load(toy_koala, "cpu")
     result = pipe("a fox", steps=1, seed=1, ip_adapter=adapter, ip_image=image, ip_scale=0.5)
     (path,) = save(result, tmp_path)
     settings = read_settings(path)
@@ -291,12 +281,12 @@ def test_a_transparent_image_lies_on_white():
     np.testing.assert_array_equal(for_clip(clear, SIDE), for_clip(white, SIDE))
 
 
-def test_an_older_encoder_with_positions_is_read(student, adapter, image, tmp_path):
+def test_an_older_encoder_with_positions_is_read(toy_koala, adapter, image, tmp_path):
     older = shutil.copytree(adapter.parent / "image_encoder", tmp_path / "older")
     tensors = load_file(older / "model.safetensors")
     tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     save_file(tensors, older / "model.safetensors")
-    pipe = load(student, "cpu")
+    pipe = load(toy_koala, "cpu")
     found = [
         drawn(pipe, ip_adapter=adapter, ip_image=image, image_encoder=encoder, steps=1)
         for encoder in (None, older)
@@ -318,7 +308,7 @@ def test_an_older_encoder_with_positions_is_read(student, adapter, image, tmp_pa
         ({"ip_adapter": "FILE", "ip_image": "IMAGE", "ip_scale": -1}, "IP-Adapter scale is -1"),
         ({"ip_adapter": "FILE", "ip_image": "IMAGE", "ip_scale": float("nan")}, "is nan"),
         ({"ip_adapter": "gone.safetensors", "ip_image": "IMAGE"}, "safetensors does not exist"),
-        ({"ip_adapter": "MODEL", "ip_image": "IMAGE"}, "toy is a folder: give the .safetensors"),
+        ({"ip_adapter": "MODEL", "ip_image": "IMAGE"}, "koala is a folder: give the .safetensors"),
         ({"ip_adapter": "FILE", "ip_image": "gone.png"}, "gone.png cannot be read"),
         ({"ip_adapter": "FILE", "ip_image": "IMAGE", "image_encoder": "gone"}, "gone is no folder"),
         (
@@ -327,11 +317,16 @@ def test_an_older_encoder_with_positions_is_read(student, adapter, image, tmp_pa
         ),
     ],
 )  # fmt: skip
-def test_what_is_asked_wrongly_is_refused(student, adapter, image, asked, says):
-    named = {"FILE": adapter, "IMAGE": image, "MODEL": student, "TEXT": student / "text_encoder"}
+def test_what_is_asked_wrongly_is_refused(toy_koala, adapter, image, asked, says):
+    named = {
+        "FILE": adapter,
+        "IMAGE": image,
+        "MODEL": toy_koala,
+        "TEXT": toy_koala / "text_encoder",
+    }
     asked = {key: named.get(value, value) for key, value in asked.items()}
     with pytest.raises(UserError, match=says) as error:
-        load(student, "cpu").requests("a fox", **asked)
+        load(toy_koala, "cpu").requests("a fox", **asked)
     assert "\n" not in str(error.value)
 
 
@@ -405,7 +400,7 @@ def test_a_model_pruned_inside_its_cross_attentions_is_refused(adapter):
         fitted_adapter(adapter, None, "toy", narrowed)
 
 
-def test_an_encoder_that_is_not_the_adapters_is_refused(student, adapter, image, tmp_path):
+def test_an_encoder_that_is_not_the_adapters_is_refused(toy_koala, adapter, image, tmp_path):
     arch = from_unet_config(toy_unet("koala").config)
     other = toy_image_encoder(tmp_path / "other", projection_dim=20)
     with pytest.raises(UserError, match=r"embeddings 20 wide, .* reads 12: give the encoder"):
@@ -413,7 +408,7 @@ def test_an_encoder_that_is_not_the_adapters_is_refused(student, adapter, image,
     alone = shutil.copy(adapter, tmp_path / "alone.safetensors")
     with pytest.raises(UserError, match="needs the image encoder that it was trained with"):
         fitted_adapter(alone, None, "toy", arch)
-    pipe = load(student, "cpu")
+    pipe = load(toy_koala, "cpu")
 
     def refused(says):
         with pytest.raises(UserError, match=says) as error:
@@ -442,8 +437,8 @@ def test_an_encoder_that_is_not_the_adapters_is_refused(student, adapter, image,
     refused("has no visual_projection")
 
 
-def test_a_damaged_adapter_is_refused(student, adapter, image, tmp_path):
-    pipe, encoder = load(student, "cpu"), adapter.parent / "image_encoder"
+def test_a_damaged_adapter_is_refused(toy_koala, adapter, image, tmp_path):
+    pipe, encoder = load(toy_koala, "cpu"), adapter.parent / "image_encoder"
     tensors, file = load_file(adapter), tmp_path / "bad.safetensors"
 
     def refused(changed, says):
@@ -463,15 +458,15 @@ def test_a_damaged_adapter_is_refused(student, adapter, image, tmp_path):
     refused({**tensors, key: tensors[key] * float("nan")}, "NaN")
 
 
-def test_what_plain_pytorch_does_not_run_takes_none(student, adapter, image):
-    pipe = load(student, "cpu", weights="fp32")
+def test_what_plain_pytorch_does_not_run_takes_none(toy_koala, adapter, image):
+    pipe = load(toy_koala, "cpu", weights="fp32")
     with pytest.raises(UserError, match="an IP-Adapter needs a model that plain PyTorch runs"):
         pipe.requests("a fox", ip_adapter=adapter, ip_image=image)
 
 
-def test_a_model_without_pytorch_takes_none(student, adapter, image):
-    form = replace(load(student, "cpu").known, base=None)
-    with pytest.raises(UserError, match="toy runs without PyTorch, which the IP-Adapter"):
+def test_a_model_without_pytorch_takes_none(toy_koala, adapter, image):
+    form = replace(load(toy_koala, "cpu").known, base=None)
+    with pytest.raises(UserError, match="koala runs without PyTorch, which the IP-Adapter"):
         checked(form, "a fox", ip_adapter=adapter, ip_image=image)
 
 
@@ -481,7 +476,7 @@ def test_refusals_load_no_torch(tmp_path):
     code = (
         "import sys\n"
         "from koala.errors import UserError\n"
-        "from koala.generation.requests import checked\n"
+        "from koala.generation.asked import checked\n"
         "try:\n"
         f"    checked({str(tmp_path / 'toy')!r}, 'a fox', ip_adapter={str(file)!r},\n"
         f"            ip_image={str(tmp_path / 'fox.png')!r})\n"

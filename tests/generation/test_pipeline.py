@@ -12,9 +12,9 @@ from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import load
-from koala.generation.denoise import evaluate
 from koala.generation.noise import TorchNoise
 from koala.generation.schedule import trailing
+from stepping import latents_of
 from toy import toy_pipeline, toy_scheduler
 
 ARCHITECTURES = ("sdxl", "koala")
@@ -49,16 +49,6 @@ def theirs(folders):
 def noise_of(seeds, height, width):
     shape = (1, 4, height, width)
     return torch.cat([TorchNoise(s, shape, torch.device("cpu")).draw() for s in seeds])
-
-
-@torch.inference_mode()
-def latents_of(pipe, prompt, **asked):
-    """The latents of all pictures, stepped together."""
-    rows = [pipe.begin(request) for request in pipe.requests(prompt, **asked)]
-    while not rows[0].finished:
-        for row, epsilon in zip(rows, evaluate(pipe.predict, rows), strict=True):
-            row.advance(epsilon)
-    return torch.cat([row.x for row in rows])
 
 
 def pixels(image: Image.Image) -> np.ndarray:

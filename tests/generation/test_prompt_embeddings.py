@@ -16,9 +16,9 @@ from koala.generation.prompt_embeddings import named_embeddings, split_names
 from toy import TEXT_WIDTHS
 
 
-def saved(file: Path, vectors: int = 3, seed: int = 0, widths=TEXT_WIDTHS) -> Path:
+def saved(file: Path, vectors: int = 3, seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
-    sizes = zip(("clip_l", "clip_g"), widths, strict=True)
+    sizes = zip(("clip_l", "clip_g"), TEXT_WIDTHS, strict=True)
     save_file({n: 0.5 * torch.randn(vectors, w, generator=generator) for n, w in sizes}, file)
     return file
 

@@ -16,20 +16,15 @@ from koala.generation import load
 from koala.generation.prompt_syntax import Fragment, parse
 from koala.generation.prompts import encode, padded
 from koala.text_conditioning import TextConditioner
-from toy import TEXT_WIDTHS, TOKENS, toy_pipeline
+from toy import TEXT_WIDTHS, TOKENS
 
 LONG = "a red fox, two green apples and an owl on a table under three very old trees, noto style"
 WIDTH = sum(TEXT_WIDTHS)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala")
-
-
-@pytest.fixture(scope="module")
-def conditioner(folder):
-    return TextConditioner.from_folder(folder)
+def conditioner(toy_koala):
+    return TextConditioner.from_folder(toy_koala)
 
 
 def flat(prompt):
@@ -124,8 +119,8 @@ def test_a_plain_prompt_that_fits_has_the_embedding_of_training(conditioner, pro
     assert torch.equal(ours.text, text) and torch.equal(ours.pooled, pooled)
 
 
-def compel_of(folder, mode):
-    tokenizer, tokenizer_2, text_encoder, text_encoder_2 = load_text(folder)
+def compel_of(toy_koala, mode):
+    tokenizer, tokenizer_2, text_encoder, text_encoder_2 = load_text(toy_koala)
     return Compel(
         [tokenizer, tokenizer_2],
         [text_encoder, text_encoder_2],
@@ -147,9 +142,9 @@ def compel_of(folder, mode):
         (f"(noto:1.5) {LONG} (old:1.2)", f"(noto)1.5 {LONG} (old)1.2"),
     ],
 )
-def test_embeddings_equal_compels(folder, conditioner, ours, compels):
+def test_embeddings_equal_compels(toy_koala, conditioner, ours, compels):
     """compel parts long prompts at the ends of words too, when it is asked to."""
-    theirs, pooled = compel_of(folder, SplitLongTextMode.WORDS)(compels)
+    theirs, pooled = compel_of(toy_koala, SplitLongTextMode.WORDS)(compels)
     encoded = encode(conditioner, ours)
     torch.testing.assert_close(encoded.text, theirs, atol=1e-5, rtol=0)
     if ours == "a red fox":  # compel pools the text with its brackets, and its first 30 tokens
@@ -157,11 +152,11 @@ def test_embeddings_equal_compels(folder, conditioner, ours, compels):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.9, 1.0, 1.7])
-def test_weights_below_one_move_as_compels_base_embedding_does(folder, conditioner, weight):
+def test_weights_below_one_move_as_compels_base_embedding_does(toy_koala, conditioner, weight):
     """There compel mixes in a prompt without the words; its base embedding is the plain rule."""
     columns = []
     for i, fragments in enumerate([["two", "green", "apples"]] * 2):
-        tokenizer, encoder = load_text(folder)[i], load_text(folder)[2 + i]
+        tokenizer, encoder = load_text(toy_koala)[i], load_text(toy_koala)[2 + i]
         provider = EmbeddingsProvider(
             tokenizer, encoder, truncate=False,
             returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
@@ -205,8 +200,8 @@ def test_encoding_leaves_what_is_remembered_alone(conditioner):
 # --- pictures -------------------------------------------------------------------------------
 
 
-def test_cond_and_uncond_are_of_one_length(folder):
-    pipe = load(folder, device="cpu")
+def test_cond_and_uncond_are_of_one_length(toy_koala):
+    pipe = load(toy_koala, device="cpu")
     cases = ((LONG, "", 3), (LONG, "blur", 3), ("a", LONG, 3), ("a", "", 1))
     for prompt, negative, chunks in cases:
         (request,) = pipe.requests(prompt, negative_prompt=negative)
@@ -217,8 +212,8 @@ def test_cond_and_uncond_are_of_one_length(folder):
     assert row.shape == (4, 8, 8, TOKENS)
 
 
-def test_long_words_and_weights_are_seen_in_the_image(folder):
-    pipe = load(folder, device="cpu")
+def test_long_words_and_weights_are_seen_in_the_image(toy_koala):
+    pipe = load(toy_koala, device="cpu")
     prompts = [LONG, LONG + " at night", "a (fox:1.5)", "a fox", "(a fox:1.0)"]
     drawn = [pipe(prompt, seed=1, steps=2).images[0].tobytes() for prompt in prompts]
     assert len(set(drawn)) == 4 and drawn[3] == drawn[4]

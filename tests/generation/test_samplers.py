@@ -17,11 +17,11 @@ from PIL import Image
 
 from koala.errors import UserError
 from koala.generation import load
-from koala.generation.denoise import evaluate
 from koala.generation.noise import TorchNoise
 from koala.generation.samplers import LABELS, SAMPLERS, get
 from koala.generation.schedule import SPACINGS, align_your_steps, lcm, trailing
-from toy import toy_pipeline, toy_scheduler
+from stepping import latents_of, stepped
+from toy import toy_scheduler
 from toy_schedulers import NOISY, PRECEDED, SPACED, their_scheduler
 
 CONFIG = dict(toy_scheduler().config)
@@ -198,46 +198,32 @@ def test_lcm_has_fifty_levels(steps):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala")
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    return load(folder, device="cpu")
-
-
-@torch.inference_mode()
-def drawn(pipe, prompt, **asked):
-    (request,) = pipe.requests(prompt, **asked)
-    row = pipe.begin(request)
-    while not row.finished:
-        row.advance(evaluate(pipe.predict, [row])[0])
-    return row.x
+def pipeline(toy_koala):
+    return load(toy_koala, device="cpu")
 
 
 @pytest.mark.parametrize("name", [*SAMPLERS, "dpm++2m-karras", "unipc-beta"])
-def test_images_equal_diffusers_pipeline_with_its_own_generator(folder, pipeline, name):
+def test_images_equal_diffusers_pipeline_with_its_own_generator(toy_koala, pipeline, name):
     draws = torch.Generator().manual_seed(11)
     scheduler = their_scheduler(name, CONFIG, draws)
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, scheduler=scheduler)
+    pipe = StableDiffusionXLPipeline.from_pretrained(toy_koala, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
         "a red fox", negative_prompt="blur", guidance_scale=4.0, num_inference_steps=5,
         generator=[draws], output_type="latent",
     ).images  # fmt: skip
-    ours = drawn(
+    ours = latents_of(
         pipeline, "a red fox", negative_prompt="blur", guidance=4, steps=5, scheduler=name, seed=11
     )
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["euler-a", "dpm++2m", "dpm++sde", "unipc-karras", "lcm"])
-def test_from_a_image_every_kind_of_sampler_begins_in_the_middle(folder, pipeline, name):
+def test_from_a_image_every_kind_of_sampler_begins_in_the_middle(toy_koala, pipeline, name):
     """Given latents, diffusers' pipeline draws the same noise as ours."""
     draws = torch.Generator().manual_seed(11)
     scheduler = their_scheduler(name, CONFIG, draws)
-    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, scheduler=scheduler)
+    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(toy_koala, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     grey = torch.zeros(1, 3, 64, 64)
     with torch.inference_mode():
@@ -258,7 +244,5 @@ def test_from_a_image_every_kind_of_sampler_begins_in_the_middle(folder, pipelin
     request = replace(request, image=grey)  # no 8-bit picture is exactly zero
     with torch.inference_mode():
         row = pipeline.begin(request)
-        while not row.finished:
-            row.advance(evaluate(pipeline.predict, [row])[0])
     assert row.steps == (11 if name == "dpm++sde" else 6)
-    torch.testing.assert_close(row.x, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(stepped(pipeline, [row]), expected, atol=1e-4, rtol=0)

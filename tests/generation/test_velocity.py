@@ -13,10 +13,9 @@ from PIL import Image
 from koala.checkpoints.pipeline_files import BETAS
 from koala.checkpoints.prediction import EPSILON, VELOCITY, Prediction
 from koala.generation import load
-from koala.generation.denoise import evaluate
 from koala.generation.samplers import SAMPLERS
 from koala.generation.schedule import trailing
-from toy import toy_pipeline
+from stepping import latents_of, stepped
 from toy_schedulers import their_scheduler
 
 PLAIN = {"num_train_timesteps": 1000, "timestep_spacing": "trailing", **BETAS}
@@ -26,29 +25,15 @@ PREDICTIONS = [Prediction(VELOCITY), Prediction(VELOCITY, True), Prediction(EPSI
 FROM_ZERO = {"ddim", "lcm"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala")
-
-
-def pair(folder, name, prediction, kind=StableDiffusionXLPipeline):
+def pair(toy_koala, name, prediction, kind=StableDiffusionXLPipeline):
     """Our pipeline, diffusers' with the same settings, and a generator for its noise."""
     config = {**PLAIN, **prediction.config}
-    ours = load(folder, device="cpu")
+    ours = load(toy_koala, device="cpu")
     ours.scheduler_config = config
     draws = torch.Generator().manual_seed(11)
-    theirs = kind.from_pretrained(folder, scheduler=their_scheduler(name, config, draws))
+    theirs = kind.from_pretrained(toy_koala, scheduler=their_scheduler(name, config, draws))
     theirs.set_progress_bar_config(disable=True)
     return ours, theirs, draws
-
-
-@torch.inference_mode()
-def drawn(pipe, prompt, **asked):
-    (request,) = pipe.requests(prompt, **asked)
-    row = pipe.begin(request)
-    while not row.finished:
-        row.advance(evaluate(pipe.predict, [row])[0])
-    return row.x
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS, ids=str)
@@ -73,13 +58,13 @@ def test_noise_levels_are_diffusers_own(prediction, steps):
     ],
     ids=str,
 )
-def test_every_sampler_equals_diffusers_pipeline(folder, name, prediction):
-    ours, theirs, draws = pair(folder, name, prediction)
+def test_every_sampler_equals_diffusers_pipeline(toy_koala, name, prediction):
+    ours, theirs, draws = pair(toy_koala, name, prediction)
     expected = theirs(
         "a red fox", negative_prompt="blur", guidance_scale=4.0, num_inference_steps=5,
         generator=[draws], output_type="latent",
     ).images  # fmt: skip
-    x = drawn(
+    x = latents_of(
         ours, "a red fox", negative_prompt="blur", guidance=4, steps=5, scheduler=name, seed=11
     )
     bound = 1e-3 if prediction.zero_snr and name in FROM_ZERO else 1e-4
@@ -89,16 +74,16 @@ def test_every_sampler_equals_diffusers_pipeline(folder, name, prediction):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS[:2], ids=str)
 @pytest.mark.parametrize("rescale", [0.7, 1.0])
-def test_guidance_rescale_equals_diffusers(folder, prediction, rescale):
-    ours, theirs, _ = pair(folder, "euler", prediction)
+def test_guidance_rescale_equals_diffusers(toy_koala, prediction, rescale):
+    ours, theirs, _ = pair(toy_koala, "euler", prediction)
     expected = theirs(
         "a red fox", negative_prompt="blur", guidance_scale=7.0, guidance_rescale=rescale,
         num_inference_steps=6, generator=[torch.Generator().manual_seed(3)], output_type="latent",
     ).images  # fmt: skip
     asked = {"negative_prompt": "blur", "guidance": 7, "steps": 6, "seed": 3}
-    x = drawn(ours, "a red fox", guidance_rescale=rescale, **asked)
+    x = latents_of(ours, "a red fox", guidance_rescale=rescale, **asked)
     torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
-    assert (drawn(ours, "a red fox", **asked) - x).abs().max() > 1e-3
+    assert (latents_of(ours, "a red fox", **asked) - x).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS[:2], ids=str)
@@ -109,9 +94,9 @@ def test_guidance_rescale_equals_diffusers(folder, prediction, rescale):
     [(name, masked) for name in SAMPLERS for masked in (False, True)
      if not (masked and name == "dpm++sde")],
 )  # fmt: skip
-def test_starting_from_an_image_equals_diffusers(folder, name, prediction, masked):
+def test_starting_from_an_image_equals_diffusers(toy_koala, name, prediction, masked):
     kind = StableDiffusionXLInpaintPipeline if masked else StableDiffusionXLImg2ImgPipeline
-    ours, theirs, draws = pair(folder, name, prediction, kind)
+    ours, theirs, draws = pair(toy_koala, name, prediction, kind)
     image = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
@@ -127,8 +112,7 @@ def test_starting_from_an_image_equals_diffusers(folder, name, prediction, maske
         if name == "euler":
             first = latents + row.sampler.sigmas[0] * noise
             torch.testing.assert_close(row.x, first, atol=1e-5, rtol=1e-5)
-        while not row.finished:
-            row.advance(evaluate(ours.predict, [row])[0])
+        stepped(ours, [row])
         given = {"image": latents}
         if masked:
             given |= {"mask_image": mask, "height": 64, "width": 64}

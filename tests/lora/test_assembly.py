@@ -23,7 +23,6 @@ from toy import toy_pipeline
 from toy_lora import toy_lora
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-VAE = "vae/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True)

@@ -402,10 +402,10 @@ QUERY = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 KEY = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
 
 
-def tensors(stem: str = QUERY, width: int = 640, context: int = 640, rank: int = 2) -> dict:
+def tensors(stem: str = QUERY, width: int = 640, context: int = 640) -> dict:
     return {
-        f"{stem}.lora_down.weight": torch.zeros(rank, context),
-        f"{stem}.lora_up.weight": torch.zeros(width, rank),
+        f"{stem}.lora_down.weight": torch.zeros(2, context),
+        f"{stem}.lora_up.weight": torch.zeros(width, 2),
     }
 
 

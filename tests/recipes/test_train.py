@@ -24,7 +24,7 @@ from koala.mini.vae import Autoencoding, ImageData, measure_latents, new_vae, to
 from koala.recipes.recipe import Mixture, Student, described
 from koala.recipes.train import distill
 from toy_family import TINY, Letters
-from toy_sources import images, write_folder
+from toy_sources import images, prepared, write_folder
 
 
 @pytest.fixture(autouse=True)
@@ -142,13 +142,11 @@ def test_data_may_lie_elsewhere(base_parts, tmp_path, packages):
 def test_images_are_encoded_on_line(base_parts, tmp_path, packages):
     """The same run from latents and from pictures, but for the draws and bf16."""
     _, base = base_parts
-    source = str(write_folder(tmp_path / "pictures", images(8, [(70, 70)])))
+    source = write_folder(tmp_path / "pictures", images(8, [(70, 70)]))
     recipe = replace(recipes.get("sdxl-mini-64"), training=TINY, mixture=Mixture())
     losses = {}
     for name, given in (("latents", []), ("pixels", ["--pixels"])):
-        data = tmp_path / name
-        command = ["prepare", source, "--model", str(base), "--out", str(data), *given]
-        assert main([*command, "--size", "64", "--held-out", "0", "--workers", "1"]) == 0
+        data = prepared(source, base, tmp_path / name, "--held-out", "0", *given)
         distill(recipe, data, tmp_path / f"{name}-run", str(base), "cpu")
         line = (tmp_path / f"{name}-run" / "stats.jsonl").read_text().splitlines()[0]
         losses[name] = json.loads(line)["task"]

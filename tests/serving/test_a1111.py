@@ -17,6 +17,7 @@ from koala.generation import load, read_settings
 from koala.generation.png import parameters
 from koala.serving.api.a1111_fields import framed
 from koala.serving.api.a1111_only_masked import around
+from stepping import assert_near
 from toy import toy_pipeline
 from toy_server import gated, running
 
@@ -97,11 +98,6 @@ def half():
     image.paste(255, (8, 0, 16, 16))
     image.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
-
-
-def assert_near(image, other):
-    difference = np.abs(np.asarray(image, np.float32) - np.asarray(other, np.float32))
-    assert difference.max() <= 1  # of 255: company in the batch can turn a rounding
 
 
 def test_txt2img_draws_what_the_pipeline_draws(client, pipeline):

@@ -16,8 +16,6 @@ from koala.serving.fit import native_size
 from toy import toy_pipeline
 from toy_server import running
 
-NATIVE = 64  # the toy's side
-
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):

@@ -15,7 +15,6 @@ import threading
 import time
 
 import httpx2
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -24,6 +23,7 @@ from koala.serving.jobs.database import Database
 from koala.serving.jobs.subscribers import Subscriber
 from koala.serving.jobs.table import JobLimits, JobTable
 from koala.serving.settings import Limits
+from stepping import assert_near
 from toy import toy_pipeline
 from toy_server import gated, running
 
@@ -148,11 +148,6 @@ def png(side=SIDE, colour="teal"):
     file = io.BytesIO()
     Image.new("RGB", (side, side), colour).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
-
-
-def assert_near(image, other):
-    difference = np.abs(np.asarray(image, np.float32) - np.asarray(other, np.float32))
-    assert difference.max() <= 1  # of 255: company in the batch can turn a rounding
 
 
 # --- one job --------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from koala.errors import UserError
 from koala.generation import load, read_settings
 from koala.serving.links import SECONDS, Links
 from koala.serving.settings import Limits, Options, check, quality_steps
+from stepping import assert_near
 from toy import TEXT_WIDTHS, toy_pipeline
 from toy_lora import toy_base, toy_lora
 from toy_server import running
@@ -68,11 +69,6 @@ def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
-
-
-def assert_near(image, other):
-    difference = np.abs(np.asarray(image, np.float32) - np.asarray(other, np.float32))
-    assert difference.max() <= 1
 
 
 def post(server, path: str, body: bytes, kind: str = "application/json"):

@@ -33,14 +33,14 @@ def overlap(a: Corners, b: Corners) -> float:
     return both / whole if whole else 0.0
 
 
-def relations(a: Found, b: Found, threshold: float = 0.1) -> set[str]:
-    """Where a stands to b: left of, right of, above, below (GenEval, appendix).
+SLACK = 0.1  # offsets within this share of the two things' summed sizes do not count
 
-    Offsets within `threshold` of the summed sizes do not count.
-    """
+
+def relations(a: Found, b: Found) -> set[str]:
+    """Where a stands to b: left of, right of, above, below (GenEval, appendix)."""
     offset = np.array(a.centre) - np.array(b.centre)
     sizes = [np.array([f.box[2] - f.box[0], f.box[3] - f.box[1]]) for f in (a, b)]
-    beyond = np.maximum(np.abs(offset) - threshold * (sizes[0] + sizes[1]), 0) * np.sign(offset)
+    beyond = np.maximum(np.abs(offset) - SLACK * (sizes[0] + sizes[1]), 0) * np.sign(offset)
     if np.all(np.abs(beyond) < 1e-3):
         return set()
     right, down = beyond / np.linalg.norm(offset)

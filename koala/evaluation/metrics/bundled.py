@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from koala.evaluation.distances import frechet, kernel_distance, kernel_left_out, polynomial
 from koala.evaluation.features import EffLite0, extract
 from koala.evaluation.metrics.catalogue import MetricInfo
-from koala.evaluation.metrics.metric import Distance, Metric
+from koala.evaluation.metrics.metric import FrechetDistance, KernelDistance, Metric
 from koala.evaluation.prompts import Prompt
 from koala.evaluation.retrieval import Judge
 
@@ -36,23 +34,14 @@ class _OfEffLite0(Metric):
         return torch.cat([extract(self.extractor, [picture]) for picture in pictures])
 
 
-class EffLite0Distance(_OfEffLite0, Distance):
-    """FD-EffLite0: a Frechet distance. It is not FID, nor comparable with published numbers."""
-
-    def distance(self, scores: Tensor, real: Tensor) -> float:
-        return frechet(scores, real)
+class EffLite0Distance(_OfEffLite0, FrechetDistance):
+    """FD-EffLite0: it is not FID, nor comparable with published numbers."""
 
 
-class EffLite0Kernel(_OfEffLite0, Distance):
+class EffLite0Kernel(_OfEffLite0, KernelDistance):
     """The kernel distance (KID's) on EfficientNet-Lite0."""
 
-    def distance(self, scores: Tensor, real: Tensor) -> float:
-        size = min(KERNEL_SUBSET, len(scores), len(real))
-        generator = torch.Generator().manual_seed(0)  # the same subsets for every row
-        return kernel_distance(scores, real, generator, size=size)
-
-    def left_out(self, scores: Tensor, real: Tensor, groups: np.ndarray) -> np.ndarray:
-        return kernel_left_out(scores, real, groups, polynomial)
+    subset = KERNEL_SUBSET
 
 
 class Retrieval(_OfEffLite0):

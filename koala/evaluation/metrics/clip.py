@@ -17,11 +17,9 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from koala.evaluation.metrics.loading import pretrained, read_pickled
-from koala.evaluation.metrics.metric import Metric
+from koala.evaluation.metrics.metric import BATCH, Metric
 from koala.evaluation.metrics.open_clip_format import converted, shape_of
 from koala.evaluation.prompts import Prompt
-
-BATCH = 16  # pictures in one forward pass
 
 
 class Clip:

@@ -16,20 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from koala.errors import UserError
-from koala.evaluation.distances import (
-    frechet,
-    kernel_distance,
-    kernel_left_out,
-    polynomial,
-    squared_mmd,
-)
+from koala.evaluation.distances import kernel_left_out, squared_mmd
 from koala.evaluation.features import as_tensor
 from koala.evaluation.metrics.loading import pretrained, read_pickled
-from koala.evaluation.metrics.metric import Distance
+from koala.evaluation.metrics.metric import BATCH, Distance, FrechetDistance, KernelDistance
 from koala.evaluation.prompts import Prompt
 
-BATCH = 16  # pictures in one forward pass
-KID_SUBSET = 1000
 CMMD_WIDTH, CMMD_SCALE = 10.0, 1000.0  # sigma and the factor of the published numbers
 
 
@@ -68,23 +60,14 @@ class _Inception(_OfNetwork):
         return self.network(as_tensor(pictures).to(self.device))[0]
 
 
-class InceptionFrechet(_Inception):
+class InceptionFrechet(_Inception, FrechetDistance):
     """FID."""
 
-    def distance(self, scores: Tensor, real: Tensor) -> float:
-        return frechet(scores, real)
 
+class InceptionKernel(_Inception, KernelDistance):
+    """KID: 100 subsets of 1,000 pictures."""
 
-class InceptionKernel(_Inception):
-    """KID: 100 subsets of 1,000 pictures, fewer where there are not so many."""
-
-    def distance(self, scores: Tensor, real: Tensor) -> float:
-        size = min(KID_SUBSET, len(scores), len(real))
-        generator = torch.Generator().manual_seed(0)  # the same subsets for every row
-        return kernel_distance(scores, real, generator, size=size)
-
-    def left_out(self, scores: Tensor, real: Tensor, groups: np.ndarray) -> np.ndarray:
-        return kernel_left_out(scores, real, groups, polynomial)
+    subset = 1000
 
 
 class Cmmd(_OfNetwork):
@@ -125,7 +108,7 @@ def gaussian(x: Tensor, y: Tensor) -> Tensor:
     return torch.exp(-torch.cdist(x, y).square() / (2 * CMMD_WIDTH**2))
 
 
-class DinoFrechet(_OfNetwork):
+class DinoFrechet(_OfNetwork, FrechetDistance):
     """FD-DINOv2: a Frechet distance on the class token of DINOv2 ViT-L/14.
 
     Pictures are resized to 224 x 224 bicubically and normalised with ImageNet's statistics.
@@ -148,6 +131,3 @@ class DinoFrechet(_OfNetwork):
         x = as_tensor(resized).float() / 255
         mean, deviation = (torch.tensor(v)[:, None, None] for v in (self.mean, self.deviation))
         return self.network(((x - mean) / deviation).to(self.device)).pooler_output
-
-    def distance(self, scores: Tensor, real: Tensor) -> float:
-        return frechet(scores, real)

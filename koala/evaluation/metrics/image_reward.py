@@ -19,10 +19,9 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from koala.errors import UserError
 from koala.evaluation.metrics.loading import read_pickled
-from koala.evaluation.metrics.metric import Metric
+from koala.evaluation.metrics.metric import BATCH, Metric
 from koala.evaluation.prompts import Prompt
 
-BATCH = 16  # pictures in one forward pass
 TOKENS = 35  # of a prompt; what is longer is cut off
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the rewards, by the authors
 HEAD = 64  # the width of an attention head of every BLIP

@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from koala.evaluation.distances import frechet, kernel_distance, kernel_left_out, polynomial
 from koala.evaluation.metrics.catalogue import MetricInfo
 from koala.evaluation.prompts import Prompt
+
+BATCH = 16  # pictures in one forward pass
 
 
 class Metric(ABC):
@@ -50,6 +53,25 @@ class Distance(Metric):
         """The distance without each group of pictures. groups: int [n], the group of each."""
         kept = (torch.from_numpy(groups != group) for group in np.unique(groups))
         return np.array([self.distance(scores[rest], real) for rest in kept])
+
+
+class FrechetDistance(Distance):
+    """Between the Gaussians of the features' means and covariances."""
+
+    def distance(self, scores: Tensor, real: Tensor) -> float:
+        return frechet(scores, real)
+
+
+class KernelDistance(Distance):
+    """KID's, over random subsets of `subset` pictures, fewer where there are not so many."""
+
+    subset: int
+
+    def distance(self, scores: Tensor, real: Tensor) -> float:
+        return kernel_distance(scores, real, self.subset)
+
+    def left_out(self, scores: Tensor, real: Tensor, groups: np.ndarray) -> np.ndarray:
+        return kernel_left_out(scores, real, groups, polynomial)
 
 
 def create(info: MetricInfo) -> Metric:

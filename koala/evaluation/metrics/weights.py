@@ -22,13 +22,12 @@ class Weights:
     """Weights of one model.
 
     hub: the Hub id; None where the authors publish them elsewhere, at `at`. file: the one file
-    that is needed; "" for a folder in the format of transformers. marks: what such a folder has.
+    that is needed; "" for a folder in the format of transformers.
     """
 
     hub: str | None
     file: str = ""
     at: str = ""
-    marks: tuple[str, ...] = ("config.json",)
 
     @property
     def place(self) -> str:
@@ -112,10 +111,9 @@ def _checked(name: str, path: Path) -> Path:
         if not file.is_file():
             raise UserError(f"the weights {name}: {path} has no {weights.file}")
         return file
-    missing = [mark for mark in weights.marks if not (path / mark).is_file()]
-    if missing:
+    if not (path / "config.json").is_file():
         raise UserError(
             f"the weights {name}: {path} is no folder in the format of transformers "
-            f"({missing[0]} is missing); see {weights.place}"
+            f"(config.json is missing); see {weights.place}"
         )
     return path

@@ -15,18 +15,29 @@ from dataclasses import dataclass
 from koala.checkpoints.quantised import GROUP, IN_8_BITS
 from koala.checkpoints.validate import Shapes
 
+GIB = 2**30
 MARGIN = 1.3  # on activations, for what the libraries' kernels take besides: up to 1.25 was seen
 CARRIED = 2 * 2**20  # bytes: latents, embeddings and the like of a request
 ALIGNED = 256  # bytes: every tensor of a unit begins at a multiple, which GPUs read fastest
 TEXT, UNET, VAE = "text encoders", "U-Net", "VAE"
-# (place, decode) from the fastest to the smallest, of the planner's ladder.
-PLACES = (
-    ("resident", "full"),
-    ("resident", "tiled"),
-    ("text group offload", "tiled"),
-    ("model offload", "tiled"),
-    ("group offload", "tiled"),
+# (quantised, place, decode) from the fastest to the smallest. If no weights are asked for, 8 bits
+# come before offloading the U-Net: dequantising a layer takes less time than copying it. On the
+# device are:
+#   resident            all parts
+#   text group offload  text encoders a block at a time, only to encode a new prompt
+#   model offload       a part at a time
+#   group offload       text encoders and U-Net a block at a time, the VAE as a whole
+LADDER: tuple[tuple[str | None, str, str], ...] = (
+    (None, "resident", "full"),
+    (None, "resident", "tiled"),
+    (None, "text group offload", "tiled"),
+    ("int8", "resident", "tiled"),
+    ("int8", "model offload", "tiled"),
+    ("int8", "group offload", "tiled"),
+    ("int8", "group offload", "tiny"),
 )
+# (place, decode) of the ladder, without the tiny decoder.
+PLACES = tuple(dict.fromkeys((place, decode) for _, place, decode in LADDER if decode != "tiny"))
 _UNIT = re.compile(
     r".*?\b(?:transformer_blocks|resnets|downsamplers|upsamplers|encoder\.layers)\.\d+\b"
     r"|.*\bembeddings\b"

@@ -16,7 +16,7 @@ from torch import nn
 from koala.errors import UserError
 from koala.generation import decode as decoding
 from koala.generation import validation
-from koala.generation.memory.estimate import CARRIED, MARGIN
+from koala.generation.memory.estimate import CARRIED, GIB, LADDER, MARGIN
 from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE, MetaModels
 from koala.generation.memory.offload import aligned_size, tensors_of, units_of
 from koala.generation.memory.quantise import LARGEST
@@ -24,7 +24,6 @@ from koala.generation.runtime.dtypes import DTYPES, check_dtype
 from koala.utils.counted import counted
 from koala.utils.device import free_bytes, resident_bytes
 
-GIB = 2**30
 # Bytes that a process on a CPU grows by while it works, besides its tensors: code that is paged in,
 # and gaps in the allocator; up to 0.21 GiB were seen.
 GROWTH = 2**28
@@ -36,8 +35,8 @@ class Mode:
 
     dtype: str  # that U-Net and text encoders compute in: a key of DTYPES
     vae_dtype: str
-    quantised: str | None = None  # to int8, fp8 or int4: how their weights are stored
-    place: str = "resident"  # a key of PLACES
+    quantised: str | None  # to int8, fp8 or int4: how their weights are stored
+    place: str = "resident"  # of LADDER
     decode: str = "full"  # or "tiled" or "tiny"
 
     @property
@@ -70,26 +69,6 @@ class Mode:
         return f"weights {self.weights}, {self.place}, {self.decode} decode"
 
 
-PLACES = {
-    "resident": "all on the device",
-    "text group offload": "the text encoders a block at a time, only to encode a new prompt",
-    "model offload": "a part at a time",
-    "group offload": "text encoders and U-Net a block at a time, the VAE as a whole",
-}
-
-# (quantised, place, decode) from the fastest to the smallest. If no weights are asked for, 8 bits
-# come before offloading the U-Net: dequantising a layer takes less time than copying it.
-LADDER: tuple[tuple[str | None, str, str], ...] = (
-    (None, "resident", "full"),
-    (None, "resident", "tiled"),
-    (None, "text group offload", "tiled"),
-    ("int8", "resident", "tiled"),
-    ("int8", "model offload", "tiled"),
-    ("int8", "group offload", "tiled"),
-    ("int8", "group offload", "tiny"),
-)
-
-
 @dataclass(frozen=True)
 class Phase:
     """One phase of drawing, in bytes on the device."""
@@ -118,8 +97,8 @@ class MemoryPlan:
     images: int  # at a time
     parts: dict[str, int]  # weights of each part, bytes
     phases: tuple[Phase, ...]
+    process: int  # bytes beside the model: on a CPU the interpreter and its libraries
     budget: int | None = None  # bytes
-    process: int = 0  # bytes beside the model: on a CPU the interpreter and its libraries
 
     @property
     def peak(self) -> int:
@@ -283,9 +262,7 @@ class Planner:
             for name, busy, activations in every
         )
         sizes = {part: aligned_size(tensors_of(made)) for part, made in parts.items()}
-        return MemoryPlan(
-            mode, self.device, self.size, self.images, sizes, phases, process=self.process
-        )
+        return MemoryPlan(mode, self.device, self.size, self.images, sizes, phases, self.process)
 
 
 def beside_model(device: torch.device) -> int:

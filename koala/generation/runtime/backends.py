@@ -193,12 +193,12 @@ def _measured(
 
 
 @torch.inference_mode()
-def seconds_of(predict: Predict, unet: UNet2DConditionModel, runs: int = _RUNS) -> float:
+def seconds_of(predict: Predict, unet: UNet2DConditionModel) -> float:
     """Median seconds of one evaluation of two rows at the U-Net's native size."""
     asked = example(unet)
     predict(*asked)  # warm-up: compiling and packing are not timed
     seconds = []
-    for _ in range(runs):
+    for _ in range(_RUNS):
         start = time.perf_counter()
         predict(*asked)
         seconds.append(time.perf_counter() - start)

@@ -96,9 +96,9 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    def __init__(self, width: int, heads: int, layers: int = 2) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(2))
 
     def forward(self, x, mask=None):
         for block in self.resblocks:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from koala.architectures.config import unet_config
 from koala.architectures.table import FACTOR, UNetArchitecture
-from koala.checkpoints.detect import foreign
+from koala.checkpoints.foreign import foreign
 from koala.checkpoints.load import filled, without_weights
 from koala.checkpoints.resolve import HUB_ID, hub_folder, single_file_path
 from koala.checkpoints.schema import ABOUT

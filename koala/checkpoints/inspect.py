@@ -14,7 +14,7 @@ from pathlib import Path
 from koala.architectures.layout import parameters
 from koala.architectures.table import UNetArchitecture
 from koala.checkpoints import card_facts, model_card
-from koala.checkpoints.detect import foreign
+from koala.checkpoints.foreign import foreign
 from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.prediction import Prediction, of_config
 from koala.checkpoints.resolve import resolve_model, single_file_path

@@ -41,6 +41,12 @@ CONFIGS = {  # component -> the config file that it must have
     "tokenizer_2": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
+INPUTS = {  # what a U-Net with so many input channels is
+    5: "a depth-to-image U-Net",
+    7: "the U-Net of SD's upscaler",
+    8: "an instruct-pix2pix U-Net",
+    9: "an inpainting U-Net",
+}
 QUANTISED = "quantised"  # key of a U-Net's config: how its weights are stored
 QUANTISED_FILE = (
     f"{_DIFFUSERS}.int4.safetensors"  # no other program takes it for weights of its own
@@ -196,9 +202,7 @@ def unet_architecture(folder: Path) -> UNetArchitecture:
     """The architecture of a model folder's U-Net, by its config. Raises `UserError`."""
     file = folder / "unet" / "config.json"
     config = read_json(file)
-    kind = {9: "an inpainting U-Net", 8: "an instruct-pix2pix U-Net"}.get(
-        config.get("in_channels", LATENT_CHANNELS)
-    )
+    kind = INPUTS.get(config.get("in_channels", LATENT_CHANNELS))
     if kind:
         raise UserError(
             f"{folder} has {kind}: {config['in_channels']} input channels, SDXL's has "

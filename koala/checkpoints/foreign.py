@@ -6,9 +6,10 @@ An adapter's name says where koala takes it, or that it reads none of its kind.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from koala.checkpoints.validate import Shapes
+if TYPE_CHECKING:
+    from koala.checkpoints.validate import Shapes
 
 UNET_ENDS = {  # layout -> the one tensor that every U-Net has, first stage, first resnet
     "diffusers": "down_blocks.0.resnets.0.time_emb_proj.weight",
@@ -36,7 +37,9 @@ _ADAPTERS: _Kinds = (
     ("an IP-Adapter FaceID Plus", _UNREAD, ("image_proj.perceiver_resampler.",)),
     ("an IP-Adapter Plus, or InstantID's", _UNREAD, ("image_proj.latents",)),
     ("an IP-Adapter Full Face", _UNREAD, ("image_proj.proj.3.",)),
-    ("an IP-Adapter FaceID", _UNREAD, ("image_proj.proj.0.", "_ip_lora.")),
+    ("an IP-Adapter FaceID", _UNREAD, (
+        "image_proj.proj.0.", "\nip_adapter.0.to_q_lora.", "_ip_lora.",
+    )),
     ("a T2I-Adapter", _UNREAD, ("adapter.body.", "\nbody.0.block1.", "\nbody.0.resnets.0.block1.")),
     ("a Custom Diffusion adapter", _UNREAD, ("_custom_diffusion.",)),
     ("a GLoRA", _UNREAD, (".a1.weight", ".b1.weight")),

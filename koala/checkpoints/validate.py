@@ -8,6 +8,7 @@ weights are never opened.
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, TypeAlias
 from koala.architectures.config import from_unet_config
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
+from koala.checkpoints.foreign import foreign
+from koala.checkpoints.foreign_folder import UNET_CLASS, folder_kind, foreign_unet
 from koala.checkpoints.prediction import of_config
 from koala.checkpoints.quantised import stored_shapes
 from koala.checkpoints.schema import SCHEMAS, checked
@@ -23,6 +26,7 @@ from koala.checkpoints.tensors import Stored, read_header
 from koala.errors import UserError
 
 PIPELINE = "StableDiffusionXLPipeline"
+_PIPELINES = re.compile(r"StableDiffusionXL\w*Pipeline")  # with the same parts, or more
 _DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
 WEIGHTS = {  # component with weights -> stem of the file name
     "unet": _DIFFUSERS,
@@ -146,17 +150,25 @@ def read_component(place: Path, component: str) -> dict[str, Stored]:
 def check_kind(folder: Path) -> None:
     """Raises `UserError` if the small files of `folder` are not those of an SDXL pipeline."""
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a model: it has no model_index.json")
-    kind = read_json(folder / "model_index.json").get("_class_name")
-    if kind != PIPELINE:
+        config = folder / "config.json"
+        found = folder_kind(folder, read_json(config) if config.is_file() else {})
+        what = f" but {found}" if found else ""
+        raise UserError(f"{folder} is not a model (it has no model_index.json){what}")
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or not _PIPELINES.fullmatch(kind):
         why = ""
         if kind == "StableDiffusionPipeline":
             why = " (SD 1 or 2; its U-Net has no addition embedding)"
         raise UserError(f"{folder} is a {kind}{why}; it must be a {PIPELINE}")
+    if index.get("requires_aesthetics_score"):
+        raise UserError(f"{folder} is the SDXL refiner: give the base model")
     for component, file in CONFIGS.items():
         if not (folder / component / file).is_file():
             raise UserError(f"{folder} lacks {component}/{file}, which every {PIPELINE} has")
     _check_files(folder)
+    if strange := foreign_unet(read_json(folder / "unet" / CONFIGS["unet"])):
+        raise UserError(f"{folder} has {strange}")
     for path in SCHEMAS:
         if (folder / path).is_file():
             checked(path, read_json(folder / path), str(folder / path))
@@ -201,17 +213,32 @@ def check_folder(folder: Path) -> None:
 def unet_architecture(folder: Path) -> UNetArchitecture:
     """The architecture of a model folder's U-Net, by its config. Raises `UserError`."""
     file = folder / "unet" / "config.json"
+    return architecture_of(file, str(folder))
+
+
+def architecture_of(file: Path, where: str) -> UNetArchitecture:
+    """The same, of a U-Net's config.json; where: what has the U-Net, for messages."""
     config = read_json(file)
-    kind = INPUTS.get(config.get("in_channels", LATENT_CHANNELS))
-    if kind:
+    if kind := foreign_unet(config):
+        raise UserError(f"{where} has {kind}")
+    channels = config.get("in_channels", LATENT_CHANNELS)
+    if kind := INPUTS.get(channels if isinstance(channels, int) else LATENT_CHANNELS, ""):
+        use = "; use the base model, which koala inpaints with (--mask)" if channels == 9 else ""
         raise UserError(
-            f"{folder} has {kind}: {config['in_channels']} input channels, SDXL's has "
-            f"{LATENT_CHANNELS}; use the base model, which koala inpaints with (--mask)"
+            f"{where} has {kind}: {channels} input channels, SDXL's has {LATENT_CHANNELS}{use}"
         )
     try:
         return from_unet_config(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def is_unet(folder: Path) -> bool:
+    """Whether a folder holds a U-Net alone, in diffusers' format."""
+    config = folder / "config.json"
+    if (folder / "model_index.json").is_file() or not config.is_file():
+        return False
+    return read_json(config).get("_class_name") == UNET_CLASS
 
 
 def is_quantised(folder: Path) -> bool:
@@ -235,6 +262,8 @@ def check_unet(arch: UNetArchitecture, stored: dict[str, Stored], folder: Path) 
     if is_quantised(folder):
         expected = stored_shapes(expected)
     if faults := tensor_faults(expected, shapes):
+        if kind := foreign(shapes):
+            raise UserError(f"{folder}/unet holds {kind}")
         raise UserError(f"{folder}/unet: the weights do not fit config.json: {faults}")
 
 

@@ -19,7 +19,7 @@ _ALONE = {  # class or model type in config.json -> what such a folder is
 _FILES = (  # a file that tells what a folder is
     ("adapter_config.json", "an adapter of PEFT: give its .safetensors file, a LoRA's with --lora"),
     ("pytorch_lora_weights.safetensors", "a LoRA's folder: give its file with --lora"),
-    ("run.json", "a training's folder: give the folder of a model in it"),
+    ("run.json", "a training's folder, without a model yet: run the training to its end"),
     ("latents.json", "data of koala prepare: give a model"),
     ("scheduler_config.json", "a scheduler alone"),
     ("tokenizer_config.json", "a tokenizer alone"),
@@ -33,17 +33,16 @@ def folder_kind(folder: Path, config: Mapping[str, Any]) -> str:
 
     config: the content of its config.json, if it has one.
     """
-    kind = str(config.get("_class_name") or config.get("model_type") or "")
-    if kind and (folder.parent / "model_index.json").is_file():
+    if (folder.parent / "model_index.json").is_file():
         return f"the {folder.name} of a model: give the folder {folder.parent}"
-    if kind:
+    if kind := str(config.get("_class_name") or config.get("model_type") or ""):
         return _ALONE.get(kind, f"a {kind}, which koala does not read")
-    for name, what in _FILES:
-        if (folder / name).is_file():
-            return what
     models = [*folder.glob("*/model_index.json"), *folder.glob("snapshots/*/model_index.json")]
     if models:
         return f"a folder of models: give {_some(sorted(file.parent for file in models))}"
+    for name, what in _FILES:
+        if (folder / name).is_file():
+            return what
     files = sorted(path for path in folder.iterdir() if path.is_file())
     if weights := [path for path in files if path.suffix == ".safetensors"]:
         return f"a folder of files: give {_some(weights)}"

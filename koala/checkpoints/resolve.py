@@ -63,7 +63,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
         folder = bundled_folder(name)
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
-    elif isinstance(name_or_path, str) and HUB_ID.fullmatch(name):
+    elif isinstance(name_or_path, str) and _of_hub(name):
         folder = _hub_model(name)
     elif name.lower().endswith(_FILE_ENDINGS):
         raise UserError(f"model {name} does not exist: give an existing file, a folder or a Hub id")
@@ -81,6 +81,11 @@ def resolve_model(name_or_path: str | Path) -> Path:
     return folder
 
 
+def _of_hub(name: str) -> bool:
+    """Whether a name that is no path here is a Hub id, and not that of a file, as models/x.ckpt."""
+    return bool(HUB_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
+
+
 def name_of(model: str | Path) -> str:
     """What a model is called: as its file or folder is, else as it was asked for."""
     return Path(model).resolve().name if Path(model).exists() else str(model)
@@ -93,7 +98,7 @@ def check_name(model: str) -> None:
     meant for it.
     """
     path = Path(model).expanduser()
-    of_hub = not path.exists() and (HUB_ID.fullmatch(model) or _HUB_FILE.fullmatch(model))
+    of_hub = not path.exists() and (_of_hub(model) or _HUB_FILE.fullmatch(model))
     if path.is_file():
         single_file.open_file(path)
     elif model not in bundled_names() and is_unet(path):

@@ -55,6 +55,7 @@ QUANTISED = "quantised"  # key of a U-Net's config: how its weights are stored
 QUANTISED_FILE = (
     f"{_DIFFUSERS}.int4.safetensors"  # no other program takes it for weights of its own
 )
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".gguf", ".msgpack")
 _MOST_BYTES = 2**26  # of a small file
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
@@ -119,8 +120,10 @@ def weights_files(place: Path, component: str) -> list[Path]:
         if outside := [shard for shard in shards if Path(shard).name != shard]:
             raise UserError(f"{index} names {outside[0]!r}, which is outside its folder")
         return [place / shard for shard in shards]
-    others = sorted(p.name for p in place.glob(f"*{stem}*"))
+    others = sorted(p.name for p in place.glob("*") if p.suffix in _OTHER_WEIGHTS or stem in p.name)
     found = f"; found only {some(others)}" if others else ""
+    if any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in others):
+        found += ": pickles, which can run code when opened, so koala never opens them"
     raise UserError(f"{place} lacks {stem}.safetensors{found}")
 
 

@@ -99,8 +99,9 @@ def test_unknown_names_list_what_is_allowed(name):
 
 @pytest.mark.parametrize("name", ["sdxl.safetensors", "sdxl.ckpt", "models/sdxl.GGUF"])
 def test_a_file_that_is_not_there_is_called_so(name):
-    with pytest.raises(UserError, match=f"model {name} does not exist: give an existing file"):
-        resolve_model(name)
+    for resolve in (resolve_model, check_name):
+        with pytest.raises(UserError, match=f"model {name} does not exist: give an existing file"):
+            resolve(name)
 
 
 def test_a_name_is_checked_without_fetching_anything(whole, folder):
@@ -195,7 +196,10 @@ def test_a_folder_of_other_files_says_what_to_give(folder, tmp_path):
     refused(tmp_path / "a", "an adapter of PEFT: give its .safetensors file")
     refused(tmp_path, f"a folder of models: give {folder}$")
     refused(folder / "unet", f"the unet of a model: give the folder {folder}$")
+    (folder / "model_index.json").unlink()
     refused(folder / "scheduler", "a scheduler alone")
+    (folder / "run.json").touch()
+    refused(folder, "a training's folder, without a model yet")
 
 
 @pytest.mark.parametrize("kind", ["Img2Img", "Inpaint", "ControlNet", "PAG"])
@@ -258,7 +262,9 @@ def test_damaged_weights(folder):
 
 def test_absent_weights_name_what_is_there(folder):
     (folder / UNET).rename(folder / "unet" / "diffusion_pytorch_model.bin")
-    refused(folder, r"lacks diffusion_pytorch_model.safetensors; found only .*model.bin")
+    refused(folder, r"lacks diffusion_pytorch_model.safetensors; found only .*model.bin: pickles")
+    (folder / "unet" / "diffusion_pytorch_model.bin").rename(folder / "unet" / "model.onnx")
+    refused(folder, r"lacks diffusion_pytorch_model.safetensors; found only model.onnx$")
 
 
 def test_a_published_name_suggests_its_hub_id():

@@ -215,7 +215,7 @@ def test_parts_without_an_effect_are_refused(other, single, toy_sdxl, tmp_path, 
         assembled(toy_sdxl / "vae", base=other)
     with pytest.raises(UserError, match=r"--vae .* does not exist"):
         assembled(toy_sdxl, vae=str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"is no VAE's folder \(a scheduler alone\): give a file"):
+    with pytest.raises(UserError, match=r"is no VAE's folder \(the scheduler of a model"):
         assembled(toy_sdxl, vae=other / "scheduler")
     with pytest.raises(UserError, match="holds no VAE"):
         assembled(toy_sdxl, vae=other / UNET)

@@ -230,6 +230,7 @@ def architecture_of(file: Path, where: str) -> UNetArchitecture:
         raise UserError(
             f"{where} has {kind}: {channels} input channels, SDXL's has {LATENT_CHANNELS}{use}"
         )
+    checked("unet/config.json", config, str(file))
     try:
         return from_unet_config(config)
     except UserError as error:

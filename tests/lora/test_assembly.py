@@ -106,6 +106,7 @@ def test_a_base_completes_a_folder_with_a_unet_alone(other, toy_sdxl, tmp_path, 
     for changes, said in (
         ({"in_channels": 9}, "has an inpainting U-Net"),
         ({"time_cond_proj_dim": 256}, "has a latent consistency model's U-Net"),
+        ({"block_out_channels": 5}, "config.json: block_out_channels"),
         ({"addition_embed_type": None}, "four_steps has no addition embedding"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))

@@ -5,11 +5,10 @@ An adapter's name says where koala takes it, or that it reads none of its kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from koala.checkpoints.validate import Shapes
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
 UNET_ENDS = {  # layout -> the one tensor that every U-Net has, first stage, first resnet
     "diffusers": "down_blocks.0.resnets.0.time_emb_proj.weight",

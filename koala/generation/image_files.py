@@ -43,8 +43,7 @@ def open_image(file: str | Path | Image.Image) -> Image.Image:
         raise
     except _UNREADABLE as error:
         name = "the image" if isinstance(file, Image.Image) else file
-        why = getattr(error, "strerror", None) or error  # without its number
-        raise UserError(f"{name} cannot be read as an image: {why}") from None
+        raise UserError(f"{name} cannot be read as an image: {error}") from None
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:

@@ -106,7 +106,6 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     (["serve", "--replicas", "4-1"], "--replicas '4-1'"),
     (["serve", "--replicas", "2", "--api-key-file", "gone"], "key file gone cannot be read"),
     ([*GENERATE, "--lora-dir", "gone"], "--lora-dir gone is not a folder"),
-    ([*GENERATE, "--image", "."], "cannot be read as an image: Is a directory"),
     (["serve", "--lora-dir", "gone"], "--lora-dir gone is not a folder"),
     (["serve", "--port", "70000"], "port 70000"),
     # models

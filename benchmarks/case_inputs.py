@@ -73,6 +73,10 @@ def _ema(t: Tensors) -> Tensors:
     return t | copies | {"model_ema.decay": torch.tensor(0.9999)}
 
 
+def _ema_alone(t: Tensors) -> Tensors:
+    return {n: x for n, x in _ema(t).items() if not n.startswith(U)}
+
+
 def _fp8(t: Tensors) -> Tensors:
     kind = torch.float8_e4m3fn
     return {n: x.to(kind) if n.startswith(U) and x.ndim > 1 else x for n, x in t.items()}
@@ -95,6 +99,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Tensors], Tensors], Metadata]] = {
         f"{G}logit_scale": torch.tensor(4.6),
     }, {}),
     "EMA": (_ema, {}),
+    "EMA alone": (_ema_alone, {}),
+    "shard-00001-of-00002": (add(), {}),
     "betas": (add(alphas_cumprod=torch.zeros(9), betas=torch.zeros(9),
                   denoiser__sigmas=torch.zeros(9)), {}),
     "a tiny decoder inside": (add(taesd_decoder__layers__1__weight=torch.zeros(4)), {}),
@@ -194,6 +200,33 @@ def _damaged(folder: Path) -> None:
     save_file(tensors | {"conv_out.weight": _nan(tensors["conv_out.weight"])}, folder / UNET)
 
 
+def _alone(component: str, **changes: Any) -> Callable[[Path], None]:
+    """A folder with one network, as its authors publish it."""
+
+    def change(folder: Path) -> None:
+        part = (folder / component).rename(folder.with_name("part"))
+        shutil.rmtree(folder)
+        config = part.rename(folder) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+    return change
+
+
+def _edited(file: str, **changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = folder / file
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+    return change
+
+
+def _one_file(folder: Path) -> None:
+    file = (folder / UNET).rename(folder.with_name("unet of a folder"))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    file.rename(folder / "four_steps.safetensors")
+
+
 FOLDERS: dict[str, Callable[[Path], None]] = {
     "plain": _set(),
     "v and ztsnr": _set(prediction_type="v_prediction", rescale_betas_zero_snr=True),
@@ -221,7 +254,16 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "pickles only": _pickled,
     "9 channels": _channels,
     "NaN": _damaged,
-}
+    "a U-Net alone": _alone("unet"),
+    "a VAE alone": _alone("vae", scaling_factor=0.18215),
+    "one file": _one_file,
+    "Img2Img": _edited("model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"),
+    "refiner": _edited("model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline",
+                       requires_aesthetics_score=True, text_encoder=[None, None]),
+    "Flux": _edited("model_index.json", _class_name="FluxPipeline"),
+    "an LCM": _edited("unet/config.json", time_cond_proj_dim=256),
+    "Kolors": _edited("unet/config.json", encoder_hid_dim_type="text_proj", encoder_hid_dim=4096),
+}  # fmt: skip
 
 
 # --- LoRAs ----------------------------------------------------------------------------------
@@ -349,6 +391,22 @@ LORAS: dict[str, Callable[[Loras], Made]] = {
         lambda s: _loha(s) | {"dora_scale": torch.ones(s[0], 1)}), None),
     "whole differences": lambda m: (m.factors(lambda s: {"diff": 0.1 * torch.randn(*s)}), None),
     "OFT": lambda m: (m.factors(lambda s: {"oft_blocks": torch.randn(2, 4, 4)}), None),
+    "GLoRA": lambda m: (m.factors(
+        lambda s: {f"{x}{n}.weight": torch.randn(2, 2) for x in "ab" for n in (1, 2)}), None),
+    "Control-LoRA": lambda m: ({
+        "lora_controlnet": NONE, "input_hint_block.0.weight": torch.randn(4, 3, 3, 3),
+        "input_blocks.1.0.in_layers.2.up": torch.randn(16, 2)}, None),
+    "ControlNet-LLLite": lambda m: (
+        {"lllite_unet_input_blocks_4_1_attn1_to_k.up.0.weight": torch.randn(2, 2)}, None),
+    "T2I-Adapter": lambda m: ({"adapter.body.0.resnets.0.block1.weight": torch.randn(2, 2)}, None),
+    "IP-Adapter FaceID": lambda m: ({
+        "image_proj.proj.0.weight": torch.randn(2, 2),
+        "ip_adapter.0.to_q_lora.down.weight": torch.randn(2, 2),
+        "ip_adapter.1.to_k_ip.weight": torch.randn(2, 2)}, None),
+    "hypernetwork": lambda m: ({"768.0.linear.0.weight": torch.randn(2, 2)}, None),
+    "of Flux": lambda m: ({
+        f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{x}.weight": torch.randn(2, 2)
+        for x in "AB"}, None),
     "IA3": lambda m: (m.factors(
         lambda s: {"weight": torch.randn(s[0], 1), "on_input": torch.tensor(False)}), None),
     "of SDXL": lambda m: (m.of(base=base_named("sdxl"), rank=1), None),

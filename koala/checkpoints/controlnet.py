@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from koala.architectures.config import unet_config
 from koala.architectures.table import FACTOR, UNetArchitecture
-from koala.checkpoints.detect import foreign
+from koala.checkpoints.foreign import foreign
+from koala.checkpoints.foreign_folder import folder_kind
 from koala.checkpoints.load import filled, without_weights
 from koala.checkpoints.resolve import HUB_ID, hub_folder, single_file_path
 from koala.checkpoints.schema import ABOUT
@@ -158,6 +159,9 @@ def open_controlnet(name: str | Path) -> ControlNetFiles:
 def _of_folder(folder: Path, name: str) -> ControlNetFiles:
     if (folder / "model_index.json").is_file():
         raise UserError(f"{name} is a model, not a ControlNet: {_FORM}")
+    if not (folder / "config.json").is_file():
+        what = folder_kind(folder, {}) or "it has no config.json"
+        raise UserError(f"{name} is no ControlNet's folder ({what}): {_FORM}")
     config = read_json(folder / "config.json")
     if (kind := config.get("_class_name")) != _CLASS:
         raise UserError(f"{name} is a {kind}, not a {_CLASS}: {_FORM}")

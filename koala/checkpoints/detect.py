@@ -7,70 +7,24 @@ of model are refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import ARCHITECTURES, LATENT_CHANNELS, TIME_IDS, UNetArchitecture
 from koala.checkpoints import ldm_keys
-from koala.checkpoints.validate import Shapes, tensor_faults
+from koala.checkpoints.foreign import FAMILIES, UNET_ENDS, VAE_ENDS, find, foreign
+from koala.checkpoints.validate import INPUTS, Shapes, tensor_faults
 from koala.errors import UserError
 
 HEAD, GROUPS, TIME_WIDTH = 64, 32, 256  # SDXL's; shapes do not show them
-_UNET_ENDS = {  # layout -> the one tensor that every U-Net has, first stage, first resnet
-    "diffusers": "down_blocks.0.resnets.0.time_emb_proj.weight",
-    "ldm": "input_blocks.1.0.emb_layers.1.weight",
-}
-_VAE_ENDS = {
-    "diffusers": "encoder.down_blocks.0.resnets.0.conv1.weight",
-    "ldm": "encoder.down.0.block.0.conv1.weight",
-}
 _PART_ENDS = {  # the same for the other components of a single file, whose names are `canonical`
-    "vae": tuple(_VAE_ENDS.values()),
+    "vae": tuple(VAE_ENDS.values()),
     "text_encoder": ("embedders.0.transformer.text_model.final_layer_norm.weight",),
     "text_encoder_2": (
         "embedders.1.model.ln_final.weight",
         "embedders.1.model.text_model.final_layer_norm.weight",
     ),
 }
-_APPLIED = "which is applied to a model with `koala generate --lora`"
-# Kind of file -> substrings of tensor names that identify it. The first match wins.
-_FOREIGN = (
-    (f"a LoHa, {_APPLIED}", (".hada_w1",)),
-    (f"a LoKr, {_APPLIED}", (".lokr_w1", ".lokr_w2")),
-    (f"a DoRA, {_APPLIED}", (".dora_scale", ".lora_magnitude_vector")),
-    ("an IA3 adapter", (".on_input", ".ia3_l")),
-    ("an OFT adapter", (".oft_", ".boft_")),
-    (f"a LoRA, {_APPLIED}", (
-        ".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.",
-        "lora_linear_layer.", "_lora.down.", ".lora_mid.",
-    )),
-    ("a ControlNet", ("controlnet_cond_embedding.", "input_hint_block.", "control_add_embedding.")),
-    ("an IP-Adapter, which is applied to a model with `koala generate --ip-adapter`", (
-        "ip_adapter.", "to_k_ip.",
-    )),
-    ("a motion module (AnimateDiff)", ("motion_modules.",)),
-    ("a Stable Video Diffusion model", ("time_stack.", "temporal_transformer_blocks.")),
-    ("a Flux transformer", (
-        "double_blocks.0.img_attn.", "single_transformer_blocks.0.proj_mlp.",
-    )),
-    ("an SD 3 transformer", ("joint_blocks.0.", "transformer_blocks.0.attn.add_q_proj.")),
-    ("a PixArt transformer", ("caption_projection.linear_1.", "y_embedder.y_proj.")),
-    ("an AuraFlow transformer", ("double_layers.0.attn.", "joint_transformer_blocks.0.attn.")),
-    ("a Stable Cascade model", ("clip_txt_mapper.", "clip_txt_pooled_mapper.")),
-    ("a Hunyuan-DiT transformer", ("mlp_t5.0.",)),
-    ("a Lumina or Z-Image transformer", ("cap_embedder.",)),
-    ("an EDM model, which has another noise schedule (Playground v2.5, CosXL)", (
-        "edm_mean", "edm_vpred.",
-    )),
-    ("a video transformer", ("head.modulation", "patchify_proj.", "txt_in.individual_token")),
-)  # fmt: skip
-_BESIDE = (  # the same, of what may also lie in a model's file
-    ("a textual inversion of SD 1.5 or SD 2", ("emb_params", "string_to_param")),
-    ("a tiny autoencoder (TAESD)", ("decoder.layers.1.", "taesd_decoder.")),
-    ("an upscaler (ESRGAN)", ("RRDB_trunk", "body.0.rdb1.")),
-)
-_FAMILIES = {768: "SD 1.5", 1024: "SD 2"}  # U-Nets without an addition embedding, by text width
 
 
 @dataclass(frozen=True)
@@ -83,28 +37,6 @@ class Detected:
     components: tuple[str, ...]  # of a pipeline: "unet" and any of the other three with weights
 
 
-def foreign(shapes: Shapes) -> str:
-    """What a file is that koala does not work with, as "a Flux transformer"; "" if it may do."""
-    if {*shapes} == {"clip_l", "clip_g"}:
-        return "a textual inversion of SDXL, which `koala generate --embedding` reads"
-    unet = _find(shapes, _UNET_ENDS.values())
-    for kind, marks in (*_FOREIGN, *(() if unet else _BESIDE)):
-        if any(mark in name for name in shapes for mark in marks):
-            return kind
-    if any(name.endswith(".diff") for name in shapes):
-        return f"a whole difference of weights, {_APPLIED}"
-    if unet:
-        return ""
-    for layout, end in _VAE_ENDS.items():
-        if _find(shapes, [end]):
-            return f"a VAE alone, in the {layout} layout"
-    text = ("text_model.encoder.layers.0.", "transformer.resblocks.0.", "encoder.block.0.layer.0.",
-            "encoder.layers.0.self_attn.q_proj.")  # fmt: skip
-    if any(mark in name for name in shapes for mark in text):
-        return "a text encoder alone"
-    return "an unknown kind of model"
-
-
 def detect(shapes: Shapes, stated: UNetArchitecture | None = None) -> Detected:
     """Detects what a file holds from the names and shapes of its tensors.
 
@@ -113,9 +45,9 @@ def detect(shapes: Shapes, stated: UNetArchitecture | None = None) -> Detected:
     missing and unexpected tensors.
     """
     if kind := foreign(shapes):
-        raise UserError(f"this is {kind}, not a Stable Diffusion XL model")
-    layout, end = next((k, e) for k, e in _UNET_ENDS.items() if _find(shapes, [e]))
-    prefix = _find(shapes, [end]).removesuffix(end)
+        raise UserError(f"this is not a Stable Diffusion XL model but {kind}")
+    layout, end = next((k, e) for k, e in UNET_ENDS.items() if find(shapes, [e]))
+    prefix = find(shapes, [end]).removesuffix(end)
     unet = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
     if not prefix:  # a pipeline whose U-Net has no prefix: skip the other components
         unet = {
@@ -126,14 +58,8 @@ def detect(shapes: Shapes, stated: UNetArchitecture | None = None) -> Detected:
         _refuse_other_inputs(conv_in[1])
     arch = stated or _described(reader)
     _compare(unet, arch, layout)
-    found = [component for component, ends in _PART_ENDS.items() if _find(shapes, ends)]
+    found = [component for component, ends in _PART_ENDS.items() if find(shapes, ends)]
     return Detected(arch, layout, prefix, ("unet", *found))
-
-
-def _find(shapes: Shapes, ends: Iterable[str]) -> str:
-    """The shortest name that equals or ends with ".END" for one of `ends`; "" if there is none."""
-    found = (n for n in shapes for end in ends if n == end or n.endswith("." + end))
-    return min(found, key=len, default="")
 
 
 # --- the U-Net's row ------------------------------------------------------------------------
@@ -205,7 +131,7 @@ def _described(reader: _Reader) -> UNetArchitecture:
 
 
 def _refuse_other_inputs(channels: int) -> None:
-    kind = {9: "an inpainting U-Net", 8: "an instruct-pix2pix U-Net"}.get(channels)
+    kind = INPUTS.get(channels)
     if channels != LATENT_CHANNELS:
         raise UserError(
             f"this is {kind or 'an unknown kind of U-Net'}: it has {channels} input channels, "
@@ -217,7 +143,7 @@ def _refuse_relatives(widths: tuple[int, ...], context: int, added: int) -> None
     if widths[0] == 384 and context == 1280:
         raise UserError("this is the SDXL refiner, not a Stable Diffusion XL base model")
     if not added:
-        kind = _FAMILIES.get(context, "an unknown kind of U-Net")
+        kind = FAMILIES.get(context, "an unknown kind of U-Net")
         raise UserError(
             f"this is {kind}: its U-Net has no addition embedding (pooled text and size), SDXL's "
             "has one"

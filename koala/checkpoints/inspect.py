@@ -14,14 +14,18 @@ from pathlib import Path
 from koala.architectures.layout import parameters
 from koala.architectures.table import UNetArchitecture
 from koala.checkpoints import card_facts, model_card
-from koala.checkpoints.detect import foreign
+from koala.checkpoints.foreign import foreign
 from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.prediction import Prediction, of_config
 from koala.checkpoints.resolve import resolve_model, single_file_path
+from koala.checkpoints.shards import shard_of
 from koala.checkpoints.single_file import FILES, open_file
+from koala.checkpoints.spellings import canonical
 from koala.checkpoints.tensors import Stored, read_header, read_metadata
+from koala.checkpoints.unet_folder import open_unet, unet_folder
 from koala.checkpoints.validate import WEIGHTS, read_tensors, unet_architecture
 
+_UNSTATED = f"{Prediction()} (not stated: as SDXL)"
 _SHOWN = 300  # characters of one metadata value
 
 
@@ -87,6 +91,11 @@ def inspect(model: str | Path) -> Inspection:
     """
     if file := single_file_path(model):
         return _of_file(file)
+    if alone := unet_folder(model):
+        arch, stored = open_unet(alone)
+        licence = model_card.read(alone).licence
+        part = {"unet": _part(stored.values())}
+        return _described(str(model), arch, "diffusers", part, _UNSTATED, _named(licence), {})
     folder = resolve_model(model)
     parts = {c: _part(read_tensors(folder, c).values()) for c in WEIGHTS}
     licence, arch = model_card.read(folder).licence, unet_architecture(folder)
@@ -98,7 +107,8 @@ def _of_file(file: Path) -> Inspection:
     header, metadata = read_header(file), read_metadata(file)
     licence = model_card.read_metadata(file, metadata).licence
     stated = {key: value for key, value in metadata.items() if key != FILES}
-    if kind := foreign({name: stored.shape for name, stored in header.items()}):
+    shapes = {name: stored.shape for name, stored in canonical(header).items()}
+    if kind := shard_of(file) or foreign(shapes):
         whole = {"all": _part(header.values())}
         return Inspection(
             str(file), kind, None, None, None, None, None, whole, None, _named(licence), stated
@@ -108,7 +118,7 @@ def _of_file(file: Path) -> Inspection:
     if opened.rest:
         parts["other"] = _part(opened.rest.values())
     arch, layout = opened.found.architecture, opened.found.layout
-    predicts = str(opened.prediction or f"{Prediction()} (not stated: as SDXL)")
+    predicts = str(opened.prediction or _UNSTATED)
     return _described(str(file), arch, layout, parts, predicts, _named(licence), stated)
 
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from koala.checkpoints.detect import foreign
+from koala.checkpoints.foreign import foreign
 from koala.checkpoints.load import filled, without_weights
 from koala.checkpoints.resolve import single_file_path
 from koala.checkpoints.schema import ABOUT, IMAGE_ENCODER, checked

@@ -89,6 +89,9 @@ def from_folder(folder: Path) -> Contents:
         for path in paths
         if ".index." not in path.name
     }
+    index = parse_object(files["model_index.json"], "model_index.json")
+    if index.get("_class_name") != PIPELINE:  # one that starts from images, or takes a ControlNet
+        files["model_index.json"] = as_file(_plain(index))
     return Contents(folder, unet_architecture(folder), tensors, files)
 
 
@@ -107,6 +110,12 @@ def pipeline_index() -> dict[str, Any]:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+
+
+def _plain(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The model_index.json of the plain pipeline with the same networks."""
+    usual = pipeline_index()
+    return usual | {key: value for key, value in index.items() if key in {*usual} - {"_class_name"}}
 
 
 def is_credit(name: str) -> bool:

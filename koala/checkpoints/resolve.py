@@ -16,7 +16,16 @@ from koala.checkpoints import single_file
 from koala.checkpoints.bundled import bundled_folder, bundled_names
 from koala.checkpoints.pipeline_files import SCHEDULER, Contents, from_folder, write_pipeline
 from koala.checkpoints.prediction import Prediction, of_config
-from koala.checkpoints.validate import CONFIGS, WEIGHTS, check_folder, check_kind, read_json, some
+from koala.checkpoints.validate import (
+    CONFIGS,
+    WEIGHTS,
+    architecture_of,
+    check_folder,
+    check_kind,
+    is_unet,
+    read_json,
+    some,
+)
 from koala.errors import UserError, unknown
 from koala.utils.asset_packages import cache_folder
 
@@ -24,12 +33,14 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILE = re.compile(rf"({HUB_ID.pattern})/([\w.-][\w./-]*\.safetensors)")  # org/name/FILE
 _HUB_SMALL = (
     "model_index.json",
+    "config.json",  # of a network alone
     "README.md",
     "LICENSE*",
     "NOTICE*",
     *(f"{component}/*.{ending}" for component in CONFIGS for ending in ("json", "txt")),
 )
 _HUB_ALL = (*_HUB_SMALL, *(f"{component}/*.safetensors" for component in WEIGHTS))
+_FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx")
 _PUBLISHED = {  # name -> KOALA's models on the Hub
     name: f"etri-vilab/{name}"
     for name in ("koala-700m", "koala-1b", "koala-lightning-700m", "koala-lightning-1b")
@@ -52,9 +63,9 @@ def resolve_model(name_or_path: str | Path) -> Path:
         folder = bundled_folder(name)
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
-    elif isinstance(name_or_path, str) and HUB_ID.fullmatch(name):
+    elif isinstance(name_or_path, str) and _of_hub(name):
         folder = _hub_model(name)
-    elif name.endswith(".safetensors"):
+    elif name.lower().endswith(_FILE_ENDINGS):
         raise UserError(f"model {name} does not exist: give an existing file, a folder or a Hub id")
     elif name.lower() in _PUBLISHED:
         raise UserError(
@@ -70,6 +81,11 @@ def resolve_model(name_or_path: str | Path) -> Path:
     return folder
 
 
+def _of_hub(name: str) -> bool:
+    """Whether a name that is no path here is a Hub id, and not that of a file, as models/x.ckpt."""
+    return bool(HUB_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
+
+
 def name_of(model: str | Path) -> str:
     """What a model is called: as its file or folder is, else as it was asked for."""
     return Path(model).resolve().name if Path(model).exists() else str(model)
@@ -78,12 +94,15 @@ def name_of(model: str | Path) -> str:
 def check_name(model: str) -> None:
     """UserError as in `resolve_model`, but without downloading or unpacking.
 
-    A single file need not be complete: parts of others may be meant for it.
+    A single file, or a folder with a U-Net alone, need not be complete: parts of others may be
+    meant for it.
     """
     path = Path(model).expanduser()
-    of_hub = not path.exists() and (HUB_ID.fullmatch(model) or _HUB_FILE.fullmatch(model))
+    of_hub = not path.exists() and (_of_hub(model) or _HUB_FILE.fullmatch(model))
     if path.is_file():
         single_file.open_file(path)
+    elif model not in bundled_names() and is_unet(path):
+        architecture_of(path / "config.json", model)
     elif not of_hub:
         resolve_model(model)
 
@@ -95,7 +114,7 @@ def local_prediction(model: str) -> Prediction | None:
     """
     check_name(model)
     path = Path(model).expanduser()
-    if model in bundled_names() or path.is_dir():
+    if model in bundled_names() or (path.is_dir() and not is_unet(path)):
         folder = resolve_model(model)
         return of_config(read_json(folder / SCHEDULER))
     return single_file.open_file(path).prediction or Prediction() if path.is_file() else None
@@ -127,7 +146,13 @@ def _hub_model(hub_id: str) -> Path:
         folder = Path(snapshot_download(hub_id, allow_patterns=[*_HUB_ALL], local_files_only=True))
         check_folder(folder)
         return folder
-    check_kind(hub_folder(hub_id, _HUB_SMALL))
+    small = hub_folder(hub_id, _HUB_SMALL)
+    if not any((small / name).is_file() for name in ("model_index.json", "config.json")):
+        raise UserError(
+            f"{hub_id} on the Hub is no model in folders (it has no model_index.json): name one of "
+            f"its files, as {hub_id}/FILE.safetensors"
+        )
+    check_kind(small)
     folder = hub_folder(hub_id, _HUB_ALL, ("*.fp16*",))
     for component in WEIGHTS:
         if not any((folder / component).glob(f"{WEIGHTS[component]}*.safetensors")):

@@ -36,6 +36,7 @@ from koala.checkpoints.sdxl_files import (
     known_files,
     vocabularies,
 )
+from koala.checkpoints.shards import shard_of
 from koala.checkpoints.spellings import canonical, current
 from koala.checkpoints.tensors import Stored, View, read_header, read_metadata, rows
 from koala.checkpoints.validate import (
@@ -81,6 +82,8 @@ def open_file(file: Path, like: UNetArchitecture | None = None) -> SingleFile:
     a pickle, another kind of model (named in the message), or has missing or unexpected U-Net
     tensors.
     """
+    if shard := shard_of(file):
+        raise UserError(f"{file} is {shard}")
     header, metadata = canonical(read_header(file)), read_metadata(file)
     files, stated = _carried(file, metadata), None
     shapes = {name: stored.shape for name, stored in header.items() if not is_mark(name)}
@@ -141,7 +144,7 @@ def read(
     tensors = {**(base.tensors if base else {}), **own, **(parts or {})}
     files = dict(opened.files)
     if base is not None:
-        files = _completed(file, opened, base)
+        files = completed(file, found.architecture, opened.prediction, base)
     elif not files:
         try:
             files = known_files(found.architecture, tensors, opened.prediction)
@@ -165,9 +168,11 @@ def _help_for(missing: list[str]) -> str:
     return "--base MODEL with the SDXL model that it was made from, as for Lightning's and DMD2's"
 
 
-def _completed(file: Path, opened: SingleFile, base: Contents) -> dict[str, bytes]:
-    """The base's small files, for the file's U-Net and what that predicts."""
-    mine, theirs = opened.found.architecture, base.architecture
+def completed(
+    file: Path, mine: UNetArchitecture, prediction: Prediction | None, base: Contents
+) -> dict[str, bytes]:
+    """The base's small files, for the U-Net `mine` of a file and what that predicts."""
+    theirs = base.architecture
     if (mine.context, mine.pooled) != (theirs.context, theirs.pooled):
         raise UserError(
             f"{file}: its U-Net reads text {mine.context} and {mine.pooled} wide, that of the base "
@@ -175,8 +180,8 @@ def _completed(file: Path, opened: SingleFile, base: Contents) -> dict[str, byte
         )
     files = {path: content for path, content in base.files.items() if not is_credit(path)}
     files["unet/config.json"] = as_file(base.config("unet/config.json") | unet_config(mine))
-    if opened.prediction is not None:
-        files[SCHEDULER] = as_file(base.config(SCHEDULER) | opened.prediction.config)
+    if prediction is not None:
+        files[SCHEDULER] = as_file(base.config(SCHEDULER) | prediction.config)
     return files
 
 

@@ -32,6 +32,12 @@ _PREFIXES = (  # other writers', the longer of two that fit first
 _SCALES = (".scale_weight", ".weight_scale")  # a number beside X.weight, in X
 _OF_SCALING = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")  # not needed to read it
 _SCALED = "scaled_fp8"  # an empty tensor
+_AVERAGE = re.compile(r"model_ema\.diffusion_model(.+)")
+_WORDS = re.compile(  # of the U-Net's names in SDXL's original layout
+    r"(?:input|output|transformer)_blocks|middle_block|time_embed|label_emb|(?:in|out|emb)_layers|"
+    r"skip_connection|proj_in|proj_out|attn\d|to_[qkv]|to_out|norm\d|norm|proj|conv|out|op|ff|net|"
+    r"weight|bias|\d+"
+)
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _ATTENTION = re.compile(
     r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn|to_[qkv]|to_out\.0)\.(.*)"
@@ -41,13 +47,16 @@ _ATTENTION = re.compile(
 def canonical(header: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors of a file by SDXL's original prefixes, fp8 ones with their scales.
 
+    An average of the U-Net (EMA) that lies in the file alone takes the U-Net's place.
+
     Raises `UserError` if two tensors have one name then, or a scale is not a single number.
     """
     named: dict[str, Stored] = {}
+    averaged = not any(name.startswith(PREFIXES["unet"]) for name in header)
     for name, stored in header.items():
         if name == _SCALED or name.endswith(_OF_SCALING):
             continue
-        own = _canonical(name)
+        own = _of_average(name) if averaged else _canonical(name)
         if own in named:
             raise UserError(f"{stored.file} holds {own} twice, under two names")
         named[own] = stored
@@ -64,6 +73,20 @@ def _canonical(name: str) -> str:
         if name.startswith(prefix):
             return PREFIXES[component] + name.removeprefix(prefix)
     return name
+
+
+def _of_average(name: str) -> str:
+    """The name of a tensor that belongs to an average of the U-Net, without which it is kept.
+
+    Such names have lost their dots: model_ema.diffusion_modelinput_blocks10in_layers0weight.
+    """
+    found = _AVERAGE.fullmatch(name)
+    if not found:
+        return _canonical(name)
+    if found[1].startswith("."):
+        return PREFIXES["unet"] + found[1].removeprefix(".")
+    numbered = re.sub(r"((?:input|output)_blocks\d+|label_emb\d)(\d)", r"\1.\2", found[1])
+    return PREFIXES["unet"] + ".".join(_WORDS.findall(numbered))
 
 
 def _number(name: str, stored: Stored) -> float:

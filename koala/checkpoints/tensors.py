@@ -37,7 +37,7 @@ _TENSORS_LIMIT = 50_000  # SDXL has 2,515, a LoRA for it some thousands
 _AXES_LIMIT, _SIDE_LIMIT = 32, 2**48
 _PIECE = 4 << 20  # bytes read at a time
 _PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-_PICKLE_MAGIC = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
+_PICKLE_MAGIC = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 
 
 class Stored(NamedTuple):
@@ -122,6 +122,8 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise _bad(file, f"{len(header):,} tensors, more than the limit of {_TENSORS_LIMIT:,}")
     try:
         tensors = {name: _stored(file, name, entry, start) for name, entry in header.items()}
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise _bad(file, str(error)) from None
     end = start
@@ -150,12 +152,18 @@ def _bad(file: Path, reason: str) -> UserError:
 
 
 _PAGE = "a web page, not a model: download the file itself; its page may ask for a login"
-_OTHERS = {  # how such files begin
-    b"version h": "a Git LFS pointer, not the file itself: run git lfs pull, or download the file",
-    b"<!doctype": _PAGE,
-    b"<html": _PAGE,
+_ARCHIVE = "an archive: unpack it, and give the .safetensors file in it"
+_PICTURE = "an image, not a model"
+_OTHERS = {  # how such files begin, in lower case and without white space
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull, or "
+    "download the file",
+    **dict.fromkeys((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--"), _PAGE),
     b"gguf": "a GGUF file; koala reads safetensors: download the model in that form",
+    **dict.fromkeys((b"pk\x03\x04", b"7z\xbc\xaf", b"rar!", b"\x1f\x8b"), _ARCHIVE),
+    **dict.fromkeys((b"\x89png", b"\xff\xd8\xff", b"gif8", b"riff"), _PICTURE),
+    b"\x89hdf": "an HDF5 file (Keras); koala reads safetensors",
 }
+_BEGINNING = 128  # bytes, by which other files are told
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
@@ -163,21 +171,26 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
     try:
         length = file.stat().st_size
         with file.open("rb") as stream:
-            start = stream.read(9)
+            start = stream.read(_BEGINNING)
             size = int.from_bytes(start[:8], "little")
             fits = length > 8 and size <= length - 8
-            if start[8:] != b"{" or not fits:
+            if start[8:9] != b"{" or not fits:
                 _refuse_others(file, start)
             if not fits:
                 raise UserError(
                     f"{file} has {length:,} bytes: truncated, or not a safetensors file; "
                     "download it again"
                 )
-            if start[8:] != b"{":
+            if start[8:9] != b"{":
                 raise _bad(file, "it does not start with a JSON object")
             if size > _HEADER_LIMIT:
                 raise _bad(file, f"{size:,} bytes, more than the limit of {_HEADER_LIMIT:,}")
-            text = b"{" + stream.read(size - 1)
+            stream.seek(8)
+            text = stream.read(size)
+    except IsADirectoryError:
+        raise UserError(
+            f"{file} is a folder: give a file in it that ends in .safetensors"
+        ) from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     try:
@@ -188,14 +201,27 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _refuse_others(file: Path, start: bytes) -> None:
+    if not start:
+        raise UserError(f"{file} is empty, not a safetensors file: download it again")
+    if not start.strip(b"\0"):
+        raise UserError(f"{file} begins with zeros: an unfinished download; download it again")
+    of_torch = start.startswith(b"PK") and b"/data.pkl" in start
+    pickled = of_torch or start.startswith(_PICKLE_MAGIC)
+    plain = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginning, kind in _OTHERS.items():
-        if start.lower().startswith(beginning):
+        if plain.startswith(beginning) and not pickled:
             raise UserError(f"{file} is {kind}")
-    if file.suffix.lower() in _PICKLE_ENDINGS or start.startswith(_PICKLE_MAGIC):
+    if file.suffix.lower() in _PICKLE_ENDINGS or pickled:
         raise UserError(
             f"{file} is a pickle, which can run code when opened, so koala never opens it; "
             "download the model's .safetensors, or convert it in a sandbox with a tool that you "
             "trust"
+        )
+    if start.isascii() and start.decode().replace("\n", " ").strip().isprintable():
+        words = " ".join(start.decode().split())[:40]
+        raise UserError(
+            f"{file} is text, not a safetensors file ({words!r}): give the model's folder or its "
+            ".safetensors file; where this is a download, download it again"
         )
 
 
@@ -218,7 +244,10 @@ def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
     ):
         raise ValueError(f"shape or offsets of {name!r}")
     if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype {str(dtype)[:20]!r} of {name!r}")
+        raise UserError(
+            f"{file} holds {str(dtype)[:20]!r} tensors ({name[:100]}), which koala does not read: "
+            f"take the model in fp16, bf16, fp32 or fp8 ({' or '.join(FP8)})"
+        )
     if end - begin != size_of(dtype, shape):
         raise ValueError(f"size of {name!r}")
     return Stored(file, dtype, tuple(shape), start + begin, end - begin)

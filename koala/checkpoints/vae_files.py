@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from koala.checkpoints.foreign_folder import folder_kind
 from koala.checkpoints.ldm_keys import PREFIXES
 from koala.checkpoints.pipeline_files import Tensors, check_dtypes, is_obsolete
 from koala.checkpoints.resolve import HUB_ID, hub_folder, single_file_path
@@ -15,6 +18,9 @@ from koala.checkpoints.tensors import Stored, read_header
 from koala.checkpoints.validate import WEIGHTS, parse_object, read_component, read_small
 from koala.errors import UserError
 
+_SCALES = {  # settings of a VAE's config -> diffusers' defaults
+    "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None,
+}  # fmt: skip
 _FILES = ("config.json", f"{WEIGHTS['vae']}*.safetensors", "*.index.json")
 
 
@@ -25,6 +31,26 @@ class VaeFiles:
     source: Path
     tensors: Tensors
     config: bytes | None
+
+    def note(self, own: Mapping[str, Any]) -> str:
+        """A line where its latents are scaled in another way than a model's own VAE; "" if not.
+
+        own: the config of the model's VAE.
+        """
+        other = parse_object(self.config or b"{}", str(self.source))
+        differing = [key for key in _SCALES if _scale(other, key) != _scale(own, key)]
+        if not differing:
+            return ""
+        values = (f"{key} {_scale(other, key)}, not {_scale(own, key)}" for key in differing)
+        return (
+            f"the VAE {self.source} scales latents in another way than the model's own "
+            f"({'; '.join(values)}): only a U-Net that was trained with it draws well; SD 1.5's "
+            "VAE fits no SDXL model"
+        )
+
+
+def _scale(config: Mapping[str, Any], key: str) -> Any:
+    return config.get(key, _SCALES[key])
 
 
 def read_vae(vae: str | Path) -> VaeFiles:
@@ -40,6 +66,11 @@ def read_vae(vae: str | Path) -> VaeFiles:
             raise UserError(f"--vae {vae} does not exist: give a file, a folder or a Hub id")
         folder = hub_folder(vae, _FILES)
     place = folder / "vae" if (folder / "vae").is_dir() else folder
+    if not (place / "config.json").is_file():
+        what = folder_kind(place, {}) or "it has no config.json"
+        raise UserError(
+            f"--vae {vae} is no VAE's folder ({what}): give a file, a folder or a Hub id"
+        )
     config = read_small(place / "config.json")
     values = parse_object(config, str(place / "config.json"))
     if values.get("_class_name") != "AutoencoderKL":

@@ -8,6 +8,7 @@ weights are never opened.
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, TypeAlias
 from koala.architectures.config import from_unet_config
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
+from koala.checkpoints.foreign import foreign
+from koala.checkpoints.foreign_folder import UNET_CLASS, folder_kind, foreign_unet
 from koala.checkpoints.prediction import of_config
 from koala.checkpoints.quantised import stored_shapes
 from koala.checkpoints.schema import SCHEMAS, checked
@@ -23,6 +26,7 @@ from koala.checkpoints.tensors import Stored, read_header
 from koala.errors import UserError
 
 PIPELINE = "StableDiffusionXLPipeline"
+_PIPELINES = re.compile(r"StableDiffusionXL\w*Pipeline")  # with the same parts, or more
 _DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
 WEIGHTS = {  # component with weights -> stem of the file name
     "unet": _DIFFUSERS,
@@ -41,10 +45,17 @@ CONFIGS = {  # component -> the config file that it must have
     "tokenizer_2": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
+INPUTS = {  # what a U-Net with so many input channels is
+    5: "a depth-to-image U-Net",
+    7: "the U-Net of SD's upscaler",
+    8: "an instruct-pix2pix U-Net",
+    9: "an inpainting U-Net",
+}
 QUANTISED = "quantised"  # key of a U-Net's config: how its weights are stored
 QUANTISED_FILE = (
     f"{_DIFFUSERS}.int4.safetensors"  # no other program takes it for weights of its own
 )
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".gguf", ".msgpack")
 _MOST_BYTES = 2**26  # of a small file
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
@@ -109,8 +120,10 @@ def weights_files(place: Path, component: str) -> list[Path]:
         if outside := [shard for shard in shards if Path(shard).name != shard]:
             raise UserError(f"{index} names {outside[0]!r}, which is outside its folder")
         return [place / shard for shard in shards]
-    others = sorted(p.name for p in place.glob(f"*{stem}*"))
+    others = sorted(p.name for p in place.glob("*") if p.suffix in _OTHER_WEIGHTS or stem in p.name)
     found = f"; found only {some(others)}" if others else ""
+    if any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in others):
+        found += ": pickles, which can run code when opened, so koala never opens them"
     raise UserError(f"{place} lacks {stem}.safetensors{found}")
 
 
@@ -140,17 +153,25 @@ def read_component(place: Path, component: str) -> dict[str, Stored]:
 def check_kind(folder: Path) -> None:
     """Raises `UserError` if the small files of `folder` are not those of an SDXL pipeline."""
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a model: it has no model_index.json")
-    kind = read_json(folder / "model_index.json").get("_class_name")
-    if kind != PIPELINE:
+        config = folder / "config.json"
+        found = folder_kind(folder, read_json(config) if config.is_file() else {})
+        what = f" but {found}" if found else ""
+        raise UserError(f"{folder} is not a model (it has no model_index.json){what}")
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or not _PIPELINES.fullmatch(kind):
         why = ""
         if kind == "StableDiffusionPipeline":
             why = " (SD 1 or 2; its U-Net has no addition embedding)"
         raise UserError(f"{folder} is a {kind}{why}; it must be a {PIPELINE}")
+    if index.get("requires_aesthetics_score"):
+        raise UserError(f"{folder} is the SDXL refiner: give the base model")
     for component, file in CONFIGS.items():
         if not (folder / component / file).is_file():
             raise UserError(f"{folder} lacks {component}/{file}, which every {PIPELINE} has")
     _check_files(folder)
+    if strange := foreign_unet(read_json(folder / "unet" / CONFIGS["unet"])):
+        raise UserError(f"{folder} has {strange}")
     for path in SCHEMAS:
         if (folder / path).is_file():
             checked(path, read_json(folder / path), str(folder / path))
@@ -195,19 +216,33 @@ def check_folder(folder: Path) -> None:
 def unet_architecture(folder: Path) -> UNetArchitecture:
     """The architecture of a model folder's U-Net, by its config. Raises `UserError`."""
     file = folder / "unet" / "config.json"
+    return architecture_of(file, str(folder))
+
+
+def architecture_of(file: Path, where: str) -> UNetArchitecture:
+    """The same, of a U-Net's config.json; where: what has the U-Net, for messages."""
     config = read_json(file)
-    kind = {9: "an inpainting U-Net", 8: "an instruct-pix2pix U-Net"}.get(
-        config.get("in_channels", LATENT_CHANNELS)
-    )
-    if kind:
+    if kind := foreign_unet(config):
+        raise UserError(f"{where} has {kind}")
+    channels = config.get("in_channels", LATENT_CHANNELS)
+    if kind := INPUTS.get(channels if isinstance(channels, int) else LATENT_CHANNELS, ""):
+        use = "; use the base model, which koala inpaints with (--mask)" if channels == 9 else ""
         raise UserError(
-            f"{folder} has {kind}: {config['in_channels']} input channels, SDXL's has "
-            f"{LATENT_CHANNELS}; use the base model, which koala inpaints with (--mask)"
+            f"{where} has {kind}: {channels} input channels, SDXL's has {LATENT_CHANNELS}{use}"
         )
+    checked("unet/config.json", config, str(file))
     try:
         return from_unet_config(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def is_unet(folder: Path) -> bool:
+    """Whether a folder holds a U-Net alone, in diffusers' format."""
+    config = folder / "config.json"
+    if (folder / "model_index.json").is_file() or not config.is_file():
+        return False
+    return read_json(config).get("_class_name") == UNET_CLASS
 
 
 def is_quantised(folder: Path) -> bool:
@@ -231,6 +266,8 @@ def check_unet(arch: UNetArchitecture, stored: dict[str, Stored], folder: Path) 
     if is_quantised(folder):
         expected = stored_shapes(expected)
     if faults := tensor_faults(expected, shapes):
+        if kind := foreign(shapes):
+            raise UserError(f"{folder}/unet holds {kind}")
         raise UserError(f"{folder}/unet: the weights do not fit config.json: {faults}")
 
 

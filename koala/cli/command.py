@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         parts = self.add_argument_group(f"parts for {model}")
         parts.add_argument(
             "--base", metavar="MODEL",
-            help="the SDXL model that completes a file with a U-Net alone, as SDXL-Lightning's",
+            help="the SDXL model that completes a U-Net alone, file or folder, as Lightning's",
         )  # fmt: skip
         parts.add_argument(
             "--vae", metavar="FILE", help="another VAE: a file, a folder or a Hub id"

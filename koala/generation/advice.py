@@ -19,6 +19,7 @@ from koala.architectures.table import CUTS, FACTOR, UNetArchitecture, get, stude
 from koala.checkpoints import single_file
 from koala.checkpoints.pipeline_files import Contents
 from koala.checkpoints.resolve import read_model, single_file_path
+from koala.checkpoints.unet_folder import read_unet, unet_folder
 from koala.checkpoints.validate import Shapes
 from koala.errors import UserError
 from koala.generation.memory.estimate import GIB, PLACES, TEXT, UNET, VAE, Peak, peak, weights
@@ -57,9 +58,12 @@ def advise(model: str | Path, budget: int | None = None, base: str | None = None
     """
     file = single_file_path(model)
     if base is not None:
-        if file is None:
-            raise UserError(f"--base {base} completes a single file, and {model} is none")
-        contents = single_file.read(file, read_model(base))
+        if file is not None:
+            contents = single_file.read(file, read_model(base))
+        elif folder := unet_folder(model):
+            contents = read_unet(folder, read_model(base), {})
+        else:
+            raise UserError(f"--base {base} completes a U-Net alone, and {model} is none")
     else:
         contents = read_model(model)
     parts = {part: _shapes(contents, names) for part, names in _COMPONENTS.items()}

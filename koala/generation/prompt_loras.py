@@ -56,8 +56,10 @@ def shared_loras(
 ) -> tuple[list[str], dict[Path, float]]:
     """`split_loras` of several prompts, if they name the same LoRAs: the model can then have them.
 
-    Otherwise the prompts as they are, and none.
+    Otherwise the prompts as they are, and none. UserError as there, and for a folder that is none.
     """
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--lora-dir {folder} is not a folder: give one that holds LoRAs")
     split = [split_loras(prompt, folder) for prompt in prompts]
     first = split[0][1]
     if any(files != first for _, files in split):

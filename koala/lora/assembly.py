@@ -29,6 +29,7 @@ from koala.checkpoints.resolve import (
     single_file_path,
 )
 from koala.checkpoints.tensors import Source, View, load_tensor
+from koala.checkpoints.unet_folder import read_unet, unet_folder
 from koala.checkpoints.vae_files import VaeFiles, read_vae
 from koala.checkpoints.validate import parse_object
 from koala.errors import UserError
@@ -84,16 +85,20 @@ def _contents(model: str | Path, base: str | Path | None, vae: VaeFiles | None) 
     if file := single_file_path(model):
         completing = None if base is None else read_model(base)
         contents = single_file.read(file, completing, parts)
+    elif base is not None and (folder := unet_folder(model, fetch=True)):
+        contents = read_unet(folder, read_model(base), parts)
     elif base is not None:
         check_name(str(model))
         raise UserError(
             f"--base {base} has no effect: {model} is a complete model; leave it out, or give the "
-            "file with the U-Net alone"
+            "file or the folder with the U-Net alone"
         )
     else:
         contents = from_folder(resolve_model(model))
         contents = replace(contents, tensors={**contents.tensors, **parts})
     if vae is not None and vae.config is not None:
+        if note := vae.note(contents.config("vae/config.json")):
+            print(f"koala: {note}", file=sys.stderr)
         files = {**contents.files, "vae/config.json": vae.config}
         contents = replace(contents, files=files)
     return contents

@@ -24,7 +24,7 @@ from koala.architectures.table import (
     root_faults,
     student_of,
 )
-from koala.checkpoints.detect import foreign
+from koala.checkpoints.foreign import foreign
 from koala.checkpoints.tensors import (
     FLOATS,
     FP8,

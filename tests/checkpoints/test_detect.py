@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from koala.architectures.config import unet_config
 from koala.architectures.table import ARCHITECTURES, get
 from koala.checkpoints import ldm_keys
-from koala.checkpoints.detect import detect, foreign, unet_shapes
+from koala.checkpoints.detect import detect, unet_shapes
+from koala.checkpoints.foreign import foreign
 from koala.errors import UserError
 from toy import toy_unet
 
@@ -133,6 +134,32 @@ FOREIGN = {
                            "encoder.layers.0.self_attn.q_proj.weight",
                            "transformer.resblocks.0.ln_1.weight",
                            "encoder.block.0.layer.0.SelfAttention.q.weight"],
+    "a Control-LoRA, which koala does not read": ["lora_controlnet"],
+    "a ControlNet-LLLite, which koala": ["lllite_unet_input_blocks_4_1_attn1_to_k.up.0.weight"],
+    "a T2I-Adapter, which koala": [
+        "adapter.body.0.resnets.0.block1.weight", "body.0.block1.weight"],
+    "an IP-Adapter FaceID, which koala": ["image_proj.proj.0.weight"],
+    "an IP-Adapter Plus, or InstantID's, which koala": ["image_proj.latents"],
+    "a hypernetwork, which koala": ["768.0.linear.0.weight"],
+    "a GLoRA, which koala": ["lora_unet_x.a1.weight", "lora_unet_x.b1.weight"],
+    "a VeRA, which koala": ["base_model.model.x.vera_lambda_b"],
+    "an OFT adapter, which koala": ["lora_unet_x.oft_blocks", "x.oft_diag", "x.boft_R"],
+    "norms of a LyCORIS training": ["lora_unet_x.w_norm"],
+    "a ControlNet Union, which koala": ["control_add_embedding.linear_1.weight"],
+    "a ControlNet with the names of the original ldm code": ["control_model.zero_convs.0.weight"],
+    "a ControlNet of SD 3 or Flux": ["controlnet_blocks.0.weight"],
+    "a PhotoMaker adapter": ["id_encoder.visual_projection_2.weight"],
+    "an image encoder, which `koala generate --image-encoder`": [
+        "vision_model.encoder.layers.0.mlp.fc1.weight"],
+    "a language model": ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight"],
+    "an upscaler": ["model.1.sub.0.RDB1.conv1.0.weight", "body.0.rdb1.conv1.weight"],
+    "a tiny autoencoder": ["decoder.layers.1.weight", "3.conv.0.weight"],
+    "Chroma": ["distilled_guidance_layer.in_proj.weight"],
+    "Qwen-Image": ["transformer_blocks.0.img_mod.1.weight"],
+    "Sana": ["transformer_blocks.0.ff.conv_inverted.weight"],
+    "Kolors": ["encoder_hid_proj.weight"],
+    "latent consistency": ["time_embedding.cond_proj.weight"],
+    "4 bits of bitsandbytes": ["a.weight.quant_state.bitsandbytes__nf4"],
     "an unknown kind of model": ["weight", ""],
 }  # fmt: skip
 
@@ -140,7 +167,34 @@ FOREIGN = {
 @pytest.mark.parametrize(("kind", "name"), [(k, n) for k, names in FOREIGN.items() for n in names])
 def test_other_files_are_refused_by_name(kind, name):
     assert kind in foreign({name: (1, 1)})
-    refused({name: (1, 1)}, f"^this is .*{kind}.*, not a Stable Diffusion XL model$")
+    refused({name: (1, 1)}, f"^this is not a Stable Diffusion XL model but .*{kind}")
+
+
+@pytest.mark.parametrize(("family", "found"), [
+    ("Flux", {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (4, 3072)}),
+    ("a transformer such as Wan", {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": (4, 9)}),
+    ("a diffusion transformer", {"transformer.transformer_blocks.0.to_q.lora_A.weight": (4, 9)}),
+    ("SD 1.5 or SD 2", {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (4, 768)}),
+    ("SD 1.5", {"lora_unet_x_attn2_to_k.lora_down.weight": (4, 768)}),
+    ("SD 2", {"unet.x.attn2.to_k.lora_A.weight": (4, 1024)}),
+    ("the SDXL refiner", {"unet.x.attn2.processor.to_k_lora.down.weight": (4, 1280)}),
+    ("SD 1.5", {"image_proj.proj.weight": (3072, 9), "ip_adapter.1.to_k_ip.weight": (320, 768)}),
+    ("SD 1.5", {"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3),
+                "down_blocks.0.attentions.0.attn2.to_k.weight": (320, 768)}),
+])  # fmt: skip
+def test_an_adapter_of_another_model_is_not_to_be_applied(family, found):
+    assert f" of {family}" in foreign(found)
+    assert foreign(found).endswith(", which koala does not read")
+
+
+def test_what_koala_applies_is_said_with_its_option():
+    lora = {"lora_unet_x_attn2_to_k.lora_down.weight": (4, 2048)}
+    assert foreign(lora) == "a LoRA, which is applied to a model with `koala generate --lora`"
+    net = {"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)}
+    assert "koala generate --control" in foreign(net)
+    assert "koala generate --ip-adapter" in foreign({"ip_adapter.1.to_k_ip.weight": (640, 2048)})
+    face = {"image_proj.proj.0.weight": (1, 1), "ip_adapter.0.to_q_lora.down.weight": (1, 1)}
+    assert foreign(face).startswith("an IP-Adapter FaceID")
 
 
 def test_an_empty_file_is_no_model():

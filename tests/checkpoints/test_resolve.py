@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from koala.checkpoints.bundled import BUNDLED, bundled_names
+from koala.checkpoints.convert import convert
 from koala.checkpoints.load import load_scheduler_config, load_text, load_unet, load_vae
 from koala.checkpoints.resolve import check_name, resolve_model, single_file_path
 from koala.checkpoints.validate import CONFIGS
@@ -96,6 +97,13 @@ def test_unknown_names_list_what_is_allowed(name):
         resolve_model(name)
 
 
+@pytest.mark.parametrize("name", ["sdxl.safetensors", "sdxl.ckpt", "models/sdxl.GGUF"])
+def test_a_file_that_is_not_there_is_called_so(name):
+    for resolve in (resolve_model, check_name):
+        with pytest.raises(UserError, match=f"model {name} does not exist: give an existing file"):
+            resolve(name)
+
+
 def test_a_name_is_checked_without_fetching_anything(whole, folder):
     for name in (str(whole), "koala-mini", "nobody/nothing", "nobody/nothing/x.safetensors"):
         check_name(name)
@@ -154,13 +162,78 @@ def refused(folder: Path, message: str) -> None:
 def test_folders_that_are_no_model(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no model_index.json")
-    refused(folder / "model_index.json", "truncated, or not a safetensors file")
+    refused(folder / "model_index.json", "is text, not a safetensors file.*the model's folder")
     edit(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     refused(folder, "is a StableDiffusionPipeline .*no addition embedding.*StableDiffusionXLPip")
     (folder / "model_index.json").write_text("[]")
     refused(folder, "must hold a JSON object, not list")
     (folder / "model_index.json").write_text("{")
     refused(folder, "model_index.json cannot be read")
+
+
+ALONE = {  # config.json -> what a folder with it is
+    "UNet2DConditionModel": "a U-Net alone: add --base MODEL",
+    "AutoencoderKL": "a VAE alone, which the option --vae takes",
+    "ControlNetModel": "a ControlNet, which is applied to a model with `koala generate --control`",
+    "T2IAdapter": "a T2IAdapter, which koala does not read",
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_folder_with_one_network_is_called_by_its_name(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
+    refused(tmp_path, rf"is not a model \(it has no model_index.json\) but {ALONE[kind]}")
+
+
+def test_a_folder_of_other_files_says_what_to_give(folder, tmp_path):
+    (tmp_path / "a").mkdir()
+    refused(tmp_path / "a", "but an empty folder$")
+    (tmp_path / "a" / "x.ckpt").touch()
+    refused(tmp_path / "a", r"a folder of pickles \(x.ckpt\), which can run code")
+    (tmp_path / "a" / "x.safetensors").touch()
+    refused(tmp_path / "a", f"a folder of files: give {tmp_path / 'a' / 'x.safetensors'}$")
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    refused(tmp_path / "a", "an adapter of PEFT: give its .safetensors file")
+    refused(tmp_path, f"a folder of models: give {folder}$")
+    refused(folder / "unet", f"the unet of a model: give the folder {folder}$")
+    (folder / "model_index.json").unlink()
+    refused(folder / "scheduler", "a scheduler alone")
+    (folder / "run.json").touch()
+    refused(folder, "a training's folder, without a model yet")
+
+
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint", "ControlNet", "PAG"])
+def test_pipelines_with_the_same_networks_are_read(folder, tmp_path, kind):
+    edit(folder / "model_index.json", _class_name=f"StableDiffusionXL{kind}Pipeline",
+         controlnet=["diffusers", "ControlNetModel"], requires_aesthetics_score=False)  # fmt: skip
+    assert resolve_model(folder) == folder
+    convert(folder, "diffusers", tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLPipeline"
+    assert not {"controlnet", "requires_aesthetics_score"} & index.keys()
+    assert index["vae"] == ["diffusers", "AutoencoderKL"]
+
+
+def test_relatives_are_called_by_their_names(folder):
+    config = folder / "unet" / "config.json"
+    whole = config.read_text()
+    for changes, said in (
+        ({"time_cond_proj_dim": 256}, r"a latent consistency model's U-Net \(LCM\)"),
+        ({"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 4096}, "Kolors"),
+        ({"cross_attention_dim": 1280, "block_out_channels": [384, 768, 1536, 1536]}, "refiner"),
+        ({"cross_attention_dim": 768, "addition_embed_type": None}, "SD 1.5's U-Net"),
+        ({"in_channels": 8}, "an instruct-pix2pix U-Net: 8 input channels, SDXL's has 4$"),
+    ):
+        edit(config, **changes)
+        refused(folder, f"^{folder} has .*{said}")
+        config.write_text(whole)
+    tensors = load_file(folder / UNET)
+    save_file({f"{name}.absmax": tensor for name, tensor in tensors.items()}, folder / UNET)
+    refused(folder, "unet holds a model in 4 bits of bitsandbytes, which koala does not read")
+    edit(folder / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline",
+         requires_aesthetics_score=True)  # fmt: skip
+    shutil.rmtree(folder / "text_encoder")
+    refused(folder, "is the SDXL refiner: give the base model")
 
 
 @pytest.mark.parametrize("component", CONFIGS)
@@ -189,7 +262,9 @@ def test_damaged_weights(folder):
 
 def test_absent_weights_name_what_is_there(folder):
     (folder / UNET).rename(folder / "unet" / "diffusion_pytorch_model.bin")
-    refused(folder, r"lacks diffusion_pytorch_model.safetensors; found only .*model.bin")
+    refused(folder, r"lacks diffusion_pytorch_model.safetensors; found only .*model.bin: pickles")
+    (folder / "unet" / "diffusion_pytorch_model.bin").rename(folder / "unet" / "model.onnx")
+    refused(folder, r"lacks diffusion_pytorch_model.safetensors; found only model.onnx$")
 
 
 def test_a_published_name_suggests_its_hub_id():

@@ -7,18 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from koala.architectures.table import get
 from koala.checkpoints import single_file
 from koala.checkpoints.compress import compress
 from koala.checkpoints.convert import convert
+from koala.checkpoints.detect import unet_shapes
 from koala.checkpoints.inspect import inspect
 from koala.checkpoints.ldm_keys import PREFIXES
 from koala.checkpoints.load import load_text, load_unet, load_vae
 from koala.checkpoints.prediction import VELOCITY, Prediction
 from koala.checkpoints.resolve import read_model, resolve_model
+from koala.checkpoints.spellings import _of_average
 from koala.checkpoints.tensors import all_finite, load_tensor, read_metadata
 from koala.checkpoints.validate import WEIGHTS
 from koala.errors import UserError
 
+U = PREFIXES["unet"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -262,3 +266,42 @@ def test_a_single_file_says_what_it_is(toy_file):
         "modelspec.resolution": "64x64",
         "modelspec.prediction_type": "epsilon",
     }
+
+
+# --- an average alone, and shards -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sdxl", "koala-700m", "koala-mini", "sdm-v2.0"])
+def test_an_average_s_names_get_their_dots_back(name):
+    for one in unet_shapes(get(name), "ldm"):
+        assert _of_average("model_ema.diffusion_model" + one.replace(".", "")) == U + one
+        assert _of_average(f"model_ema.diffusion_model.{one}") == U + one
+
+
+def test_a_file_with_the_average_alone_is_read_with_it(toy_file, tmp_path):
+    tensors = load_file(toy_file)
+    ema = {f"model_ema.{n[6:].replace('.', '')}" if n.startswith(U) else n: t
+           for n, t in tensors.items()}  # fmt: skip
+    ema |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
+    save_file(ema, tmp_path / "ema.safetensors", read_metadata(toy_file))
+    assert_equal(values(tmp_path / "ema.safetensors"), values(toy_file))
+    both = tensors | {n: t + 1 for n, t in ema.items() if n.startswith("model_ema.")}
+    save_file(both, tmp_path / "both.safetensors", read_metadata(toy_file))
+    assert_equal(values(tmp_path / "both.safetensors"), values(toy_file))
+
+
+def test_a_shard_is_called_one(toy_file, tmp_path):
+    shard = tmp_path / "x" / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    shard.parent.mkdir(parents=True)
+    shutil.copy(toy_file, shard)
+    with pytest.raises(UserError, match="is shard 1 of 2 of a model: give the model's folder, in"):
+        read_model(shard)
+    assert inspect(shard).kind.startswith("shard 1 of 2 of a model: give the model's folder")
+    (shard.parent / "config.json").touch()
+    with pytest.raises(
+        UserError, match=f"shard 1 of 2 of a model: give the folder {shard.parent}$"
+    ):
+        resolve_model(shard)
+    (shard.parent.parent / "model_index.json").touch()
+    with pytest.raises(UserError, match=f"give the folder {tmp_path / 'x'}$"):
+        compress(shard, "koala-700m", tmp_path / "out")

@@ -105,6 +105,7 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     (["serve", "--backend", "atuo"], "unknown backend 'atuo'"),
     (["serve", "--replicas", "4-1"], "--replicas '4-1'"),
     (["serve", "--replicas", "2", "--api-key-file", "gone"], "key file gone cannot be read"),
+    ([*GENERATE, "--lora-dir", "gone"], "--lora-dir gone is not a folder"),
     (["serve", "--lora-dir", "gone"], "--lora-dir gone is not a folder"),
     (["serve", "--port", "70000"], "port 70000"),
     # models

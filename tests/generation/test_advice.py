@@ -93,7 +93,7 @@ def test_the_command_prints_the_ladder_without_torch():
     [
         (["--advise", "--out", "x"], "--out has no effect on --advise"),
         (["--advise", "--vram", "-1"], "vram is -1"),
-        (["--advise", "--base", "koala-mini"], "completes a single file"),
+        (["--advise", "--base", "koala-mini"], "completes a U-Net alone"),
         (["--to", "koala-1b", "--vram", "8", "--out", "x"], "--vram is for --advise"),
         (["--to", "koala-1b"], "needs --out DIR"),
     ],

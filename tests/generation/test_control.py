@@ -246,6 +246,14 @@ def test_other_files_are_refused_by_name(tmp_path, names, says):
         open_controlnet(file)
 
 
+def test_a_folder_without_a_config_says_what_it_is(tmp_path):
+    for file, says in ((None, "an empty folder"), ("canny.safetensors", "a folder of files: give")):
+        if file:
+            (tmp_path / file).touch()
+        with pytest.raises(UserError, match=rf"is no ControlNet's folder \({says}.*\): give the"):
+            open_controlnet(tmp_path)
+
+
 def test_a_damaged_net_is_refused(toy_koala, folder, image, tmp_path):
     pipe = load(toy_koala, "cpu")
 

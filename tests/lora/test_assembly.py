@@ -10,11 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from koala.checkpoints import card_facts, model_card, sampling
 from koala.checkpoints.convert import convert
+from koala.checkpoints.inspect import inspect
 from koala.checkpoints.load import load_scheduler_config, load_text, load_unet
+from koala.checkpoints.resolve import check_name, resolve_model
 from koala.checkpoints.tensors import read_metadata
 from koala.checkpoints.validate import WEIGHTS, check_folder
 from koala.cli import main
 from koala.errors import UserError
+from koala.generation.advice import advise
 from koala.lora.adapters import merge, modules_of
 from koala.lora.assembly import assembled
 from koala.lora.names import base_of
@@ -79,6 +82,68 @@ def test_a_base_completes_a_unet_alone(layout, other, single, toy_sdxl, tmp_path
     assert capsys.readouterr().err.count("putting") == 1
     assert assembled(file, base=toy_sdxl) == folder and not capsys.readouterr().err
     assert assembled(file, base=other) != folder
+
+
+def test_a_base_completes_a_folder_with_a_unet_alone(other, toy_sdxl, tmp_path, capsys):
+    folder = shutil.copytree(other / "unet", tmp_path / "four_steps")
+    with pytest.raises(UserError, match="but a U-Net alone: add --base MODEL"):
+        resolve_model(folder)
+    check_name(str(folder))
+    found = assembled(folder, base=toy_sdxl)
+    check_folder(found)
+    assert equal(found, "unet", other) and equal(found, "vae", toy_sdxl)
+    assert model_card.read(found).assembled.unet == "four_steps"
+    described = inspect(folder)
+    assert (described.layout, list(described.parts)) == ("diffusers", ["unet"])
+    assert described.prediction == "epsilon (not stated: as SDXL)"
+    ways = advise(folder, base=str(toy_sdxl))
+    assert [way.disk for way in ways] == [way.disk for way in advise(other)]
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="four_steps lacks diffusion_pytorch_model"):
+        assembled(folder, base=toy_sdxl)
+    config = json.loads((folder / "config.json").read_text())
+    for changes, said in (
+        ({"in_channels": 9}, "has an inpainting U-Net"),
+        ({"time_cond_proj_dim": 256}, "has a latent consistency model's U-Net"),
+        ({"block_out_channels": 5}, "config.json: block_out_channels"),
+        ({"addition_embed_type": None}, "four_steps has no addition embedding"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=said):
+            assembled(folder, base=toy_sdxl)
+
+
+def test_a_unet_alone_of_the_hub(other, toy_sdxl, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    repo, commit = tmp_path / "hub" / "models--some--unet", "0" * 40
+    shutil.copytree(other / "unet", repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert equal(assembled("some/unet", base=toy_sdxl), "unet", other)
+    with pytest.raises(UserError, match="but a U-Net alone: add --base MODEL"):
+        resolve_model("some/unet")
+    (repo / "snapshots" / commit / "config.json").unlink()
+    with pytest.raises(UserError, match="name one of its files, as some/unet/FILE"):
+        resolve_model("some/unet")
+
+
+def test_a_vae_of_another_scale_is_said(other, toy_sdxl, tmp_path, capsys):
+    vae = shutil.copytree(other / "vae", tmp_path / "vae")
+    assembled(toy_sdxl, vae=vae)
+    assert "scales latents" not in capsys.readouterr().err
+    config = json.loads((vae / "config.json").read_text())
+    for changes, said in (
+        ({"scaling_factor": 0.18215}, "(scaling_factor 0.18215, not 0.8)"),
+        ({"latents_mean": None, "latents_std": None},
+         "(latents_mean None, not [0.1, -0.2, 0.3, 0.0]; latents_std None, not"),
+    ):  # fmt: skip
+        (vae / "config.json").write_text(json.dumps(config | changes))
+        for _ in range(2):  # when the model lies in the cache as well
+            assembled(toy_sdxl, vae=vae)
+            assert said in capsys.readouterr().err
 
 
 def test_what_a_unet_states_of_itself_wins_over_its_base(other, single, toy_sdxl, tmp_path):
@@ -146,8 +211,12 @@ def test_parts_without_an_effect_are_refused(other, single, toy_sdxl, tmp_path, 
     for model in (toy_sdxl, single):
         with pytest.raises(UserError, match=r"--base .* has no effect"):
             assembled(model, base=other)
+    with pytest.raises(UserError, match="but the vae of a model: give the folder"):
+        assembled(toy_sdxl / "vae", base=other)
     with pytest.raises(UserError, match=r"--vae .* does not exist"):
         assembled(toy_sdxl, vae=str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"is no VAE's folder \(the scheduler of a model"):
+        assembled(toy_sdxl, vae=other / "scheduler")
     with pytest.raises(UserError, match="holds no VAE"):
         assembled(toy_sdxl, vae=other / UNET)
     assert assembled("koala-mini") == "koala-mini"

@@ -431,7 +431,7 @@ PEFT_PAIR = {
         (tensors(KEY, context=1024), "is a LoRA for SD 2"),
         (tensors("lora_te_text_model_encoder_layers_0_mlp_fc1"), "for SD 1.5 or SD 2 .*not for SD"),
         (tensors("lora_unet_double_blocks_0_img_attn_proj"), "is a LoRA for Flux"),
-        (tensors("transformer.blocks.0.attn"), "is a LoRA for a diffusion transformer"),
+        (tensors("transformer.blocks.0.attn"), "is a LoRA for another diffusion transformer"),
         (
             {k: v for n in range(12) for k, v in tensors(f"lora_unet_blocks_{n}").items()},
             "does not fit sdxl: unknown modules: lora_unet_blocks_0, .* and 2 more$",

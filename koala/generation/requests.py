@@ -25,7 +25,7 @@ from koala.checkpoints.tensors import read_header
 from koala.checkpoints.textual_inversion import read_embedding
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
-from koala.generation import samplers, validation
+from koala.generation import prompt_dialects, samplers, validation
 from koala.generation.control import Control, ControlNet, check_scale, check_shape, fitted
 from koala.generation.form import Form, is_form
 from koala.generation.image_files import Mask, fingerprint, open_image, read_mask
@@ -132,9 +132,17 @@ class Known:
         )  # fmt: skip
 
     def notes(self, settings: Settings) -> list[str]:
-        """A line for each of an image's settings that the model was not made for."""
+        """A line for each of an image's settings that may not be what is meant.
+
+        That is what the model was not made for, and what other programs do not read as words.
+        """
         size = validation.size_note((settings.width, settings.height), self.native)
-        found = (size, self.sampling.note(settings.steps, settings.guidance))
+        texts = (settings.prompt, settings.negative_prompt)
+        found = (
+            size,
+            self.sampling.note(settings.steps, settings.guidance),
+            *(note for text in texts for note in prompt_dialects.notes(text)),
+        )
         return [line for line in found if line]
 
 

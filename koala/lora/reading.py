@@ -41,12 +41,15 @@ from koala.lora.names import PARTS, ROLES, BaseModel, Target, shapes, split, tar
 
 _OTHER_ADAPTERS = {  # substrings of tensor names in other kinds of adapter
     ".on_input": "IA3", ".ia3_l": "IA3", ".oft_": "OFT", ".boft_": "BOFT", ".a1.weight": "GLoRA",
+    ".lora_E": "AdaLoRA", ".vera_lambda": "VeRA", ".fourierft_": "FourierFT", ".hra_u": "HRA",
+    ".vblora_": "VB-LoRA", ".randlora_": "RandLora",
 }  # fmt: skip
 # What programs put beside a LoRA and no adapter of a weight needs: patterns of tensor names.
 _BESIDE = {
     "embeddings": r"bundle_emb\..*",
-    "biases": r".*(\.diff_b|\.lora_B(\.[^.]+)?\.bias|\.bias)",
+    "biases": r".*(\.diff_b|\.lora_B(\.[^.]+)?\.bias|\.bias|\.bias_(indices|values|size))",
     "norms": r".*\.[wb]_norm",
+    "whole weights": r".*(\.modules_to_save\..*|\.set_weight)",
     "training states": r"global_step|epoch|step",
 }
 STRAY = 0.1  # of a file's modules may be unknown; with more it is for another model
@@ -58,9 +61,9 @@ class Adapter:
     """The adapter of one weight: factor * `kinds.change`, without the scale."""
 
     kind: str  # one of `kinds.KINDS`
-    factors: Mapping[str, Stored]  # by role, without alpha
+    factors: Mapping[str, Stored]  # by role, without `kinds.NUMBERS`
     rank: int | None
-    factor: float  # alpha / rank
+    factor: float  # alpha / rank, times the scalar if there is one
 
     @property
     def decomposed(self) -> bool:
@@ -207,26 +210,31 @@ def _entries(file: Path) -> tuple[list[Entry], dict[str, list[str]]]:
     """
     tensors: dict[str, dict[str, Stored]] = {}
     left_out: dict[str, list[str]] = {}
-    adapter = None
+    adapter = ""
     header = read_header(file)
     for key, stored in header.items():
         for mark, kind in _OTHER_ADAPTERS.items():
             if mark in key:
+                kind = "BOFT" if kind == "OFT" and len(stored.shape) == 4 else kind
                 raise UserError(f"{file} is {kind} ({key}); supported are LoRA, DoRA, LoHa, LoKr")
         if what := _beside(key, stored):
             left_out.setdefault(what, []).append(key)
         elif parts := split(key):
             stem, ending, named = parts
-            if adapter not in (None, named) or ending in tensors.get(stem, {}):
+            if (named and adapter not in ("", named)) or ending in tensors.get(stem, {}):
                 raise UserError(f"{file} holds several adapters ({adapter}, {named}): split it")
-            adapter = named if named else adapter
+            adapter = named or adapter
             tensors.setdefault(stem, {})[ending] = stored
         else:
             left_out.setdefault("other tensors", []).append(key)
-    for stem in [stem for stem, of in tensors.items() if {ROLES[e] for e in of} == {"alpha"}]:
+    for stem in [s for s, of in tensors.items() if {ROLES[e] for e in of} <= {*kinds.NUMBERS}]:
         left_out.setdefault("alphas without matrices", []).append(stem)
         del tensors[stem]
     others = left_out.get("other tensors", [])
+    beside = {what: names for what, names in left_out.items() if what in _BESIDE}
+    if not tensors and beside and not others:
+        named = ", ".join(f"{what} ({some(names)})" for what, names in beside.items())
+        raise UserError(f"{file} changes no weight: it holds {named}, which are not applied here")
     if not tensors:
         kind = foreign({key: stored.shape for key, stored in header.items()}) or "an SDXL model"
         raise UserError(
@@ -375,13 +383,15 @@ def signature(unet: UNetArchitecture) -> str:
 
 def _adapter(entry: Entry, target: Target, settings: peft.PeftSettings) -> Adapter:
     factors = entry.roles
-    alpha = factors.pop("alpha", None)
+    alpha, scalar = (factors.pop(role, None) for role in kinds.NUMBERS)
     kind, rank = kinds.kind_of(factors), kinds.rank_of(entry.shapes)
     if settings.decomposed(target) and not any(role in factors for role in kinds.NORMS):
         raise UserError(f"{entry.file} is a DoRA (use_dora) without the magnitude of {entry.stem}")
     factor = settings.factor(target, rank)
     if alpha and rank:  # without a rank, LyCORIS stores an alpha of no meaning
         factor = load_tensor(alpha, "F32").item() / rank
+    if scalar:
+        factor *= load_tensor(scalar, "F32").item()
     if not math.isfinite(factor):
         raise UserError(f"{entry.file}: alpha of {entry.stem} is {factor}")
     return Adapter(kind, factors, rank, factor)

@@ -46,6 +46,7 @@ _REFUSED = {
 _NOTED = {
     r"\{[^{}]*\}": f"is words here, brackets too; {_WEIGHT}",
     r"\w{1,30}(\+\+|--)+(?=[\s,.)]|$)": f"is words here; {_WEIGHT}",
+    r"(?i)<\s*lora\s*:[^<>:]*$": "is words here; a LoRA is written <lora:NAME:0.8>",
     r"<[\w-]+>": "is words here; a textual inversion is given by --embedding and written as its "
     "file's name",
     r"\uff08[^\uff08\uff09]*[:\uff1a][\d.\s]+\uff09": f"is words here, brackets too; {_WEIGHT}",

@@ -16,7 +16,8 @@ from koala.lora.folder import lora_file
 _LORA = re.compile(r"<\s*(?:lora|lyco)\s*:([^:<>]+)(?::([^:<>]+))?>", re.IGNORECASE)
 _OTHER = re.compile(  # tags of other programs, and LoRAs that are not closed or in wide letters
     r"[<\uff1c]\s*(?:"
-    r"(?:lora|lyco|hypernet)\s*[:\uff1a][^<>\s]*[>\uff1e]?|\w+(?:\[[^\]]*\])?\s*:[^<>]*>)",
+    r"(?:lora|lyco|hypernet)\s*[:\uff1a][^<>\s:\uff1a]*(?:[>\uff1e]|[:\uff1a][^<>\s\uff1e]*[>\uff1e]?)"
+    r"|\w+(?:\[[^\]]*\])?\s*:[^<>]*>)",
     re.IGNORECASE,
 )
 

@@ -45,6 +45,7 @@ def test_what_has_another_meaning_elsewhere_is_refused(prompt, told):
     [
         ("{{masterpiece}}, a cat", "'{masterpiece}', which is words here, brackets too"),
         ("a cat++ on a mat", "'cat++', which is words here"),
+        ("a cat <lora:ink", "'<lora:ink', which is words here; a LoRA is written <lora:NAME:0.8>"),
         ("a <zork> cat", "'<zork>', which is words here; a textual inversion is given"),
         ("\uff08cat\uff1a1.3\uff09", "which is words here, brackets too; a weight is written"),
         ("a (cat:1.3", "'(cat:1.3', which is not closed"),

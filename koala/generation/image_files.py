@@ -31,7 +31,8 @@ _SHOWN = 80  # characters of a name
 _RGB_LIKE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 # Other formats hold no pixels (EPS runs a program), or nobody uses them.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "TGA")
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What Pillow raises for damaged files.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def open_image(file: str | Path | Image.Image) -> Image.Image:
@@ -43,7 +44,7 @@ def open_image(file: str | Path | Image.Image) -> Image.Image:
     if isinstance(file, Image.Image):
         try:
             return _read(file, "the image")
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"the image cannot be read as an image: {error}") from None
@@ -61,7 +62,7 @@ def open_image(file: str | Path | Image.Image) -> Image.Image:
             f"{name} holds over a hundred million pixels: allowed are {MOST_PIXELS:,}; make it "
             "smaller"
         ) from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"{name} cannot be read as an image: {_reason(path, error)}") from None
 
 

@@ -22,7 +22,7 @@ from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.sampling import USUAL, Sampling, of_model, of_named
 from koala.checkpoints.tensors import read_header
-from koala.checkpoints.textual_inversion import read_embedding
+from koala.checkpoints.textual_inversion import embedding_header, read_embedding
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError
 from koala.generation import prompt_dialects, samplers, validation
@@ -34,6 +34,7 @@ from koala.generation.prompt_editing import by_step
 from koala.generation.prompt_embeddings import named_embeddings
 from koala.generation.prompt_loras import refuse_loras, split_loras
 from koala.generation.prompt_syntax import parse
+from koala.lora.folder import check_file
 from koala.lora.names import BaseModel, base_of
 from koala.lora.reading import read
 
@@ -251,8 +252,11 @@ class _Inputs:
         texts = [*prompts, asked.negative_prompt]
         embeddings = named_embeddings(texts, asked.embedding, asked.embedding_dir)
         loras: list[Loras] = [(*shared, *files.items()) for _, files in split]
-        for path in (*_files(loras), *embeddings):
-            read_header(path)  # refuses a file that is missing or damaged
+        for path in _files(loras):  # refuses a file that is missing or damaged
+            check_file(path)
+            read_header(path)
+        for path in embeddings:
+            embedding_header(path)
         strong = check_scale(
             asked.control is not None, asked.control_image is not None, asked.control_scale
         )

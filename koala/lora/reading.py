@@ -37,6 +37,7 @@ from koala.checkpoints.tensors import (
 from koala.checkpoints.validate import some
 from koala.errors import UserError
 from koala.lora import kinds, peft
+from koala.lora.folder import check_file
 from koala.lora.names import PARTS, ROLES, BaseModel, Target, shapes, split, targets
 
 _OTHER_ADAPTERS = {  # substrings of tensor names in other kinds of adapter
@@ -159,6 +160,7 @@ def read(file: Path, base: BaseModel, teacher: UNetArchitecture | None = None) -
     from its metadata, else it is taken as the teacher's, and the report says the doubt. Raises
     `UserError` if the file is not a LoRA of a known kind, or is for another kind of model.
     """
+    check_file(file)
     teacher = teacher or teacher_of(base.unet)
     _check_family(file, base, teacher)
     entries, left_out = _entries(file)

@@ -542,6 +542,16 @@ def test_what_is_no_lora_for_sdxl_is_refused_by_name(tmp_path, extra, told):
             read(tmp_path / "x.safetensors", base_named(model))
 
 
+def test_a_folder_or_an_address_is_called_that(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder: name a LoRA's file; it holds no \.safe"):
+        read(tmp_path, SDXL)
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UserError, match=r"is a folder: name a LoRA's file, such as .*_weights"):
+        read(tmp_path, SDXL)
+    with pytest.raises(UserError, match="is an address: download the LoRA"):
+        read(Path("https://example.org/a.safetensors"), SDXL)
+
+
 def test_other_files_are_refused_by_name(tmp_path):
     file = tmp_path / "x.safetensors"
     with pytest.raises(UserError, match="No such file"):

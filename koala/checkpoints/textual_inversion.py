@@ -5,6 +5,7 @@ arXiv 2208.01618. Only the header is read here, without torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from koala.errors import UserError
 
 # Names of the two tensors: of A1111, kohya and diffusers, and of pivotal tuning.
 _NAMES = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
+_IMAGES = (".png", ".webp", ".jpg", ".jpeg", ".jxl", ".avif")
+_MOST = 4  # tensors of a textual inversion for one text encoder
+_SECOND = 1280  # width of SDXL's second text encoder, the refiner's only one
 _OTHERS = {768: "SD 1.5", 1024: "SD 2"}  # embeddings for one text encoder, by width
 
 
@@ -30,19 +34,10 @@ def read_embedding(file: Path, widths: tuple[int, int]) -> TextualInversion:
 
     Raises UserError for another kind of file, and for an embedding of another model, by name.
     """
-    header = read_header(file)
+    header = embedding_header(file)
     names = next((pair for pair in _NAMES if {*pair} <= {*header}), None)
-    if names is None:
-        found = {stored.shape[-1] for stored in header.values() if 1 <= len(stored.shape) <= 2}
-        if len(header) <= 3 and len(found) == 1 and (kind := _OTHERS.get(*found)):
-            raise UserError(
-                f"{file} is a textual inversion of {kind}, which has one text encoder; SDXL's has "
-                "two tensors, clip_l and clip_g"
-            )
-        raise UserError(
-            f"{file} is no textual inversion of SDXL: it holds {some(header) or 'nothing'}, and "
-            "not clip_l and clip_g"
-        )
+    if names is None or _of_t5(header):
+        raise UserError(f"{file} {_what(header)}; SDXL's has two tensors, clip_l and clip_g")
     first, second = (header[name] for name in names)
     if any(len(stored.shape) not in (1, 2) or not stored.shape[0] for stored in (first, second)):
         raise UserError(f"{file} is damaged: its tensors are no vectors; download it again")
@@ -54,3 +49,37 @@ def read_embedding(file: Path, widths: tuple[int, int]) -> TextualInversion:
     if strange := {first.dtype, second.dtype} - {*FLOATS}:
         raise UserError(f"{file} holds {some(sorted(strange))} tensors; they must be floats")
     return TextualInversion(file.stem, (first, second))
+
+
+def embedding_header(file: Path) -> dict[str, Stored]:
+    """A file's tensors. UserError if it is no safetensors file; images are named."""
+    if file.suffix.lower() in _IMAGES and file.is_file():
+        raise UserError(
+            f"{file} is an image; embeddings inside images, as AUTOMATIC1111's web UI saves them, "
+            "are not read: give a .safetensors file"
+        )
+    return read_header(file)
+
+
+def _of_t5(header: Mapping[str, Stored]) -> bool:
+    return any("t5" in name.lower() for name in header)
+
+
+def _what(header: Mapping[str, Stored]) -> str:
+    """What a file is that has not both tensors, as far as its names and shapes tell."""
+    if _of_t5(header):
+        return "is a textual inversion of Flux or SD 3, which have a T5 text encoder"
+    if half := {*header} & {name for pair in _NAMES for name in pair}:
+        return f"is no textual inversion of SDXL: it holds {some(sorted(half))} alone"
+    if any(".hada_" in name or "lora" in name or ".lokr_" in name for name in header):
+        beside = [name for name in header if name.startswith("bundle_emb.")]
+        return f"is a LoRA, which --lora reads{' (its embeddings are left out)' if beside else ''}"
+    widths = {stored.shape[-1] for stored in header.values() if 1 <= len(stored.shape) <= 2}
+    if len(header) <= _MOST and len(widths) == 1:
+        (width,) = widths
+        if width in _OTHERS:
+            return f"is a textual inversion of {_OTHERS[width]}, which has one text encoder"
+        if width == _SECOND:
+            return "is a textual inversion of SDXL's second text encoder alone, or of the refiner"
+        return f"is a textual inversion for a text encoder {width} wide, which no SDXL has"
+    return f"is no textual inversion of SDXL: it holds {some(header) or 'nothing'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -85,7 +86,9 @@ def whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        meant = _meant(text)
+        told = "" if meant is None or meant % 1 or "," in text else f"; write {int(meant)}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{told}") from None
 
 
 def number(text: str) -> float:
@@ -93,7 +96,20 @@ def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, such as 0.5") from None
+        meant = _meant(text)
+        told = ", such as 0.5" if meant is None else f"; write {meant:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number{told}") from None
+
+
+def _meant(text: str) -> float | None:
+    """The number that a decimal comma, a percent sign or a printer's minus may stand for."""
+    plain = re.sub("[\u2212\u2013\u2014]", "-", text.strip()).replace(",", ".")
+    percent = plain.endswith("%")
+    try:
+        found = float(plain.removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def listed(names: Iterable[str]) -> str:

@@ -249,7 +249,7 @@ def _run(o: argparse.Namespace) -> None:
             images=len(settings), from_image=o.image is not None, say=say,
             of_requests=[name for name in named if getattr(o, name)],
         )  # fmt: skip
-    for note in pipeline.known.notes(settings[0]):
+    for note in dict.fromkeys(note for one in settings for note in pipeline.known.notes(one)):
         say(note)
     if pipeline.plan is not None:
         print(pipeline.plan.table(), file=sys.stderr)

@@ -1,63 +1,156 @@
 """Image files to start from: opened, checked, fingerprinted. Importing this loads no torch.
 
 A file may be anything: its size is checked before its pixels are read. Its EXIF orientation is
-applied.
+applied, and colours of another profile become sRGB.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import re
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageCms, ImageFilter, ImageOps
 
 from koala.errors import UserError
+from koala.utils.file_kinds import START, kind_of
 
 if TYPE_CHECKING:
     import numpy as np
 
 MOST_PIXELS = 64_000_000
 LIGHT = 128  # from here on a mask's pixel is light, and alpha is opaque
+LARGEST_PROFILE = 2**20  # bytes of a colour profile that is applied
+_GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
+_SHOWN = 80  # characters of a name
 _RGB_LIKE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 # Other formats hold no pixels (EPS runs a program), or nobody uses them.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "TGA")
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What Pillow raises for damaged files.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def open_image(file: str | Path | Image.Image) -> Image.Image:
-    """An image, upright and loaded, in a mode of 8 bits per channel, without its EXIF.
+    """An image, upright and loaded, in sRGB and a mode of 8 bits per channel, without its EXIF.
 
-    UserError for a file that is no image, is truncated, or holds more than 64 million pixels.
+    The first frame of an animated one. UserError for what is no file, a file that is no image or
+    is truncated, or holds more than 64 million pixels.
     """
+    if isinstance(file, Image.Image):
+        try:
+            return _read(file, "the image")
+        except UNREADABLE as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the image cannot be read as an image: {error}") from None
+    name = str(file) if len(str(file)) <= _SHOWN else f"{str(file)[:_SHOWN]}..."
+    path = _path(file, name)
     try:
-        if isinstance(file, Image.Image):
-            return _upright(file, "the image")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            with Image.open(file, formats=_FORMATS) as image:
-                return _upright(image, str(file))
+            with Image.open(path, formats=_FORMATS) as image:
+                return _read(image, name)
     except UserError:
         raise
-    except _UNREADABLE as error:
-        name = "the image" if isinstance(file, Image.Image) else file
-        raise UserError(f"{name} cannot be read as an image: {error}") from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{name} holds over a hundred million pixels: allowed are {MOST_PIXELS:,}; make it "
+            "smaller"
+        ) from None
+    except UNREADABLE as error:
+        raise UserError(f"{name} cannot be read as an image: {_reason(path, error)}") from None
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
+def _path(file: str | Path, name: str) -> Path:
+    """The file. UserError for what is no file, by what it is."""
+    text = str(file)
+    if text.startswith("data:"):
+        raise UserError(f"{name} is a data URI: save it to a file, and name that")
+    if re.match(r"[a-z][a-z0-9+.-]+:/", text, re.IGNORECASE):  # a Path has one slash
+        raise UserError(f"{name} is an address: download it, and name the file by its path")
+    path = Path(text).expanduser()
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # a ValueError for a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} cannot be read as an image: {reason}") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{name} is a folder: name one image in it")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{name} is no plain file: save the image to one")
+    return path
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """What a file is that cannot be read, and what to do."""
+    try:
+        with path.open("rb") as opened:
+            kind = kind_of(opened.read(START), path.name)
+    except OSError as reason:
+        return str(reason.strerror or reason)
+    if kind == "empty":
+        return "it is empty"
+    if "truncated" in str(error):
+        return "it is truncated; download or save it again"
+    if kind:
+        return f"it is {kind}; give a PNG or JPEG"
+    return str(error) if path.name not in str(error) else "it is no image of a kind that is known"
+
+
+def _read(image: Image.Image, name: str) -> Image.Image:
+    """UserError for an image that is too large, cannot be decoded, or of another mode."""
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise UserError(
             f"{name} is {width}x{height}: allowed are {MOST_PIXELS:,} pixels; make it smaller"
         )
-    if image.mode not in _RGB_LIKE:
-        raise UserError(f"{name} has the mode {image.mode}: allowed are images of 8 bits")
+    if image.mode not in {*_RGB_LIKE, *_GREY_16}:
+        raise UserError(
+            f"{name} has the mode {image.mode}: allowed are images of 8 bits, and grey ones of 16; "
+            "save it as PNG"
+        )
     turned = ImageOps.exif_transpose(image)
     turned.load()
     turned.info.pop("exif", None)  # applied; of a damaged one the next reader would complain
-    return turned
+    return _in_srgb(_in_8_bits(turned))
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits as one of 8; others as they are."""
+    if image.mode not in _GREY_16:
+        return image
+    import numpy as np
+
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """An image with a profile of other colours, such as Adobe RGB, Display P3 or CMYK, as sRGB.
+
+    One whose profile cannot be read is taken as it is, as browsers do.
+    """
+    profile = image.info.get("icc_profile")
+    if image.mode not in ("RGB", "RGBA", "CMYK") or not isinstance(profile, bytes):
+        return image
+    if len(profile) > LARGEST_PROFILE:
+        return image
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(own).lower():
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        srgb = ImageCms.createProfile("sRGB")
+        found = ImageCms.profileToProfile(image, own, srgb, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    assert found is not None  # it is not done in place
+    found.info.pop("icc_profile", None)
+    return found
 
 
 def fingerprint(image: Image.Image) -> str:

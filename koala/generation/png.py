@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import tempfile
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import IO, TYPE_CHECKING
 from PIL import Image, PngImagePlugin
 
 from koala.errors import UserError
+from koala.generation.image_files import UNREADABLE
 from koala.generation.provenance import PNG_KEY, XMP
 from koala.generation.requests import Settings
 from koala.generation.samplers import LABELS
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
 # AUTOMATIC1111's names of what a repainted part starts from; "original" is not said.
 MASKED_CONTENT = {"surroundings": "fill", "noise": "latent noise", "nothing": "latent nothing"}
 LONGEST_STEM = 48  # letters of a prompt in a file's name
+_PROGRAMS = {  # program -> names of texts that it alone writes
+    "Fooocus": ("fooocus_scheme",),
+    "InvokeAI": ("invokeai_metadata", "invokeai_graph", "sd-metadata", "Dream"),
+    "ComfyUI": ("workflow", "prompt"),
+}
 # Suffixes of image files: --out with one of them names a file, not a folder.
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
@@ -93,7 +100,8 @@ def read_settings(path: str | Path | IO[bytes]) -> Settings:
     try:
         with Image.open(path) as image:
             text = image.info.get("koala")
-    except OSError as error:
+            program = "" if text is not None else _program(image)
+    except UNREADABLE as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
     names = {field.name for field in fields(Settings)}
     later = {field.name for field in fields(Settings) if field.default is not MISSING}
@@ -101,6 +109,11 @@ def read_settings(path: str | Path | IO[bytes]) -> Settings:
         values = json.loads(text) if isinstance(text, str) else None
     except json.JSONDecodeError:
         values = None
+    if text is None and program:
+        raise UserError(
+            f"{path} holds settings of {program}, which are not read here: give a PNG that koala "
+            "wrote and nobody changed"
+        )
     if not isinstance(values, dict) or not names - later <= set(values) <= names:
         raise UserError(
             f"{path} holds no settings of koala's: give a PNG that koala wrote and nobody changed"
@@ -111,6 +124,36 @@ def read_settings(path: str | Path | IO[bytes]) -> Settings:
     except (TypeError, ValueError):
         raise UserError(f"{path} holds settings that koala did not write") from None
     return Settings(**values)
+
+
+def _program(image: Image.Image) -> str:
+    """The program whose settings an image's texts hold; "" if none is known."""
+    texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    told = texts.get("parameters") or _comment(image)
+    for program, marks in _PROGRAMS.items():
+        if any(mark in texts for mark in marks):
+            return program
+    if "NovelAI" in texts.get("Software", "") or "NovelAI" in texts.get("Title", ""):
+        return "NovelAI"
+    if "sui_image_params" in told:
+        return "SwarmUI"
+    if "Version: koala" in told or 'Version: "koala' in told:
+        return "koala as text alone, without those that are complete"
+    if "Steps: " in told:
+        return "AUTOMATIC1111's web UI or a program like it"
+    return "Fooocus" if "base_model_hash" in told else ""
+
+
+def _comment(image: Image.Image) -> str:
+    """The EXIF comment of a JPEG or WebP, in which programs put what a PNG has as text."""
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        comment = exif.get_ifd(0x8769).get(0x9286, b"")
+    except (*UNREADABLE, struct.error, KeyError):  # damaged: it tells nothing
+        return ""
+    told = comment if isinstance(comment, bytes) else b""
+    return told[8:].replace(b"\0", b"").decode("utf-8", "replace")
 
 
 def parameters(settings: Settings) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, Union
 
 from koala.errors import UserError
+from koala.generation import prompt_dialects
 
 MOST_VARIANTS = 64  # prompts of one image: each is encoded and kept
 DEEPEST = 20  # brackets within brackets
@@ -37,31 +38,13 @@ class _Edit:
         return self.options[step >= self.until]
 
 
-_OTHERS = {  # what other programs and their extensions give a meaning to
-    r"\bAND\b": "joins several prompts in AUTOMATIC1111's and cannot be used here: separate them "
-    "by commas, or write 'and'",
-    r"\{[^{}|]*\|[^{}]*\}": "chooses between words in dynamic prompts and is not done here: give "
-    "a prompt for each, or take turns by [a|b]",
-    r"\b__[\w/*-]+?__\b": "stands for a list of words in dynamic prompts and is not read here: "
-    "write the word itself",
-    r"\bembedding:[\w.-]+": "is ComfyUI's for a textual inversion: write its name alone, and give "
-    "the file by --embedding",
-}
-
-
-def _refuse_others(prompt: str) -> None:
-    for pattern, meaning in _OTHERS.items():
-        if found := re.search(pattern, prompt):
-            raise UserError(f"the prompt has {found[0]}, which {meaning}")
-
-
 def by_step(prompt: str, steps: int) -> list[str]:
     """The prompt of each of `steps` steps.
 
     UserError for brackets that are neither a change nor a weight, a change after the last step,
     more than 64 different prompts, and what only other programs read.
     """
-    _refuse_others(prompt)
+    prompt_dialects.refuse(prompt)
     items = _parse(prompt, steps)
     if all(isinstance(item, str) for item in items):
         return [prompt] * steps

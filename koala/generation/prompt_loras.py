@@ -1,5 +1,7 @@
 """LoRAs named in a prompt, as in AUTOMATIC1111's web UI: <lora:NAME:SCALE>, or <lora:NAME> for 1.
 
+<lyco:NAME:SCALE>, which its extension for LyCORIS read, is the same.
+
 Importing this loads no torch.
 """
 
@@ -11,8 +13,13 @@ from koala.errors import UserError
 from koala.generation.validation import lora_scale
 from koala.lora.folder import lora_file
 
-_LORA = re.compile(r"<\s*lora\s*:([^:<>]+)(?::([^:<>]+))?>", re.IGNORECASE)
-_OTHER = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*>", re.IGNORECASE)
+_LORA = re.compile(r"<\s*(?:lora|lyco)\s*:([^:<>]+)(?::([^:<>]+))?>", re.IGNORECASE)
+_OTHER = re.compile(  # tags of other programs, and LoRAs that are not closed or in wide letters
+    r"[<\uff1c]\s*(?:"
+    r"(?:lora|lyco|hypernet)\s*[:\uff1a][^<>\s:\uff1a]*(?:[>\uff1e]|[:\uff1a][^<>\s\uff1e]*[>\uff1e]?)"
+    r"|\w+(?:\[[^\]]*\])?\s*:[^<>]*>)",
+    re.IGNORECASE,
+)
 
 
 def split_loras(prompt: str, folder: Path | None) -> tuple[str, dict[Path, float]]:
@@ -47,7 +54,9 @@ def split_loras(prompt: str, folder: Path | None) -> tuple[str, dict[Path, float
 
 def refuse_loras(negative_prompt: str) -> None:
     """UserError for a negative prompt that names a LoRA."""
-    if found := _OTHER.search(negative_prompt):
+    if (found := _OTHER.search(negative_prompt)) and not _LORA.search(negative_prompt):
+        raise UserError(f"{found[0]} is not supported: use <lora:NAME:SCALE> in the prompt")
+    if found:
         raise UserError(f"{found[0]} has no effect in the negative prompt: put it into the prompt")
 
 

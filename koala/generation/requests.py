@@ -1,7 +1,7 @@
 """Requests: the settings of one image, and what else it is made from.
 
 A PNG keeps the settings. They are complete: the same model makes the same image from them again.
-`koala.generation.asked` makes them of what a person asks for. Importing this loads no torch.
+`koala.generation.request_checks` makes them of what a person asks for. This loads no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.sampling import USUAL, Sampling, of_model, of_named
 from koala.checkpoints.validate import unet_architecture
-from koala.generation import samplers, validation
+from koala.generation import prompt_dialects, samplers, validation
 from koala.generation.control import Control
 from koala.generation.form import Form, is_form
 from koala.generation.image_prompt import ImagePrompt
@@ -125,9 +125,17 @@ class Known:
         return cls(name, form.native, form.scheduler, base=None, sampling=meant)
 
     def notes(self, settings: Settings) -> list[str]:
-        """A line for each of an image's settings that the model was not made for."""
+        """A line for each of an image's settings that may not be what is meant.
+
+        That is what the model was not made for, and what other programs do not read as words.
+        """
         size = validation.size_note((settings.width, settings.height), self.native)
-        found = (size, self.sampling.note(settings.steps, settings.guidance))
+        texts = (settings.prompt, settings.negative_prompt)
+        found = (
+            size,
+            self.sampling.note(settings.steps, settings.guidance),
+            *(note for text in texts for note in prompt_dialects.notes(text)),
+        )
         return [line for line in found if line]
 
 

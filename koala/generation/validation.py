@@ -183,9 +183,11 @@ def size(asked: tuple[int, int] | str, factor: int = FACTOR) -> tuple[int, int]:
     sides = "whole numbers" if factor == 1 else f"multiples of {factor}"
     rule = f"allowed are {sides} from {SMALLEST} to {LARGEST}, such as 512x512"
     if isinstance(asked, str):
-        match = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", asked.strip(), re.ASCII)
+        match = re.fullmatch(r"(\d{1,9})\s*[xX*\u00d7]\s*(\d{1,9})", asked.strip(), re.ASCII)
         if match is None:
-            raise UserError(f"size {asked!r} is not WIDTHxHEIGHT: {rule}")
+            shape = re.fullmatch(r"[\d.]+\s*[:/]\s*[\d.]+", asked.strip())
+            what = "a shape, and not" if shape else "not"
+            raise UserError(f"size {asked!r} is {what} WIDTHxHEIGHT: {rule}")
         asked = (int(match[1]), int(match[2]))
     if len(asked) != 2 or not all(_whole(side) for side in asked):
         raise UserError(f"size {asked!r} is not (width, height) in pixels: {rule}")
@@ -214,7 +216,7 @@ def seed(asked: int | None, images: int) -> int:
     if not _whole(asked) or not 0 <= asked <= MOST_SEED - (images - 1):
         raise UserError(
             f"seed is {asked!r}: allowed are whole numbers from 0 to 2**63 - {images} "
-            f"(picture i of {images} takes seed + i)"
+            f"(picture i of {images} takes seed + i); without a seed it is random"
         )
     return asked
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from koala.checkpoints.tensors import Stored, View, load_tensor, read_metadata, write
 from koala.errors import UserError, unknown
-from koala.lora import peft
+from koala.lora import kinds, peft
 from koala.lora.names import base_named, shapes, spellings, targets
 from koala.lora.reading import MADE_FOR, Lora, LoraReport, read, signature
 from koala.utils.atomic import check_new, new_file
@@ -48,8 +48,8 @@ def write_converted(lora: Lora, out: Path, spelling: str = "kohya") -> None:
     if spelling == "kohya":
         metadata.pop(peft.METADATA_KEY, None)
         tensors = _kohya(lora)
-        kinds = {name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()}
-        write(out, kinds, lambda name: tensors[name][2], metadata)
+        described = {name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()}
+        write(out, described, lambda name: tensors[name][2], metadata)
         return
     settings = peft.read_settings(lora.file).moved(_unet_adapters(lora))
     beside = out.with_name(peft.CONFIG)
@@ -67,8 +67,8 @@ def write_converted(lora: Lora, out: Path, spelling: str = "kohya") -> None:
         if settings.beside:
             part = both.enter_context(new_file(beside))
             part.write_text(settings.text() + "\n", encoding="utf-8")
-        kinds = {name: (View((stored,)).dtype, stored.shape) for name, stored in own.items()}
-        write(out, kinds, own.__getitem__, metadata)
+        described = {name: (View((stored,)).dtype, stored.shape) for name, stored in own.items()}
+        write(out, described, own.__getitem__, metadata)
 
 
 def _kohya(lora: Lora) -> dict[str, tuple[str, tuple[int, ...], Stored | bytes]]:
@@ -77,7 +77,10 @@ def _kohya(lora: Lora) -> dict[str, tuple[str, tuple[int, ...], Stored | bytes]]
     for source, target in lora.moves.items():
         adapter = lora.adapters[target]
         stem = spellings(lora.base)[_KOHYA[target.part != "unet"]][target]
-        for role, stored in lora.entries[source].roles.items():
+        roles = lora.entries[source].roles
+        for role, stored in roles.items():
+            if "scalar" in roles and role in kinds.NUMBERS:
+                continue  # the adapter's factor has both
             shape = stored.shape
             if role == "magnitude":  # PEFT's axes differ
                 ones = (1,) * (len(shapes(lora.base)[target]) - 1)

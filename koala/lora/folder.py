@@ -22,3 +22,13 @@ def lora_file(folder: Path, name: str) -> Path:
             raise UserError(f"{folder} is no folder: give one that holds LoRAs")
         raise unknown("LoRA", name, names)
     return folder / f"{name}.safetensors"
+
+
+def check_file(file: Path) -> None:
+    """UserError for a folder or an address where a LoRA's file is wanted."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(file), re.IGNORECASE):
+        raise UserError(f"{file} is an address: download the LoRA, and name its file by its path")
+    if file.is_dir():
+        there = sorted(file.glob("*.safetensors"))
+        example = f", such as {there[0]}" if there else "; it holds no .safetensors file"
+        raise UserError(f"{file} is a folder: name a LoRA's file{example}")

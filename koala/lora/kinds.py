@@ -29,6 +29,7 @@ _NEEDED = {  # kind -> roles, of each tuple at least one
     "difference": (("diff",),),
 }  # fmt: skip
 NORMS = ("magnitude", "dora_scale")  # of a DoRA, as PEFT and as LyCORIS store them
+NUMBERS = ("alpha", "scalar")  # beside the factors, of one number each
 _OPTIONAL = {  # kind -> roles that it may have besides
     "LoRA": ("mid",),
     "LoHa": ("hada_t1", "hada_t2"),
@@ -40,7 +41,12 @@ _OPTIONAL = {  # kind -> roles that it may have besides
 def kind_of(roles: Collection[str]) -> str:
     """The kind that factors of these roles make; "" if some are missing or of another kind."""
     for kind, needed in _NEEDED.items():
-        known = {*(role for either in needed for role in either), *_OPTIONAL[kind], *NORMS, "alpha"}
+        known = {
+            *(role for either in needed for role in either),
+            *_OPTIONAL[kind],
+            *NORMS,
+            *NUMBERS,
+        }
         whole = all(any(role in roles for role in either) for either in needed)
         if whole and known.issuperset(roles):
             return kind
@@ -58,10 +64,10 @@ def rank_of(shapes: Mapping[str, Shape]) -> int | None:
 
 
 def fits(shapes: Mapping[str, Shape], weight: Shape) -> bool:
-    """Whether factors of these shapes change a weight of that shape, and alpha is one number."""
+    """Whether factors of these shapes change a weight of that shape; `NUMBERS` must be ones."""
     kind, (out, inner, *kernel) = kind_of(shapes), weight
     rank, area = rank_of(shapes), math.prod(kernel)
-    if rank == 0 or math.prod(shapes.get("alpha", ())) != 1:
+    if rank == 0 or any(math.prod(shapes.get(role, ())) != 1 for role in NUMBERS):
         return False
     if any(math.prod(shapes[role]) not in (out, inner) for role in NORMS if role in shapes):
         return False

@@ -37,7 +37,10 @@ ROLES = {  # suffix of a tensor's name -> its role
     ".lora_linear_layer.up.weight": "up",
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
+    ".lora_A": "down",
+    ".lora_B": "up",
     ".alpha": "alpha",
+    ".scalar": "scalar",  # LyCORIS' trained factor, where it is not multiplied in
     **{f".{role}": role for role in (
         "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
@@ -56,10 +59,11 @@ _PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": 
 
 _UNET_PREFIXES = (  # of OneTrainer's, ComfyUI's and PEFT's dotted names
     "unet.", "diffusion_model.", "model.diffusion_model.", "unet.base_model.model.",
-    "base_model.model.unet.", "base_model.model.",
+    "base_model.model.unet.", "base_model.model.", "lora_unet.", "transformer.", "",
 )  # fmt: skip
 _TEXT_PREFIXES = (
     ("te1.", "te2."),
+    ("lora_te1.", "lora_te2."),
     ("clip_l.", "clip_g."),
     ("clip_l.transformer.", "clip_g.transformer."),
     ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."),
@@ -167,6 +171,7 @@ def spellings(base: BaseModel) -> dict[str, dict[Target, str]]:
         "diffusers, processors": {
             t: f"unet.{_processor(t.path)}" for t in unet if ".attn" in t.path
         },
+        "diffusers, processors alone": {t: _processor(t.path) for t in unet if ".attn" in t.path},
         "diffusers, text": {t: f"{t.part}.{t.path}" for t in text},
         # Since transformers 5 the first encoder's modules lack "text_model.".
         "diffusers, short text": {

@@ -24,6 +24,7 @@ from koala.architectures.table import (
     root_faults,
     student_of,
 )
+from koala.checkpoints import lora_families
 from koala.checkpoints.foreign import foreign
 from koala.checkpoints.tensors import (
     FLOATS,
@@ -36,28 +37,24 @@ from koala.checkpoints.tensors import (
 from koala.checkpoints.validate import some
 from koala.errors import UserError
 from koala.lora import kinds, peft
+from koala.lora.folder import check_file
 from koala.lora.names import PARTS, ROLES, BaseModel, Target, shapes, split, targets
 
 _OTHER_ADAPTERS = {  # substrings of tensor names in other kinds of adapter
     ".on_input": "IA3", ".ia3_l": "IA3", ".oft_": "OFT", ".boft_": "BOFT", ".a1.weight": "GLoRA",
+    ".lora_E": "AdaLoRA", ".vera_lambda": "VeRA", ".fourierft_": "FourierFT", ".hra_u": "HRA",
+    ".vblora_": "VB-LoRA", ".randlora_": "RandLora",
 }  # fmt: skip
 # What programs put beside a LoRA and no adapter of a weight needs: patterns of tensor names.
 _BESIDE = {
     "embeddings": r"bundle_emb\..*",
-    "biases": r".*(\.diff_b|\.lora_B(\.[^.]+)?\.bias|\.bias)",
+    "biases": r".*(\.diff_b|\.lora_B(\.[^.]+)?\.bias|\.bias|\.bias_(indices|values|size))",
     "norms": r".*\.[wb]_norm",
+    "whole weights": r".*(\.modules_to_save\..*|\.set_weight)",
     "training states": r"global_step|epoch|step",
 }
 STRAY = 0.1  # of a file's modules may be unknown; with more it is for another model
 MADE_FOR = "koala.unet"  # metadata: the U-Net that a file of ours is for
-_OTHER_MODELS = {  # prefixes of tensor names in LoRAs of other models
-    "lora_te_": "SD 1.5 or SD 2",
-    "lora_unet_double_blocks": "Flux",
-    "lora_unet_single_blocks": "Flux",
-    "transformer.": "a diffusion transformer such as Flux or SD 3",
-}
-_STATED = ("ss_base_model_version", "modelspec.architecture")  # kohya's metadata
-_CONTEXTS = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # widths of the text embeddings
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,9 @@ class Adapter:
     """The adapter of one weight: factor * `kinds.change`, without the scale."""
 
     kind: str  # one of `kinds.KINDS`
-    factors: Mapping[str, Stored]  # by role, without alpha
+    factors: Mapping[str, Stored]  # by role, without `kinds.NUMBERS`
     rank: int | None
-    factor: float  # alpha / rank
+    factor: float  # alpha / rank, times the scalar if there is one
 
     @property
     def decomposed(self) -> bool:
@@ -163,10 +160,13 @@ def read(file: Path, base: BaseModel, teacher: UNetArchitecture | None = None) -
     from its metadata, else it is taken as the teacher's, and the report says the doubt. Raises
     `UserError` if the file is not a LoRA of a known kind, or is for another kind of model.
     """
+    check_file(file)
+    teacher = teacher or teacher_of(base.unet)
+    _check_family(file, base, teacher)
     entries, left_out = _entries(file)
     settings = peft.read_settings(file)
-    _check_kind(file, entries, base)
-    made_for, entries, doubt = _made_for(file, entries, base, teacher or teacher_of(base.unet))
+    _check_context(file, entries, base)
+    made_for, entries, doubt = _made_for(file, entries, base, teacher)
     known = targets(made_for)
     if strange := [entry.stem for entry in entries if entry.stem not in known]:
         left_out = {**left_out, "unknown modules": strange}
@@ -212,26 +212,31 @@ def _entries(file: Path) -> tuple[list[Entry], dict[str, list[str]]]:
     """
     tensors: dict[str, dict[str, Stored]] = {}
     left_out: dict[str, list[str]] = {}
-    adapter = None
+    adapter = ""
     header = read_header(file)
     for key, stored in header.items():
         for mark, kind in _OTHER_ADAPTERS.items():
             if mark in key:
+                kind = "BOFT" if kind == "OFT" and len(stored.shape) == 4 else kind
                 raise UserError(f"{file} is {kind} ({key}); supported are LoRA, DoRA, LoHa, LoKr")
         if what := _beside(key, stored):
             left_out.setdefault(what, []).append(key)
         elif parts := split(key):
             stem, ending, named = parts
-            if adapter not in (None, named) or ending in tensors.get(stem, {}):
+            if (named and adapter not in ("", named)) or ending in tensors.get(stem, {}):
                 raise UserError(f"{file} holds several adapters ({adapter}, {named}): split it")
-            adapter = named if named else adapter
+            adapter = named or adapter
             tensors.setdefault(stem, {})[ending] = stored
         else:
             left_out.setdefault("other tensors", []).append(key)
-    for stem in [stem for stem, of in tensors.items() if {ROLES[e] for e in of} == {"alpha"}]:
+    for stem in [s for s, of in tensors.items() if {ROLES[e] for e in of} <= {*kinds.NUMBERS}]:
         left_out.setdefault("alphas without matrices", []).append(stem)
         del tensors[stem]
     others = left_out.get("other tensors", [])
+    beside = {what: names for what, names in left_out.items() if what in _BESIDE}
+    if not tensors and beside and not others:
+        named = ", ".join(f"{what} ({some(names)})" for what, names in beside.items())
+        raise UserError(f"{file} changes no weight: it holds {named}, which are not applied here")
     if not tensors:
         kind = foreign({key: stored.shape for key, stored in header.items()}) or "an SDXL model"
         raise UserError(
@@ -256,18 +261,36 @@ def _beside(key: str, stored: Stored) -> str:
     return next((what for what, mark in _BESIDE.items() if re.fullmatch(mark, key)), "")
 
 
-def _check_kind(file: Path, entries: list[Entry], base: BaseModel) -> None:
-    """Raises `UserError` if the LoRA is recognisably for another model."""
+def _check_family(file: Path, base: BaseModel, teacher: UNetArchitecture | None) -> None:
+    """Raises `UserError` if names that neither model has are another family's, or it says so."""
+    known = {*targets(base), *(targets(replace(base, unet=teacher)) if teacher else ())}
+    strange: dict[str, int | None] = {}  # module -> width of its input
+    adapter = False
+    for key, stored in read_header(file).items():
+        stem, ending, _ = split(key) or (key, "", "")
+        adapter = adapter or bool(ending) or "lora" in key
+        if stem not in known:
+            wide = ROLES.get(ending) == "down" and len(stored.shape) > 1
+            strange[stem] = stored.shape[1] if wide else strange.get(stem)
+    if not adapter:
+        return
+    stated = lora_families.of_metadata(read_metadata(file))
+    found = lora_families.of_modules(strange)
+    if stated and stated[0] != "SDXL" and (found or stated[0] == lora_families.KOLORS):
+        found = stated
+    if found:
+        raise UserError(f"{file} is a LoRA for {found[0]} ({found[1]}), not for SDXL")
+
+
+def _check_context(file: Path, entries: list[Entry], base: BaseModel) -> None:
+    """Raises `UserError` if the LoRA's text embeddings are another model's."""
     own = base.unet.context
     for entry in entries:
-        for beginning, model in _OTHER_MODELS.items():
-            if entry.stem.startswith(beginning):
-                raise UserError(f"{file} is a LoRA for {model} ({entry.stem}), not for SDXL")
         down = entry.shapes.get("down")
         if "attn2" in entry.stem and entry.stem.endswith(("to_k", "to_v")) and down:
             context = down[1] if len(down) > 1 else 0
             if context != own:
-                model = _CONTEXTS.get(context, "another model")
+                model = lora_families.CONTEXTS.get(context, "another model")
                 raise UserError(
                     f"{file} is a LoRA for {model}, whose text embeddings are {context} wide; "
                     f"those of {base.unet.name} are {own} wide"
@@ -298,11 +321,30 @@ def _made_for(
         return made_for, entries, doubt
     best = min(range(len(readings)), key=lambda n: (faults[n], -n))
     name = readings[best].unet.name
-    if len(unknown[best]) > STRAY * len(entries):
+    many = len(unknown[best]) > STRAY * len(entries)
+    stated = lora_families.of_metadata(read_metadata(file))
+    if stated and stated[0] != "SDXL":
+        family, said = stated
+        if many or misshapen[best]:
+            raise UserError(f"{file} is a LoRA for {family} ({said}), not for SDXL")
+        return readings[best], entries, f"but its {said}, which is {family}'s"
+    if many:
         raise UserError(f"{file} does not fit {name}: unknown modules: {some(unknown[best])}")
     if misshapen[best]:
+        if family := lora_families.of_widths(_other_widths(entries, readings[best])):
+            raise UserError(f"{file} is a LoRA for {family}: {misshapen[best][0]} for {name}")
         raise UserError(f"{file} does not fit {name}: wrong shape: {some(misshapen[best])}")
     return readings[best], entries, ""
+
+
+def _other_widths(entries: list[Entry], base: BaseModel) -> list[int]:
+    """Widths of the inputs of modules whose inputs in the base are of another width."""
+    found = []
+    for entry in entries:
+        down, named = entry.shapes.get("down", ()), targets(base).get(entry.stem)
+        if named and len(down) > 1 and down[1] != shapes(base)[named[1]][1]:
+            found.append(down[1])
+    return found
 
 
 def _either(
@@ -321,8 +363,8 @@ def _either(
     ends = {_end(target.path) for target in found}
     if all(t in found for t in shapes(base) if t.part == "unet" and _end(t.path) in ends):
         return base, ""  # every such module of the student, and none that only the teacher has
-    stated = " ".join(metadata.get(key, "") for key in _STATED).lower()
-    if "sdxl" in stated or "stable-diffusion-xl" in stated:
+    stated = lora_families.of_metadata(metadata)
+    if stated and stated[0] == "SDXL":
         return teacher, ""
     names = base.unet.name, teacher.unet.name
     return teacher, (
@@ -343,13 +385,15 @@ def signature(unet: UNetArchitecture) -> str:
 
 def _adapter(entry: Entry, target: Target, settings: peft.PeftSettings) -> Adapter:
     factors = entry.roles
-    alpha = factors.pop("alpha", None)
+    alpha, scalar = (factors.pop(role, None) for role in kinds.NUMBERS)
     kind, rank = kinds.kind_of(factors), kinds.rank_of(entry.shapes)
     if settings.decomposed(target) and not any(role in factors for role in kinds.NORMS):
         raise UserError(f"{entry.file} is a DoRA (use_dora) without the magnitude of {entry.stem}")
     factor = settings.factor(target, rank)
     if alpha and rank:  # without a rank, LyCORIS stores an alpha of no meaning
         factor = load_tensor(alpha, "F32").item() / rank
+    if scalar:
+        factor *= load_tensor(scalar, "F32").item()
     if not math.isfinite(factor):
         raise UserError(f"{entry.file}: alpha of {entry.stem} is {factor}")
     return Adapter(kind, factors, rank, factor)

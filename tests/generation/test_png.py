@@ -62,6 +62,37 @@ def test_images_of_earlier_versions_are_read(tmp_path):
     assert read_settings(tmp_path / "old.png") == EXAMPLE
 
 
+@pytest.mark.parametrize(
+    ("texts", "program"),
+    [
+        ({"parameters": "a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7"}, "AUTOMATIC1111's web"),
+        ({"parameters": "a cat\nSteps: 20, Version: koala 0.2.0"}, "koala as text alone"),
+        ({"prompt": "{}", "workflow": "{}"}, "ComfyUI"),
+        ({"invokeai_metadata": "{}"}, "InvokeAI"),
+        ({"Dream": "a cat -s 50"}, "InvokeAI"),
+        ({"Software": "NovelAI", "Comment": "{}"}, "NovelAI"),
+        ({"parameters": "{}", "fooocus_scheme": "fooocus"}, "Fooocus"),
+        ({"parameters": '{"sui_image_params": {}}'}, "SwarmUI"),
+    ],
+)
+def test_settings_of_other_programs_are_named(tmp_path, texts, program):
+    info = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(UserError, match=f"holds settings of {program}.* not read here") as caught:
+        read_settings(tmp_path / "a.png")
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_other_programs_in_a_jpeg_are_named(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a cat\nSteps: 20, Sampler: x".encode("utf-16-be")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(UserError, match="holds settings of AUTOMATIC1111's web UI"):
+        read_settings(tmp_path / "a.jpg")
+
+
 prompts = st.text(max_size=60)
 
 

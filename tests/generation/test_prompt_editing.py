@@ -174,7 +174,7 @@ def test_loras_are_taken_out_of_the_prompt(loras):
     ink, style = loras / "ink.safetensors", loras / "my style.safetensors"
     assert split_loras("a fox", None) == ("a fox", {})
     assert split_loras("a < b", None) == ("a < b", {})
-    for one in ("lora", "LORA", "Lora", " lora "):
+    for one in ("lora", "LORA", "Lora", " lora ", "lyco"):
         found = split_loras(f"a <{one}:ink:0.5>fox <{one}:my style>", loras)
         assert found == ("a fox", {ink: 0.5, style: 1.0})
     assert shared_loras(["a <lora:ink>", "b <lora:ink:1>"], loras) == (["a", "b"], {ink: 1.0})
@@ -191,7 +191,11 @@ def test_loras_are_taken_out_of_the_prompt(loras):
         ("<lora:ink:nan>", "LoRA scale is nan"),
         ("<lora:ink:1000>", r"LoRA scale is 1000\.0: allowed are"),
         ("<lora:ink:1:1>", "<lora:ink:1:1> is not supported: use <lora:NAME:SCALE>"),
-        ("<lyco:ink:1>", "<lyco:ink:1> is not supported"),
+        ("<hypernet:ink:1>", "<hypernet:ink:1> is not supported"),
+        ("<loha:ink:1>", "<loha:ink:1> is not supported"),
+        ("<random:red,blue>", "<random:red,blue> is not supported"),
+        ("<lora:ink:1 fox", "<lora:ink:1 is not supported"),
+        ("\uff1clora\uff1aink\uff1a1\uff1e", "is not supported: use <lora:NAME:SCALE>"),
         ("<lora:ink> <lora:ink:2>", "names the LoRA 'ink' twice"),
     ],
 )
@@ -205,6 +209,8 @@ def test_a_lora_without_a_folder_is_not_spoken_as_words(pipeline, loras):
         pipeline("a fox <lora:ink:0.8>")
     with pytest.raises(UserError, match="has no effect in the negative prompt"):
         refuse_loras("ugly <lora:ink:1>")
+    with pytest.raises(UserError, match="<random:a,b> is not supported"):
+        refuse_loras("ugly <random:a,b>")
     with pytest.raises(UserError, match="the prompt is empty"):
         pipeline("<lora:ink:0.8>", lora_dir=loras)
 

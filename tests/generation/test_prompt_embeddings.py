@@ -101,6 +101,33 @@ def test_a_name_means_an_embedding_only_where_it_is_given(pipeline, files):
     assert pipeline.requests("a fox", embedding_dir=files)[0].embeddings == ()
 
 
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"clip_g": torch.zeros(2, 24)}, "it holds clip_g alone; SDXL's has two tensors"),
+        ({"emb_params": torch.zeros(2, 1280)}, "of SDXL's second text encoder alone, or of the r"),
+        ({"emb_params": torch.zeros(2, 2048)}, "for a text encoder 2048 wide, which no SDXL has"),
+        ({"clip_l": torch.zeros(2, 768), "t5": torch.zeros(2, 4096)}, "of Flux or SD 3"),
+        (
+            {n: torch.zeros(2, 16) for n in ("clip_l", "clip_g", "t5xxl")},
+            "is a textual inversion of Flux or SD 3",
+        ),
+        ({"lora_unet_a.lora_up.weight": torch.zeros(4, 4)}, "is a LoRA, which --lora reads"),
+    ],
+)
+def test_other_forms_of_embeddings_are_called_what_they_are(tmp_path, tensors, told):
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=told) as caught:
+        read_embedding(tmp_path / "x.safetensors", TEXT_WIDTHS)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_with_an_embedding_inside_is_called_that(tmp_path):
+    (tmp_path / "zork.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    with pytest.raises(UserError, match=r"is an image; embeddings inside images, .* are not"):
+        read_embedding(tmp_path / "zork.png", TEXT_WIDTHS)
+
+
 def test_embeddings_of_other_models_are_refused_by_name(files, tmp_path, pipeline):
     file = tmp_path / "x.safetensors"
     for tensors, told in (

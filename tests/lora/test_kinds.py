@@ -175,6 +175,24 @@ def test_a_lokr_of_whole_matrices_has_no_alpha_in_lyco_files(tmp_path):
     torch.testing.assert_close(modules_of(unet)[target].weight, expected)
 
 
+def test_a_scalar_that_is_not_multiplied_in_counts(tmp_path):
+    """Also in the converted file, whose alpha has it."""
+    target, stem = Target("unet", "time_embedding.linear_1"), "lora_unet_time_embed_0"
+    out, inner = shapes(SDXL)[target]
+    torch.manual_seed(0)
+    down, up = torch.randn(2, inner), torch.randn(out, 2)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+    tensors["scalar"] = torch.tensor(0.25)
+    save_file({f"{stem}.{name}": t for name, t in tensors.items()}, tmp_path / "a.safetensors")
+    lora = read(tmp_path / "a.safetensors", SDXL)
+    write_converted(lora, tmp_path / "b.safetensors")
+    for file in ("a.safetensors", "b.safetensors"):
+        unet = seeded("sdxl", 1)
+        expected = modules_of(unet)[target].weight + 0.5 * 0.25 * up @ down
+        merge(modules_of(unet), read(tmp_path / file, SDXL))
+        torch.testing.assert_close(modules_of(unet)[target].weight, expected)
+
+
 def test_a_whole_difference_is_added(tmp_path):
     target, stem = Target("unet", "conv_in"), "lora_unet_input_blocks_0_0"
     change = torch.randn(shapes(SDXL)[target])

@@ -319,6 +319,88 @@ def test_dotted_original_names(tmp_path, prefix):
     }
 
 
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "{path}",
+        "lora_unet.{path}",
+        "transformer.{path}",
+        "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+    ],
+)
+@pytest.mark.parametrize("ends", [(".lora_A", ".lora_B"), (".lora_A.weight", ".lora_B.weight")])
+def test_names_with_other_prefixes_or_none(tmp_path, stem, ends):
+    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    matrices = (torch.zeros(2, 640), torch.zeros(640, 2))
+    stem = stem.format(path=path)
+    tensors = {stem + end: matrix for end, matrix in zip(ends, matrices, strict=True)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert set(read(tmp_path / "a.safetensors", SDXL).adapters) == {Target("unet", path)}
+
+
+def test_processors_as_the_oldest_diffusers_saved_them(tmp_path):
+    block = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    stem = f"{block}.processor.to_out_lora"
+    tensors = {f"{stem}.down.weight": torch.zeros(2, 640), f"{stem}.up.weight": torch.zeros(640, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert set(read(tmp_path / "a.safetensors", SDXL).adapters) == {
+        Target("unet", f"{block}.to_out.0")
+    }
+
+
+def test_an_alpha_beside_a_named_adapter_is_no_second_adapter(tmp_path):
+    tensors = {}
+    for path in ("to_q", "to_v"):
+        stem = PEFT_STEM.replace("to_q", path)
+        tensors |= {
+            f"{stem}.lora_A.default.weight": torch.zeros(2, 640),
+            f"{stem}.lora_B.default.weight": torch.zeros(640, 2),
+            f"{stem}.alpha": torch.tensor(1.0),
+        }
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapters = read(tmp_path / "a.safetensors", SDXL).adapters
+    assert [adapter.factor for adapter in adapters.values()] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("ending", "what"),
+    [
+        (".diff_b", "biases"),
+        (".bias_values", "biases"),
+        (".w_norm", "norms"),
+        (".diff", "norms"),
+        (".set_weight", "whole weights"),
+        (".modules_to_save.default.weight", "whole weights"),
+    ],
+)
+def test_what_changes_no_weight_is_called_what_it_is(tmp_path, ending, what):
+    """Alone; beside a LoRA it is left out and counted."""
+    save_file({QUERY + ending: torch.zeros(640)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=rf"changes no weight: it holds {what} \(lora_unet"):
+        read(tmp_path / "a.safetensors", SDXL)
+    save_file({**tensors(), QUERY + ending: torch.zeros(640)}, tmp_path / "a.safetensors")
+    assert read(tmp_path / "a.safetensors", SDXL).report.left_out == {what: [QUERY + ending]}
+
+
+@pytest.mark.parametrize(
+    ("ending", "shape", "kind"),
+    [
+        (".lora_E", (4, 1), "AdaLoRA"),
+        (".vera_lambda_b", (640,), "VeRA"),
+        (".oft_blocks", (4, 160, 160), "OFT"),
+        (".oft_blocks", (3, 10, 64, 64), "BOFT"),
+        (".b1.weight", (4, 640), "GLoRA"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(tmp_path, ending, shape, kind):
+    extra = {QUERY + ending: torch.zeros(shape)}
+    if kind == "GLoRA":
+        extra[f"{QUERY}.a1.weight"] = torch.zeros(4, 640)
+    save_file(extra, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=f"is {kind} .*; supported are LoRA, DoRA, LoHa, LoKr"):
+        read(tmp_path / "a.safetensors", SDXL)
+
+
 def test_two_adapters_in_one_file_are_refused(tmp_path):
     pair = {
         f"{PEFT_STEM}.lora_{side}.{name}.weight": tensor
@@ -431,7 +513,7 @@ PEFT_PAIR = {
         (tensors(KEY, context=1024), "is a LoRA for SD 2"),
         (tensors("lora_te_text_model_encoder_layers_0_mlp_fc1"), "for SD 1.5 or SD 2 .*not for SD"),
         (tensors("lora_unet_double_blocks_0_img_attn_proj"), "is a LoRA for Flux"),
-        (tensors("transformer.blocks.0.attn"), "is a LoRA for a diffusion transformer"),
+        (tensors("transformer.blocks.0.attn"), "is a LoRA for another diffusion transformer"),
         (
             {k: v for n in range(12) for k, v in tensors(f"lora_unet_blocks_{n}").items()},
             "does not fit sdxl: unknown modules: lora_unet_blocks_0, .* and 2 more$",
@@ -458,6 +540,16 @@ def test_what_is_no_lora_for_sdxl_is_refused_by_name(tmp_path, extra, told):
     for model in ("sdxl", "koala-700m"):
         with pytest.raises(UserError, match=told):
             read(tmp_path / "x.safetensors", base_named(model))
+
+
+def test_a_folder_or_an_address_is_called_that(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder: name a LoRA's file; it holds no \.safe"):
+        read(tmp_path, SDXL)
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UserError, match=r"is a folder: name a LoRA's file, such as .*_weights"):
+        read(tmp_path, SDXL)
+    with pytest.raises(UserError, match="is an address: download the LoRA"):
+        read(Path("https://example.org/a.safetensors"), SDXL)
 
 
 def test_other_files_are_refused_by_name(tmp_path):

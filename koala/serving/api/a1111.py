@@ -30,12 +30,12 @@ from koala.serving.api.a1111_fields import (
 from koala.serving.api.a1111_only_masked import MaskedPart
 from koala.serving.api.a1111_second_pass import SecondPass
 from koala.serving.api.streams import cancelled_error, submit, wait_for_images
-from koala.serving.decoder import Decoder
 from koala.serving.fit import note, shown_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.jobs.gallery_writer import GalleryWriter, encode_and_store
 from koala.serving.security import client_of
 from koala.serving.service import Event, Service, Submission
+from koala.serving.upload_thread import UploadThread
 from koala.serving.uploads import open_upload
 
 router = APIRouter()
@@ -120,12 +120,12 @@ async def img2img(body: Img2ImgRequest, request: Request) -> dict[str, Any]:
     ignored = body.check(service.pipeline.name)
     given = await asyncio.to_thread(body.images)
     spec = replace(body.to_image_request(client_of(request)), **given)
-    decoder: Decoder = request.app.state.decoder
+    thread: UploadThread = request.app.state.upload_thread
     most = service.limits.upload_pixels
     if body.only_masked:
-        spec, part = await decoder.run(_only_masked, spec, body, most)
+        spec, part = await thread.run(_only_masked, spec, body, most)
         return await _respond(request, body, spec, "img2img", ignored, part=part)
-    spec = await decoder.run(_as_asked, spec, body, most)
+    spec = await thread.run(_as_asked, spec, body, most)
     return await _respond(request, body, spec, "img2img", ignored)
 
 
@@ -224,11 +224,11 @@ async def _draw_again(
     pairs: list[tuple[Settings, Image.Image | None]], second: SecondPass,
 ) -> list[tuple[Settings, Image.Image | None]]:  # fmt: skip
     """The images after a second pass, one by one; an interrupt leaves the others as they are."""
-    decoder: Decoder = request.app.state.decoder
+    thread: UploadThread = request.app.state.upload_thread
     drawn = []
     for settings, image in pairs:
         if image is not None and not active.interrupted:
-            larger = await decoder.run(second.request, spec, image, settings)
+            larger = await thread.run(second.request, spec, image, settings)
             active.done.clear()
             ((again, repeated),) = await _draw(request, larger, active)
             if repeated is not None:

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from koala.serving.api.openai_fields import LoraScale
 from koala.serving.api.streams import EventStream, event
-from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError
 from koala.serving.image_request import IMAGES, ImageRequest
 from koala.serving.jobs import serialise
@@ -23,6 +22,7 @@ from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.jobs import Jobs
 from koala.serving.jobs.subscribers import Subscriber
 from koala.serving.security import client_of
+from koala.serving.upload_thread import UploadThread
 from koala.serving.uploads import decode_base64
 
 router = APIRouter(prefix="/v1")
@@ -97,8 +97,8 @@ async def submit(body: JobRequest, request: Request) -> dict[str, Any]:
     spec = await run_in_threadpool(body.to_image_request, client_of(request))
     if spec.image is None:
         return await run_in_threadpool(jobs.submit, spec)
-    decoder: Decoder = request.app.state.decoder
-    return await decoder.run(jobs.submit, spec)
+    thread: UploadThread = request.app.state.upload_thread
+    return await thread.run(jobs.submit, spec)
 
 
 @router.get("/jobs", summary="Jobs, newest first")

@@ -28,7 +28,6 @@ from koala.serving.api.streams import (
     wait_for_images,
 )
 from koala.serving.content_filter import HeldBackError
-from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError, to_api_error
 from koala.serving.fit import note, shown_size
 from koala.serving.image_request import ImageRequest
@@ -37,6 +36,7 @@ from koala.serving.jobs.gallery_writer import encode, encode_and_store
 from koala.serving.links import Links
 from koala.serving.security import client_of
 from koala.serving.service import Event, Service, Submission
+from koala.serving.upload_thread import UploadThread
 
 router = APIRouter(prefix="/v1")
 STARTED = int(time.time())
@@ -111,8 +111,8 @@ async def edit_spec(
     if mask is None:
         return spec
     most = request.app.state.service.limits.upload_pixels
-    decoder: Decoder = request.app.state.decoder
-    light = await decoder.run(uploads.mask_of_transparency, mask, most)
+    thread: UploadThread = request.app.state.upload_thread
+    light = await thread.run(uploads.mask_of_transparency, mask, most)
     return replace(spec, mask=light, strength=1.0 if body.strength is None else body.strength)
 
 
@@ -126,8 +126,8 @@ async def variations(request: Request) -> Response:
     if "mask" in files:
         raise ApiError(400, "mask is for edits: leave it out", "unknown_parameter", "mask")
     spec = to_spec(request, body)
-    decoder: Decoder = request.app.state.decoder
-    prompt = spec.prompt or await decoder.run(_prompt_of, image)
+    thread: UploadThread = request.app.state.upload_thread
+    prompt = spec.prompt or await thread.run(_prompt_of, image)
     spec = replace(spec, prompt=prompt, image=image, strength=body.strength)
     return await _respond(request, body, spec, "image_edit")
 

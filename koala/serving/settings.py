@@ -89,6 +89,7 @@ class Options:
     quality_steps: tuple[tuple[str, int], ...] = ()  # steps of each OpenAI `quality`
     allow_hosts: tuple[str, ...] = ()  # further names of this server; "*": any
     allow_origins: tuple[str, ...] = ()  # pages elsewhere that may call this server
+    root_path: str = ""  # below which a proxy shows this server
     trusted_proxies: tuple[str, ...] = ()  # addresses whose X-Forwarded-For is believed
     content_filter: float | None = None  # the score from which images are held back; None: never
     sign_key: Path | None = None  # images are signed with it, and with:

@@ -13,6 +13,7 @@ from koala.errors import UserError
 from koala.generation.image_files import open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+OPAQUE = 128  # of 255: what is less is a hole
 _URL_SAFE = str.maketrans("-_", "+/")
 
 
@@ -53,8 +54,23 @@ def mask_of_transparency(data: bytes, most_pixels: int) -> bytes:
         raise UserError("mask has no transparency: make the part to repaint transparent")
     alpha = image.convert("RGBA").getchannel("A")
     file = io.BytesIO()
-    alpha.point(lambda opacity: 255 if opacity < 128 else 0).save(file, format="PNG")
+    alpha.point(lambda opacity: 255 if opacity < OPAQUE else 0).save(file, format="PNG")
     return file.getvalue()
+
+
+def with_hole(data: bytes, most_pixels: int) -> bytes | None:
+    """The upload itself if a pixel of it is transparent: then it is its own mask, as in dall-e-2.
+
+    None for others, also for what is not an image: `open_upload` refuses that.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if not image.has_transparency_data:
+                return None
+    except Exception:
+        return None
+    alpha = open_upload(data, most_pixels).convert("RGBA").getchannel("A")
+    return data if alpha.getextrema()[0] < OPAQUE else None
 
 
 def decode_base64(text: str, what: str) -> bytes:
@@ -63,9 +79,12 @@ def decode_base64(text: str, what: str) -> bytes:
     As some clients write it: with line breaks, without padding at its end, or in the alphabet for
     addresses.
     """
-    if text.startswith("data:"):
+    start = text[:8].lower()
+    if start.startswith(("http://", "https://")):
+        raise UserError(f"{what} is an address: nothing is fetched here; send the image as base64")
+    if start.startswith("data:"):
         head, _, text = text.partition(",")
-        if not head.endswith(";base64"):
+        if not head.lower().endswith(";base64"):
             raise UserError(f"{what} is a data: URL without base64: encode it as base64")
     text = "".join(text.split()).rstrip("=").translate(_URL_SAFE)
     try:

@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from koala.serving.api.a1111_lists import UPSCALERS
 from koala.serving.errors import ApiError
+from koala.serving.json_bodies import JsonRoute
 from koala.serving.service import Service
 from koala.serving.upload_thread import UploadThread
 from koala.serving.uploads import decode_base64, open_upload
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 KERNELS = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
 MOST_TEXT = 100_000  # characters of an image's texts that are answered
 

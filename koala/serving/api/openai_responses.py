@@ -18,8 +18,9 @@ from koala.serving.api.openai import as_base64, described, edit_spec, to_spec, u
 from koala.serving.api.openai_fields import EditRequest
 from koala.serving.api.streams import submit, wait_for_images
 from koala.serving.errors import ApiError
+from koala.serving.json_bodies import JsonRoute
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=JsonRoute)
 TOOL = "image_generation"
 NOT_OF_AN_IMAGE = ("type", "action", "input_image_mask")
 NOT_OF_THE_TOOL = ("prompt", "stream", "partial_images", "response_format", "user")

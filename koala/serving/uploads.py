@@ -5,6 +5,7 @@ Decoding is slow: call these functions off the event loop.
 
 import base64
 import io
+import re
 import warnings
 
 from PIL import Image
@@ -13,6 +14,10 @@ from koala.errors import UserError
 from koala.generation.image_files import open_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+JPEG = b"\xff\xd8"  # begins so
+MOST_SCANS, MOST_SEGMENTS = 100, 5_000  # of a JPEG
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # others belong to a scan's data
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
 OPAQUE = 128  # of 255: what is less is a hole
 _URL_SAFE = str.maketrans("-_", "+/")
 
@@ -23,6 +28,8 @@ def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Ima
     UserError, which names the upload `what`, for other formats, truncated files and images of
     more than `most_pixels`.
     """
+    if data.startswith(JPEG):
+        _check_jpeg(data, what)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large sizes, for which our limit is lower; of EXIF
@@ -38,6 +45,23 @@ def open_upload(data: bytes, most_pixels: int, what: str = "image") -> Image.Ima
         raise UserError(
             f"{what} cannot be read as an image: allowed are complete {', '.join(FORMATS)} files"
         ) from None
+
+
+def _check_jpeg(data: bytes, what: str) -> None:
+    """UserError for a JPEG of so many scans or segments that reading it would take minutes.
+
+    Each scan of some fifty bytes goes over all pixels again; a progressive JPEG has about ten.
+    """
+    position, scans, segments = 2, 0, 0
+    while (marker := _MARKER.search(data, position)) and marker[0] != _END:
+        length = int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+        position = marker.end() + max(length, 2)
+        scans, segments = scans + (marker[0] == _SCAN), segments + 1
+        if scans > MOST_SCANS or segments > MOST_SEGMENTS:
+            raise UserError(
+                f"{what} is a JPEG of too many scans or segments: allowed are {MOST_SCANS} and "
+                f"{MOST_SEGMENTS:,}; save it again"
+            )
 
 
 def _too_large(what: str, size: str, most_pixels: int) -> UserError:
@@ -63,6 +87,8 @@ def with_hole(data: bytes, most_pixels: int) -> bytes | None:
 
     None for others, also for what is not an image: `open_upload` refuses that.
     """
+    if data.startswith(JPEG):
+        return None
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if not image.has_transparency_data:

@@ -6,6 +6,7 @@ import gzip
 import http.client
 import io
 import json
+import struct
 import zlib
 from urllib.parse import urlencode, urlsplit
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from koala.generation import load, read_settings
 from koala.generation.image_files import LIGHT, as_grey
@@ -386,6 +388,29 @@ def test_a_mask_of_the_images_shape_is_scaled_to_it(server):
     parts = (("image", "a.png", PLAIN), ("mask", "m.png", half((32, 16))))
     told = refusal(post(server, "/v1/images/edits", form(*TOLD, *parts), **FORM))
     assert "the mask is 32x16, its image 16x16" in told
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"prompt": ["a", "b"]}', '{"prompt": 5}', "[]", "{", '{"prompt": ""}']
+)
+def test_settings_in_an_image_that_koala_did_not_write_are_no_prompt(server, text):
+    told, file = PngInfo(), io.BytesIO()
+    told.add_text("koala", text)
+    Image.new("RGB", (16, 16)).save(file, "PNG", pnginfo=told)
+    body = {"image": base64.b64encode(file.getvalue()).decode(), "steps": 2}
+    assert settings(post(server, "/v1/images/variations", body)).prompt == "picture"
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    crc = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + crc
+
+
+def test_a_variation_of_a_huge_image_is_refused(server):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    huge = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    body = {"image": base64.b64encode(huge).decode()}
+    assert "make it smaller" in refusal(post(server, "/v1/images/variations", body))
 
 
 def test_an_image_of_a1111_may_stand_alone_and_is_never_fetched(server):

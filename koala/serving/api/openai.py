@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -12,11 +11,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
-from koala.errors import UserError
 from koala.generation import Request as EngineRequest
-from koala.generation import read_settings
 from koala.generation.requests import Known
-from koala.serving import uploads
+from koala.serving import json_bodies, uploads
 from koala.serving.api.openai_bodies import fields_and_images
 from koala.serving.api.openai_fields import EditRequest, GenerationRequest, VariationRequest
 from koala.serving.api.streams import (
@@ -133,7 +130,8 @@ async def variations(request: Request) -> Response:
         raise ApiError(400, "mask is for edits: leave it out", "unknown_parameter", "mask")
     spec = to_spec(request, body)
     thread: UploadThread = request.app.state.upload_thread
-    prompt = spec.prompt or await thread.run(_prompt_of, image)
+    most = request.app.state.service.limits.upload_pixels
+    prompt = spec.prompt or await thread.run(_prompt_of, image, most)
     spec = replace(spec, prompt=prompt, image=image, strength=body.strength)
     return await _respond(request, body, spec, "image_edit")
 
@@ -144,12 +142,14 @@ def _image(files: dict[str, bytes]) -> bytes:
     return files["image"]
 
 
-def _prompt_of(image: bytes) -> str:
-    """The prompt that koala drew the image from, or else a word for any."""
+def _prompt_of(data: bytes, most_pixels: int) -> str:
+    """The prompt that koala drew the image from, or else a word for any. UserError."""
+    text = uploads.open_upload(data, most_pixels).info.get("koala")
     try:
-        return read_settings(io.BytesIO(image)).prompt
-    except UserError:
-        return "picture"
+        prompt = json_bodies.parse(text)["prompt"] if isinstance(text, str) else ""
+    except (ApiError, KeyError, TypeError):
+        prompt = ""
+    return prompt if isinstance(prompt, str) and prompt else "picture"
 
 
 @router.get(

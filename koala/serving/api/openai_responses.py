@@ -31,10 +31,10 @@ class ResponseRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     input: str | list[dict[str, Any]]
-    tools: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
     model: str | None = None
     tool_choice: Literal["auto", "required"] | dict[str, Any] | None = None
-    stream: Literal[False] | None = None
+    stream: bool | None = None
     background: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -52,6 +52,11 @@ class ResponseRequest(BaseModel):
             raise ApiError(
                 400, f'tools: this server has one, [{{"type": "{TOOL}"}}]', "invalid_value", "tools"
             )
+        if self.stream:
+            raise ApiError(
+                400, "stream: responses are not streamed here; leave it out, or stream from "
+                "/v1/images/generations", "invalid_value", "stream",
+            )  # fmt: skip
         choice = self.tool_choice
         if isinstance(choice, dict) and choice != {"type": TOOL}:
             raise ApiError(

@@ -11,7 +11,7 @@ import socket
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -220,7 +220,7 @@ def _authorization(headers: Headers) -> str:
 def root_of(request: Request) -> str:
     """The address of this server as its clients know it, without a slash at its end."""
     options: Options = request.app.state.options
-    trusted = request.headers if options.trusted_proxies else {}
+    trusted: Mapping[str, str] = request.headers if options.trusted_proxies else {}
     host = trusted.get("x-forwarded-host") or request.url.netloc
     root = options.root_path or trusted.get("x-forwarded-prefix", "").rstrip("/")
     return f"{request.url.scheme}://{host}{root}"

@@ -76,10 +76,15 @@ def mask_of_transparency(data: bytes, most_pixels: int) -> bytes:
     image = open_upload(data, most_pixels, "mask")
     if not image.has_transparency_data:
         raise UserError("mask has no transparency: make the part to repaint transparent")
-    alpha = image.convert("RGBA").getchannel("A")
     file = io.BytesIO()
-    alpha.point(lambda opacity: 255 if opacity < OPAQUE else 0).save(file, format="PNG")
+    _holes(image).save(file, format="PNG")
     return file.getvalue()
+
+
+def _holes(image: Image.Image) -> Image.Image:
+    """White where the image is transparent, else black."""
+    alpha = image.convert("RGBA").getchannel("A")
+    return alpha.point(lambda opacity: 255 if opacity < OPAQUE else 0)
 
 
 def with_hole(data: bytes, most_pixels: int) -> bytes | None:
@@ -95,8 +100,7 @@ def with_hole(data: bytes, most_pixels: int) -> bytes | None:
                 return None
     except Exception:
         return None
-    alpha = open_upload(data, most_pixels).convert("RGBA").getchannel("A")
-    return data if alpha.getextrema()[0] < OPAQUE else None
+    return data if _holes(open_upload(data, most_pixels)).getbbox() else None
 
 
 def decode_base64(text: str, what: str) -> bytes:

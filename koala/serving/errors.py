@@ -151,6 +151,7 @@ def _document(app: FastAPI) -> None:
     app.openapi = documented  # type: ignore[method-assign]  # FastAPI's own way
 
 
+_OF_EDITS = ("image", "images", "image_url", "mask")
 _TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _ERROR = {
     "type": "object",
@@ -181,7 +182,8 @@ def _invalid(error: ValidationError | RequestValidationError) -> ApiError:
     path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     name = ".".join(path) or None
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {name!r}: leave it out", "unknown_parameter", name)
+        instead = "images are edited at /v1/images/edits" if name in _OF_EDITS else "leave it out"
+        return ApiError(400, f"unknown field {name!r}: {instead}", "unknown_parameter", name)
     if first["type"] == "missing":
         return ApiError(400, f"{name or 'the body'} is missing", "missing_parameter", name)
     message = first["msg"].removeprefix("Value error, ")

@@ -328,6 +328,12 @@ def test_edits_of_json_that_are_refused(server, images, words):
     assert words in refusal(post(server, "/v1/images/edits", {**EDIT, **images}))
 
 
+def test_an_image_to_generations_is_told_where_it_belongs(server):
+    for name in ("image", "images", "image_url", "mask"):
+        told = refusal(post(server, DRAW, {**ASKED, name: address(PLAIN)}))
+        assert told == f"unknown field {name!r}: images are edited at /v1/images/edits"
+
+
 def form(*parts):
     """A form of (name, file name or None, content)."""
     body = b""

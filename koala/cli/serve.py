@@ -12,8 +12,12 @@ from koala.serving.settings import (
     Scale,
     check,
     data_folder,
+    gallery_bytes,
+    hosts,
     limits_of,
+    origins,
     quality_steps,
+    root_path,
     words,
 )
 from koala.utils.threads import limit_threads, sleep_while_waiting
@@ -90,8 +94,11 @@ def _arguments(p: Parser) -> None:
     )  # fmt: skip
     network.add_argument(
         "--trusted-proxy", metavar="ADDRESSES",
-        help="proxies whose X-Forwarded-For and -Proto are believed (default: none)",
+        help="proxies whose X-Forwarded-For, -Proto and -Host are believed (default: none)",
     )  # fmt: skip
+    p.add_argument(
+        "--root-path", metavar="PATH", help="where a proxy shows this server, such as /koala"
+    )
     runtime = p.add_argument_group("speed and memory, as in koala generate")
     runtime.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     runtime.add_argument("--backend", help="torch, openvino, auto and so on")
@@ -131,10 +138,11 @@ def _run(o: argparse.Namespace) -> None:
         model=o.model, host=o.host, port=o.port, api_key_file=o.api_key_file, device=o.device,
         backend=o.backend, vram=o.vram, compile=o.compile, graphs=o.graphs, lora_dir=o.lora_dir,
         embedding_dir=o.embedding_dir,
-        data=o.data or data_folder(), gallery_bytes=int(o.gallery_gib * 2**30),
+        data=o.data or data_folder(), gallery_bytes=gallery_bytes(o.gallery_gib),
         gallery_days=o.gallery_days, limits=limits, fit=o.fit, model_aliases=words(o.model_alias),
-        quality_steps=quality_steps(o.quality_steps), allow_hosts=words(o.allow_host),
-        allow_origins=words(o.allow_origin), trusted_proxies=words(o.trusted_proxy),
+        quality_steps=quality_steps(o.quality_steps), allow_hosts=hosts(o.allow_host),
+        allow_origins=origins(o.allow_origin), trusted_proxies=words(o.trusted_proxy),
+        root_path=root_path(o.root_path),
         content_filter=o.content_filter, sign_key=o.sign_key, sign_certificates=o.sign_certificates,
     )  # fmt: skip
     sleep_while_waiting()

@@ -11,7 +11,6 @@ from koala import __version__
 from koala.serving import errors
 from koala.serving.api import a1111, a1111_lists, a1111_tools, openai, openai_responses, page
 from koala.serving.api import jobs as jobs_api
-from koala.serving.decoder import Decoder
 from koala.serving.jobs.database import Database
 from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.gallery_writer import GalleryWriter
@@ -22,6 +21,7 @@ from koala.serving.links import Links
 from koala.serving.security import SecurityMiddleware
 from koala.serving.service import Service
 from koala.serving.settings import Options, signing
+from koala.serving.upload_thread import UploadThread
 
 DAY = 24 * 3600.0  # seconds
 
@@ -43,7 +43,7 @@ def create_app(service: Service, database: Database, options: Options) -> FastAP
     jobs = Jobs(service, JobTable(database, most_seconds=options.gallery_days * DAY), gallery)
     app.state.gallery, app.state.jobs = gallery, jobs
     app.state.gallery_writer = GalleryWriter(gallery)
-    app.state.decoder, app.state.links = Decoder(), Links()
+    app.state.upload_thread, app.state.links = UploadThread(), Links()
     app.state.a1111 = a1111.ActiveRequests()
     page_routes = page.router(service.pipeline.known, service.fit, service.most_pixels)
     ours = (router, openai.router, openai_responses.router, jobs_api.router, page_routes)
@@ -67,7 +67,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(jobs.close)
-        await asyncio.to_thread(app.state.decoder.close)
+        await asyncio.to_thread(app.state.upload_thread.close)
         await asyncio.to_thread(app.state.gallery_writer.close)
 
 

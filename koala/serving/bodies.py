@@ -1,6 +1,7 @@
-"""Request bodies, bounded in bytes while they arrive, in time, and in what they are made of."""
+"""Request bodies, bounded in bytes while they arrive, packed or not, and in time."""
 
 import asyncio
+import zlib
 
 from starlette.datastructures import Headers
 from starlette.types import Receive
@@ -14,9 +15,7 @@ STALL_SECONDS = 10.0  # between two parts of it
 BODIES = 8  # of the largest size in memory at once
 SMALL = 64 * 1024  # bytes of a body that has room however many large ones there are
 JSON_BYTES = 1024 * 1024  # of a body that holds no image
-# Each key, item or object takes far more time and memory than its bytes. A prompt may hold 10,000
-# commas, and so may a negative prompt.
-MOST_PARTS = 50_000
+PLAIN, PACKED = ("", "identity"), ("gzip", "x-gzip", "deflate")  # Content-Encoding
 # Paths whose bodies hold images.
 WITH_IMAGES = (
     "/v1/jobs",
@@ -41,25 +40,33 @@ class Bodies:
     async def read(self, path: str, headers: Headers, receive: Receive) -> bytes:
         """Reads a body, to be given to `release` when its request is done.
 
-        ApiError if it is too large, too slow or of too many parts; Busy if memory is short.
+        ApiError if it is too large, too slow or packed in a way that is not known; Busy if memory
+        is short.
         """
         limit = self.most_bytes if path in WITH_IMAGES else min(JSON_BYTES, self.most_bytes)
         length = headers.get("content-length", "0")
         if length.isdecimal() and (len(length) > 18 or int(length) > limit):
             raise _too_large(limit)
+        packing = headers.get("content-encoding", "").strip().lower()
+        if packing not in (*PLAIN, *PACKED):
+            raise ApiError(
+                415, f"Content-Encoding {packing!r} is not known: send the body as it is, or as "
+                "gzip", "content_encoding",
+            )  # fmt: skip
         parts: list[bytes] = []
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 await self._receive(parts, limit, receive)
             body = b"".join(parts)
-            if not headers.get("content-type", "").startswith("multipart/"):
-                _check_parts(body)
-            return body
+            if packing in PACKED and body:
+                body = await asyncio.to_thread(_unpacked, body, limit)
         except BaseException as error:
             self.release(sum(map(len, parts)))
             if isinstance(error, TimeoutError):
                 raise ApiError(408, "the body took too long to arrive", "timeout") from None
             raise
+        self._bytes += len(body) - sum(map(len, parts))
+        return body
 
     def release(self, size: int) -> None:
         """Forgets so many bytes."""
@@ -88,9 +95,15 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body is too large: allowed are {limit:,} bytes", "too_large")
 
 
-def _check_parts(body: bytes) -> None:
-    """ApiError for JSON of so many parts that reading it would keep the server busy."""
-    if sum(body.count(mark) for mark in (b",", b":", b"[", b"{")) > MOST_PARTS:
-        raise ApiError(
-            413, f"the body has too many keys and items: allowed are {MOST_PARTS:,}", "too_large"
-        )
+def _unpacked(body: bytes, limit: int) -> bytes:
+    """The body that gzip or zlib packed. ApiError if it is damaged, or of more bytes."""
+    unpacking = zlib.decompressobj(32 + zlib.MAX_WBITS)  # either, by its header
+    try:
+        unpacked = unpacking.decompress(body, limit + 1)
+    except zlib.error:
+        unpacked = b""
+    if len(unpacked) > limit:
+        raise _too_large(limit)
+    if not unpacking.eof:
+        raise ApiError(400, "the body is not what its Content-Encoding says", "content_encoding")
+    return unpacked

@@ -1,6 +1,7 @@
 """Errors as HTTP responses, in OpenAI's format for every API. The only place that assigns codes.
 
 {"error": {"message", "type", "param", "code"}}: `message` is for people, `code` for programs.
+AUTOMATIC1111's tools look for the message in `detail`, so its API has it there too.
 """
 
 import logging
@@ -11,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
@@ -21,6 +22,7 @@ from koala.serving.admission import UNAVAILABLE, Busy
 from koala.serving.content_filter import HeldBackError
 from koala.utils.device import ran_out
 
+A1111 = "/sdapi/"
 _log = logging.getLogger("koala.serving")
 
 
@@ -33,21 +35,26 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.retry = retry  # seconds; 0: do not retry
+        self.allow = ""  # methods that the path has
 
-    def body(self) -> dict[str, Any]:
-        """The response's JSON."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The response's JSON, to a request for a path."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         if self.status == HTTPStatus.TOO_MANY_REQUESTS:
             kind = "rate_limit_error"
         param = None if self.param is None else _sendable(self.param)
         message = _sendable(self.message)
-        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+        error = {"message": message, "type": kind, "param": param, "code": self.code}
+        for_a1111 = {"detail": message, "errors": message} if path.startswith(A1111) else {}
+        return {"error": error, **for_a1111}
 
-    def response(self) -> JSONResponse:
+    def response(self, path: str = "") -> JSONResponse:
         headers = {"Retry-After": str(math.ceil(self.retry))} if self.retry else {}
+        if self.allow:
+            headers["Allow"] = self.allow
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body(), self.status, headers)
+        return JSONResponse(self.body(path), self.status, headers)
 
 
 def to_api_error(error: BaseException) -> ApiError:
@@ -82,17 +89,44 @@ def to_api_error(error: BaseException) -> ApiError:
 def install(app: FastAPI, on_error: Callable[[str], None]) -> None:
     """Registers the handlers; `on_error` is called with each error's code."""
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> Response:
+        path = request.scope["path"]
         failure = to_api_error(error)
+        if isinstance(error, HTTPException) and error.status_code in _MISSED:
+            failure = _missed(request.method, path, error)
+            if request.method == "OPTIONS" and failure.allow:
+                return Response(status_code=204, headers={"Allow": f"{failure.allow}, OPTIONS"})
         on_error(failure.code)
-        return failure.response()
+        return failure.response(path)
 
     kinds = (
         ApiError, UserError, Busy, HeldBackError, Failure, ValidationError, RequestValidationError,
     )  # fmt: skip
-    for kind in (*kinds, HTTPException, Exception):
+    for kind in (*kinds, HTTPException):
         app.add_exception_handler(kind, answer)
     _document(app)
+
+
+_MISSED = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
+
+
+def _missed(method: str, path: str, error: HTTPException) -> ApiError:
+    """What is said to a request for a path, or a method, that is not here."""
+    shown = repr(path[:80])
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allow = (error.headers or {}).get("Allow", "")
+        failure = ApiError(
+            405, f"{shown} does not take {method[:20]}: it takes {allow}", "method_not_allowed"
+        )
+        failure.allow = allow
+        return failure
+    here = "GET /openapi.json lists what is"
+    if path.startswith("/v1/"):
+        here = (
+            "this server draws images, by POST to /v1/images/generations, /v1/images/edits and "
+            "/v1/responses"
+        )
+    return ApiError(404, f"{shown} is not here: {here}", "not_found")
 
 
 def _document(app: FastAPI) -> None:
@@ -117,6 +151,7 @@ def _document(app: FastAPI) -> None:
     app.openapi = documented  # type: ignore[method-assign]  # FastAPI's own way
 
 
+_OF_EDITS = ("image", "images", "image_url", "mask")
 _TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _ERROR = {
     "type": "object",
@@ -147,9 +182,8 @@ def _invalid(error: ValidationError | RequestValidationError) -> ApiError:
     path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     name = ".".join(path) or None
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {name!r}: leave it out", "unknown_parameter", name)
-    if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON", "invalid_json")
+        instead = "images are edited at /v1/images/edits" if name in _OF_EDITS else "leave it out"
+        return ApiError(400, f"unknown field {name!r}: {instead}", "unknown_parameter", name)
     if first["type"] == "missing":
         return ApiError(400, f"{name or 'the body'} is missing", "missing_parameter", name)
     message = first["msg"].removeprefix("Value error, ")

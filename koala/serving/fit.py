@@ -5,8 +5,11 @@ import math
 from PIL import Image
 
 from koala.generation import Settings
+from koala.generation.image_files import as_grey
 from koala.generation.requests import Known
 from koala.generation.validation import SMALLEST, is_far
+
+SAME_SHAPE = 0.01  # by which the proportions of a mask and its image may differ, by rounding
 
 
 def native_size(size: tuple[int, int], native: int, grid: int) -> tuple[int, int]:
@@ -20,6 +23,14 @@ def whole_size(size: tuple[int, int], grid: int) -> tuple[int, int]:
     """`size` in multiples of `grid`."""
     width, height = (max(SMALLEST, round(side / grid) * grid) for side in size)
     return width, height
+
+
+def matched(mask: Image.Image, image: Image.Image) -> Image.Image:
+    """The mask at its image's size, if it has the same shape; else as it is."""
+    ratio = mask.width * image.height / (mask.height * image.width)
+    if mask.size == image.size or abs(ratio - 1) > SAME_SHAPE:
+        return mask
+    return as_grey(mask).resize(image.size)
 
 
 def shown_size(settings: Settings) -> tuple[int, int]:

@@ -6,10 +6,12 @@ host names that only a DNS rebinding attack would use.
 """
 
 import ipaddress
+import re
 import socket
 import time
+import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,6 +24,7 @@ from koala.serving.admission import Busy
 from koala.serving.bodies import Bodies
 from koala.serving.errors import ApiError, to_api_error
 from koala.serving.keys import ApiKeys
+from koala.serving.paths import own_path
 from koala.serving.settings import LOOPBACK, Limits, Options
 
 OPEN = ("/", "/health", "/ready", "/favicon.ico")
@@ -66,29 +69,38 @@ class SecurityMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope = _plain(scope)
-        buffered = 0
-        headers = Headers(scope=scope)
+        scope = self._plain(scope)
+        headers, path = Headers(scope=scope), scope["path"]
+        send = sending = _Sending(send, _request_id(headers))
         if headers.get("origin") in self.options.allow_origins:
-            send = _with_origin(headers["origin"], send)
+            sending.origin = headers["origin"]
             if scope["method"] == "OPTIONS":
                 await _allow(headers)(scope, receive, send)
                 return
+        buffered = 0
         try:
             client = self._client(scope)
             scope.setdefault("state", {})["client_name"] = client
             if scope["method"] == "POST":
                 self.rates.take(client)
-                body = await self.bodies.read(scope["path"], headers, receive)
+                body = await self.bodies.read(path, headers, receive)
                 buffered = len(body)
                 receive = _replayed(body, receive)
             await self.app(scope, receive, send)
-        except (ApiError, Busy) as error:
+        except Exception as error:
+            if sending.started:
+                raise
             failure = to_api_error(error)
             self.on_error(failure.code)
-            await failure.response()(scope, receive, send)
+            await failure.response(path)(scope, receive, send)
         finally:
             self.bodies.release(buffered)
+
+    def _plain(self, scope: Scope) -> Scope:
+        """The request under our path, and as GET if it asks for a GET's headers."""
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]  # uvicorn omits the body
+        path = own_path(scope["path"], self.options.root_path)
+        return {**scope, "method": method, "path": path}
 
     def _client(self, scope: Scope) -> str:
         """The client's name, from its key, or from its address without keys. ApiError."""
@@ -100,7 +112,7 @@ class SecurityMiddleware:
             self._check_host(name)
             self._check_origin(headers)
         elif path not in OPEN and not path.startswith(OPEN_FOLDERS):
-            client = self.keys.client(headers.get("authorization", ""))
+            client = self.keys.client(_authorization(headers))
             if client is None:
                 raise ApiError(401, "send an API key: Authorization: Bearer KEY", "invalid_api_key")
             return client
@@ -109,13 +121,14 @@ class SecurityMiddleware:
     def _check_host(self, name: str) -> None:
         """ApiError for a name that only a DNS rebinding attack would use.
 
-        Such an attack needs a name of its own with a dot. An address, a name without a dot and
-        this machine's own are none.
+        Such an attack needs a name of its own with a dot, which a browser sends. An address, a name
+        without a dot and this machine's own are none.
         """
         allowed = (*LOOPBACK, *self.options.allow_hosts)
-        if name in allowed or "*" in allowed:
+        safe = not name or name.endswith(".localhost") or _is_address(name)
+        if name in allowed or "*" in allowed or safe:
             return
-        own = name == self._own_name or "." not in name or _is_address(name)
+        own = name == self._own_name or "." not in name
         if self.options.on_loopback or not own:
             raise ApiError(
                 403, f"host {name!r} is not a name of this server: start it with --allow-host",
@@ -126,8 +139,11 @@ class SecurityMiddleware:
         origin = headers.get("origin")
         if origin is None or origin in self.options.allow_origins:
             return
+        hosts = [headers.get("host", "")]
+        if self.options.trusted_proxies:
+            hosts.append(headers.get("x-forwarded-host", ""))
         try:
-            same = urlsplit(origin).netloc == headers.get("host", "")
+            same = urlsplit(origin).netloc in hosts
         except ValueError:
             same = False
         if not same:
@@ -140,7 +156,10 @@ class SecurityMiddleware:
 def _name_of(host: str) -> str:
     """The name in a Host header, in lower case. ApiError for what is none."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        parts = urlsplit(f"//{host}")
+        if parts.username is not None or parts.port == 0:
+            raise ValueError
+        return (parts.hostname or "").rstrip(".")
     except ValueError:
         raise ApiError(400, "the Host header is no name", "host") from None
 
@@ -161,34 +180,55 @@ def _allow(headers: Headers) -> Response:
         headers={
             "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE",
             "Access-Control-Allow-Headers": wanted or "Authorization, Content-Type",
+            "Access-Control-Allow-Private-Network": "true",
             "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
         },
     )
 
 
-def _with_origin(origin: str, send: Send) -> Send:
-    """A `send` that tells the browser that the page may read the answer."""
+class _Sending:
+    """A `send` that names the request, and tells the browser which page may read the answer."""
 
-    async def sent(message: Message) -> None:
+    def __init__(self, send: Send, id: str) -> None:
+        self.send, self.id = send, id
+        self.origin, self.started = "", False
+
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.started = True
             headers = MutableHeaders(scope=message)
-            headers["Access-Control-Allow-Origin"] = origin
-            headers.add_vary_header("Origin")
-        await send(message)
+            headers["X-Request-Id"] = self.id
+            if self.origin:
+                headers["Access-Control-Allow-Origin"] = self.origin
+                headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-Id"
+                headers.add_vary_header("Origin")
+        await self.send(message)
 
-    return sent
+
+def _request_id(headers: Headers) -> str:
+    """The client's name of its request, or one of our own."""
+    given = headers.get("x-request-id") or headers.get("x-client-request-id") or ""
+    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+
+
+def _authorization(headers: Headers) -> str:
+    """The header with the key; as Azure's and Anthropic's clients send it, too."""
+    key = headers.get("api-key") or headers.get("x-api-key")
+    return headers.get("authorization") or (f"Bearer {key}" if key else "")
+
+
+def root_of(request: Request) -> str:
+    """The address of this server as its clients know it, without a slash at its end."""
+    options: Options = request.app.state.options
+    trusted: Mapping[str, str] = request.headers if options.trusted_proxies else {}
+    host = trusted.get("x-forwarded-host") or request.url.netloc
+    root = options.root_path or trusted.get("x-forwarded-prefix", "").rstrip("/")
+    return f"{request.url.scheme}://{host}{root}"
 
 
 def client_of(request: Request) -> str:
     """The client's name, for fair queueing, limits and ownership."""
     return request.state.client_name
-
-
-def _plain(scope: Scope) -> Scope:
-    """The request without a slash at its path's end, and as GET if it asks for a GET's headers."""
-    method = "GET" if scope["method"] == "HEAD" else scope["method"]  # uvicorn omits the body
-    path = scope["path"].rstrip("/") or "/"
-    return {**scope, "method": method, "path": path}
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -24,7 +24,7 @@ from koala.lora.folder import lora_file, lora_names
 from koala.serving.admission import Admission, Busy
 from koala.serving.content_filter import ContentFilter
 from koala.serving.fair_queue import FairQueue, QueueEntry
-from koala.serving.fit import native_size, whole_size
+from koala.serving.fit import matched, native_size, whole_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.metrics import Metrics
 from koala.serving.settings import Limits
@@ -198,6 +198,8 @@ class Service:
             None if data is None else open_upload(data, limits.upload_pixels, what)
             for data, what in ((spec.image, "image"), (spec.mask, "mask"))
         )
+        if image is not None and mask is not None:
+            mask = matched(mask, image)
         size = spec.size
         fits = self.fit if spec.fit is None else spec.fit
         enlarged = ""

@@ -63,6 +63,9 @@ def limits_of(max_size: str | None, **values: float | None) -> Limits:
         if match is None:
             raise UserError(f"--max-size {max_size!r}: give WIDTHxHEIGHT, such as 1024x1024")
         pixels = int(match[1]) * int(match[2])
+        if pixels < validation.SMALLEST**2:
+            least = f"{validation.SMALLEST}x{validation.SMALLEST}"
+            raise UserError(f"--max-size {max_size}: the smallest image is {least}; allow that")
     return Limits(size=pixels, **values)  # type: ignore[arg-type]  # Limits checks them
 
 
@@ -89,6 +92,7 @@ class Options:
     quality_steps: tuple[tuple[str, int], ...] = ()  # steps of each OpenAI `quality`
     allow_hosts: tuple[str, ...] = ()  # further names of this server; "*": any
     allow_origins: tuple[str, ...] = ()  # pages elsewhere that may call this server
+    root_path: str = ""  # below which a proxy shows this server
     trusted_proxies: tuple[str, ...] = ()  # addresses whose X-Forwarded-For is believed
     content_filter: float | None = None  # the score from which images are held back; None: never
     sign_key: Path | None = None  # images are signed with it, and with:
@@ -125,9 +129,45 @@ def words(text: str | None) -> tuple[str, ...]:
     return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
+def gallery_bytes(gib: float) -> int:
+    """Bytes of so many GiB. UserError."""
+    if not 0 < gib < 2**20:
+        raise UserError(f"--gallery-gib {gib:g}: allowed are numbers of GiB above 0, such as 4")
+    return int(gib * 2**30)
+
+
+def hosts(text: str | None) -> tuple[str, ...]:
+    """Names from a list with commas, as they are compared with a Host header's. UserError."""
+    found = tuple(word.lower().rstrip(".") for word in words(text))
+    for name in found:
+        if name != "*" and not re.fullmatch(r"[\w-]+(\.[\w-]+)*|\[[0-9a-f:.]+\]", name):
+            raise UserError(
+                f"--allow-host {name!r}: give a name alone, such as host.docker.internal, or *"
+            )
+    return tuple(name.strip("[]") for name in found)
+
+
+def origins(text: str | None) -> tuple[str, ...]:
+    """Origins from a list with commas, as browsers send them: without a scheme's own port."""
+    usual = {"http": ":80", "https": ":443"}
+    found = []
+    for word in words(text):
+        origin = word.lower().removesuffix("/")
+        found.append(origin.removesuffix(usual.get(origin.partition("://")[0], "/")))
+    return tuple(found)
+
+
+def root_path(text: str | None) -> str:
+    """A path such as /koala, without a slash at its end. UserError."""
+    path = (text or "").rstrip("/")
+    if path and not re.fullmatch(r"(/[\w.~-]+)+", path, re.ASCII):
+        raise UserError(f"--root-path {text!r}: give a path, such as /koala")
+    return path
+
+
 def quality_steps(text: str | None) -> tuple[tuple[str, int], ...]:
     """Steps by quality, from a list such as low=4,high=25. UserError."""
-    pairs = []
+    pairs: list[tuple[str, int]] = []
     for word in words(text):
         quality, _, steps = word.partition("=")
         if quality not in QUALITIES or not re.fullmatch(r"\d{1,4}", steps, re.ASCII):
@@ -135,6 +175,8 @@ def quality_steps(text: str | None) -> tuple[tuple[str, int], ...]:
                 f"--quality-steps {word!r}: give QUALITY=STEPS, such as low=4,high=25; qualities "
                 f"are {', '.join(QUALITIES)}"
             )
+        if quality in dict(pairs):
+            raise UserError(f"--quality-steps: {quality} is named twice: name it once")
         pairs.append((quality, int(steps)))
     return tuple(pairs)
 
@@ -167,6 +209,10 @@ def check(options: Options) -> None:
     folder = options.embedding_dir
     if folder is not None and not folder.is_dir():
         raise UserError(f"--embedding-dir {folder} is not a folder: name an existing one")
+    if not 0 < options.gallery_days < 1e6:
+        raise UserError(
+            f"--gallery-days {options.gallery_days:g}: allowed are numbers of days above 0"
+        )
     for origin in options.allow_origins:
         if not re.fullmatch(r"https?://[^/?#@\s*]+", origin):
             raise UserError(

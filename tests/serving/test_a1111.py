@@ -86,9 +86,9 @@ def opened(text):
     return Image.open(io.BytesIO(base64.b64decode(text)))
 
 
-def as_text(colour, side=16):
+def as_text(colour, side=16, height=None):
     file = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(file, "PNG")
+    Image.new("RGB", (side, height or side), colour).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -213,7 +213,7 @@ def test_bad_values_are_refused_in_words(client, asked, says):
         ({"init_images": None}, "init_images"),
         ({"mask_blur": 65, "mask": half()}, "mask blur is 65: allowed"),
         ({"resize_mode": 3}, "resize_mode 3"),
-        ({"mask": as_text("white", 24)}, "mask is 24x24"),
+        ({"mask": as_text("white", 24, 16)}, "mask is 24x16"),
     ],
 )
 def test_bad_images_are_refused(client, asked, says):
@@ -506,3 +506,22 @@ def test_a_key_may_be_basics_password_as_tools_send_it(pipeline, tmp_path):
         ):
             assert httpx2.get(url, headers={"Authorization": header}).status_code == 401
         assert httpx2.get(url, auth=("k" * 20, "wrong")).status_code == 401
+
+
+@pytest.mark.parametrize("asked", [{"cfg_scale": 1}, {"cfg_scale": 0}])
+def test_a_negative_prompt_without_guidance_is_ignored_and_named(client, asked):
+    """Tools send theirs with every request, whatever the model."""
+    body = {**ASKED, "negative_prompt": "blur", **asked}
+    info = json.loads(ok(client.post("/txt2img", json=body))["info"])
+    assert info["ignored_fields"] == ["negative_prompt"] and info["negative_prompt"] == ""
+    guided = json.loads(ok(client.post("/txt2img", json={**body, "cfg_scale": 2}))["info"])
+    assert guided["ignored_fields"] == [] and guided["negative_prompt"] == "blur"
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 49, None])
+@pytest.mark.parametrize("strength", [0, 0.01])
+def test_a_strength_of_almost_nothing_does_one_step(client, steps, strength):
+    asked = {**ASKED, "steps": steps, "init_images": [as_text("teal")]}
+    (text,) = ok(client.post("/img2img", json={**asked, "denoising_strength": strength}))["images"]
+    settings = read_settings(io.BytesIO(base64.b64decode(text)))
+    assert int(settings.steps * settings.strength) == 1

@@ -139,7 +139,7 @@ def test_fields_without_effect_are_taken_and_size_may_be_auto(client, pipeline):
     [
         ({"colour": "red"}, "colour", "unknown field"),
         ({"n": 0}, "n", "greater than or equal to 1"),
-        ({"n": "2"}, "n", "valid integer"),
+        ({"n": "many"}, "n", "valid integer"),
         ({"n": 4}, None, "n is 4: this server allows at most 3"),
         ({"steps": 501}, None, "steps is 501: this server allows at most 500"),
         ({"steps": 0}, None, "steps is 0"),
@@ -160,7 +160,7 @@ def test_fields_without_effect_are_taken_and_size_may_be_auto(client, pipeline):
         ({"seed": -2}, None, "seed is -2"),
         ({"prompt": " "}, None, "the prompt is empty"),
         ({"prompt": "\ud800"}, None, "half a character"),
-        ({"\ud800": 1}, None, "unicode"),
+        ({"\ud800": 1}, None, "half a character"),
         ({"lora": [{"name": "../outside"}]}, None, "choose ink, oil"),
         ({"lora": [{"name": "ink"}, {"name": "ink"}]}, None, "named once"),
         ({"lora": [{"name": "ink", "scale": 1000}]}, None, "LoRA scale"),
@@ -290,8 +290,8 @@ def test_a_large_image_is_drawn_at_a_size_that_fits(client):
         ({"image": None}, {"colour": "red"}, "unknown field 'colour'"),
         ({"image": None}, {"n": "many"}, "valid integer"),
         ({"image": None}, {"lora": "ink"}, "lora is not valid JSON"),
-        ({"image": None}, {"mask": "text"}, "mask must be a file"),
-        ({"prompt": b"a file"}, {}, "prompt must be text"),
+        ({"image": None}, {"mask": "text"}, "mask: it must be a file"),
+        ({"prompt": b"a file"}, {}, "prompt: it must be text"),
     ],
 )
 def test_edits_that_are_refused(server, photo, files, said, words):
@@ -308,7 +308,7 @@ def test_edits_that_are_refused(server, photo, files, said, words):
 
 
 def test_several_images_to_start_from_are_refused(client, photo):
-    with pytest.raises(openai.BadRequestError, match="image is given twice"):
+    with pytest.raises(openai.BadRequestError, match="image: it is given twice"):
         client.images.edit(image=[png(photo), png(photo)], prompt="a")
 
 

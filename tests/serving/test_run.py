@@ -19,7 +19,16 @@ from pathlib import Path
 import pytest
 
 from koala.cli import main
-from koala.serving.settings import Limits, Options, check, data_folder, limits_of
+from koala.serving.settings import (
+    Limits,
+    Options,
+    check,
+    data_folder,
+    hosts,
+    limits_of,
+    origins,
+    root_path,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "serving.md").read_text()
@@ -250,6 +259,17 @@ def test_the_pages_numbers_are_the_defaults():
         (["--queue", "-1"], "--queue is -1"),
         (["--rate", "nan"], "--rate is nan"),
         (["--max-size", "big"], "--max-size 'big'"),
+        (["--max-size", "8x8"], "--max-size 8x8: the smallest image is 16x16"),
+        (["--gallery-gib", "nan"], "--gallery-gib nan"),
+        (["--gallery-gib", "inf"], "--gallery-gib inf"),
+        (["--gallery-gib", "-1"], "--gallery-gib -1"),
+        (["--gallery-days", "nan"], "--gallery-days nan"),
+        (["--gallery-days", "0"], "--gallery-days 0"),
+        (["--quality-steps", "low=4,low=5"], "low is named twice"),
+        (["--allow-host", "http://a.example"], "--allow-host 'http://a.example': give a name"),
+        (["--allow-host", "a.example:80"], "--allow-host 'a.example:80': give a name"),
+        (["--allow-origin", "a.example"], "--allow-origin 'a.example': give scheme and host"),
+        (["--root-path", "koala"], "--root-path 'koala': give a path"),
         (["--port", "70000"], "cannot listen at port 70000"),
         (["--host", "192.0.2.1"], "cannot listen at port 8000 of 192.0.2.1"),
     ],
@@ -262,6 +282,14 @@ def test_mistakes_are_told_in_one_line_before_anything_begins(
     assert main(["serve", *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_names_and_origins_are_compared_as_browsers_send_them():
+    assert hosts("Host.Docker.Internal., *,[::1]") == ("host.docker.internal", "*", "::1")
+    assert origins("https://A.example:443/, http://b:80,http://c:443") == (
+        "https://a.example", "http://b", "http://c:443",
+    )  # fmt: skip
+    assert root_path("/koala/") == "/koala" and root_path("/") == root_path(None) == ""
 
 
 def test_a_port_that_is_taken_is_a_mistake(tmp_path, monkeypatch, capsys):

@@ -276,6 +276,20 @@ def test_others_are_refused(data, words):
         open_upload(data, 64)
 
 
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_are_read():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "teal").save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    end, tables = data.rindex(b"\xff\xd9"), data.rindex(b"\xff\xc4")
+    scan = data[tables:end]  # goes over all pixels once more
+    assert open_upload(data[:end] + scan * 20 + data[end:], 64).size == (8, 8)
+    for more in (scan * 500, b"\xff\xfe\0\2" * 10_000):
+        with pytest.raises(UserError, match="too many scans or segments: allowed are 100"):
+            open_upload(data[:end] + more + data[end:], 64)
+    # What follows the end, as a film in a telephone's picture, is not looked at.
+    assert open_upload(data + scan * 500, 64).size == (8, 8)
+
+
 @given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.data())
 def test_forged_bytes_are_refused_or_read(kind, data):
     content = bytearray(saved(kind))

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -30,15 +31,16 @@ from koala.serving.api.a1111_fields import (
 from koala.serving.api.a1111_only_masked import MaskedPart
 from koala.serving.api.a1111_second_pass import SecondPass
 from koala.serving.api.streams import cancelled_error, submit, wait_for_images
-from koala.serving.decoder import Decoder
 from koala.serving.fit import note, shown_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.jobs.gallery_writer import GalleryWriter, encode_and_store
+from koala.serving.json_bodies import JsonRoute
 from koala.serving.security import client_of
 from koala.serving.service import Event, Service, Submission
+from koala.serving.upload_thread import UploadThread
 from koala.serving.uploads import open_upload
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 queue_router = APIRouter()  # what the web UI itself has at the root
 PREVIEW_SECONDS = 5.0  # previews are decoded for so long after a progress call
 
@@ -109,8 +111,9 @@ class ActiveRequests:
 
 @router.post("/txt2img", summary="Generate images")
 async def txt2img(body: Txt2ImgRequest, request: Request) -> dict[str, Any]:
-    ignored = body.check(request.app.state.service.pipeline.name)
-    spec = body.to_image_request(client_of(request))
+    service: Service = request.app.state.service
+    ignored = body.check(service.pipeline.name)
+    spec = _without_unheard(body.to_image_request(client_of(request)), service, ignored)
     return await _respond(request, body, spec, "txt2img", ignored, body.second_pass())
 
 
@@ -120,13 +123,37 @@ async def img2img(body: Img2ImgRequest, request: Request) -> dict[str, Any]:
     ignored = body.check(service.pipeline.name)
     given = await asyncio.to_thread(body.images)
     spec = replace(body.to_image_request(client_of(request)), **given)
-    decoder: Decoder = request.app.state.decoder
+    spec = _with_a_step(_without_unheard(spec, service, ignored), service)
+    thread: UploadThread = request.app.state.upload_thread
     most = service.limits.upload_pixels
     if body.only_masked:
-        spec, part = await decoder.run(_only_masked, spec, body, most)
+        spec, part = await thread.run(_only_masked, spec, body, most)
         return await _respond(request, body, spec, "img2img", ignored, part=part)
-    spec = await decoder.run(_as_asked, spec, body, most)
+    spec = await thread.run(_as_asked, spec, body, most)
     return await _respond(request, body, spec, "img2img", ignored)
+
+
+def _without_unheard(spec: ImageRequest, service: Service, ignored: list[str]) -> ImageRequest:
+    """The request without a negative prompt where there is no guidance, which `ignored` names.
+
+    Tools send theirs with every request.
+    """
+    usual = service.pipeline.known.sampling.guidance
+    if not spec.negative_prompt or (usual if spec.guidance is None else spec.guidance) > 1:
+        return spec
+    ignored.append("negative_prompt")
+    return replace(spec, negative_prompt="")
+
+
+def _with_a_step(spec: ImageRequest, service: Service) -> ImageRequest:
+    """The request with a strength that does one step, where it has a lower one: as in the web UI.
+
+    Tools that enlarge an image ask for almost none.
+    """
+    steps = service.pipeline.known.sampling.steps if spec.steps is None else spec.steps
+    if spec.strength is None or not 0 <= spec.strength * steps < 1:
+        return spec
+    return replace(spec, strength=math.ceil(10_000 / steps) / 10_000)
 
 
 def _only_masked(
@@ -224,11 +251,11 @@ async def _draw_again(
     pairs: list[tuple[Settings, Image.Image | None]], second: SecondPass,
 ) -> list[tuple[Settings, Image.Image | None]]:  # fmt: skip
     """The images after a second pass, one by one; an interrupt leaves the others as they are."""
-    decoder: Decoder = request.app.state.decoder
+    thread: UploadThread = request.app.state.upload_thread
     drawn = []
     for settings, image in pairs:
         if image is not None and not active.interrupted:
-            larger = await decoder.run(second.request, spec, image, settings)
+            larger = await thread.run(second.request, spec, image, settings)
             active.done.clear()
             ((again, repeated),) = await _draw(request, larger, active)
             if repeated is not None:

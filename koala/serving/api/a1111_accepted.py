@@ -9,10 +9,12 @@ feature that is off, such as `hr_scale` to `enable_hr`, are not looked at, as in
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from koala.serving.api.values import plain, shown
 from koala.serving.errors import ApiError
 
 OFF: tuple[Any, ...] = (None, False, "", [], {})  # also matches 0
 ANY_BOOL = (None, False, True)
+OBJECTS = ("alwayson_scripts", "override_settings")
 # Features that are missing here, with the values at which they are off.
 LACKING: dict[str, tuple[Any, ...]] = {
     "disable_extra_networks": OFF,
@@ -53,6 +55,7 @@ HARMLESS_MASK: dict[str, tuple[Any, ...]] = {
     "mask_blur_y": (None, 0, 4),
     "mask_round": (None, True),
 }
+SWITCHES = ("enable_hr", *LACKING, *HARMLESS, *HARMLESS_IMG2IMG, *HARMLESS_MASK)
 # Prefixes of fields that belong to features in `LACKING`.
 INACTIVE = ("firstphase_", "refiner_switch_at", "script_args", "subseed")
 # Options with their accepted values; the first is reported.
@@ -72,12 +75,22 @@ def refuse_lacking(given: Mapping[str, Any]) -> None:
         if name in given and given[name] not in allowed:
             raise without_effect(name, given[name], allowed)
     scripts = given.get("alwayson_scripts") or {}
+    if not isinstance(scripts, dict):
+        raise ApiError(
+            400, f"alwayson_scripts is {shown(scripts)}: give an object, or leave it out",
+            "invalid_value", "alwayson_scripts",
+        )  # fmt: skip
     running = [name for name in scripts if not _is_off(scripts[name])]
     if running:
         raise ApiError(
             400, f"alwayson_scripts: {running[0]!r} is not here: leave it out, or switch it off",
             "invalid_value", "alwayson_scripts",
         )  # fmt: skip
+
+
+def plain_switch(name: str, value: Any) -> Any:
+    """The value of one of SWITCHES, with false for "false" and 0 for "0"."""
+    return plain(value) if name in SWITCHES else value
 
 
 def with_own_scripts(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,6 +156,6 @@ def without_effect(name: str, value: object, allowed: tuple[Any, ...]) -> ApiErr
     """The refusal of a field's value."""
     values = ", ".join(sorted({repr(each) for each in allowed if each is not None}))
     return ApiError(
-        400, f"{name} {value!r} has no effect here: leave it out, or send {values}",
+        400, f"{name} {shown(value)} has no effect here: leave it out, or send {values}",
         "invalid_value", name,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from PIL import Image, ImageFilter, ImageOps
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from koala.errors import UserError
 from koala.generation import samplers
@@ -15,8 +15,10 @@ from koala.generation.image_files import as_grey
 from koala.generation.samplers import Sampler
 from koala.serving.api import a1111_accepted as accepted
 from koala.serving.api.a1111_second_pass import SecondPass
+from koala.serving.api.values import Number, Whole, told
 from koala.serving.errors import ApiError
 from koala.serving.image_request import ImageRequest
+from koala.serving.sampler_names import UNNAMED, own_name
 from koala.serving.uploads import decode_base64
 
 # Our spacings by AUTOMATIC1111's names of its schedules; "" is the sampler's own.
@@ -27,17 +29,6 @@ SCHEDULES = {
 }
 # Of the same noise levels.
 OTHER_SCHEDULES = {"polyexponential": "exponential", "normal": "uniform", "simple": "trailing"}
-# AUTOMATIC1111's further names of the samplers, and ComfyUI's.
-ALIASES = {
-    "euler": ("k_euler",),
-    "euler-a": ("k_euler_a", "k_euler_ancestral", "euler_a", "euler_ancestral"),
-    "dpm++2m": ("k_dpmpp_2m", "dpmpp_2m"),
-    "dpm++2m-sde": ("k_dpmpp_2m_sde", "dpmpp_2m_sde"),
-    "dpm++sde": ("k_dpmpp_sde", "dpmpp_sde"),
-    "unipc": ("uni_pc",),
-    "lcm": ("k_lcm",),
-}
-
 FILLS = ("surroundings", "original", "noise", "nothing")  # by the numbers of "inpainting_fill"
 NOISY = ("euler-a", "dpm++2m-sde", "dpm++sde")  # samplers that "eta" concerns
 
@@ -48,24 +39,35 @@ class A1111Request(BaseModel):
     model_config = ConfigDict(extra="allow")
     prompt: str = ""
     negative_prompt: str | None = None
-    seed: int | None = None
+    seed: Whole | None = None
     sampler_name: str | None = None
     sampler_index: str | None = None
     scheduler: str | None = None
-    steps: int | None = None
-    cfg_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-    batch_size: int = 1
-    n_iter: int = 1
+    steps: Whole | None = None
+    cfg_scale: Number | None = None
+    width: Whole | None = None
+    height: Whole | None = None
+    batch_size: Whole = 1
+    n_iter: Whole = 1
     do_not_save_samples: bool | None = None
     send_images: bool | None = None
     override_settings: dict[str, Any] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _from_own_scripts(cls, given: Any) -> Any:
-        return accepted.with_own_scripts(given) if isinstance(given, dict) else given
+    def _tidied(cls, given: Any) -> Any:
+        """Without what is null or empty, and as its own scripts say."""
+        if not isinstance(given, dict):
+            return given
+        values = accepted.with_own_scripts(told(given))
+        if values.get("prompt") is None:
+            values.pop("prompt", None)
+        for name in [name for name in accepted.OBJECTS if values.get(name) == []]:
+            del values[name]  # as PHP writes an object without fields
+        return {
+            name: value if name in cls.model_fields else accepted.plain_switch(name, value)
+            for name, value in values.items()
+        }
 
     def harmless(self) -> Mapping[str, tuple[Any, ...]]:
         """The fields that are ignored, with the values at which nobody need be told."""
@@ -94,25 +96,26 @@ class A1111Request(BaseModel):
         ApiError for unknown ones, or two that differ.
         """
         wanted = self.sampler_name or self.sampler_index
-        if wanted is None and self.scheduler is None:
+        name = (self.scheduler or "automatic").strip().lower().replace(" ", "_")
+        name = "automatic" if name in UNNAMED else name
+        wanted = own_name(wanted or "automatic")
+        if wanted is None and name == "automatic":
             return None
-        wanted = wanted or "Euler"
-        by_alias = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+        wanted = wanted or "euler"
         try:
-            kind, named = samplers.get(by_alias.get(wanted.strip().lower(), wanted))
+            kind, named = samplers.get(wanted)
         except UserError as error:
             raise ApiError(
                 400, str(error), "invalid_value",
                 "sampler_name" if self.sampler_name else "sampler_index",
             ) from None  # fmt: skip
-        name = (self.scheduler or "automatic").strip().lower().replace(" ", "_")
         asked = (SCHEDULES | OTHER_SCHEDULES).get(name)
         spacing = asked or named
         fits = spacing in kind.spacings and named in (spacing, kind.spacing)
         if asked is None or not fits:
             names = ["automatic", *(n for n, own in SCHEDULES.items() if own in kind.spacings)]
             raise ApiError(
-                400, f"scheduler {self.scheduler!r} does not work with {wanted}: allowed are "
+                400, f"scheduler {self.scheduler!r} does not work with {kind.name}: allowed are "
                 f"{', '.join(names)}", "invalid_value", "scheduler",
             )  # fmt: skip
         key = next(key for key, one in samplers.SAMPLERS.items() if one is kind)
@@ -154,19 +157,24 @@ class Txt2ImgRequest(A1111Request):
         return SecondPass.of(self.model_extra or {})
 
 
+def _as_list(given: object) -> object:
+    """A list of one image for the image alone."""
+    return [given] if isinstance(given, str) else given
+
+
 class Img2ImgRequest(A1111Request):
     """The fields of img2img."""
 
-    init_images: list[str]
+    init_images: Annotated[list[str], BeforeValidator(_as_list)]
     mask: str | None = None
-    mask_blur: int | None = None
-    inpainting_fill: int | None = None
-    denoising_strength: float | None = None
+    mask_blur: Whole | None = None
+    inpainting_fill: Whole | None = None
+    denoising_strength: Number | None = None
     inpainting_mask_invert: bool | None = None
     inpaint_full_res: bool | None = None
-    inpaint_full_res_padding: Annotated[int, Field(ge=0, le=4096)] | None = None
+    inpaint_full_res_padding: Annotated[Whole, Field(ge=0, le=4096)] | None = None
     include_init_images: bool | None = None
-    resize_mode: int | None = None
+    resize_mode: Whole | None = None
 
     def harmless(self) -> Mapping[str, tuple[Any, ...]]:
         masks = accepted.HARMLESS_MASK if self.mask else {}

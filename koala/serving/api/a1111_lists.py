@@ -12,11 +12,13 @@ from koala import __version__
 from koala.generation import samplers
 from koala.generation.samplers import LABELS
 from koala.serving.api.a1111_accepted import OPTIONS, ignored_options
-from koala.serving.api.a1111_fields import ALIASES, OTHER_SCHEDULES, SCHEDULES
+from koala.serving.api.a1111_fields import OTHER_SCHEDULES, SCHEDULES
+from koala.serving.json_bodies import JsonRoute
+from koala.serving.sampler_names import ALIASES
 from koala.serving.service import Service
 from koala.utils.device import free_and_total_bytes, resident_bytes
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 NO_LISTS = ("extensions", "face-restorers", "hypernetworks", "latent-upscale-modes",
             "prompt-styles", "realesrgan-models", "script-info", "sd-modules",
             "sd-vae")  # fmt: skip

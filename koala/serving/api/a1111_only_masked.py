@@ -12,6 +12,7 @@ from koala.errors import UserError
 from koala.generation import Settings
 from koala.generation.image_files import LIGHT, as_grey
 from koala.generation.image_inputs import on_white
+from koala.serving.fit import matched
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
@@ -33,6 +34,7 @@ class MaskedPart:
         shape: (width, height) whose proportions it is to have, where the image is large enough.
         UserError for a mask of another size, or dark everywhere.
         """
+        mask = matched(mask, image)
         if mask.size != image.size:
             raise UserError(
                 f"the mask is {mask.width}x{mask.height}, its image {image.width}x{image.height}: "

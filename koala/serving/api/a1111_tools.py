@@ -9,12 +9,13 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from koala.serving.api.a1111_lists import UPSCALERS
-from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError
+from koala.serving.json_bodies import JsonRoute
 from koala.serving.service import Service
+from koala.serving.upload_thread import UploadThread
 from koala.serving.uploads import decode_base64, open_upload
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 KERNELS = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
 MOST_TEXT = 100_000  # characters of an image's texts that are answered
 
@@ -66,9 +67,9 @@ class InterrogateRequest(BaseModel):
 
 @router.post("/png-info", summary="The settings in an image")
 async def png_info(body: PngInfoRequest, request: Request) -> dict[str, Any]:
-    decoder: Decoder = request.app.state.decoder
+    thread: UploadThread = request.app.state.upload_thread
     service: Service = request.app.state.service
-    return await decoder.run(_png_info, body.image, service.limits.upload_pixels)
+    return await thread.run(_png_info, body.image, service.limits.upload_pixels)
 
 
 def _png_info(text: str, most_pixels: int) -> dict[str, Any]:
@@ -107,10 +108,10 @@ async def _enlarge(
             400, f"unknown upscaler {body.upscaler_1!r}: allowed are {', '.join(UPSCALERS)}",
             "invalid_value", "upscaler_1",
         )  # fmt: skip
-    decoder: Decoder = request.app.state.decoder
+    thread: UploadThread = request.app.state.upload_thread
     service: Service = request.app.state.service
     most = service.limits.upload_pixels
-    made = [await decoder.run(_enlarged, body, image, wanted, most) for image in given]
+    made = [await thread.run(_enlarged, body, image, wanted, most) for image in given]
     info = f"{wanted}: {', '.join(sorted(body.model_extra or ()))} ignored"
     told = "" if not body.model_extra else info
     return told, [base64.b64encode(png).decode() for png in made]

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from koala.serving.api.openai_fields import LoraScale
 from koala.serving.api.streams import EventStream, event
-from koala.serving.decoder import Decoder
+from koala.serving.api.values import Number, SamplerName, Size, Whole, told
 from koala.serving.errors import ApiError
 from koala.serving.image_request import IMAGES, ImageRequest
 from koala.serving.jobs import serialise
@@ -22,10 +22,12 @@ from koala.serving.jobs.database import ID
 from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.jobs import Jobs
 from koala.serving.jobs.subscribers import Subscriber
+from koala.serving.json_bodies import JsonRoute
 from koala.serving.security import client_of
+from koala.serving.upload_thread import UploadThread
 from koala.serving.uploads import decode_base64
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=JsonRoute)
 CACHED = {"Cache-Control": "private, max-age=86400, immutable", "X-Content-Type-Options": "nosniff"}
 
 Limit = Annotated[int, Query(ge=1, le=200)]
@@ -38,17 +40,17 @@ Search = Annotated[str | None, Query(max_length=200, description="text that the 
 class JobRequest(BaseModel):
     """The fields of a job. Defaults are those of `koala generate`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
     prompt: str
     negative_prompt: str | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    size: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    guidance_until: float | None = None
-    guidance_rescale: float | None = None
-    scheduler: str | None = None
-    seed: int | None = None
+    n: Annotated[Whole, Field(ge=1)] | None = None
+    size: Size = None
+    steps: Whole | None = None
+    guidance: Number | None = None
+    guidance_until: Number | None = None
+    guidance_rescale: Number | None = None
+    scheduler: SamplerName = None
+    seed: Whole | None = None
     image: Annotated[str, Field(description="base64 or a data: URL")] | None = None
     mask: (
         Annotated[
@@ -56,13 +58,18 @@ class JobRequest(BaseModel):
         ]
         | None
     ) = None
-    mask_blur: int | None = None
+    mask_blur: Whole | None = None
     mask_fill: str | None = None
-    strength: float | None = None
+    strength: Number | None = None
     lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
     fit: bool | None = None
     priority: Literal["interactive", "batch"] | None = None
-    deadline: Annotated[float, Field(description="seconds from now")] | None = None
+    deadline: Annotated[Number, Field(description="seconds from now")] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _told(cls, given: Any) -> Any:
+        return told(given) if isinstance(given, dict) else given
 
     def to_image_request(self, client: str) -> ImageRequest:
         """Converts the fields. UserError for images that are not base64."""
@@ -97,8 +104,8 @@ async def submit(body: JobRequest, request: Request) -> dict[str, Any]:
     spec = await run_in_threadpool(body.to_image_request, client_of(request))
     if spec.image is None:
         return await run_in_threadpool(jobs.submit, spec)
-    decoder: Decoder = request.app.state.decoder
-    return await decoder.run(jobs.submit, spec)
+    thread: UploadThread = request.app.state.upload_thread
+    return await thread.run(jobs.submit, spec)
 
 
 @router.get("/jobs", summary="Jobs, newest first")

@@ -2,8 +2,6 @@
 
 import asyncio
 import base64
-import io
-import json
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -12,13 +10,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
-from starlette.datastructures import UploadFile
 
-from koala.errors import UserError
 from koala.generation import Request as EngineRequest
-from koala.generation import read_settings
 from koala.generation.requests import Known
-from koala.serving import uploads
+from koala.serving import json_bodies, uploads
+from koala.serving.api.openai_bodies import fields_and_images
 from koala.serving.api.openai_fields import EditRequest, GenerationRequest, VariationRequest
 from koala.serving.api.streams import (
     EventStream,
@@ -28,19 +24,21 @@ from koala.serving.api.streams import (
     wait_for_images,
 )
 from koala.serving.content_filter import HeldBackError
-from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError, to_api_error
 from koala.serving.fit import note, shown_size
 from koala.serving.image_request import ImageRequest
 from koala.serving.jobs.gallery import Gallery
 from koala.serving.jobs.gallery_writer import encode, encode_and_store
+from koala.serving.json_bodies import JsonRoute
 from koala.serving.links import Links
-from koala.serving.security import client_of
+from koala.serving.security import client_of, root_of
 from koala.serving.service import Event, Service, Submission
+from koala.serving.upload_thread import UploadThread
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=JsonRoute)
 STARTED = int(time.time())
-MOST_FIELDS = 64  # of a form
+# OpenAI's models for which an image's own transparency is no mask; for dall-e-2 it is.
+WITHOUT_HOLES = ("gpt-image", "chatgpt-image")
 
 
 @router.get("/models", summary="The served model")
@@ -94,9 +92,14 @@ def _form_schema(fields: type[EditRequest]) -> dict[str, Any]:
 
 @router.post("/images/edits", summary="Edit an image", openapi_extra=_form_schema(EditRequest))
 async def edits(request: Request) -> Response:
-    fields, files = await _form(request)
-    body = EditRequest.model_validate(fields, strict=False)
-    spec = await edit_spec(request, body, _image(files), files.get("mask"))
+    fields, files = await fields_and_images(request)
+    body = EditRequest.model_validate(fields)
+    image, mask = _image(files), files.get("mask")
+    if mask is None and not (body.model or "").startswith(WITHOUT_HOLES):
+        thread: UploadThread = request.app.state.upload_thread
+        most = request.app.state.service.limits.upload_pixels
+        mask = await thread.run(uploads.with_hole, image, most)
+    spec = await edit_spec(request, body, image, mask)
     return await _respond(request, body, spec, "image_edit")
 
 
@@ -111,8 +114,8 @@ async def edit_spec(
     if mask is None:
         return spec
     most = request.app.state.service.limits.upload_pixels
-    decoder: Decoder = request.app.state.decoder
-    light = await decoder.run(uploads.mask_of_transparency, mask, most)
+    thread: UploadThread = request.app.state.upload_thread
+    light = await thread.run(uploads.mask_of_transparency, mask, most)
     return replace(spec, mask=light, strength=1.0 if body.strength is None else body.strength)
 
 
@@ -120,14 +123,15 @@ async def edit_spec(
     "/images/variations", summary="Vary an image", openapi_extra=_form_schema(VariationRequest)
 )
 async def variations(request: Request) -> Response:
-    fields, files = await _form(request)
-    body = VariationRequest.model_validate(fields, strict=False)
+    fields, files = await fields_and_images(request)
+    body = VariationRequest.model_validate(fields)
     image = _image(files)
     if "mask" in files:
         raise ApiError(400, "mask is for edits: leave it out", "unknown_parameter", "mask")
     spec = to_spec(request, body)
-    decoder: Decoder = request.app.state.decoder
-    prompt = spec.prompt or await decoder.run(_prompt_of, image)
+    thread: UploadThread = request.app.state.upload_thread
+    most = request.app.state.service.limits.upload_pixels
+    prompt = spec.prompt or await thread.run(_prompt_of, image, most)
     spec = replace(spec, prompt=prompt, image=image, strength=body.strength)
     return await _respond(request, body, spec, "image_edit")
 
@@ -138,12 +142,14 @@ def _image(files: dict[str, bytes]) -> bytes:
     return files["image"]
 
 
-def _prompt_of(image: bytes) -> str:
-    """The prompt that koala drew the image from, or else a word for any."""
+def _prompt_of(data: bytes, most_pixels: int) -> str:
+    """The prompt that koala drew the image from, or else a word for any. UserError."""
+    text = uploads.open_upload(data, most_pixels).info.get("koala")
     try:
-        return read_settings(io.BytesIO(image)).prompt
-    except UserError:
-        return "picture"
+        prompt = json_bodies.parse(text)["prompt"] if isinstance(text, str) else ""
+    except (ApiError, KeyError, TypeError):
+        prompt = ""
+    return prompt if isinstance(prompt, str) and prompt else "picture"
 
 
 @router.get(
@@ -158,45 +164,6 @@ def image_file(id: str, request: Request, expires: int = 0, signature: str = "")
     if found is None:
         raise ApiError(404, "the address has expired, or never was one", "not_found")
     return Response(found, media_type="image/png", headers={"Cache-Control": "private"})
-
-
-async def _form(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """A form's fields and files. ApiError for duplicates and wrong kinds."""
-    fields: dict[str, Any] = {}
-    files: dict[str, bytes] = {}
-    async with request.form(max_files=4, max_fields=MOST_FIELDS) as form:
-        for name, value in form.multi_items():
-            key = name.removesuffix("[]")
-            if isinstance(value, UploadFile) != (key in ("image", "mask")):
-                kind = "a file" if key in ("image", "mask") else "text"
-                raise ApiError(400, f"{key} must be {kind}", "invalid_value", key)
-            if isinstance(value, UploadFile):
-                if key in files:
-                    raise ApiError(400, f"{key} is given twice: give one", "invalid_value", key)
-                files[key] = await value.read()
-            elif name in ("lora[][name]", "lora[][scale]"):
-                fields.setdefault(name, []).append(value)
-            elif key in fields:
-                raise ApiError(400, f"{key} is given twice: give one", "invalid_value", key)
-            elif value != "":
-                fields[key] = value
-    return _with_loras(fields), files
-
-
-def _with_loras(fields: dict[str, Any]) -> dict[str, Any]:
-    """Parses `lora`: JSON, or item by item as OpenAI's client sends it."""
-    names, scales = (fields.pop(f"lora[][{part}]", []) for part in ("name", "scale"))
-    if names or scales:
-        if scales and len(scales) != len(names):
-            raise ApiError(400, "lora: give every LoRA a scale, or none", "invalid_value", "lora")
-        pairs = zip(names, scales or ["1"] * len(names), strict=True)
-        fields["lora"] = [{"name": name, "scale": scale} for name, scale in pairs]
-    elif "lora" in fields:
-        try:
-            fields["lora"] = json.loads(fields["lora"])
-        except (ValueError, RecursionError):
-            raise ApiError(400, "lora is not valid JSON", "invalid_value", "lora") from None
-    return fields
 
 
 # --- responses ------------------------------------------------------------------------------
@@ -229,8 +196,7 @@ async def _datum(
     gallery: Gallery = request.app.state.gallery
     settings = submission.requests[i].settings
     stored = await asyncio.to_thread(gallery.add, image, settings, client_of(request))
-    root = str(request.base_url).rstrip("/")
-    return {"url": root + request.app.state.links.path(stored.id)}
+    return {"url": root_of(request) + request.app.state.links.path(stored.id)}
 
 
 async def as_base64(

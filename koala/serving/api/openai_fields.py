@@ -9,14 +9,16 @@ mask_blur, mask_fill and lora.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from koala.serving.api.values import Number, SamplerName, Size, Whole, told, whole
 from koala.serving.errors import ApiError
 from koala.serving.image_request import ImageRequest
 
 # Names that other servers and libraries give our fields.
 OTHER_NAMES = {
     "batch_size": "n",
+    "cfg": "guidance",
     "cfg_scale": "guidance",
     "guidance_scale": "guidance",
     "image_size": "size",
@@ -26,32 +28,34 @@ OTHER_NAMES = {
     "sampler": "scheduler",
     "sampler_name": "scheduler",
 }
+# Values that other servers and libraries give ours.
+OTHER_VALUES = {"output_format": {"jpg": "jpeg"}, "response_format": {"base64": "b64_json"}}
 
 
-def whole(value: object) -> object:
-    """1 for 1.0, which some languages send for every number; else the value."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(whole)]
+def _size_of_sides(values: dict[str, Any]) -> str:
+    """The size that width and height say, which it takes out. ValueError."""
+    width, height = values.pop("width", None), values.pop("height", None)
+    if None in (width, height) or "size" in values:
+        raise ValueError("give width and height, or size alone")
+    return f"{whole(width)}x{whole(height)}"
 
 
 class LoraScale(BaseModel):
     """A LoRA in the server's folder, and its scale."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
     name: str
-    scale: float = 1.0
+    scale: Number = 1.0
 
 
 class GenerationRequest(BaseModel):
     """The fields that generations and edits share."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
     prompt: str
     model: str | None = None
     n: Annotated[Whole, Field(ge=1)] | None = None
-    size: str | None = None
+    size: Size = None
     response_format: str | None = None
     output_format: Literal["png", "webp", "jpeg"] | None = None
     output_compression: Annotated[Whole, Field(ge=0, le=100)] | None = None
@@ -65,11 +69,11 @@ class GenerationRequest(BaseModel):
     partial_images: Annotated[Whole, Field(ge=0, le=3)] | None = None
     seed: Whole | None = None
     steps: Whole | None = None
-    guidance: float | None = None
-    guidance_until: float | None = None
-    guidance_rescale: float | None = None
+    guidance: Number | None = None
+    guidance_until: Number | None = None
+    guidance_rescale: Number | None = None
     negative_prompt: str | None = None
-    scheduler: str | None = None
+    scheduler: SamplerName = None
     fit: bool | None = None
     lora: Annotated[list[LoraScale], Field(max_length=8)] | None = None
 
@@ -79,19 +83,19 @@ class GenerationRequest(BaseModel):
         """Understands OTHER_NAMES, width with height, and a seed of -1 for a random one."""
         if not isinstance(given, dict):
             return given
-        values = dict(given)
+        values = told(given)
         for other in [name for name in OTHER_NAMES if name in values]:
-            name = OTHER_NAMES[other]
-            value = values.pop(other)
-            if value is None:
-                continue
+            name, value = OTHER_NAMES[other], values.pop(other)
             if values.get(name) is not None:
                 raise ValueError(f"{other} and {name} are one field: give one")
             values[name] = value
-        if "width" in values and "height" in values and values.get("size") is None:
-            values["size"] = f"{whole(values.pop('width'))}x{whole(values.pop('height'))}"
+        if "width" in values or "height" in values:
+            values["size"] = _size_of_sides(values)
         if values.get("seed") in (-1, "-1"):
             del values["seed"]
+        for name, others in OTHER_VALUES.items():
+            if isinstance(values.get(name), str):
+                values[name] = others.get(values[name], values[name])
         return values
 
     def check(self, model: str, aliases: tuple[str, ...] = ()) -> None:
@@ -157,8 +161,8 @@ class GenerationRequest(BaseModel):
 class EditRequest(GenerationRequest):
     """The fields of an edit, without its files."""
 
-    strength: float | None = None
-    mask_blur: int | None = None
+    strength: Number | None = None
+    mask_blur: Whole | None = None
     mask_fill: str | None = None
     input_fidelity: Literal["high", "low"] | None = None
 

@@ -18,8 +18,9 @@ from koala.serving.api.openai import as_base64, described, edit_spec, to_spec, u
 from koala.serving.api.openai_fields import EditRequest
 from koala.serving.api.streams import submit, wait_for_images
 from koala.serving.errors import ApiError
+from koala.serving.json_bodies import JsonRoute
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=JsonRoute)
 TOOL = "image_generation"
 NOT_OF_AN_IMAGE = ("type", "action", "input_image_mask")
 NOT_OF_THE_TOOL = ("prompt", "stream", "partial_images", "response_format", "user")
@@ -30,10 +31,10 @@ class ResponseRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     input: str | list[dict[str, Any]]
-    tools: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
     model: str | None = None
     tool_choice: Literal["auto", "required"] | dict[str, Any] | None = None
-    stream: Literal[False] | None = None
+    stream: bool | None = None
     background: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -51,6 +52,11 @@ class ResponseRequest(BaseModel):
             raise ApiError(
                 400, f'tools: this server has one, [{{"type": "{TOOL}"}}]', "invalid_value", "tools"
             )
+        if self.stream:
+            raise ApiError(
+                400, "stream: responses are not streamed here; leave it out, or stream from "
+                "/v1/images/generations", "invalid_value", "stream",
+            )  # fmt: skip
         choice = self.tool_choice
         if isinstance(choice, dict) and choice != {"type": TOOL}:
             raise ApiError(

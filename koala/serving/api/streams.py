@@ -10,10 +10,10 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from koala.serving.admission import Busy
-from koala.serving.decoder import Decoder
 from koala.serving.errors import ApiError
 from koala.serving.image_request import ImageRequest
 from koala.serving.service import EventCallback, Service, Submission
+from koala.serving.upload_thread import UploadThread
 
 KEEP_ALIVE = 15.0  # seconds of silence before a comment is sent
 
@@ -84,8 +84,8 @@ async def submit(
     service: Service = request.app.state.service
     if spec.image is None:
         return await asyncio.to_thread(service.submit, spec, on_event)
-    decoder: Decoder = request.app.state.decoder
-    return await decoder.run(service.submit, spec, on_event)
+    thread: UploadThread = request.app.state.upload_thread
+    return await thread.run(service.submit, spec, on_event)
 
 
 async def wait_for_images(

@@ -11,11 +11,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Decoder:
+class UploadThread:
     """Runs functions that decode uploads in one thread of their own."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "koala-decoder")
+        self._thread = ThreadPoolExecutor(1, "koala-uploads")
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Calls the function in turn and returns what it returns."""

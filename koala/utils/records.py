@@ -1,7 +1,7 @@
 """Tables as people have them: CSV, TSV, JSON, JSON lines and parquet, read in one way.
 
-Text is UTF-8, or UTF-16 with its byte order mark. What cannot be read is a `UserError` that names the
-file and the line; nothing is guessed, replaced or cut off.
+Text is UTF-8, or UTF-16 with its byte order mark. What cannot be read is a `UserError` that names
+the file and the line; nothing is guessed, replaced or cut off.
 """
 
 import codecs
@@ -156,14 +156,17 @@ def _object(found: dict[str, Any], key: str) -> Found:
     lists = [found[name] for name in _LISTS if isinstance(found.get(name), list)]
     if len(lists) == 1:
         yield from ((f"record {number}", record) for number, record in enumerate(lists[0], 1))
-    elif found and all(isinstance(value, dict) for value in found.values()):
-        yield from ((f"record {name!r}", {key: name, **record}) for name, record in found.items())
-    elif found and all(isinstance(value, list | str) for value in found.values()):
-        yield from (
-            (f"record {name!r}", {key: name, "text": value}) for name, value in found.items()
-        )
+    elif found and all(isinstance(value, dict) or _is_text(value) for value in found.values()):
+        for name, value in found.items():
+            own = value if isinstance(value, dict) else {"text": value}
+            yield f"record {name!r}", {key: name, **own}
     else:
         yield "record 1", found
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text, or a list of texts."""
+    return isinstance(value, str) or (isinstance(value, list) and all(map(_is_text, value)))
 
 
 def _parquet(path: Path) -> Found:

@@ -129,7 +129,7 @@ def test_filters_leave_out_what_they_say():
         ("small", "96x96", {"min_side": 97}, "a fox", {}),
         ("few words", "2", {"min_words": 3}, "a fox", {}),
         ("many words", "2", {"max_words": 1}, "a fox", {}),
-        ("no caption", "", {}, " ", {}),
+        ("no caption", "text", {}, " ", {}),
         ("nsfw", "0.6", {"max_nsfw": 0.5}, "a fox", {"nsfw": 0.6}),
         ("no score", "nsfw", {"max_nsfw": 0.5}, "a fox", {}),
         ("similarity", "0.1", {"min_similarity": 0.2}, "a fox", {"similarity": 0.1}),

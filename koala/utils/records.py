@@ -89,23 +89,12 @@ def _csv(path: Path, text: str) -> Found:
     first = next((line for _, line in lines_of(text)), "")
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     separator = max((usual, *_SEPARATORS), key=first.count)
-    csv.field_size_limit(_GREATEST)
-    rows = csv.reader(
-        io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
-    )
+    quoting = csv.QUOTE_MINIMAL
+    if separator == "\t" and not _quotes_are_whole(text):
+        quoting = csv.QUOTE_NONE  # a quote is a letter, as in PartiPrompts
     names: list[str] = []
-    start = 1
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(
-                f"{path}: the row of line {start} cannot be read ({error}): put a text with quotes "
-                'in quotes, and write each of its own as ""'
-            ) from None
-        where, start = f"line {start}", rows.line_num + 1
+    for line, row in _rows(path, text, separator, quoting):
+        where = f"line {line}"
         if not any(value.strip() for value in row):
             continue
         if names:
@@ -115,6 +104,37 @@ def _csv(path: Path, text: str) -> Found:
         for name in names:
             if name and names.count(name) > 1:
                 raise UserError(f"{path}: two columns are called {name!r}: rename one")
+
+
+def _rows(path: Path, text: str, separator: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV, with the lines that they begin at."""
+    rows = _reader(text, separator, quoting)
+    start = 1
+    try:
+        for row in rows:
+            yield start, row
+            start = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: the row of line {start} cannot be read ({error}): put a text with quotes in "
+            'quotes, and write each of its own as ""'
+        ) from None
+
+
+def _reader(text: str, separator: str, quoting: int) -> Any:
+    csv.field_size_limit(_GREATEST)
+    return csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True,
+        quoting=quoting,
+    )  # fmt: skip
+
+
+def _quotes_are_whole(text: str) -> bool:
+    """Whether the quotes of a TSV enclose its fields."""
+    try:
+        return all(True for _ in _reader(text, "\t", csv.QUOTE_MINIMAL))
+    except csv.Error:
+        return False
 
 
 def _row(path: Path, where: str, names: list[str], row: list[str]) -> dict[str, str]:

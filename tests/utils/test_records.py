@@ -26,6 +26,15 @@ def test_a_csv_is_read_whoever_wrote_it(separator, end, codec, tmp_path):
     assert read(tmp_path / "a.csv") == ROWS
 
 
+def test_a_quote_in_a_tsv_may_be_a_letter(tmp_path):
+    text = 'text\tcategory\n"G I G" painted\tx\n5" high, "wide\ty\n'
+    (tmp_path / "a.tsv").write_text(text)
+    assert [row["text"] for row in read(tmp_path / "a.tsv")] == [
+        '"G I G" painted',
+        '5" high, "wide',
+    ]
+
+
 def test_json_in_every_shape_gives_the_same_records(tmp_path):
     named = {row["file_name"]: {"text": row["text"]} for row in ROWS}
     texts = {row["file_name"]: row["text"] for row in ROWS}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from koala.data.files import ARCHIVES, IMAGES, files_below, listing
 from koala.data.items import KINDS, Source
-from koala.data.sources.folder import Folder, contents
+from koala.data.sources.folder import Folder, contents, digest
 from koala.data.sources.hub import HubData, hub_data
 from koala.data.sources.kohya_config import KohyaConfig, subsets
 from koala.data.sources.parquet import Parquet
@@ -34,7 +34,7 @@ def recognise(place: str | Path, kind: str | None = None) -> Source | HubData:
     and none is named.
     """
     root = Path(place).expanduser()
-    for kept in (listing, contents, subsets):
+    for kept in (listing, contents, digest, subsets):
         kept.cache_clear()  # files may have changed since
     if kind is not None and kind not in _KINDS:
         raise unknown("kind of source", kind, KINDS)

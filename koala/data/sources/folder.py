@@ -55,16 +55,14 @@ class Folder:
         return f"{usual}; --caption {FILE_NAME} takes the names of the files"
 
     def parts(self) -> dict[str, int]:
-        """One: the folder itself, with a digest of its files' names and sizes. UserError if none"""
-        found, digest = contents(self), 0
+        """One: the folder itself, with a digest of its files' names and sizes.
+
+        UserError if it has no images.
+        """
+        found = contents(self)
         if not found.images and not found.missing:
             raise UserError(f"{self.root} has no images ({', '.join(IMAGES)})")
-        told = [*found.images, *found.texts]
-        for path in told:
-            size = path.stat().st_size if path.exists() else 0
-            line = f"{path.relative_to(self.root).as_posix()} {size}\n"
-            digest = zlib.crc32(line.encode("utf-8", "surrogateescape"), digest)
-        return {".": digest}
+        return {".": digest(self)}
 
     def count(self, part: str) -> int:
         """Number of images, and of those that are missing."""
@@ -161,3 +159,17 @@ def contents(source: Folder) -> _Contents:
         images, [*tables, *texts], told.records, missing,
         frozenset() if apart == tops else apart, [p for p in unread if p.stem not in stems],
     )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def digest(source: Folder) -> int:
+    """Of the names and sizes of images, and of what may hold their captions."""
+    found, value = contents(source), 0
+    for path in (*found.images, *found.texts):
+        try:
+            size = path.stat().st_size
+        except OSError:  # a broken link
+            size = -1
+        line = f"{path.relative_to(source.root).as_posix()} {size}\n"
+        value = zlib.crc32(line.encode("utf-8", "surrogateescape"), value)
+    return value

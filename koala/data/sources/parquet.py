@@ -1,16 +1,17 @@
 """Parquet files: images embedded as bytes or named by path, captions in the text columns.
 
 The image is the column `image` (bytes, Hugging Face's {bytes, path}, or base64), `jpg`, `png`,
-`webp` or `bytes`, or the first that `datasets` has marked as images; else the path in `path`,
-`file_name` or `image_path`, relative to the file's folder; else the only column of bytes. Case
-does not matter, and URLs are not followed. Order: files by name, rows as they come. A row group is
-read at once, so groups of a few hundred rows are best. Files named `test-...` or `validation-...`,
-as on the Hub, are held out, if there are
-others. The illustration set is stored in such files, with its own splits and kinds.
+`webp` or `bytes`, or the first that `datasets` has marked as images, or the only column of bytes
+that is called so (`img_bytes`); else the path in `path`, `file_name` or `image_path`, relative to
+the file's folder; else the only column of bytes. Case does not matter, and URLs are not followed.
+Order: files by name, rows as they come. A row group is read at once, so groups of a few hundred
+rows are best. Files named `test-...` or `validation-...`, as on the Hub, are held out, if there
+are others. The illustration set is stored in such files, with its own splits and kinds.
 """
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -28,6 +29,7 @@ from koala.errors import UserError
 
 EMBEDDED = ("image", "jpg", "jpeg", "png", "webp", "bytes")
 PATHS = ("path", "file_name", "image_path", *IMAGE_NAMES)
+_IMAGE = re.compile("im(?:a)?g|pic|photo|bytes|jpe?g|png", re.IGNORECASE)  # of bytes, in its name
 _BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR")  # how JPEG, PNG and WebP begin in it
 
 
@@ -43,8 +45,9 @@ class Parquet:
 
     def parts(self) -> dict[str, int]:
         """Paths of the files relative to `root`, with their sizes. UserError if there are none."""
-        there = [self.root] if self.root.is_file() else files_below(self.root)
-        found = [p for p in there if fnmatch(p.name.lower(), self.pattern) and p.is_file()]
+        found = [self.root] if self.root.is_file() else files_below(self.root)
+        if self.root.is_dir():
+            found = [p for p in found if fnmatch(p.name.lower(), self.pattern) and p.is_file()]
         if not found:
             raise UserError(f"{self.root} has no {self.pattern}")
         return {p.relative_to(self.root).as_posix(): p.stat().st_size for p in found}
@@ -118,11 +121,12 @@ def _group(path: Path, group: int) -> pa.Table:
 def image_column(path: Path, schema: pa.Schema) -> str:
     """The column with the images; UserError if there is none."""
     plain = {name.lower(): name for name in reversed(schema.names)}
-    for name in (*EMBEDDED, *_declared(schema), *PATHS):
+    embedded = [field.name for field in schema if _embeds(field.type)]
+    likely = [name for name in embedded if _IMAGE.search(name)]
+    for name in (*EMBEDDED, *_declared(schema), *(likely if len(likely) == 1 else ()), *PATHS):
         found = plain.get(name.lower())
         if found and not pa.types.is_list(schema.field(found).type):
             return found
-    embedded = [field.name for field in schema if _embeds(field.type)]
     if len(embedded) == 1:
         return embedded[0]
     if any("url" in name for name in plain):

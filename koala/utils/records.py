@@ -95,7 +95,7 @@ def _csv(path: Path, text: str) -> Found:
     names: list[str] = []
     for line, row in _rows(path, text, separator, quoting):
         where = f"line {line}"
-        if not any(value.strip() for value in row):
+        if not any(row):  # blank, or separators alone
             continue
         if names:
             yield where, _row(path, where, names, row)

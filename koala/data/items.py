@@ -94,7 +94,9 @@ class Source(Protocol):
 
 def damaged(part: str, why: object) -> Item:
     """Stands for what cannot be read of a damaged file, so that it is counted and reported."""
-    return Item(part, bytes, {}, damage=f"{why}: download it again")
+    return Item(
+        "the source" if part == "." else part, bytes, {}, damage=f"{why}: download it again"
+    )
 
 
 def captions_of(record: dict[str, Any]) -> dict[str, str]:

@@ -410,6 +410,23 @@ def test_images_in_a_table_are_found_by_type_and_urls_are_told(tmp_path):
         with_captions(recognise(tmp_path / "d.parquet"), Preparation())
 
 
+def test_damage_inside_a_file_costs_what_it_hit(files, tmp_path):
+    table = write_parquet(tmp_path / "p", files[:12]) / "a.parquet"  # row groups of three
+    data = bytearray(table.read_bytes())
+    data[300:2000] = bytes(1700)
+    table.write_bytes(data)
+    items = all_items(recognise(table))
+    assert ["row group 0 is damaged" in item.damage for item in items] == [True] * 3 + [False] * 3
+    assert [item.read() for item in items[3:]] == files[3:6]
+    tars = write_tars(tmp_path / "t", files[:12], each=12, ending="tar.gz")
+    data = bytearray((tars / "00000.tar.gz").read_bytes())
+    data[9000:9400] = bytes(400)
+    (tars / "00000.tar.gz").write_bytes(data)
+    *items, last = all_items(recognise(tars))
+    assert "not a complete tar" in last.damage
+    assert 0 < len(items) < 12 and [item.read() for item in items] == files[: len(items)]
+
+
 def test_files_of_img2dataset_are_a_folder(tmp_path):
     put(tmp_path, "00000/000000000.jpg")
     (tmp_path / "00000/000000000.txt").write_text("a fox")

@@ -71,6 +71,9 @@ class Parquet:
             return
         column = image_column(path, schema)
         for number, record in _records(path, first, count):
+            if isinstance(record, str):
+                yield damaged(f"{path.stem}/{number}", record)
+                continue
             yield item_of(path.parent, f"{path.stem}/{number}", record, column, split)
 
 
@@ -96,14 +99,18 @@ def item_of(folder: Path, id: str, record: dict[str, Any], column: str, split: s
     return Item(id, read, captions_of(record), scores_of(record), split, kind)
 
 
-def _records(path: Path, first: int, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows with their numbers, from the row groups that hold them."""
+def _records(path: Path, first: int, count: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Rows with their numbers, from the row groups that hold them; or why they cannot be read."""
     metadata, start = _file(path).metadata, 0
     for group in range(metadata.num_row_groups):
         end = start + metadata.row_group(group).num_rows
         low, high = max(first, start), min(first + count, end)
         if low < high:
-            rows = _group(path, group).slice(low - start, high - low).to_pylist()
+            rows: list[dict[str, Any]] | list[str]
+            try:
+                rows = _group(path, group).slice(low - start, high - low).to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                rows = [f"row group {group} is damaged ({error})"] * (high - low)
             yield from zip(range(low, high), rows, strict=True)
         start = end
 

@@ -9,6 +9,7 @@ are held out, if there are others.
 import gzip
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -93,7 +94,7 @@ def _record(path: Path, files: dict[str, Place]) -> dict[str, Any]:
             elif suffix.endswith(TEXTS):
                 name = suffix.rpartition(".")[0].removeprefix(".") or "text"
                 record[name] = decoded(_read(path, place))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
             what = " is not valid JSON" if isinstance(error, json.JSONDecodeError) else ""
             raise ValueError(f"{suffix}{what} ({error})") from None
     return record
@@ -124,7 +125,7 @@ def _contents(path: Path) -> tuple[list[tuple[str, dict[str, Place]]], str]:
                     keys.setdefault(key, {})[(dot + suffix).lower()] = place
         if _read(path, (end, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("no end marker")  # tarfile accepts that
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         damage = f"not a complete tar ({error}), of which {len(keys)} images are read"
         if keys:
             keys.popitem()  # perhaps not all of its files are there

@@ -89,11 +89,10 @@ def _csv(path: Path, text: str) -> Found:
     first = next((line for _, line in lines_of(text)), "")
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     separator = max((usual, *_SEPARATORS), key=first.count)
-    quoting = csv.QUOTE_MINIMAL
-    if separator == "\t" and not _quotes_are_whole(text):
-        quoting = csv.QUOTE_NONE  # a quote is a letter, as in PartiPrompts
+    # In a TSV a quote may be a letter, as in PartiPrompts.
+    quoted = separator != "\t" or _quotes_are_whole(text)
     names: list[str] = []
-    for line, row in _rows(path, text, separator, quoting):
+    for line, row in _rows(path, text, separator, quoted):
         where = f"line {line}"
         if not any(row):  # blank, or separators alone
             continue
@@ -106,9 +105,9 @@ def _csv(path: Path, text: str) -> Found:
                 raise UserError(f"{path}: two columns are called {name!r}: rename one")
 
 
-def _rows(path: Path, text: str, separator: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, text: str, separator: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV, with the lines that they begin at."""
-    rows = _reader(text, separator, quoting)
+    rows = _reader(text, separator, quoted)
     start = 1
     try:
         for row in rows:
@@ -121,18 +120,18 @@ def _rows(path: Path, text: str, separator: str, quoting: int) -> Iterator[tuple
         ) from None
 
 
-def _reader(text: str, separator: str, quoting: int) -> Any:
+def _reader(text: str, separator: str, quoted: bool) -> Any:
     csv.field_size_limit(_GREATEST)
     return csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True,
-        quoting=quoting,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
     )  # fmt: skip
 
 
 def _quotes_are_whole(text: str) -> bool:
     """Whether the quotes of a TSV enclose its fields."""
     try:
-        return all(True for _ in _reader(text, "\t", csv.QUOTE_MINIMAL))
+        return all(True for _ in _reader(text, "\t", quoted=True))
     except csv.Error:
         return False
 

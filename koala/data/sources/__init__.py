@@ -50,7 +50,9 @@ def recognise(place: str | Path, kind: str | None = None) -> Source | HubData:
         )
     if root.is_file() and kind in (None, "folder"):
         if root.suffix.lower() == ".toml":
-            return KohyaConfig(root)
+            config = KohyaConfig(root)
+            config.tell()
+            return config
         if root.suffix.lower() != ".parquet" and is_table(root):
             return Folder(root.absolute().parent, root.absolute())
     found = [kind] if kind else _found(root)

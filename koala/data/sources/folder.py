@@ -11,6 +11,7 @@ the image's file, for those who write their captions there; it is used only if i
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -170,6 +171,6 @@ def digest(source: Folder) -> int:
             size = path.stat().st_size
         except OSError:  # a broken link
             size = -1
-        line = f"{path.relative_to(source.root).as_posix()} {size}\n"
+        line = f"{os.path.relpath(path, source.root)} {size}\n"
         value = zlib.crc32(line.encode("utf-8", "surrogateescape"), value)
     return value

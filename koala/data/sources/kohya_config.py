@@ -35,6 +35,13 @@ class KohyaConfig:
         """As of its folders."""
         return next(iter(subsets(self.root).values())).folder.looked_in
 
+    def tell(self) -> None:
+        """Names, on standard error, what of the configuration has no meaning here."""
+        unused = {name for subset in subsets(self.root).values() for name in subset.unused}
+        if unused:
+            listed = ", ".join(sorted(unused))
+            print(f"koala: {self.root.name}: not used here: {listed}", file=sys.stderr)
+
     def parts(self) -> dict[str, int]:
         """The subsets by number and folder, with digests. UserError if there are none."""
         return {
@@ -62,6 +69,7 @@ class _Subset:
     folder: Folder
     repeats: int
     tokens: str
+    unused: frozenset[str]
 
 
 @lru_cache(maxsize=2)
@@ -72,18 +80,13 @@ def subsets(config: Path) -> dict[str, _Subset]:
     except (OSError, ValueError) as error:
         raise UserError(f"{config} cannot be read as TOML: {error}") from None
     found: dict[str, _Subset] = {}
-    unused: set[str] = set()
     for data_set in _tables(config, told, "datasets"):
         for own in _tables(config, data_set, "subsets"):
             outer = {name: value for name, value in data_set.items() if name != "subsets"}
             settings = {**_general(told), **outer, **own}
-            unused |= settings.keys() - _USED
             number = len(found) + 1
             subset = _subset(config, number, settings)
             found[f"{number} {subset.folder.root.name}"] = subset
-    if unused:
-        listed = ", ".join(sorted(unused))
-        print(f"koala: {config.name}: not used here: {listed}", file=sys.stderr)
     return found
 
 
@@ -117,9 +120,11 @@ def _subset(config: Path, number: int, settings: dict[str, Any]) -> _Subset:
     if not isinstance(ending, str) or not ending.strip("."):
         raise UserError(f"{where}: caption_extension {ending!r} must be an ending, such as .txt")
     texts = tuple(dict.fromkeys((*TEXTS, f".{ending.lower().lstrip('.')}")))
+    unused = frozenset(settings.keys() - _USED)
     table = settings.get("metadata_file")
     path = None if table is None else _there(config, str(table), where)
-    return _Subset(Folder(folder, path, texts), repeats, str(settings.get("class_tokens", "")))
+    tokens = str(settings.get("class_tokens", ""))
+    return _Subset(Folder(folder, path, texts), repeats, tokens, unused)
 
 
 def _there(config: Path, given: str, where: str) -> Path:

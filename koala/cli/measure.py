@@ -34,8 +34,8 @@ def _evaluate_arguments(p: Parser) -> None:
     asked = p.add_argument_group("what is drawn")
     asked.add_argument(
         "--prompts", nargs="+", default=[], metavar="FILE|SET",
-        help="text, csv or jsonl files, prepared data (its held-out captions), or published sets "
-        f"by NAME=PATH: {listed(SETS)}",
+        help="text, csv, json or parquet files, prepared data (its held-out captions), or "
+        f"published sets by NAME=PATH: {listed(SETS)}",
     )  # fmt: skip
     asked.add_argument(
         "--count", type=whole, metavar="N",

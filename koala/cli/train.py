@@ -34,8 +34,8 @@ def _prepare_arguments(p: Parser) -> None:
     from koala.data.illustrations.scenes import ILLUSTRATIONS
 
     p.add_argument(
-        "source", help="a folder of images, webdataset tars, parquet files, a saved data set or "
-        "ye-pop chunks; ORG/NAME of a data set on the Hub; or "
+        "source", help="a folder of images, a table that names them, webdataset tars, parquet "
+        "files, a saved data set or ye-pop chunks; ORG/NAME of a data set on the Hub; or "
         f"{listed(ILLUSTRATIONS)}, which koala renders itself",
     )  # fmt: skip
     p.add_argument(

@@ -23,17 +23,24 @@ SCORES = {  # our name of a score -> names in data sets; the first one present c
     "nsfw": ("nsfw", "nsfw_prediction", "punsafe"),
     "similarity": ("similarity", "alt_txt_similarity", "clip_similarity"),
 }
+FILE_NAME = "file_name"  # the caption in the image's file name: used only if it is asked for
+IMAGE_NAMES = (  # columns that name an image's file
+    "file_name", "filename", "image", "image_path", "path", "file", "image_name", "image_file",
+    "image_filename", "img", "img_path", "filepath", "file_path", "relative_path",
+)  # fmt: skip
 NOT_CAPTIONS = frozenset(
-    ("id", "uid", "key", "url", "path", "file_name", "filename", "image", "image_path", "img",
-     "file", "status", "error_message", "exif", "sha256", "md5", "hash", "phash", "license",
-     "split", "kind", "language", "lang", "mime", "mime_type", "mimetype", "format", "source",
-     "dataset", "author", "date", "created_at", "timestamp", "width", "height", "original_width",
-     "original_height", "pwatermark", "aesthetic",
+    (*IMAGE_NAMES, "id", "uid", "key", "url", "status", "error_message", "exif", "sha256", "md5",
+     "hash", "phash", "license", "split", "kind", "language", "lang", "mime", "mime_type",
+     "mimetype", "format", "source", "dataset", "author", "date", "created_at", "timestamp",
+     "width", "height", "original_width", "original_height", "pwatermark", "aesthetic", "rating",
+     "file_ext", "file_url",
      *(name for names in SCORES.values() for name in names))
 )  # fmt: skip
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # names of such files or folders
 _SPLIT = re.compile(rf"({'|'.join(HELD_OUT)})(?=[-_.]|$)", re.IGNORECASE)
-_TEXTS = re.compile("caption|text|prompt|descri|sentence|title|tag", re.IGNORECASE)
+_TEXTS = re.compile("caption|text|txt|prompt|descri|sentence|title|tag|comment", re.IGNORECASE)
+_BOORU = re.compile(r"tag_string(?:_\w+)?")  # tags with `_` inside and spaces between
+_NUMBER = re.compile("(?:^|_)(?:id|number|num|index|idx|count)$", re.IGNORECASE)
 _REPEATS = re.compile(r"repeated (\d+) times")
 
 
@@ -48,6 +55,7 @@ class Item:
     split: str | None = None  # if the source has its own: "train", "test-pair", ...
     kind: str = "picture"
     damage: str = ""  # of the file that the item stands for: nothing more can be read of it
+    no_image: str = ""  # why there is none, though the source names one
 
 
 class Source(Protocol):
@@ -86,17 +94,20 @@ class Source(Protocol):
 
 def damaged(part: str, why: object) -> Item:
     """Stands for what cannot be read of a damaged file, so that it is counted and reported."""
-    return Item(part, bytes, {}, damage=f"{why}: download it again")
+    return Item(
+        "the source" if part == "." else part, bytes, {}, damage=f"{why}: download it again"
+    )
 
 
 def captions_of(record: dict[str, Any]) -> dict[str, str]:
     """The fields of a record that may be captions: text that is not metadata.
 
-    A list of captions gives "name.0", "name.1", ..., a structure "name.key"; tags are one caption.
+    A list of captions gives "name.0", "name.1", ..., a structure "name.key"; tags are one caption,
+    and Danbooru's are written as text: "1girl long_hair" is "1girl, long hair".
     """
     found: dict[str, str] = {}
     for name, value in record.items():
-        if name.lower() in NOT_CAPTIONS:
+        if name.lower() in NOT_CAPTIONS or _NUMBER.search(name):
             continue
         if isinstance(value, list | dict) and not _TEXTS.search(name):
             continue
@@ -107,14 +118,25 @@ def captions_of(record: dict[str, Any]) -> dict[str, str]:
 def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
     """(name, text) of every text in a value."""
     if isinstance(value, str):
-        yield name, value
+        yield name, _tags(value.split()) if _BOORU.fullmatch(name) else value
     elif isinstance(value, list) and "tag" in name.lower():
-        yield name, ", ".join(map(str, value))
+        yield name, _tags([one.get("name") if isinstance(one, dict) else one for one in value])
     elif isinstance(value, list | dict):
         inner = value.items() if isinstance(value, dict) else enumerate(value)
         for key, one in inner:
             if str(key).lower() not in NOT_CAPTIONS:
                 yield from _texts(f"{name}.{key}", one)
+
+
+def _tags(tags: list[Any]) -> str:
+    """Tags as one text; those of three letters, such as `^_^`, keep their `_`."""
+    texts = [str(tag).strip() for tag in tags if tag is not None]
+    return ", ".join(t.replace("_", " ") if len(t) > 3 else t for t in texts if t)
+
+
+def is_worded(name: str) -> bool:
+    """Whether a field's name says that it holds captions, or tags."""
+    return bool(_TEXTS.search(name))
 
 
 def scores_of(record: dict[str, Any]) -> dict[str, float]:

@@ -8,6 +8,7 @@ process does its share of the units, and the one that finds all of them finished
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -19,9 +20,10 @@ from safetensors.torch import save
 from koala.data.captions import CaptionFitter
 from koala.data.encoding import PROBE, EncodedSample, Encoder, encoder_hash
 from koala.data.items import Source
-from koala.data.preprocess import Preparation, with_captions
+from koala.data.preprocess import Preparation, unused_captions, with_captions
 from koala.data.shards import (
     CLAIM,
+    REPORT,
     Summary,
     merge,
     read_summary,
@@ -47,9 +49,16 @@ def prepare_latents(
     workers: int | None = None, device: str = "cpu",
 ) -> Summary:  # fmt: skip
     """Encodes a source with the VAE of a checked model folder; see `koala.data.prepare`."""
+    chosen = bool(preparation.captions or source.captions)
     preparation = with_captions(source, preparation)
     rank, world = (int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
     workers = workers or own_cores()
+    if rank == 0 and not chosen and (unused := unused_captions(source, preparation)):
+        print(
+            f"koala: the captions are {', '.join(preparation.captions)}; not used are "
+            f"{', '.join(unused)}: choose with --caption",
+            file=sys.stderr,
+        )
     with pool_of(workers) as pool:
         plan = plan_units(source, out, preparation.unit, pool)
         own = preparation.posterior != "pixels"  # pixels suit any VAE
@@ -86,7 +95,12 @@ def _finish(out: Path, plan: UnitPlan, preparation: Preparation) -> Summary:
     summary = read_summary(out) or merge(out, plan.units, preparation.filters.keep_duplicates)
     if not summary.kept:
         counts = ", ".join(f"{n:,} {why}" for why, n in summary.dropped.items())
-        raise UserError(f"none of {plan.items:,} images is left ({counts}): see {out}/report.jsonl")
+        with (out / REPORT).open(encoding="utf-8") as report:
+            first = json.loads(report.readline())
+        raise UserError(
+            f"none of {plan.items:,} images is left ({counts}), such as {first['id']}: "
+            f"{first['detail'] or first['reason']}; see {out / REPORT}"
+        )
     return summary
 
 

@@ -7,17 +7,19 @@ This runs in the worker processes, so it does not import torch. An item becomes 
 import hashlib
 import io
 import math
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import cache
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from koala.data.buckets import STEP, Size, buckets, fit
 from koala.data.captions import POLICIES, check_expressions, compose
-from koala.data.items import SCORES, Item, Source
+from koala.data.items import FILE_NAME, SCORES, Item, Source, is_worded
 from koala.errors import UserError, unknown
 
 PAPER = (255, 255, 255)  # background of transparent images
@@ -116,12 +118,9 @@ class Dropped:
 
 def with_captions(source: Source, preparation: Preparation) -> Preparation:
     """The preparation with its captions resolved; UserError if the source lacks one."""
-    there = (item for part in source.parts() for item in source.items(part, 0, PEEK))
-    first = list(islice((item for item in there if not item.damage), PEEK))
-    fields = list(dict.fromkeys(name for item in first for name in item.captions))
-    told = [item.captions for item in first if item.captions]
-    common = [name for name in fields if all(name in captions for captions in told)]
-    captions = preparation.captions or source.captions or tuple(common or fields)
+    first = _first(source)
+    fields = [*dict.fromkeys(name for item in first for name in item.captions)]
+    captions = preparation.captions or source.captions or _usual(first)
     check_expressions(captions, fields)
     if not captions and first:
         raise UserError(
@@ -132,6 +131,48 @@ def with_captions(source: Source, preparation: Preparation) -> Preparation:
         if first and not any(score in item.scores for item in first):
             raise UserError(f"the first {len(first)} images of the source have no score {score}")
     return replace(preparation, captions=captions)
+
+
+def unused_captions(source: Source, preparation: Preparation) -> list[str]:
+    """The fields of text that are not among the preparation's captions."""
+    used = {field for expression in preparation.captions for field in expression.split("+")}
+    there = dict.fromkeys(name for item in _first(source) for name in item.captions)
+    return [name for name in there if name not in used and name != FILE_NAME]
+
+
+def _first(source: Source) -> list[Item]:
+    """The first items that can be read. UserError if none can."""
+    readable: list[Item] = []
+    other: list[Item] = []
+    for item in (item for part in source.parts() for item in source.items(part, 0, PEEK)):
+        (other if item.damage or item.no_image else readable).append(item)
+        if len(readable) == PEEK:
+            break
+    if other and not readable:
+        raise UserError(
+            f"none of the source's first {len(other)} images can be read: {other[0].id}: "
+            f"{other[0].damage or other[0].no_image}"
+        )
+    return readable
+
+
+def _usual(first: list[Item]) -> tuple[str, ...]:
+    """The fields of all images that have any: those called captions, if there are such.
+
+    UserError if there are captions, but none that all images have.
+    """
+    told = [own for item in first if (own := [n for n in item.captions if n != FILE_NAME])]
+    counts = Counter(name for own in told for name in own)
+    common = [name for name, count in counts.items() if count == len(told)]
+    if told and not common:
+        listed = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+        raise UserError(
+            f"the first {len(told)} captioned images have no field in common, but {listed}: choose "
+            f"with --caption; --caption {'+'.join([*counts][:2])} joins those that are there"
+        )
+    worded = [name for name in common if is_worded(name)] or common
+    whole = "tag_string" in worded  # Danbooru's: the others are its parts
+    return tuple(name for name in worded if not (whole and name.startswith("tag_string_")))
 
 
 def read_samples(
@@ -145,16 +186,19 @@ def sample_of(item: Item, preparation: Preparation) -> Sample | Dropped:
     """The sample of an item, or why it is dropped."""
     if item.damage:
         return Dropped(item.id, "damaged file", item.damage)
+    if item.no_image:
+        return Dropped(item.id, "no image", item.no_image)
     captions = tuple(compose(expression, item.captions) for expression in preparation.captions)
-    for reason, detail in _faults(item, captions, preparation.filters):
+    for reason, detail in _faults(item, preparation.captions, captions, preparation.filters):
         return Dropped(item.id, reason, detail)
+    data = None
     try:
         data = item.read()
         image = upright(data)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything on damaged files
-        return Dropped(item.id, "undecodable", f"{type(error).__name__}: {error}")
+        return Dropped(item.id, "undecodable", _why_not(data, error))
     filters, size = preparation.filters, (image.height, image.width)
     if filters.min_side is not None and min(size) < filters.min_side:
         return Dropped(item.id, "small", f"{image.width}x{image.height}")
@@ -173,12 +217,21 @@ def sample_of(item: Item, preparation: Preparation) -> Sample | Dropped:
 
 
 def upright(data: bytes) -> Image.Image:
-    """An image's first frame as RGB, rotated by its EXIF orientation, on white if transparent.
+    """An image's first frame as sRGB, rotated by its EXIF orientation, on white if transparent.
 
-    Raises what Pillow raises on invalid files.
+    16 bits become 8. Raises what Pillow raises on invalid files, ValueError for pixels without a
+    known range.
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        image = ImageOps.exif_transpose(opened)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large images, which are read, and of broken EXIF
+        with Image.open(io.BytesIO(data)) as opened:
+            image = ImageOps.exif_transpose(opened)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # `convert` would cut off all above 255
+        deep = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((deep.astype(np.float32) / 257).round().astype(np.uint8))
+    image = _as_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, PAPER)
@@ -186,7 +239,47 @@ def upright(data: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def _faults(item: Item, captions: tuple[str, ...], filters: Filters) -> Iterator[tuple[str, str]]:
+def _as_srgb(image: Image.Image) -> Image.Image:
+    """The colours of the image's ICC profile in sRGB; the image itself without a usable one."""
+    if not (profile := image.info.get("icc_profile")):
+        return image
+    mode = {"RGB": "RGB", "CMYK": "RGB", "RGBA": "RGBA"}.get(image.mode)
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        usual = "srgb" in ImageCms.getProfileDescription(own).lower()
+        if mode is None or usual or "transparency" in image.info:
+            return image
+        return ImageCms.profileToProfile(image, own, _srgb(), outputMode=mode) or image
+    except (ImageCms.PyCMSError, OSError, ValueError):  # broken, or of other channels
+        return image
+
+
+@cache
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def _why_not(data: bytes | None, error: Exception) -> str:
+    """Why an image cannot be read or decoded."""
+    if data is None:
+        return f"{type(error).__name__}: {error}"
+    if not data:
+        return "the file is empty"
+    kinds = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"avif": "AVIF"}
+    kind = kinds.get(data[8:12]) if data[4:8] == b"ftyp" else None
+    if data[:2] == b"\xff\x0a" or data[4:8] == b"JXL ":
+        kind = "JPEG XL"
+    if isinstance(error, Image.DecompressionBombError):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        return f"more than {most} megapixels: make it smaller"
+    if isinstance(error, UnidentifiedImageError):
+        return f"{kind or 'its format'} is not read here: convert it to PNG, WebP or JPEG"
+    return f"{type(error).__name__}: {error}"
+
+
+def _faults(
+    item: Item, expressions: tuple[str, ...], captions: tuple[str, ...], filters: Filters
+) -> Iterator[tuple[str, str]]:
     """(reason, detail) of the faults known before the image is read."""
     nsfw, similarity = item.scores.get("nsfw"), item.scores.get("similarity")
     for score in filters.scores:
@@ -197,10 +290,10 @@ def _faults(item: Item, captions: tuple[str, ...], filters: Filters) -> Iterator
     least = filters.min_similarity
     if least is not None and similarity is not None and similarity < least:
         yield "similarity", f"{similarity:g}"
-    for caption in captions:
+    for expression, caption in zip(expressions, captions, strict=True):
         words = len(caption.split())
         if not words:
-            yield "no caption", ""
+            yield "no caption", expression
         elif filters.min_words is not None and words < filters.min_words:
             yield "few words", str(words)
         elif filters.max_words is not None and words > filters.max_words:

@@ -65,9 +65,10 @@ def plan_units(source: Source, out: Path, unit: int, pool: Executor | None) -> U
     if path.exists():
         kept = json.loads(path.read_text("utf-8"))
         if changed := _changed(kept["parts"], there):
+            what = "source" if changed == "." else f"source's part {changed}"
             raise UserError(
-                f"{out} was started before the source's part {changed} changed: prepare the "
-                "source as it is now into another folder"
+                f"{out} was started before the {what} changed, or for another source: prepare this "
+                "one into another folder"
             )
         return UnitPlan(kept["counts"], unit)
     counts = (pool.map if pool else map)(source.count, there)

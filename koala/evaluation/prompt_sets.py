@@ -5,15 +5,15 @@ Importing this loads no torch.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from koala.errors import UserError, unknown
-from koala.evaluation.prompts import Prompt, PromptSet, checked, load_json, read_file
+from koala.evaluation.prompts import Prompt, PromptSet, checked, read_file
 from koala.utils.asset_packages import cache_folder
 from koala.utils.extras import require
+from koala.utils.records import load_json, records, text_of
 
 ILLUSTRATIONS = 200  # prompts of the illustrations, unless another number is asked for
 
@@ -45,12 +45,12 @@ def read_prompts(given: str) -> PromptSet:
         return _published(given, cache_folder() / "sets" / given)
     if not path.exists():
         raise unknown(
-            "prompts", given, SETS, ", a file with one prompt to a line, csv or jsonl, or a folder "
-            "of prepared data",
+            "prompts", given, SETS, ", a file with one prompt to a line, csv, json or parquet, or "
+            "a folder of prepared data",
         )  # fmt: skip
-    for published in SETS.values():
+    for name, published in SETS.items():
         if _marked(published, path):
-            return checked(published.read(path))
+            return _read(name, path)
     if is_prepared(path):
         require("prepared data", "evaluate", "pyarrow")
         from koala.data.held_out import held_out_captions
@@ -60,7 +60,7 @@ def read_prompts(given: str) -> PromptSet:
     if path.is_dir():
         raise UserError(
             f"{path} is no prompt set: allowed are {', '.join(SETS)} in their published layouts, "
-            "prepared data, or a text, csv or jsonl file"
+            "prepared data, or a text, csv, json or parquet file"
         )
     return read_file(path)
 
@@ -77,7 +77,21 @@ def _published(name: str, path: Path) -> PromptSet:
             f"{name} is not at {path} ({' or '.join(published.marks)} is missing): get it from "
             f"{published.at} and give --prompts {name}=PATH"
         )
-    return checked(published.read(path))
+    return _read(name, path)
+
+
+def _read(name: str, path: Path) -> PromptSet:
+    """UserError if the files are not in the set's layout."""
+    published = SETS[name]
+    try:
+        return checked(published.read(path))
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not in the layout of {name} ({type(error).__name__}: {error}): get it from "
+            f"{published.at}"
+        ) from None
 
 
 def _marked(published: Published, path: Path) -> bool:
@@ -157,18 +171,17 @@ def dpg_bench(path: Path) -> PromptSet:
     file = _file(path, "dpg-bench")
     texts: dict[str, str] = {}
     questions: dict[str, list[dict[str, object]]] = {}
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        for row in csv.DictReader(stream):
-            if row["text"].strip():
-                texts[row["item_id"]] = row["text"].strip()
-            after = [int(n) for n in row["dependency"].split(",") if n.strip() not in ("", "0")]
-            questions.setdefault(row["item_id"], []).append(
-                {
-                    "number": int(row["proposition_id"]),
-                    "question": row["question_natural_language"],
-                    "after": after,
-                }
-            )
+    for _, row in records(file, "item_id"):
+        if row["text"].strip():
+            texts[row["item_id"]] = row["text"].strip()
+        after = [int(n) for n in row["dependency"].split(",") if n.strip() not in ("", "0")]
+        questions.setdefault(row["item_id"], []).append(
+            {
+                "number": int(row["proposition_id"]),
+                "question": row["question_natural_language"],
+                "after": after,
+            }
+        )
     prompts = (
         Prompt(id, texts.get(id, ""), "", {"propositions": asked})
         for id, asked in questions.items()
@@ -185,7 +198,7 @@ def parti(path: Path) -> PromptSet:
 def mjhq(path: Path) -> PromptSet:
     """MJHQ-30K (arXiv 2402.17245): 3,000 pictures with prompts in each of ten categories."""
     file = _file(path, "mjhq-30k")
-    rows = load_json(file.read_text("utf-8"), str(file))
+    rows = load_json(text_of(file), str(file))
     prompts = (Prompt(id, row["prompt"], row["category"]) for id, row in rows.items())
     return PromptSet("mjhq-30k", tuple(prompts), metrics=("fid", "clip-score"))
 
@@ -196,7 +209,7 @@ def coco(path: Path) -> PromptSet:
     An id is the image's file name without its suffix, so that a folder of the images fits.
     """
     file = _file(path, "coco")
-    found = load_json(file.read_text("utf-8"), str(file))
+    found = load_json(text_of(file), str(file))
     names = {image["id"]: Path(image["file_name"]).stem for image in found["images"]}
     first: dict[str, str] = {}
     for one in sorted(found["annotations"], key=lambda a: a["id"]):

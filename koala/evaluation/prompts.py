@@ -1,14 +1,13 @@
-"""The prompts of an evaluation: from text, csv and jsonl files, prepared data, and published sets.
+"""The prompts of an evaluation: from text files and tables, prepared data, and published sets.
 
 Importing this loads no torch.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any
 
 from koala.errors import UserError
 from koala.utils.digest import digest
+from koala.utils.records import TABLES, lines_of, records, text_of
 
-TEXT = ("prompt", "text", "caption")  # columns or keys with the prompt, the first that is there
+TEXT = ("prompt", "text", "caption", "prompts")  # columns or keys with it, the first there
 NAMED = ("id", "category")  # and what else is read by name
+_COMMENT = re.compile(r"#(?:\s|$)")  # of a text file; `#1 fan` is a prompt
 
 
 @dataclass(frozen=True)
@@ -97,87 +98,49 @@ def checked(given: PromptSet) -> PromptSet:
 
 
 def read_file(path: Path) -> PromptSet:
-    """The prompts of a text file (one to a line), csv, tsv, jsonl or json file.
+    """The prompts of a text file (one to a line), csv, tsv, jsonl, json or parquet file.
 
-    Columns or keys: `prompt` (or text, caption), and if there are, `id`, `category`, and what
-    metrics ask for, such as `questions`. UserError for another file, or one that cannot be read.
+    Columns or keys: `prompt` (or text, caption, prompts), and if there are, `id`, `category`, and
+    what metrics ask for, such as `questions`. Blank lines of a text file are left out, and those
+    that are `#` or begin with `# `. UserError for another file, or one that cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the prompts {path} cannot be read as UTF-8 text: {error}") from None
-    rows: _Rows | None = _ROWS.get(path.suffix.lower())
-    if rows is None:
+    suffix = path.suffix.lower()
+    rows: list[tuple[str, Any]]
+    if suffix == ".txt":
+        lines = (line.strip() for _, line in lines_of(text_of(path)))
+        rows = [("", line) for line in lines if not _COMMENT.match(line)]
+    elif suffix in TABLES:
+        rows = [*records(path, "id")]
+    else:
         raise UserError(
-            f"the prompts {path}: allowed are files that end in {', '.join(_ROWS)}, a folder of "
-            "prepared data, or a published set"
+            f"the prompts {path}: allowed are files that end in .txt, {', '.join(TABLES)}, a "
+            "folder of prepared data, or a published set"
         )
-    read = [prompt_of(row, i, path) for i, row in enumerate(rows(path, text))]
+    read = [prompt_of(row, i, path, where) for i, (where, row) in enumerate(rows)]
     return checked(PromptSet(path.stem, tuple(read)))
 
 
-def prompt_of(row: str | Mapping[str, Any], number: int, path: Path) -> Prompt:
-    """A prompt from a text or from named values. UserError if it has none."""
+def prompt_of(row: Any, number: int, path: Path, where: str = "") -> Prompt:
+    """A prompt from a text or from named values. UserError if it has none; `where` names it."""
     if isinstance(row, str):
         return Prompt(f"{number:05d}", row)
+    if not isinstance(row, Mapping):
+        raise UserError(f"{path} holds {row!r:.80}: allowed are texts and objects with a prompt")
     named = {str(key).strip().lower(): value for key, value in row.items() if key is not None}
     key = next((name for name in TEXT if isinstance(named.get(name), str)), None)
     if key is None:
         raise UserError(
-            f"{path}: row {number + 1} has no prompt; name its column one of {', '.join(TEXT)}"
+            f"{path}: {where or f'row {number + 1}'} has no prompt; name its column one of "
+            f"{', '.join(TEXT)} (it has {', '.join(named) or 'nothing'})"
         )
     facts = {k: v for k, v in named.items() if k not in (key, *NAMED) and v is not None}
-    category = str(named.get("category") or "")
-    return Prompt(str(named.get("id") or f"{number:05d}"), named[key].strip(), category, facts)
-
-
-def _lines(path: Path, text: str) -> Iterator[str]:
-    yield from (line.strip() for line in text.splitlines() if line.strip())
-
-
-def _table(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    yield from csv.DictReader(text.splitlines(keepends=True), delimiter=separator)
-
-
-def _json_lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield _row(load_json(line, f"{path}, line {number}"), path)
-
-
-def _json(path: Path, text: str) -> Iterator[Any]:
-    found = load_json(text, str(path))
-    if not isinstance(found, list):
-        raise UserError(f"{path} holds no list of prompts: write one, or a jsonl file")
-    yield from (_row(row, path) for row in found)
-
-
-def _row(row: Any, path: Path) -> str | Mapping[str, Any]:
-    if not isinstance(row, str | dict):
-        raise UserError(f"{path} holds {row!r}: allowed are texts and objects with a prompt")
-    return row
-
-
-def load_json(text: str, where: str) -> Any:
-    """What the JSON says. UserError if it is none."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON: {error}") from None
+    category = "" if named.get("category") is None else str(named["category"])
+    id = named.get("id")
+    own = f"{number:05d}" if id is None or id == "" else str(id)
+    return Prompt(own, named[key].strip(), category, facts)
 
 
 def write(prompts: Sequence[Prompt]) -> str:
     """The prompts as jsonl, which `read_file` reads again."""
     rows = ({"id": p.id, "prompt": p.text, "category": p.category, **p.facts} for p in prompts)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-_Rows = Callable[[Path, str], Iterable[str | Mapping[str, Any]]]
-_ROWS: dict[str, _Rows] = {
-    ".txt": _lines,
-    ".csv": _table,
-    ".tsv": _table,
-    ".jsonl": _json_lines,
-    ".json": _json,
-}

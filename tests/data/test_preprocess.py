@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from koala.data.buckets import buckets, fit
 from koala.data.captions import CaptionFitter, check_expressions, compose
@@ -129,7 +129,7 @@ def test_filters_leave_out_what_they_say():
         ("small", "96x96", {"min_side": 97}, "a fox", {}),
         ("few words", "2", {"min_words": 3}, "a fox", {}),
         ("many words", "2", {"max_words": 1}, "a fox", {}),
-        ("no caption", "", {}, " ", {}),
+        ("no caption", "text", {}, " ", {}),
         ("nsfw", "0.6", {"max_nsfw": 0.5}, "a fox", {"nsfw": 0.6}),
         ("no score", "nsfw", {"max_nsfw": 0.5}, "a fox", {}),
         ("similarity", "0.1", {"min_similarity": 0.2}, "a fox", {"similarity": 0.1}),
@@ -234,3 +234,57 @@ def test_sentences_stay_whole_and_in_order():
     assert seen == {*sentences}
     with pytest.raises(UserError, match="sentences, chunks"):
         CaptionFitter(words, LIMIT, "cut")
+
+
+def saved(picture: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_become_eight(format):
+    ramp = np.tile(np.linspace(0, 65535, 64), (8, 1))
+    found = np.asarray(upright(saved(Image.fromarray(ramp.astype(np.uint16)), format)))
+    assert np.abs(found - ramp[..., None] / 257).max() <= 0.51
+    with pytest.raises(ValueError, match="floating-point"):
+        upright(saved(Image.fromarray(ramp.astype(np.float32)), "TIFF"))
+
+
+def test_colours_of_a_profile_become_srgb():
+    picture = Image.new("RGB", (8, 8), (200, 100, 50))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for profile in (srgb, lab, b"no profile"):  # the colours already, or of other channels
+        data = saved(picture, "PNG", icc_profile=profile)
+        assert np.asarray(upright(data)).tolist() == np.asarray(picture).tolist()
+    # Red and green change places in this profile: its colorants are stored the other way round.
+    tag = {srgb[132 + 12 * i :][:4]: srgb[136 + 12 * i :][:8] for i in range(srgb[131])}
+    swapped = srgb.replace(b"rXYZ" + tag[b"rXYZ"], b"rXYZ" + tag[b"gXYZ"])
+    swapped = swapped.replace(b"gXYZ" + tag[b"gXYZ"], b"gXYZ" + tag[b"rXYZ"])
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "Mine".encode("utf-16-be"))
+    found = np.asarray(upright(saved(picture, "PNG", icc_profile=swapped)), dtype=int)
+    assert np.abs(found - (100, 200, 50)).max() <= 2
+
+
+def test_why_an_image_is_left_out_is_said():
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    huge = saved(Image.new("1", (14_000, 13_000)), "PNG")
+    for data, why in (
+        (heic, "HEIC is not read here: convert it to PNG, WebP or JPEG"),
+        (b"<html>", "its format is not read here: convert it to PNG, WebP or JPEG"),
+        (b"", "the file is empty"),
+        (huge, "more than 178 megapixels: make it smaller"),
+    ):
+        assert sample_of(item(data), PREPARATION) == Dropped("one", "undecodable", why)
+    nothing = Item("one", bytes, {}, no_image="not there")
+    assert sample_of(nothing, PREPARATION) == Dropped("one", "no image", "not there")
+
+
+@pytest.mark.parametrize("format", ["AVIF", "WEBP", "GIF", "JPEG"])
+def test_common_formats_are_read(format):
+    picture = Image.new("RGB", (80, 80), (200, 100, 50))
+    mode = picture.convert("CMYK") if format == "JPEG" else picture
+    found = sample_of(item(saved(mode, format)), PREPARATION)
+    assert isinstance(found, Sample)
+    assert np.abs(found.pixels.mean((0, 1)) - (200, 100, 50)).max() <= 4

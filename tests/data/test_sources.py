@@ -1,20 +1,24 @@
 """Every layout that pictures come in gives the same items, and what is none is refused."""
 
+import base64
 import io
 import json
 import pickle
 import shutil
 import tarfile
+import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from koala.data.preprocess import Preparation, unused_captions, with_captions
 from koala.data.sources import recognise
 from koala.errors import UserError
 from toy_sources import (
     LAYOUTS,
     caption,
+    image,
     images,
     write_folder,
     write_parquet,
@@ -101,8 +105,7 @@ def test_a_image_that_is_not_there_costs_itself(files, tmp_path):
     data = (tars / "00000.tar").read_bytes().replace(b'"punsafe": 0.2', b'"punsafe": ...')
     (tars / "00000.tar").write_bytes(data)
     items = all_items(recognise(tars))
-    with pytest.raises(OSError, match="json is not valid JSON"):
-        items[2].read()
+    assert "json is not valid JSON" in items[2].damage
     assert items[3].read() == files[3]
 
 
@@ -112,10 +115,10 @@ def test_what_is_no_source_is_refused(files, tmp_path):
     (tmp_path / "empty").mkdir()
     for place, kind, said in (
         (tmp_path / "nowhere", None, "does not exist.*ye-pop"),
-        (tmp_path / "empty", None, "none of folder"),
+        (tmp_path / "empty", None, "is empty"),
         (both, None, "may be webdataset or folder.*--as"),
         (both, "zip", "unknown kind of source .zip.: choose folder"),
-        (both, "parquet", "has no image column.*url"),
+        (both, "parquet", "URLs of its images"),
     ):
         with pytest.raises(UserError, match=said):
             all_items(recognise(place, kind))
@@ -169,7 +172,7 @@ def test_texts_of_a_key_go_by_their_names_and_without_a_byte_order_mark(files, t
     assert item.read() == files[0]
     root = write_folder(tmp_path / "folder", files[:1])
     (root / "0000.txt").write_bytes(b"\xef\xbb\xbfa fox")
-    assert all_items(recognise(root))[0].captions == {"text": "a fox"}
+    assert all_items(recognise(root))[0].captions["text"] == "a fox"
 
 
 def test_kohyas_folders_repeat_their_images_and_name_those_without_a_caption(files, tmp_path):
@@ -189,7 +192,7 @@ def test_kohyas_folders_repeat_their_images_and_name_those_without_a_caption(fil
 def test_metadata_of_other_images_are_refused(files, tmp_path):
     root = write_folder(tmp_path / "there", files[:2], "jsonl")
     (root / "metadata.jsonl").write_text(json.dumps({"file_name": "x/1.jpg", "text": "a"}))
-    with pytest.raises(UserError, match=r"name 1 images, such as x/1\.jpg, and none"):
+    with pytest.raises(UserError, match=r"name 1 images, such as x/1\.jpg .*line 1\), and none"):
         all_items(recognise(root))
 
 
@@ -240,3 +243,235 @@ def test_a_file_that_is_cut_off_costs_what_is_lost(files, tmp_path):
         cut.write_bytes(cut.read_bytes()[:5000])
         items = all_items(recognise(source))
         assert [bool(item.damage) for item in items] == [True] + [False] * rest
+
+
+# --- as people have them --------------------------------------------------------------------
+
+
+def put(root, *names):
+    """Images of these names, each another."""
+    for n, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(image(n))
+    return root
+
+
+def captions_in(place, field="text"):
+    """Caption by image, of the items that have one."""
+    source = recognise(place)
+    return {item.id: item.captions.get(field, item.damage or item.no_image)
+            for item in all_items(source)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "File Name;text\r\na.jpg;a fox\r\nsub\\B.jpg;an owl\r\n"),
+        ("metadata.tsv", "image\ttext\na.jpg\ta fox\nsub/b\tan owl\n"),
+        ("metadata.json", '{"a.jpg": "a fox", "./sub/b.JPG": {"text": "an owl"}}'),
+        ("captions.json", '[{"image": "a.jpg", "text": "a fox"}, {"img": "b.jpg", "text": "no"}]'),
+        ("meta_cap.json", '{"a": {"text": "a fox"}, "sub/b": {"text": "an owl"}}'),
+        ("captions.csv", "path,text\n/elsewhere/a.jpg,a fox\n/elsewhere/sub/b.jpg,an owl\n"),
+    ],
+)
+def test_tables_of_other_programs_name_their_images_in_their_way(name, text, tmp_path):
+    put(tmp_path, "a.jpg", "sub/b.jpg")
+    (tmp_path / name).write_text(text, newline="")
+    found = captions_in(tmp_path)
+    if name == "captions.json":  # in its own folder there is no such image
+        assert found.pop("b.jpg") == "named in captions.json, record 2, but not there"
+    assert found["a.jpg"] == "a fox"
+    assert found["sub/b.jpg"] == ("" if name == "captions.json" else "an owl")
+
+
+def test_published_layouts_of_captions_are_read(tmp_path):
+    coco = put(tmp_path / "coco", "val2017/01.jpg", "val2017/02.jpg")
+    (coco / "annotations").mkdir()
+    told = [{"image_id": i, "caption": f"{i} {k}"} for i in (1, 2) for k in "ab"]
+    (coco / "annotations/captions_val2017.json").write_text(
+        json.dumps({"images": [{"id": i, "file_name": f"0{i}.jpg"} for i in (1, 2)],
+                    "annotations": told})
+    )  # fmt: skip
+    (coco / "annotations/instances_val2017.json").write_text('{"images": [], "annotations": []}')
+    assert captions_in(coco, "caption.1") == {"val2017/01.jpg": "1 b", "val2017/02.jpg": "2 b"}
+    flickr = put(tmp_path / "flickr", "Images/a.jpg")
+    (flickr / "captions.txt").write_text("image,caption\na.jpg,a fox\na.jpg,the fox\n")
+    assert captions_in(flickr, "caption.1") == {"Images/a.jpg": "the fox"}
+    diffusion = put(tmp_path / "db", "u.png")
+    (diffusion / "part-000001.json").write_text('{"u.png": {"p": "a fox", "sa": "k_lms"}}')
+    assert all_items(recognise(diffusion))[0].captions == {"prompt": "a fox", "file_name": "u"}
+    booru = put(tmp_path / "booru", "a.jpg")
+    tags = {"tag_string": "1girl long_hair ^_^", "tags": [{"name": "red_eyes"}], "rating": "s"}
+    (booru / "a.jpg.json").write_text(json.dumps(tags))
+    (item,) = all_items(recognise(booru))
+    assert item.captions["tag_string"] == "1girl, long hair, ^_^"
+    assert item.captions["tags"] == "red eyes" and "rating" not in item.captions
+
+
+def test_any_table_is_a_source_of_the_images_that_it_names(tmp_path):
+    put(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    (tmp_path / "mine.csv").write_text("image,text\na.jpg,a fox\nc.jpg,an owl\n")
+    assert captions_in(tmp_path / "mine.csv") == {"a.jpg": "a fox", "c.jpg": "an owl"}
+    with pytest.raises(UserError, match=r"mine\.csv is no such table: to read it, give it"):
+        with_captions(recognise(tmp_path), Preparation())
+    named = with_captions(recognise(tmp_path), Preparation(captions=("file_name",)))
+    assert named.captions == ("file_name",)
+
+
+def test_a_configuration_of_kohyas_scripts_is_a_source(tmp_path, capsys):
+    put(tmp_path / "pictures", "a.jpg", "b.jpg")
+    (tmp_path / "pictures/a.cap").write_text("a fox")
+    (tmp_path / "sets.toml").write_text(
+        '[general]\ncaption_extension = ".cap"\nflip_aug = true\n[[datasets]]\n'
+        '[[datasets.subsets]]\nimage_dir = "pictures"\nnum_repeats = 5\nclass_tokens = "fox"\n'
+    )
+    assert captions_in(tmp_path / "sets.toml") == {
+        "1 pictures/a.jpg": "a fox", "1 pictures/b.jpg": "fox"
+    }  # fmt: skip
+    assert "not used here: flip_aug" in capsys.readouterr().err
+    (item, _) = all_items(recognise(tmp_path / "sets.toml"))
+    assert item.kind == "repeated 5 times"
+    (tmp_path / "sets.toml").write_text("[model]\n")
+    with pytest.raises(UserError, match=r"lists no \[\[datasets\]\]"):
+        all_items(recognise(tmp_path / "sets.toml"))
+
+
+def test_names_of_files_are_found_in_every_spelling(tmp_path):
+    nfd, nfc = (unicodedata.normalize(form, "café") for form in ("NFD", "NFC"))
+    put(tmp_path, f"{nfd}.JPG", "B.jpeg", "c.jpg", "v1.5 d.webp")
+    for name in (f"{nfc}.txt", "b.TXT", "c.jpg.txt", "v1.5 d.txt"):
+        (tmp_path / name).write_text(name)
+    assert [*captions_in(tmp_path).values()] == ["b.TXT", "c.jpg.txt", f"{nfc}.txt", "v1.5 d.txt"]
+
+
+def test_captions_may_stand_in_the_names_of_files(tmp_path):
+    put(tmp_path, "a photo of john_001.jpg", "a_red_fox (2).jpg", "007.jpg")
+    found = captions_in(tmp_path, "file_name")
+    assert [*found.values()] == ["007", "a photo of john", "a red fox"]
+
+
+def test_hidden_files_are_left_out_and_links_followed(tmp_path):
+    root = put(tmp_path / "there", "a.jpg", "._a.jpg", "__MACOSX/b.jpg", ".cache/c.jpg")
+    put(tmp_path / "other", "d.jpg")
+    (root / "sub").symlink_to(tmp_path / "other")
+    (root / "back").symlink_to(root)
+    (root / "broken.jpg").symlink_to("gone.jpg")
+    (root / "e.svg").write_text("<svg/>")
+    items = {item.id: item for item in all_items(recognise(root))}
+    assert [*items] == ["a.jpg", "broken.jpg", "sub/d.jpg", "e.svg"]
+    with pytest.raises(FileNotFoundError):
+        items["broken.jpg"].read()
+    assert "not read here" in items["e.svg"].no_image
+
+
+@pytest.mark.parametrize("ending", ["txt", "json"])
+def test_captions_that_are_no_text_cost_their_image(ending, tmp_path):
+    put(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    good = '"a fox"' if ending == "json" else "a fox"
+    (tmp_path / f"a.{ending}").write_bytes(b'"caf\xe9"')
+    (tmp_path / f"b.{ending}").write_bytes(good.encode("utf-16"))
+    (tmp_path / f"c.{ending}").write_bytes(b"\0\0")
+    found = captions_in(tmp_path)
+    assert found["b.jpg"] == "a fox"
+    assert f"a.{ending} (line 1 is not UTF-8" in found["a.jpg"]
+    assert "NUL" in found["c.jpg"]
+
+
+def test_tars_are_read_by_what_is_in_them(tmp_path):
+    def write(name, mode, *files):
+        with tarfile.open(tmp_path / name, mode) as tar:
+            for file, data in files:
+                member = tarfile.TarInfo(file)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+    write("0.tar", "w:gz", ("./x/0.IMAGE.png", image(0)), ("./x/0.TXT", b"a fox"), ("._0.jpg", b""))
+    write("1.tar", "w", ("1.txt", b"alone"), ("2.jpg", image(2)), ("2.txt", b"caf\xe9"))
+    first, alone, wrong = all_items(recognise(tmp_path))
+    assert first.read() == image(0) and first.captions == {"text": "a fox"}
+    assert "no image of its own among 1.txt" in alone.no_image
+    assert "2.txt (line 1 is not UTF-8" in wrong.damage
+
+
+def test_images_in_a_table_are_found_by_type_and_urls_are_told(tmp_path):
+    def first(name, **columns):
+        pq.write_table(pa.table(columns), tmp_path / name)
+        return all_items(recognise(tmp_path / name))[0]
+
+    assert first("a.PARQUET", Image=[image(0)], TEXT=["x"]).read() == image(0)
+    assert first("b.parquet", data=[image(1)], text=["x"]).read() == image(1)
+    coded = base64.b64encode(image(2)).decode()
+    assert first("c.parquet", image=[coded], text=["x"]).read() == image(2)
+    assert "is a URL" in first("d.parquet", image=["https://x/a.jpg"], text=["x"]).no_image
+    assert "no image" in first("e.parquet", image=pa.array([None], pa.binary())).no_image
+    with pytest.raises(UserError, match=r"URLs of its images.*img2dataset"):
+        first("f.parquet", URL=["https://x/a.jpg"], TEXT=["x"])
+    with pytest.raises(UserError, match=r"none of the source's first 1 images.*is a URL"):
+        with_captions(recognise(tmp_path / "d.parquet"), Preparation())
+
+
+def test_damage_inside_a_file_costs_what_it_hit(files, tmp_path):
+    table = write_parquet(tmp_path / "p", files[:12]) / "a.parquet"  # row groups of three
+    data = bytearray(table.read_bytes())
+    data[300:2000] = bytes(1700)
+    table.write_bytes(data)
+    items = all_items(recognise(table))
+    assert ["row group 0 is damaged" in item.damage for item in items] == [True] * 3 + [False] * 3
+    assert [item.read() for item in items[3:]] == files[3:6]
+    tars = write_tars(tmp_path / "t", files[:12], each=12, ending="tar.gz")
+    data = bytearray((tars / "00000.tar.gz").read_bytes())
+    data[9000:9400] = bytes(400)
+    (tars / "00000.tar.gz").write_bytes(data)
+    *items, last = all_items(recognise(tars))
+    assert "not a complete tar" in last.damage
+    assert 0 < len(items) < 12 and [item.read() for item in items] == files[: len(items)]
+
+
+def test_files_of_img2dataset_are_a_folder(tmp_path):
+    put(tmp_path, "00000/000000000.jpg")
+    (tmp_path / "00000/000000000.txt").write_text("a fox")
+    pq.write_table(pa.table({"url": ["http://x"]}), tmp_path / "00000.parquet")
+    assert captions_in(tmp_path) == {"00000/000000000.jpg": "a fox"}
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("https://huggingface.co/datasets/org/name", "give its name, org/name"),
+        ("s3://bucket/pictures", "is a URL, and nothing is downloaded"),
+        ("a.jpg", "is one image: give the folder"),
+        ("a.zip", "is an archive: unpack it"),
+        ("zips", "holds b.zip, an archive: unpack it"),
+        ("texts", "holds none of folder.*but 1 .md"),
+        ("urls", "holds urls.csv, but no images.*img2dataset"),
+        ("urls/urls.csv", "URLs of its images.*img2dataset"),
+    ],
+)
+def test_what_is_no_source_is_told_what_to_do(place, says, tmp_path):
+    put(tmp_path, "a.jpg", "a.zip", "zips/b.zip", "texts/a.md", "urls/.hidden.jpg")
+    (tmp_path / "urls/urls.csv").write_text("url,caption\nhttp://x/a.jpg,a fox\n")
+    with pytest.raises(UserError, match=says):
+        all_items(recognise(place if "://" in place else tmp_path / place))
+
+
+def test_fields_called_captions_are_the_captions_and_none_in_common_is_told(tmp_path):
+    put(tmp_path, "a.jpg", "b.jpg")
+    rows = [{"file_name": f"{n}.jpg", "caption": "x", "artist": "y"} for n in "ab"]
+    (tmp_path / "metadata.json").write_text(json.dumps(rows))
+    source = recognise(tmp_path)
+    found = with_captions(source, Preparation())
+    assert found.captions == ("caption",) and unused_captions(source, found) == ["artist"]
+    other = put(tmp_path / "other", "a.jpg", "b.jpg")
+    (other / "a.json").write_text('{"text": "a fox"}')
+    (other / "b.json").write_text('{"caption": "an owl"}')
+    with pytest.raises(UserError, match=r"no field in common, but text \(1\), caption \(1\)"):
+        with_captions(recognise(other), Preparation())
+
+
+def test_a_folder_that_changed_is_another(tmp_path):
+    put(tmp_path, "a.jpg")
+    (tmp_path / "a.txt").write_text("a fox")
+    before = recognise(tmp_path).parts()
+    recognise(tmp_path)
+    (tmp_path / "a.txt").write_text("an owl")
+    assert recognise(tmp_path).parts() != before

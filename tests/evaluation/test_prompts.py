@@ -4,6 +4,8 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -45,11 +47,11 @@ def test_text_csv_and_json_files_hold_prompts(tmp_path):
     ("name", "text", "says"),
     [
         ("a.txt", " \n\n", "has no prompts"),
-        ("a.csv", "name\nfox\n", "row 1 has no prompt"),
+        ("a.csv", "name\nfox\n", "line 2 has no prompt.*it has name"),
         ("a.csv", "prompt\n''\nfox\n".replace("''", '" "'), "'00000' is empty"),
-        ("a.jsonl", "{fox}\n", "line 1 is no JSON"),
+        ("a.jsonl", "{fox}\n", "line 1 is not valid JSON"),
         ("a.jsonl", "[1]\n", "holds \\[1\\]"),
-        ("a.json", '{"a": 1}', "no list of prompts"),
+        ("a.json", '{"a": 1}', "record 1 has no prompt"),
         ("a.jsonl", '{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', "two prompts have"),
         ("a.md", "fox", "allowed are files that end in"),
         ("gone.txt", None, "unknown prompts"),
@@ -62,9 +64,40 @@ def test_a_file_without_prompts_is_told(name, text, says, tmp_path):
         read_prompts(str(tmp_path / name))
 
 
+def test_files_of_other_programs_hold_the_same_prompts(tmp_path):
+    both = ["a red fox, running", "an owl"]
+    for name, text in (
+        ("notes.txt", "# of mine\r\n\r\na red fox, running\r\n#\r\nan owl\r\n"),
+        ("drawbench.csv", 'Prompts,Category\n"a red fox, running",x\n\nan owl,y\n'),
+        ("excel.csv", "\ufeffprompt;id\r\na red fox, running;0\r\nan owl;1\r\n"),
+        ("parti.tsv", "Prompt\tCategory\na red fox, running\tx\nan owl\ty\n"),
+        ("bench.json", '{"prompts": ["a red fox, running", {"prompt": "an owl"}]}'),
+        ("named.json", '{"0": {"prompt": "a red fox, running"}, "1": {"prompt": "an owl"}}'),
+        ("lines.json", '{"text": "a red fox, running"}\n{"text": "an owl"}\n'),
+    ):
+        for codec in ("utf-8", "utf-16"):
+            (tmp_path / name).write_bytes(text.removeprefix("\ufeff").encode(codec))
+            assert texts(read_prompts(str(tmp_path / name))) == both, (name, codec)
+    assert [p.id for p in read_file(tmp_path / "excel.csv").prompts] == ["0", "1"]
+    pq.write_table(pa.table({"Prompt": both, "Note": ["x", None]}), tmp_path / "a.parquet")
+    table = read_file(tmp_path / "a.parquet")
+    assert texts(table) == both and [p.facts for p in table.prompts] == [{"note": "x"}, {}]
+
+
+def test_a_prompt_is_never_cut_or_split(tmp_path):
+    (tmp_path / "a.txt").write_text("a fox\u2028running\n#1 fan\n")
+    assert texts(read_file(tmp_path / "a.txt")) == ["a fox\u2028running", "#1 fan"]
+    (tmp_path / "a.csv").write_text("prompt,category\na fox, running,x\n")
+    with pytest.raises(UserError, match="line 2 has 3 fields"):
+        read_file(tmp_path / "a.csv")
+    (tmp_path / "geneval2_data.jsonl").write_text('{"prompt": "a fox"}\n')
+    with pytest.raises(UserError, match=r"is not in the layout of geneval2 .*atom_count"):
+        read_prompts(str(tmp_path / "geneval2_data.jsonl"))
+
+
 def test_bytes_that_are_no_text_are_told(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+    with pytest.raises(UserError, match="line 1 is not UTF-16 text"):
         read_prompts(str(tmp_path / "a.txt"))
 
 

@@ -9,15 +9,18 @@ are held out, if there are others.
 import gzip
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from koala.data.files import IMAGES, files_below, is_hidden, shown
 from koala.data.items import Item, captions_of, damaged, held_out, scores_of
-from koala.data.sources.folder import SUFFIXES, TEXT, TEXTS
+from koala.data.sources.folder import TEXTS
 from koala.errors import UserError
+from koala.utils.records import decoded
 
 Place = tuple[int, int]  # offset and bytes in the tar, decompressed
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -39,7 +42,7 @@ class WebDataset:
 
     def parts(self) -> dict[str, int]:
         """Paths of the tars relative to `root`, with their sizes. UserError if there are none."""
-        there = [self.root] if self.root.is_file() else sorted(self.root.rglob("*"))
+        there = [self.root] if self.root.is_file() else files_below(self.root)
         found = [path for path in there if is_tar(path) and path.is_file()]
         if not found:
             raise UserError(f"{self.root} has none of {', '.join(TARS)}")
@@ -55,27 +58,45 @@ class WebDataset:
         path, split = self.root / part, "test" if part in _held_out(self) else None
         keys, damage = _contents(path)
         for key, files in keys[first : first + count]:
-            read = partial(_read, path, next((files[s] for s in SUFFIXES if s in files), None))
+            id = shown(f"{path.name.split('.')[0]}/{key}")
+            if (image := _image(files)) is None:
+                there = ", ".join(shown(key + suffix) for suffix in [*files][:4])
+                why = f"no image of its own among {there}: a key ends at the first dot of a name"
+                yield Item(id, bytes, {}, no_image=why)
+                continue
             try:
                 record = _record(path, files)
-            except ValueError:
-                record, read = {}, partial(_refuse, f"{key}.json is not valid JSON")
-            id = f"{path.name.split('.')[0]}/{key}"
+            except ValueError as error:
+                yield Item(id, bytes, {}, damage=f"{key}{error}")
+                continue
+            read = partial(_read, path, image)
             yield Item(id, read, captions_of(record), scores_of(record), split)
         if damage and first + count > len(keys):
             yield damaged(part, damage)
 
 
+def _image(files: dict[str, Place]) -> Place | None:
+    """The image of a key: `.jpg` and the like, or the only one called `.NAME.jpg`."""
+    if plain := [files[suffix] for suffix in IMAGES if suffix in files]:
+        return plain[0]
+    named = [place for suffix, place in files.items() if suffix.endswith(IMAGES)]
+    return named[0] if len(named) == 1 else None
+
+
 def _record(path: Path, files: dict[str, Place]) -> dict[str, Any]:
-    """The fields of a key; ValueError if its JSON cannot be read."""
+    """The fields of a key; ValueError if one of its files cannot be read."""
     record: dict[str, Any] = {}
-    if ".json" in files:
-        found = json.loads(_read(path, files[".json"]).decode(TEXT))
-        record = found if isinstance(found, dict) else {"text": found}
-    for suffix, place in files.items():
-        if suffix.endswith(TEXTS):
-            name = suffix.rpartition(".")[0].removeprefix(".") or "text"
-            record[name] = _read(path, place).decode(TEXT, errors="replace")
+    for suffix, place in sorted(files.items(), key=lambda file: file[0] != ".json"):
+        try:
+            if suffix == ".json":
+                found = json.loads(decoded(_read(path, place)))
+                record |= found if isinstance(found, dict) else {"text": found}
+            elif suffix.endswith(TEXTS):
+                name = suffix.rpartition(".")[0].removeprefix(".") or "text"
+                record[name] = decoded(_read(path, place))
+        except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+            what = " is not valid JSON" if isinstance(error, json.JSONDecodeError) else ""
+            raise ValueError(f"{suffix}{what} ({error})") from None
     return record
 
 
@@ -96,7 +117,7 @@ def _contents(path: Path) -> tuple[list[tuple[str, dict[str, Place]]], str]:
         with tarfile.open(path, "r:gz" if _compressed(path) else "r:") as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if member.isfile():
+                if member.isfile() and not any(map(is_hidden, _folders(member.name))):
                     folder, _, name = member.name.rpartition("/")
                     stem, dot, suffix = name.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
@@ -104,19 +125,22 @@ def _contents(path: Path) -> tuple[list[tuple[str, dict[str, Place]]], str]:
                     keys.setdefault(key, {})[(dot + suffix).lower()] = place
         if _read(path, (end, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("no end marker")  # tarfile accepts that
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         damage = f"not a complete tar ({error}), of which {len(keys)} images are read"
         if keys:
             keys.popitem()  # perhaps not all of its files are there
     return list(keys.items()), damage
 
 
-def _refuse(why: str) -> bytes:
-    raise OSError(why)
+def _folders(name: str) -> list[str]:
+    return [part for part in name.split("/") if part not in (".", "..")]
 
 
+@lru_cache(maxsize=64)
 def _compressed(path: Path) -> bool:
-    return path.suffix.lower() in (".gz", ".tgz")
+    """By its first bytes, whatever it is called."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
 @lru_cache(maxsize=1)
@@ -125,9 +149,7 @@ def _decompressed(path: Path) -> gzip.GzipFile:
     return gzip.open(path)
 
 
-def _read(path: Path, place: Place | None) -> bytes:
-    if place is None:
-        raise OSError("no image under this key")
+def _read(path: Path, place: Place) -> bytes:
     if _compressed(path):
         stream = _decompressed(path)
         stream.seek(place[0])

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import ARCHITECTURES, LATENT_CHANNELS, TIME_IDS, UNetArchitecture
 from koala.checkpoints import ldm_keys
-from koala.checkpoints.foreign import FAMILIES, UNET_ENDS, VAE_ENDS, find, foreign
+from koala.checkpoints.foreign import UNET_ENDS, VAE_ENDS, find, foreign
+from koala.checkpoints.lora_families import CONTEXTS
 from koala.checkpoints.validate import INPUTS, Shapes, tensor_faults
 from koala.errors import UserError
 
@@ -143,7 +144,7 @@ def _refuse_relatives(widths: tuple[int, ...], context: int, added: int) -> None
     if widths[0] == 384 and context == 1280:
         raise UserError("this is the SDXL refiner, not a Stable Diffusion XL base model")
     if not added:
-        kind = FAMILIES.get(context, "an unknown kind of U-Net")
+        kind = CONTEXTS.get(context, "an unknown kind of U-Net")
         raise UserError(
             f"this is {kind}: its U-Net has no addition embedding (pooled text and size), SDXL's "
             "has one"

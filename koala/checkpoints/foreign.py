@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
+from koala.checkpoints.lora_families import CONTEXTS, of_modules
+
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
 UNET_ENDS = {  # layout -> the one tensor that every U-Net has, first stage, first resnet
@@ -18,7 +20,6 @@ VAE_ENDS = {
     "diffusers": "encoder.down_blocks.0.resnets.0.conv1.weight",
     "ldm": "encoder.down.0.block.0.conv1.weight",
 }
-FAMILIES = {768: "SD 1.5", 1024: "SD 2"}  # by the width of the text embeddings
 _UNREAD = "which koala does not read"
 _LORA = "which is applied to a model with `koala generate --lora`"
 _CONTROL = "which is applied to a model with `koala generate --control`"
@@ -124,17 +125,7 @@ _TEXT_ENCODERS = (
     "text_model.encoder.layers.0.", "transformer.resblocks.0.", "encoder.block.0.layer.0.",
     "\nencoder.layers.0.self_attn.q_proj.",
 )  # fmt: skip
-_LORA_FAMILIES = (  # parts of a LoRA's names -> the model it is for
-    ("Flux", ("double_blocks", "single_blocks", "single_transformer_blocks")),
-    ("SD 3", ("joint_blocks", "attn.add_q_proj", "attn_add_q_proj")),
-    ("a diffusion transformer such as SD 3", ("\ntransformer.", "\nlora_transformer_")),
-    ("a transformer such as Wan or Z-Image", (
-        "\ndiffusion_model.blocks.", "\ndiffusion_model.layers.", "\nlora_unet_blocks_",
-        "\nlora_unet_layers_", "\nblocks.",
-    )),
-    ("SD 1.5 or SD 2", ("\nlora_te_",)),
-)  # fmt: skip
-_TEXT_DOWN = (".lora_down.", ".lora_A.", ".lora.down.", "lora_linear_layer.down.", "_lora.down.")
+_DOWN = (".lora_down.", ".lora_A.", ".lora.down.", "lora_linear_layer.down.", "_lora.down.")
 
 
 def foreign(shapes: Shapes) -> str:
@@ -144,7 +135,7 @@ def foreign(shapes: Shapes) -> str:
     if {*shapes} == {"clip_l", "clip_g"}:
         return "a textual inversion of SDXL, which `koala generate --embedding` reads"
     if found := _first(names, _ADAPTERS):
-        return _adapter(shapes, names, *found)
+        return _adapter(shapes, *found)
     if found := _first(names, (*_QUANTISED_KINDS, *_MODELS, *(() if unet else _BESIDE))):
         return ", ".join(part for part in found if part)
     if any(name.endswith(".diff") for name in shapes):
@@ -157,25 +148,34 @@ def _first(names: str, kinds: _Kinds) -> tuple[str, str] | None:
     return next(found, None)
 
 
-def _adapter(shapes: Shapes, names: str, kind: str, use: str) -> str:
+def _adapter(shapes: Shapes, kind: str, use: str) -> str:
     """An adapter of another model than SDXL is not to be applied."""
     family = ""
     if use == _LORA:
-        family = next((to for to, marks in _LORA_FAMILIES if any(m in names for m in marks)), "")
-        family = family or _family(shapes, _TEXT_DOWN)
+        found = of_modules(_modules(shapes))
+        family = found[0] if found else _family(shapes, _DOWN)
     elif use == _CONTROL:
         family = _family(shapes, (".attn2.to_k.weight",))
     elif use == _IP_ADAPTER:
         family = _family(shapes, (".to_k_ip.",))
-    return f"{kind} of {family}, {_UNREAD}" if family else f"{kind}, {use}"
+    return f"{kind} for {family}, {_UNREAD}" if family else f"{kind}, {use}"
+
+
+def _modules(shapes: Shapes) -> dict[str, int | None]:
+    """A LoRA's modules, and the width of each one's input."""
+    found = (
+        (name, shape, mark) for name, shape in shapes.items() for mark in _DOWN if mark in name
+    )
+    return {n.partition(mark)[0]: s[1] if len(s) > 1 else None for n, s, mark in found}
 
 
 def _family(shapes: Shapes, marks: tuple[str, ...]) -> str:
-    """SD 1.5 or SD 2, if weights that read text embeddings are as wide; "" otherwise."""
+    """The model whose text embeddings are as wide as weights that read them; "" for SDXL's."""
     for name, shape in shapes.items():
         reads = "to_k" in name and ("attn2" in name or "_ip." in name)
         if reads and len(shape) > 1 and any(mark in name for mark in marks):
-            return FAMILIES.get(shape[1], "the SDXL refiner" if shape[1] == 1280 else "")
+            family = CONTEXTS.get(shape[1], "SDXL")
+            return "" if family == "SDXL" else family
     return ""
 
 

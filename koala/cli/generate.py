@@ -187,9 +187,9 @@ def _run(o: argparse.Namespace) -> None:
     if not o.prompt:
         raise UserError("no prompt: say what to draw, koala generate 'an owl, noto style'")
     from koala.generation import control, validation
-    from koala.generation.asked import check_values, checked
     from koala.generation.png import check_writable
     from koala.generation.prompt_loras import shared_loras
+    from koala.generation.request_checks import check_values, checked
     from koala.generation.workflow import workflow
     from koala.utils.device import check_device
 

@@ -18,7 +18,6 @@ from PIL import Image
 from koala.architectures.time_ids import time_ids
 from koala.errors import UserError
 from koala.generation import image_inputs, samplers, validation
-from koala.generation.asked import checked
 from koala.generation.control import Control
 from koala.generation.denoise import (
     BatchRow,
@@ -34,6 +33,7 @@ from koala.generation.noise import Noise
 from koala.generation.pixels import Decode, to_images
 from koala.generation.prompt_editing import by_step
 from koala.generation.prompts import Encoder, Ids, PromptEmbedding, encode, padded
+from koala.generation.request_checks import checked
 from koala.generation.requests import Known, Loras, Paste, Request, Settings
 from koala.generation.schedule import SPACINGS, Schedule
 from koala.utils.arrays import Array, joined, no_gradients, zeros_like

@@ -27,11 +27,11 @@ from koala.architectures.table import ARCHITECTURES, get
 from koala.checkpoints.ip_adapter import open_image_encoder, open_ip_adapter
 from koala.errors import UserError
 from koala.generation import load, read_settings, save
-from koala.generation.asked import checked
 from koala.generation.image_inputs import for_clip
 from koala.generation.image_prompt import fitted_adapter
 from koala.generation.loader import _giving_way
 from koala.generation.png import parameters
+from koala.generation.request_checks import checked
 from koala.generation.runtime.pytorch import predictor
 from koala.generation.workflow import workflow
 from stepping import assert_drawn_together_as_alone, latents_of
@@ -476,7 +476,7 @@ def test_refusals_load_no_torch(tmp_path):
     code = (
         "import sys\n"
         "from koala.errors import UserError\n"
-        "from koala.generation.asked import checked\n"
+        "from koala.generation.request_checks import checked\n"
         "try:\n"
         f"    checked({str(tmp_path / 'toy')!r}, 'a fox', ip_adapter={str(file)!r},\n"
         f"            ip_image={str(tmp_path / 'fox.png')!r})\n"

@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw
 from koala.checkpoints.sampling import Sampling
 from koala.errors import UserError
 from koala.generation import load
-from koala.generation.asked import check_values, checked
 from koala.generation.memory.meta_models import DTYPES
 from koala.generation.memory.quantise import LARGEST
+from koala.generation.request_checks import check_values, checked
 from koala.generation.requests import Known
 from koala.generation.samplers import LABELS, SAMPLERS
 from koala.generation.schedule import SPACINGS

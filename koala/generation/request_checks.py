@@ -16,7 +16,7 @@ from koala.checkpoints.controlnet import open_controlnet
 from koala.checkpoints.ip_adapter import open_image_encoder, open_ip_adapter
 from koala.checkpoints.sampling import USUAL, Sampling
 from koala.checkpoints.tensors import read_header
-from koala.checkpoints.textual_inversion import read_embedding
+from koala.checkpoints.textual_inversion import embedding_header, read_embedding
 from koala.errors import UserError
 from koala.generation import samplers, validation
 from koala.generation.control import ControlNet, check_scale, check_shape, fitted
@@ -27,6 +27,7 @@ from koala.generation.prompt_embeddings import named_embeddings
 from koala.generation.prompt_loras import refuse_loras, split_loras
 from koala.generation.prompt_syntax import parse
 from koala.generation.requests import Known, Loras, Settings
+from koala.lora.folder import check_file
 from koala.lora.names import BaseModel
 from koala.lora.reading import read
 
@@ -126,8 +127,11 @@ class _Inputs:
         texts = [*prompts, asked.negative_prompt]
         embeddings = named_embeddings(texts, asked.embedding, asked.embedding_dir)
         loras: list[Loras] = [(*shared, *files.items()) for _, files in split]
-        for path in (*_files(loras), *embeddings):
-            read_header(path)  # refuses a file that is missing or damaged
+        for path in _files(loras):  # refuses a file that is missing or damaged
+            check_file(path)
+            read_header(path)
+        for path in embeddings:
+            embedding_header(path)
         strong = check_scale(
             asked.control is not None, asked.control_image is not None, asked.control_scale
         )

@@ -56,11 +56,11 @@ def work_of(models: dict[str, MetaModels]) -> dict[str, Any]:
 
 def lost() -> dict[str, Any]:
     """The change of R@5 by each way, of what was measured."""
-    found = {}
-    for kind, folder in (("int8", "."), ("int4", "int4")):
-        record = _read(HERE / "fidelity" / folder / "fidelity.json")
-        of_way = {row["way"]: row["R@5"] for row in record["rows"]}
-        found[kind] = _change(of_way[f"weights {kind}"], of_way["fp32"], "koala-mini")
+    of_way = {row["way"]: row["R@5"] for row in _read(HERE / "fidelity/fidelity.json")["rows"]}
+    found = {
+        kind: _change(of_way[f"weights {kind}"], of_way["fp32"], "koala-mini")
+        for kind in ("int8", "int4")
+    }
     report = HERE / "pruning" / "pruning.json"
     if report.exists():
         pruning = _read(report)

@@ -22,7 +22,9 @@ RUNS = {  # folder -> what it made
     "sdxl-mini": "teacher, last part",
     "koala-mini-first": "student: L_task + L_outKD + L_featKD",
     "koala-mini": "the same, last part, with more icons",
-    "koala-mini-guided": "koala-mini distilled from its own guided prediction",
+    "koala-mini-further-64": "koala-mini trained further by L_task on the new images, at 64 pixels",
+    "koala-mini-further": "the same, last part, at 128 pixels",
+    "koala-mini-guided": "the result distilled from its own guided prediction",
     "koala-mini-sa": "koala-mini-first in fewer samples",
     "koala-mini-task": "control: L_task alone",
     "koala-mini-task-out": "control: L_task + L_outKD",
@@ -31,7 +33,8 @@ RUNS = {  # folder -> what it made
 SHOWN = ("pixel", "perceptual", "latent", "text", "word", "task", "out", "feat")
 TWO_CORES = (
     "mini-decoder", "mini-vae", "former-128", "former-mirrored", "sdxl-mini-128", "sdxl-mini",
-    "koala-mini-first", "koala-mini",
+    "koala-mini-first", "koala-mini", "koala-mini-further-64", "koala-mini-further",
+    "koala-mini-guided",
 )  # fmt: skip
 CONTROLS = ("koala-mini-sa", "koala-mini-task", "koala-mini-task-out")
 
@@ -46,8 +49,13 @@ makes this page.
 
 The runs differ from the recipes of `koala/recipes/mini.py` as follows:
 
-- They are of version 0.1.0, whose image set has some 300 things. It now has 581, with new captions
-  and another mixture, and the teacher's recipes ask for more samples.
+- All but the last three U-Nets are of version 0.1.0, whose image set has some 300 things. It now
+  has 581, with new captions and another mixture, and the teacher's recipes ask for more samples.
+- `koala-mini-further-64` is `sdxl-mini-64`, and `koala-mini-further` is `sdxl-mini`, each with
+  `--set architecture=koala-mini` (the first also with `further=true` and emoji 32, painted 1,
+  icon 4, scene 1 for a mixture), from the koala-mini of 0.1.0. The first was stopped at 459,712
+  samples, and its average was taken. So the bundled koala-mini is trained by L_task alone since
+  0.1.0; a teacher grown from it, and its student, are to come.
 - VAE and text encoders came first, by `mini-base`, in separate processes. The decoder's number of
   samples was changed while they trained (the recipe in their run.json was rewritten), and again,
   from 64,000 to 44,000, after 26,400 of its own. The mixture of images was added to the recipe
@@ -62,9 +70,8 @@ The runs differ from the recipes of `koala/recipes/mini.py` as follows:
 - `koala-mini-first` was called koala-mini when it ran. `koala-mini` continued from it before
   `--student` existed; OUT/start, which that option makes, was put there by hand. `tiny-mini` was
   trained on `koala-mini-first`, whose VAE is the same.
-- `koala-mini-guided` was trained on the new image set, whose further things koala-mini does not
-  know, with 48,000 samples (`--set training.samples=48000`). Its number of steps was written into
-  its folder afterwards.
+- `koala-mini-guided` has 36,864 samples (`--set training.samples=36864 cut=none`, with koala-mini
+  for both `--teacher` and `--student`).
 - U-Nets, `mini-vae` and `tiny-mini` were trained with `cpu_bf16`.
 
 | run | samples | batch | seconds | samples/s | last losses |

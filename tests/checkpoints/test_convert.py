@@ -386,4 +386,4 @@ def test_wrong_settings(toy_sdxl, toy_file, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02whatever this is")
     refused(tmp_path / "model.ckpt", "is a pickle")
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    refused(tmp_path / "lora.safetensors", "this is a LoRA")
+    refused(tmp_path / "lora.safetensors", "this is not a Stable Diffusion XL model but a LoRA")

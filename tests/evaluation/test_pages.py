@@ -2,6 +2,7 @@
 
 import json
 import re
+from time import sleep
 
 import pytest
 from PIL import Image
@@ -108,6 +109,7 @@ def test_wins_are_counted_by_keyboard_and_names_come_last(page):
             assert shown(page) == (3, left)
         key(page, "ArrowDown" if i == 5 else "ArrowLeft" if left == RED else "ArrowRight")
         if i == 7:
+            sleep(1)  # the browser writes what is stored a moment later
             page.driver.refresh()  # what was chosen is kept
     assert 0 < sum(sides) < 12, "sides are random"
     rate = [float(x) for x in str(page.js("return document.documentElement.dataset.rate")).split()]

@@ -1,7 +1,7 @@
 """Which method of step distillation is best at equal cost: all train, and draw in 1 to 10 steps.
 
-From one frozen teacher and one student, MMD and DMD (`koala.distillation.few_steps`) train, and
-guided distillation (`koala-mini-guided`) as the floor that both have to beat: each for the same
+From one frozen teacher and one student, the methods of `koala.distillation.few_steps` train, and
+guided distillation (`koala-mini-guided`) as the floor that they have to beat: each for the same
 core-seconds, with several training seeds. First a few steps of each are timed, which says how many
 samples that is. Then `koala evaluate` measures all of them at 1, 2, 4 and 10 steps without
 guidance, beside the student that they started from, and the teacher with guidance.
@@ -37,6 +37,13 @@ from koala.utils.device import hardware
 
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {  # the recipe, and what is changed
     "guided": ("koala-mini-guided", ("cut=none",)),
+    "progressive": (
+        "koala-mini-lightning",
+        (
+            "settings.method=progressive", "settings.substeps=3",
+            "training.critic_lr=0", "training.critic_updates=0",
+        ),
+    ),
     "dmd": ("koala-mini-lightning", ()),
     "mmd": (
         "koala-mini-lightning",

@@ -2,8 +2,12 @@
 
 A student is rolled out as it is sampled: from noise, in its own K steps, by the sampler that draws
 with it. Each sample goes through one of the K steps with a gradient, drawn at random, and through
-those before it without. Where the step leads, at noise level sigma_below, the latents get more
-noise, up to a level sigma within the step. There they are held against what the teacher knows:
+those before it without.
+
+- `ProgressiveDistillation`: the step is to lead where several steps of the teacher lead.
+
+The others look at where the step leads. There, at noise level sigma_below, the latents get more
+noise, up to a level sigma within the step, and are held against what the teacher knows:
 
 - `FeatureMatching`: the means of the teacher's features of real latents at that level (SwD's MMD);
 - `DistributionMatching`: the teacher's score. The score of what the student draws comes from a
@@ -84,7 +88,7 @@ def without_gradient() -> Iterator[None]:
 
 
 class StepDistillation(Taught):
-    """What both methods share: the rollout of a student in `settings.steps` steps.
+    """What the methods share: the rollout of a student in `settings.steps` steps.
 
     student: trained, float32; it draws already, if only in many steps. teacher: of any size.
     sampler: of the student's steps. Other arguments as in `Denoising`.
@@ -121,6 +125,13 @@ class StepDistillation(Taught):
         ]
         return Draws(*(torch.stack(column) for column in zip(*each, strict=True)))
 
+    def _shape(self, batch: dict[str, Any]) -> torch.Size:
+        """Of the batch's latents, which are not looked at."""
+        if "latents" in batch:
+            return batch["latents"].shape
+        n, _, height, width = batch["pixels"].shape
+        return torch.Size((n, self.trainable.config.in_channels, height // 8, width // 8))
+
     def _conditions(self, batch: dict[str, Any]) -> Noised:
         """The batch's text and sizes; latents and timesteps are filled in later."""
         text, pooled = self._condition(batch)
@@ -128,29 +139,39 @@ class StepDistillation(Taught):
         time_ids = batch["time_ids"].to(self.device, torch.float32)
         return Noised(nothing, nothing, text, pooled, time_ids)
 
-    def _point(self, drawn: Draws, conditions: Noised) -> Point:
-        """Where each sample's step leads, with the gradient of that step alone."""
-        sampler, steps = self.sampler, self.settings.steps
-        x = sampler.start(drawn.start.to(self.device))
+    def _before(self, drawn: Draws, conditions: Noised) -> Tensor:
+        """x before each sample's step, drawn without gradient."""
+        x = self.sampler.start(drawn.start.to(self.device))
         ahead = [x]
         with without_gradient():
-            for i in range(steps - 1):
-                at = torch.full_like(drawn.step, i)
-                output = predict(self.trainable, self._seen(x, at, conditions), torch.float32)
-                x = sampler.step(i, x, sampler.denoised(i, x, output))
+            for i in range(self.settings.steps - 1):
+                seen = self._seen(x, torch.full_like(drawn.step, i), conditions)
+                output = predict(self.trainable, seen, torch.float32)
+                x = self.sampler.step(i, x, self.sampler.denoised(i, x, output))
                 ahead.append(x)
-        x = _chosen(ahead, drawn.step)
-        seen = self._seen(x, drawn.step, conditions)
-        output = predict(self._apart["called"], seen, torch.float32)
-        each = [sampler.denoised(i, x, output) for i in range(steps)]
-        after = [sampler.step(i, x, denoised) for i, denoised in enumerate(each)]
-        return Point(_chosen(after, drawn.step), _chosen(each, drawn.step), *self._level(drawn))
+        return _chosen(ahead, drawn.step)
+
+    def _point(self, drawn: Draws, conditions: Noised) -> Point:
+        """Where each sample's step leads, with the gradient of that step alone."""
+        x = self._before(drawn, conditions)
+        output = predict(
+            self._apart["called"], self._seen(x, drawn.step, conditions), torch.float32
+        )
+        denoised, after = _stepped(self.sampler, x, drawn.step, output)
+        return Point(after, denoised, *self._level(drawn))
 
     def _seen(self, x: Tensor, step: Tensor, conditions: Noised) -> Noised:
         """What the student sees of x before each sample's step."""
-        sigmas = torch.tensor(self.sampler.sigmas)[step].view(-1, 1, 1, 1).to(self.device)
-        timesteps = torch.tensor(self.sampler.timesteps)[step].long().to(self.device)
-        return conditions._replace(noisy=x / (sigmas**2 + 1).sqrt(), timesteps=timesteps)
+        return _seen(self.sampler, x, step, conditions)
+
+    def _output_of_teacher(self, noised: Noised) -> Tensor:
+        """The teacher's prediction, guided if the settings say so."""
+        assert self.teacher is not None
+        output = predict(self.teacher, noised, self.teacher.dtype)
+        if (scale := self.settings.guidance) is None:
+            return output
+        without = predict(self.teacher, noised.without_text(), self.teacher.dtype)
+        return torch.lerp(without, output, scale)  # arXiv 2207.12598, equation 6
 
     def _level(self, drawn: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """sigma_below, and a timestep within each sample's step with its sigma."""
@@ -166,6 +187,56 @@ class StepDistillation(Taught):
         """What a U-Net sees of x at the point's level."""
         noisy = x / (point.sigma**2 + 1).sqrt()
         return conditions._replace(noisy=noisy, timesteps=point.timesteps)
+
+
+class ProgressiveDistillation(StepDistillation):
+    """A step leads where several of the teacher's lead (Salimans and Ho, 2202.00512):
+
+        L = (1 / sigma^2 + 1) || x0(x) - x0*(x) ||^2
+
+    x is what the student has drawn before the step, at sigma, and x0* the estimate with which the
+    step ends where `settings.substeps` steps of the teacher from x end (their equation 43). The
+    weight is their "SNR+1", which makes L the squared error of v. They start from real images with
+    noise and halve the steps again and again; here x is the student's own, so that it learns from
+    the errors of the steps before, and all substeps are done at once. No image is used.
+
+    finer: the sampler of the teacher's steps, all of them; it has every noise level of `sampler`.
+    Other arguments as of `StepDistillation`.
+    """
+
+    def __init__(self, *arguments: Any, finer: StepSampler, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        assert self.settings.substeps is not None
+        assert finer.timesteps[:: self.settings.substeps] == self.sampler.timesteps
+        self.finer = finer
+
+    def losses(
+        self, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
+        """{"progressive", "loss"}, which are equal."""
+        drawn, conditions = self._draws(self._shape(batch), generators), self._conditions(batch)
+        x = self._before(drawn, conditions)
+        output = predict(
+            self._apart["called"], self._seen(x, drawn.step, conditions), torch.float32
+        )
+        denoised, _ = _stepped(self.sampler, x, drawn.step, output)
+        sigmas = torch.tensor(self.sampler.sigmas).view(-1, 1, 1, 1)
+        sigma, below = sigmas[drawn.step].to(x), sigmas[drawn.step + 1].to(x)
+        end = self._end(x, drawn.step, conditions)
+        target = (sigma * end - below * x) / (sigma - below)  # of Euler's method
+        errors = squared_error(denoised, target) * (1 / sigma**2 + 1).flatten()
+        return {"progressive": errors.mean(), "loss": errors.mean()}
+
+    def _end(self, x: Tensor, step: Tensor, conditions: Noised) -> Tensor:
+        """Where the teacher's steps end that fill each sample's step."""
+        substeps = self.settings.substeps
+        assert substeps is not None
+        with without_gradient():
+            for i in range(substeps):
+                at = step * substeps + i
+                output = self._output_of_teacher(_seen(self.finer, x, at, conditions))
+                _, x = _stepped(self.finer, x, at, output)
+        return x
 
 
 class FeatureMatching(StepDistillation):
@@ -287,23 +358,30 @@ class DistributionMatching(StepDistillation):
         predicted = self._noise_by_critic(self._apart["critic_called"], noised)
         return {"loss": squared_error(point.added / point.sigma * predicted, noise).mean()}
 
-    def _shape(self, batch: dict[str, Any]) -> torch.Size:
-        """Of the batch's latents, which are not looked at."""
-        if "latents" in batch:
-            return batch["latents"].shape
-        n, _, height, width = batch["pixels"].shape
-        return torch.Size((n, self.trainable.config.in_channels, height // 8, width // 8))
-
     def _noise_by_critic(self, critic: nn.Module, noised: Noised) -> Tensor:
         output = predict(critic, noised, torch.float32)
         return self.schedule.epsilon(output, noised.noisy, noised.timesteps)
 
     def _noise_by_teacher(self, noised: Noised) -> Tensor:
-        output = predict(self.teacher, noised, self.teacher.dtype)
-        if (scale := self.settings.guidance) is not None:
-            without = predict(self.teacher, noised.without_text(), self.teacher.dtype)
-            output = torch.lerp(without, output, scale)  # arXiv 2207.12598, equation 6
+        output = self._output_of_teacher(noised)
         return self.schedule.epsilon(output, noised.noisy, noised.timesteps)
+
+
+def _seen(sampler: StepSampler, x: Tensor, step: Tensor, conditions: Noised) -> Noised:
+    """What a U-Net sees of x before each sample's step of the sampler."""
+    sigmas = torch.tensor(sampler.sigmas)[step].view(-1, 1, 1, 1).to(x.device)
+    timesteps = torch.tensor(sampler.timesteps)[step].long().to(x.device)
+    return conditions._replace(noisy=x / (sigmas**2 + 1).sqrt(), timesteps=timesteps)
+
+
+def _stepped(
+    sampler: StepSampler, x: Tensor, step: Tensor, output: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Each sample's estimate of x0 in its own step of the sampler, and where that step leads."""
+    steps = range(len(sampler.timesteps))
+    each = [sampler.denoised(i, x, output) for i in steps]
+    after = [sampler.step(i, x, denoised) for i, denoised in enumerate(each)]
+    return _chosen(each, step), _chosen(after, step)
 
 
 def _chosen(each: Sequence[Tensor], which: Tensor) -> Tensor:

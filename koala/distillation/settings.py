@@ -19,7 +19,8 @@ OPTIMIZERS = ("adamw", "adamw-8bit")
 SHARDINGS = ("ddp", "fsdp")
 TEACHERS = ("whole", "sharded", "offloaded")
 LOCATIONS = ("sa", "ca", "ffn", "residual", "lf")  # of features
-METHODS = ("mmd", "dmd")  # of step distillation
+METHODS = ("progressive", "mmd", "dmd")  # of step distillation
+MOST_SUBSTEPS = 50  # of a teacher for one step of its student
 MOST_STEPS = 10  # of a student of step distillation: KOALA's usual number
 STAGES = ("DW-1", "DW-2", "DW-3", "Mid", "UP-1", "UP-2", "UP-3")
 
@@ -297,16 +298,18 @@ class DistillationSettings:
 class StepSettings:
     """Settings of a step distillation, `koala.distillation.few_steps`.
 
-    method: "mmd" compares the means of the teacher's features (SwD, arXiv 2503.16397); "dmd"
-      compares scores, the student's told by a second U-Net that is trained beside it (DMD2,
-      arXiv 2405.14867; along the student's trajectory as TDM does, 2503.06674).
+    method: "progressive" teaches a step to lead where several of the teacher's lead (Salimans and
+      Ho, arXiv 2202.00512); "mmd" compares the means of the teacher's features (SwD, 2503.16397);
+      "dmd" compares scores, the student's told by a second U-Net that is trained beside it (DMD2,
+      2405.14867; along the student's trajectory as TDM does, 2503.06674).
     guidance: classifier-free, above 1; None: none.
     UserError for anything else, and for a setting without effect.
     """
 
-    method: str  # "dmd": scores, with a critic; "mmd": the teacher's features
+    method: str  # "progressive": steps; "mmd": the teacher's features; "dmd": scores, with a critic
     steps: int = 4  # that the student draws in, 1 to 10
-    guidance: float | None = None  # scale of the teacher's score; "dmd" alone
+    guidance: float | None = None  # the teacher's scale; not of "mmd"
+    substeps: int | None = None  # of the teacher for each of the student's; "progressive" alone
     taps: tuple[Tap, ...] = ()  # features that are compared; "mmd" alone
 
     def __post_init__(self) -> None:
@@ -319,12 +322,23 @@ class StepSettings:
                 f"guidance {self.guidance:g} has no effect on method mmd, which compares with "
                 "images: leave it out (settings.guidance=none)"
             )
-        if (self.method == "mmd") != bool(self.taps):
-            raise UserError(
-                "method mmd needs taps, the features that it compares"
-                if self.method == "mmd"
-                else "taps have no effect on method dmd: leave them out (settings.taps=)"
-            )
+        needed = {
+            "taps": ("mmd", "the features that it compares", bool(self.taps), ""),
+            "substeps": (
+                "progressive", f"the teacher's steps for each of its own, 1 to {MOST_SUBSTEPS}",
+                self.substeps is not None, "none",
+            ),
+        }  # fmt: skip
+        for name, (method, what, given, empty) in needed.items():
+            if self.method == method and not given:
+                raise UserError(f"method {method} needs {name}, {what}")
+            if self.method != method and given:
+                raise UserError(
+                    f"{name} have no effect on method {self.method}: leave them out "
+                    f"(settings.{name}={empty})"
+                )
+        if self.substeps is not None and not 1 <= self.substeps <= MOST_SUBSTEPS:
+            raise UserError(f"substeps {self.substeps}: give 1 to {MOST_SUBSTEPS}")
 
     @property
     def trains_critic(self) -> bool:

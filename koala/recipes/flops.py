@@ -34,6 +34,8 @@ def per_sample(
         in_critic = (ahead + 1) * own + 3 * theirs
         both = updates + 1
         return (in_student + updates * in_critic) / both, (own + updates * theirs) / both
+    if isinstance(settings, StepSettings) and settings.substeps is not None:
+        return (settings.steps + 2) * own + guided * settings.substeps * theirs, own
     if isinstance(settings, StepSettings):
         return (settings.steps + 2) * own + 3 * theirs, own + theirs
     taught = settings is not None and settings.learns_from_teacher

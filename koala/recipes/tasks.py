@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from koala.distillation.few_steps import (
     DistributionMatching,
     FeatureMatching,
+    ProgressiveDistillation,
     StepDistillation,
     StepSampler,
 )
@@ -22,7 +23,11 @@ from koala.generation.samplers import Euler
 from koala.generation.schedule import trailing
 from koala.text_conditioning import TextConditioner
 
-METHODS: dict[str, type[StepDistillation]] = {"mmd": FeatureMatching, "dmd": DistributionMatching}
+METHODS: dict[str, type[StepDistillation]] = {
+    "progressive": ProgressiveDistillation,
+    "mmd": FeatureMatching,
+    "dmd": DistributionMatching,
+}
 
 
 def student_task(
@@ -43,6 +48,8 @@ def student_task(
     if isinstance(settings, DistillationSettings):
         return kind(student, teacher, conditioner, schedule, settings, base, **options)
     sampler = step_sampler(scheduler_config, settings.steps)
+    if settings.substeps is not None:
+        options["finer"] = step_sampler(scheduler_config, settings.steps * settings.substeps)
     task = METHODS[settings.method]
     return task(student, teacher, conditioner, schedule, settings, sampler, base, **options)
 

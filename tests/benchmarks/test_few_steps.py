@@ -50,13 +50,13 @@ def test_a_trial_goes_on_and_says_what_it_measured(trial):
     assert set(record["measured"]["1"]) == {
         "real pictures", "student", "teacher, guided", *(f"{method}-0" for method in METHODS),
     }  # fmt: skip
-    assert record["samples"] == {"dmd": 8, "mmd": 2}  # a cycle of steps each
+    assert record["samples"] == {"progressive": 2, "dmd": 8, "mmd": 2}  # a cycle of steps each
     told = {
         method: of_config(load_scheduler_config(trial.out / f"{method}-0" / "model"))
         for method in METHODS
     }
     four = Sampling(steps=4, guidance=1.0)
-    assert told == {"dmd": four, "mmd": four}
+    assert told == dict.fromkeys(METHODS, four)
     table = (trial.out / "few_steps.md").read_text()
     assert "r@5, 1" in table and all(f"| {method} |" in table for method in METHODS)
 

@@ -108,8 +108,16 @@ def allocated_peak(plan: TrainingSetup, run: Path) -> int:
         {"teacher": None, "settings": None},
         {"settings": StepSettings("mmd", 2, taps=(Tap("lf"),))},
         {"settings": StepSettings("dmd", 2, guidance=2.0), "training": BY_TURNS},
+        {"settings": StepSettings("progressive", 2, substeps=2)},
     ],
-    ids=["at once", "in parts and computed again", "without a teacher", "mmd", "dmd"],
+    ids=[
+        "at once",
+        "in parts and computed again",
+        "without a teacher",
+        "mmd",
+        "dmd",
+        "progressive",
+    ],
 )
 def test_memory_is_what_the_allocator_says(changes, tmp_path):
     plan = toy_plan(**changes)

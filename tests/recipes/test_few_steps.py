@@ -28,6 +28,7 @@ from toy import toy_unet
 
 DMD = StepSettings("dmd", 3, guidance=2.0)
 MMD = StepSettings("mmd", 3, taps=(Tap("lf"),))
+PROGRESSIVE = StepSettings("progressive", 3, guidance=2.0, substeps=2)
 TRAINING = Training(samples=16, batch=8, lr=1e-4)
 BY_TURNS = replace(TRAINING, critic_lr=1e-4, critic_updates=1)
 
@@ -61,7 +62,7 @@ def test_the_recipe_of_a_24_gb_card_fits():
     assert main_memory(plan)["a checkpoint while it is written"] > 2 * 4 * 782_822_724
 
 
-@pytest.mark.parametrize("settings", [MMD, DMD], ids=["mmd", "dmd"])
+@pytest.mark.parametrize("settings", [MMD, DMD, PROGRESSIVE], ids=["mmd", "dmd", "progressive"])
 def test_flops_are_those_that_are_counted(settings):
     """All but the backward pass of the first convolution, whose input has no gradient."""
     plan = toy_plan(settings)

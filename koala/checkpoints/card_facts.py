@@ -83,7 +83,8 @@ class Trained:
     distilled: bool  # some loss compares with that teacher
     student: str | None = None  # whose U-Net it went on from; None: the teacher's, cut
     before: int = 0  # samples that student had seen, according to its card
-    grown: str | None = None  # the cut that the U-Net was grown from, `koala.checkpoints.grow`
+    further: str | None = None  # whose U-Net a teacher went on from; None: a new one
+    grown: bool = False  # that U-Net was a cut and was grown, `koala.checkpoints.grow`
     tuned: bool = False  # by `koala finetune`, from the U-Net of `teacher` itself
 
 

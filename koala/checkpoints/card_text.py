@@ -78,8 +78,9 @@ def _about(card: ModelCard) -> str:
         )
     if card.trained and card.trained.tuned:
         return f"{kind}, fine-tuned from {card.trained.teacher}."
-    if card.trained and card.trained.grown:
-        return f"{kind}, its U-Net grown from that of {card.trained.grown} and trained further."
+    if card.trained and card.trained.further:
+        grown = "grown from that" if card.trained.grown else "that"
+        return f"{kind}, its U-Net {grown} of {card.trained.further}, trained further."
     return f"{kind}, {'trained from scratch' if card.trained else 'of unrecorded origin'}."
 
 
@@ -168,9 +169,9 @@ def training_of(t: Trained) -> str:
     role = "fine-tuned from" if t.tuned else role
     recipe = f"`{t.recipe}`" + (f", {role} {t.teacher}" if t.teacher else "")
     earlier = ""
-    if t.student or (t.tuned and t.before):
+    if t.student or t.further or (t.tuned and t.before):
         seen = f"{t.before:,} samples" if t.before else "an unrecorded number of samples"
-        earlier = f"- trained further from: {t.student or t.teacher}, after {seen}\n"
+        earlier = f"- trained further from: {t.student or t.further or t.teacher}, after {seen}\n"
     parts = [
         f"- recipe: {recipe}\n"
         f"{earlier}"

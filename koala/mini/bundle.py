@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from koala.checkpoints import model_card
 from koala.checkpoints.bundled import WHOLE
+from koala.checkpoints.card_facts import Licence
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import CONFIGS, WEIGHTS, weights_files
 from koala.checkpoints.words import FILE as WORDS
@@ -25,6 +26,9 @@ from koala.errors import UserError
 from koala.generation.decode import TINY, TINY_FILE
 from koala.utils.atomic import new_folder
 
+LICENCE = Licence(
+    "apache-2.0"
+)  # the project's; whom the drawings' licences credit is in NOTICE.txt
 TEXTS = ("NOTICE.txt", "model_index.json")
 
 
@@ -60,7 +64,7 @@ def bundle(model: str | Path, out: Path, data: Path | None = None) -> int:
         elif (source / WORDS).is_file():
             shutil.copy(source / WORDS, part)
         card = model_card.read(source)
-        model_card.write(replace(card, title=out.name), part)
+        model_card.write(replace(card, title=out.name, licence=LICENCE), part)
         if out.name != WHOLE:
             _leave_out_shared(part, out.parent / WHOLE)
         return sum(file.stat().st_size for file in part.rglob("*.safetensors"))

@@ -15,6 +15,7 @@ from koala.architectures.config import from_unet_config
 from koala.checkpoints import card_facts, lora_card, model_card, sampling
 from koala.checkpoints.compress import adopt, compress
 from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.validate import unet_architecture
 from koala.data.encoding import Moments
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of
@@ -259,11 +260,13 @@ def _card(
             out / "start" if isinstance(recipe, Student) else resolve_model(teacher)
         )
     facts = _trained(name, recipe, data, teacher, student)
-    if isinstance(recipe, Teacher) and start.cut is not None:
+    if isinstance(recipe, Teacher) and recipe.further:
         assert teacher is not None
-        facts = replace(facts, grown=model_card.name_of(teacher))
+        grown = unet_architecture(resolve_model(teacher)).name != recipe.architecture
+        facts = replace(facts, further=model_card.name_of(teacher), grown=grown)
         start = replace(start, cut=None)
-    before = start.trained if student or isinstance(recipe, Finetune) else None
+    goes_on = student or facts.further or isinstance(recipe, Finetune)
+    before = start.trained if goes_on else None
     if before is not None:
         facts = replace(facts, before=before.samples.get("U-Net", 0) + before.before)
     return model_card.trained_of(start, model_card.name_of(out / "model"), facts)

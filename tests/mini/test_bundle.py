@@ -35,7 +35,8 @@ def test_a_member_holds_what_is_its_own(model, tmp_path):
     assert held == ["NOTICE.txt", "README.md", "model_index.json", "unet"]
     halves, whole = load_file(tmp_path / "sdxl-mini" / UNET), load_file(teacher / UNET)
     assert all(torch.equal(halves[name], tensor.half()) for name, tensor in whole.items())
-    assert model_card.read(tmp_path / "sdxl-mini").title == "sdxl-mini"
+    told = model_card.read(tmp_path / "sdxl-mini")
+    assert (told.title, told.licence.identifier) == ("sdxl-mini", "apache-2.0")
     with pytest.raises(UserError, match="koala-mini exists; remove it first"):
         bundle(model, tmp_path / "koala-mini")
 

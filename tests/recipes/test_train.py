@@ -86,7 +86,13 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     grown = distill(teacher, data, tmp_path / "grown", str(small), "cpu")
     assert load(grown)("a fox", steps=2, seed=1).images[0].tobytes() == image.tobytes()
     told = model_card.read(grown)
-    assert (told.cut, told.trained.grown, told.trained.distilled) == (None, "student", False)
+    assert (told.cut, told.trained.further, told.trained.distilled) == (None, "student", False)
+    assert told.trained.grown and told.trained.before == 8
+    assert (
+        "its U-Net grown from that of student, trained further" in (grown / "README.md").read_text()
+    )
+    longer = distill(teacher, data, tmp_path / "longer", str(grown), "cpu")
+    assert "its U-Net that of grown, trained further" in (longer / "README.md").read_text()
     deeper = replace(teacher, architecture="sdxl")
     with pytest.raises(UserError, match=r"koala-mini, but this recipe continues sdxl: .* a cut"):
         distill(deeper, data, tmp_path / "further", str(small), "cpu")

@@ -134,3 +134,6 @@ def test_the_commands_write_it(tmp_path, capsys):
     assert "--workflow is for --to single-file" in capsys.readouterr().err
     late = ["--out", str(tmp_path / "late.png"), "--workflow", "--guidance-until", "0.5"]
     assert main([*drawn, *late]) == 2
+    second = [*drawn[:2], "a fox BREAK an owl", *drawn[2:], "--workflow"]
+    assert main([*second, "--out", str(tmp_path / "two")]) == 2  # before anything is drawn
+    assert "have no BREAK" in capsys.readouterr().err and not (tmp_path / "two").exists()

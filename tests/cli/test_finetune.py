@@ -191,6 +191,8 @@ def test_distill_does_not_finetune(capsys):
     assert "unknown recipe 'lora'" in capsys.readouterr().err
     assert main(["finetune", "lora", "--data", ".", "--out", "x"]) == 2
     assert "koala finetune needs --model" in capsys.readouterr().err
+    assert main(["finetune", "lora", "--dry-run", "--card", "4090"]) == 2
+    assert "with --dry-run an architecture, such as koala-700m" in capsys.readouterr().err
 
 
 def test_alpha_and_rank_are_what_they_must_be():

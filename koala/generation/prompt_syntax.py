@@ -1,7 +1,7 @@
 """The syntax of prompts, that of AUTOMATIC1111's web UI:
 
     (word)       1.1 times the weight       (word:1.3)   1.3 times the weight
-    [word]       1 / 1.1 times              \\( \\) \\[ \\] \\\\   the character itself
+    [word]       1 / 1.1 times              \\( \\: \\{ \\\\       any sign itself
     a BREAK b    b begins a new chunk       nested brackets multiply
 
 `koala.generation.prompts` says what a weight does. Importing this loads no torch.
@@ -17,7 +17,7 @@ ROUND, SQUARE = 1.1, 1 / 1.1
 MOST_WEIGHT = 10.0
 
 _MARKS = re.compile(
-    r"\\[()\[\]\\]"  # an escaped character
+    r"\\(?:[^\w\s]|_)"  # an escaped sign
     r"|[(\[\])]"
     r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
     r"|\s*\bBREAK\b\s*"

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from koala.errors import UserError
+from koala.generation.prompt_syntax import escaped
 from koala.utils.digest import digest
 from koala.utils.records import TABLES, lines_of, records, text_of
 
 TEXT = ("prompt", "text", "caption", "prompts")  # columns or keys with it, the first there
 NAMED = ("id", "category")  # and what else is read by name
-_WORDS = re.compile(r"\b(AND(_\w+)?|BREAK|ADD(COL|ROW|COMM|BASE))\b")  # of a prompt's syntax
-_SIGNS = re.compile(r"[()\[\]\\{}|:\uff1a]|(?<!\S)[-/\u2013\u2014](?=\S)|(?<=_)_")  # and others'
 _COMMENT = re.compile(r"#(?:\s|$)")  # of a text file; `#1 fan` is a prompt
 
 
@@ -35,12 +34,8 @@ class Prompt:
 
     @property
     def literal(self) -> str:
-        """The text as `koala generate` draws it word for word: no syntax of any program's.
-
-        Words such as AND and BREAK become small letters, as the text encoders read all words.
-        """
-        plain = _WORDS.sub(lambda word: word[0].lower(), self.text)
-        return _SIGNS.sub(lambda sign: f"\\{sign[0]}", plain)
+        """The text as a prompt that is drawn word for word."""
+        return escaped(self.text)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,19 @@ _MARKS = re.compile(
 )  # fmt: skip
 
 
+_WORDS = re.compile(r"\b(AND(_\w+)?|BREAK|ADD(COL|ROW|COMM|BASE))\b")  # this syntax, and others'
+_SIGNS = re.compile(r"[()\[\]\\{}|:\uff1a]|(?<!\S)[-/\u2013\u2014](?=\S)|(?<=_)_")
+
+
+def escaped(text: str) -> str:
+    """A prompt that is drawn as this text word for word, whatever any program would read in it.
+
+    Words such as AND and BREAK become small letters, as the text encoders read all words.
+    """
+    plain = _WORDS.sub(lambda word: word[0].lower(), text)
+    return _SIGNS.sub(lambda sign: f"\\{sign[0]}", plain)
+
+
 @dataclass(frozen=True)
 class Fragment:
     """Text of one weight."""

@@ -146,6 +146,17 @@ def test_a_whole_u_net_and_its_card(toy_sdxl, data, tmp_path):
     assert model_card.read(again / "model").trained.before == 16
 
 
+def test_captions_with_other_programs_syntax_are_previewed(koala, tmp_path):
+    there, run = tmp_path / "there", tmp_path / "run"
+    there.mkdir()
+    for n, file in enumerate(images(4, [(70, 70)])):
+        (there / f"{n}.jpg").write_bytes(file)
+        (there / f"{n}.txt").write_text(f"{n} foxes, {{red|blue}} (fur:20) --ar 16:9")
+    data = prepared(there, koala, tmp_path / "d", "--held-out", "0")
+    assert main(command("lora", koala, data, run, "training.samples=4")) == 0
+    assert len([*(run / "previews").iterdir()]) == 1
+
+
 def test_a_dry_run_counts_the_lora_alone(capsys):
     costs = []
     for recipe in ("lora", "full"):

@@ -185,6 +185,7 @@ def test_a_dry_run_counts_the_lora_alone(capsys):
         (["lora", "--set", "hardware.sharding=fsdp"], "a LoRA is too small to be worth sharding"),
         (["lora", "--set", "hardware.teacher=offloaded"], "there is no teacher"),
         (["full", "--dry-run", "--set", "hardware.teacher=offloaded"], "there is no teacher"),
+        (["lora", "--set", "prompts=a {red|blue} fox"], "the prompt has {red|blue}"),
         (["lora", "--card", "4090"], "--card is for --dry-run"),
         (["lora", "--dry-run", "--card", "4090", "--model", "org/name"], "downloads nothing"),
     ],

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Command:
             prog=f"koala {self.name}",
             description=f"{self.summary[0].upper()}{self.summary[1:]}.",
             epilog="examples:\n" + "\n".join(f"  {example}" for example in self.examples),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
         )
         self.arguments(parser)
         options, rest = parser.parse_known_args(arguments)
@@ -43,6 +44,13 @@ class Command:
                 f"koala {self.name} does not take {rest[0]!r}; see koala {self.name} --help{close}"
             )
         return options
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """argparse's, which leaves names such as koala-700m whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):

@@ -234,8 +234,8 @@ def _run(o: argparse.Namespace) -> None:
     if found.image_prompt is not None:
         say(found.image_prompt.adapter.line())
 
-    if o.workflow:
-        workflow(settings[0])  # refuses what it cannot say
+    for one in {each.prompt: each for each in settings}.values() if o.workflow else ():
+        workflow(one)  # refuses what it cannot say
 
     sleep_while_waiting()
     with kept():  # all is checked: now torch may load

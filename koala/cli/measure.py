@@ -107,7 +107,8 @@ def _evaluate(o: argparse.Namespace) -> None:
 
         for line in write_pages(asked, o.page):
             say(line)
-    show(o, report.as_dict(), report.table())
+    if o.json or report.columns:  # else nothing was measured
+        show(o, report.as_dict(), report.table())
 
 
 def _benchmark_arguments(p: Parser) -> None:

@@ -69,7 +69,7 @@ def _compress_arguments(p: Parser) -> None:
         help="for --prune: a text file with a prompt a line, which are drawn to see what matters, "
         "or a folder of koala prepare, whose latents are read",
     )  # fmt: skip
-    p.add_argument("--out", type=Path, metavar="DIR", help="the student's new folder")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the new folder")
     p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
     p.add_argument(
         "--depth-rule",
@@ -90,7 +90,7 @@ def _compress(o: argparse.Namespace) -> None:
     if o.vram is not None:
         raise UserError("--vram is for --advise: leave it out")
     if o.out is None:
-        raise UserError("koala compress needs --out DIR, the student's new folder")
+        raise UserError("koala compress needs --out DIR, the new folder")
     check_push(o)
     if o.prune is not None:
         pruned = _prune(o)
@@ -180,7 +180,7 @@ def _convert_arguments(p: Parser) -> None:
     p.add_argument("--dtype", help=f"of all weights: {listed(DTYPES)} (default: as they are)")
     p.add_argument(
         "--weights",
-        help="int4: with --to diffusers, the U-Net in 4 bits, for koala generate alone",
+        help="int4: with --to diffusers, the U-Net in 4 bits; only koala draws with it",
     )
     p.add_argument(
         "--calibrate", type=Path, metavar="PROMPTS|DATA",

@@ -118,15 +118,18 @@ def _arguments(p: Parser) -> None:
     for name, says, kind in LIMITS:
         default = getattr(usual, name.replace("-", "_"))
         limits.add_argument(
-            f"--{name}", type=kind, default=default, help=f"{says} (default {default:g})"
-        )
+            f"--{name}", type=kind, default=default, metavar="N",
+            help=f"{says} (default {default:g})",
+        )  # fmt: skip
     gallery = p.add_argument_group("gallery")
     gallery.add_argument(
-        "--gallery-gib", type=number, default=4.0, help="GiB to keep at most (default 4)"
-    )
+        "--gallery-gib", type=number, default=4.0, metavar="GIB",
+        help="GiB to keep at most (default 4)",
+    )  # fmt: skip
     gallery.add_argument(
-        "--gallery-days", type=number, default=30.0, help="days to keep images at most (default 30)"
-    )
+        "--gallery-days", type=number, default=30.0, metavar="DAYS",
+        help="days to keep images at most (default 30)",
+    )  # fmt: skip
 
 
 def _run(o: argparse.Namespace) -> None:

@@ -152,7 +152,10 @@ def _finetune_arguments(p: Parser) -> None:
         "recipe", help="full: the whole U-Net; lora: a LoRA, on a data set; dreambooth: a LoRA, on "
         "about ten pictures of a subject",
     )  # fmt: skip
-    p.add_argument("--model", metavar="MODEL", help="bundled name, folder, file or Hub id")
+    p.add_argument(
+        "--model", metavar="MODEL",
+        help="bundled name, folder, file or Hub id; with --dry-run also an architecture",
+    )  # fmt: skip
     _training_arguments(p, "--model", "the result ends in OUT/model, or OUT/lora")
 
 
@@ -223,10 +226,15 @@ def _finetune(o: argparse.Namespace) -> None:
         return
     recipe = recipes.configured(o.recipe, o.set, recipes.FINETUNES)
     assert isinstance(recipe, Finetune)
+    if o.model is None:
+        raise UserError(
+            "koala finetune needs --model: the model to train further, or with --dry-run an "
+            "architecture, such as koala-700m"
+        )
     if o.dry_run:
         _dry_run(o, recipe, "--model", o.model)
         return
-    _check_run(o, "finetune", "model")
+    _check_run(o, "finetune")
     check_finetune(recipe, o.model, o.data, o.device, o.log)
     check_push(o)
     model = assembled(o, o.model)
@@ -264,12 +272,12 @@ def _dry_run(o: argparse.Namespace, recipe: recipes.Recipe, option: str, model: 
     show(o, found.as_dict(), found.text())
 
 
-def _check_run(o: argparse.Namespace, command: str, *also: str) -> None:
+def _check_run(o: argparse.Namespace, command: str) -> None:
     """UserError for what a run lacks, or what only a dry run takes."""
     for name in ("card", "gpus"):
         if getattr(o, name) is not None:
             raise UserError(f"--{name} is for --dry-run; leave it out")
-    for name in (*also, "data", "out"):
+    for name in ("data", "out"):
         if getattr(o, name) is None:
             raise UserError(f"koala {command} needs --{name} (only --dry-run goes without)")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from koala.errors import UserError
+from koala.generation.prompt_syntax import escaped
 from koala.utils.digest import digest
 from koala.utils.records import TABLES, lines_of, records, text_of
 
@@ -33,12 +34,8 @@ class Prompt:
 
     @property
     def literal(self) -> str:
-        """The text as `koala generate` draws it word for word, without its syntax of weights.
-
-        The words AND and BREAK become small letters, as the text encoders read all words.
-        """
-        plain = re.sub(r"\b(AND|BREAK)\b", lambda word: word[0].lower(), self.text)
-        return re.sub(r"([()\[\]\\])", r"\\\1", plain)
+        """The text as a prompt that is drawn word for word."""
+        return escaped(self.text)
 
 
 @dataclass(frozen=True)

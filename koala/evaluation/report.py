@@ -146,9 +146,15 @@ def _report(plan: Plan, results: Sequence[PartResult]) -> EvaluationReport:
         settings=settings_of(plan),
         judge=judge.about if judge else {},
         hardware=hardware(),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=_command(),
         prompts={part.prompts.name: [p.text for p in part.prompts.prompts] for part in plan.parts},
     )
+
+
+def _command() -> str:
+    """What was typed; `python -m koala` is `koala`."""
+    name = Path(sys.argv[0]).name.replace("__main__.py", "koala")
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def _write(plan: Plan, report: EvaluationReport, results: Sequence[PartResult]) -> None:

@@ -23,8 +23,8 @@ _REFUSED = {
     "extension of ComfyUI's and cannot be used here: leave it out",
     r"\$\{[^{}]*\}": "is a variable of dynamic prompts and is not read here: write the words "
     "themselves",
-    r"\{[^{}|]*\|[^{}]*\}": "chooses between words in dynamic prompts and is not done here: give "
-    "a prompt for each, or take turns by [a|b]",
+    r"(?<!\\)\{[^{}|]*\|[^{}]*\}": "chooses between words in dynamic prompts and is not done here: "
+    "give a prompt for each, or take turns by [a|b]",
     r"\b__[\w/*-]+?__\b": "stands for a list of words in dynamic prompts and is not read here: "
     "write the word itself",
     r"\bembedding:[\w.-]+": "is ComfyUI's for a textual inversion: write its name alone, and give "

@@ -1,7 +1,7 @@
 """The syntax of prompts, that of AUTOMATIC1111's web UI:
 
     (word)       1.1 times the weight       (word:1.3)   1.3 times the weight
-    [word]       1 / 1.1 times              \\( \\) \\[ \\] \\\\   the character itself
+    [word]       1 / 1.1 times              \\( \\: \\{ \\\\       any sign itself
     a BREAK b    b begins a new chunk       nested brackets multiply
 
 `koala.generation.prompts` says what a weight does. Importing this loads no torch.
@@ -17,13 +17,26 @@ ROUND, SQUARE = 1.1, 1 / 1.1
 MOST_WEIGHT = 10.0
 
 _MARKS = re.compile(
-    r"\\[()\[\]\\]"  # an escaped character
+    r"\\(?:[^\w\s]|_)"  # an escaped sign
     r"|[(\[\])]"
     r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
     r"|\s*\bBREAK\b\s*"
     r"|[^\\()\[\]:B\s]+|\s+|."  # text: a run of plain characters or of spaces, any other one
     , re.DOTALL,
 )  # fmt: skip
+
+
+_WORDS = re.compile(r"\b(AND(_\w+)?|BREAK|ADD(COL|ROW|COMM|BASE))\b")  # this syntax, and others'
+_SIGNS = re.compile(r"[()\[\]\\{}|:\uff1a]|(?<!\S)[-/\u2013\u2014](?=\S)|(?<=_)_")
+
+
+def escaped(text: str) -> str:
+    """A prompt that is drawn as this text word for word, whatever any program would read in it.
+
+    Words such as AND and BREAK become small letters, as the text encoders read all words.
+    """
+    plain = _WORDS.sub(lambda word: word[0].lower(), text)
+    return _SIGNS.sub(lambda sign: f"\\{sign[0]}", plain)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ number, each input a value or [node, output]. What it cannot say is refused. Loa
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from koala.errors import UserError
+from koala.generation.prompt_editing import by_step
+from koala.generation.prompt_syntax import parse
 from koala.generation.requests import Settings
 from koala.generation.samplers import LABELS
 
@@ -38,7 +41,8 @@ def workflow(settings: Settings, checkpoint: str | None = None) -> Workflow:
 
     checkpoint: the single file in ComfyUI's folder of checkpoints; by default named after the
     model. Raises `UserError` for an image that starts from another, for guidance that ends early,
-    which needs other nodes, and for samplers and noise levels that are not the same there.
+    which needs other nodes, for samplers and noise levels that are not the same there, and for
+    prompts that it has no words for.
     """
     if settings.image or settings.guidance_until < 1:
         raise UserError(
@@ -52,11 +56,17 @@ def workflow(settings: Settings, checkpoint: str | None = None) -> Workflow:
             f"--workflow, or choose {', '.join(_SAMPLERS)}, as it is or with "
             f"{', '.join(f'-{name}' for name in _SCHEDULES)}"
         )
-    for what, given in (("a ControlNet", settings.control), ("an IP-Adapter", settings.ip_adapter)):
+    beside = {
+        "a ControlNet": settings.control,
+        "an IP-Adapter": settings.ip_adapter,
+        "textual inversions": settings.embeddings,
+    }
+    for what, given in beside.items():
         if given:
             raise UserError(
                 f"a ComfyUI workflow is made for images without {what}: leave out --workflow"
             )
+    texts = [_in_its_syntax(t, settings.steps) for t in (settings.prompt, settings.negative_prompt)]
     nodes: Workflow = {}
 
     def add(kind: str, **inputs: Any) -> str:
@@ -74,8 +84,7 @@ def workflow(settings: Settings, checkpoint: str | None = None) -> Workflow:
         model, clip = [node, 0], [node, 1]
     if settings.guidance_rescale:
         model = [add("RescaleCFG", model=model, multiplier=settings.guidance_rescale), 0]
-    positive = [add("CLIPTextEncode", clip=clip, text=settings.prompt), 0]
-    negative = [add("CLIPTextEncode", clip=clip, text=settings.negative_prompt), 0]
+    positive, negative = ([add("CLIPTextEncode", clip=clip, text=text), 0] for text in texts)
     if not settings.negative_prompt:  # the U-Net was trained with zeros, not with the text ""
         negative = [add("ConditioningZeroOut", conditioning=negative), 0]
     latent = add(
@@ -90,6 +99,19 @@ def workflow(settings: Settings, checkpoint: str | None = None) -> Workflow:
     decoded = add("VAEDecode", samples=[sampled, 0], vae=vae)
     add("SaveImage", images=[decoded, 0], filename_prefix="koala")
     return nodes
+
+
+def _in_its_syntax(prompt: str, steps: int) -> str:
+    """A prompt for ComfyUI: weights stand in round brackets there, and square ones are words."""
+    always, *others = dict.fromkeys(by_step(prompt, steps))
+    text, *more = parse(always)
+    for what, given in (("changes over the steps", others), ("BREAK", more)):
+        if given:
+            raise UserError(
+                f"ComfyUI's prompts have no {what}: leave out --workflow, or write without"
+            )
+    escaped = [(re.sub(r"([()])", r"\\\1", each.text), each.weight) for each in text]
+    return "".join(t if weight == 1 else f"({t}:{weight:.4g})" for t, weight in escaped)
 
 
 def as_text(nodes: Workflow) -> str:

@@ -17,6 +17,7 @@ from koala.data.latents import LatentSet
 from koala.distillation.forward_process import NoiseSchedule
 from koala.distillation.tasks import Denoising, Distillation, Encode
 from koala.errors import UserError
+from koala.generation.prompt_syntax import escaped
 from koala.lora.training import add_lora
 from koala.recipes.previews import drawing
 from koala.recipes.recipe import MINI_PROMPTS, Finetune, Student, Teacher
@@ -82,7 +83,8 @@ def task_of(
         unet = _teacher(recipe, source)
     else:
         unet = _finetuned(recipe, source, device)
-        prompts = recipe.prompts or tuple(dict.fromkeys(latents.batch(0, PREVIEWS)["captions"]))
+        captions = dict.fromkeys(latents.batch(0, PREVIEWS)["captions"])
+        prompts = recipe.prompts or tuple(map(escaped, captions))
     return Denoising(
         unet.to(device),
         conditioner,

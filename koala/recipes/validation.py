@@ -6,6 +6,7 @@ from pathlib import Path
 from koala.checkpoints.resolve import check_name
 from koala.distillation.records import check_loggers
 from koala.errors import UserError
+from koala.generation.request_checks import check_values
 from koala.mini.settings import Base
 from koala.recipes import gpus
 from koala.recipes.recipe import Finetune, Recipe, Student, Teacher
@@ -31,6 +32,8 @@ def check(
     check_loggers(loggers)
     if student is not None and not isinstance(recipe, Student):
         raise UserError(f"--student {student}: this recipe trains no student; leave it out")
+    if isinstance(recipe, Student) and recipe.prompts:
+        check_values([*recipe.prompts])  # before the first preview
     for model in (teacher_of(recipe, teacher), student):
         if model is not None:
             check_name(model)
@@ -50,6 +53,8 @@ def check_finetune(
     if recipe.lora:
         require("training a LoRA", "lora", "peft")
     _check_hardware(recipe)
+    if recipe.prompts:
+        check_values([*recipe.prompts])
     check_name(model)
     _check_data(data)
 

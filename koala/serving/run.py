@@ -110,7 +110,8 @@ def loaded(options: Options, say: Callable[[str], None]) -> "tuple[Drawing, Opti
         say=say,
     )
     if (plan := pipeline.plan) is not None:
-        say(plan.table())
+        for line in plan.table().splitlines():
+            say(line)
         size = limits.size or plan.size[0] * plan.size[1]
         limits = replace(limits, max_batch=plan.images, size=size)
     # Several at once take their memory several times, and are hardly faster.

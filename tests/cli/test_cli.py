@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 import koala
+from koala import recipes
 from koala.cli import COMMANDS, command_named, main
 from koala.data.illustrations.scenes import SMALL
 from koala.generation import read_settings
@@ -50,6 +52,13 @@ def test_every_command_explains_itself_with_examples(name, capsys):
         assert f"\n  {example}\n" in shown
         assert shlex.split(example)[:2] == ["koala", name]
         command.parse(shlex.split(example)[2:])
+
+
+def test_help_leaves_the_recipes_names_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    assert {*recipes.NAMES} <= {*re.findall(r"[\w-]+", capsys.readouterr().out)}
 
 
 def test_architectures_prints_the_comparison(capsys):

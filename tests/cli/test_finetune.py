@@ -146,6 +146,17 @@ def test_a_whole_u_net_and_its_card(toy_sdxl, data, tmp_path):
     assert model_card.read(again / "model").trained.before == 16
 
 
+def test_captions_with_other_programs_syntax_are_previewed(koala, tmp_path):
+    there, run = tmp_path / "there", tmp_path / "run"
+    there.mkdir()
+    for n, file in enumerate(images(4, [(70, 70)])):
+        (there / f"{n}.jpg").write_bytes(file)
+        (there / f"{n}.txt").write_text(f"{n} foxes, {{red|blue}} (fur:20) --ar 16:9")
+    data = prepared(there, koala, tmp_path / "d", "--held-out", "0")
+    assert main(command("lora", koala, data, run, "training.samples=4")) == 0
+    assert len([*(run / "previews").iterdir()]) == 1
+
+
 def test_a_dry_run_counts_the_lora_alone(capsys):
     costs = []
     for recipe in ("lora", "full"):
@@ -174,6 +185,7 @@ def test_a_dry_run_counts_the_lora_alone(capsys):
         (["lora", "--set", "hardware.sharding=fsdp"], "a LoRA is too small to be worth sharding"),
         (["lora", "--set", "hardware.teacher=offloaded"], "there is no teacher"),
         (["full", "--dry-run", "--set", "hardware.teacher=offloaded"], "there is no teacher"),
+        (["lora", "--set", "prompts=a {red|blue} fox"], "the prompt has {red|blue}"),
         (["lora", "--card", "4090"], "--card is for --dry-run"),
         (["lora", "--dry-run", "--card", "4090", "--model", "org/name"], "downloads nothing"),
     ],
@@ -191,6 +203,8 @@ def test_distill_does_not_finetune(capsys):
     assert "unknown recipe 'lora'" in capsys.readouterr().err
     assert main(["finetune", "lora", "--data", ".", "--out", "x"]) == 2
     assert "koala finetune needs --model" in capsys.readouterr().err
+    assert main(["finetune", "lora", "--dry-run", "--card", "4090"]) == 2
+    assert "with --dry-run an architecture, such as koala-700m" in capsys.readouterr().err
 
 
 def test_alpha_and_rank_are_what_they_must_be():

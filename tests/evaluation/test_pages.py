@@ -16,7 +16,8 @@ LINES = [(f"prompt {i} <b> </script>", [RED, BLUE]) for i in range(12)]
 NAMES = ["the <red>", "blue"]
 
 
-def test_two_folders_are_compared_without_a_model(tmp_path, capsys):
+def test_two_folders_are_compared_without_a_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["koala/__main__.py", "evaluate"])
     for name, colour in (("a", "red"), ("b", "blue")):
         (tmp_path / name).mkdir()
         for i in range(3):
@@ -25,7 +26,9 @@ def test_two_folders_are_compared_without_a_model(tmp_path, capsys):
     given = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out"), "--page"]
     folders = [f"{name}={tmp_path / name}" for name in "ab"]
     assert main(["evaluate", "--compare", *folders, *given]) == 0
-    assert "blind.html" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "blind.html" in told.err and told.out == ""  # nothing was measured
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["command"] == "koala evaluate"
     made = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert made == [
         "blind.html",

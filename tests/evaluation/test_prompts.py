@@ -16,6 +16,8 @@ from koala.errors import UserError
 from koala.evaluation.pictures import matched, real_folder
 from koala.evaluation.prompt_sets import SETS, read_prompts
 from koala.evaluation.prompts import Prompt, PromptSet, read_file, write
+from koala.generation.prompt_editing import by_step
+from koala.generation.prompt_loras import split_loras
 from koala.generation.prompt_syntax import parse
 from toy_sources import images, write_folder
 
@@ -107,6 +109,22 @@ def test_a_prompt_is_drawn_word_for_word():
     assert [(f.text, f.weight) for part in parts for f in part] == [
         ("a (small:1.2) [cat|dog] break, and \\ C:(drive", 1.0)
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a cat, 8k --ar 16:9", "an owl \u2014no text", "a cat:: a dog::2", "1.3::cat::", "(cat)1.3",
+        "{red|blue} cat", "${a} cat", "__hair__ girl", "embedding:style cat", "/imagine a fox",
+        "<lora:ink:1> fox", "<random:a,b>", "a fox.and(b)", "(cat:1,3)", "^_^ \\o/ <|x|>",
+    ],
+)  # fmt: skip
+def test_other_programs_syntax_is_words_in_a_set(text):
+    """A published set is drawn to its end, whatever its prompts were once written for."""
+    literal = Prompt("0", text).literal
+    assert split_loras(literal, None) == (literal, {})
+    assert by_step(literal, 4) == [literal] * 4
+    assert [[(f.text, f.weight) for f in part] for part in parse(literal)] == [[(text, 1.0)]]
 
 
 def test_fewer_prompts_are_chosen_by_their_ids_in_their_order():

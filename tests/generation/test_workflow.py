@@ -82,6 +82,35 @@ def test_samplers_and_steps_have_a_name_there_or_are_refused(name):
         assert found["sampler_name"] and found["scheduler"] == named
 
 
+@pytest.mark.parametrize(
+    ("prompt", "there"),
+    [
+        ("a fox, noto style", "a fox, noto style"),
+        ("a (red:1.3) [fox]", "a (red:1.3) (fox:0.9091)"),
+        ("((red:1.2) fox:1.5)", "(red:1.8)( fox:1.5)"),  # nested weights do not multiply there
+        (r"a fox \(animal\), \[x\]", r"a fox \(animal\), [x]"),
+        ("[cat:dog:0]", "dog"),
+    ],
+)
+def test_prompts_are_in_its_syntax(prompt, there):
+    nodes = checked(replace(PLAIN, prompt=prompt, negative_prompt=prompt))
+    assert [one["text"] for one in of_kind(nodes, "CLIPTextEncode")] == [there, there]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": "[cat:dog:0.5]"}, "have no changes over the steps: leave out --workflow"),
+        ({"prompt": "a fox BREAK an owl"}, "have no BREAK: leave out --workflow"),
+        ({"negative_prompt": "[cat|dog]"}, "have no changes over the steps"),
+        ({"embeddings": ("my-style",)}, "without textual inversions: leave out --workflow"),
+    ],
+)
+def test_prompts_that_it_has_no_words_for_are_refused(change, said):
+    with pytest.raises(UserError, match=said):
+        workflow(replace(PLAIN, **change))
+
+
 @pytest.mark.parametrize("change", [{"image": "abc"}, {"guidance_until": 0.5}])
 def test_what_it_cannot_say_is_refused(change):
     with pytest.raises(UserError, match="ComfyUI workflow is made for images from noise"):
@@ -105,3 +134,6 @@ def test_the_commands_write_it(tmp_path, capsys):
     assert "--workflow is for --to single-file" in capsys.readouterr().err
     late = ["--out", str(tmp_path / "late.png"), "--workflow", "--guidance-until", "0.5"]
     assert main([*drawn, *late]) == 2
+    second = [*drawn[:2], "a fox BREAK an owl", *drawn[2:], "--workflow"]
+    assert main([*second, "--out", str(tmp_path / "two")]) == 2  # before anything is drawn
+    assert "have no BREAK" in capsys.readouterr().err and not (tmp_path / "two").exists()

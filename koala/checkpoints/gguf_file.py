@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from koala import __version__
 from koala.architectures.table import UNetArchitecture, get
 from koala.checkpoints import model_card
-from koala.checkpoints.pipeline_files import Contents, is_credit, visible_progress
+from koala.checkpoints.pipeline_files import Contents, tells_of_model, visible_progress
 from koala.checkpoints.single_file import joined
 from koala.checkpoints.tensors import View, all_finite, load_tensor, not_finite
 from koala.errors import UserError
@@ -64,7 +64,7 @@ def write_gguf(contents: Contents, out: Path, dtype: str) -> int:
         writer.add_license(card.licence.name or card.licence.identifier)
         writer.add_string("general.quantized_by", f"koala {__version__}")
         for path, content in contents.files.items():
-            if is_credit(path):
+            if tells_of_model(path):
                 writer.add_string(f"koala.{path}", content.decode("utf-8", "replace"))
         for name, view in tensors.items():
             shape, kind, size = _stored_as(name, view, dtype)

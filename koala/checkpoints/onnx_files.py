@@ -14,7 +14,7 @@ import torch
 
 from koala.checkpoints.flat import Flat, FlatDecoder, FlatEncoder, FlatText, FlatUNet, vae_config
 from koala.checkpoints.load import load_text, load_unet, load_vae
-from koala.checkpoints.pipeline_files import as_file, is_credit
+from koala.checkpoints.pipeline_files import as_file, tells_of_model
 from koala.checkpoints.validate import CONFIGS, read_json
 from koala.utils.atomic import new_folder
 
@@ -46,9 +46,9 @@ def write_onnx(folder: Path, out: Path, dtype: str) -> None:
 
 
 def _small_files(folder: Path) -> Iterator[Path]:
-    """Configs, tokenizers, schedule and credits, relative to the folder."""
+    """Configs, tokenizers, schedule, card and credits, relative to the folder."""
     yield Path("model_index.json")
-    yield from (file.relative_to(folder) for file in folder.iterdir() if is_credit(file.name))
+    yield from (file.relative_to(folder) for file in folder.iterdir() if tells_of_model(file.name))
     for component in CONFIGS:
         if component != "vae":
             for file in (*(folder / component).glob("*.json"), *(folder / component).glob("*.txt")):

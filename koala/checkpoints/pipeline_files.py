@@ -33,7 +33,7 @@ from koala.checkpoints.validate import (
 from koala.errors import UserError
 from koala.utils.atomic import new_folder
 
-_CREDITS = ("README.md", "NOTICE", "LICENSE")  # file name prefixes
+_TELLING = ("README.md", "NOTICE", "LICENSE", "words.json")  # file name prefixes
 SCHEDULER = "scheduler/scheduler_config.json"
 _VISIBLE = 100_000_000  # bytes from which writing shows a progress bar
 
@@ -81,7 +81,7 @@ def from_folder(folder: Path) -> Contents:
         for component in WEIGHTS
     }
     check_dtypes(folder, tensors)
-    paths = [folder / "model_index.json", *(p for p in folder.glob("*") if is_credit(p.name))]
+    paths = [folder / "model_index.json", *(p for p in folder.glob("*") if tells_of_model(p.name))]
     for component in CONFIGS:
         paths += [*(folder / component).glob("*.json"), *(folder / component).glob("*.txt")]
     files = {
@@ -118,9 +118,9 @@ def _plain(index: Mapping[str, Any]) -> dict[str, Any]:
     return usual | {key: value for key, value in index.items() if key in {*usual} - {"_class_name"}}
 
 
-def is_credit(name: str) -> bool:
-    """Whether a file of that name states authors or licence."""
-    return name.startswith(_CREDITS)
+def tells_of_model(name: str) -> bool:
+    """Whether a file of that name tells of a model: its authors, licence, the words it knows."""
+    return name.startswith(_TELLING)
 
 
 def check_dtypes(source: Path, tensors: Mapping[str, Tensors]) -> None:

@@ -37,6 +37,7 @@ _HUB_SMALL = (
     "README.md",
     "LICENSE*",
     "NOTICE*",
+    "words.json",
     *(f"{component}/*.{ending}" for component in CONFIGS for ending in ("json", "txt")),
 )
 _HUB_ALL = (*_HUB_SMALL, *(f"{component}/*.safetensors" for component in WEIGHTS))

@@ -23,7 +23,7 @@ from koala.checkpoints.pipeline_files import (
     as_file,
     bytes_of,
     check_dtypes,
-    is_credit,
+    tells_of_model,
     is_obsolete,
     visible_progress,
     write_tensors,
@@ -178,7 +178,7 @@ def completed(
             f"{file}: its U-Net reads text {mine.context} and {mine.pooled} wide, that of the base "
             f"{base.source} is {theirs.context} and {theirs.pooled}: choose another --base"
         )
-    files = {path: content for path, content in base.files.items() if not is_credit(path)}
+    files = {path: content for path, content in base.files.items() if not tells_of_model(path)}
     files["unet/config.json"] = as_file(base.config("unet/config.json") | unet_config(mine))
     if prediction is not None:
         files[SCHEDULER] = as_file(base.config(SCHEDULER) | prediction.config)
@@ -195,7 +195,7 @@ def _carried(file: Path, metadata: Mapping[str, str]) -> dict[str, bytes]:
         folder, _, name = path.rpartition("/")
         plain = "/" not in folder and "\\" not in path and name == Path(name).name
         known = folder in CONFIGS and name.endswith((".json", ".txt"))
-        if not plain or not (known or path == "model_index.json" or is_credit(path)):
+        if not plain or not (known or path == "model_index.json" or tells_of_model(path)):
             raise UserError(f"{where} holds {path!r}, which is not a file of a model folder")
         if not isinstance(content, str):
             raise UserError(f"{where}: {path} must be text")

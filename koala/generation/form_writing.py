@@ -16,7 +16,7 @@ import torch
 from koala.checkpoints.flat import Flat, FlatText, vae_config
 from koala.checkpoints.latent_scale import LatentScale
 from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae, zeros_for_empty
-from koala.checkpoints.pipeline_files import SCHEDULER, as_file, is_credit, pipeline_index
+from koala.checkpoints.pipeline_files import SCHEDULER, as_file, tells_of_model, pipeline_index
 from koala.errors import UserError
 from koala.generation import form
 from koala.generation.form import BACKENDS, LAYOUT, MODEL, Form
@@ -114,7 +114,7 @@ def write_form(
         _write(part / "model_index.json", index)
         _write(part / SCHEDULER, source.scheduler)
         for file in model.iterdir() if model else ():
-            if is_credit(file.name):
+            if tells_of_model(file.name):
                 shutil.copyfile(file, part / file.name)
         described = Form(
             layout=LAYOUT, name=source.name, backend=backend, scheduler=source.scheduler,

@@ -23,6 +23,7 @@ from koala.checkpoints.convert import convert
 from koala.checkpoints.load import load_text
 from koala.checkpoints.resolve import resolve_model, unpacked
 from koala.checkpoints.tensors import read_metadata, size_of
+from koala.checkpoints.words import read_words
 from koala.errors import UserError
 from published import published
 from toy import TEXT_WIDTHS, TIME_EMBED
@@ -103,7 +104,8 @@ def test_bundled_model_and_its_credits(tmp_path):
     mini = BUNDLED / "koala-mini"
     assert_equal(weights(back), weights(mini))
     kept = small_files(mini)
-    del kept["vae_tiny/config.json"], kept["words.json"]  # a single file has no place for them
+    del kept["vae_tiny/config.json"]  # a single file has no place for a second VAE
+    assert read_words(back, "back") == read_words(mini, "koala-mini")
     assert {**kept, **small_files(back)} == small_files(back)
     tokenizers = [load_text(at)[:2] for at in (back, mini)]
     words = "a red fox, flat twemoji style"

@@ -28,12 +28,46 @@ class TextualInversion:
     name: str  # of the file, without its suffix
     vectors: tuple[Stored, Stored]  # [v, d1] and [v, d2], or [d] for a single one
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(d1, d2)"""
+        return self.vectors[0].shape[-1], self.vectors[1].shape[-1]
+
+    @property
+    def number(self) -> int:
+        """Of vectors, the tokens that it takes."""
+        shape = self.vectors[0].shape
+        return shape[0] if len(shape) == 2 else 1
+
 
 def read_embedding(file: Path, widths: tuple[int, int]) -> TextualInversion:
     """A textual inversion for text encoders of these widths.
 
     Raises UserError for another kind of file, and for an embedding of another model, by name.
     """
+    found = _read(file)
+    if (own := found.widths) != widths:
+        raise UserError(
+            f"{file} is for text encoders {own[0]} and {own[1]} wide; this model's are {widths[0]} "
+            f"and {widths[1]} wide"
+        )
+    if strange := {stored.dtype for stored in found.vectors} - {*FLOATS}:
+        raise UserError(f"{file} holds {some(sorted(strange))} tensors; they must be floats")
+    return found
+
+
+def embeddings_in(folder: Path | None) -> tuple[list[TextualInversion], list[str]]:
+    """The textual inversions of a folder, and the names of its files that are none of SDXL's."""
+    found, others = [], []
+    for file in sorted(folder.glob("*.safetensors")) if folder else ():
+        try:
+            found.append(_read(file))
+        except UserError:
+            others.append(file.stem)
+    return found, others
+
+
+def _read(file: Path) -> TextualInversion:
     header = embedding_header(file)
     names = next((pair for pair in _NAMES if {*pair} <= {*header}), None)
     if names is None or _of_t5(header):
@@ -41,13 +75,6 @@ def read_embedding(file: Path, widths: tuple[int, int]) -> TextualInversion:
     first, second = (header[name] for name in names)
     if any(len(stored.shape) not in (1, 2) or not stored.shape[0] for stored in (first, second)):
         raise UserError(f"{file} is damaged: its tensors are no vectors; download it again")
-    if (own := (first.shape[-1], second.shape[-1])) != widths:
-        raise UserError(
-            f"{file} is for text encoders {own[0]} and {own[1]} wide; this model's are {widths[0]} "
-            f"and {widths[1]} wide"
-        )
-    if strange := {first.dtype, second.dtype} - {*FLOATS}:
-        raise UserError(f"{file} holds {some(sorted(strange))} tensors; they must be floats")
     return TextualInversion(file.stem, (first, second))
 
 

@@ -8,6 +8,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qsl, urlsplit
+from urllib.request import urlopen
 
 import httpx2
 import numpy as np
@@ -349,6 +350,11 @@ def test_embeddings_of_the_servers_folder_are_named_in_prompts(client, server, p
     assert json.loads(opened(answer.data[0]).info["koala"])["embeddings"] == ["zork"]
     with pytest.raises(openai.BadRequestError, match=r"is a textual inversion of SD 1\.5"):
         client.images.generate(prompt="an old fox", size=SIZE, extra_body=asked)
+    with urlopen(f"{server.url}/sdapi/v1/embeddings") as listed:
+        found = json.load(listed)
+    assert [*found["loaded"]] == ["zork"] and [*found["skipped"]] == ["old"]
+    zork = found["loaded"]["zork"]
+    assert (zork["vectors"], zork["shape"]) == (2, sum(TEXT_WIDTHS[:2]))
 
 
 def test_models(client, pipeline):

@@ -1,7 +1,8 @@
 """/sdapi/v1: what there is, as AUTOMATIC1111's tools ask before they draw.
 
 Lists of what this server does not have are empty, and calls that would reload something answer at
-once: nothing here changes while it runs but the LoRA folder, which is read at each request.
+once: nothing here changes while it runs but the folders of LoRAs and embeddings, which are read at
+each request.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from koala import __version__
+from koala.checkpoints.textual_inversion import embeddings_in
 from koala.generation import samplers
 from koala.generation.samplers import LABELS
 from koala.serving.api.a1111_accepted import OPTIONS, ignored_options
@@ -66,9 +68,16 @@ def loras(request: Request) -> list[dict[str, Any]]:
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in service.loras()]
 
 
-@router.get("/embeddings", summary="Always empty")
-async def embeddings() -> dict[str, Any]:
-    return {"loaded": {}, "skipped": {}}
+@router.get("/embeddings", summary="The textual inversions a prompt may name")
+def embeddings(request: Request) -> dict[str, Any]:
+    found, others = embeddings_in(request.app.state.service.embedding_folder)
+    unknown = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None}
+    return {
+        "loaded": {
+            one.name: {**unknown, "shape": sum(one.widths), "vectors": one.number} for one in found
+        },
+        "skipped": {name: {**unknown, "shape": None, "vectors": None} for name in others},
+    }
 
 
 @router.get("/scripts", summary="Always empty")

@@ -23,8 +23,8 @@ from koala.checkpoints.pipeline_files import (
     as_file,
     bytes_of,
     check_dtypes,
-    tells_of_model,
     is_obsolete,
+    tells_of_model,
     visible_progress,
     write_tensors,
 )

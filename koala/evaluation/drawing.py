@@ -110,10 +110,14 @@ def _settings(plan: Plan, part: Part, row: str, run: Run) -> dict[str, object]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells a model from others: of its configurations, and of both ends of every weights file."""
+    """Tells a model from others: of its configurations, and of both ends of every weights file.
+
+    Parts may be links, as those of a bundled model that shares them.
+    """
     found = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.suffix not in (".json", ".safetensors") or not file.is_file():
+    files = [Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names]
+    for file in sorted(files):
+        if file.suffix not in (".json", ".safetensors"):
             continue
         found.update(f"{file.relative_to(folder)} {file.stat().st_size}".encode())
         with file.open("rb") as stream:

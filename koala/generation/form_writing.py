@@ -16,7 +16,7 @@ import torch
 from koala.checkpoints.flat import Flat, FlatText, vae_config
 from koala.checkpoints.latent_scale import LatentScale
 from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae, zeros_for_empty
-from koala.checkpoints.pipeline_files import SCHEDULER, as_file, tells_of_model, pipeline_index
+from koala.checkpoints.pipeline_files import SCHEDULER, as_file, pipeline_index, tells_of_model
 from koala.errors import UserError
 from koala.generation import form
 from koala.generation.form import BACKENDS, LAYOUT, MODEL, Form

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from koala.cli import main
+from koala.evaluation.drawing import fingerprint
 from toy import toy_pipeline
 from toy_metrics import random_pictures, toy_clip, toy_clip_vision
 
@@ -132,3 +133,13 @@ def test_what_lacks_is_told_in_one_line(desk, tmp_path, capsys, monkeypatch):
         assert (status, len(told)) == (2, 1), told
         assert re.search(says, told[0]), told
     assert not (tmp_path / "out").exists()
+
+
+def test_models_whose_parts_are_links_are_told_apart(desk, tmp_path):
+    """As bundled ones that share a VAE: what was drawn with other weights is not kept."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        for part in (desk / name).iterdir():
+            (tmp_path / name / part.name).symlink_to(part)
+        assert fingerprint(tmp_path / name) == fingerprint(desk / name)
+    assert fingerprint(tmp_path / "first") != fingerprint(tmp_path / "second")

@@ -23,18 +23,21 @@ RUNS = {  # folder -> what it made
     "koala-mini-first": "student: L_task + L_outKD + L_featKD",
     "koala-mini": "the same, last part, with more icons",
     "koala-mini-further-64": "koala-mini trained further by L_task on the new images, at 64 pixels",
-    "koala-mini-further": "the same, last part, at 128 pixels",
-    "koala-mini-guided": "the result distilled from its own guided prediction",
+    "koala-mini-further": "the same, at 128 pixels",
+    "koala-mini-further-again": "the same, last part",
+    "sdxl-mini-grown": "the teacher, grown from the result and trained further by L_task",
+    "koala-mini-guided-first": "the student distilled from its own guided prediction",
+    "koala-mini-guided": "the same, in four steps by progressive distillation",
     "koala-mini-sa": "koala-mini-first in fewer samples",
     "koala-mini-task": "control: L_task alone",
     "koala-mini-task-out": "control: L_task + L_outKD",
     "tiny-mini": "tiny autoencoder",
 }
-SHOWN = ("pixel", "perceptual", "latent", "text", "word", "task", "out", "feat")
+SHOWN = ("pixel", "perceptual", "latent", "text", "word", "task", "out", "feat", "progressive")
 TWO_CORES = (
     "mini-decoder", "mini-vae", "former-128", "former-mirrored", "sdxl-mini-128", "sdxl-mini",
     "koala-mini-first", "koala-mini", "koala-mini-further-64", "koala-mini-further",
-    "koala-mini-guided",
+    "koala-mini-further-again", "sdxl-mini-grown", "koala-mini-guided-first", "koala-mini-guided",
 )  # fmt: skip
 CONTROLS = ("koala-mini-sa", "koala-mini-task", "koala-mini-task-out")
 
@@ -49,13 +52,15 @@ makes this page.
 
 The runs differ from the recipes of `koala/recipes/mini.py` as follows:
 
-- All but the last three U-Nets are of version 0.1.0, whose image set has some 300 things. It now
-  has 581, with new captions and another mixture, and the teacher's recipes ask for more samples.
-- `koala-mini-further-64` is `sdxl-mini-64`, and `koala-mini-further` is `sdxl-mini`, each with
-  `--set architecture=koala-mini` (the first also with `further=true` and emoji 32, painted 1,
-  icon 4, scene 1 for a mixture), from the koala-mini of 0.1.0. The first was stopped at 459,712
-  samples, and its average was taken. So the bundled koala-mini is trained by L_task alone since
-  0.1.0; a teacher grown from it, and its student, are to come.
+- The U-Nets before `koala-mini-further-64` are of version 0.1.0, whose image set has some 300
+  things. It now has 581, with new captions and another mixture, and the teacher's recipes ask for
+  more samples.
+- `koala-mini-further-64` is `sdxl-mini-64`, and `koala-mini-further` and its continuation are
+  `sdxl-mini`, each with `--set architecture=koala-mini` (the first also with `further=true` and
+  emoji 32, painted 1, icon 4, scene 1 for a mixture), from the koala-mini of 0.1.0. The first was
+  stopped at 459,712 samples, and its average was taken. The rate of the other two falls to zero,
+  from 1.2e-3 and from 1e-3. So the bundled koala-mini is trained by L_task alone since 0.1.0. The
+  bundled teacher, `sdxl-mini-grown`, is the recipe `sdxl-mini` from it, not the other way round.
 - VAE and text encoders came first, by `mini-base`, in separate processes. The decoder's number of
   samples was changed while they trained (the recipe in their run.json was rewritten), and again,
   from 64,000 to 44,000, after 26,400 of its own. The mixture of images was added to the recipe
@@ -70,8 +75,9 @@ The runs differ from the recipes of `koala/recipes/mini.py` as follows:
 - `koala-mini-first` was called koala-mini when it ran. `koala-mini` continued from it before
   `--student` existed; OUT/start, which that option makes, was put there by hand. `tiny-mini` was
   trained on `koala-mini-first`, whose VAE is the same.
-- `koala-mini-guided` has 36,864 samples (`--set training.samples=36864 cut=none`, with koala-mini
-  for both `--teacher` and `--student`).
+- `koala-mini-guided-first` is `koala-mini-guided` with `cut=none` and koala-mini for both
+  `--teacher` and `--student`. `koala-mini-guided` is `koala-mini-lightning` from there, with
+  `settings.method=progressive settings.substeps=3`, at 5e-4.
 - U-Nets, `mini-vae` and `tiny-mini` were trained with `cpu_bf16`.
 
 | run | samples | batch | seconds | samples/s | last losses |

@@ -14,7 +14,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 import koala
+from koala.architectures.block_map import tensor_map
 from koala.architectures.config import from_unet_config
+from koala.architectures.table import get
 from koala.checkpoints.bundled import BUNDLED, bundled_names
 from koala.checkpoints.load import load_unet
 from koala.checkpoints.resolve import resolve_model
@@ -32,15 +34,27 @@ def pipeline():
     return koala.load("koala-mini", "cpu")
 
 
-def test_it_is_koala_by_its_shapes_and_finite():
-    unet = load_unet(FOLDER)
-    assert from_unet_config(unet.config).name == "koala-mini"
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("koala-mini", "koala-mini"), ("koala-mini-guided", "koala-mini"), ("sdxl-mini", "sdxl-mini")],
+)
+def test_it_is_of_its_architecture_and_finite(name, architecture):
+    unet = load_unet(resolve_model(name))
+    assert from_unet_config(unet.config).name == architecture
     assert all(torch.isfinite(p).all() for p in unet.parameters())
 
 
-def test_it_takes_at_most_48_megabytes():
+def test_the_bundle_takes_at_most_80_megabytes_and_its_default_48():
+    assert sum(file.stat().st_size for file in BUNDLED.rglob("*.*")) <= 80 * MEGABYTE
     sizes = [f.stat().st_size for c in WEIGHTS for f in weights_files(FOLDER / c, c)]
     assert sum(sizes) <= 48 * MEGABYTE
+
+
+def test_the_student_is_a_cut_of_the_teacher_in_the_box():
+    teacher, student = (load_unet(resolve_model(name)) for name in ("sdxl-mini", "koala-mini"))
+    shapes = student.state_dict()
+    for mine, theirs in tensor_map(get("sdxl-mini"), get("koala-mini")).items():
+        assert teacher.state_dict()[theirs].shape == shapes[mine].shape
 
 
 def _refuse(*_):

@@ -35,21 +35,19 @@ from koala.utils import markdown
 from koala.utils.atomic import write_text
 from koala.utils.device import hardware
 
+_CRITIC = ("training.lr=2e-4", "training.critic_lr=4e-4", "training.critic_updates=3")
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {  # the recipe, and what is changed
     "guided": ("koala-mini-guided", ("cut=none",)),
-    "progressive": (
+    "progressive": ("koala-mini-lightning", ()),
+    "dmd": (
         "koala-mini-lightning",
-        (
-            "settings.method=progressive", "settings.substeps=3",
-            "training.critic_lr=0", "training.critic_updates=0",
-        ),
+        ("settings.method=dmd", "settings.substeps=none", *_CRITIC),
     ),
-    "dmd": ("koala-mini-lightning", ()),
     "mmd": (
         "koala-mini-lightning",
         (
-            "settings.method=mmd", "settings.guidance=none", "settings.taps=lf",
-            "training.critic_lr=0", "training.critic_updates=0",
+            "settings.method=mmd", "settings.substeps=none", "settings.guidance=none",
+            "settings.taps=lf", "training.lr=2e-4",
         ),
     ),
 }  # fmt: skip

@@ -76,8 +76,8 @@ The runs differ from the recipes of `koala/recipes/mini.py` as follows:
   `--student` existed; OUT/start, which that option makes, was put there by hand. `tiny-mini` was
   trained on `koala-mini-first`, whose VAE is the same.
 - `koala-mini-guided-first` is `koala-mini-guided` with `cut=none` and koala-mini for both
-  `--teacher` and `--student`. `koala-mini-guided` is `koala-mini-lightning` from there, with
-  `settings.method=progressive settings.substeps=3`, at 5e-4.
+  `--teacher` and `--student`. `koala-mini-guided` is `koala-mini-lightning` from there, in
+  16,384 samples.
 - U-Nets, `mini-vae` and `tiny-mini` were trained with `cpu_bf16`.
 
 | run | samples | batch | seconds | samples/s | last losses |

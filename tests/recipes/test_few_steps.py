@@ -80,7 +80,9 @@ def test_flops_are_those_that_are_counted(settings):
 
 
 def test_the_estimate_tells_the_critic_and_days():
-    recipe = recipes.get("koala-mini-lightning")
+    critic = ["training.critic_lr=4e-4", "training.critic_updates=3"]
+    dmd = ["settings.method=dmd", "settings.substeps=none", *critic]
+    recipe = recipes.configured("koala-mini-lightning", dmd)
     found = estimate(recipe, card="4090", teacher="koala-mini")
     assert (found.student, found.teacher, found.taps) == ("koala-mini", "koala-mini", {})
     assert found.memory["critic and its optimiser"] == pytest.approx(3 * found.memory["weights"])
@@ -100,7 +102,7 @@ def test_a_critic_is_divided_as_the_student_is():
 
 def test_methods_change_with_their_settings():
     changed = ["settings.method=mmd", "settings.guidance=none", "settings.taps=lf",
-               "training.critic_lr=0", "training.critic_updates=0"]  # fmt: skip
+               "settings.substeps=none"]  # fmt: skip
     recipe = recipes.configured("koala-mini-lightning", changed)
     assert recipe.settings == StepSettings("mmd", 4, taps=(Tap("lf"),))
     with pytest.raises(UserError, match=r"guidance 3\.5 has no effect on method mmd"):

@@ -145,7 +145,7 @@ class StepDistillation(Taught):
         ahead = [x]
         with without_gradient():
             for i in range(self.settings.steps - 1):
-                seen = self._seen(x, torch.full_like(drawn.step, i), conditions)
+                seen = _seen(self.sampler, x, torch.full_like(drawn.step, i), conditions)
                 output = predict(self.trainable, seen, torch.float32)
                 x = self.sampler.step(i, x, self.sampler.denoised(i, x, output))
                 ahead.append(x)
@@ -154,15 +154,14 @@ class StepDistillation(Taught):
     def _point(self, drawn: Draws, conditions: Noised) -> Point:
         """Where each sample's step leads, with the gradient of that step alone."""
         x = self._before(drawn, conditions)
-        output = predict(
-            self._apart["called"], self._seen(x, drawn.step, conditions), torch.float32
-        )
-        denoised, after = _stepped(self.sampler, x, drawn.step, output)
+        denoised, after = self._step(x, drawn.step, conditions)
         return Point(after, denoised, *self._level(drawn))
 
-    def _seen(self, x: Tensor, step: Tensor, conditions: Noised) -> Noised:
-        """What the student sees of x before each sample's step."""
-        return _seen(self.sampler, x, step, conditions)
+    def _step(self, x: Tensor, step: Tensor, conditions: Noised) -> tuple[Tensor, Tensor]:
+        """Each sample's estimate of x0 in its step, with a gradient, and where the step leads."""
+        seen = _seen(self.sampler, x, step, conditions)
+        output = predict(self._apart["called"], seen, torch.float32)
+        return _stepped(self.sampler, x, step, output)
 
     def _output_of_teacher(self, noised: Noised) -> Tensor:
         """The teacher's prediction, guided if the settings say so."""
@@ -195,7 +194,7 @@ class ProgressiveDistillation(StepDistillation):
         L = (1 / sigma^2 + 1) || x0(x) - x0*(x) ||^2
 
     x is what the student has drawn before the step, at sigma, and x0* the estimate with which the
-    step ends where `settings.substeps` steps of the teacher from x end (their equation 43). The
+    step ends where `settings.substeps` steps of the teacher from x end (their algorithm 2). The
     weight is their "SNR+1", which makes L the squared error of v. They start from real images with
     noise and halve the steps again and again; here x is the student's own, so that it learns from
     the errors of the steps before, and all substeps are done at once. No image is used.
@@ -216,16 +215,14 @@ class ProgressiveDistillation(StepDistillation):
         """{"progressive", "loss"}, which are equal."""
         drawn, conditions = self._draws(self._shape(batch), generators), self._conditions(batch)
         x = self._before(drawn, conditions)
-        output = predict(
-            self._apart["called"], self._seen(x, drawn.step, conditions), torch.float32
-        )
-        denoised, _ = _stepped(self.sampler, x, drawn.step, output)
+        denoised, _ = self._step(x, drawn.step, conditions)
         sigmas = torch.tensor(self.sampler.sigmas).view(-1, 1, 1, 1)
         sigma, below = sigmas[drawn.step].to(x), sigmas[drawn.step + 1].to(x)
         end = self._end(x, drawn.step, conditions)
         target = (sigma * end - below * x) / (sigma - below)  # of Euler's method
         errors = squared_error(denoised, target) * (1 / sigma**2 + 1).flatten()
-        return {"progressive": errors.mean(), "loss": errors.mean()}
+        progressive = errors.mean()
+        return {"progressive": progressive, "loss": progressive}
 
     def _end(self, x: Tensor, step: Tensor, conditions: Noised) -> Tensor:
         """Where the teacher's steps end that fill each sample's step."""

@@ -17,6 +17,9 @@ from koala.serving.run import content_filter, http_config
 from koala.serving.service import Service
 from koala.serving.settings import Limits, Options
 
+DRAW = "/v1/images/generations"
+ASKED = {"prompt": "a", "size": "16x16", "steps": 1}
+
 
 @dataclass
 class Running:

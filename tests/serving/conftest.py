@@ -1,4 +1,4 @@
-"""The page of `koala serve` in a real Chromium, for the tests of what people do with it."""
+"""What tests of the server share: a toy pipeline, and the page in a real Chromium."""
 
 import datetime
 from collections.abc import Iterator
@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from koala.generation import Pipeline, load
 from koala.lora.names import base_named
+from toy import toy_pipeline
 from toy_browser import Page, serving
 from toy_lora import toy_lora
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """Of toy size; many modules have one of their own."""
+    return load(toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala"), "cpu")
 
 
 @pytest.fixture(scope="module")

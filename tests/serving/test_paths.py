@@ -10,19 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koala.generation import load
 from koala.serving.paths import OTHERS, own_path
 from koala.serving.settings import Limits
-from toy import toy_pipeline
-from toy_server import running
-
-DRAW = "/v1/images/generations"
-ASKED = {"prompt": "a", "size": "16x16", "steps": 1}
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return load(toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala"), "cpu")
+from toy_server import ASKED, DRAW, running
 
 
 @pytest.fixture(scope="module")

@@ -16,24 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from koala.errors import UserError
-from koala.generation import load
 from koala.generation.image_files import open_image
 from koala.serving.admission import Busy
 from koala.serving.keys import ApiKeys
 from koala.serving.security import RateLimiter
 from koala.serving.settings import Limits, Options
 from koala.serving.uploads import mask_of_transparency, open_upload
-from toy import toy_pipeline
-from toy_server import running
+from toy_server import ASKED, DRAW, running
 
 KEYS = ("first-key-0123456789", "other-key-0123456789")
-DRAW = "/v1/images/generations"
-ASKED = {"prompt": "a", "size": "16x16", "steps": 1}
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return load(toy_pipeline(tmp_path_factory.mktemp("toy") / "toy", architecture="koala"), "cpu")
 
 
 @pytest.fixture(scope="module")

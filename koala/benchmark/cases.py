@@ -14,6 +14,7 @@ from pathlib import Path
 
 from koala.architectures.table import ARCHITECTURES, FACTOR, UNetArchitecture
 from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.sampling import of_model
 from koala.checkpoints.tensors import float_dtype
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError, did_you_mean
@@ -81,7 +82,8 @@ class Subject:
 def subject(name: str) -> Subject:
     """A case of the published table, or a model: bundled name, folder or Hub id.
 
-    Other models use their native size, 10 steps and guidance 3.5. UserError for unknown names.
+    Other models are drawn at their native size, in the steps and with the guidance that they are
+    made for. UserError for unknown names.
     """
     if name in CASES:
         return Subject(CASES[name], random=True)
@@ -92,7 +94,9 @@ def subject(name: str) -> Subject:
     arch = unet_architecture(folder)
     pixels = arch.sample * FACTOR
     label = folder.name if Path(name).exists() else name
-    return Subject(Case(label, arch.name, pixels, 10, 3.5), random=False, folder=folder)
+    meant = of_model(name, folder)
+    case = Case(label, arch.name, pixels, meant.steps, meant.guidance)
+    return Subject(case, random=False, folder=folder)
 
 
 def check(

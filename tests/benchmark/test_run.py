@@ -101,6 +101,13 @@ def test_the_published_table_is_whole():
         subject("koala-turbo-2b")
 
 
+def test_a_model_is_drawn_as_it_is_made_for():
+    case = subject("koala-mini-guided").case
+    assert (case.pixels, case.steps, case.guidance, case.rows) == (128, 4, 1.0, 1)
+    case = subject("koala-mini").case
+    assert (case.pixels, case.steps, case.guidance, case.rows) == (128, 10, 3.5, 2)
+
+
 def test_a_images_operations_are_all_its_evaluations_and_the_decoder(toy_sdxl):
     pipeline, chosen = load(toy_sdxl, "cpu"), subject(str(toy_sdxl))
     one = flops(from_unet_config(pipeline.unet.config), 64, 64, pipeline.conditioner.tokens)

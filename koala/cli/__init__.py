@@ -3,14 +3,18 @@
 Nothing of what koala does is here. Arguments are checked by the packages they are for, in modules
 that load no torch, before anything else is done.
 
-Exit status: 0 done, 1 failed, 2 bad input (one line on standard error, no traceback).
+Exit status: 0 done, 1 failed, 2 bad input (one line on standard error, no traceback), 141 nobody
+reads what is printed any more, as in `koala architectures | head -1` (as other tools, no line).
 """
 
 import io
+import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from koala import __version__
@@ -26,6 +30,7 @@ GROUPS = {  # of `koala --help`: commands, each with the module that has it
     "training": dict.fromkeys(("prepare", "distill", "finetune", "runs"), "train"),
     "measuring": dict.fromkeys(("evaluate", "benchmark"), "measure"),
 }
+UNREAD = 128 + 13  # what a shell says of a process that SIGPIPE ended
 COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 
 
@@ -38,9 +43,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files that its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if not arguments:
-            raise UserError("no command given; koala --help lists them")
-        name, *rest = arguments
+        _run(arguments)
+    except UserError as error:
+        return _complain(error, 2)
+    except FailedElsewhere:  # another process of the run says why
+        return 1
+    except (Failure, OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return UNREAD
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 1)
+    finally:
+        _discard_unwritten()
+        stopping()
+    return 0
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if not arguments:
+        raise UserError("no command given; koala --help lists them")
+    name, *rest = arguments
+    try:
         if name in ("-h", "--help"):
             print(overview())
         elif name == "--version":
@@ -48,17 +72,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             command = command_named(name)
             command.run(command.parse(rest))
-    except UserError as error:
-        return _complain(error, 2)
-    except FailedElsewhere:  # another process of the run says why
-        return 1
-    except (Failure, OSError, MemoryError) as error:
-        return _complain(error, 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 1)
     finally:
-        stopping()
-    return 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it can be answered if it fails
+
+
+def _unread() -> bool:
+    """Whether the reader of a pipe that is printed to has gone. Windows cannot tell."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _discard_unwritten() -> None:
+    """Drops what cannot be printed, which Python would else complain of when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _sigterm_interrupts() -> Callable[[], object]:
@@ -98,5 +134,6 @@ def overview() -> str:
 
 
 def _complain(what: object, status: int) -> int:
-    say(" ".join(str(what).split()))
+    with suppress(OSError):  # nobody reads it; the status still tells
+        say(" ".join(str(what).split()))
     return status

@@ -132,6 +132,8 @@ def say(line: str) -> None:
     Control characters, which files may have in their names, are written as escapes, and so is what
     the terminal's encoding lacks.
     """
+    if sys.stderr is None:  # closed by whoever started this
+        return
     plain = "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in line)
     encoding = sys.stderr.encoding or "utf-8"
     plain = plain.encode(encoding, "backslashreplace").decode(encoding)

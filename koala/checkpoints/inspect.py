@@ -20,12 +20,16 @@ from koala.checkpoints.prediction import Prediction, of_config
 from koala.checkpoints.resolve import resolve_model, single_file_path
 from koala.checkpoints.shards import shard_of
 from koala.checkpoints.single_file import FILES, open_file
-from koala.checkpoints.spellings import canonical
+from koala.checkpoints.spellings import average, canonical
 from koala.checkpoints.tensors import Stored, read_header, read_metadata
 from koala.checkpoints.unet_folder import open_unet, unet_folder
 from koala.checkpoints.validate import WEIGHTS, read_tensors, unet_architecture
 
 _UNSTATED = f"{Prediction()} (not stated: as SDXL)"
+_AVERAGES = {
+    "read": "the U-Net is the EMA average: the file has no other",
+    "left out": "an EMA average of the U-Net lies beside it (other), and is not read",
+}
 _SHOWN = 300  # characters of one metadata value
 
 
@@ -52,6 +56,7 @@ class Inspection:
     unet_parameters: int | None
     parts: dict[str, PartSummary]
     prediction: str | None  # "epsilon" or "v", with ", zero terminal SNR" if so
+    average: str | None  # of the U-Net (EMA): "read", the file has no other, or "left out"
     licence: str | None
     metadata: dict[str, str]  # of a single file
 
@@ -66,6 +71,8 @@ class Inspection:
                          f"{list(self.depths or ())}, {mid}")  # fmt: skip
             lines.append(f"  layout    {self.layout}")
             lines.append(f"  predicts  {self.prediction}")
+        if self.average is not None:
+            lines.append(f"  average   {_AVERAGES[self.average]}")
         for name, part in self.parts.items():
             lines.append(
                 f"  {name:<14} {part.tensors:>5,} tensors {part.parameters:>14,} parameters "
@@ -111,7 +118,18 @@ def _of_file(file: Path) -> Inspection:
     if kind := shard_of(file) or foreign(shapes):
         whole = {"all": _part(header.values())}
         return Inspection(
-            str(file), kind, None, None, None, None, None, whole, None, _named(licence), stated
+            str(file),
+            kind,
+            None,
+            None,
+            None,
+            None,
+            None,
+            whole,
+            None,
+            None,
+            _named(licence),
+            stated,
         )
     opened = open_file(file)
     parts = {component: _part(of.values()) for component, of in opened.parts.items()}
@@ -119,7 +137,8 @@ def _of_file(file: Path) -> Inspection:
         parts["other"] = _part(opened.rest.values())
     arch, layout = opened.found.architecture, opened.found.layout
     predicts = str(opened.prediction or _UNSTATED)
-    return _described(str(file), arch, layout, parts, predicts, _named(licence), stated)
+    ema = average(header)
+    return _described(str(file), arch, layout, parts, predicts, _named(licence), stated, ema)
 
 
 def _described(
@@ -130,10 +149,11 @@ def _described(
     prediction: str,
     licence: str | None,
     metadata: dict[str, str],
+    ema: str | None = None,
 ) -> Inspection:
     return Inspection(
         model, arch.name, layout, arch.depths, arch.up, arch.mid, parameters(arch), parts,
-        prediction, licence, metadata,
+        prediction, ema, licence, metadata,
     )  # fmt: skip
 
 

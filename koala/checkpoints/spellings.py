@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from koala.checkpoints.ldm_keys import PREFIXES
 from koala.checkpoints.tensors import FP8, Stored, read
@@ -52,7 +52,7 @@ def canonical(header: Mapping[str, Stored]) -> dict[str, Stored]:
     Raises `UserError` if two tensors have one name then, or a scale is not a single number.
     """
     named: dict[str, Stored] = {}
-    averaged = not any(name.startswith(PREFIXES["unet"]) for name in header)
+    averaged = average(header) == "read"
     for name, stored in header.items():
         if name == _SCALED or name.endswith(_OF_SCALING):
             continue
@@ -66,6 +66,13 @@ def canonical(header: Mapping[str, Stored]) -> dict[str, Stored]:
             if weight in named and named[weight].dtype in FP8:
                 named[weight] = named[weight]._replace(scale=_number(name, scale))
     return named
+
+
+def average(names: Collection[str]) -> str | None:
+    """Whether a file's average of the U-Net (EMA) is "read", lying there alone, or "left out"."""
+    if not any(map(_AVERAGE.fullmatch, names)):
+        return None
+    return "left out" if any(name.startswith(PREFIXES["unet"]) for name in names) else "read"
 
 
 def _canonical(name: str) -> str:

@@ -72,6 +72,23 @@ def test_a_unet_alone_and_a_damaged_one(tmp_path, toy_sdxl):
         inspect(tmp_path / "u.safetensors")
 
 
+def test_an_average_is_named_whether_it_is_read_or_not(tmp_path):
+    weights = load_file(convert("koala-mini", "single-file", tmp_path / "m.safetensors").out)
+    unet = "model.diffusion_model."
+    named = {n.removeprefix("model.").replace(".", ""): t for n, t in weights.items() if unet in n}
+    ema = {f"model_ema.{name}": tensor.clone() for name, tensor in named.items()}
+    rest = {name: tensor for name, tensor in weights.items() if unet not in name}
+    save_file(rest | ema, tmp_path / "alone.safetensors")
+    save_file(weights | ema, tmp_path / "beside.safetensors")
+    alone, beside = (inspect(tmp_path / f"{name}.safetensors") for name in ("alone", "beside"))
+    assert (alone.kind, alone.average, beside.average) == ("koala-mini", "read", "left out")
+    assert "\n  average   the U-Net is the EMA average: the file has no other\n" in alone.text()
+    assert beside.parts["other"].tensors == len(ema)
+    assert "\n  average   an EMA average of the U-Net lies beside it (other)" in beside.text()
+    assert inspect(tmp_path / "m.safetensors").average is None
+    assert "  average " not in inspect(tmp_path / "m.safetensors").text()
+
+
 def test_the_command(tmp_path, capsys):
     assert main(["inspect", "koala-mini", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -109,14 +109,14 @@ def _compress(o: argparse.Namespace) -> None:
 def _advise(o: argparse.Namespace) -> None:
     from koala.generation.advice import advise, text
 
-    for name in ("out", "calibrate", "dtype", "depth_rule", "vae", "teacher_lora", "push_to_hub"):
+    for name in ("out", "calibrate", "dtype", "depth_rule", "push_to_hub"):
         if getattr(o, name):
             option = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{option} has no effect on --advise, which writes nothing: leave it out"
             )
     room = None if o.vram is None else budget(o.vram)
-    rungs = advise(o.teacher, room, o.base)
+    rungs = advise(o.teacher, room, o.base, o.vae, o.teacher_lora)
     show(o, [asdict(rung) for rung in rungs], text(rungs, o.teacher, room))
 
 

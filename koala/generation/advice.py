@@ -7,7 +7,8 @@ planner found, is in `ladder.json`, which `python -m benchmarks.ladder` writes f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,15 +17,15 @@ from typing import Any
 from koala.architectures.flops import flops
 from koala.architectures.layout import inner_widths, parameters, tensor_shapes
 from koala.architectures.table import CUTS, FACTOR, UNetArchitecture, get, student_of
-from koala.checkpoints import single_file
 from koala.checkpoints.pipeline_files import Contents
-from koala.checkpoints.resolve import read_model, single_file_path
-from koala.checkpoints.unet_folder import read_unet, unet_folder
 from koala.checkpoints.validate import Shapes
 from koala.errors import UserError
 from koala.generation.memory.estimate import GIB, PLACES, TEXT, UNET, VAE, Peak, peak, weights
+from koala.generation.validation import loras
+from koala.lora.assembly import read_parts
 
 FILE = Path(__file__).with_name("ladder.json")
+PLANNED = "1024x1024"  # pixels that the memory planner was asked for
 PRUNED = 0.2  # the share that the ladder's row of pruning removes
 # A student, and the recipe of one GPU that distils it.
 STUDENTS: dict[str, str | None] = {
@@ -42,7 +43,8 @@ class Rung:
     way: str
     time: str  # to make it
     disk: int  # bytes of all weights in half precision
-    memory: int | None  # bytes on a GPU at 1024 x 1024 pixels; None: not planned
+    size: tuple[int, int]  # in pixels, that the arithmetic is of: the model's own
+    memory: int | None  # bytes on a GPU at `PLANNED` pixels; None: not planned
     mode: str  # place and decoder that take it
     fits: bool | None  # in the budget; None: no budget, or not planned
     arithmetic: float  # of one evaluation of the U-Net, against the model's own
@@ -50,24 +52,23 @@ class Rung:
     command: str
 
 
-def advise(model: str | Path, budget: int | None = None, base: str | None = None) -> list[Rung]:
+def advise(
+    model: str | Path,
+    budget: int | None = None,
+    base: str | None = None,
+    vae: str | None = None,
+    teacher_lora: Sequence[str] = (),
+) -> list[Rung]:
     """The ladder of one model, from its headers alone.
 
-    model: name, folder, Hub id or single file. budget: bytes on the GPU. base: the model that
-    completes a file with a U-Net alone. UserError as from `read_model`.
+    model: name, folder, Hub id or single file. budget: bytes on the GPU. The others: its parts, as
+    `koala compress` takes them, so do the ladder's commands. UserError as from `assembled`.
     """
-    file = single_file_path(model)
-    if base is not None:
-        if file is not None:
-            contents = single_file.read(file, read_model(base))
-        elif folder := unet_folder(model):
-            contents = read_unet(folder, read_model(base), {})
-        else:
-            raise UserError(f"--base {base} completes a U-Net alone, and {model} is none")
-    else:
-        contents = read_model(model)
+    contents, _ = read_parts(model, base, vae, loras(teacher_lora))
     parts = {part: _shapes(contents, names) for part, names in _COMPONENTS.items()}
-    return list(rungs(str(model), contents.architecture, parts, budget))
+    given = [("--base", base), ("--vae", vae), *(("--teacher-lora", lora) for lora in teacher_lora)]
+    options = [f" {option} {shlex.quote(value)}" for option, value in given if value is not None]
+    return list(rungs(str(model), contents.architecture, parts, budget, "".join(options)))
 
 
 @cache
@@ -77,12 +78,21 @@ def recorded() -> dict[str, Any]:
 
 
 def rungs(
-    model: str, arch: UNetArchitecture, parts: Mapping[str, Shapes], budget: int | None
+    model: str,
+    arch: UNetArchitecture,
+    parts: Mapping[str, Shapes],
+    budget: int | None,
+    options: str = "",
 ) -> Iterator[Rung]:
-    """The ladder of a model of that U-Net; parts: shapes of its text encoders and VAE, by part."""
+    """The ladder of a model of that U-Net; parts: shapes of its text encoders and VAE, by part.
+
+    options: for the commands, what else makes up the model.
+    """
     own = flops(arch, *_native(arch))
-    vram = "" if budget is None else f" --vram {budget / GIB:g}"
-    draw = f'koala generate "..." --model {model}{vram} --weights'
+    named = shlex.quote(model) + options
+    draw = f'koala generate "a lighthouse" --model {named}'
+    draw += "" if budget is None else f" --vram {budget / GIB:g}"
+    exact = "" if budget is None else " --weights fp16"  # else a plan may choose 8 bits
 
     def rung(
         way: str, time: str, loses: str, command: str,
@@ -94,6 +104,7 @@ def rungs(
             way=way,
             time=time,
             disk=sum(weights(part, shapes)[0] for part, shapes in sized.items()),
+            size=_native(arch)[:2],
             memory=None if found is None else found.bytes,
             mode=f"{found.place}, {found.decode} decode" if found else "",
             fits=None if budget is None or found is None else found.bytes <= budget,
@@ -102,14 +113,14 @@ def rungs(
             command=command,
         )
 
-    yield rung("as it is, fp16", "none", "nothing", f"{draw} fp16")
-    yield rung("8 bits", "none", loss("int8"), f"{draw} int8", quantised="int8")
-    yield rung("4 bits", "none", loss("int4"), f"{draw} int4", quantised="int4")
+    yield rung("as it is, fp16", "none", "nothing", f"{draw}{exact}")
+    yield rung("8 bits", "none", loss("int8"), f"{draw} --weights int8", quantised="int8")
+    yield rung("4 bits", "none", loss("int4"), f"{draw} --weights int4", quantised="int4")
     if not arch.inner:
         yield rung(
             f"pruned by {PRUNED:.0%}", "a drawing of each prompt on a CPU, and fitting",
             loss("pruned"),
-            f"koala compress {model} --prune {PRUNED} --calibrate prompts.txt --out pruned",
+            f"koala compress {named} --prune {PRUNED} --calibrate prompts.txt --out pruned",
             narrowed(arch, PRUNED),
         )  # fmt: skip
     for to, recipe in STUDENTS.items():
@@ -120,7 +131,7 @@ def rungs(
         if parameters(student) < parameters(arch):
             yield rung(
                 f"{to if to in CUTS else f'depths {to}'}, distilled", _days(arch, recipe), loss(to),
-                f"koala compress {model} --to {to} --out student, then koala distill", student,
+                f"koala compress {named} --to {to} --out student", student,
             )  # fmt: skip
 
 
@@ -194,7 +205,6 @@ def cells(rung: Rung) -> tuple[str, ...]:
 
 def text(ladder: list[Rung], model: str, budget: int | None) -> str:
     """The ladder as a table, and what its columns are."""
-    fits = "" if budget is None else f", within {budget / GIB:g} GiB if it can be"
     rows = [cells(rung) for rung in ladder]
     head = ("way", "time to make", "GB", "GiB", "arithmetic", "loses", "command")
     widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
@@ -202,14 +212,26 @@ def text(ladder: list[Rung], model: str, budget: int | None) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [head, *rows]
     ]
-    return "\n".join(
-        [
-            f"{model}, 1024x1024 pixels{fits}",
-            *lines,
-            "GB: all weights in fp16. GiB: planned for a GPU, beside CUDA's context; not measured.",
-            "arithmetic: of a step, against the model's own; speed is not measured.",
-        ]
-    )
+    width, height = ladder[0].size
+    return "\n".join([f"{model}, {width}x{height} pixels", *lines, *_notes(ladder, budget)])
+
+
+def _notes(ladder: list[Rung], budget: int | None) -> Iterator[str]:
+    """What stands under the table."""
+    yield "GB: all weights in fp16."
+    if ladder[0].memory is None:
+        yield "GiB: planned for U-Nets as wide as SDXL's only."
+    else:
+        within = "" if budget is None else f", within {budget / GIB:g} GiB if it can be"
+        yield (
+            f"GiB: planned for a GPU, {PLANNED} pixels{within}, beside CUDA's context; not "
+            "measured."
+        )
+    yield "arithmetic: of a step, against the model's own; speed is not measured."
+    if any("prompts.txt" in rung.command for rung in ladder):
+        yield "prompts.txt: a file of yours with a prompt a line."
+    if any("distilled" in rung.way for rung in ladder):
+        yield "distilled: then, by koala distill RECIPE --student student; koala distill --help."
 
 
 def memory_text(rung: Rung) -> str:

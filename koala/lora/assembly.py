@@ -53,10 +53,8 @@ def assembled(
     """
     if base is None and vae is None and not loras:
         return model
-    other = None if vae is None else read_vae(vae)
-    contents = _contents(model, base, other)
+    contents, read_loras = read_parts(model, base, vae, loras)
     given = [(Path(file).expanduser(), scale) for file, scale in (loras or {}).items()]
-    read_loras = [(read(file, _base_of(contents)), scale) for file, scale in given]
     parts = card_facts.Assembled(
         unet=model_card.name_of(model),
         base=None if base is None else model_card.name_of(base),
@@ -77,6 +75,19 @@ def assembled(
                 write_folder(part, contents.tensors, _files(contents, given), change=changes.get)
                 model_card.write(card, part)
     return folder
+
+
+def read_parts(
+    model: str | Path,
+    base: str | Path | None = None,
+    vae: str | Path | None = None,
+    loras: Mapping[str | Path, float] | None = None,
+) -> tuple[Contents, list[tuple[Lora, float]]]:
+    """The model that `assembled` makes, LoRAs excepted, and these; all without weights or torch."""
+    contents = _contents(model, base, None if vae is None else read_vae(vae))
+    target = _base_of(contents)
+    read_loras = [(read(Path(f).expanduser(), target), scale) for f, scale in (loras or {}).items()]
+    return contents, read_loras
 
 
 def _contents(model: str | Path, base: str | Path | None, vae: VaeFiles | None) -> Contents:

@@ -1,6 +1,8 @@
 """The ladder of a model: what it foretells without torch is what the memory planner finds."""
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -10,11 +12,13 @@ import torch
 from koala.architectures.layout import parameters
 from koala.architectures.table import get
 from koala.checkpoints.resolve import read_model, resolve_model
-from koala.cli import main
+from koala.cli import command_named, main
 from koala.generation import advice
 from koala.generation.advice import advise, narrowed, rungs
 from koala.generation.memory.estimate import PLACES, TEXT, UNET, VAE, peak, weights
 from koala.generation.memory.plan import GIB, Mode, Planner
+from koala.lora.names import base_of
+from toy_lora import toy_lora
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,7 @@ def test_a_model_that_cannot_be_cut_has_no_students():
 
 def test_the_command_prints_the_ladder_without_torch():
     code = (
-        "import sys; from koala.cli import main\n"
+        "import sys; from koala.cli import command_named, main\n"
         "status = main(['compress', 'koala-mini', '--advise', '--vram', '8', '--json'])\n"
         "sys.exit(status or 'torch' in sys.modules)"
     )
@@ -93,7 +97,7 @@ def test_the_command_prints_the_ladder_without_torch():
     [
         (["--advise", "--out", "x"], "--out has no effect on --advise"),
         (["--advise", "--vram", "-1"], "vram is -1"),
-        (["--advise", "--base", "koala-mini"], "completes a U-Net alone"),
+        (["--advise", "--base", "koala-mini"], "koala-mini is a complete model"),
         (["--to", "koala-1b", "--vram", "8", "--out", "x"], "--vram is for --advise"),
         (["--to", "koala-1b"], "needs --out DIR"),
     ],
@@ -106,4 +110,19 @@ def test_what_does_not_go_together_is_refused(options, message, capsys):
 def test_the_text_says_what_is_planned_and_what_is_not(capsys):
     assert main(["compress", "koala-mini", "--advise", "--vram", "8"]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("koala-mini, 128x128 pixels\n")
     assert "not planned" in printed and "speed is not measured" in printed
+    assert "1024" not in printed
+
+
+def test_the_commands_run_as_printed_with_all_parts(toy_sdxl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = shutil.copytree(toy_sdxl / "unet", tmp_path / "my unet")
+    lora = toy_lora(tmp_path / "style.safetensors", base_of(toy_sdxl))
+    ladder = advise(alone, None, str(toy_sdxl), str(toy_sdxl / "vae"), [f"{lora}:0.5"])
+    commands = [shlex.split(rung.command)[1:] for rung in ladder]
+    assert [command[0] for command in commands] == ["generate"] * 3 + ["compress"] * 4
+    for name, *arguments in commands:
+        command_named(name).parse(arguments)
+        assert {str(alone), str(toy_sdxl), f"{lora}:0.5"} <= {*arguments}
+    assert main(commands[0]) == main(commands[-1]) == 0

@@ -98,5 +98,10 @@ if not TYPE_CHECKING:  # a type checker knows the names above, and no others
     def __getattr__(name: str) -> Any:
         for module, names in _HOME.items():
             if name in names:
-                return getattr(import_module(f"koala.{module}"), name)
+                try:
+                    return getattr(import_module(f"koala.{module}"), name)
+                except ModuleNotFoundError as error:
+                    from koala.utils.extras import explained
+
+                    raise explained(f"koala.{name}", error) from error
         raise AttributeError(f"module 'koala' has no attribute {name!r}")

@@ -21,6 +21,7 @@ from koala import __version__
 from koala.cli.command import Command, say
 from koala.errors import FailedElsewhere, Failure, UserError, unknown
 from koala.utils.collection import own_process
+from koala.utils.extras import explained
 
 GROUPS = {  # of `koala --help`: commands, each with the module that has it
     "draw": {"generate": "generate", "serve": "serve"},
@@ -72,6 +73,8 @@ def _run(arguments: Sequence[str]) -> None:
         else:
             command = command_named(name)
             command.run(command.parse(rest))
+    except ModuleNotFoundError as error:
+        raise explained(f"koala {name}", error) from error
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where it can be answered if it fails

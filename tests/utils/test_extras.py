@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from koala.errors import UserError
-from koala.utils.extras import absent, require
+from koala.utils.extras import absent, explained, require
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -71,6 +71,30 @@ def test_every_command_of_a_core_install_works_or_names_its_extra(tmp_path):
             (line,) = error.splitlines()
             assert re.search(rf"not installed; run pip install -e '\.\[{extra}\]'$", line), line
     assert not (tmp_path / "out" / "set.json").exists()
+
+
+def test_the_python_functions_of_a_core_install_name_their_extra():
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "import koala\n"
+        "for name in ('prepare', 'distill', 'finetune', 'evaluate'):\n"
+        "    try: getattr(koala, name)\n"
+        "    except koala.UserError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        f"koala.{name}: pyarrow is not installed; run pip install -e '.[train]'"
+        for name in ("prepare", "distill", "finetune", "evaluate")
+    ]
+
+
+def test_what_cannot_be_imported_is_told_with_what_brings_it():
+    missing = ModuleNotFoundError("no", name="diffusers.models")
+    assert str(explained("koala distill", missing)) == (
+        "koala distill: diffusers is not installed; run pip install -e ."
+    )
+    ours = ModuleNotFoundError("no", name="koala.no_such")  # a fault of ours, with its traceback
+    assert explained("koala distill", ours) is ours
 
 
 def test_packages_that_are_there_are_not_missed():

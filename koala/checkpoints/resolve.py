@@ -8,7 +8,7 @@ import hashlib
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from koala.checkpoints import single_file
 from koala.checkpoints.bundled import bundled_folder, bundled_names
 from koala.checkpoints.pipeline_files import SCHEDULER, Contents, from_folder, write_pipeline
 from koala.checkpoints.prediction import Prediction, of_config
+from koala.checkpoints.run_folder import describe, is_run, read_checkpoint, result_of
 from koala.checkpoints.validate import (
     CONFIGS,
     WEIGHTS,
@@ -54,7 +55,9 @@ def resolve_model(name_or_path: str | Path) -> Path:
     `name_or_path`: a bundled name ("koala-mini"), the path of a folder, a Hub id ("org/name"),
     downloaded unless the local Hugging Face cache has it, or a single file in SDXL's original
     layout, local or on the Hub ("org/name/FILE.safetensors"), unpacked once into koala's cache. A
-    bundled name wins over a folder of that name in the working directory (write ./koala-mini).
+    folder of a training is its model, or where that is not finished the average in its newest
+    checkpoint, unpacked alike. A bundled name wins over a folder of that name in the working
+    directory (write ./koala-mini).
     Raises `UserError` if it is none of these or the model is not a complete SDXL pipeline.
     """
     name = str(name_or_path)
@@ -64,6 +67,9 @@ def resolve_model(name_or_path: str | Path) -> Path:
         folder = bundled_folder(name)
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
+        if is_run(folder):
+            result = result_of(folder)
+            folder = result if result.is_dir() else _of_checkpoint(result)
     elif isinstance(name_or_path, str) and _of_hub(name):
         folder = _hub_model(name)
     elif name.lower().endswith(_FILE_ENDINGS):
@@ -218,7 +224,18 @@ def models_cache() -> Path:
 
 
 def unpacked(file: Path) -> Path:
-    """The model folder of a single file, unpacked into the cache if it is not there yet.
+    """The model folder of a single file, unpacked into the cache if it is not there yet."""
+    return _unpacked(file, file.stem, single_file.read, f"unpacking {file}")
+
+
+def _of_checkpoint(state: Path) -> Path:
+    """The model folder of a training's checkpoint, in the cache as that of a single file."""
+    telling = f"taking the average of a training that has not finished, {describe(state)},"
+    return _unpacked(state, state.parents[2].name, read_checkpoint, telling)
+
+
+def _unpacked(file: Path, stem: str, read: Callable[[Path], Contents], telling: str) -> Path:
+    """The model folder in the cache of what `read` finds in a file, made if it is not there yet.
 
     Of several processes that need it, one unpacks and the others wait. The lock is the operating
     system's, so it ends with its process, however that ends. Raises as `single_file.read` and
@@ -226,11 +243,11 @@ def unpacked(file: Path) -> Path:
     """
     state = file.stat()
     key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
-    name = f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    name = f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder = models_cache() / name
     if folder.is_dir():
         return folder
-    contents = single_file.read(file)  # first, so that an invalid file prints only its error
+    contents = read(file)  # first, so that an invalid file prints only its error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         from filelock import FileLock
@@ -240,7 +257,7 @@ def unpacked(file: Path) -> Path:
             if not folder.is_dir():
                 for leftover in folder.parent.glob(f".{glob.escape(name)}.*.part"):
                     shutil.rmtree(leftover)  # of a process that was killed
-                print(f"koala: unpacking {file} into {folder}, once", file=sys.stderr)
+                print(f"koala: {telling} into {folder}, once", file=sys.stderr)
                 write_pipeline(contents, folder)
     except OSError as error:
         raise UserError(

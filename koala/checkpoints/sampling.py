@@ -7,6 +7,7 @@ which diffusers leaves alone; public few-step models are known by their names.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from koala.checkpoints.validate import read_json
 from koala.errors import UserError
+from koala.utils.atomic import write_text
 from koala.utils.counted import counted
 
 KEY = "_koala_sampling"  # in scheduler/scheduler_config.json
@@ -52,6 +54,12 @@ class Sampling:
     def to_config(self) -> dict[str, Any]:
         """The entry of a scheduler's config."""
         return {KEY: asdict(self)}
+
+    def state_in(self, folder: Path) -> None:
+        """Writes the entry into a model folder's scheduler."""
+        file = folder / "scheduler" / "scheduler_config.json"
+        config = read_json(file) | self.to_config()
+        write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 USUAL = Sampling()  # KOALA's own (arXiv 2312.04005, section 5)

@@ -203,8 +203,7 @@ class Denoising(nn.Module):
             with _edited(part / "unet" / "config.json") as config:
                 config.pop("_name_or_path", None)  # a local path
             if self.sampling is not None:
-                with _edited(part / "scheduler" / "scheduler_config.json") as config:
-                    config |= self.sampling.to_config()
+                self.sampling.state_in(part)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from PIL import Image
 
 from koala.architectures.table import FACTOR
 from koala.checkpoints.resolve import resolve_model
+from koala.checkpoints.run_folder import is_run
 from koala.checkpoints.sampling import USUAL, Sampling
 from koala.checkpoints.validate import unet_architecture
 from koala.errors import UserError, unknown
@@ -90,7 +91,7 @@ def _run(row: str, place: str, number: int) -> Run:
         raise UserError(f"{row!r} has an empty run: write NAME=RUN,RUN without spaces")
     name = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in row).strip(".-") or "model"
     path = Path(place).expanduser()
-    is_model = (path / "model_index.json").is_file() or is_form(path)
+    is_model = (path / "model_index.json").is_file() or is_form(path) or is_run(path)
     pictures = path if path.is_dir() and not is_model else None
     return Run(f"{name}-{number + 1}" if number else name, place, pictures)
 

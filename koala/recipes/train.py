@@ -167,6 +167,8 @@ def _run(
                 compress(teacher, recipe.cut, start, "fp32", rule or "bottom")
             else:
                 adopt(student or teacher, teacher, recipe.cut, start, rule)
+            if settings.sampling is not None:
+                settings.sampling.state_in(start)  # its checkpoints are drawn so, too
     if isinstance(recipe, Student):
         world.check_shared(start)
     conditioner = conditioner_of(source, world.device, latents)

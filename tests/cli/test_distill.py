@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from koala.checkpoints import model_card
 from koala.checkpoints.compress import compress
+from koala.checkpoints.resolve import resolve_model
 from koala.cli import main
 from toy import toy_pipeline
 from toy_sources import images, prepared, write_folder
@@ -103,6 +104,12 @@ def test_a_teacher_may_be_a_student(data, toy_sdxl, tmp_path):
     assert len(begun) < len(theirs) and all(torch.equal(theirs[n], v) for n, v in begun.items())
     card = model_card.read(run / "model")
     assert (card.cut.teacher, card.cut.architecture) == ("teacher", "custom")
+    made = (run / "model").rename(tmp_path / "made")
+    unfinished = resolve_model(run)  # the average in its checkpoint
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    weights, theirs = load_file(unfinished / unet), load_file(made / unet)
+    assert weights.keys() == theirs.keys()
+    assert all(torch.equal(weights[name], value) for name, value in theirs.items())
     line = json.loads((run / "stats.jsonl").read_text().splitlines()[0])
     assert line["feat"] == pytest.approx(sum(v for k, v in line.items() if k.startswith("tap ")))
 

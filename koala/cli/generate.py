@@ -187,6 +187,7 @@ def _run(o: argparse.Namespace) -> None:
     if not o.prompt:
         raise UserError("no prompt: say what to draw, koala generate 'an owl, noto style'")
     from koala.generation import control, validation
+    from koala.generation.image_files import frames_note
     from koala.generation.png import check_writable
     from koala.generation.prompt_loras import shared_loras
     from koala.generation.request_checks import check_values, checked
@@ -226,6 +227,9 @@ def _run(o: argparse.Namespace) -> None:
     model = assembled(o, o.model)
     found = checked(model, prompts, lora=loras, **asked)
     settings = found.settings
+    for given in filter(None, dict.fromkeys((o.image, o.mask, o.control_image, o.ip_image))):
+        if note := frames_note(given):
+            say(note)
     for option in plain:
         quantised = is_quantised(resolve_model(model))
         control.check_runtime(option, o.backend, o.compile, o.graphs, quantised)

@@ -21,6 +21,7 @@ from koala.data.buckets import STEP, Size, buckets, fit
 from koala.data.captions import POLICIES, check_expressions, compose
 from koala.data.items import FILE_NAME, SCORES, Item, Source, is_worded
 from koala.errors import UserError, unknown
+from koala.utils.frames import frames_of
 
 PAPER = (255, 255, 255)  # background of transparent images
 PEEK = 64  # items of a source that are inspected for captions and scores
@@ -105,6 +106,7 @@ class Sample:
     original: Size  # of the upright image, pixels
     crop: Size  # top, left
     pixels: np.ndarray  # uint8 [h, w, 3]
+    animated: bool = False  # the file has more frames than the one that is read
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,8 @@ def sample_of(item: Item, preparation: Preparation) -> Sample | Dropped:
     try:
         data = item.read()
         image = upright(data)
+        with Image.open(io.BytesIO(data)) as opened:
+            animated = frames_of(opened) > 1
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything on damaged files
@@ -213,7 +217,7 @@ def sample_of(item: Item, preparation: Preparation) -> Sample | Dropped:
     digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     split = item.split or ("test" if digest < preparation.held_out * 2**64 else "train")
     crop = (way.top, way.left)
-    return Sample(item.id, split, item.kind, captions, digest, size, crop, pixels)
+    return Sample(item.id, split, item.kind, captions, digest, size, crop, pixels, animated)
 
 
 def upright(data: bytes) -> Image.Image:

@@ -84,6 +84,7 @@ class Summary:
     buckets: dict[str, int] = field(default_factory=dict)  # by "WIDTHxHEIGHT"
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
     long: dict[str, int] = field(default_factory=dict)  # by caption name: too long for the encoders
+    animated: int = 0  # of each only the first frame is read
     units_left: int = 0  # for the other processes of this run
 
     @property
@@ -104,6 +105,11 @@ class Summary:
                 f"{n:7,} captions {what!r} exceed the text encoders' limit: shown in parts"
                 for what, n in sorted(self.long.items())
                 if n
+            ),
+            *(
+                [f"{self.animated:7,} animated or of several pages: only the first frame is read"]
+                if self.animated
+                else []
             ),
         ]
 
@@ -137,6 +143,7 @@ def write_unit(
         "groups": [[*key[:2], *key[2], len(rows)] for key, rows in ordered],
         "dropped": [[d.id, d.reason, d.detail] for d in dropped],
         "long": dict(long),
+        "animated": sum(one.sample.animated for one in encoded),
     }
     schema = index_schema([*long]).with_metadata({"unit": json.dumps(about)})
     with new_file(unit_file(out, unit)) as part, part.open("wb") as stream:
@@ -191,6 +198,7 @@ def merge(out: Path, units: int, keep_duplicates: bool) -> Summary:
     """
     first = _first_of_each(out, units, keep_duplicates)
     samples, buckets, dropped, long = (Counter[str]() for _ in range(4))
+    animated = 0
     table: dict[str, list[Any]] = {name: [] for name in _SHARD.names}
     schema = read_unit(out, 0)[0].schema.remove_metadata()
     with (
@@ -212,12 +220,13 @@ def merge(out: Path, units: int, keep_duplicates: bool) -> Summary:
                 report.write(json.dumps(line, ensure_ascii=False) + "\n")
                 dropped[reason] += 1
             long.update(about["long"])
+            animated += about.get("animated", 0)  # not of units before 0.2.0
             for shard in _shards(unit, about["groups"], kept):
                 for name, value in shard.items():
                     table[name].append(value)
                 samples[f"{shard['split']} {shard['kind']}"] += shard["rows"]
                 buckets[f"{shard['width']}x{shard['height']}"] += shard["rows"]
-    summary = Summary(dict(samples), dict(buckets), dict(dropped), dict(long))
+    summary = Summary(dict(samples), dict(buckets), dict(dropped), dict(long), animated)
     write_table(out, table, summary)
     return summary
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageCms, ImageFilter, ImageOps
 
 from koala.errors import UserError
 from koala.utils.file_kinds import START, kind_of
+from koala.utils.frames import frames_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +65,15 @@ def open_image(file: str | Path | Image.Image) -> Image.Image:
         ) from None
     except UNREADABLE as error:
         raise UserError(f"{name} cannot be read as an image: {_reason(path, error)}") from None
+
+
+def frames_note(file: Path) -> str | None:
+    """A line for an image file that `open_image` took, where it has more than is read of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(file.expanduser(), formats=_FORMATS) as image:
+            frames = frames_of(image)
+    return f"{file} has {frames:,} frames or pages: the first is read" if frames > 1 else None
 
 
 def _path(file: str | Path, name: str) -> Path:

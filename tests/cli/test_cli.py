@@ -180,6 +180,15 @@ def test_generate_refuses_images(toy_sdxl, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_first_frame_of_an_animated_image_is_read_and_that_is_said(toy_sdxl, tmp_path, capsys):
+    file = tmp_path / "fox.gif"
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(file, save_all=True, append_images=frames[1:])
+    out = ["--model", str(toy_sdxl), "--out", str(tmp_path / "out"), "--steps", "2"]
+    assert main(["generate", "a fox", "--image", str(file), *out]) == 0
+    assert f"koala: {file} has 3 frames or pages: the first is read\n" in capsys.readouterr().err
+
+
 def test_models_that_are_none_are_refused(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     (tmp_path / "empty").mkdir()

@@ -1,5 +1,6 @@
 """`koala prepare` from end to end at toy size: what is written, counted, refused, and taken up."""
 
+import io
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from koala.checkpoints.bundled import BUNDLED
 from koala.checkpoints.latent_scale import LatentScale
@@ -178,6 +180,17 @@ def test_what_is_left_out_is_counted_and_named(files, toy_sdxl, tmp_path):
     both = replace(PREPARATION, filters=Filters(keep_duplicates=True))
     again = prepare_latents(recognise(root), tmp_path / "both", toy_sdxl, both, workers=1)
     assert again.kept == 8
+
+
+def test_animated_images_are_counted(files, toy_sdxl, tmp_path):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    root = write_folder(tmp_path / "there", [files[0], buffer.getvalue()])
+    summary = prepare_latents(recognise(root), tmp_path / "out", toy_sdxl, PREPARATION, workers=1)
+    assert (summary.kept, summary.animated) == (2, 1)
+    (line,) = [line for line in summary.lines(Path("data")) if "animated" in line]
+    assert line == "      1 animated or of several pages: only the first frame is read"
 
 
 def test_captions_are_appended_mixed_and_counted(files, toy_sdxl, tmp_path):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from koala.cli import elsewhere
 from koala.errors import UserError, did_you_mean
 
 
@@ -37,6 +38,8 @@ class Command:
             formatter_class=_Help,
         )
         self.arguments(parser)
+        if line := elsewhere.told(self.name, arguments):
+            raise UserError(f"{line}; see koala {self.name} --help")
         options, rest = parser.parse_known_args(arguments)
         if rest:
             close = did_you_mean(rest[0].partition("=")[0], parser.options)

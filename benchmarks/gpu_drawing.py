@@ -171,6 +171,7 @@ def table(run: Run) -> Rows:
     report = benchmark(
         names, run.out / "table", str(run.device), rounds=1 if run.toy else 6, graphs=cuda,
         backend=None if cuda else "torch", seconds=max(0.0, run.left - 25),
+        threads=[1] if run.toy else [],
     )  # fmt: skip
     yield from (row.cells() for row in report.rows)
 

@@ -19,7 +19,7 @@ from koala.architectures.layout import parameters as count
 from koala.architectures.table import ARCHITECTURES
 from koala.benchmark import measure, ways
 from koala.benchmark.cases import CASES, GPUS, Subject, subject
-from koala.benchmark.drawer import RemoteDrawer, image_flops
+from koala.benchmark.drawer import Drawer, RemoteDrawer, image_flops
 from koala.benchmark.models import build
 from koala.benchmark.plot import plot
 from koala.benchmark.ratio import FEWEST, Ratio, ratio
@@ -173,6 +173,17 @@ def test_a_way_that_cannot_draw_here_says_why(toy_sdxl):
     wrong = Way("koala", backend="abacus")
     with pytest.raises(UserError, match="abacus"):
         RemoteDrawer(subject(str(toy_sdxl)), wrong, CPU, "fp32", 1)
+
+
+def test_the_bundled_models_other_ways_draw():
+    """Those that the toy pipeline lacks: a tiny decoder, and bf16 where the processor has it."""
+    chosen = subject("koala-mini")
+    others = [way for way in ways_of(chosen, on_cpu=True) if way.decode or way.backend]
+    assert "koala tiny decode" in [way.name for way in others]
+    for way in others:
+        drawer = Drawer(chosen, way, CPU, "fp32")
+        assert drawer.backend == (way.backend or "torch") and drawer.draw().seconds > 0
+        drawer.close()
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=40))

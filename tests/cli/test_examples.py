@@ -26,7 +26,8 @@ SMALLER = {  # what makes the others a matter of seconds
         "--set", "training.samples=8", "training.batch=4", "training.validate_every=8",
         "training.preview_every=1000", "pixels=64", "hardware.compile=",
     ],
-    "benchmark": ["--rounds", "1", "--threads", "1"],
+    # Each way to draw is a process that imports torch; tests/benchmark tries them all.
+    "benchmark": ["--rounds", "1", "--threads", "1", "--backend", "torch"],
 }  # fmt: skip
 ORDER = ("generate", "inspect", "compress", "convert", "export", "architectures", "prepare",
          "distill", "finetune", "runs", "evaluate", "benchmark", "serve")  # fmt: skip

@@ -249,21 +249,25 @@ class DistillationSettings:
         check_depth_rule(self.depth_rule)
         check_dropout(self.caption_dropout)
         self._check_guidance()
-        if self.feature_weight > 0 and not self.taps:
-            raise UserError(
-                f"feature_weight {self.feature_weight} without taps: give taps, or weight 0"
-            )
-        if self.feature_weight == 0:
-            unused = {
-                "taps": bool(self.taps),
-                "normalise": self.normalise,
-                "depth_rule": self.depth_rule != "bottom",
-            }
-            for name in (name for name, given in unused.items() if given):
+        self._check_features()
+
+    def _check_features(self) -> None:
+        if self.feature_weight > 0:
+            if not self.taps:
                 raise UserError(
-                    f"{name} is given but feature_weight is 0, so it has no effect: "
-                    "leave it out, or give feature_weight a value above 0"
+                    f"feature_weight {self.feature_weight} without taps: give taps, or weight 0"
                 )
+            return
+        given = {
+            "taps": bool(self.taps),
+            "normalise": self.normalise,
+            "depth_rule": self.depth_rule != "bottom",
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            raise UserError(
+                f"{name} is given but feature_weight is 0, so it has no effect: "
+                "leave it out, or give feature_weight a value above 0"
+            )
 
     def _check_guidance(self) -> None:
         check_scale(self.guidance)
@@ -322,23 +326,21 @@ class StepSettings:
                 f"guidance {self.guidance:g} has no effect on method mmd, which compares with "
                 "images: leave it out (settings.guidance=none)"
             )
-        needed = {
-            "taps": ("mmd", "the features that it compares", bool(self.taps), ""),
-            "substeps": (
-                "progressive", f"the teacher's steps for each of its own, 1 to {MOST_SUBSTEPS}",
-                self.substeps is not None, "none",
-            ),
-        }  # fmt: skip
-        for name, (method, what, given, empty) in needed.items():
-            if self.method == method and not given:
-                raise UserError(f"method {method} needs {name}, {what}")
-            if self.method != method and given:
-                raise UserError(
-                    f"{name} have no effect on method {self.method}: leave them out "
-                    f"(settings.{name}={empty})"
-                )
+        self._check_given("taps", bool(self.taps), "mmd", "the features that it compares", "")
+        per_step = f"the teacher's steps for each of its own, 1 to {MOST_SUBSTEPS}"
+        self._check_given("substeps", self.substeps is not None, "progressive", per_step, "none")
         if self.substeps is not None and not 1 <= self.substeps <= MOST_SUBSTEPS:
             raise UserError(f"substeps {self.substeps}: give 1 to {MOST_SUBSTEPS}")
+
+    def _check_given(self, name: str, given: bool, method: str, what: str, empty: str) -> None:
+        """UserError unless `name` is given to the one method that needs it, and to no other."""
+        if self.method == method and not given:
+            raise UserError(f"method {method} needs {name}, {what}")
+        if self.method != method and given:
+            raise UserError(
+                f"{name} have no effect on method {self.method}: leave them out "
+                f"(settings.{name}={empty})"
+            )
 
     @property
     def trains_critic(self) -> bool:

@@ -1,7 +1,8 @@
 """Runs `prepare_latents` again and again in processes that a test may kill, at little cost each.
 
-`python toy_prepare.py` imports everything once. For every line of arguments (JSON) on its standard
-input it forks a process in a group of its own, prints its number, and when that has ended, how.
+`python toy_prepare.py` reads lines of arguments (JSON) from its standard input. The first it does
+itself, which imports everything, also what is imported at its first use. For every other it forks
+a process in a group of its own, prints its number, and when that has ended, how.
 """
 
 import json
@@ -16,15 +17,19 @@ def main() -> None:
     from koala.data.preprocess import Preparation
     from koala.data.sources import recognise
 
-    for line in sys.stdin:
+    def prepare(line: str) -> None:
         source, out, model, settings, workers = json.loads(line)
+        preparation = Preparation(**settings)
+        prepare_latents(recognise(source), Path(out), Path(model), preparation, workers)
+
+    prepare(sys.stdin.readline())
+    for line in sys.stdin:
         if child := os.fork():
             os.setpgid(child, child)  # before anybody may kill the group
             print(child, flush=True)
             print(os.waitpid(child, 0)[1], flush=True)
             continue
-        preparation = Preparation(**settings)
-        prepare_latents(recognise(source), Path(out), Path(model), preparation, workers)
+        prepare(line)
         os._exit(0)
 
 

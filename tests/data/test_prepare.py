@@ -266,7 +266,6 @@ def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
     preparation = Preparation(**settings)
     there = write_tars(tmp_path / "there", images(240, [(40, 40)]), each=30)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    prepare_latents(recognise(there), whole, toy_sdxl, preparation, workers=1)
     rng = random.Random(0)
     script = Path(__file__).parents[1] / "toy_prepare.py"
     with subprocess.Popen(
@@ -274,12 +273,16 @@ def test_killed_twenty_times_it_ends_in_the_same_files(toy_sdxl, tmp_path):
     ) as job:
         assert job.stdin is not None and job.stdout is not None
 
-        def run(workers: int) -> int:
-            given = (str(there), str(broken), str(toy_sdxl), settings, workers)
+        def begin(out: Path, workers: int) -> None:
+            given = (str(there), str(out), str(toy_sdxl), settings, workers)
             job.stdin.write(json.dumps(given) + "\n")
             job.stdin.flush()
+
+        def run(workers: int) -> int:
+            begin(broken, workers)
             return int(job.stdout.readline())
 
+        begin(whole, workers=1)
         kills = 0
         while kills < 20:
             pid = run(workers=2 if kills in (4, 12) else 1)

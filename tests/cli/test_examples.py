@@ -24,7 +24,7 @@ SMALLER = {  # what makes the others a matter of seconds
     "prepare": ["--size", "64", "--held-out", "0.3", "--workers", "1"],
     "distill": [
         "--set", "training.samples=8", "training.batch=4", "training.validate_every=8",
-        "training.preview_every=1000", "pixels=64", "hardware.compile=",
+        "prompts=a fox", "pixels=64", "hardware.compile=",
     ],
     # Each way to draw is a process that imports torch; tests/benchmark tries them all.
     "benchmark": ["--rounds", "1", "--threads", "1", "--backend", "torch"],

@@ -70,7 +70,7 @@ def test_the_readmes_chain(packages, tmp_path, monkeypatch):
     assert install == ["pip", "install", "-e", ".[evaluate]"]
     smaller = {
         "prepare": ["--workers", "1"],
-        "distill": ["training.batch=4"],
+        "distill": ["training.batch=4", "prompts=a fox"],
         "evaluate": ["--count", "3", "--steps", "1"],
     }
     for _, verb, *given in commands:

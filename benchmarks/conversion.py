@@ -8,13 +8,13 @@ of disk. FOLDER: keeps the model, or has it from an earlier run.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.cpu import CASE
+from benchmarks.record import keep
 from benchmarks.start import used_by
 from koala.utils.device import hardware
 
@@ -53,7 +53,7 @@ def main() -> None:
             for name, one in taken.items()
         },
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    keep(options.out, record)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from fsspec.spec import AbstractFileSystem
 from PIL import Image
 
 from benchmarks.memory_use import resident
+from benchmarks.record import keep_as
 from koala.checkpoints import tensors
 from koala.checkpoints.bundled import BUNDLED
 from koala.data import shard_cache
@@ -275,9 +276,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         **measured[options.what](),
     }
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    options.out.write_text(json.dumps({**kept, name: figures}, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    keep_as(name, options.out, figures)
 
 
 if __name__ == "__main__":

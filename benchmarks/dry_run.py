@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.record import keep_as
 from koala.architectures.layout import parameters
 from koala.architectures.table import get, student_of
 from koala.distillation.ema import EMA
@@ -165,9 +166,7 @@ def main() -> None:
         "checkpointing": machine.checkpointing,
         **compared(options.case, options.bf16),
     }
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    options.out.write_text(json.dumps({**kept, name: figures}, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    keep_as(name, options.out, figures)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ machine does weighs on both alike; the figures are medians of the ratios.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 import koala
+from benchmarks.record import keep
 from koala.generation import Pipeline
 from koala.utils.device import hardware
 
@@ -55,7 +55,7 @@ def main() -> None:
         "processor seconds of one picture, 10 steps": round(statistics.median(plain), 3),
         "times that": ratios,
     }
-    options.out.write_text(json.dumps(figures, indent=1) + "\n")
+    keep(options.out, figures)
 
 
 def _seconds(pipeline: Pipeline, sides: int = 1, **asked: Any) -> float:

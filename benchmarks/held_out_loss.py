@@ -10,12 +10,11 @@ never showed. Learning by heart lowers the first alone.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
-from benchmarks.record import command
+from benchmarks.record import command, keep_among
 from koala.checkpoints.load import load_scheduler_config, load_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.data.latents import LatentSet
@@ -63,10 +62,7 @@ def main() -> None:
         "hardware": hardware(),
         "command": command("held_out_loss"),
     }
-    known = json.loads(FILE.read_text()) if FILE.exists() else []
-    kept = [one for one in known if one["model"] != found["model"]]
-    FILE.write_text(json.dumps([*kept, found], indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    keep_among(FILE, found, "model")
 
 
 if __name__ == "__main__":

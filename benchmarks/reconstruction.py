@@ -9,7 +9,6 @@ trained on real pictures as in `koala evaluate`.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.evaluator import build_evaluator
-from benchmarks.record import command
+from benchmarks.record import command, keep_among
 from koala.checkpoints.load import load_vae
 from koala.checkpoints.resolve import resolve_model
 from koala.data.encoding import to_pixels
@@ -78,12 +77,7 @@ def main() -> None:
         "hardware": hardware(),
         "command": command("reconstruction"),
     }
-    out = Path(__file__).with_suffix(".json")
-    known = json.loads(out.read_text()) if out.exists() else []
-    key = (found["size"], found["model"])
-    kept = [one for one in known if (one["size"], one["model"]) != key]
-    out.write_text(json.dumps([*kept, found], indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    keep_among(Path(__file__).with_suffix(".json"), found, "size", "model")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import httpx2
 from PIL import Image
 
 from benchmarks.memory_use import peak, resident
+from benchmarks.record import keep
 from benchmarks.soak import served
 from koala.utils.device import hardware
 
@@ -154,7 +155,7 @@ def main() -> None:
         "command": "OMP_NUM_THREADS=1 python -m benchmarks.serving_attacks",
         "hardware": hardware(), "model": options.model, "note": options.note, "attacks": rows,
     }  # fmt: skip
-    options.out.write_text(json.dumps(figures, indent=1) + "\n")
+    keep(options.out, figures)
     good = all(
         row["slowest health, seconds"] <= SLOWEST
         and row["pictures that failed"] == 0

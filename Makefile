@@ -10,11 +10,13 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python -m koala.generation.demo --out demo.png
 
-# Two processes, each with whole files, fill two cores. Ray runs by itself: its cluster is many
-# processes. torchao lies in a folder of its own: beside diffusers it warns at every start.
+# Two processes, each with whole files, fill two cores. The files keep their order: by default those
+# with the fewest tests come last, and the one slow test of the examples keeps a process waiting. Ray
+# runs by itself: its cluster is many processes. torchao lies in a folder of its own: beside diffusers
+# it warns at every start.
 ALONE := tests/serving/test_scaleout.py tests/distillation/test_optimizers.py
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 --durations-min=20 $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --durations-min=20 $(ALONE:%=--ignore=%)
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/distillation/test_optimizers.py
 	$(BIN)/python -m pytest tests/serving/test_scaleout.py
 

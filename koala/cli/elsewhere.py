@@ -5,6 +5,17 @@ They are no options of ours, since there is one way to say a thing; whoever type
 
 from collections.abc import Sequence
 
+COMMANDS = {  # as other programs call them, and tools in general -> what to write
+    **dict.fromkeys(("txt2img", "img2img", "inpaint", "sample", "draw"), "koala generate"),
+    **dict.fromkeys(("train", "fit"), "koala distill, or koala finetune on images of your own"),
+    **dict.fromkeys(("webui", "api", "server"), "koala serve"),
+    **dict.fromkeys(("info", "show"), "koala inspect"),
+    **dict.fromkeys(("eval", "score"), "koala evaluate"),
+    "prune": "koala compress MODEL --prune SHARE",
+    "quantize": "koala convert MODEL --to diffusers --weights int4",
+    "help": "koala --help, or koala COMMAND --help",
+    "version": "koala --version",
+}
 OUT = {"--out": "--output --output-dir --outdir --out-dir --output-path --save-path -o"}
 MODEL = "--ckpt --checkpoint --checkpoint-path --model-path --pretrained-model-name-or-path -m"
 _HALF = "--half --fp16 --bf16 --precision --torch-dtype"

@@ -6,7 +6,7 @@ import pytest
 
 from koala.cli import command_named, main
 from koala.cli.command import Parser
-from koala.cli.elsewhere import _OF, told
+from koala.cli.elsewhere import _OF, COMMANDS, told
 
 
 def parser_of(name: str) -> Parser:
@@ -45,6 +45,15 @@ def test_an_option_of_another_program_is_answered_with_ours(arguments, said, cap
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_of_another_program_is_answered_with_ours(name, capsys):
+    assert main([name, "a fox"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"koala: unknown command {name!r}: that is {COMMANDS[name]}"
+    for command in re.findall(r"koala ([a-z]+)", COMMANDS[name]):
+        command_named(command)
 
 
 def test_our_own_options_and_what_stands_after_two_dashes_are_left_alone():

@@ -107,7 +107,7 @@ def compress(
         student = student_of(arch, to)
         names = tensor_map(arch, student, depth_rule)
     except UserError as error:
-        raise UserError(f"{contents.source}: {error}") from None
+        raise UserError(f"{teacher}: {error}") from None
     unet = contents.tensors["unet"]
     tensors = {**contents.tensors, "unet": {mine: unet[names[mine]] for mine in names}}
     with new_folder(out) as part:
@@ -148,19 +148,19 @@ def adopt(
     cut = contents.architecture if to is None else student_of(contents.architecture, to)
     if other.architecture != cut:
         raise UserError(
-            f"{other.source} has the U-Net {other.architecture.name}, but this recipe trains "
+            f"{student} has the U-Net {other.architecture.name}, but this recipe trains "
             f"{cut.name}: give another --student, or none"
         )
     mine, theirs = (of.prediction for of in (other, contents))
     if mine != theirs:
         raise UserError(
-            f"{other.source} predicts {mine}, but the teacher {contents.source} predicts {theirs}: "
+            f"{student} predicts {mine}, but the teacher {teacher} predicts {theirs}: "
             "choose two models with one prediction type"
         )
     known = _known(other)
     if known.cut and depth_rule is not None and known.cut.depth_rule != depth_rule:
         raise UserError(
-            f"{other.source} was cut by depth rule {known.cut.depth_rule!r}, but this recipe pairs "
+            f"{student} was cut by depth rule {known.cut.depth_rule!r}, but this recipe pairs "
             f"blocks by {depth_rule!r}: add --set settings.depth_rule={known.cut.depth_rule}"
         )
     tensors = {**contents.tensors, "unet": other.tensors["unet"]}

@@ -1,6 +1,7 @@
 """`koala generate`."""
 
 import argparse
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -180,12 +181,22 @@ def _list_words(o: argparse.Namespace) -> None:
     show(o, asdict(words), words.text())
 
 
+def _refuse_file(prompt: str) -> None:
+    """UserError for a prompt that is a file's name: it would be drawn as words."""
+    path = Path(prompt)
+    if path.suffix and "\n" not in prompt and os.path.isfile(path):
+        what = "give each of its lines as a prompt" if path.suffix == ".txt" else "say what to draw"
+        raise UserError(f"the prompt {prompt!r} is a file here, and prompts are words: {what}")
+
+
 def _run(o: argparse.Namespace) -> None:
     if o.list_words:
         _list_words(o)
         return
     if not o.prompt:
         raise UserError("no prompt: say what to draw, koala generate 'an owl, noto style'")
+    for prompt in o.prompt:
+        _refuse_file(prompt)
     from koala.generation import control, validation
     from koala.generation.image_files import frames_note
     from koala.generation.png import check_writable

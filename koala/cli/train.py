@@ -196,7 +196,10 @@ def _distill(o: argparse.Namespace) -> None:
     from koala.recipes.validation import check
 
     if (o.name is None) == (o.recipe is None):
-        raise UserError("give a recipe: a name, or --recipe FILE for one of your own")
+        raise UserError(
+            "give a recipe: a name, or --recipe FILE for one of your own; koala distill --help "
+            "lists the names"
+        )
     own = None if o.recipe is None else recipes.from_file(o.recipe)
     chosen = o.name if own is None else own.recipe
     if _explain(o, recipes.configured(chosen)):

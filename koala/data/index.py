@@ -28,6 +28,7 @@ from koala.checkpoints.tensors import Stored, load_tensor, read_header, rows
 from koala.data.buckets import Size
 from koala.data.shards import (
     CAPTION,
+    CLAIM,
     GROUPS,
     INDEX,
     SHARDS,
@@ -56,6 +57,14 @@ class Files:
     def table(self, name: str) -> Path:
         """The local path of one of the folder's tables. FileNotFoundError if it is missing."""
         return self._fetch(name) if self.remote else self._there(name)
+
+    def holds(self, name: str) -> bool:
+        """Whether the folder has a table of that name."""
+        try:
+            self.table(name)
+        except FileNotFoundError:
+            return False
+        return True
 
     def shard(self, name: str) -> Path:
         """The local path of a shard, downloaded if necessary. FileNotFoundError if it is missing.
@@ -136,10 +145,13 @@ class Index:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(self.files.table(SHARDS))))
             self._rows = pa.ipc.open_file(pa.memory_map(str(self.files.table(INDEX))))
-            self.made_with: dict[str, Any] = json.loads(
-                self.files.table("latents.json").read_text("utf-8")
-            )
+            self.made_with: dict[str, Any] = json.loads(self.files.table(CLAIM).read_text("utf-8"))
         except FileNotFoundError as error:
+            if not any(map(self.files.holds, (CLAIM, "set.json"))):  # latents' and illustrations'
+                raise UserError(
+                    f"{folder} is no folder that koala prepare made: koala prepare IMAGES --model "
+                    "MODEL --out DATA makes one of captioned images"
+                ) from None
             raise UserError(
                 f"{folder} is not completely prepared ({error.args[0]} is missing); run "
                 f"`koala prepare ... --model M --out {folder}` until it finishes"

@@ -97,11 +97,19 @@ def _finish(out: Path, plan: UnitPlan, preparation: Preparation) -> Summary:
         counts = ", ".join(f"{n:,} {why}" for why, n in summary.dropped.items())
         with (out / REPORT).open(encoding="utf-8") as report:
             first = json.loads(report.readline())
+        larger = _larger(summary, preparation)
         raise UserError(
             f"none of {plan.items:,} images is left ({counts}), such as {first['id']}: "
-            f"{first['detail'] or first['reason']}; see {out / REPORT}"
+            f"{first['detail'] or first['reason']}; see {out / REPORT}{larger}"
         )
     return summary
+
+
+def _larger(summary: Summary, preparation: Preparation) -> str:
+    """What to do where all images are smaller than their buckets."""
+    if {*summary.dropped} != {"small"} or preparation.filters.min_side is not None:
+        return ""
+    return f"; --size is {preparation.size}: give a smaller one, or --upscale, and another --out"
 
 
 def _held_out(preparation: Preparation, plan: UnitPlan) -> float:

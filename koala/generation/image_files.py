@@ -82,7 +82,8 @@ def _path(file: str | Path, name: str) -> Path:
     if text.startswith("data:"):
         raise UserError(f"{name} is a data URI: save it to a file, and name that")
     if re.match(r"[a-z][a-z0-9+.-]+:/", text, re.IGNORECASE):  # a Path has one slash
-        raise UserError(f"{name} is an address: download it, and name the file by its path")
+        shown = re.sub(r":/+", "://", name, count=1)
+        raise UserError(f"{shown} is an address: download it, and name the file by its path")
     path = Path(text).expanduser()
     try:
         mode = path.stat().st_mode

@@ -13,6 +13,7 @@ from koala.errors import UserError, unknown
 SHARE = 0.35  # of the peak that a training is assumed to reach; not yet measured
 
 
+_MAKERS = re.compile(r"^(?:(?:nvidia|geforce|rtx|tesla)[ _-]*)+")
 _NUMBERS = re.compile(r"([\d.]+)TFLOPS?,([\d.]+)Gi?B", re.IGNORECASE)
 
 
@@ -59,6 +60,7 @@ def get(name: str) -> Gpu:
         if not (tflops > 0 and gib > 0):
             raise UserError(f"card {name}: both numbers must be above 0, as in 35TFLOP,16GB")
         return Gpu(gib, tflops)
-    if name not in GPUS:
+    bare = _MAKERS.sub("", name.lower()).replace(" ", "-")  # "RTX 4090", "NVIDIA A100 40GB"
+    if bare not in GPUS:
         raise unknown("card", name, GPUS, ", or its numbers, as in 35TFLOP,16GB")
-    return GPUS[name]
+    return GPUS[bare]

@@ -31,6 +31,9 @@ def overridden(recipe: T, given: Sequence[str]) -> T:
         if not equals:
             raise UserError(f"--set {text}: the form is NAME=VALUE, as in training.batch=64")
         if name not in kinds:
+            short = [known for known in kinds if known.rpartition(".")[2] == name]
+            if short:
+                raise UserError(f"--set {text}: write {' or '.join(short)}={value}")
             raise unknown("--set name", name, kinds)
         if name in values:
             raise UserError(f"--set {name} is given twice")

@@ -28,6 +28,10 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     ([*GENERATE, "--seed", "42,43"], "--seed: '42,43' is not a whole number; see koala generate"),
     ([*GENERATE, "--steps", "4.5"], "--steps: '4.5' is not a whole number; see koala generate"),
     ([*GENERATE, "--seed", "-1"], "seed is -1: allowed .*; without a seed it is random"),
+    (["generate", "prompts.txt"], "the prompt 'prompts.txt' is a file here, and prompts are words"),
+    (["distill", "koala-mini", "--dry-run", "--set", "batch=8"], "write training.batch=8"),
+    (["distill", "koala-mini", "--dry-run", "--card", "RTX 4095"], "unknown card 'RTX 4095'"),
+    ([*GENERATE, "--image", "https://a.b/c.png"], "https://a.b/c.png is an address"),
     ([*GENERATE, "--size", "16:9"], "size '16:9' is a shape, and not WIDTHxHEIGHT"),
     ([*GENERATE, "--size", "72 \u00d7 70"], "size 72x70: allowed are multiples of 8"),
     (["compress", "koala-mini"], "one of the arguments --to --prune --advise is required"),
@@ -185,6 +189,7 @@ def told(tmp_path_factory) -> list:
     write_folder(folder / "images", images(2, [(64, 64)]))
     Image.new("L", (64, 64)).save(folder / "black.png")
     (folder / "prompts").write_text("a fox\n")
+    (folder / "prompts.txt").write_text("a fox\n")
     (folder / "made").mkdir()
     (folder / "made" / "latents.json").write_text(
         '{"source": "folder", "captions": ["text"], "size": 64}'

@@ -321,6 +321,9 @@ def test_what_a_training_cannot_use_is_refused(folder, copied, toy_sdxl):
     (copied / "shards.arrow").unlink()
     with pytest.raises(UserError, match="is not completely prepared"):
         LatentSet(copied, toy_sdxl)
+    (copied / "latents.json").unlink()  # as a folder of images
+    with pytest.raises(UserError, match="is no folder that koala prepare made: koala prepare IM"):
+        LatentSet(copied, toy_sdxl)
 
 
 def test_opening_reads_no_rows(folder, toy_sdxl):

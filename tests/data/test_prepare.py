@@ -354,6 +354,9 @@ def test_what_the_source_lacks_is_refused_before_the_work(folder, toy_sdxl, tmp_
     few = replace(PREPARATION, filters=Filters(min_words=9))
     with pytest.raises(UserError, match=r"none of 30 images is left \(30 few words\)"):
         prepare_latents(recognise(folder), out, toy_sdxl, few, 1)
+    large = replace(PREPARATION, size=2048)
+    with pytest.raises(UserError, match="--size is 2048: give a smaller one, or --upscale, and an"):
+        prepare_latents(recognise(folder), tmp_path / "large", toy_sdxl, large, 1)
     for arguments, said in (
         ({"model": None}, "give --model"),
         ({"sheet": tmp_path / "x.png"}, "leave it out"),

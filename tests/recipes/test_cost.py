@@ -304,6 +304,8 @@ def test_a_card_may_be_given_by_its_numbers():
     for card, said in (("0TFLOP,16GB", "both numbers must be above 0"), ("35,16", "35TFLOP,16GB")):
         with pytest.raises(UserError, match=said):
             gpus.get(card)
+    assert gpus.get("NVIDIA GeForce RTX 4090") == gpus.get("rtx4090") == gpus.get("4090")
+    assert gpus.get("A100 40GB") == gpus.get("a100-40gb")
 
 
 def test_a_single_files_teacher_is_its_own(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from koala.errors import UserError, unknown
+from koala.utils.windows import memory_status, process_memory
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,8 @@ def free_bytes(device: torch.device) -> int:
     elif (meminfo := Path("/proc/meminfo")).exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text("utf-8").splitlines())
         free = min(int(lines["MemAvailable"].split()[0]) * 1024, _left_to_group())
+    elif sys.platform == "win32":
+        free = memory_status().available
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(FREE_SHARE * free)
@@ -114,6 +117,8 @@ def share_one_heap() -> None:
 
 
 def _mallopt(parameter: int, value: int) -> None:
+    if sys.platform == "win32":  # which cannot open the C library so
+        return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(parameter, value)
@@ -141,12 +146,16 @@ def resident_bytes() -> int:
     """Memory that this process holds now; where the system does not tell, the most it ever held."""
     if (statm := Path("/proc/self/statm")).exists():
         return int(statm.read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if sys.platform == "win32":
+        return process_memory().resident
     return most_resident_bytes()
 
 
 def most_resident_bytes() -> int:
     """The most memory that this process ever held."""
-    import resource  # which Windows lacks
+    if sys.platform == "win32":
+        return process_memory().most_resident
+    import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

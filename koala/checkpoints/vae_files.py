@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from koala.checkpoints.bundled import bundled_folder, bundled_names
 from koala.checkpoints.foreign_folder import folder_kind
 from koala.checkpoints.ldm_keys import PREFIXES
 from koala.checkpoints.pipeline_files import Tensors, check_dtypes, is_obsolete
@@ -54,13 +55,15 @@ def _scale(config: Mapping[str, Any], key: str) -> Any:
 
 
 def read_vae(vae: str | Path) -> VaeFiles:
-    """The VAE in a .safetensors file (alone or of a whole model), a folder or a Hub id.
+    """The VAE in a .safetensors file (alone or of a whole model), a folder, a Hub id or a bundled
+    model.
 
     A folder holds its config.json, or is a model's. Raises `UserError` if there is none.
     """
     if file := single_file_path(vae):
         return _of_file(file)
-    folder = Path(vae).expanduser()
+    bundled = str(vae) in bundled_names()
+    folder = bundled_folder(str(vae)) if bundled else Path(vae).expanduser()
     if not folder.is_dir():
         if not (isinstance(vae, str) and HUB_ID.fullmatch(vae)):
             raise UserError(f"--vae {vae} does not exist: give a file, a folder or a Hub id")

@@ -44,6 +44,10 @@ def read_prompts(given: str) -> PromptSet:
     if given in SETS and not path.exists():
         return _published(given, cache_folder() / "sets" / given)
     if not path.exists():
+        if path.suffix or len(path.parts) > 1:
+            raise UserError(
+                f"--prompts {given} does not exist: give a file or folder that is there"
+            )
         raise unknown(
             "prompts", given, SETS, ", a file with one prompt to a line, csv, json or parquet, or "
             "a folder of prepared data",

@@ -56,7 +56,7 @@ def test_text_csv_and_json_files_hold_prompts(tmp_path):
         ("a.json", '{"a": 1}', "record 1 has no prompt"),
         ("a.jsonl", '{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', "two prompts have"),
         ("a.md", "fox", "allowed are files that end in"),
-        ("gone.txt", None, "unknown prompts"),
+        ("gone.txt", None, "gone.txt does not exist"),
     ],
 )
 def test_a_file_without_prompts_is_told(name, text, says, tmp_path):
@@ -64,6 +64,11 @@ def test_a_file_without_prompts_is_told(name, text, says, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=says):
         read_prompts(str(tmp_path / name))
+
+
+def test_a_set_that_is_not_known_is_answered_with_the_closest():
+    with pytest.raises(UserError, match=r"unknown prompts 'genevall': .*did you mean geneval\?"):
+        read_prompts("genevall")
 
 
 def test_files_of_other_programs_hold_the_same_prompts(tmp_path):

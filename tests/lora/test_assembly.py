@@ -14,6 +14,7 @@ from koala.checkpoints.inspect import inspect
 from koala.checkpoints.load import load_scheduler_config, load_text, load_unet
 from koala.checkpoints.resolve import check_name, resolve_model
 from koala.checkpoints.tensors import read_metadata
+from koala.checkpoints.vae_files import read_vae
 from koala.checkpoints.validate import WEIGHTS, check_folder
 from koala.cli import main
 from koala.errors import UserError
@@ -164,6 +165,11 @@ def test_another_vae_takes_the_place_of_the_models(kind, other, single, toy_sdxl
     folder = assembled(toy_sdxl, vae=given)
     check_folder(folder)
     assert equal(folder, "vae", other) and equal(folder, "unet", toy_sdxl)
+
+
+def test_a_bundled_model_lends_its_vae():
+    by_name, by_path = read_vae("koala-mini"), read_vae(resolve_model("koala-mini"))
+    assert by_name.tensors == by_path.tensors and by_name.config == by_path.config
 
 
 def test_a_file_without_a_vae_takes_the_one_given(other, single, toy_sdxl, tmp_path):

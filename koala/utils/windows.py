@@ -34,7 +34,8 @@ class ProcessMemory(ctypes.Structure):
 
 def memory_status() -> MemoryStatus:
     """The machine's memory, in bytes."""
-    assert sys.platform == "win32"
+    if sys.platform != "win32":
+        raise AssertionError("asks Windows")
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
     if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         raise ctypes.WinError()
@@ -43,7 +44,8 @@ def memory_status() -> MemoryStatus:
 
 def process_memory() -> ProcessMemory:
     """This process's memory, in bytes."""
-    assert sys.platform == "win32"
+    if sys.platform != "win32":
+        raise AssertionError("asks Windows")
     kernel = ctypes.windll.kernel32
     kernel.GetCurrentProcess.restype = ctypes.c_void_p
     kernel.K32GetProcessMemoryInfo.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from koala.generation import Engine
 from koala.generation.decode import full
 from koala.generation.loader import load, set_runtime
 from koala.generation.runtime import compiled, openvino
-from koala.generation.runtime.backends import Backend, choose, example
+from koala.generation.runtime.backends import Backend, choose, example, timed
 from koala.generation.runtime.fixed_batches import ROWS
 from koala.generation.runtime.pytorch import predictor
 from koala.serving.warmup import warm_up
@@ -161,7 +162,7 @@ def by_default(pipeline, cache, faster):
     drawn, lines = dataclasses.replace(pipeline), []
     choose(drawn.unet, drawn.vae)
     for file in (cache / "backends").glob("*.json"):
-        verdict = json.loads(file.read_text())
+        verdict = json.loads(file.read_text()) | {"busy": False}
         verdict["seconds"] = {name: 1.0 if name == faster else 9.0 for name in verdict["seconds"]}
         file.write_text(json.dumps(verdict))
     set_runtime(drawn, say=lines.append)
@@ -286,7 +287,7 @@ def test_a_back_end_is_measured_once_and_remembered(unet, vae, monkeypatch, tmp_
     assert set(seconds) == {"torch", "openvino"} and min(seconds.values()) > 0
     # The verdict is obeyed, whichever it is and however it is asked for.
     for torch_s, openvino_s, name in ((1.0, 2.0, "torch"), (2.0, 1.0, "openvino")):
-        verdict = json.loads(file.read_text())
+        verdict = json.loads(file.read_text()) | {"busy": False}
         verdict["seconds"] = {"torch": torch_s, "openvino": openvino_s}
         file.write_text(json.dumps(verdict))
         for asked in (None, "auto", "remembered"):
@@ -296,6 +297,24 @@ def test_a_back_end_is_measured_once_and_remembered(unet, vae, monkeypatch, tmp_
     torch.testing.assert_close(
         choose(unet, vae, "openvino").predict(*asked), before.predict(*asked), atol=1e-4, rtol=0
     )
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again(unet, vae, monkeypatch, tmp_path):
+    monkeypatch.setenv("KOALA_CACHE", str(tmp_path))
+    choose(unet, vae)
+    (file,) = (tmp_path / "backends").glob("*.json")
+    noise = {"seconds": {"torch": 1e6, "openvino": 1e9}, "busy": True}
+    file.write_text(json.dumps(noise))
+    remembered = choose(unet, vae, "remembered")  # without a measurement
+    assert remembered.name == "torch" and "beside other work" in remembered.why
+    choose(unet, vae)
+    assert max(json.loads(file.read_text())["seconds"].values()) < 1e6
+
+
+def test_a_machine_is_busy_if_others_have_its_processor(unet):
+    exact = predictor(unet)
+    asleep, busy = timed(lambda *asked: time.sleep(0.05) or exact(*asked), unet)
+    assert busy and asleep > 0.05
 
 
 def test_the_fastest_may_round_and_says_so(cache, monkeypatch, tmp_path):
@@ -309,7 +328,7 @@ def test_the_fastest_may_round_and_says_so(cache, monkeypatch, tmp_path):
     )
     choose(unet, tiny_vae, "fastest")
     (file,) = (tmp_path / "backends").glob("*.json")
-    verdict = json.loads(file.read_text())
+    verdict = json.loads(file.read_text()) | {"busy": False}
     assert set(verdict["seconds"]) == {"torch", "openvino", "torch-bf16", "openvino-bf16"}
     verdict["seconds"] = dict.fromkeys(verdict["seconds"], 1.0) | {"torch-bf16": 0.5}
     file.write_text(json.dumps(verdict))

@@ -2,18 +2,19 @@
 
 Which is faster depends on the CPU, the model and its size. So `choose` times one evaluation of
 each, once, and keeps the result for this machine, these versions and this architecture in the
-cache folder. "auto" chooses among the backends that give the same image within 1e-4, "fastest"
-also among those that round to bfloat16 or to 8 bits. Unasked it does what "auto" does where that
-takes at most two seconds: a small model, or one that is converted already.
+cache folder. What was timed while other programs had the cores is timed again the next time.
+"auto" chooses among the backends that give the same image within 1e-4, "fastest" also among those
+that round to bfloat16 or to 8 bits. Unasked it does what "auto" does where that takes at most two
+seconds: a small model, or one that is converted already.
 """
 
 import json
-import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,10 @@ from koala.utils.device import cpu_name, device_and_dtype, free_bytes, has_bf16
 from koala.utils.extras import absent
 from koala.utils.networks import AutoencoderKL, UNet2DConditionModel
 
-_RUNS = 5  # timed evaluations of each; the median counts
+_RUNS = 5  # timed evaluations of each; the least counts
+_ENOUGH = 0.5  # seconds after which one is timed no further
+_OWN = 0.8  # processor seconds in a second: with less, other programs had the cores
+_TIMED = 2  # counts changes of how it is timed: former results are not taken
 _MARGIN = 1.1  # another backend must be this much faster than PyTorch
 _CONVERTING = 4.5  # memory that OpenVINO's conversion takes, in sizes of the U-Net
 SMALL = 20_000_000  # parameters of a U-Net that is converted unasked
@@ -88,25 +92,24 @@ def choose(
         return _made(
             "torch", "--backend auto converts the model, once, and may be faster", unet, vae
         )
-    if file.is_file():
-        seconds = json.loads(file.read_text("utf-8"))["seconds"]
-    elif asked == "remembered":
+    verdict = json.loads(file.read_text("utf-8")) if file.is_file() else None
+    if verdict is None and asked == "remembered":
         return _made("torch", "none was measured: --backend auto measures", unet, vae)
-    else:
+    if verdict is None or (verdict["busy"] and asked != "remembered"):
         try:
-            seconds = _measured(unet, fitting, samples)
+            verdict = _measured(unet, fitting, samples)
             with new_file(file) as part:
-                key = _key(unet, fitting)
-                part.write_text(
-                    json.dumps({"seconds": seconds, "key": key}, indent=1) + "\n", "utf-8"
-                )
+                told = verdict | {"key": _key(unet, fitting)}
+                part.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
         except OSError as error:
             if not unasked:
                 raise
             return _made("torch", f"the cache cannot be written: {error}", unet, vae)
+    seconds = verdict["seconds"]
     best = min(seconds, key=lambda one: seconds[one] * (1 if one == "torch" else _MARGIN))
     figures = ", ".join(f"{one} {1e3 * value:.1f} ms" for one, value in seconds.items())
-    made = _made(best, f"one evaluation: {figures}", unet, vae, samples)
+    beside = ", beside other work" if verdict["busy"] else ""
+    made = _made(best, f"one evaluation: {figures}{beside}", unet, vae, samples)
     return replace(made, by_verdict=asked != "fastest")
 
 
@@ -187,22 +190,27 @@ def _in_bfloat16(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 def _measured(
     unet: UNet2DConditionModel, among: Iterable[str], samples: Calibration | None
-) -> dict[str, float]:
-    """Seconds of one evaluation of two rows at the model's native size, by backend."""
-    return {one: seconds_of(_predictor(one, unet, samples), unet) for one in among}
+) -> dict[str, Any]:
+    """A verdict: `seconds` of one evaluation by backend, and whether the machine was `busy`."""
+    each = {one: timed(_predictor(one, unet, samples), unet) for one in among}
+    return {
+        "seconds": {one: seconds for one, (seconds, _) in each.items()},
+        "busy": any(busy for _, busy in each.values()),
+    }
 
 
 @torch.inference_mode()
-def seconds_of(predict: Predict, unet: UNet2DConditionModel) -> float:
-    """Median seconds of one evaluation of two rows at the U-Net's native size."""
+def timed(predict: Predict, unet: UNet2DConditionModel) -> tuple[float, bool]:
+    """Least seconds of an evaluation of two rows at the U-Net's native size; if others ran."""
     asked = example(unet)
     predict(*asked)  # warm-up: compiling and packing are not timed
-    seconds = []
-    for _ in range(_RUNS):
+    seconds: list[float] = []
+    worked = time.process_time()
+    while len(seconds) < _RUNS and sum(seconds) < _ENOUGH:
         start = time.perf_counter()
         predict(*asked)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return min(seconds), time.process_time() - worked < _OWN * sum(seconds)
 
 
 def example(
@@ -229,6 +237,7 @@ def example(
 def _key(unet: UNet2DConditionModel, among: Iterable[str]) -> dict[str, object]:
     """All that a measurement depends on. The weights' values do not matter."""
     return {
+        "timed": _TIMED,
         "among": list(among),
         "processor": cpu_name(),
         "threads": torch.get_num_threads(),

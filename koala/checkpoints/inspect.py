@@ -49,16 +49,17 @@ class Inspection:
 
     model: str
     kind: str  # the U-Net's architecture, or another kind of file
-    layout: str | None  # "diffusers" or "ldm"; None if unknown
-    depths: tuple[int, ...] | None  # of the U-Net, see `UNetArchitecture`
-    up: tuple[tuple[int, ...], ...] | None
-    mid: int | None
-    unet_parameters: int | None
     parts: dict[str, PartSummary]
-    prediction: str | None  # "epsilon" or "v", with ", zero terminal SNR" if so
-    average: str | None  # of the U-Net (EMA): "read", the file has no other, or "left out"
     licence: str | None
     metadata: dict[str, str]  # of a single file
+    # Of a U-Net; None where there is none:
+    layout: str | None = None  # "diffusers" or "ldm"
+    depths: tuple[int, ...] | None = None  # see `UNetArchitecture`
+    up: tuple[tuple[int, ...], ...] | None = None
+    mid: int | None = None
+    unet_parameters: int | None = None
+    prediction: str | None = None  # "epsilon" or "v", with ", zero terminal SNR" if so
+    average: str | None = None  # EMA: "read", the file has no other, or "left out"
 
     def text(self) -> str:
         """For a terminal."""
@@ -117,20 +118,7 @@ def _of_file(file: Path) -> Inspection:
     shapes = {name: stored.shape for name, stored in canonical(header).items()}
     if kind := shard_of(file) or foreign(shapes):
         whole = {"all": _part(header.values())}
-        return Inspection(
-            str(file),
-            kind,
-            None,
-            None,
-            None,
-            None,
-            None,
-            whole,
-            None,
-            None,
-            _named(licence),
-            stated,
-        )
+        return Inspection(str(file), kind, whole, _named(licence), stated)
     opened = open_file(file)
     parts = {component: _part(of.values()) for component, of in opened.parts.items()}
     if opened.rest:
@@ -152,8 +140,8 @@ def _described(
     ema: str | None = None,
 ) -> Inspection:
     return Inspection(
-        model, arch.name, layout, arch.depths, arch.up, arch.mid, parameters(arch), parts,
-        prediction, ema, licence, metadata,
+        model, arch.name, parts, licence, metadata, layout, arch.depths, arch.up, arch.mid,
+        parameters(arch), prediction, ema,
     )  # fmt: skip
 
 

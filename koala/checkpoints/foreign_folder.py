@@ -19,7 +19,7 @@ _ALONE = {  # class or model type in config.json -> what such a folder is
 _FILES = (  # a file that tells what a folder is
     ("adapter_config.json", "an adapter of PEFT: give its .safetensors file, a LoRA's with --lora"),
     ("pytorch_lora_weights.safetensors", "a LoRA's folder: give its file with --lora"),
-    ("run.json", "a training's folder, without a model yet: run the training to its end"),
+    ("run.json", "a training's folder"),
     ("latents.json", "data of koala prepare: give a model"),
     ("scheduler_config.json", "a scheduler alone"),
     ("tokenizer_config.json", "a tokenizer alone"),

@@ -199,7 +199,7 @@ def test_a_folder_of_other_files_says_what_to_give(folder, tmp_path):
     (folder / "model_index.json").unlink()
     refused(folder / "scheduler", "a scheduler alone")
     (folder / "run.json").touch()
-    refused(folder, "a training's folder, without a model yet")
+    refused(folder, "a training that has neither finished nor saved a checkpoint")
 
 
 @pytest.mark.parametrize("kind", ["Img2Img", "Inpaint", "ControlNet", "PAG"])

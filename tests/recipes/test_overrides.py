@@ -43,7 +43,7 @@ def test_settings_are_read_by_their_types():
     ("given", "said"),
     [
         ("training.batches=64", "training.batch, "),
-        ("batch=64", "training.batch, "),
+        ("batch=64", "write training.batch=64$"),
         ("training.batch", "NAME=VALUE"),
         ("training.batch=many", "a whole number"),
         ("training.decay=1", "true or false"),

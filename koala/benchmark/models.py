@@ -9,12 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -26,6 +21,10 @@ from koala.checkpoints.pipeline_files import BETAS, SCALING_FACTOR
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
 from koala.text_conditioning import TextConditioner
+from koala.utils.quiet import quiet_transformers
+
+with quiet_transformers():  # of image processors, of which a pipeline from text makes none
+    from diffusers import StableDiffusionXLPipeline
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -29,21 +29,16 @@ from koala.text_conditioning import TextConditioner
 from koala.utils.atomic import new_folder
 from koala.utils.extras import require
 from koala.utils.networks import AutoencoderKL, UNet2DConditionModel
+from koala.utils.quiet import quiet_transformers
 
 
 def _traced(network: Flat) -> Any:
     """The network as an `openvino.Model` of dynamic shapes."""
     import openvino as ov
-    from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # the conversion asks for every attribute, also deprecated ones
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = ov.convert_model(network, example_input=network.examples)
-    finally:
-        logging.set_verbosity(level)
+    with quiet_transformers(), warnings.catch_warnings():  # every attribute is asked for
+        warnings.simplefilter("ignore")  # also deprecated ones
+        model = ov.convert_model(network, example_input=network.examples)
     return named(model, network.inputs, network.outputs)
 
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,11 @@ def test_random_weights_make_a_whole_model_of_the_right_size():
     assert round(sum(p.numel() for p in pipeline.vae.parameters()) / 1e6, 1) == 83.7
     assert {p.dtype for p in pipeline.unet.parameters()} == {torch.float16}
     assert pipeline.conditioner.tokens == 77 and "random" in pipeline.name
+
+
+def test_stock_diffusers_is_imported_without_a_word():
+    words = [sys.executable, "-c", "import koala.benchmark.models"]
+    assert subprocess.run(words, capture_output=True, check=True).stderr == b""
 
 
 def test_seconds_are_those_after_the_first_call():

@@ -32,7 +32,7 @@ import uvicorn
 import koala
 from benchmarks import batching, soak
 from benchmarks.batching import BATCH, LOAD, PROMPT, WINDOW
-from benchmarks.record import keep
+from benchmarks.record import command, keep
 from koala.generation import Pipeline
 from koala.serving.app import create_app
 from koala.serving.image_request import ImageRequest
@@ -289,12 +289,10 @@ def main() -> None:
     o = parser.parse_args()
     if o.soak:
         found = soak.run(o.model, o.device, 60 * o.minutes)
-        command = f"--soak --minutes {o.minutes:g}"
     else:
         found = measure(koala.load(o.model, o.device), o.rounds, o.requests, o.live)
-        command = f"--rounds {o.rounds} --requests {o.requests}" + " --live" * o.live
     figures = {
-        "command": f"OMP_NUM_THREADS=1 python -m benchmarks.serving {command}",
+        "command": f"OMP_NUM_THREADS=1 {command('serving')}",
         "hardware": hardware(), "threads": torch.get_num_threads(), "model": o.model,
         "note": o.note, **found,
     }  # fmt: skip

@@ -190,6 +190,17 @@ def names_set(given: list[str]) -> tuple[str, ...]:
     return tuple(f"{part.partition('=')[0]}=" for part in after)
 
 
+def test_the_readmes_speed_is_the_records():
+    records = DOCS.parent / "benchmarks"
+    rows = json.loads((records / "cpu" / "mini" / "benchmark.json").read_text())["rows"]
+    (koala,) = (row for row in rows if (row["way"], row["threads"]) == ("koala", 2))
+    faster = "{median:.2f} ({low:.2f} to {high:.2f})".format(**koala["times_faster"])
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    assert f"takes {koala['image']['median']:.3f} s, {faster} times as fast as with" in readme
+    few = json.loads((records / "mini_latency.json").read_text())["times faster"]
+    assert f"koala-mini-guided is {few} times as fast again" in readme
+
+
 def test_the_table_of_guided_distillation_is_the_report():
     report = json.loads((DOCS / "evaluation" / "bundled.json").read_text())
     page = (DOCS / "few-steps.md").read_text()

@@ -190,13 +190,17 @@ def test_the_pages_figures_are_those_of_the_records():
         return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
 
     serving, soak = record("serving"), record("serving_soak")
-    ratios = serving["under load"]["steps to static, median of rounds"]
+    by_steps = "steps to static, median of rounds"
+    ratios = serving["under load"][by_steps]
+    few = record("serving_few_steps")["under load"][by_steps]
     kill, fuzz = record("serving_kill"), record("serving_fuzz")
     memory = soak["memory, MiB"]
     attacks = record("serving_attacks")["attacks"].values()
     figures = [
         f"{ratios['median']:.2f} times",
         f"{ratios['throughput']:.2f} times",
+        f"{few['median']:.2f} times",
+        f"{few['throughput']:.2f} times",
         f"{serving['one request']['ratio, median of pairs']:.2f} times",
         f"{serving['first preview']['made after steps']} steps",
         str(soak["errors"]),

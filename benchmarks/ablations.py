@@ -9,8 +9,9 @@ arms or seeds may be added. All arms are trained with the first seed, then all w
 
 OUT/report is the report of `koala evaluate`, OUT/ablations.json and OUT/ablations.md say for each
 line of the paper whether it was reproduced. Depth rules differ only where the teacher is deeper
-than the family's two blocks a stage: give a deeper one to --deep-teacher. A step-distilled one goes
-to --fast-teacher. Arms whose teacher is not given are left out, and said to be not measured.
+than the family's two blocks a stage: give a deeper one to --deep-teacher, such as that of `koala
+distill sdxl-mini-64 --set architecture=sdxl-mini-deep`. A step-distilled one goes to
+--fast-teacher. Arms whose teacher is not given are left out, and said to be not measured.
 """
 
 import argparse

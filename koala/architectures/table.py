@@ -72,6 +72,7 @@ def mirrored(depths: tuple[int, ...], layers: int) -> tuple[tuple[int, ...], ...
 
 _SSD_UP = ((4, 4, 10), (2, 1, 1), (0, 0, 0))
 
+# `sdxl-mini-deep` is for the depth rules, which differ only where a stage is cut by several blocks.
 # One head's width gives the heads of every stage; up None mirrors the down depths.
 # fmt: off
 _ROWS: tuple[tuple[Any, ...], ...] = (
@@ -81,6 +82,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("ssd-1b",      128, 77, (320, 640, 1280), 64, 2, (0, 2, 4),  _SSD_UP,  0, 2048, 1280, 256, 32),
     ("segmind-vega", 128, 77, (320, 640, 1280), 64, 2, (0, 1, 2), None,     0, 2048, 1280, 256, 32),
     ("sdxl-mini",    16, 32, (64, 96, 128),    32, 2, (0, 1, 2),  None,     2,  160,   96,  32, 16),
+    ("sdxl-mini-deep", 16, 32, (64, 96, 128),  32, 2, (0, 2, 4),  None,     4,  160,   96,  32, 16),
 )
 # fmt: on
 _STUDENTS = (  # name, teacher, cut
@@ -92,7 +94,7 @@ _STUDENTS = (  # name, teacher, cut
 )
 _ORDER = (
     "sdm-v2.0", "sdxl", "bk-sdxl", "koala-1b", "koala-700m", "ssd-1b", "segmind-vega",
-    "sdxl-mini", "koala-mini-1b", "koala-mini",
+    "sdxl-mini", "koala-mini-1b", "koala-mini", "sdxl-mini-deep",
 )  # fmt: skip
 
 

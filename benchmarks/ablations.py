@@ -3,15 +3,17 @@
 `python -m benchmarks.ablations --teacher runs/sdxl-mini/model --data data --out runs/ablations`
 
 `data`: prepared with the teacher's VAE from the illustrations, see `docs/mini-family.md`. The
-teacher is copied to OUT/teacher first, so that all arms learn from the same one whatever becomes of
-its run. The same command goes on where it was stopped: trainings, drawings and scores are kept, and
-arms or seeds may be added. All arms are trained with the first seed, then all with the second.
+models are copied to OUT/given first, so that all arms learn from the same ones whatever becomes of
+their runs. The same command goes on where it was stopped: trainings, drawings and scores are kept,
+and arms or seeds may be added. All arms are trained with the first seed, then all with the second.
 
 OUT/report is the report of `koala evaluate`, OUT/ablations.json and OUT/ablations.md say for each
 line of the paper whether it was reproduced. Depth rules differ only where the teacher is deeper
 than the family's two blocks a stage: give a deeper one to --deep-teacher, such as that of `koala
 distill sdxl-mini-64 --set architecture=sdxl-mini-deep`. A step-distilled one goes to
---fast-teacher. Arms whose teacher is not given are left out, and said to be not measured.
+--fast-teacher, and the teacher pruned to the student's size to --pruned (`koala compress TEACHER
+--prune 0.55 --calibrate DATA`): does that beat the fixed map as a start? Arms whose teacher or
+start is not given are left out, and said to be not measured.
 """
 
 import argparse
@@ -33,6 +35,9 @@ from koala.utils.atomic import new_folder, write_text
 from koala.utils.device import hardware
 
 RECIPE = "koala-mini-sa"
+OPTIONS = {
+    "teacher": "teacher", "deep": "deep-teacher", "fast": "fast-teacher", "pruned": "pruned",
+}  # fmt: skip
 NO_FEATURES = ("settings.feature_weight=0", "settings.taps=", "settings.normalise=false")
 JUDGED_BY = "r@5"  # the metric of the verdicts, unless another is asked for
 
@@ -43,6 +48,12 @@ class Arm:
 
     settings: tuple[str, ...]
     teacher: str = "teacher"  # or "deep", "fast"
+    student: str | None = None  # "pruned": it starts from there, not from the teacher's cut
+
+    @property
+    def models(self) -> set[str]:
+        """What must be given for it."""
+        return {self.teacher} | ({self.student} if self.student else set())
 
 
 ARMS = {
@@ -63,12 +74,13 @@ ARMS = {
     "interleave": Arm(("settings.depth_rule=interleave",), "deep"),
     "up": Arm(("settings.depth_rule=up",), "deep"),
     "step-distilled teacher": Arm((), "fast"),
+    "pruned": Arm(("settings.taps=sa", "cut=none"), student="pruned"),
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """What the paper reports: the first arm is better than the second."""
+    """What the paper reports, or we would like: the first arm is better than the second."""
 
     says: str
     first: str
@@ -90,44 +102,52 @@ PAPER = (
     Line("the upper ones are the worst", "interleave", "up"),
     Line("a step-distilled teacher beats its base", "step-distilled teacher", "SA+LF@DW-1,UP-3"),
 )
+OURS = (Line("pruning by what it costs beats the fixed cut as a start", "pruned", "SA"),)
 
 
 def train_arms(
     arms: Sequence[str],
     seeds: Sequence[int],
-    teachers: dict[str, Path],
+    given: dict[str, Path],
     data: Path,
     out: Path,
     samples: int | None,
     settings: Sequence[str],
 ) -> dict[str, list[Path]]:
-    """Every arm's finished models, seed by seed; what is finished is not trained again."""
+    """Every arm's finished models, seed by seed; what is finished is not trained again.
+
+    given: teachers and starts, by what an arm calls them.
+    """
     models: dict[str, list[Path]] = {name: [] for name in arms}
     length = [f"training.samples={samples}"] if samples else []
     for seed in seeds:
         for name in arms:
             folder = out / "runs" / f"{name.replace(' ', '-')}-{seed}"
-            own = [*ARMS[name].settings, *length, f"training.seed={seed}", *settings]
-            teacher = str(teachers[ARMS[name].teacher])
-            models[name].append(distill(RECIPE, data, folder, teacher, settings=own))
+            arm = ARMS[name]
+            own = [*arm.settings, *length, f"training.seed={seed}", *settings]
+            teacher, student = str(given[arm.teacher]), arm.student and str(given[arm.student])
+            made = distill(RECIPE, data, folder, teacher, settings=own, student=student)
+            models[name].append(made)
     return models
 
 
 def frozen(teacher: str | Path, folder: Path) -> Path:
-    """A copy of the teacher, which later trainings of it do not change."""
+    """A copy of the model, which later trainings of it do not change."""
     if not folder.is_dir():
         with new_folder(folder) as part:
             shutil.copytree(teacher, part, dirs_exist_ok=True)
     return folder
 
 
-def verdicts(report: EvaluationReport, metric: str) -> list[dict[str, object]]:
-    """For each line of the paper what was found, as text and with the difference's interval."""
+def verdicts(
+    report: EvaluationReport, metric: str, lines: Sequence[Line] = (*PAPER, *OURS)
+) -> list[dict[str, object]]:
+    """For each line what was found, as text and with the difference's interval."""
     found: dict[tuple[str, str], Comparison] = {
         (c.first, c.second): c for c in report.comparisons if c.column.endswith(f" {metric}")
     }
     rows: list[dict[str, object]] = []
-    for line in PAPER:
+    for line in lines:
         straight, turned = (line.first, line.second), (line.second, line.first)
         if (one := found.get(straight) or found.get(turned)) is None:
             rows.append({**asdict(line), "verdict": "not measured"})
@@ -156,7 +176,7 @@ def page(report: EvaluationReport, rows: Sequence[dict[str, object]], metric: st
         return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
     lines = markdown.table(
-        ["the paper", "first", "second", f"difference in {metric}", "here"],
+        ["the paper; last, our own", "first", "second", f"difference in {metric}", "here"],
         ([r["says"], r["first"], r["second"], difference(r), r["verdict"]] for r in rows),
     )
     return f"""# The paper's ablations on the mini family
@@ -177,14 +197,16 @@ Command: `{command("ablations")}`
 """
 
 
-def chosen_arms(only: Sequence[str], teachers: dict[str, Path]) -> list[str]:
+def chosen_arms(only: Sequence[str], given: dict[str, Path]) -> list[str]:
     """The arms that can be trained. UserError for a name that is not known."""
     for name in only:
         if name not in ARMS:
             raise unknown("arm", name, ARMS)
-    found = [name for name in only or ARMS if ARMS[name].teacher in teachers]
+    found = [name for name in only or ARMS if ARMS[name].models <= given.keys()]
     if not found:
-        raise UserError(f"no teacher for {', '.join(only)}: give --deep-teacher or --fast-teacher")
+        missing = {model for name in only for model in ARMS[name].models - given.keys()}
+        options = ", ".join(f"--{OPTIONS[model]}" for model in sorted(missing))
+        raise UserError(f"no model for {', '.join(only)}: give {options}")
     return found
 
 
@@ -193,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", required=True, type=Path)
     parser.add_argument("--deep-teacher", type=Path, help="of more blocks a stage, for depth rules")
     parser.add_argument("--fast-teacher", type=Path, help="step-distilled")
+    parser.add_argument("--pruned", type=Path, help="the teacher, pruned to the student's size")
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--pictures", type=Path, help="the illustrations (default: --data)")
     parser.add_argument("--out", required=True, type=Path)
@@ -206,12 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--nice", type=int, default=0, help="to be added to the priority")
     o = parser.parse_args(arguments)
     os.nice(o.nice)
-    given = {"teacher": o.teacher, "deep": o.deep_teacher, "fast": o.fast_teacher}
-    arms = chosen_arms(o.only, {name: place for name, place in given.items() if place})
-    teachers = {
-        name: frozen(place, o.out / "teachers" / name) for name, place in given.items() if place
-    }
-    models = train_arms(arms, o.seeds, teachers, o.data, o.out, o.samples, o.set)
+    asked = {name: vars(o)[option.replace("-", "_")] for name, option in OPTIONS.items()}
+    given = {name: place for name, place in asked.items() if place}
+    arms = chosen_arms(o.only, given)
+    given = {name: frozen(place, o.out / "given" / name) for name, place in given.items()}
+    models = train_arms(arms, o.seeds, given, o.data, o.out, o.samples, o.set)
     report = evaluate(
         models, o.out / "report", pictures=o.pictures or o.data, count=o.count, seeds=[0],
         metrics=o.metrics,

@@ -159,6 +159,15 @@ def from_unet_config(config: Mapping[str, Any]) -> UNetArchitecture:
     )
     if config.get(INNER):
         arch = replace(arch, inner=_inner(config[INNER], arch))
+    return _named(arch)
+
+
+def before_pruning(arch: UNetArchitecture) -> UNetArchitecture:
+    """The architecture with every module as wide as the rule has it."""
+    return _named(replace(arch, inner=()))
+
+
+def _named(arch: UNetArchitecture) -> UNetArchitecture:
     known = next((a for a in ARCHITECTURES.values() if a == arch), None)
     return replace(arch, name=known.name, tokens=known.tokens) if known else arch
 

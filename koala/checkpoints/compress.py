@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from koala.architectures.block_map import check_depth_rule, tensor_map
-from koala.architectures.config import unet_config
+from koala.architectures.config import before_pruning, unet_config
 from koala.architectures.layout import parameters
 from koala.architectures.table import UNetArchitecture, check_student, student_of
 from koala.checkpoints import card_facts, model_card, sampling
@@ -137,19 +137,21 @@ def adopt(
     """Writes the pipeline folder `out` in fp32: `teacher` with the U-Net of `student`.
 
     A distilled student can thus be distilled further, from any teacher that it is a cut of:
-    KOALA-700M from a fine-tuned SDXL, for example. student: name, folder, Hub id or single file;
-    its VAE and text encoders are not used. teacher: as in `compress`. to, depth_rule: as there;
-    None: `student` has the teacher's own U-Net; any rule. Raises `UserError` if `student` is not
-    that cut of `teacher` or has another prediction type, and as `compress` does.
+    KOALA-700M from a fine-tuned SDXL, for example. student: name, folder, Hub id or single file,
+    which may have been pruned; its VAE and text encoders are not used. teacher: as in `compress`.
+    to, depth_rule: as there; None: `student` has the teacher's own U-Net; any rule. Raises
+    `UserError` if `student` is not that cut of `teacher` or has another prediction type, and as
+    `compress` does.
     """
     out = Path(out).expanduser()
     check_new(out)
     contents, other = read_model(teacher), read_model(student)
     cut = contents.architecture if to is None else student_of(contents.architecture, to)
-    if other.architecture != cut:
+    if (whole := before_pruning(other.architecture)) != cut:
+        uncut = to is not None and whole == contents.architecture
         raise UserError(
-            f"{student} has the U-Net {other.architecture.name}, but this recipe trains "
-            f"{cut.name}: give another --student, or none"
+            f"{student} has the U-Net {whole.name}, but this recipe trains {cut.name}: "
+            + ("add --set cut=none" if uncut else "give another --student, or none")
         )
     mine, theirs = (of.prediction for of in (other, contents))
     if mine != theirs:
@@ -165,7 +167,8 @@ def adopt(
         )
     tensors = {**contents.tensors, "unet": other.tensors["unet"]}
     with new_folder(out) as part:
-        write_folder(part, tensors, _pipeline_files(contents, cut), float_dtype("fp32"))
+        files = _pipeline_files(contents, other.architecture)
+        write_folder(part, tensors, files, float_dtype("fp32"))
         adopted = model_card.adopted_of(known, _known(contents), model_card.name_of(out))
         model_card.write(adopted, part)
 

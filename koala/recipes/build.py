@@ -1,6 +1,7 @@
 """Builds what a recipe of a U-Net trains: models, text encoders, task, validation samples."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from koala.architectures.config import unet_config
-from koala.architectures.table import get
+from koala.architectures.table import FACTOR, get
 from koala.checkpoints.grow import grow
 from koala.checkpoints.load import load_scheduler_config, load_unet
 from koala.checkpoints.sampling import USUAL
@@ -80,7 +81,7 @@ def task_of(
         )
     prompts: Sequence[str] = MINI_PROMPTS
     if isinstance(recipe, Teacher):
-        unet = _teacher(recipe, source)
+        unet = _teacher(recipe, source, latents.index.made_with["size"])
     else:
         unet = _finetuned(recipe, source, device)
         captions = dict.fromkeys(latents.batch(0, PREVIEWS)["captions"])
@@ -109,14 +110,18 @@ def conditioner_of(model: Path, device: torch.device, latents: LatentSet) -> Tex
     return TextConditioner.from_folder(model, torch.float16, device, cache_size=0)
 
 
-def _teacher(recipe: Teacher, base: Path) -> UNet2DConditionModel:
-    """A new U-Net, or that of `base`, grown if it is a cut."""
+def _teacher(recipe: Teacher, base: Path, pixels: int) -> UNet2DConditionModel:
+    """A new U-Net, or that of `base`, grown if it is a cut.
+
+    pixels: of the data, and so of the images that it is made to draw.
+    """
     torch.manual_seed(recipe.training.seed)
-    arch = get(recipe.architecture)
+    arch = replace(get(recipe.architecture), sample=pixels // FACTOR)
     if not recipe.further:
         return UNet2DConditionModel(**unet_config(arch))
     found, unet = unet_architecture(base), load_unet(base)
     if found == arch:
+        unet.register_to_config(sample_size=arch.sample)
         return unet
     try:
         return grow(unet, arch)

@@ -9,11 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
-
 from koala.architectures.config import from_unet_config
 from koala.checkpoints import card_facts, lora_card, model_card, sampling
 from koala.checkpoints.compress import adopt, compress
+from koala.checkpoints.load import build_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import unet_architecture
 from koala.data.encoding import Moments
@@ -235,7 +234,7 @@ def _export(recipe: UNet, task: Denoising, run: Path, half_life: int, path: Path
     if isinstance(recipe, Finetune) and recipe.lora:
         write_lora(weights, recipe.lora, base_of(task.base), path, run.absolute().name)
         return
-    unet = UNet2DConditionModel.from_config(task.trainable.config)
+    unet = build_unet(task.trainable.config)
     unet.load_state_dict(weights)
     task.export(unet, path)
 

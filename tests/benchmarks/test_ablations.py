@@ -26,8 +26,9 @@ def test_every_arm_is_a_training_of_its_own():
         assert isinstance(recipe.settings, DistillationSettings)
         made[name] = (repr(replace(recipe, training=TINY)), arm.teacher)
     assert len(set(made.values())) == len(made)
-    named = {name for line in ablations.PAPER for name in (line.first, line.second)}
-    assert named == set(ablations.ARMS), "every arm is there for a line of the paper"
+    lines = (*ablations.PAPER, *ablations.OURS)
+    named = {name for line in lines for name in (line.first, line.second)}
+    assert named == set(ablations.ARMS), "every arm is there for a line"
 
 
 def test_arms_are_trained_scored_and_judged(base_parts, tmp_path, packages, monkeypatch):
@@ -79,6 +80,8 @@ def test_a_line_is_reproduced_if_its_first_arm_is_better(first, says, expected):
 def test_unknown_arms_and_missing_teachers_are_told(tmp_path):
     with pytest.raises(UserError, match="did you mean task"):
         ablations.chosen_arms(["tusk"], {"teacher": tmp_path})
-    with pytest.raises(UserError, match="no teacher for bottom"):
+    with pytest.raises(UserError, match="no model for bottom: give --deep-teacher"):
         ablations.chosen_arms(["bottom"], {"teacher": tmp_path})
+    with pytest.raises(UserError, match="no model for pruned: give --pruned"):
+        ablations.chosen_arms(["pruned"], {"teacher": tmp_path})
     assert "bottom" not in ablations.chosen_arms([], {"teacher": tmp_path})

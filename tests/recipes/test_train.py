@@ -13,16 +13,18 @@ from torch.testing import assert_close
 
 from koala import recipes
 from koala.checkpoints import model_card
-from koala.checkpoints.load import load_vae
+from koala.checkpoints.load import load_unet, load_vae
 from koala.cli import main
 from koala.data.encoding import encoder_hash, to_pixels
 from koala.data.illustrations.images import ImageSet
+from koala.distillation.settings import Hardware
 from koala.errors import UserError
 from koala.generation import load
+from koala.generation.pruning import prune_model
 from koala.mini.text import TextDistillation, clip_tokenizer, new_text_encoders
 from koala.mini.vae import Autoencoding, ImageData, measure_latents, new_vae, to_images
 from koala.recipes.recipe import Mixture, Student, described
-from koala.recipes.train import distill
+from koala.recipes.train import distill, finetune
 from toy_family import TINY, Letters
 from toy_sources import images, prepared, write_folder
 
@@ -53,7 +55,7 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[k], after[k]) for k in before)
     image = load(small)("a fox", steps=2, seed=1).images[0]
-    assert image.size == (128, 128)
+    assert image.size == (64, 64), "the data's size, which its teacher was trained at"
     told = model_card.read(small)
     assert (told.title, told.cut.teacher, told.trained.teacher) == ("student", "teacher", "teacher")
     assert told.trained.samples == {"U-Net": 8} and told.trained.distilled
@@ -96,6 +98,28 @@ def test_the_whole_chain(base_parts, tmp_path, packages):
     deeper = replace(teacher, architecture="sdxl")
     with pytest.raises(UserError, match=r"koala-mini, but this recipe continues sdxl: .* a cut"):
         distill(deeper, data, tmp_path / "further", str(small), "cpu")
+
+
+def test_a_pruned_model_is_distilled_and_fine_tuned(base_parts, tmp_path, packages):
+    data, base = base_parts
+    pruned = prune_model(base, 0.3, ["a fox"], tmp_path / "pruned").out
+    still = replace(TINY, lr=1e-30)
+    asked = replace(recipes.get("koala-mini-sa"), cut=None, training=still, prompts=("a fox",))
+    run = tmp_path / "distilled"
+    distilled = distill(asked, data, run, str(base), "cpu", student=str(pruned))
+    full = recipes.get("full", recipes.FINETUNES)
+    short = Mixture(captions={"short": 1.0})
+    full = replace(full, training=still, hardware=Hardware(), mixture=short, prompts=("a fox",))
+    tuned = finetune(full, str(distilled), data, tmp_path / "tuned", "cpu")
+    start, *trained = (load_unet(folder) for folder in (pruned, distilled, tuned))
+    for unet in trained:  # as narrow as it was, and no step moved a weight
+        assert unet.config["inner_widths"] == start.config["inner_widths"] != {}
+        assert_close(dict(unet.state_dict()), dict(start.state_dict()), rtol=0, atol=1e-6)
+    stats = (run / "stats.jsonl").read_text().splitlines()
+    assert json.loads(stats[-1])["feat"] > 0
+    again = replace(asked, cut="koala-700m")
+    with pytest.raises(UserError, match=r"this recipe trains koala-mini: add --set cut=none"):
+        distill(again, data, tmp_path / "none", str(base), "cpu", student=str(pruned))
 
 
 def test_a_vae_goes_on_and_nothing_else_changes(base_parts, tmp_path, packages):

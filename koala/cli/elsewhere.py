@@ -21,7 +21,7 @@ MODEL = "--ckpt --checkpoint --checkpoint-path --model-path --pretrained-model-n
 _HALF = "--half --fp16 --bf16 --precision --torch-dtype"
 _DRAWING = OUT | {
     "the prompt without an option, as in koala generate 'a fox'": "--prompt -p",
-    "each prompt as an argument of its own": "--from-file --prompt-file --prompts-file --prompts",
+    "--prompts": "--from-file --prompt-file --prompts-file --prompts-from-file",
     "--negative-prompt": "--neg --uc",
     "--model": MODEL,
     "--size WIDTHxHEIGHT": "--width --height --resolution --image-size -W -H",

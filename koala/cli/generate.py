@@ -30,6 +30,7 @@ from koala.utils.threads import sleep_while_waiting
 
 def _arguments(p: Parser) -> None:
     p.add_argument("prompt", nargs="*", help="what to draw; several prompts draw several images")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="a text with a prompt a line")
     p.add_argument(
         "--out", type=Path, default=Path("pictures"), metavar="PATH",
         help="a folder, where files are numbered (default pictures), or a file such as fox.png; "
@@ -175,8 +176,9 @@ def _arguments(p: Parser) -> None:
 
 
 def _list_words(o: argparse.Namespace) -> None:
-    if o.prompt:
-        raise UserError(f"--list-words draws nothing: leave out the prompt {o.prompt[0]!r}, or it")
+    if o.prompt or o.prompts:
+        given = f"the prompt {o.prompt[0]!r}" if o.prompt else f"--prompts {o.prompts}"
+        raise UserError(f"--list-words draws nothing: leave out {given}, or it")
     words = read_words(resolve_model(o.model), o.model)
     show(o, asdict(words), words.text())
 
@@ -185,7 +187,8 @@ def _refuse_file(prompt: str) -> None:
     """UserError for a prompt that is a file's name: it would be drawn as words."""
     path = Path(prompt)
     if path.suffix and "\n" not in prompt and os.path.isfile(path):
-        what = "give each of its lines as a prompt" if path.suffix == ".txt" else "say what to draw"
+        text = path.suffix == ".txt"
+        what = f"draw its lines by --prompts {prompt}" if text else "say what to draw"
         raise UserError(f"the prompt {prompt!r} is a file here, and prompts are words: {what}")
 
 
@@ -193,11 +196,13 @@ def _run(o: argparse.Namespace) -> None:
     if o.list_words:
         _list_words(o)
         return
-    if not o.prompt:
-        raise UserError("no prompt: say what to draw, koala generate 'an owl, noto style'")
     for prompt in o.prompt:
         _refuse_file(prompt)
     from koala.generation import control, validation
+
+    every = [*o.prompt, *(validation.prompts_in(o.prompts, "--prompts") if o.prompts else ())]
+    if not every:
+        raise UserError("no prompt: say what to draw, koala generate 'an owl, noto style'")
     from koala.generation.image_files import frames_note
     from koala.generation.png import check_writable
     from koala.generation.prompt_loras import shared_loras
@@ -219,8 +224,8 @@ def _run(o: argparse.Namespace) -> None:
         runtime["backend"] = "torch"
     ip_adapter, ip_scale = validation.ip_adapter(o.ip_adapter)
     check_device(o.device)
-    check_writable(o.out, len(o.prompt) * o.number)
-    prompts, shared = shared_loras(o.prompt, o.lora_dir)
+    check_writable(o.out, len(every) * o.number)
+    prompts, shared = shared_loras(every, o.lora_dir)
     loras = validation.loras(o.lora)
     loras.update(shared.items())
     asked = {

@@ -147,7 +147,7 @@ def _calibration_prompts(calibrate: Path) -> list[str] | None:
     data = calibrate.expanduser()
     if data.is_dir() and not (data / "latents.json").is_file():
         raise UserError(f"--calibrate {data} is no folder that koala prepare made")
-    return None if data.is_dir() else prompts_in(data)
+    return None if data.is_dir() else prompts_in(data, "--calibrate")
 
 
 def _calibrate(calibrate: Path, prompts: list[str] | None) -> Any:

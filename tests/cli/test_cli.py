@@ -85,6 +85,16 @@ def test_generate_draws_saves_and_says_how(toy_sdxl, tmp_path, capsys):
             assert "Steps: 2" in image.info["parameters"]
 
 
+def test_generate_draws_the_prompts_in_a_file(toy_sdxl, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffan owl\r\n\r\n  a red apple \r\n".encode())
+    asked = ["generate", "a fox", "--prompts", str(file), "--model", str(toy_sdxl), "--steps", "1"]
+    assert main([*asked, "--seed", "7", "--json", "--out", str(tmp_path)]) == 0
+    drawn = [read_settings(one["path"]) for one in json.loads(capsys.readouterr().out)]
+    told = [(settings.prompt, settings.seed) for settings in drawn]
+    assert told == [("a fox", 7), ("an owl", 8), ("a red apple", 9)]
+
+
 def test_generate_writes_the_file_that_is_named(toy_sdxl, tmp_path, capsys):
     given = ["generate", "a fox", "--model", str(toy_sdxl), "--steps", "1", "--seed", "7"]
     fox = tmp_path / "drawn" / "fox.png"

@@ -16,6 +16,7 @@ PAGE = (ROOT / "docs" / "generation.md").read_text()
 
 def test_the_page_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red apple, noto style\n")
     names: dict = {}
     commands = 0
     for language, block in re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL):
@@ -26,9 +27,9 @@ def test_the_page_works(tmp_path, monkeypatch, capsys):
             program, *arguments = shlex.split(line)
             assert program == "koala" and main(arguments) == 0, capsys.readouterr().err
             commands += 1
-    assert commands == 8
+    assert commands == 9
     assert len(list((tmp_path / "pictures").glob("a-fox-noto-style-*.png"))) == 6
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 10
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 11
     assert names["doomed"].cancelled() and names["owl"].size == names["car"].size == (128, 128)
     with Image.open(tmp_path / "preview.png") as preview:
         assert preview.size == (16, 16)

@@ -168,8 +168,12 @@ def before_pruning(arch: UNetArchitecture) -> UNetArchitecture:
 
 
 def _named(arch: UNetArchitecture) -> UNetArchitecture:
-    known = next((a for a in ARCHITECTURES.values() if a == arch), None)
-    return replace(arch, name=known.name, tokens=known.tokens) if known else arch
+    """The known architecture that it is, or was before it was pruned, if there is one."""
+    whole = replace(arch, inner=())
+    if (known := next((a for a in ARCHITECTURES.values() if a == whole), None)) is None:
+        return arch
+    name = f"{known.name}, pruned" if arch.inner else known.name
+    return replace(arch, name=name, tokens=known.tokens)
 
 
 def _inner(stated: Any, arch: UNetArchitecture) -> tuple[tuple[str, int], ...]:

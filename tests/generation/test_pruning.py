@@ -221,7 +221,8 @@ def test_the_sites_are_all_that_can_be_narrower():
         config = unet_config(arch)
         narrow = {p: i.width - i.unit for p, i in inner_widths(arch).items()}
         cut = from_unet_config(config | {INNER: narrow})
-        assert dict(cut.inner) == narrow and cut != arch and cut.name == "custom"
+        assert dict(cut.inner) == narrow and cut != arch
+        assert (cut.name, cut.tokens) == (f"{name}, pruned", arch.tokens)
         assert unet_config(cut) == config | {INNER: narrow}
         assert parameters(cut) < parameters(arch)
 

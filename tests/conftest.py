@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: toy data packages and one toy pipeline of each kind."""
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -18,6 +19,18 @@ from koala.utils.asset_packages import cache_folder
 from toy import toy_pipeline
 from toy_family import toy_mini_base
 from toy_packages import toy_packages
+
+# Servers and trainings in processes of their own are forked from one that has imported these: seven
+# seconds once, not for each. A pytest has one such process, whoever needs it first.
+multiprocessing.set_forkserver_preload(
+    [
+        "koala.serving.app",
+        "koala.generation.loader",
+        "koala.utils.networks",
+        "koala.distillation.loop",
+        "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    ]
+)
 
 # What draws here must not depend on what is measured: PyTorch, but in tests of the choice.
 os.environ["KOALA_BACKEND"] = "torch"

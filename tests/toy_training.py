@@ -118,11 +118,16 @@ def norm(tensors: dict[str, Tensor]) -> float:
 
 
 def processes(function: Callable[..., None], *arguments: object) -> None:
-    """Runs function(rank, *arguments) in two processes with torchrun's environment."""
+    """Runs function(rank, *arguments) in two processes with torchrun's environment.
+
+    Both are forked from one that has imported what they need (conftest.py), and done nothing else.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_process, (port, function, arguments), nprocs=2)
+    multiprocessing.start_processes(
+        _process, (port, function, arguments), nprocs=2, start_method="forkserver"
+    )
 
 
 def _process(rank: int, port: int, function: Callable, arguments: tuple) -> None:

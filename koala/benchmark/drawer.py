@@ -14,7 +14,6 @@ from multiprocessing.connection import Connection
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from koala.architectures.config import from_unet_config
@@ -30,6 +29,7 @@ from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.dtypes import torch_dtype
 from koala.generation.runtime.pytorch import predictor
+from koala.utils.networks import AutoencoderKL
 
 UNET_STEPS = 25  # of the U-Net alone, as published
 

@@ -6,12 +6,10 @@ requested precision, with the published configurations of the text encoders and 
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from koala.architectures.config import unet_config
 from koala.architectures.table import UNetArchitecture, get
@@ -21,9 +19,17 @@ from koala.checkpoints.pipeline_files import BETAS, SCALING_FACTOR
 from koala.generation.loader import load
 from koala.generation.pipeline import Pipeline
 from koala.text_conditioning import TextConditioner
+from koala.utils.networks import (
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+)
 from koala.utils.quiet import quiet_transformers
 
-with quiet_transformers():  # of image processors, of which a pipeline from text makes none
+if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,6 +61,8 @@ def build(chosen: Subject, device: torch.device, dtype: torch.dtype) -> Pipeline
     """Our pipeline of the model, on the device, run by PyTorch."""
     if chosen.folder is not None:
         return load(chosen.folder, device, dtype=dtype, backend="torch")
+    from diffusers import EulerDiscreteScheduler
+
     arch = get(chosen.case.architecture)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -93,8 +101,14 @@ def new_unet(
     return _random(lambda: _unet(arch), device, dtype)
 
 
-def stock(pipeline: Pipeline) -> StableDiffusionXLPipeline:
-    """The same components in diffusers' pipeline, built like the model card's snippet."""
+def stock(pipeline: Pipeline) -> "StableDiffusionXLPipeline":
+    """The same components in diffusers' pipeline, built like the model card's snippet.
+
+    The pipeline is imported here: the processes that draw our ways never load it.
+    """
+    with quiet_transformers():  # of image processors, of which a pipeline from text makes none
+        from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
     first, second = pipeline.conditioner.tokenizers
     encoder, encoder_2 = pipeline.conditioner.encoders
     scheduler = EulerDiscreteScheduler.from_config(

@@ -27,6 +27,7 @@ from koala.checkpoints.validate import (
     variant_of,
 )
 from koala.errors import UserError
+from koala.utils.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +140,7 @@ def load_text(
     from koala.utils.networks import CLIPTextModel, CLIPTextModelWithProjection
 
     kind, reader = dtype or torch.float32, Reader()
-    with _no_bars():
+    with quiet_transformers():
         return (
             _tokenizer(folder / "tokenizer", reader),
             _tokenizer(folder / "tokenizer_2", reader),
@@ -341,20 +342,6 @@ def _check_finite(weights: Mapping[str, Tensor], stored: Mapping[str, Stored]) -
         # The largest value tells: ten times faster than testing every element.
         if weight.is_floating_point() and weight.numel() and not weight.abs().max().isfinite():
             raise not_finite(stored.get(name, next(iter(stored.values()))), name)
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Disables transformers' progress bars inside the block."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def load_scheduler_config(folder: Path) -> dict[str, Any]:

@@ -27,11 +27,12 @@ class Words:
     places: tuple[str, ...]
 
     def text(self) -> str:
-        """For the terminal: a paragraph each."""
-        return "\n\n".join(
+        """For the terminal: a paragraph each, and what becomes of other words."""
+        lists = (
             textwrap.fill(f"{name} ({len(words)}): {', '.join(words)}", 96)
             for name, words in asdict(self).items()
         )
+        return "\n\n".join((*lists, "Any other word is read as the nearest of these in meaning."))
 
     def write(self, folder: Path) -> None:
         """Writes the file into a model's folder."""

@@ -45,11 +45,11 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
             yield part
             for folder, _, names in os.walk(part):
                 for name in (*names, ""):
-                    _to_disk(Path(folder, name))
+                    to_disk(Path(folder, name))
             if out.is_dir():
                 os.replace(out, old)
             os.replace(part, out)
-            _to_disk(part.parent)
+            to_disk(part.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
@@ -68,9 +68,9 @@ def new_file(out: Path) -> Iterator[Path]:
                 if left.is_file() and _is_leftover(left, out.name):
                     left.unlink(missing_ok=True)
             yield part
-            _to_disk(part)
+            to_disk(part)
             os.replace(part, out)
-            _to_disk(part.parent)
+            to_disk(part.parent)
         finally:
             part.unlink(missing_ok=True)
 
@@ -109,6 +109,20 @@ def write_text(out: Path, text: str) -> None:
     """Writes a UTF-8 text file through `new_file`."""
     with new_file(out) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk.
+
+    Not on Windows, which cannot do it with a read-only handle.
+    """
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def claim(
@@ -203,17 +217,6 @@ def _runs(process: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _to_disk(path: Path) -> None:
-    """fsync of a file or folder; not on Windows, which cannot do it with a read-only handle."""
-    if os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _part(out: Path) -> Path:

@@ -57,6 +57,17 @@ def test_the_student_is_a_cut_of_the_teacher_in_the_box():
         assert teacher.state_dict()[theirs].shape == shapes[mine].shape
 
 
+def test_a_word_that_is_not_listed_is_read_as_the_nearest_that_is(pipeline):
+    listed = read_words(FOLDER, "koala-mini").things
+    read_as = {"puppy": "dog", "kitten": "cat", "automobile": "car", "foxes": "fox",
+               "bicycles": "bicycle"}  # fmt: skip
+    assert not read_as.keys() & {*listed} and {*read_as.values()} <= {*listed}
+    things = [*read_as.values(), *listed[::6]]  # those meant, and a hundred others
+    _, pooled = pipeline.conditioner([f"a {word}" for word in (*read_as, *things)])
+    said, known = torch.nn.functional.normalize(pooled, dim=-1).split([len(read_as), len(things)])
+    assert [things[i] for i in (said @ known.T).argmax(1)] == [*read_as.values()]
+
+
 def _refuse(*_):
     raise OSError("a required privilege is not held by the client")
 

@@ -514,9 +514,6 @@ def serve_until_killed(folder, data, port):
 def test_accepted_jobs_are_drawn_exactly_once_through_kill_9(folder, tmp_path):
     """A server in a process of its own, killed three times while it is asked for jobs."""
     context = multiprocessing.get_context("forkserver")
-    # The model's classes too, which are imported at the first `load`: four servers share them.
-    context.set_forkserver_preload(["koala.serving.app", "koala.generation.loader",
-                                    "koala.utils.networks"])  # fmt: skip
     accepted = {}
     for i in range(4):
         hears, says = context.Pipe()

@@ -44,6 +44,22 @@ def test_a_folder_that_was_being_replaced_comes_back(tmp_path):
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["half"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot sync what is open for reading")
+@pytest.mark.parametrize("kind", [new_folder, new_file])
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, kind):
+    out, synced = tmp_path / "out", {}
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.setdefault(os.fstat(handle).st_ino, out.exists())
+    )
+    with kind(out) as part:
+        file = part if kind is new_file else part / "inner" / "file"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("whole")
+    inside = [out, *out.rglob("*")]
+    assert {path: synced[path.stat().st_ino] for path in inside} == dict.fromkeys(inside, False)
+    assert synced[tmp_path.stat().st_ino] is True  # and then the name
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

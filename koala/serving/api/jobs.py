@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from PIL import Image
@@ -84,9 +84,24 @@ class JobRequest(BaseModel):
         return ImageRequest(**values, client=client)
 
 
-def owner_of(request: Request) -> str | None:
+async def _jobs(request: Request) -> Jobs:
+    jobs: Jobs = request.app.state.jobs
+    return jobs
+
+
+async def _gallery(request: Request) -> Gallery:
+    gallery: Gallery = request.app.state.gallery
+    return gallery
+
+
+async def _owner(request: Request) -> str | None:
     """With API keys, the client whose jobs and images a request may see; else None, for all."""
     return client_of(request) if request.app.state.options.api_key_file else None
+
+
+OurJobs = Annotated[Jobs, Depends(_jobs)]
+OurGallery = Annotated[Gallery, Depends(_gallery)]
+Owner = Annotated[str | None, Depends(_owner)]
 
 
 def _found(found: Any, what: str, id: str) -> Any:
@@ -99,8 +114,7 @@ def _found(found: Any, what: str, id: str) -> Any:
 
 
 @router.post("/jobs", status_code=202, summary="Submit a job")
-async def submit(body: JobRequest, request: Request) -> dict[str, Any]:
-    jobs: Jobs = request.app.state.jobs
+async def submit(body: JobRequest, request: Request, jobs: OurJobs) -> dict[str, Any]:
     spec = await run_in_threadpool(body.to_image_request, client_of(request))
     if spec.image is None:
         return await run_in_threadpool(jobs.submit, spec)
@@ -109,21 +123,18 @@ async def submit(body: JobRequest, request: Request) -> dict[str, Any]:
 
 
 @router.get("/jobs", summary="Jobs, newest first")
-def page(request: Request, limit: Limit = 50, before: Before = None) -> dict[str, Any]:
-    jobs: Jobs = request.app.state.jobs
-    return {"object": "list", "data": jobs.page(limit, before, owner_of(request))}
+def page(jobs: OurJobs, owner: Owner, limit: Limit = 50, before: Before = None) -> dict[str, Any]:
+    return {"object": "list", "data": jobs.page(limit, before, owner)}
 
 
 @router.get("/jobs/{id}", summary="One job")
-def get(id: str, request: Request) -> dict[str, Any]:
-    jobs: Jobs = request.app.state.jobs
-    return _found(jobs.get(id, owner_of(request)), "job", id)
+def get(id: str, jobs: OurJobs, owner: Owner) -> dict[str, Any]:
+    return _found(jobs.get(id, owner), "job", id)
 
 
 @router.post("/jobs/{id}/cancel", summary="Cancel a job")
-def cancel(id: str, request: Request) -> dict[str, Any]:
-    jobs: Jobs = request.app.state.jobs
-    return _found(jobs.cancel(id, owner_of(request)), "job", id)
+def cancel(id: str, jobs: OurJobs, owner: Owner) -> dict[str, Any]:
+    return _found(jobs.cancel(id, owner), "job", id)
 
 
 @router.get(
@@ -132,10 +143,8 @@ def cancel(id: str, request: Request) -> dict[str, Any]:
     response_class=Response,
     responses={200: {"content": {"text/event-stream": {}}}},
 )
-async def events(id: str, request: Request) -> EventStream:
+async def events(id: str, jobs: OurJobs, owner: Owner) -> EventStream:
     """Server-sent events: status, progress, preview, picture; `end` comes last."""
-    jobs: Jobs = request.app.state.jobs
-    owner = owner_of(request)
     _found(await run_in_threadpool(jobs.get, id, owner), "job", id)
     return EventStream(_events(jobs, id, owner))
 
@@ -182,17 +191,16 @@ def _webp(image: Image.Image) -> str:
 
 @router.get("/gallery", summary="Finished images, newest first")
 def list_images(
-    request: Request, limit: Limit = 60, before: Before = None, search: Search = None
-) -> dict[str, Any]:
-    gallery: Gallery = request.app.state.gallery
-    found = gallery.page(limit, before, owner_of(request), search)
+    gallery: OurGallery, owner: Owner, limit: Limit = 60, before: Before = None,
+    search: Search = None,
+) -> dict[str, Any]:  # fmt: skip
+    found = gallery.page(limit, before, owner, search)
     return {"object": "list", "data": [serialise.image(one) for one in found]}
 
 
 @router.get("/gallery/{id}", summary="One image's settings")
-def image_settings(id: str, request: Request) -> dict[str, Any]:
-    gallery: Gallery = request.app.state.gallery
-    return serialise.image(_found(gallery.get(id, owner_of(request)), "picture", id))
+def image_settings(id: str, gallery: OurGallery, owner: Owner) -> dict[str, Any]:
+    return serialise.image(_found(gallery.get(id, owner), "picture", id))
 
 
 @router.get(
@@ -201,9 +209,8 @@ def image_settings(id: str, request: Request) -> dict[str, Any]:
     response_class=Response,
     responses={200: {"content": {"image/png": {}}}},
 )
-def image_png(id: str, request: Request) -> Response:
-    gallery: Gallery = request.app.state.gallery
-    found = _found(gallery.png(id, owner_of(request)), "picture", id)
+def image_png(id: str, gallery: OurGallery, owner: Owner) -> Response:
+    found = _found(gallery.png(id, owner), "picture", id)
     return Response(found, media_type="image/png", headers=CACHED)
 
 
@@ -213,14 +220,12 @@ def image_png(id: str, request: Request) -> Response:
     response_class=Response,
     responses={200: {"content": {"image/webp": {}}}},
 )
-def thumbnail(id: str, request: Request) -> Response:
-    gallery: Gallery = request.app.state.gallery
-    found = _found(gallery.thumbnail(id, owner_of(request)), "picture", id)
+def thumbnail(id: str, gallery: OurGallery, owner: Owner) -> Response:
+    found = _found(gallery.thumbnail(id, owner), "picture", id)
     return Response(found, media_type="image/webp", headers=CACHED)
 
 
 @router.delete("/gallery/{id}", summary="Delete an image")
-def delete(id: str, request: Request) -> dict[str, Any]:
-    gallery: Gallery = request.app.state.gallery
-    _found(gallery.remove(id, owner_of(request)), "picture", id)
+def delete(id: str, gallery: OurGallery, owner: Owner) -> dict[str, Any]:
+    _found(gallery.remove(id, owner), "picture", id)
     return {"id": id, "object": "picture", "deleted": True}

@@ -24,6 +24,7 @@ from koala.generation.png import write_png
 from koala.generation.requests import Settings
 from koala.serving.fit import shown
 from koala.serving.jobs.database import Database, is_id
+from koala.utils.atomic import to_disk
 
 THUMBNAIL = 256  # pixels of its longer side
 _FILE = re.compile(r"(\.?)([0-9a-f]{32})\.(png|part)", re.ASCII)
@@ -205,7 +206,7 @@ class Gallery:
                     os.fsync(file.fileno())
                     size = file.tell()
                 os.replace(part, self._path(id))
-                _sync(self.folder)
+                to_disk(self.folder)
             except BaseException:
                 part.unlink(missing_ok=True)
                 self._unlink(id)
@@ -250,15 +251,6 @@ def _thumbnail(image: Image.Image) -> bytes:
     file = io.BytesIO()
     small.save(file, "WEBP", quality=80)
     return file.getvalue()
-
-
-def _sync(folder: Path) -> None:
-    """Syncs a folder's entries to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

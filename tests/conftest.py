@@ -21,13 +21,13 @@ from toy import toy_pipeline
 from toy_family import toy_mini_base
 from toy_packages import toy_packages
 
-gc.disable()  # until all is collected
+gc.disable()  # until the tests are collected
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected is there to the end: Python need not search it for rubbish.
+    """What was imported by now stays to the end: Python's garbage collector need not traverse it.
 
-    Searching all of it anew took a fifth of the tests' time. What is new is searched less often.
+    Doing so again and again took a fifth of the tests' time. New objects are traversed less often.
     """
     gc.freeze()
     gc.set_threshold(20_000)

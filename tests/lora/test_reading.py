@@ -46,6 +46,30 @@ def write(file: Path, stems: dict[str, tuple[int, ...]]) -> Path:
     return file
 
 
+# --- what trainings leave in names and numbers ----------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", ["module.unet.", "unet._orig_mod.", "state_dict.unet."])
+def test_names_that_a_training_wrapped_are_the_same_modules(wrapped, tmp_path):
+    plain = toy_lora(tmp_path / "plain.safetensors", TOY, "PEFT", lambda t: t.part == "unet")
+    renamed = {n.replace("unet.", wrapped, 1): t for n, t in load_file(plain).items()}
+    save_file(renamed, tmp_path / "wrapped.safetensors")
+    assert (
+        read(tmp_path / "wrapped.safetensors", TOY).adapters.keys()
+        == read(plain, TOY).adapters.keys()
+    )
+
+
+def test_an_alpha_may_be_a_whole_number(tmp_path):
+    file = toy_lora(tmp_path / "x.safetensors", TOY, "kohya", attention, rank=2, alpha=4.0)
+    tensors = load_file(file)
+    save_file({n: t.long() if n.endswith("alpha") else t for n, t in tensors.items()}, file)
+    assert {adapter.factor for adapter in read(file, TOY).adapters.values()} == {2.0}
+    save_file({n: t.char() if "down" in n else t for n, t in tensors.items()}, file)
+    with pytest.raises(UserError, match="holds I8 tensors; they must be floats"):
+        read(file, TOY)
+
+
 # --- names, at full size --------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from PIL import Image
@@ -89,6 +89,19 @@ def owner_of(request: Request) -> str | None:
     return client_of(request) if request.app.state.options.api_key_file else None
 
 
+def only(*names: str) -> Any:
+    """A route's dependency that refuses every other parameter of the query."""
+
+    def check(request: Request) -> None:
+        if other := sorted({*request.query_params} - {*names}):
+            raise ApiError(
+                400, f"unknown parameter {other[0]!r}: allowed are {', '.join(names)}",
+                "unknown_parameter", other[0],
+            )  # fmt: skip
+
+    return Depends(check)
+
+
 def _found(found: Any, what: str, id: str) -> Any:
     if found is None or found is False:
         raise ApiError(404, f"no {what} has the id {id!r}", "not_found", "id")
@@ -108,7 +121,7 @@ async def submit(body: JobRequest, request: Request) -> dict[str, Any]:
     return await thread.run(jobs.submit, spec)
 
 
-@router.get("/jobs", summary="Jobs, newest first")
+@router.get("/jobs", summary="Jobs, newest first", dependencies=[only("limit", "before")])
 def page(request: Request, limit: Limit = 50, before: Before = None) -> dict[str, Any]:
     jobs: Jobs = request.app.state.jobs
     return {"object": "list", "data": jobs.page(limit, before, owner_of(request))}
@@ -180,7 +193,11 @@ def _webp(image: Image.Image) -> str:
 # --- the gallery ----------------------------------------------------------------------------
 
 
-@router.get("/gallery", summary="Finished images, newest first")
+@router.get(
+    "/gallery",
+    summary="Finished images, newest first",
+    dependencies=[only("limit", "before", "search")],
+)
 def list_images(
     request: Request, limit: Limit = 60, before: Before = None, search: Search = None
 ) -> dict[str, Any]:

@@ -209,8 +209,10 @@ class LatentSet:
         if captions is None and len(there) == 1:
             return {there[0]: 1.0}
         if missing := [name for name in captions or {} if name not in there]:
-            raise UserError(f"{self.index.files.folder}: no captions {', '.join(missing)}; "
-                            f"there are {', '.join(there)}")  # fmt: skip
+            raise UserError(
+                f"{self.index.files.folder}: no captions {', '.join(missing)}; there are "
+                f"{', '.join(there)}: weigh those, as in --set mixture.captions={there[0]}:1"
+            )
         if not captions or min(captions.values()) < 0 or not sum(captions.values()) > 0:
             raise UserError(
                 f"{self.index.files.folder} has the captions {', '.join(there)}: give "

@@ -48,6 +48,6 @@ def check_file(file: Path) -> None:
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(file), re.IGNORECASE):
         raise UserError(f"{file} is an address: download the LoRA, and name its file by its path")
     if file.is_dir():
-        there = sorted(file.glob("*.safetensors"))
+        there = sorted(file.glob("*.safetensors")) or sorted(file.glob("lora/*.safetensors"))
         example = f", such as {there[0]}" if there else "; it holds no .safetensors file"
         raise UserError(f"{file} is a folder: name a LoRA's file{example}")

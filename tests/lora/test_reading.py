@@ -569,6 +569,10 @@ def test_what_is_no_lora_for_sdxl_is_refused_by_name(tmp_path, extra, told):
 def test_a_folder_or_an_address_is_called_that(tmp_path):
     with pytest.raises(UserError, match=r"is a folder: name a LoRA's file; it holds no \.safe"):
         read(tmp_path, SDXL)
+    (tmp_path / "lora").mkdir()  # as a training's folder has one
+    (tmp_path / "lora" / "fox.safetensors").touch()
+    with pytest.raises(UserError, match=r"name a LoRA's file, such as .*/lora/fox\.safetensors"):
+        read(tmp_path, SDXL)
     (tmp_path / "pytorch_lora_weights.safetensors").touch()
     with pytest.raises(UserError, match=r"is a folder: name a LoRA's file, such as .*_weights"):
         read(tmp_path, SDXL)

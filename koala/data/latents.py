@@ -95,9 +95,12 @@ class LatentSet:
         )
         if not len(shards):
             wanted = "" if mix is None else f" of the kinds {', '.join(mix)}"
+            instead = (
+                f": mix those, as in --set mixture.kinds={kinds[0]}:1" if mix and kinds else ""
+            )
             raise UserError(
                 f"{folder}: no samples of the split {split}{wanted}; there are "
-                f"{', '.join(self.index.summary.samples) or 'none'}"
+                f"{', '.join(self.index.summary.samples) or 'none'}{instead}"
             )
         pairs = np.stack([self.index.height[shards], self.index.width[shards]])
         _, buckets = np.unique(pairs, axis=1, return_inverse=True)

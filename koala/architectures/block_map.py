@@ -39,8 +39,16 @@ def _check_pair(teacher: UNetArchitecture, student: UNetArchitecture) -> None:
     if not fits:
         raise UserError(
             f"{student.name} cannot inherit from {teacher.name}: it must be the same U-Net with "
-            "fewer layers, less depth or no mid block"
+            f"fewer layers, less depth or no mid block; it has {_blocks(student)}, the teacher "
+            f"{_blocks(teacher)}"
         )
+
+
+def _blocks(unet: UNetArchitecture) -> str:
+    """ "2 layers a block, depths 0,2,10 and a mid block", of a U-Net."""
+    layers = f"{unet.layers} layer{'' if unet.layers == 1 else 's'} a block"
+    depths = ",".join(map(str, unet.depths))
+    return f"{layers}, depths {depths} and {'no' if unet.mid is None else 'a'} mid block"
 
 
 def _depth_pairs(teacher: UNetArchitecture, student: UNetArchitecture) -> Iterator[tuple[int, int]]:

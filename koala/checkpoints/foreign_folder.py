@@ -24,8 +24,14 @@ _FILES = (  # a file that tells what a folder is
     ("scheduler_config.json", "a scheduler alone"),
     ("tokenizer_config.json", "a tokenizer alone"),
 )
+_EXPORTED = (  # a file that tells which runtime a folder was written for
+    ("form.json", "a model for OpenVINO by koala export, from which generate and serve draw"),
+    ("unet/openvino_model.xml", "a model for OpenVINO, which koala does not read"),
+    ("unet/model.onnx", "a model for ONNX Runtime, which koala does not read"),
+)
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _SHOWN = 4  # names
+_LONGEST_REF = 256  # bytes: a commit's name
 
 
 def folder_kind(folder: Path, config: Mapping[str, Any]) -> str:
@@ -37,7 +43,13 @@ def folder_kind(folder: Path, config: Mapping[str, Any]) -> str:
         return f"the {folder.name} of a model: give the folder {folder.parent}"
     if kind := str(config.get("_class_name") or config.get("model_type") or ""):
         return _ALONE.get(kind, f"a {kind}, which koala does not read")
-    models = [*folder.glob("*/model_index.json"), *folder.glob("snapshots/*/model_index.json")]
+    if snapshot := _of_cache(folder):
+        return f"the Hub's cache of a model: give {snapshot}"
+    models = [
+        *folder.glob("*/model_index.json"),
+        *folder.glob("snapshots/*/model_index.json"),
+        *folder.glob("models--*/snapshots/*/model_index.json"),
+    ]
     if models:
         return f"a folder of models: give {_some(sorted(file.parent for file in models))}"
     for name, what in _FILES:
@@ -52,6 +64,21 @@ def folder_kind(folder: Path, config: Mapping[str, Any]) -> str:
             "opens them: download the model's .safetensors"
         )
     return "" if any(folder.iterdir()) else "an empty folder"
+
+
+def exported_kind(folder: Path) -> str:
+    """What a folder is that was written for another runtime; "" for every other one."""
+    kinds = (what for name, what in _EXPORTED if (folder / name).is_file())
+    return next((f"{what}: give the model that it was made of" for what in kinds), "")
+
+
+def _of_cache(folder: Path) -> Path | None:
+    """The version of a model that the Hub's cache calls the main one."""
+    main = folder / "refs" / "main"
+    if not main.is_file() or main.stat().st_size > _LONGEST_REF:
+        return None
+    snapshot = folder / "snapshots" / main.read_text(errors="replace").strip()
+    return snapshot if (snapshot / "model_index.json").is_file() else None
 
 
 def _some(paths: Iterable[Path]) -> str:

@@ -17,6 +17,7 @@ KOLORS, REFINER = "Kolors", "the SDXL refiner"
 CONTEXTS = {768: SD_1, 1024: SD_2, 1280: REFINER, 2048: "SDXL"}  # widths of the text embeddings
 _REFINER_WIDTHS = {384, 768, 1536}  # of its stages; SDXL's are 320, 640 and 1280
 _PREFIXES = re.compile(r"^(?:(?:base_model\.model|transformer|diffusion_model|model)\.)+")
+_UNET = re.compile(r"(?:down|up|input|output)_blocks|mid_block|middle_block")
 _TOP = r"(?<!\d_)transformer_blocks_\d+"  # not within a U-Net's block
 
 
@@ -116,7 +117,8 @@ def of_modules(modules: Mapping[str, int | None]) -> tuple[str, str] | None:
             fits = not family.widths or width in family.widths
             if fits and any(pattern.search(spelling) for spelling in spellings):
                 return _more_exact(family.name, modules.items()), name
-    other = next((n for n in modules if n.startswith(("transformer.", "lora_transformer_"))), None)
+    others = (n for n in modules if n.startswith(("transformer.", "lora_transformer_")))
+    other = next((name for name in others if not _UNET.search(name)), None)
     return None if other is None else (_OTHER, other)
 
 

@@ -2,7 +2,8 @@
 
 Programs disagree on the prefixes of text encoders and VAE, and on whether the parts keep the names
 of Stability's code or have transformers' and diffusers'. Eight-bit files carry a scale beside each
-weight. After `canonical` every component has its prefix of `ldm_keys.PREFIXES`.
+weight. What a training wraps a network in (DDP's `module.`, torch.compile's `_orig_mod.`) is no
+part of a name. After `canonical` every component has its prefix of `ldm_keys.PREFIXES`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _PREFIXES = (  # other writers', the longer of two that fit first
 )
 _SCALES = (".scale_weight", ".weight_scale")  # a number beside X.weight, in X
 _OF_SCALING = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")  # not needed to read it
-_SCALED = "scaled_fp8"  # an empty tensor
+_SCALED = "scaled_fp8"  # ends the name of an empty tensor beside a network's, prefix and all
+_WRAPPED = re.compile(r"^(?:state_dict\.)?(?:(?:module|_orig_mod)\.)*|(?<=\.)_orig_mod\.")
 _AVERAGE = re.compile(r"model_ema\.diffusion_model(.+)")
 _WORDS = re.compile(  # of the U-Net's names in SDXL's original layout
     r"(?:input|output|transformer)_blocks|middle_block|time_embed|label_emb|(?:in|out|emb)_layers|"
@@ -54,7 +56,7 @@ def canonical(header: Mapping[str, Stored]) -> dict[str, Stored]:
     named: dict[str, Stored] = {}
     averaged = average(header) == "read"
     for name, stored in header.items():
-        if name == _SCALED or name.endswith(_OF_SCALING):
+        if name.rpartition(".")[2] == _SCALED or name.endswith(_OF_SCALING):
             continue
         own = _of_average(name) if averaged else _canonical(name)
         if own in named:
@@ -76,10 +78,16 @@ def average(names: Collection[str]) -> str | None:
 
 
 def _canonical(name: str) -> str:
+    name = unwrapped(name)
     for prefix, component in _PREFIXES:
         if name.startswith(prefix):
             return PREFIXES[component] + name.removeprefix(prefix)
     return name
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what DDP, torch.compile or a Lightning checkpoint put around it."""
+    return _WRAPPED.sub("", name)
 
 
 def _of_average(name: str) -> str:
@@ -113,6 +121,7 @@ def current(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """
     named = {}
     for name, stored in tensors.items():
+        name = unwrapped(name)
         if found := _ATTENTION.fullmatch(name):
             path, kind, leaf = found.groups()
             name = f"{path}.{_OLD_ATTENTION.get(kind, kind)}.{leaf}"

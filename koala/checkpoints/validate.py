@@ -18,7 +18,12 @@ from koala.architectures.config import from_unet_config
 from koala.architectures.layout import tensor_shapes
 from koala.architectures.table import FACTOR, LATENT_CHANNELS, UNetArchitecture
 from koala.checkpoints.foreign import foreign
-from koala.checkpoints.foreign_folder import UNET_CLASS, folder_kind, foreign_unet
+from koala.checkpoints.foreign_folder import (
+    UNET_CLASS,
+    exported_kind,
+    folder_kind,
+    foreign_unet,
+)
 from koala.checkpoints.prediction import of_config
 from koala.checkpoints.quantised import stored_shapes
 from koala.checkpoints.schema import SCHEMAS, checked
@@ -103,7 +108,7 @@ def parse_object(content: bytes | str, where: str) -> dict[str, Any]:
 def weights_files(place: Path, component: str) -> list[Path]:
     """The safetensors files in a component's folder: one, or the shards in its index.
 
-    Files of the `fp16` variant are taken where there are no others. Raises `UserError` if there
+    Files of a variant, as `fp16`, are taken where there are no others. Raises `UserError` if there
     are none of either.
     """
     if component == "unet" and (place / QUANTISED_FILE).is_file():
@@ -128,13 +133,23 @@ def weights_files(place: Path, component: str) -> list[Path]:
 
 
 def variant_of(place: Path, component: str) -> str | None:
-    """Which files of a component's folder diffusers must be told to take; None: the usual ones."""
+    """Which files of a component's folder diffusers must be told to take; None: the usual ones.
+
+    That is `fp16`, or the one other variant there is. Raises `UserError` if there are several.
+    """
     stem = STEMS[component]
     usual = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
-    halved = (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")
     if any((place / name).is_file() for name in usual):
         return None
-    return "fp16" if any((place / name).is_file() for name in halved) else None
+    one = re.compile(rf"{stem}\.(\w+)\.safetensors|{stem}\.safetensors\.index\.(\w+)\.json")
+    names = (one.fullmatch(path.name) for path in place.glob(f"{stem}.*"))
+    variants = sorted({found[1] or found[2] for found in names if found})
+    if len(variants) > 1 and "fp16" not in variants:
+        raise UserError(
+            f"{place} holds {stem} in several variants, {some(variants)}: rename the files of one "
+            f"to {stem}.safetensors"
+        )
+    return "fp16" if "fp16" in variants else next(iter(variants), None)
 
 
 def read_tensors(folder: Path, component: str) -> dict[str, Stored]:
@@ -168,6 +183,8 @@ def check_kind(folder: Path) -> None:
         raise UserError(f"{folder} is the SDXL refiner: give the base model")
     for component, file in CONFIGS.items():
         if not (folder / component / file).is_file():
+            if kind := exported_kind(folder):
+                raise UserError(f"{folder} is {kind}")
             raise UserError(f"{folder} lacks {component}/{file}, which every {PIPELINE} has")
     _check_files(folder)
     if strange := foreign_unet(read_json(folder / "unet" / CONFIGS["unet"])):

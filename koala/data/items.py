@@ -40,6 +40,7 @@ HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # names of suc
 _SPLIT = re.compile(rf"({'|'.join(HELD_OUT)})(?=[-_.]|$)", re.IGNORECASE)
 _TEXTS = re.compile("caption|text|txt|prompt|descri|sentence|title|tag|comment", re.IGNORECASE)
 _BOORU = re.compile(r"tag_string(?:_\w+)?")  # tags with `_` inside and spaces between
+_ANSWERING = ("gpt", "assistant", "model")  # who answers, in a conversation
 _NUMBER = re.compile("(?:^|_)(?:id|number|num|index|idx|count)$", re.IGNORECASE)
 _REPEATS = re.compile(r"repeated (\d+) times")
 
@@ -103,16 +104,33 @@ def captions_of(record: dict[str, Any]) -> dict[str, str]:
     """The fields of a record that may be captions: text that is not metadata.
 
     A list of captions gives "name.0", "name.1", ..., a structure "name.key"; tags are one caption,
-    and Danbooru's are written as text: "1girl long_hair" is "1girl, long hair".
+    and Danbooru's are written as text: "1girl long_hair" is "1girl, long hair". Of a conversation
+    about the image, as LLaVA's, the caption is the first answer.
     """
     found: dict[str, str] = {}
     for name, value in record.items():
         if name.lower() in NOT_CAPTIONS or _NUMBER.search(name):
             continue
+        if isinstance(value, list) and (answer := _answer(value)):
+            found[name] = answer
+            continue
         if isinstance(value, list | dict) and not _TEXTS.search(name):
             continue
         found |= {key: text.strip() for key, text in _texts(name, value) if text.strip()}
     return found
+
+
+def _answer(turns: list[Any]) -> str:
+    """What is first answered in a conversation, as LLaVA or OpenAI write one; "" if it is none."""
+    for turn in turns:
+        if not isinstance(turn, dict):
+            return ""
+        if turn.get("from", turn.get("role")) in _ANSWERING:
+            said = turn.get("value", turn.get("content"))
+            parts = said if isinstance(said, list) else [said]
+            texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+            return " ".join(text.strip() for text in texts if isinstance(text, str))
+    return ""
 
 
 def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:

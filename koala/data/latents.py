@@ -95,9 +95,12 @@ class LatentSet:
         )
         if not len(shards):
             wanted = "" if mix is None else f" of the kinds {', '.join(mix)}"
+            instead = (
+                f": mix those, as in --set mixture.kinds={kinds[0]}:1" if mix and kinds else ""
+            )
             raise UserError(
                 f"{folder}: no samples of the split {split}{wanted}; there are "
-                f"{', '.join(self.index.summary.samples) or 'none'}"
+                f"{', '.join(self.index.summary.samples) or 'none'}{instead}"
             )
         pairs = np.stack([self.index.height[shards], self.index.width[shards]])
         _, buckets = np.unique(pairs, axis=1, return_inverse=True)
@@ -209,8 +212,10 @@ class LatentSet:
         if captions is None and len(there) == 1:
             return {there[0]: 1.0}
         if missing := [name for name in captions or {} if name not in there]:
-            raise UserError(f"{self.index.files.folder}: no captions {', '.join(missing)}; "
-                            f"there are {', '.join(there)}")  # fmt: skip
+            raise UserError(
+                f"{self.index.files.folder}: no captions {', '.join(missing)}; there are "
+                f"{', '.join(there)}: weigh those, as in --set mixture.captions={there[0]}:1"
+            )
         if not captions or min(captions.values()) < 0 or not sum(captions.values()) > 0:
             raise UserError(
                 f"{self.index.files.folder} has the captions {', '.join(there)}: give "

@@ -7,6 +7,7 @@ This runs in the worker processes, so it does not import torch. An item becomes 
 import hashlib
 import io
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from koala.errors import UserError, unknown
 from koala.utils.frames import frames_of
 
 PAPER = (255, 255, 255)  # background of transparent images
+_NUMBERS = re.compile(
+    r"[-+]?\d*\.?\d+(?:\s+[-+]?\d*\.?\d+)+"
+)  # several, as a detector's labels are
 PEEK = 64  # items of a source that are inspected for captions and scores
 Stored = Literal["moments", "draw", "pixels"]
 
@@ -128,6 +132,13 @@ def with_captions(source: Source, preparation: Preparation) -> Preparation:
         raise UserError(
             f"the first {len(first)} images of the source have no captions: looked for "
             f"{source.looked_in}"
+        )
+    told = [text for item in first for one in captions if (text := compose(one, item.captions))]
+    if told and all(_NUMBERS.fullmatch(text) for text in told):
+        raise UserError(
+            f"the captions of the first {len(first)} images are numbers alone, such as "
+            f"{told[0]!r}: those are labels or boxes of a detector, not captions; name others with "
+            "--caption, or leave these files out"
         )
     for score in preparation.filters.scores:
         if first and not any(score in item.scores for item in first):

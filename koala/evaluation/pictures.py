@@ -19,7 +19,7 @@ from koala.evaluation.prompts import Prompt, PromptSet
 from koala.generation.image_files import open_image
 
 _NUMBERED = re.compile(r"(.+?)[-_](\d+)", re.DOTALL)
-_GENEVAL = re.compile(r"(?:.*/)?(\d{5})/samples/(\d+)", re.DOTALL)
+_GENEVAL = re.compile(r"(?:.*/)?(\d+)/samples/(\d+)", re.DOTALL)
 
 
 def matched(folder: Path, prompts: PromptSet) -> list[list[Path]]:
@@ -30,18 +30,19 @@ def matched(folder: Path, prompts: PromptSet) -> list[list[Path]]:
     GenEval's layout, NNNNN/samples/N. UserError for a prompt without a picture, or with fewer than
     others.
     """
-    by_id = {prompt.id: i for i, prompt in enumerate(prompts.prompts)}
-    by_text = {_as_name(prompt.text): i for i, prompt in enumerate(prompts.prompts)}
+    ids = _Ids(prompts.prompts)
     found: dict[int, list[tuple[int, Path]]] = defaultdict(list)
-    for file in image_files(folder):
+    files = image_files(folder)
+    for file in files:
         place = file.relative_to(folder).with_suffix("").as_posix()
-        if (belongs := _belongs(place, by_id, by_text)) is not None:
+        if (belongs := ids.of(place)) is not None:
             found[belongs[0]].append((belongs[1], file))
     for i, prompt in enumerate(prompts.prompts):
         if i not in found:
             raise UserError(
                 f"{folder} has no picture of the prompt {prompt.id!r} ({_short(prompt)}): name "
-                f"pictures by the prompts' ids, such as {prompt.id}.png"
+                f"pictures by the prompts' ids, such as {prompt.id}.png or {prompt.id}_1.png; "
+                f"there is {files[0].relative_to(folder)}"
             )
     counts = {i: len(files) for i, files in found.items()}
     fewest, most = min(counts, key=lambda i: counts[i]), max(counts.values())
@@ -53,24 +54,35 @@ def matched(folder: Path, prompts: PromptSet) -> list[list[Path]]:
     return [[file for _, file in sorted(found[i])] for i in range(len(prompts.prompts))]
 
 
-def _belongs(place: str, by_id: dict[str, int], by_text: dict[str, int]) -> tuple[int, int] | None:
-    """The prompt that a picture's place means, and its number among the prompt's pictures."""
-    of_geneval = _GENEVAL.fullmatch(place)
-    if of_geneval and of_geneval[1] in by_id:
-        return by_id[of_geneval[1]], int(of_geneval[2])
-    name = place.rpartition("/")[2]
-    for whole in (place, name):
-        if whole in by_id:
-            return by_id[whole], 0
-        if numbered := _NUMBERED.fullmatch(whole):
-            number = int(numbered[2])
-            if numbered[1] in by_id:
-                return by_id[numbered[1]], number
-            if (text := _as_name(numbered[1])) in by_text:
-                return by_text[text], number
-    if name.isdecimal() and f"{int(name):05d}" in by_id:
-        return by_id[f"{int(name):05d}"], 0
-    return None
+class _Ids:
+    """Finds the prompt that a picture's place means, and its number among the prompt's pictures."""
+
+    def __init__(self, prompts: Sequence[Prompt]):
+        self.by_id = {prompt.id: i for i, prompt in enumerate(prompts)}
+        self.by_text = {_as_name(prompt.text): i for i, prompt in enumerate(prompts)}
+        numbers = [(int(one.id), i) for i, one in enumerate(prompts) if one.id.isdecimal()]
+        self.by_number = dict(numbers)
+        if len(self.by_number) < len(numbers):  # 7 and 07
+            self.by_number = {}
+
+    def of(self, place: str) -> tuple[int, int] | None:
+        of_geneval = _GENEVAL.fullmatch(place)
+        if of_geneval and (found := self._by_id(of_geneval[1])) is not None:
+            return found, int(of_geneval[2])
+        for whole in (place, place.rpartition("/")[2]):
+            if (found := self._by_id(whole)) is not None:
+                return found, 0
+            if numbered := _NUMBERED.fullmatch(whole):
+                if (found := self._by_id(numbered[1])) is None:
+                    found = self.by_text.get(_as_name(numbered[1]))
+                if found is not None:
+                    return found, int(numbered[2])
+        return None
+
+    def _by_id(self, name: str) -> int | None:
+        """By the id, or if that is a number by its value: 7, 0007."""
+        found = self.by_id.get(name)
+        return self.by_number.get(int(name)) if found is None and name.isdecimal() else found
 
 
 def _as_name(text: str) -> str:

@@ -21,6 +21,7 @@ from koala.checkpoints import ldm_keys
 from koala.checkpoints.bundled import bundled_names
 from koala.checkpoints.resolve import resolve_model, single_file_path
 from koala.checkpoints.single_file import open_file
+from koala.checkpoints.spellings import unwrapped
 from koala.checkpoints.validate import parse_object, read_json
 from koala.errors import UserError
 
@@ -219,6 +220,7 @@ def split(key: str) -> tuple[str, str, str] | None:
 
     The adapter's name is "" where the tensor's has none.
     """
+    key = unwrapped(key)
     for ending in ROLES:
         if key.endswith(ending):
             return key.removesuffix(ending), ending, ""

@@ -223,8 +223,8 @@ def _entries(file: Path) -> tuple[list[Entry], dict[str, list[str]]]:
     entries = [Entry(stem, endings) for stem, endings in tensors.items()]
     if half := [e.stem for e in entries if not kinds.kind_of(e.roles)]:
         raise UserError(f"{file}: the matrices of {some(half)} are not all there, or of two kinds")
-    strange = {s.dtype for e in entries for s in e.tensors.values()} - {*FLOATS, *FP8}
-    if strange:
+    factors = {s.dtype for e in entries for r, s in e.roles.items() if r not in kinds.NUMBERS}
+    if strange := factors - {*FLOATS, *FP8}:
         raise UserError(f"{file} holds {some(sorted(strange))} tensors; they must be floats")
     return entries, left_out
 
@@ -408,12 +408,17 @@ def _adapter(entry: Entry, target: Target, settings: peft.PeftSettings) -> Adapt
         raise UserError(f"{entry.file} is a DoRA (use_dora) without the magnitude of {entry.stem}")
     factor = settings.factor(target, rank)
     if alpha and rank:  # without a rank, LyCORIS stores an alpha of no meaning
-        factor = load_tensor(alpha, "F32").item() / rank
+        factor = _number(alpha) / rank
     if scalar:
-        factor *= load_tensor(scalar, "F32").item()
+        factor *= _number(scalar)
     if not math.isfinite(factor):
         raise UserError(f"{entry.file}: alpha of {entry.stem} is {factor}")
     return Adapter(kind, factors, rank, factor)
+
+
+def _number(stored: Stored) -> float:
+    """Of a tensor of one number, which some programs write as a whole one."""
+    return float(load_tensor(stored, "F32" if stored.dtype in {*FLOATS, *FP8} else None).item())
 
 
 # --- the map --------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from koala.recipes.memory import (
     main_memory,
 )
 from koala.recipes.recipe import ALONE, Finetune, Recipe, Student, Teacher, described
+from koala.recipes.runs import duration
 from koala.recipes.validation import check_dry_run
 from koala.utils.device import pick_device
 
@@ -111,7 +112,8 @@ class Estimate:
             *(f"{size:14.2f} in main memory: {n}" for n, size in self.main_memory.items()),
             *([f"              {self.advice}"] if self.advice else []),
             f"throughput    {self.samples_per_second:.3g} samples/s (estimate: {self.basis})",
-            f"whole run     {self.days:.3g} days, {self.device_hours:,.4g} device-hours (estimate)",
+            f"whole run     {duration(self.days * 86_400)}, {self.device_hours:,.4g} device-hours "
+            "(estimate)",
         ]
         return "\n".join(lines)
 

@@ -27,7 +27,7 @@ def overridden(recipe: T, given: Sequence[str]) -> T:
     kinds = dict(_settings(recipe))
     values: dict[str, Any] = {}
     for text in given:
-        name, equals, value = text.partition("=")
+        name, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
             raise UserError(f"--set {text}: the form is NAME=VALUE, as in training.batch=64")
         if name not in kinds:

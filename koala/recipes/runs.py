@@ -40,8 +40,8 @@ class RunState:
 
     def cells(self) -> tuple[str, ...]:
         """For a table."""
-        left = "finished" if self.finished else _duration(self.seconds_left)
-        since = "-" if self.seconds_since is None else f"{_duration(self.seconds_since)} ago"
+        left = "finished" if self.finished else duration(self.seconds_left)
+        since = "-" if self.seconds_since is None else f"{duration(self.seconds_since)} ago"
         return (
             self.name, f"{self.seen:,}", f"{self.samples:,}", _number(self.loss),
             _number(self.validation), _number(self.samples_per_second), left, since,
@@ -143,8 +143,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _duration(seconds: float | None) -> str:
-    """Seconds in the largest unit that fits, as in "3.2 h"."""
+def duration(seconds: float | None) -> str:
+    """Seconds in the largest unit that fits, as in "3.2 h"; "-" for None."""
     if seconds is None:
         return "-"
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):

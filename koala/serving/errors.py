@@ -6,6 +6,7 @@ AUTOMATIC1111's tools look for the message in `detail`, so its API has it there 
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -107,6 +108,7 @@ def install(app: FastAPI, on_error: Callable[[str], None]) -> None:
     _document(app)
 
 
+_JOB = re.compile(r"/v1/jobs/[^/]+")
 _MISSED = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
 
 
@@ -115,9 +117,11 @@ def _missed(method: str, path: str, error: HTTPException) -> ApiError:
     shown = repr(path[:80])
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allow = (error.headers or {}).get("Allow", "")
+        instead = "; a job is cancelled by POST to its /cancel" if _JOB.fullmatch(path) else ""
         failure = ApiError(
-            405, f"{shown} does not take {method[:20]}: it takes {allow}", "method_not_allowed"
-        )
+            405, f"{shown} does not take {method[:20]}: it takes {allow}{instead}",
+            "method_not_allowed",
+        )  # fmt: skip
         failure.allow = allow
         return failure
     here = "GET /openapi.json lists what is"

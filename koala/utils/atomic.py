@@ -24,6 +24,8 @@ from typing import Any
 from koala.errors import Failure, UserError
 
 _DAY = 24 * 3600.0  # seconds; what another machine left alone for so long is left over
+_RECIPE = "recipe."  # where a run's claim has its recipe, whose names are those of --set
+_SHOWN = 5  # settings that a refusal names
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -148,12 +150,28 @@ def check_claim(
         return
     wanted = json.loads(json.dumps(settings))
     found = json.loads(json.dumps(defaults or {})) | json.loads(file.read_text("utf-8"))
-    for name in sorted(wanted):
-        if found.get(name) != wanted[name]:
-            raise UserError(
-                f"{file.parent} was made with {name}={found.get(name)!r}, now it is "
-                f"{wanted[name]!r}; take another --out, or remove this folder"
-            )
+    known = {name: found.get(name) for name in wanted}
+    changes = [(path.removeprefix(_RECIPE), *pair) for path, *pair in _changes(known, wanted)]
+    named = {path.rpartition(".")[2] for path, _, _ in changes if "." in path}  # in the recipe too
+    changes = [change for change in changes if change[0] not in named]
+    if changes:
+        said = [f"{path}={old!r}, now it is {new!r}" for path, old, new in changes]
+        more = f"; {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
+        raise UserError(
+            f"{file.parent} was made with {'; '.join(said[:_SHOWN])}{more}; take another --out, or "
+            "remove this folder"
+        )
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(path, old value, new value) of every setting that differs, by name; in dicts a.b."""
+    for name in sorted({*old, *new}):
+        mine, theirs = old.get(name), new.get(name)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            for path, *pair in _changes(mine, theirs):
+                yield f"{name}.{path}", *pair
+        elif mine != theirs:
+            yield name, mine, theirs
 
 
 def check_new(out: Path) -> None:

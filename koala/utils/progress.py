@@ -15,14 +15,23 @@ from rich.progress import (
 )
 from rich.text import Text
 
+WINDOW = 30.0  # seconds over which rich measures the rate
+
 
 class _Rate(ProgressColumn):
-    def __init__(self, unit: str):
+    """Of the last half minute, and in the first one and at the end of the whole run.
+
+    What is done arrives in bursts, such as a whole batch: the time between two would say nothing.
+    """
+
+    def __init__(self, unit: str, done: int):
         super().__init__()
-        self.unit = unit
+        self.unit, self.done = unit, done
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
+        speed, elapsed = task.speed, task.finished_time or task.elapsed
+        if elapsed and (task.finished or elapsed < WINDOW):
+            speed = (task.completed - self.done) / elapsed
         return Text(f"{speed:.1f} {self.unit}/s" if speed else f"- {self.unit}/s")
 
 
@@ -36,7 +45,7 @@ def progress(what: str, total: int, unit: str, done: int = 0, silent: bool = Fal
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _Rate(unit),
+        _Rate(unit, done),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )

@@ -8,6 +8,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from koala.utils.extras import require
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 _SEPARATORS = ",;\t|"
+_EXCEL = re.compile(r"\s*sep=(.)\s*", re.IGNORECASE)  # a first line that names the separator
 _LISTS = ("data", "rows", "records", "prompts", "samples", "items")  # keys of a JSON's only list
 _GREATEST = 1 << 30  # characters of a field
 
@@ -89,6 +91,8 @@ def _csv(path: Path, text: str) -> Found:
     first = next((line for _, line in lines_of(text)), "")
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     separator = max((usual, *_SEPARATORS), key=first.count)
+    if said := _EXCEL.fullmatch(first):  # a blank line in its place keeps the numbers of lines
+        separator, text = said[1], text.replace(first, "", 1)
     # In a TSV a quote may be a letter, as in PartiPrompts.
     quoted = separator != "\t" or _quotes_are_whole(text)
     names: list[str] = []

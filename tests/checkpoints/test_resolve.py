@@ -202,6 +202,29 @@ def test_a_folder_of_other_files_says_what_to_give(folder, tmp_path):
     refused(folder, "a training that has neither finished nor saved a checkpoint")
 
 
+def test_the_hub_s_cache_is_told_from_a_folder_of_models(folder, tmp_path):
+    cache = tmp_path / "hub" / "models--me--toy"
+    for commit in ("aaa", "bbb"):
+        shutil.copytree(folder, cache / "snapshots" / commit)
+    refused(tmp_path / "hub", f"a folder of models: give {cache}/snapshots/aaa or {cache}/")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("bbb\n")
+    refused(cache, f"but the Hub's cache of a model: give {cache}/snapshots/bbb$")
+
+
+@pytest.mark.parametrize(
+    ("mark", "what"),
+    [("form.json", "a model for OpenVINO by koala export, from which generate and serve draw"),
+     ("unet/openvino_model.xml", "a model for OpenVINO, which koala does not read"),
+     ("unet/model.onnx", "a model for ONNX Runtime, which koala does not read")],
+)  # fmt: skip
+def test_a_model_for_another_runtime_is_called_that(folder, mark, what):
+    (folder / mark).touch()
+    assert resolve_model(folder) == folder  # beside the usual files
+    shutil.rmtree(folder / "vae")
+    refused(folder, f"is {what}: give the model that it was made of$")
+
+
 @pytest.mark.parametrize("kind", ["Img2Img", "Inpaint", "ControlNet", "PAG"])
 def test_pipelines_with_the_same_networks_are_read(folder, tmp_path, kind):
     edit(folder / "model_index.json", _class_name=f"StableDiffusionXL{kind}Pipeline",

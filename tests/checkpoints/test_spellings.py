@@ -75,6 +75,11 @@ def rewritten(case: str, tensors: dict[str, torch.Tensor], folder: Path) -> dict
     if case == "VAE attention in 2-d":
         return {n: t[:, :, 0, 0] if ".attn_1." in n and t.ndim == 4 else t
                 for n, t in tensors.items()}  # fmt: skip
+    if case in ("DDP", "Lightning"):
+        before = {"DDP": "module.", "Lightning": "state_dict."}[case]
+        return {f"{before}{n}": t for n, t in tensors.items()}
+    if case == "compiled":
+        return {n.replace(U, f"{U}_orig_mod."): t for n, t in tensors.items()}
     if case == "clip_g, transformers' names":
         kept = {n: t for n, t in tensors.items() if not n.startswith(big)}
         return kept | under("text_encoders.clip_g.transformer.", folder, "text_encoder_2")
@@ -94,7 +99,7 @@ def rewritten(case: str, tensors: dict[str, torch.Tensor], folder: Path) -> dict
 @pytest.mark.parametrize(
     "case",
     ["vae", "clip_l", "clip_g, OpenCLIP's names", "clip_g, transformers' names",
-     "VAE attention in 2-d", "VAE, old attention", "diffusers'"],
+     "VAE attention in 2-d", "VAE, old attention", "diffusers'", "DDP", "Lightning", "compiled"],
 )  # fmt: skip
 def test_other_writers_names_are_read(case, toy_file, toy_sdxl, tmp_path):
     file = tmp_path / "theirs.safetensors"
@@ -128,8 +133,10 @@ def test_fp8_is_read_with_its_scales(ending, dtype, toy_file, toy_sdxl, tmp_path
             expected[name] = tensors[name].float() * scale
             if ending:
                 tensors[f"{name.removesuffix('.weight')}.{ending}"] = scale
-    if ending:
+    if ending == "scale_weight":  # a mark beside them all, or in the network's own part of the file
         tensors["scaled_fp8"] = torch.zeros(0)
+    elif ending:
+        tensors[f"{U}scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
     file = tmp_path / "fp8.safetensors"
     save_file(tensors, file, read_metadata(toy_file))
     assert "F8_E4M3" in inspect(file).parts["unet"].dtypes
@@ -189,23 +196,32 @@ def test_a_damaged_weight_is_named_before_anything_is_made_of_it(folder, tmp_pat
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 
 
-# --- fp16 variants --------------------------------------------------------------------------
+# --- variants -------------------------------------------------------------------------------
 
 
-def halve(folder: Path, components: tuple[str, ...]) -> None:
+def halve(folder: Path, components: tuple[str, ...], variant: str = "fp16") -> None:
     for c in components:
         stem = folder / c / WEIGHTS[c]
-        Path(f"{stem}.safetensors").rename(f"{stem}.fp16.safetensors")
+        Path(f"{stem}.safetensors").rename(f"{stem}.{variant}.safetensors")
 
 
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
 @pytest.mark.parametrize("components", [("unet",), tuple(WEIGHTS)])
-def test_a_folder_with_only_fp16_variants_is_read(folder, toy_sdxl, tmp_path, components):
+def test_a_folder_with_only_a_variant_is_read(folder, toy_sdxl, tmp_path, components, variant):
     expected = values(toy_sdxl)
-    halve(folder, components)
+    halve(folder, components, variant)
     assert_equal(values(resolve_model(folder)), expected)
     assert_equal(values(convert(folder, "diffusers", tmp_path / "again").out), expected)
     for load in (load_unet, load_vae, lambda at: load_text(at)[3]):
         assert_equal(load(folder).state_dict(), load(toy_sdxl).state_dict())
+
+
+def test_several_variants_are_not_chosen_among(folder):
+    halve(folder, ("unet",), "ema")
+    shutil.copy(folder / "unet" / f"{WEIGHTS['unet']}.ema.safetensors",
+                folder / "unet" / f"{WEIGHTS['unet']}.non_ema.safetensors")  # fmt: skip
+    with pytest.raises(UserError, match="in several variants, ema, non_ema: rename the files of"):
+        resolve_model(folder)
 
 
 def test_an_usual_file_is_taken_before_its_variant(folder, toy_sdxl):

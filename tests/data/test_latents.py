@@ -311,8 +311,11 @@ def test_what_a_training_cannot_use_is_refused(folder, copied, toy_sdxl):
     for given, said in (
         ({"size": 128}, "holds latents for 64 pixels, this training is for 128"),
         ({"split": "validation"}, "no samples of the split validation; .* train picture"),
-        ({"mix": {"photo": 1}}, "of the kinds photo"),
-        ({"captions": {"title": 1.0}}, "no captions title; there are text"),
+        ({"mix": {"photo": 1}}, "of the kinds photo; .*: mix those, .* mixture.kinds=picture:1$"),
+        (
+            {"captions": {"title": 1.0}},
+            "no captions title; there are text: weigh those, as in --set mix",
+        ),
         ({"captions": {"text": 0.0}}, "give each a weight"),
         ({"long_captions": "cut"}, "sentences, chunks"),
     ):

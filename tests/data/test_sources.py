@@ -468,6 +468,34 @@ def test_fields_called_captions_are_the_captions_and_none_in_common_is_told(tmp_
         with_captions(recognise(other), Preparation())
 
 
+def test_the_answer_of_a_conversation_is_a_caption(tmp_path):
+    turns = (
+        ("human", "<image>\nDescribe it."),
+        ("gpt", "a fox"),
+        ("human", "More?"),
+        ("gpt", "snow"),
+    )
+    llava = [{"from": who, "value": said} for who, said in turns]
+    said = [{"type": "image"}, {"type": "text", "text": "an owl"}]
+    chat = [{"role": "user", "content": "Describe it."}, {"role": "assistant", "content": said}]
+    put(tmp_path, "a.jpg", "b.jpg")
+    rows = [{"image": f"{n}.jpg", "conversations": c} for n, c in (("a", llava), ("b", chat))]
+    (tmp_path / "metadata.json").write_text(json.dumps(rows))
+    source = recognise(tmp_path)
+    assert [i.captions["conversations"] for i in all_items(source)] == ["a fox", "an owl"]
+    assert with_captions(source, Preparation()).captions == ("conversations",)
+
+
+def test_labels_of_a_detector_are_no_captions(tmp_path):
+    folder = put(tmp_path, "a.jpg", "b.jpg")
+    (folder / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n3 .1 .1 1 1\n")
+    (folder / "b.txt").write_text("1 0.25 0.5 0.2 0.1\n")
+    with pytest.raises(UserError, match=r"are numbers alone, such as '0 0\.5 0\.5 0\.2 0\.2 3 \.1"):
+        with_captions(recognise(folder), Preparation())
+    (folder / "b.txt").write_text("route 66")
+    assert with_captions(recognise(folder), Preparation()).captions == ("text",)
+
+
 def test_a_folder_that_changed_is_another(tmp_path):
     put(tmp_path, "a.jpg")
     (tmp_path / "a.txt").write_text("a fox")

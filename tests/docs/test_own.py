@@ -44,7 +44,7 @@ def test_the_pages_file_trains_and_goes_on(desk, toy_sdxl, capsys):
     assert distil(desk, toy_sdxl, "run", FILE) == 0  # SGD's moments are read again
     capsys.readouterr()
     assert distil(desk, toy_sdxl, "run", FILE.replace("0.9", "0.8")) == 2
-    assert "was made with custom=" in capsys.readouterr().err
+    assert "was made with custom.file=" in capsys.readouterr().err
 
 
 def test_the_pages_data_are_read(desk, toy_sdxl):

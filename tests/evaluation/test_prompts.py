@@ -298,6 +298,8 @@ FOX = PromptSet("x", (Prompt("anime/00000", "a fox/cat."), Prompt("00001", "an o
         ["anime/00000_0.jpg", "anime/00000-1.jpg", "00001_0.png", "00001_1.png"],
         ["a fox cat_000000.png", "an owl_000007.png"],
         ["anime/00000.webp", "1.png"],
+        ["anime/00000_0.webp", "anime/00000_1.webp", "0001_0.png", "001_1.png"],
+        ["anime/00000.png", "1/samples/0000.png"],
         ["anime/00000.png", "00001/samples/0000.png"],
     ],
 )
@@ -313,7 +315,9 @@ def test_pictures_without_prompts_are_told(tmp_path):
     with pytest.raises(UserError, match="neither a model"):
         matched(tmp_path, FOX)
     pictures(tmp_path, ["anime/00000.png", "other.png"])
-    with pytest.raises(UserError, match="no picture of the prompt '00001'"):
+    with pytest.raises(
+        UserError, match=r"no picture of the prompt '00001'.*; there is anime/00000\.png"
+    ):
         matched(tmp_path, FOX)
     pictures(tmp_path, ["00001.png", "00001_1.png"])
     with pytest.raises(UserError, match="1 pictures of the prompt 'anime/00000' and 2 of others"):

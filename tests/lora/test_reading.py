@@ -46,6 +46,30 @@ def write(file: Path, stems: dict[str, tuple[int, ...]]) -> Path:
     return file
 
 
+# --- what trainings leave in names and numbers ----------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", ["module.unet.", "unet._orig_mod.", "state_dict.unet."])
+def test_names_that_a_training_wrapped_are_the_same_modules(wrapped, tmp_path):
+    plain = toy_lora(tmp_path / "plain.safetensors", TOY, "PEFT", lambda t: t.part == "unet")
+    renamed = {n.replace("unet.", wrapped, 1): t for n, t in load_file(plain).items()}
+    save_file(renamed, tmp_path / "wrapped.safetensors")
+    assert (
+        read(tmp_path / "wrapped.safetensors", TOY).adapters.keys()
+        == read(plain, TOY).adapters.keys()
+    )
+
+
+def test_an_alpha_may_be_a_whole_number(tmp_path):
+    file = toy_lora(tmp_path / "x.safetensors", TOY, "kohya", attention, rank=2, alpha=4.0)
+    tensors = load_file(file)
+    save_file({n: t.long() if n.endswith("alpha") else t for n, t in tensors.items()}, file)
+    assert {adapter.factor for adapter in read(file, TOY).adapters.values()} == {2.0}
+    save_file({n: t.char() if "down" in n else t for n, t in tensors.items()}, file)
+    with pytest.raises(UserError, match="holds I8 tensors; they must be floats"):
+        read(file, TOY)
+
+
 # --- names, at full size --------------------------------------------------------------------
 
 
@@ -544,6 +568,10 @@ def test_what_is_no_lora_for_sdxl_is_refused_by_name(tmp_path, extra, told):
 
 def test_a_folder_or_an_address_is_called_that(tmp_path):
     with pytest.raises(UserError, match=r"is a folder: name a LoRA's file; it holds no \.safe"):
+        read(tmp_path, SDXL)
+    (tmp_path / "lora").mkdir()  # as a training's folder has one
+    (tmp_path / "lora" / "fox.safetensors").touch()
+    with pytest.raises(UserError, match=r"name a LoRA's file, such as .*/lora/fox\.safetensors"):
         read(tmp_path, SDXL)
     (tmp_path / "pytorch_lora_weights.safetensors").touch()
     with pytest.raises(UserError, match=r"is a folder: name a LoRA's file, such as .*_weights"):

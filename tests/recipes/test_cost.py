@@ -203,6 +203,8 @@ def test_the_arithmetic_of_a_named_card():
     assert eight.days == pytest.approx(one.days / 8)
     assert eight.micro_batch == one.micro_batch // 8
     assert "assumed" in one.basis and "assumed" in one.text()
+    seconds = replace(one, days=90 / 86_400, device_hours=0.025)
+    assert "whole run     1.5 min, 0.025 device-hours (estimate)" in seconds.text()
 
 
 def test_advice():

@@ -17,7 +17,7 @@ def test_settings_are_read_by_their_types():
     changed = overridden(
         recipe,
         [
-            "training.batch=64", "training.lr=3e-5", "training.decay=true",
+            "training.batch = 64", "training.lr=3e-5", "training.decay=true",
             "training.betas=0.9,0.95", "training.ema_others=1000,2000", "settings.min_snr=5",
             "settings.taps=sa+lf@DW-1", "hardware.compile=", "hardware.accumulate=2",
             "mixture.captions=llava:0.8,alt_txt:0.2", "pixels=none",

@@ -190,13 +190,13 @@ def test_what_would_be_ignored_is_refused_by_name(client, asked, param):
     [
         ({"prompt": ""}, "the prompt is empty"),
         ({"width": 17, "height": 16}, "size 17x16"),
-        ({"batch_size": 1000}, "at most"),
+        ({"batch_size": 1000}, "batch_size times n_iter is 1000: this server allows at most"),
         ({"seed": -2}, "seed is -2"),
         ({"prompt": "a <lora:x>"}, "no LoRA folder"),
         ({"prompt": "a <hypernet:x:1>"}, "<hypernet:x:1> is not supported"),
         ({"prompt": "a cat AND a dog"}, "the prompt has AND"),
         ({"prompt": "a [cat:dog:half]"}, "no change that is known"),
-        ({"cfg_scale": -1}, "guidance is -1"),
+        ({"cfg_scale": -1}, "cfg_scale is -1"),
     ],
 )
 def test_bad_values_are_refused_in_words(client, asked, says):
@@ -211,6 +211,7 @@ def test_bad_values_are_refused_in_words(client, asked, says):
         ({"init_images": ["QUJD"]}, "image cannot be read"),
         ({"init_images": ["*"]}, "init_images is not valid base64"),
         ({"init_images": None}, "init_images"),
+        ({"denoising_strength": 1.5}, "denoising_strength is 1.5: allowed"),
         ({"mask_blur": 65, "mask": half()}, "mask blur is 65: allowed"),
         ({"resize_mode": 3}, "resize_mode 3"),
         ({"mask": as_text("white", 24, 16)}, "mask is 24x16"),

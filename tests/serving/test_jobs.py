@@ -240,6 +240,16 @@ def test_unknown_ids_are_404_and_bad_pages_400(empty):
             assert answer.json()["error"]["code"] == "invalid_value"
 
 
+def test_what_a_list_does_not_filter_by_is_refused(empty):
+    for what, names in {"jobs": "limit, before", "gallery": "limit, before, search"}.items():
+        answer = empty.get(f"/v1/{what}?limit=2&status=queued")
+        said = f"unknown parameter 'status': allowed are {names}"
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, said)
+    deleted = empty.delete("/v1/jobs/x")
+    assert deleted.status_code == 405
+    assert "a job is cancelled by POST to its /cancel" in deleted.json()["error"]["message"]
+
+
 # --- followed -------------------------------------------------------------------------------
 
 
@@ -340,6 +350,7 @@ def test_cancelling_a_running_and_a_queued_job_frees_their_places(one_at_a_time,
         assert client.cancel(job["id"])["status"] == "cancelled"
         again = client.cancel(job["id"])
         assert again["status"] == "cancelled" and again["finished"] >= again["created"]
+        assert (again["started"] is None) == (job is queued)
     gate.set()
     assert client.end(last["id"])["status"] == "done"
     assert client.cancel(last["id"])["status"] == "done"

@@ -53,6 +53,19 @@ def test_a_text_is_drawn_as_by_the_images_api(client):
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
 
 
+def test_what_is_for_language_models_has_no_effect(client):
+    spoken = {
+        "include": [], "text": {"format": {"type": "text"}},
+        "truncation": "auto", "service_tier": "auto", "prompt_cache_key": "k", "max_tool_calls": 2,
+        "top_logprobs": 0,
+    }  # fmt: skip
+    plain, with_them = (
+        client.responses.create(model="gpt-5", input="a fox", tools=[TOOL], **more)
+        for more in ({}, spoken)
+    )
+    assert with_them.output[0].result == plain.output[0].result
+
+
 def test_an_image_of_the_last_message_is_edited_within_its_mask(client):
     colour, half = Image.new("RGB", (64, 64), (9, 90, 200)), Image.new("RGBA", (64, 64))
     half.paste((0, 0, 0, 255), (0, 0, 32, 64))  # what is not transparent is kept
@@ -76,7 +89,6 @@ def test_an_image_of_the_last_message_is_edited_within_its_mask(client):
         ({"stream": True}, "stream"),
         ({"background": True}, "background"),
         ({"instructions": "draw well"}, "unknown field 'instructions'"),
-        ({"previous_response_id": "resp_1"}, "unknown field 'previous_response_id'"),
         ({"model": "gpt-9"}, "unknown model 'gpt-9'"),
         ({"tools": []}, "tools: this server has one"),
         ({"tools": [TOOL, {"type": "web_search"}]}, "tools: this server has one"),
@@ -87,6 +99,8 @@ def test_an_image_of_the_last_message_is_edited_within_its_mask(client):
         ({"tools": [TOOL | {"steps": 0}]}, "steps"),
         ({"tools": [TOOL | {"action": "edit"}]}, "action 'edit': allowed are auto and generate"),
         ({"tools": [TOOL | {"input_image_mask": {"image_url": "data:"}}]}, "needs an image"),
+        ({"previous_response_id": "resp_1"}, "responses are not kept here; send what is to be"),
+        ({"conversation": {"id": "conv_1"}}, "conversation: responses are not kept here"),
         ({"tool_choice": "none"}, "tool_choice"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice: allowed are"),
         ({"input": []}, "input: its last item must be a message"),

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from koala.errors import UserError
-from koala.utils.atomic import locked, new_file, new_folder, write_text
+from koala.utils.atomic import claim, locked, new_file, new_folder, write_text
 
 
 def ended_process() -> int:
@@ -110,7 +110,7 @@ def test_files_of_other_machines_and_open_ones_stay(tmp_path):
 
 def test_a_run_is_locked_against_another_process(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom koala.utils.atomic import locked\n"
+        "import sys\nfrom pathlib import Path\nfrom koala.utils.atomic import claim, locked\n"
         "with locked(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
     )
     run = tmp_path / "run"
@@ -127,3 +127,20 @@ def test_a_run_is_locked_against_another_process(tmp_path):
     with locked(tmp_path / "new"):
         pass
     assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_claim_names_each_setting_that_differs_once_and_as_it_is_set(tmp_path):
+    def settings(samples: int, batch: int, lora: dict | None) -> dict:
+        recipe = {"training": {"samples": samples, "batch": batch}, "lora": lora}
+        return {"samples": samples, "batch": batch, "device": "cpu", "recipe": recipe}
+
+    file = tmp_path / "run" / "run.json"
+    file.parent.mkdir()
+    claim(file, settings(32, 8, None))
+    claim(file, settings(32, 8, None))
+    with pytest.raises(UserError) as refused:
+        claim(file, settings(64, 4, {"rank": 2}))
+    assert str(refused.value) == (
+        f"{file.parent} was made with lora=None, now it is {{'rank': 2}}; training.batch=8, now it "
+        "is 4; training.samples=32, now it is 64; take another --out, or remove this folder"
+    )

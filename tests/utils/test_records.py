@@ -26,6 +26,12 @@ def test_a_csv_is_read_whoever_wrote_it(separator, end, codec, tmp_path):
     assert read(tmp_path / "a.csv") == ROWS
 
 
+def test_excels_line_that_names_the_separator_is_none_of_the_table(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\nfile_name;text\na.jpg;a fox, red\n")
+    found = [("line 3", {"file_name": "a.jpg", "text": "a fox, red"})]
+    assert [*records(tmp_path / "a.csv", "file_name")] == found
+
+
 def test_a_quote_in_a_tsv_may_be_a_letter(tmp_path):
     text = 'text\tcategory\n"G I G" painted\tx\n5" high, "wide\ty\n'
     (tmp_path / "a.tsv").write_text(text)

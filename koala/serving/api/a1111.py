@@ -6,11 +6,13 @@ concern the server's only running image; here, the requests of the calling clien
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import math
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from fastapi import APIRouter, Request
 from PIL import Image
 
 from koala import __version__
+from koala.errors import UserError
 from koala.generation import Settings, validation
 from koala.generation.image_files import as_grey
 from koala.generation.png import parameters
@@ -42,6 +45,9 @@ from koala.serving.uploads import open_upload
 
 router = APIRouter(route_class=JsonRoute)
 queue_router = APIRouter()  # what the web UI itself has at the root
+_ITS_WORDS = {
+    "n": "batch_size times n_iter", "guidance": "cfg_scale", "strength": "denoising_strength",
+}  # fmt: skip
 PREVIEW_SECONDS = 5.0  # previews are decoded for so long after a progress call
 
 
@@ -113,24 +119,36 @@ class ActiveRequests:
 async def txt2img(body: Txt2ImgRequest, request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
     ignored = body.check(service.pipeline.name)
-    spec = _without_unheard(body.to_image_request(client_of(request)), service, ignored)
-    return await _respond(request, body, spec, "txt2img", ignored, body.second_pass())
+    with _in_its_words():
+        spec = _without_unheard(body.to_image_request(client_of(request)), service, ignored)
+        return await _respond(request, body, spec, "txt2img", ignored, body.second_pass())
 
 
 @router.post("/img2img", summary="Generate from an image")
 async def img2img(body: Img2ImgRequest, request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
     ignored = body.check(service.pipeline.name)
-    given = await asyncio.to_thread(body.images)
-    spec = replace(body.to_image_request(client_of(request)), **given)
-    spec = _with_a_step(_without_unheard(spec, service, ignored), service)
-    thread: UploadThread = request.app.state.upload_thread
-    most = service.limits.upload_pixels
-    if body.only_masked:
-        spec, part = await thread.run(_only_masked, spec, body, most)
-        return await _respond(request, body, spec, "img2img", ignored, part=part)
-    spec = await thread.run(_as_asked, spec, body, most)
-    return await _respond(request, body, spec, "img2img", ignored)
+    with _in_its_words():
+        given = await asyncio.to_thread(body.images)
+        spec = replace(body.to_image_request(client_of(request)), **given)
+        spec = _with_a_step(_without_unheard(spec, service, ignored), service)
+        thread: UploadThread = request.app.state.upload_thread
+        most = service.limits.upload_pixels
+        if body.only_masked:
+            spec, part = await thread.run(_only_masked, spec, body, most)
+            return await _respond(request, body, spec, "img2img", ignored, part=part)
+        spec = await thread.run(_as_asked, spec, body, most)
+        return await _respond(request, body, spec, "img2img", ignored)
+
+
+@contextlib.contextmanager
+def _in_its_words() -> Iterator[None]:
+    """Names fields as AUTOMATIC1111 does in what is said of their values."""
+    try:
+        yield
+    except UserError as error:
+        ours, of, rest = str(error).partition(" is ")
+        raise UserError(f"{_ITS_WORDS.get(ours, ours)}{of}{rest}") from None
 
 
 def _without_unheard(spec: ImageRequest, service: Service, ignored: list[str]) -> ImageRequest:

@@ -104,6 +104,19 @@ OurGallery = Annotated[Gallery, Depends(_gallery)]
 Owner = Annotated[str | None, Depends(_owner)]
 
 
+def only(*names: str) -> Any:
+    """A route's dependency that refuses every other parameter of the query."""
+
+    def check(request: Request) -> None:
+        if other := sorted({*request.query_params} - {*names}):
+            raise ApiError(
+                400, f"unknown parameter {other[0]!r}: allowed are {', '.join(names)}",
+                "unknown_parameter", other[0],
+            )  # fmt: skip
+
+    return Depends(check)
+
+
 def _found(found: Any, what: str, id: str) -> Any:
     if found is None or found is False:
         raise ApiError(404, f"no {what} has the id {id!r}", "not_found", "id")
@@ -122,7 +135,7 @@ async def submit(body: JobRequest, request: Request, jobs: OurJobs) -> dict[str,
     return await thread.run(jobs.submit, spec)
 
 
-@router.get("/jobs", summary="Jobs, newest first")
+@router.get("/jobs", summary="Jobs, newest first", dependencies=[only("limit", "before")])
 def page(jobs: OurJobs, owner: Owner, limit: Limit = 50, before: Before = None) -> dict[str, Any]:
     return {"object": "list", "data": jobs.page(limit, before, owner)}
 
@@ -189,7 +202,11 @@ def _webp(image: Image.Image) -> str:
 # --- the gallery ----------------------------------------------------------------------------
 
 
-@router.get("/gallery", summary="Finished images, newest first")
+@router.get(
+    "/gallery",
+    summary="Finished images, newest first",
+    dependencies=[only("limit", "before", "search")],
+)
 def list_images(
     gallery: OurGallery, owner: Owner, limit: Limit = 60, before: Before = None,
     search: Search = None,

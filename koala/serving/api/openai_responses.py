@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from koala.errors import UserError
 from koala.serving import uploads
@@ -23,6 +23,7 @@ from koala.serving.json_bodies import JsonRoute
 router = APIRouter(prefix="/v1", route_class=JsonRoute)
 TOOL = "image_generation"
 NOT_OF_AN_IMAGE = ("type", "action", "input_image_mask")
+EARLIER = ("previous_response_id", "conversation")
 NOT_OF_THE_TOOL = ("prompt", "stream", "partial_images", "response_format", "user")
 
 
@@ -44,7 +45,28 @@ class ResponseRequest(BaseModel):
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_logprobs: int | None = None
     reasoning: dict[str, Any] | None = None
+    include: list[str] | None = None
+    text: dict[str, Any] | None = None
+    truncation: str | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    max_tool_calls: int | None = None
+    previous_response_id: None = None
+    conversation: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_others(cls, given: Any) -> Any:
+        """Refuses what goes on from an earlier response."""
+        for name in EARLIER if isinstance(given, dict) else ():
+            if given.get(name) is not None:
+                raise ApiError(
+                    400, f"{name}: responses are not kept here; send what is to be edited as an "
+                    "input_image of the input", "invalid_value", name,
+                )  # fmt: skip
+        return given
 
     def tool(self) -> dict[str, Any]:
         """The image tool. ApiError for anything else."""

@@ -97,7 +97,10 @@ class Jobs:
         job = self.table.get(id, owner)
         if job is None:
             return None
-        if self.table.cancel(id):
+        with self._changed:
+            open_job = self._queue.jobs.get(id)
+            started = open_job.started if open_job else None
+        if self.table.cancel(id, started):
             self._finish(id)
         return self.get(id, owner)
 

@@ -148,9 +148,14 @@ class JobTable:
             )
             self._end_if_complete(db, id)
 
-    def cancel(self, id: str) -> bool:
-        """Cancels an open job. False if it was not open."""
-        return self.database.make_room(lambda db: self._end(db, id, "cancelled"))
+    def cancel(self, id: str, started: float | None = None) -> bool:
+        """Cancels an open job, which has been drawn since `started`. False if it was not open."""
+
+        def cancelled(db: Connection) -> bool:
+            self._start(db, id, started)
+            return self._end(db, id, "cancelled")
+
+        return self.database.make_room(cancelled)
 
     def tidy(self) -> None:
         """Deletes ended jobs that are too old or too many."""
@@ -164,13 +169,18 @@ class JobTable:
     def _end_image(
         self, db: Connection, id: str, index: int, image: str | None, started: float | None
     ) -> None:
-        found = db.execute(
-            "UPDATE jobs SET started = ifnull(started, ?) WHERE id = ? AND status = 'open'",
-            (started, id),
-        ).rowcount
         new = "INSERT OR IGNORE INTO parts (job, place, picture) VALUES (?, ?, ?)"
-        if not found or not db.execute(new, (id, index, image)).rowcount:
+        if not self._start(db, id, started) or not db.execute(new, (id, index, image)).rowcount:
             raise AlreadyEnded
+
+    def _start(self, db: Connection, id: str, started: float | None) -> bool:
+        """Records when an open job began, once. False if it is not open."""
+        return bool(
+            db.execute(
+                "UPDATE jobs SET started = ifnull(started, ?) WHERE id = ? AND status = 'open'",
+                (started, id),
+            ).rowcount
+        )
 
     def _end_if_complete(self, db: Connection, id: str) -> None:
         row = db.execute(

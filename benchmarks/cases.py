@@ -183,7 +183,7 @@ ROWS: tuple[Row, ...] = (
     Row(6, "shards of an fp16 variant", LACKING, convert("{folder sharded, fp16}",
                                                         to="single-file")),
     Row(6, "fp16 variants only, drawn", None, draw("{folder fp16 only}")),
-    Row(6, "bf16 variants only", None, draw("{folder bf16 only}"), r"bf16\.safetensors", 2),
+    Row(6, "bf16 variants only", None, draw("{folder bf16 only}")),
     Row(6, "pickles only", None, draw("{folder pickles only}"), r"\.bin", 2),
     Row(7, "shards", GOOD, draw("{folder sharded}")),
     Row(7, "a shard missing", GOOD, draw("{folder a shard missing}"), "00001-of-00002", 2),

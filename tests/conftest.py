@@ -48,7 +48,7 @@ multiprocessing.set_forkserver_preload(
 
 # Nothing here has to outlast a power cut, and to wait for a disk takes milliseconds a file. What is
 # given must still be an open file.
-os.fsync = os.fstat
+os.fsync = lambda file: os.fstat(file if isinstance(file, int) else file.fileno())
 
 # What draws here must not depend on what is measured: PyTorch, but in tests of the choice.
 os.environ["KOALA_BACKEND"] = "torch"

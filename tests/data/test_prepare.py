@@ -330,7 +330,7 @@ def test_a_folder_made_otherwise_is_refused(folder, files, prepared, toy_sdxl, t
     out, _ = prepared
     for change, said in (
         ({"size": 128}, "size=64, now it is 128"),
-        ({"filters": Filters(min_words=2)}, "filters="),
+        ({"filters": Filters(min_words=2)}, r"filters\.min_words=None, now it is 2"),
     ):
         with pytest.raises(UserError, match=said):
             prepare_latents(recognise(folder), out, toy_sdxl, replace(PREPARATION, **change), 1)

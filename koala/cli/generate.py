@@ -249,6 +249,9 @@ def _run(o: argparse.Namespace) -> None:
     for option in plain:
         quantised = is_quantised(resolve_model(model))
         control.check_runtime(option, o.backend, o.compile, o.graphs, quantised)
+    for path, fit in found.fits.items():
+        if path not in loras:  # of some prompts alone: the model says it of its own
+            say(fit.line())
     if found.control is not None:
         say(found.control.net.line())
     if found.image_prompt is not None:

@@ -29,7 +29,7 @@ from koala.generation.prompt_syntax import parse
 from koala.generation.requests import Known, Loras, Settings
 from koala.lora.folder import check_file
 from koala.lora.names import BaseModel
-from koala.lora.reading import read
+from koala.lora.reading import LoraReport, read
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Checked:
     image: Image.Image | None  # that they start from, upright
     mask: Mask | None
     loras: list[Loras]  # for each image alone
+    fits: dict[Path, LoraReport]  # how much of each of these LoRAs the model takes
     embeddings: tuple[Path, ...]  # textual inversions that the prompts name
     control: CheckedControl | None
     image_prompt: CheckedImagePrompt | None
@@ -210,7 +211,7 @@ def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) ->
         known = Known.of(model)
     sampled = _Sampled.of(inputs.prompts, values, known.sampling)
     validation.schedule(known.scheduler_config, sampled.spacing, sampled.steps)
-    names = _check_loras(known, inputs)
+    names, fits = _check_loras(known, inputs)
     width, height = inputs.size or (known.native, known.native)
     control = _check_control(known, values.control, inputs.control_image, (width, height))
     image_prompt = _check_image_prompt(known, values, inputs.ip_image)
@@ -252,7 +253,7 @@ def checked(model: str | Path | Known, prompt: str | list[str], **asked: Any) ->
         for i, n in enumerate(of)
     ]
     loras = [inputs.loras[n] for n in of]
-    return Checked(every, inputs.image, area, loras, inputs.embeddings, control, image_prompt)
+    return Checked(every, inputs.image, area, loras, fits, inputs.embeddings, control, image_prompt)
 
 
 def _without_model(prompt: str | list[str], asked: Asked) -> _Inputs:
@@ -293,12 +294,18 @@ def _check_image_prompt(
     return CheckedImagePrompt(adapter, image)
 
 
-def _files(loras: Sequence[Loras]) -> set[Path]:
-    return {path for files in loras for path, _ in files}
+def _files(loras: Sequence[Loras]) -> dict[Path, None]:
+    """Each file once, as they come."""
+    return {path: None for files in loras for path, _ in files}
 
 
-def _check_loras(known: Known, inputs: _Inputs) -> list[tuple[tuple[str, float], ...]]:
-    """Names and scales of each prompt's LoRAs. UserError for those that the model cannot take."""
+def _check_loras(
+    known: Known, inputs: _Inputs
+) -> tuple[list[tuple[tuple[str, float], ...]], dict[Path, LoraReport]]:
+    """Names and scales of each prompt's LoRAs, and how each file fits.
+
+    UserError for those that the model cannot take.
+    """
     names = [
         (*known.loras, *((path.stem, scale) for path, scale in files)) for files in inputs.loras
     ]
@@ -306,10 +313,11 @@ def _check_loras(known: Known, inputs: _Inputs) -> list[tuple[tuple[str, float],
         for name, count in Counter(name for name, _ in of_prompt).items():
             if count > 1:
                 raise UserError(f"two LoRAs are called {name!r}: name each once")
-    for path in _files(inputs.loras):
-        read(path, _base(known, f"the LoRA {path}"))
+    fits = {
+        path: read(path, _base(known, f"the LoRA {path}")).report for path in _files(inputs.loras)
+    }
     if known.base is not None:  # a form takes none, which `Drawing.requests` says
         first_text, second_text = known.base.text_encoders
         for path in inputs.embeddings:
             read_embedding(path, (first_text.width, second_text.width))
-    return names
+    return names, fits

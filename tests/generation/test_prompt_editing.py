@@ -227,6 +227,13 @@ def test_each_prompt_has_the_loras_that_it_names(pipeline, loras):
     assert plain.tobytes() == result.images[1].tobytes() != result.images[0].tobytes()
 
 
+@pytest.mark.parametrize("other", ["a fox", "a fox <lora:ink:0.8>"], ids=["one prompt's", "all's"])
+def test_how_much_of_a_named_lora_fits_is_said_once(other, toy_sdxl, loras, tmp_path, capsys):
+    command = ["generate", "an owl <lora:ink:0.8>", other, "--model", str(toy_sdxl), "--steps", "1"]
+    assert main([*command, "--lora-dir", str(loras), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("modules fit") == 1
+
+
 def test_generate_takes_them_also_under_a_memory_plan(toy_sdxl, loras, tmp_path, capsys):
     """There, LoRAs are merged before the weights are placed."""
     command = ["generate", "a fox <lora:ink:0.8>", "--model", str(toy_sdxl), "--device", "cpu",

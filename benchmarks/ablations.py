@@ -131,23 +131,21 @@ def train_arms(
     return models
 
 
-def frozen(teacher: str | Path, folder: Path) -> Path:
+def frozen(model: str | Path, folder: Path) -> Path:
     """A copy of the model, which later trainings of it do not change."""
     if not folder.is_dir():
         with new_folder(folder) as part:
-            shutil.copytree(teacher, part, dirs_exist_ok=True)
+            shutil.copytree(model, part, dirs_exist_ok=True)
     return folder
 
 
-def verdicts(
-    report: EvaluationReport, metric: str, lines: Sequence[Line] = (*PAPER, *OURS)
-) -> list[dict[str, object]]:
+def verdicts(report: EvaluationReport, metric: str) -> list[dict[str, object]]:
     """For each line what was found, as text and with the difference's interval."""
     found: dict[tuple[str, str], Comparison] = {
         (c.first, c.second): c for c in report.comparisons if c.column.endswith(f" {metric}")
     }
     rows: list[dict[str, object]] = []
-    for line in lines:
+    for line in (*PAPER, *OURS):
         straight, turned = (line.first, line.second), (line.second, line.first)
         if (one := found.get(straight) or found.get(turned)) is None:
             rows.append({**asdict(line), "verdict": "not measured"})

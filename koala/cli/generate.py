@@ -249,9 +249,6 @@ def _run(o: argparse.Namespace) -> None:
     for option in plain:
         quantised = is_quantised(resolve_model(model))
         control.check_runtime(option, o.backend, o.compile, o.graphs, quantised)
-    for path, fit in found.fits.items():
-        if path not in loras:  # of some prompts alone: the model says it of its own
-            say(fit.line())
     if found.control is not None:
         say(found.control.net.line())
     if found.image_prompt is not None:
@@ -272,6 +269,10 @@ def _run(o: argparse.Namespace) -> None:
             images=len(settings), from_image=o.image is not None, say=say,
             of_requests=[name for name in named if getattr(o, name)],
         )  # fmt: skip
+    of_the_model = {Path(file).expanduser() for file in loras}
+    for path, fit in found.fits.items():
+        if path not in of_the_model:  # of some prompts alone: opening the model says it of its own
+            say(fit.line())
     for note in dict.fromkeys(note for one in settings for note in pipeline.known.notes(one)):
         say(note)
     if pipeline.plan is not None:

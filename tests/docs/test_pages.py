@@ -179,7 +179,7 @@ def test_the_pages_commands_are_commands():
             without.add(page.name)
         for name, *arguments in commands:
             command_named(name).parse(arguments)
-    assert without == {"architecture.md", "extend.md", "log.md"}
+    assert without == {"architecture.md", "extend.md"}
 
 
 def names_set(given: list[str]) -> tuple[str, ...]:

@@ -227,9 +227,15 @@ def test_each_prompt_has_the_loras_that_it_names(pipeline, loras):
     assert plain.tobytes() == result.images[1].tobytes() != result.images[0].tobytes()
 
 
-@pytest.mark.parametrize("other", ["a fox", "a fox <lora:ink:0.8>"], ids=["one prompt's", "all's"])
-def test_how_much_of_a_named_lora_fits_is_said_once(other, toy_sdxl, loras, tmp_path, capsys):
-    command = ["generate", "an owl <lora:ink:0.8>", other, "--model", str(toy_sdxl), "--steps", "1"]
+@pytest.mark.parametrize(
+    "given",
+    [["a fox", "an owl <lora:ink:0.8>"], ["a fox <lora:ink:0.8>", "an owl <lora:ink:0.8>"],
+     ["a fox", "--lora", "{ink}:0.8"]],
+    ids=["of one prompt", "of all", "of the model"],
+)  # fmt: skip
+def test_how_much_of_a_lora_fits_is_said_once(given, toy_sdxl, loras, tmp_path, capsys):
+    given = [part.format(ink=loras / "ink.safetensors") for part in given]
+    command = ["generate", *given, "--model", str(toy_sdxl), "--steps", "1"]
     assert main([*command, "--lora-dir", str(loras), "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().err.count("modules fit") == 1
 

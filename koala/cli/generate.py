@@ -13,6 +13,7 @@ from koala.checkpoints.validate import is_quantised
 from koala.checkpoints.words import read_words
 from koala.cli.command import Command, Parser, assembled, listed, number, say, show, whole
 from koala.errors import UserError
+from koala.evaluation.prompts import texts_in
 from koala.generation.samplers import SAMPLERS, Sampler
 from koala.generation.validation import (
     BACKENDS,
@@ -30,7 +31,9 @@ from koala.utils.threads import sleep_while_waiting
 
 def _arguments(p: Parser) -> None:
     p.add_argument("prompt", nargs="*", help="what to draw; several prompts draw several images")
-    p.add_argument("--prompts", type=Path, metavar="FILE", help="a text with a prompt a line")
+    p.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a text with a prompt a line, or a table"
+    )
     p.add_argument(
         "--out", type=Path, default=Path("pictures"), metavar="PATH",
         help="a folder, where files are numbered (default pictures), or a file such as fox.png; "
@@ -200,7 +203,7 @@ def _run(o: argparse.Namespace) -> None:
         _refuse_file(prompt)
     from koala.generation import control, validation
 
-    every = [*o.prompt, *(validation.prompts_in(o.prompts, "--prompts") if o.prompts else ())]
+    every = [*o.prompt, *(texts_in(o.prompts) if o.prompts else ())]
     if not every:
         raise UserError("no prompt: say what to draw, koala generate 'an owl, noto style'")
     from koala.generation.image_files import frames_note

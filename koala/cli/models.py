@@ -22,8 +22,9 @@ from koala.cli.command import (
     show,
 )
 from koala.errors import UserError
+from koala.evaluation.prompts import texts_in
 from koala.generation.export import FORMATS, check_export, export
-from koala.generation.validation import budget, calibration_prompts, prompts_in, pruning
+from koala.generation.validation import budget, calibration_prompts, pruning
 from koala.utils.atomic import check_new, write_text
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _calibration_prompts(calibrate: Path) -> list[str] | None:
     data = calibrate.expanduser()
     if data.is_dir() and not (data / "latents.json").is_file():
         raise UserError(f"--calibrate {data} is no folder that koala prepare made")
-    return None if data.is_dir() else prompts_in(data, "--calibrate")
+    return None if data.is_dir() else texts_in(data)
 
 
 def _calibrate(calibrate: Path, prompts: list[str] | None) -> Any:

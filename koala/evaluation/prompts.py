@@ -97,13 +97,14 @@ def checked(given: PromptSet) -> PromptSet:
 def read_file(path: Path) -> PromptSet:
     """The prompts of a text file (one to a line), csv, tsv, jsonl, json or parquet file.
 
+    A file without an ending is a text.
     Columns or keys: `prompt` (or text, caption, prompts), and if there are, `id`, `category`, and
     what metrics ask for, such as `questions`. Blank lines of a text file are left out, and those
     that are `#` or begin with `# `. UserError for another file, or one that cannot be read.
     """
     suffix = path.suffix.lower()
     rows: list[tuple[str, Any]]
-    if suffix == ".txt":
+    if suffix in ("", ".txt"):
         lines = (line.strip() for _, line in lines_of(text_of(path)))
         rows = [("", line) for line in lines if not _COMMENT.match(line)]
     elif suffix in TABLES:
@@ -115,6 +116,20 @@ def read_file(path: Path) -> PromptSet:
         )
     read = [prompt_of(row, i, path, where) for i, (where, row) in enumerate(rows)]
     return checked(PromptSet(path.stem, tuple(read)))
+
+
+def texts_in(path: Path) -> list[str]:
+    """The prompts of a file as `read_file` reads it, to be drawn as they are.
+
+    UserError for one that says more of them, which would be ignored.
+    """
+    path = path.expanduser()
+    if path.is_dir() or not path.exists():
+        raise UserError(f"{path} is no file: give a text with a prompt a line")
+    given = read_file(path).prompts
+    if other := next((name for prompt in given for name in prompt.facts), None):
+        raise UserError(f"{path}: the column {other!r} has no effect here: leave it out")
+    return [prompt.text for prompt in given]
 
 
 def prompt_of(row: Any, number: int, path: Path, where: str = "") -> Prompt:

@@ -70,22 +70,6 @@ def calibration_prompts(calibration: Sequence[str]) -> None:
         )
 
 
-def prompts_in(file: Path, option: str) -> list[str]:
-    """The prompts in a text file, one a line; empty lines are skipped. UserError if it has none.
-
-    option: that names the file, for the error.
-    """
-    try:
-        lines = file.expanduser().read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{option} {file} cannot be read as text: {reason}") from None
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise UserError(f"{option} {file} holds no prompt: write one a line")
-    return prompts(found)
-
-
 def negative_prompt(text: str, guidance: float, guided: bool) -> None:
     """UserError if it would have no effect. guided: whether the model is made for guidance."""
     _text(text, "negative prompt")

@@ -95,6 +95,19 @@ def test_generate_draws_the_prompts_in_a_file(toy_sdxl, tmp_path, capsys):
     assert told == [("a fox", 7), ("an owl", 8), ("a red apple", 9)]
 
 
+def test_a_table_of_prompts_is_read_as_one(toy_sdxl, tmp_path, capsys):
+    file = tmp_path / "prompts.csv"
+    asked = ["generate", "--prompts", str(file), "--model", str(toy_sdxl), "--steps", "1"]
+    file.write_text("id,prompt\n1,an owl\n")
+    assert main([*asked, "--json", "--out", str(tmp_path)]) == 0
+    (drawn,) = json.loads(capsys.readouterr().out)
+    assert read_settings(drawn["path"]).prompt == "an owl"
+    file.write_text("prompt,seed\nan owl,7\n")
+    assert main([*asked, "--out", str(tmp_path / "none")]) == 2
+    assert "the column 'seed' has no effect here" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_generate_writes_the_file_that_is_named(toy_sdxl, tmp_path, capsys):
     given = ["generate", "a fox", "--model", str(toy_sdxl), "--steps", "1", "--seed", "7"]
     fox = tmp_path / "drawn" / "fox.png"

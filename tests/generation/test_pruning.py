@@ -278,7 +278,7 @@ def test_what_is_pruned_is_no_teacher_and_is_not_pruned_again(pruned, tmp_path, 
     (pruned.with_name("empty.txt")).write_text("\n")
     empty = ["--calibrate", str(pruned.with_name("empty.txt"))]
     assert main(["compress", str(pruned), "--prune", "0.1", *empty, *out]) == 2
-    assert "holds no prompt" in capsys.readouterr().err
+    assert "has no prompts" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -1,4 +1,5 @@
-"""What OpenVINO takes at full size: to convert KOALA-700M, and to draw a first image with it.
+"""What OpenVINO takes at full size: to convert KOALA-700M, in float32 and with its U-Net in 4 bits,
+and to draw a first image with it.
 
 `python -m benchmarks.conversion [--folder FOLDER] [--out benchmarks/conversion.json]`
 
@@ -27,14 +28,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/conversion.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder, form = options.folder or Path(scratch) / "koala-700m", str(Path(scratch) / "form")
+        folder = options.folder or Path(scratch) / "koala-700m"
+        form, int4 = str(Path(scratch) / "form"), str(Path(scratch) / "int4")
         if not folder.exists():
             written = [sys.executable, "-m", "benchmarks.cpu", "--write", str(folder)]
             subprocess.run(written, check=True)
         draw = ["generate", "a fox", *DRAWN, "--out", scratch, "--model"]
+        export = ["export", str(folder), "--to", "openvino", "--out"]
         commands = {
-            "export": ["export", str(folder), "--to", "openvino", "--out", form],
+            "export": [*export, form],
             "first image of the form": [*draw, form],  # compiles
+            "export in int4": [
+                "export",
+                str(folder),
+                "--to",
+                "openvino",
+                "--dtype",
+                "int4",
+                "--out",
+                int4,
+            ],
+            "first image of the form in int4": [*draw, int4],
         }
         taken = {}
         for name, command in commands.items():

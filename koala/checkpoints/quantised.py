@@ -17,7 +17,12 @@ from typing import TypeAlias
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of tensors, by name
 KIND = "int4"
 GROUP = 32  # weights with one scale in int4
-IN_8_BITS = ("conv_in", "conv_out", "time_embedding", "add_embedding")  # of a U-Net in int4
+# What is int8 in a model in int4, by the beginnings of its names: small parts of the U-Net, and the
+# text encoders, which lose more in 4 bits than the whole U-Net does (`benchmarks.fidelity`).
+IN_8_BITS = (
+    *("conv_in", "conv_out", "time_embedding", "add_embedding"),
+    *("encoder.", "text_model.", "text_projection"),
+)
 RANK = 16  # at most
 PARTS = ("values", "scale", "left", "right")
 

@@ -346,6 +346,7 @@ EXPORT = Command(
     (
         "koala export runs/student --to onnx --dtype fp16 --out student-onnx",
         "koala export koala-mini --to openvino --out koala-mini-openvino",
+        "koala export koala-mini --to openvino --dtype int4 --out koala-mini-int4",
         "koala export sdxl.safetensors --to gguf --dtype q8_0 --out sdxl-q8_0.gguf",
     ),
     _export_arguments,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from koala.checkpoints import gguf_file
+from koala.checkpoints.quantised import KIND
 from koala.checkpoints.resolve import name_of, read_model, resolve_model
-from koala.checkpoints.validate import refuse_quantised
+from koala.checkpoints.validate import is_quantised, refuse_quantised
 from koala.errors import UserError, unknown
 from koala.generation.form import OF_DTYPE
 from koala.utils.atomic import check_new
@@ -71,16 +72,20 @@ def export(model: str | Path, to: str, out: str | Path, dtype: str | None = None
 
     model: name, folder, Hub id or single file. to: "onnx", a folder as optimum writes it, for ONNX
     Runtime; "openvino", a folder that `koala.load` and OpenVINO GenAI open; "gguf", a file for
-    stable-diffusion.cpp. dtype: one of `FORMATS[to]`, by default the first. Raises `UserError` for
-    a setting that is not known, a package that is missing, a model that the runtime cannot draw
-    with, and if `out` exists or cannot be written.
+    stable-diffusion.cpp. dtype: one of `FORMATS[to]`, by default the first, or what the folder is
+    stored in. Raises `UserError` for a setting that is not known, a package that is missing, a
+    model that the runtime cannot draw with, and if `out` exists or cannot be written.
     """
     out = Path(out).expanduser()
     check_export(to, out, dtype)
-    dtype = dtype or FORMATS[to][0]
     name = name_of(model)
-    if Path(model).expanduser().is_dir():
-        refuse_quantised(resolve_model(model))
+    if Path(model).expanduser().is_dir() and is_quantised(folder := resolve_model(model)):
+        if to != "openvino":
+            refuse_quantised(folder)
+        if dtype not in (None, KIND):
+            raise UserError(f"{folder} is stored in {KIND}: leave out --dtype {dtype}")
+        dtype = KIND
+    dtype = dtype or FORMATS[to][0]
     write = {"onnx": _onnx, "openvino": _openvino, "gguf": _gguf}[to]
     notes = write(model, out, dtype)
     files = [out] if out.is_file() else [file for file in out.rglob("*") if file.is_file()]
@@ -97,11 +102,12 @@ def _onnx(model: str | Path, out: Path, dtype: str) -> tuple[str, ...]:
 
 def _openvino(model: str | Path, out: Path, dtype: str) -> tuple[str, ...]:
     from koala.generation.form_writing import Source, write_form
+    from koala.generation.quantised_folder import store
 
     lacking = absent("openvino", "openvino_tokenizers")
-    folder = resolve_model(model)
-    source = Source.of_folder(folder, name_of(model))
-    write_form(source, OF_DTYPE[dtype], out, folder, for_genai=not lacking)
+    folder, four_bits = resolve_model(model), dtype == KIND
+    source = Source.of_folder(folder, name_of(model), store if four_bits else None)
+    write_form(source, OF_DTYPE[dtype], out, folder, not lacking, fp16_text=four_bits)
     return (f"not for OpenVINO GenAI: {lacking}",) if lacking else ()
 
 

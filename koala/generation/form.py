@@ -32,7 +32,8 @@ NETWORKS = ("unet", "vae_decoder", "text_encoder", "text_encoder_2")
 MODEL = "openvino_model.xml"  # of a network
 LAYOUT = 2  # of the folder; another number is another layout
 BACKENDS = ("openvino", "openvino-bf16")  # that have a form
-OF_DTYPE = {"fp32": "openvino", "bf16": "openvino-bf16"}
+# int4: a U-Net's weights in 4 bits, which are float32 where they are used.
+OF_DTYPE = {"fp32": "openvino", "bf16": "openvino-bf16", "int4": "openvino"}
 REMEMBERED = ("auto", "remembered")  # what an earlier drawing found serves them
 
 

@@ -15,12 +15,13 @@ import torch
 
 from koala.checkpoints.flat import Flat, FlatText, vae_config
 from koala.checkpoints.latent_scale import LatentScale
-from koala.checkpoints.load import load_scheduler_config, load_unet, load_vae, zeros_for_empty
+from koala.checkpoints.load import Layer, load_scheduler_config, load_vae, zeros_for_empty
 from koala.checkpoints.pipeline_files import SCHEDULER, as_file, pipeline_index, tells_of_model
 from koala.errors import UserError
 from koala.generation import form
 from koala.generation.form import BACKENDS, LAYOUT, MODEL, Form
 from koala.generation.pipeline import Pipeline
+from koala.generation.quantised_folder import load_any_unet
 from koala.generation.runtime import openvino
 from koala.generation.runtime.backends import Backend
 from koala.generation.runtime.openvino_graph import named
@@ -54,13 +55,13 @@ class Source:
     zeros_for_empty: bool
 
     @classmethod
-    def of_folder(cls, folder: Path, name: str) -> Source:
-        """A checked model folder's."""
+    def of_folder(cls, folder: Path, name: str, layer: Layer | None = None) -> Source:
+        """A checked model folder's; layer: as of `load_any_unet`."""
         return cls(
             name,
             partial(TextConditioner.from_folder, folder),
             partial(load_vae, folder),
-            partial(load_unet, folder),
+            partial(load_any_unet, folder, torch.float32, layer),
             load_scheduler_config(folder),
             zeros_for_empty(folder),
         )
@@ -85,14 +86,20 @@ class Source:
 @torch.inference_mode(False)
 @torch.no_grad()
 def write_form(
-    source: Source, backend: str, out: Path, model: Path | None = None, for_genai: bool = False
+    source: Source,
+    backend: str,
+    out: Path,
+    model: Path | None = None,
+    for_genai: bool = False,
+    fp16_text: bool = False,
 ) -> Form:
     """Writes the form of a model, float32 on the CPU, as the folder `out`, whole or not at all.
 
     One network after the other, so that no more of them need be in memory. backend: "openvino" or
     "openvino-bf16". What was converted before comes from the cache. model: the folder whose credits
     go along. for_genai: also what only OpenVINO GenAI needs, by the package openvino-tokenizers.
-    UserError for another backend, and for a folder that exists.
+    fp16_text: stores the text encoders' weights in fp16. UserError for another backend, and for a
+    folder that exists.
     """
     if backend not in BACKENDS:
         raise UserError(f"backend {backend!r} has no form: allowed are {', '.join(BACKENDS)}")
@@ -101,7 +108,7 @@ def write_form(
     index = pipeline_index() | {"force_zeros_for_empty_prompt": source.zeros_for_empty}
     with new_folder(out) as part:
         facts = {
-            **_write_text(source.conditioner(), part, for_genai),
+            **_write_text(source.conditioner(), part, for_genai, fp16_text),
             **_write_decoder(source.vae(), part, precision),
             **_write_unet(source.unet(), part, precision),
         }
@@ -125,13 +132,15 @@ def _write(file: Path, config: Mapping[str, Any]) -> None:
     file.write_bytes(as_file(config))
 
 
-def _write_text(conditioner: TextConditioner, part: Path, for_genai: bool) -> dict[str, Any]:
+def _write_text(
+    conditioner: TextConditioner, part: Path, for_genai: bool, half: bool
+) -> dict[str, Any]:
     """Text encoders and tokenizers; returns what a `Form` says of them."""
     tokenizers = conditioner.tokenizers
     for n, encoder in zip(("", "_2"), conditioner.encoders, strict=True):
         _write(part / f"text_encoder{n}/config.json", encoder.config.to_diff_dict())
         flat = FlatText(encoder, projected=n == "_2").eval()
-        openvino.save_model(_traced(flat), part / f"text_encoder{n}" / MODEL)
+        openvino.save_model(_traced(flat), part / f"text_encoder{n}" / MODEL, half)
     for n, tokenizer in zip(("", "_2"), tokenizers, strict=True):
         file = form.tokenizer_file(part, n)
         file.parent.mkdir()

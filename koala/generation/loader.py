@@ -13,7 +13,6 @@ from koala.checkpoints.bundled import DEFAULT
 from koala.checkpoints.load import (
     Layer,
     load_scheduler_config,
-    load_unet,
     load_vae,
     zeros_for_empty,
 )
@@ -31,7 +30,7 @@ from koala.generation.memory.placement import Placement
 from koala.generation.memory.plan import Planner, beside_model
 from koala.generation.pipeline import Pipeline
 from koala.generation.prompts import CACHED_CHUNKS
-from koala.generation.quantised_folder import load_quantised
+from koala.generation.quantised_folder import load_any_unet
 from koala.generation.runtime.backends import Backend, choose
 from koala.generation.runtime.compile import (
     compile_blocks,
@@ -207,10 +206,7 @@ def _read(
     """
     conditioner = TextConditioner.from_folder(folder, dtype, cache_size=CACHED_CHUNKS, layer=layer)
     put(TEXT, conditioner.encoders)
-    if is_quantised(folder):
-        unet = load_quantised(folder, dtype)
-    else:
-        unet = load_unet(folder, dtype, layer)
+    unet = load_any_unet(folder, dtype, layer)
     nn.Module.to(unet, memory_format=torch.channels_last)  # type: ignore[call-overload]  # it does take it
     put(UNET, [unet])
     vae = load_vae(folder, torch.float32)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from koala.architectures.layout import parameters
 from koala.checkpoints import card_facts, model_card
-from koala.checkpoints.load import build_unet, without_weights
+from koala.checkpoints.load import Layer, build_unet, load_unet, without_weights
 from koala.checkpoints.moments import MOST_INPUTS
 from koala.checkpoints.observed import observe
 from koala.checkpoints.pipeline_files import Tensors, as_file, visible_progress, write_folder
@@ -35,13 +35,14 @@ from koala.checkpoints.validate import (
     QUANTISED,
     QUANTISED_FILE,
     check_unet,
+    is_quantised,
     read_json,
     read_tensors,
     unet_architecture,
 )
 from koala.generation.calibration import Inputs, calibration_of
 from koala.generation.memory.calibrated import DAMPING, calibrated
-from koala.generation.memory.quantise import hold, low_rank, quantised
+from koala.generation.memory.quantise import can_be_quantised, hold, low_rank, quantised
 from koala.generation.streaming import streamed_pipeline
 from koala.generation.validation import calibration_prompts
 from koala.utils.atomic import check_new, new_folder
@@ -216,8 +217,21 @@ def stored_layer(name: str, weight: Tensor, factor: Tensor | None = None) -> dic
     return dict(zip(PARTS, (values, scale, *added), strict=False))
 
 
-def load_quantised(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The U-Net of a checked folder that `write_quantised` wrote, computing in `dtype`."""
+def store(path: str, module: nn.Module) -> None:
+    """Puts a layer of a U-Net in 4 bits, as `write_quantised` does; leaves other modules alone."""
+    if can_be_quantised(module):
+        hold(module, path, [*stored_layer(f"{path}.weight", module.weight).values()])
+
+
+def load_any_unet(
+    folder: Path, dtype: torch.dtype, layer: Layer | None = None
+) -> UNet2DConditionModel:
+    """The U-Net of a checked folder, stored in 4 bits or not, computing in `dtype`.
+
+    layer: as of `load_unet`; a layer in 4 bits is left as it is.
+    """
+    if not is_quantised(folder):
+        return load_unet(folder, dtype, layer)
     stored = read_tensors(folder, "unet")
     check_unet(unet_architecture(folder), stored, folder)
     config = read_json(folder / "unet" / "config.json")

@@ -15,8 +15,9 @@ from koala.errors import UserError
 from koala.generation.calibration import calibration
 from koala.generation.memory.quantise import hold, quantise
 from koala.generation.pruning import prune_model
-from koala.generation.quantised_folder import load_quantised, stored_layer, write_quantised
+from koala.generation.quantised_folder import load_any_unet, stored_layer, write_quantised
 from koala.generation.runtime.backends import example
+from koala.generation.runtime.compiled import Compiled
 from koala.generation.runtime.pytorch import predictor
 from koala.generation.streaming import streamed_pipeline
 
@@ -62,7 +63,7 @@ def test_the_folder_draws_nearer_than_weights_rounded_alone(stored):
     assert np.ptp(np.array(pipeline("a fox", steps=1, seed=1).images[0])) > 0
     whole, rounded = mini(), mini()
     quantise(rounded, "int4")
-    unet = load_quantised(stored, torch.float32)
+    unet = load_any_unet(stored, torch.float32)
     x = example(whole, 2, 16, 32)
     with torch.no_grad():
         exact, near, far = (predictor(one)(*x) for one in (whole, unet, rounded))
@@ -87,7 +88,8 @@ def test_it_takes_a_third_of_fp16(stored):
         ["convert", "--to", "single-file", "--out", "x.safetensors"],
         ["convert", "--to", "diffusers", "--weights", "int4", "--out", "x"],
         ["compress", "--to", "0,1,1", "--out", "x"],
-        ["export", "--to", "openvino", "--out", "x"],
+        ["export", "--to", "onnx", "--out", "x"],
+        ["export", "--to", "openvino", "--dtype", "bf16", "--out", "x"],
     ],
 )
 def test_what_cannot_read_it_refuses_it_by_name(stored, command, tmp_path, monkeypatch, capsys):
@@ -95,6 +97,39 @@ def test_what_cannot_read_it_refuses_it_by_name(stored, command, tmp_path, monke
     assert main([command[0], str(stored), *command[1:]]) == 2
     assert "is stored in int4" in capsys.readouterr().err.splitlines()[-1]
     assert not any(tmp_path.iterdir())
+
+
+def test_openvino_keeps_it_in_4_bits(stored, tmp_path, monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setenv("KOALA_CACHE", str(tmp_path / "cache"))
+    assert main(["export", str(stored), "--to", "openvino", "--out", str(tmp_path / "form")]) == 0
+    model = ["koala-mini", "--to", "openvino", "--dtype", "int4"]
+    assert main(["export", *model, "--out", str(tmp_path / "same")]) == 0
+    file = tmp_path / "form" / "unet" / "openvino_model.bin"
+    assert file.read_bytes() == (tmp_path / "same" / "unet" / file.name).read_bytes()
+    size = sum(one.size for one in read_tensors(stored, "unet").values())
+    assert size == pytest.approx(file.stat().st_size, rel=0.02)
+    network = openvino.Core().read_model(file.with_suffix(".xml"))
+    constants = [op for op in network.get_ops() if op.get_type_name() == "Constant"]
+    assert {"f16", "f32", "i8", "u4"} <= {
+        one.output(0).element_type.to_string() for one in constants
+    }
+
+    unet = load_any_unet(stored, torch.float32)
+    x = example(unet, 2, 16, 32)
+    with torch.no_grad():
+        ours = predictor(unet)(*x)
+    kinds = (np.float32, np.int64, *3 * (np.float32,))
+    given = (x[0], x[1], x[2].text, x[2].pooled, x[2].time_ids)
+    theirs = Compiled(file.with_suffix(".xml"))(
+        *(np.asarray(one, kind) for one, kind in zip(given, kinds, strict=True))
+    )
+    assert np.abs(theirs[0] - ours.numpy()).max() < 1e-4
+    drawn = koala.load(tmp_path / "form")("a fox", steps=2, seed=1).images[0]
+    whole = koala.load("koala-mini", "cpu", backend="torch")("a fox", steps=2, seed=1).images[0]
+    difference = np.asarray(drawn, float) - np.asarray(whole.convert(drawn.mode), float)
+    assert 0 < np.square(difference).mean() < 255**2 / 10**1.5  # 15 dB
+    assert not [*(tmp_path).glob("tmp*")]
 
 
 def test_other_weights_and_loras_are_refused(stored, capsys):
@@ -132,7 +167,7 @@ def both(toy_sdxl, tmp_path_factory):
 def test_calibrated_it_computes_nearer_to_the_whole_model(both, toy_sdxl):
     inputs = calibration(streamed_pipeline(toy_sdxl, "toy"), PROMPTS)
     whole = predictor(load_unet(toy_sdxl))
-    own, plain = (predictor(load_quantised(folder, torch.float32)) for folder in both)
+    own, plain = (predictor(load_any_unet(folder, torch.float32)) for folder in both)
     with torch.no_grad():
         errors = [
             sum(float((one(*x) - whole(*x)).square().sum()) for x in inputs) for one in (own, plain)
@@ -169,7 +204,7 @@ def test_layers_of_too_many_inputs_are_rounded_as_without(both, toy_sdxl, tmp_pa
     assert made.prompts == 0 and read(out).quantised.latents == made.latents == 4
     assert "calibrated on 4 prepared latents" in (out / "README.md").read_text()
     whole = load_unet(toy_sdxl)
-    own, plain = (load_quantised(folder, torch.float32) for folder in (out, both[1]))
+    own, plain = (load_any_unet(folder, torch.float32) for folder in (out, both[1]))
     same, other = 0, 0
     for name, module in whole.named_modules():
         if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
@@ -188,7 +223,7 @@ def test_a_pruned_model_is_calibrated(toy_sdxl, tmp_path):
     prune_model(toy_sdxl, 0.3, ["a fox"], tmp_path / "pruned")
     made = write_quantised(tmp_path / "pruned", tmp_path / "int4", calibrate=["a fox"])
     assert made.prompts == 1 and made.too_wide == 0 and "calibrated on 1 prompt, " in made.line()
-    unets = load_unet(tmp_path / "pruned"), load_quantised(tmp_path / "int4", torch.float32)
+    unets = load_unet(tmp_path / "pruned"), load_any_unet(tmp_path / "int4", torch.float32)
     x = example(unets[0], 2, 8, 5)
     with torch.no_grad():
         exact, near = (predictor(unet)(*x) for unet in unets)

@@ -71,9 +71,10 @@ def _aligned(size: int) -> int:
 
 def weights(part: str, shapes: Shapes, quantised: str | None = None) -> tuple[int, dict[str, int]]:
     """(bytes of all of a part's tensors, bytes of each unit that can be offloaded)."""
+    kind = {VAE: None, TEXT: "int8" if quantised else None}.get(part, quantised)
     total, units = 0, dict[str, int]()
     for name, shape in shapes.items():
-        size = bytes_of(name, shape, None if part == VAE else quantised)
+        size = bytes_of(name, shape, kind)
         total += size
         if unit := _UNIT.match(name):
             units[unit[0]] = units.get(unit[0], 0) + size

@@ -118,7 +118,7 @@ class MemoryPlan:
         many = counted(self.images, "picture")
         decodes = {"full": ", decodes whole", "tiled": ", decodes in tiles", "tiny": ", idle"}
         rows = {
-            TEXT: (mode.weights, ""),
+            TEXT: ("int8" if mode.weights == "int4" else mode.weights, ""),
             UNET: (mode.weights, ""),
             VAE: (mode.vae_dtype, decodes[mode.decode]),
             TINY: (mode.dtype, ", decodes"),
@@ -146,11 +146,12 @@ class Planner:
     """Plans for one model folder, device, size and number of pictures at a time.
 
     size: (width, height) in pixels. weights: "int8", "fp8" or "int4" stores U-Net and text encoders
-    in it, a dtype keeps them in it; None: either. decode: "full", "tiled" or "tiny"; None: any.
-    tiny: folder or Hub id of the tiny autoencoder, by default the model's own, if any.
-    from_image: whether images start from others, which the VAE encodes. process: bytes that the
-    budget holds beside the model. UserError for a value that is not allowed, a tiny autoencoder
-    that is not found, or a dtype that the device lacks.
+    in it, the text encoders in int8 where the U-Net is in int4; a dtype keeps them in it; None:
+    either. decode: "full", "tiled" or "tiny"; None: any. tiny: folder or Hub id of the tiny
+    autoencoder, by default the model's own, if any. from_image: whether images start from others,
+    which the VAE encodes. process: bytes that the budget holds beside the model. UserError for a
+    value that is not allowed, a tiny autoencoder that is not found, or a dtype that the device
+    lacks.
     """
 
     def __init__(

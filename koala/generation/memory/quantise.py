@@ -7,11 +7,12 @@ Convolutions are a third of KOALA-700M's weights, so they are quantised too.
     int8   w = round(w / s) s,  s = max |w| / 127 of each output channel: error at most s / 2
     fp8    the same with e4m3 numbers and 448: finer near 0, coarser (1/16) at the top
     int4   whole numbers from -8 to 7 with a scale for each 32 weights of an output channel, the one
-           of eight scales that leaves the least squared error. A U-Net's first and last layer and
-           its embeddings of time are int8: they are small, and all others depend on them
+           of eight scales that leaves the least squared error. A U-Net's first and last layer,
+           its embeddings of time and the text encoders are int8: all others depend on them
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ _CLIPS = tuple(1 - 0.05 * k for k in range(8))  # of a group's largest weight
 _SMALLEST = 2.0**-24  # scale: the smallest number that float16 has
 
 
-class _Quantised(nn.Module):
+class Quantised(nn.Module):
     """A layer's mixin: the weight is computed at every use."""
 
     kind: str
@@ -40,10 +41,15 @@ class _Quantised(nn.Module):
         """values * scale, in the scale's dtype. A new tensor: writing to it changes nothing."""
         if self.kind == "int4":
             weight = _unpacked(self.values, self.scale, self.shape)
-            if "left" in self._buffers:
-                weight.flatten(1).addmm_(self.left, self.right)
+            if self.added:
+                weight.flatten(1).addmm_(*self.added)
             return weight
         return self.values.view(_DTYPES[self.kind]).to(self.scale.dtype).mul_(self.scale)
+
+    @property
+    def added(self) -> tuple[Tensor, Tensor] | None:
+        """left and right, if the layer has them."""
+        return (self.left, self.right) if "left" in self._buffers else None
 
     def take(self, kind: str) -> None:
         """Replaces the layer's weight parameter by values of the kind."""
@@ -62,7 +68,7 @@ class _Quantised(nn.Module):
 
 @torch.no_grad()
 def quantised(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Values and scales of a weight, as `_Quantised` holds them."""
+    """Values and scales of a weight, as `Quantised` holds them."""
     if kind == "int4":
         return _packed(weight)
     axes = tuple(range(1, weight.ndim))
@@ -133,15 +139,15 @@ def _unpacked(values: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
     return flat[:, : shape[1:].numel()].reshape(shape)
 
 
-class QuantisedLinear(_Quantised, nn.Linear):  # type: ignore[override]  # weight: read, never set
+class QuantisedLinear(Quantised, nn.Linear):  # type: ignore[override]  # weight: read, never set
     """A linear layer with a weight of 8 or 4 bits."""
 
 
-class QuantisedConv2d(_Quantised, nn.Conv2d):  # type: ignore[override]  # weight: as above
+class QuantisedConv2d(Quantised, nn.Conv2d):  # type: ignore[override]  # weight: as above
     """A convolution with a weight of 8 or 4 bits."""
 
 
-_QUANTISED: dict[type[nn.Module], type[_Quantised]] = {
+_LAYERS: dict[type[nn.Module], type[Quantised]] = {
     nn.Linear: QuantisedLinear,
     nn.Conv2d: QuantisedConv2d,
 }
@@ -159,17 +165,21 @@ def quantise(model: nn.Module, kind: str) -> None:
 
 def quantise_layer(path: str, module: nn.Module, kind: str) -> None:
     """Does `quantise` for one module of a model, whose path tells how; others are left alone."""
-    layer = _QUANTISED.get(type(module))
-    # A pruned module may be its bias alone.
-    if layer is not None and isinstance(module.weight, Tensor) and module.weight.numel():
-        module.__class__ = layer
-        assert isinstance(module, _Quantised)
+    if can_be_quantised(module):
+        module.__class__ = _LAYERS[type(module)]  # type: ignore[assignment]  # both are layers
+        assert isinstance(module, Quantised)
         module.take("int8" if kind == "int4" and path.startswith(IN_8_BITS) else kind)
+
+
+def can_be_quantised(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
+    """Whether a module is a linear layer or convolution with a weight in floats."""
+    # A pruned module may be its bias alone.
+    return type(module) in _LAYERS and module.weight.numel() > 0  # type: ignore[operator]
 
 
 def hold(module: nn.Module, path: str, tensors: Sequence[Tensor]) -> None:
     """Makes a U-Net's linear layer or convolution one of these tensors, in the order of `PARTS`."""
-    module.__class__ = _QUANTISED[type(module)]
-    assert isinstance(module, _Quantised)
+    module.__class__ = _LAYERS[type(module)]
+    assert isinstance(module, Quantised)
     values, scale, *added = tensors
     module.hold("int8" if path.startswith(IN_8_BITS) else "int4", values, scale, *added)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from koala.checkpoints.latent_scale import LatentScale
 from koala.errors import UserError
 from koala.generation.denoise import Condition, Predict
+from koala.generation.memory.quantise import Quantised
 from koala.generation.pixels import Decode, finished
 from koala.generation.runtime.compiled import Compiled, core, openvino_folder
 from koala.generation.runtime.openvino_graph import decoder_model, unet_model, unsupported
@@ -127,7 +128,7 @@ class Engine:
     def __init__(
         self,
         model: UNet2DConditionModel | AutoencoderKL,
-        build: Callable[[Any, dict[str, Tensor]], Any],
+        build: Callable[[Any, Any], Any],
         precision: str = "fp32",
         samples: Calibration | None = None,
     ) -> None:
@@ -163,20 +164,28 @@ class Engine:
         """The model as an OpenVINO model, quantised if asked for; kept on disk."""
         file = self.place
         if not (file.is_file() and file.with_suffix(".bin").is_file()):
-            model = self.build(self.model.config, self.model.state_dict())
+            model = self.build(self.model.config, weights_of(self.model))
             if self.precision == "int8" and self.samples is not None:
                 model = _quantised(model, _flat(self.samples.made()))
             save_model(model, file)
         return file
 
 
-def save_model(model: Any, file: Path) -> None:
-    """Writes the model's xml and bin, whole or not at all."""
+def weights_of(model: nn.Module) -> dict[str, Tensor | Quantised]:
+    """A network's tensors by name; a quantised layer stands for its weight."""
+    layers = {path: one for path, one in model.named_modules() if isinstance(one, Quantised)}
+    plain = {name: tensor for name, tensor in model.state_dict().items()
+             if name.rpartition(".")[0] not in layers or name.endswith(".bias")}  # fmt: skip
+    return {**plain, **{f"{path}.weight": one for path, one in layers.items()}}
+
+
+def save_model(model: Any, file: Path, half: bool = False) -> None:
+    """Writes the model's xml and bin, its weights in fp16 if `half`, whole or not at all."""
     import openvino
 
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"part-{os.getpid()}-{file.name}")
-    openvino.save_model(model, part, compress_to_fp16=False)
+    openvino.save_model(model, part, compress_to_fp16=half)
     os.replace(part.with_suffix(".bin"), file.with_suffix(".bin"))
     os.replace(part, file)  # last: if it exists, both do
 

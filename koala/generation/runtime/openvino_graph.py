@@ -19,6 +19,7 @@ from koala.architectures.config import from_unet_config
 from koala.checkpoints.flat import FlatDecoder, FlatUNet
 from koala.checkpoints.latent_scale import LatentScale
 from koala.errors import UserError
+from koala.generation.memory.quantise import Quantised
 
 _LAYER_NORM, _TRANSFORMER_NORM, _VAE_NORM = 1e-5, 1e-6, 1e-6  # epsilons that no config names
 # Settings of diffusers' classes that change what is computed, with the values that are built here.
@@ -46,8 +47,8 @@ def unsupported(config: Mapping[str, Any], vae: bool = False) -> str | None:
     return None
 
 
-def unet_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """A U-Net as an `openvino.Model` of dynamic shapes, float32.
+def unet_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor | Quantised]) -> Any:
+    """A U-Net as an `openvino.Model` of dynamic shapes, float32; layers in 4 or 8 bits stay so.
 
     Inputs, in float32 but for the timesteps, which are whole numbers: x [n, c, h, w], timesteps [n]
     or [1], text [n, t, d], pooled [n, p], time ids [n, 6]. Output: epsilon or v [n, c, h, w]. They
@@ -154,7 +155,7 @@ class _UNetBlocks:
     def transformer(self, name: str, x: Any, heads: int) -> Any:
         """diffusers' Transformer2DModel; its projections are linear layers or 1 x 1 kernels."""
         layers = self.layers
-        linear = layers.tensors[f"{name}.proj_in.weight"].ndim == 2
+        linear = len(layers.tensors[f"{name}.proj_in.weight"].shape) == 2
         y = layers.group_norm(f"{name}.norm", x, self.groups, _TRANSFORMER_NORM)
         if linear:
             y = layers.linear(f"{name}.proj_in", layers.flat(y))
@@ -174,7 +175,7 @@ class _UNetBlocks:
         x = ops.add(x, layers.attention(f"{name}.attn1", normed, normed, heads))
         normed = layers.layer_norm(f"{name}.norm2", x)
         x = ops.add(x, layers.attention(f"{name}.attn2", normed, self.text, heads))
-        if not layers.tensors[f"{name}.ff.net.2.weight"].numel():  # pruned as a whole
+        if not layers.tensors[f"{name}.ff.net.2.weight"].shape.numel():  # pruned as a whole
             return ops.add(x, layers.weight(f"{name}.ff.net.2.bias"))
         both = layers.linear(f"{name}.ff.net.0.proj", layers.layer_norm(f"{name}.norm3", x))
         y, gate = ops.split(both, layers.constant(-1), 2).outputs()
@@ -185,7 +186,7 @@ class _UNetBlocks:
 class _Layers:
     """Layers by the names of their weights."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor | Quantised]) -> None:
         import openvino
         import openvino.opset13 as ops
 
@@ -204,25 +205,59 @@ class _Layers:
         return self.ops.constant(np.array(value, dtype=np.int64))
 
     def weight(self, name: str, *shape: int) -> Any:
-        tensor = self.tensors[name].detach().float().contiguous()
+        tensor = self.tensors[name]
+        if isinstance(tensor, Quantised):
+            return self.dequantised(tensor)
+        tensor = tensor.detach().float().contiguous()
         return self.ops.constant(
             (tensor.reshape(shape) if shape else tensor).numpy(), shared_memory=True
         )
+
+    def dequantised(self, layer: Quantised) -> Any:
+        """A layer's weight without what is added to it. A matrix is never whole in memory."""
+        ops, scale, values = self.ops, layer.scale.half().numpy(), layer.values.numpy()
+        if layer.kind == "int4":  # 0 to 15, less 8
+            shape = self.ov.Shape([*values.shape[:-1], 2 * values.shape[-1]])
+            whole = ops.constant(self.ov.Tensor(values, shape, self.ov.Type.u4))
+            number = ops.subtract(ops.convert(whole, "f32"), ops.constant(np.float32(8)))
+        else:
+            number = ops.convert(ops.constant(values.view(np.int8)), "f32")
+        scaled = ops.multiply(number, ops.convert(ops.constant(scale), "f32"))
+        out, inputs = layer.shape[0], layer.shape[1:].numel()
+        if values.size * 2 > out * inputs and layer.kind == "int4":  # the last group is filled up
+            flat = ops.reshape(scaled, self.constant([out, -1]), False)
+            scaled = ops.slice(flat, *map(self.constant, ([0], [inputs], [1], [1])))
+        return ops.reshape(scaled, self.constant([*layer.shape]), False)
+
+    def added(self, name: str) -> tuple[Any, Any] | None:
+        """left [o, r] and right [r, i], whose product is added to a layer's weight in 4 bits."""
+        layer = self.tensors[f"{name}.weight"]
+        if not isinstance(layer, Quantised) or layer.added is None:
+            return None
+        ops = self.ops
+        left, right = (ops.convert(ops.constant(one.half().numpy()), "f32") for one in layer.added)
+        return left, right
 
     # --- layers with weights ------------------------------------------------------------
 
     def conv(self, name: str, x: Any, stride: int = 1) -> Any:
         """A kernel of odd side, padded to keep the size."""
-        side = self.tensors[f"{name}.weight"].shape[-1]
-        pads = [side // 2] * 2
         weight = self.weight(f"{name}.weight")
+        if added := self.added(name):  # OpenVINO runs no kernel in 4 bits
+            product = self.ops.matmul(*added, False, False)
+            weight = self.ops.add(weight, self.ops.reshape(product, weight.shape, False))
+        side = weight.shape[-1]
+        pads = [side // 2] * 2
         y = self.ops.convolution(x, weight, [stride] * 2, pads, pads, [1, 1])
         return self.ops.add(y, self.weight(f"{name}.bias", 1, -1, 1, 1))
 
     def linear(self, name: str, x: Any) -> Any:
-        y = self.ops.matmul(x, self.weight(f"{name}.weight"), False, True)
-        bias = f"{name}.bias"
-        return self.ops.add(y, self.weight(bias)) if bias in self.tensors else y
+        ops, bias = self.ops, f"{name}.bias"
+        y = ops.matmul(x, self.weight(f"{name}.weight"), False, True)
+        if added := self.added(name):
+            left, right = added
+            y = ops.add(y, ops.matmul(ops.matmul(x, right, False, True), left, False, True))
+        return ops.add(y, self.weight(bias)) if bias in self.tensors else y
 
     def group_norm(self, name: str, x: Any, groups: int, eps: float) -> Any:
         scale, shift = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from koala.checkpoints.tokenizer_file import Reader as FileReader
+from koala.checkpoints.words import words_in
 from koala.generation.denoise import Condition
 from koala.generation.drawing import Drawing
 from koala.generation.form import Form, network_file, tokenizer_file
@@ -39,6 +40,7 @@ class LightPipeline(Drawing):
         self.form = form = Form.read(folder)
         self.name = name or form.name
         self.scheduler_config, self.zeros_for_empty = form.scheduler, form.zeros_for_empty
+        self.words = words_in(folder)
         half = form.backend == "openvino-bf16"
         self.conditioner = LightConditioner(folder, form)
         unet = Compiled(network_file(folder, "unet"), half)
@@ -70,7 +72,7 @@ class LightPipeline(Drawing):
 
     @property
     def known(self) -> Known:
-        return Known.of_form(self.form, self.name)
+        return Known.of_form(self.form, self.name, self.words)
 
     def own(self, array: Array) -> np.ndarray:
         return np.asarray(array, np.float32)

@@ -19,6 +19,7 @@ from koala.checkpoints.load import (
 from koala.checkpoints.quantised import KIND
 from koala.checkpoints.resolve import name_of, resolve_model
 from koala.checkpoints.validate import is_quantised, unet_architecture
+from koala.checkpoints.words import words_in
 from koala.errors import Failure, UserError
 from koala.generation import validation
 from koala.generation.decode import full
@@ -218,6 +219,7 @@ def _read(
         conditioner=conditioner,
         scheduler_config=load_scheduler_config(folder),
         zeros_for_empty=zeros_for_empty(folder),
+        words=words_in(folder),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from koala.checkpoints.sampling import of_named
 from koala.checkpoints.tensors import load_tensor
 from koala.checkpoints.textual_inversion import read_embedding
+from koala.checkpoints.words import Words
 from koala.errors import UserError
 from koala.generation import validation
 from koala.generation.control import Control
@@ -53,6 +54,7 @@ class Pipeline(Drawing):
     conditioner: TextConditioner
     scheduler_config: dict[str, Any]
     zeros_for_empty: bool = True  # without a negative prompt, not the embedding of ""
+    words: Words | None = None  # that it was taught, if they are few
     loras: dict[str, Attached | Merged] = field(default_factory=dict, init=False)  # by name
     predict: Predict = field(init=False)
     encode: Callable[[Array], Array] = field(init=False)
@@ -107,6 +109,7 @@ class Pipeline(Drawing):
             base=self._base,
             loras=tuple((name, lora.scale) for name, lora in self.loras.items()),
             sampling=of_named(self.name, self.scheduler_config),
+            words=self.words,
         )
 
     def use_loras(self, lora: Loras) -> None:

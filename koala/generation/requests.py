@@ -19,6 +19,7 @@ from koala.checkpoints.load import load_scheduler_config
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.sampling import USUAL, Sampling, of_model, of_named
 from koala.checkpoints.validate import unet_architecture
+from koala.checkpoints.words import Words, words_in
 from koala.generation import prompt_dialects, samplers, validation
 from koala.generation.control import Control
 from koala.generation.form import Form, is_form
@@ -105,24 +106,25 @@ class Known:
     base: BaseModel | None  # what a LoRA must fit; None: it takes none
     loras: tuple[tuple[str, float], ...] = ()  # names and scales of the model's own
     sampling: Sampling = USUAL  # that it is made for
+    words: Words | None = None  # that it was taught, if they are few
 
     @classmethod
     def of(cls, model: str | Path) -> Known:
         """Of a bundled name, a folder, a Hub id or a single file. UserError if it is not found."""
         if is_form(model):
             form = Form.read(Path(model).expanduser())
-            return cls.of_form(form, form.name)
+            return cls.of_form(form, form.name, words_in(Path(model).expanduser()))
         folder = resolve_model(model)
         return cls(
             str(model), unet_architecture(folder).sample * FACTOR, load_scheduler_config(folder),
-            base_of(folder), sampling=of_model(model, folder),
+            base_of(folder), sampling=of_model(model, folder), words=words_in(folder),
         )  # fmt: skip
 
     @classmethod
-    def of_form(cls, form: Form, name: str) -> Known:
+    def of_form(cls, form: Form, name: str, words: Words | None) -> Known:
         """Of an OpenVINO form, under a name."""
         meant = of_named(name, form.scheduler)
-        return cls(name, form.native, form.scheduler, base=None, sampling=meant)
+        return cls(name, form.native, form.scheduler, base=None, sampling=meant, words=words)
 
     def notes(self, settings: Settings) -> list[str]:
         """A line for each of an image's settings that may not be what is meant.
@@ -131,9 +133,11 @@ class Known:
         """
         size = validation.size_note((settings.width, settings.height), self.native)
         texts = (settings.prompt, settings.negative_prompt)
+        taught = settings.loras or settings.embeddings or settings.ip_adapter  # more than words
         found = (
             size,
             self.sampling.note(settings.steps, settings.guidance),
+            None if taught or not self.words else self.words.note(settings.prompt, self.name),
             *(note for text in texts for note in prompt_dialects.notes(text)),
         )
         return [line for line in found if line]

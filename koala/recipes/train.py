@@ -15,6 +15,7 @@ from koala.checkpoints.compress import adopt, compress
 from koala.checkpoints.load import build_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import unet_architecture
+from koala.checkpoints.words import FILE as WORDS
 from koala.data.encoding import Moments
 from koala.data.latents import LatentSet
 from koala.data.prepare import facts_of
@@ -237,6 +238,8 @@ def _export(recipe: UNet, task: Denoising, run: Path, half_life: int, path: Path
     unet = build_unet(task.trainable.config)
     unet.load_state_dict(weights)
     task.export(unet, path)
+    if isinstance(recipe, Finetune):  # which taught it words that are not listed
+        (path / WORDS).unlink(missing_ok=True)
 
 
 def _check_guidance(recipe: Student, teacher: str, folder: Path) -> None:

@@ -22,6 +22,7 @@ from koala.checkpoints.load import load_unet
 from koala.checkpoints.resolve import resolve_model
 from koala.checkpoints.validate import WEIGHTS, weights_files
 from koala.checkpoints.words import read_words
+from koala.cli import main
 from koala.generation.noise import TorchNoise
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,18 @@ def test_it_lists_the_words_that_it_knows():
     words = read_words(FOLDER, "koala-mini")
     assert {"fox", "bicycle", "whale"} <= set(words.things) and "noto style" in words.looks
     assert {"light blue", "black"} <= set(words.backgrounds)  # which are drawn, below
+
+
+def test_words_that_it_was_not_taught_are_named(capsys, tmp_path):
+    words = read_words(FOLDER, "koala-mini")
+    for known in ("a RED fox's", "two (mice:1.3) on a pale pink background BREAK noto style",
+                  "cat", "emoji of a cat", "please show me a pizza"):  # fmt: skip
+        assert words.note(known, "m") is None, known
+    assert words.unknown("a quokka in armour, <lora:x:1> a quokka") == ["quokka", "armour"]
+    command = ["generate", "an owl, noto style", "a lighthouse", "--steps", "1", "--out"]
+    assert main([*command, str(tmp_path)]) == 0
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "not taught" in one]
+    assert "was not taught 'lighthouse':" in line
 
 
 def test_words_change_the_image(pipeline):

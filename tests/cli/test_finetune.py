@@ -142,8 +142,10 @@ def test_a_whole_u_net_and_its_card(toy_sdxl, data, tmp_path):
     assert "fine-tuned from sdxl" in card_text.text(card)
     again = tmp_path / "again"
     few = ("training.samples=4", "training.preview_every=1000")
+    (run / "model" / "words.json").write_text("{}")  # it learns others
     assert main(command("full", run / "model", data, again, *few)) == 0
     assert model_card.read(again / "model").trained.before == 16
+    assert not (again / "model" / "words.json").exists()
 
 
 def test_captions_with_other_programs_syntax_are_previewed(koala, tmp_path):

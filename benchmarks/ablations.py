@@ -39,7 +39,7 @@ OPTIONS = {
     "teacher": "teacher", "deep": "deep-teacher", "fast": "fast-teacher", "pruned": "pruned",
 }  # fmt: skip
 NO_FEATURES = ("settings.feature_weight=0", "settings.taps=", "settings.normalise=false")
-JUDGED_BY = "r@5"  # the metric of the verdicts, unless another is asked for
+JUDGED_BY = ("r@5", "fd-efflite0")  # the metrics of the verdicts, unless others are asked for
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ def verdicts(report: EvaluationReport, metric: str) -> list[dict[str, object]]:
     return rows
 
 
-def page(report: EvaluationReport, rows: Sequence[dict[str, object]], metric: str) -> str:
-    """The findings as Markdown."""
+def page(report: EvaluationReport, found: dict[str, list[dict[str, object]]]) -> str:
+    """The findings, by metric, as Markdown."""
 
     def difference(row: dict[str, object]) -> str:
         if "interval" not in row:
@@ -173,9 +173,15 @@ def page(report: EvaluationReport, rows: Sequence[dict[str, object]], metric: st
         low, high = row["interval"]  # type: ignore[misc]  # two numbers
         return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
+    def cells(rows: tuple[dict[str, object], ...]) -> list[object]:
+        line = rows[0]
+        judged = (cell for row in rows for cell in (difference(row), row["verdict"]))
+        return [line["says"], line["first"], line["second"], *judged]
+
+    heads = [head for metric in found for head in (f"difference in {metric}", f"by {metric}")]
     lines = markdown.table(
-        ["the paper; last, our own", "first", "second", f"difference in {metric}", "here"],
-        ([r["says"], r["first"], r["second"], difference(r), r["verdict"]] for r in rows),
+        ["the paper; last, our own", "first", "second", *heads],
+        map(cells, zip(*found.values(), strict=True)),
     )
     return f"""# The paper's ablations on the mini family
 
@@ -223,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", default=[], help="further settings of every training")
     parser.add_argument("--count", type=int, default=200, help="prompts")
     parser.add_argument("--metrics", nargs="+", default=[])
-    parser.add_argument("--metric", default=JUDGED_BY, help="that the verdicts are on")
+    parser.add_argument("--judge-by", nargs="+", default=JUDGED_BY, help="metrics of the verdicts")
     parser.add_argument("--nice", type=int, default=0, help="to be added to the priority")
     o = parser.parse_args(arguments)
     os.nice(o.nice)
@@ -237,10 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metrics=o.metrics,
     )  # fmt: skip
     assert report is not None
-    rows = verdicts(report, o.metric)
-    write_text(o.out / "ablations.json", json.dumps(rows, indent=1) + "\n")
-    write_text(o.out / "ablations.md", page(report, rows, o.metric))
-    print(page(report, rows, o.metric))
+    found = {metric: verdicts(report, metric) for metric in o.judge_by}
+    write_text(o.out / "ablations.json", json.dumps(found, indent=1) + "\n")
+    write_text(o.out / "ablations.md", page(report, found))
+    print(page(report, found))
 
 
 if __name__ == "__main__":

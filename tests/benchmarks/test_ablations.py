@@ -39,11 +39,12 @@ def test_arms_are_trained_scored_and_judged(base_parts, tmp_path, packages, monk
     given = [
         "--teacher", str(teacher), "--data", str(data), "--out", str(tmp_path / "out"),
         "--only", "SA", "task", "--seeds", "0", "1", "--samples", "8", "--set", *TOY,
-        "--count", "3", "--metrics", METRIC, "--metric", METRIC,
+        "--count", "3", "--metrics", METRIC, "--judge-by", METRIC,
     ]  # fmt: skip
     ablations.main(given)
     out = tmp_path / "out"
-    rows = {row["says"]: row for row in json.loads((out / "ablations.json").read_text())}
+    found = json.loads((out / "ablations.json").read_text())
+    rows = {row["says"]: row for row in found[METRIC]}
     judged = rows.pop("distillation beats the task alone")
     assert {row["verdict"] for row in rows.values()} == {"not measured"}
     low, high = judged["interval"]

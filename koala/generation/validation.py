@@ -330,6 +330,11 @@ def runtime(
     demanded = None if backend == "remembered" else backend
     given = {"--backend": demanded, "--compile": compile, "--graphs": graphs, "--dtype": dtype}
     named = [name for name, value in given.items() if value]
+    if weights == "int4" and demanded == "openvino":
+        raise UserError(
+            "--backend openvino takes 4 bits from a folder that is made for it: koala export MODEL "
+            "--to openvino --dtype int4 --out FOLDER, and draw with --model FOLDER"
+        )
     if planned := any((vram, weights, decode, tiny_vae)):
         for name in named:
             raise UserError(

@@ -85,6 +85,7 @@ MISTAKES: tuple[tuple[list[str], str], ...] = (
     ([*GENERATE, "--ip-adapter", "gone", "--weights", "int8"], "go with a memory plan"),
     ([*GENERATE, "--backend", "openvion"], "unknown backend 'openvion': .* mean openvino?"),
     ([*GENERATE, "--weights", "fp61"], "unknown weights 'fp61': .*; did you mean fp16?"),
+    ([*GENERATE, "--weights", "int4", "--backend", "openvino"], "--to openvino --dtype int4"),
     ([*GENERATE, "--decode", "tild"], "unknown decoder 'tild': .*; did you mean tiled?"),
     ([*GENERATE, "--vram", "lots"], "vram is 'lots'"),
     ([*GENERATE, "--vram", "4", "--compile"], "--compile has no effect under a memory plan"),

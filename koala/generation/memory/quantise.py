@@ -7,8 +7,8 @@ Convolutions are a third of KOALA-700M's weights, so they are quantised too.
     int8   w = round(w / s) s,  s = max |w| / 127 of each output channel: error at most s / 2
     fp8    the same with e4m3 numbers and 448: finer near 0, coarser (1/16) at the top
     int4   whole numbers from -8 to 7 with a scale for each 32 weights of an output channel, the one
-           of eight scales that leaves the least squared error. A U-Net's first and last layer,
-           its embeddings of time and the text encoders are int8: all others depend on them
+           of eight scales that leaves the least squared error. A U-Net's embeddings, first and
+           last layers and stages, and the text encoders are int8: the image depends on them most
 """
 
 from collections.abc import Sequence

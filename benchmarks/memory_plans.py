@@ -20,7 +20,8 @@ from koala.generation.memory.plan import GIB, LADDER, Mode, Planner
 MODELS = {"sdxl": "SDXL and its fine-tunes", "koala-1b": "KOALA-1B", "koala-700m": "KOALA-700M"}
 SIZE = (1024, 1024)
 BUDGETS = (8, 6, 4, 3)  # GiB
-CHOICES = (*LADDER[:3], (None, "model offload", "tiled"), *LADDER[3:])
+INT4 = (("int4", "resident", "tiled"), ("int4", "model offload", "tiled"))
+CHOICES = (*LADDER[:3], (None, "model offload", "tiled"), *LADDER[3:], *INT4)
 
 
 def folder_of(name: str, place: Path) -> Path:

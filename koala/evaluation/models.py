@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from PIL import Image
 
@@ -63,18 +63,17 @@ class Row:
     runs: tuple[Run, ...]
 
 
-def rows_of(given: Sequence[str]) -> list[Row]:
-    """Parses MODEL, FOLDER or NAME=RUN,RUN,... into rows.
+Named: TypeAlias = tuple[str, Sequence[str]]  # a row's name, and its runs
+
+
+def rows_of(given: Sequence[str | Named]) -> list[Row]:
+    """Rows by name, and those that a command line gives: MODEL, FOLDER or NAME=RUN,RUN,...
 
     UserError for equal names, several runs without a name, and names that are no file names.
     """
     rows: dict[str, Row] = {}
-    for text in given:
-        name, _, place = text.rpartition("=")
-        places = place.split(",")
-        if not name and len(places) > 1:
-            raise UserError(f"{text!r} names several runs: call their row, NAME={text}")
-        name = name or place
+    for one_row in given:
+        name, places = _parsed(one_row) if isinstance(one_row, str) else one_row
         if name in rows:
             raise UserError(f"two models are named {name!r}: rename one with NAME=MODEL")
         rows[name] = Row(name, tuple(_run(name, one, i) for i, one in enumerate(places)))
@@ -84,6 +83,14 @@ def rows_of(given: Sequence[str]) -> list[Row]:
     if doubled := next((name for name in folders if folders.count(name) > 1), None):
         raise UserError(f"two models would be kept as {doubled!r}: rename one with NAME=MODEL")
     return [*rows.values()]
+
+
+def _parsed(text: str) -> Named:
+    name, _, place = text.rpartition("=")
+    places = place.split(",")
+    if not name and len(places) > 1:
+        raise UserError(f"{text!r} names several runs: call their row, NAME={text}")
+    return name or place, places
 
 
 def _run(row: str, place: str, number: int) -> Run:

@@ -18,6 +18,7 @@ from koala.evaluation.metrics.catalogue import (
     weights_of,
 )
 from koala.evaluation.models import (
+    Named,
     Row,
     Size,
     check_sampling,
@@ -78,7 +79,7 @@ class Plan:
 
 
 def plan(
-    models: Sequence[str],
+    models: Sequence[str | Named],
     out: str | Path,
     prompts: Sequence[str] = (),
     pictures: str | Path | None = None,

@@ -25,7 +25,7 @@ from koala.evaluation.measuring import (
     settings_of,
     sheet_pictures,
 )
-from koala.evaluation.models import REAL
+from koala.evaluation.models import REAL, Named
 from koala.evaluation.plan import Plan, plan
 from koala.evaluation.prompts import write
 from koala.evaluation.report_page import report_page
@@ -81,10 +81,13 @@ def evaluate(
 
     Returns None in other processes than the first. UserError for what cannot be evaluated.
     """
+    rows: Sequence[str | Named]
     if isinstance(models, Mapping):
-        models = [f"{name}={_places(place)}" for name, place in models.items()]
+        rows = [(name, _places(place)) for name, place in models.items()]
+    else:
+        rows = models
     asked = plan(
-        models, out, prompts, pictures,
+        rows, out, prompts, pictures,
         metrics=metrics, count=count, seeds=seeds,
         steps=[] if steps is None else [str(steps)],
         guidance=[] if guidance is None else [str(guidance)],
@@ -94,8 +97,8 @@ def evaluate(
     return run(asked, extractor, sentences)
 
 
-def _places(given: str | Path | Sequence[str | Path]) -> str:
-    return str(given) if isinstance(given, str | Path) else ",".join(map(str, given))
+def _places(given: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(given)] if isinstance(given, str | Path) else [*map(str, given)]
 
 
 def run(

@@ -338,6 +338,9 @@ def test_rows_are_called_by_their_names_or_by_themselves():
     assert [row.name for row in rows] == ["koala-mini", "b=a", "seeds"]
     assert [run.model for run in rows[2].runs] == ["x", "y", "z"]
     assert [run.name for run in rows[2].runs] == ["seeds", "seeds-2", "seeds-3"]
+    (row,) = rows_of([("LF@DW-1,UP-3", ["runs/LF@DW-1,UP-3-0", "runs/a=b"])])
+    assert row.name == "LF@DW-1,UP-3"
+    assert [run.model for run in row.runs] == ["runs/LF@DW-1,UP-3-0", "runs/a=b"]
     for wrong, says in (
         (["a=x", "a"], "two models are named 'a'"),
         (["x,y"], "call their row, NAME=x,y"),

@@ -56,7 +56,8 @@ def work_of(models: dict[str, MetaModels]) -> dict[str, Any]:
 
 def lost() -> dict[str, Any]:
     """The change of R@5 by each way, of what was measured."""
-    of_way = {row["way"]: row["R@5"] for row in _read(HERE / "fidelity/fidelity.json")["rows"]}
+    rounded = _read(HERE / "fidelity" / "weights" / "fidelity.json")
+    of_way = {row["way"]: row["R@5"] for row in rounded["rows"]}
     found = {
         kind: _change(of_way[f"weights {kind}"], of_way["fp32"], "koala-mini")
         for kind in ("int8", "int4")

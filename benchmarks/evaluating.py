@@ -39,15 +39,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="prepared illustrations")
     parser.add_argument("--model", default="koala-mini", help="of every row")
-    parser.add_argument("--count", type=int, default=1_000, help="prompts")
+    parser.add_argument("--count", type=int, default=250, help="prompts")
+    parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt")
     parser.add_argument("--out", type=Path, required=True, help="the record, a JSON file")
     o = parser.parse_args()
     names = [f"{steps}-steps" for steps in STEPS]
     with tempfile.TemporaryDirectory() as name:
         report = Path(name) / "report"
+        seeds = map(str, range(o.seeds))
         command = [
             sys.executable, "-m", "koala", "evaluate", *(f"{row}={o.model}" for row in names),
-            "--pictures", str(o.data), "--count", str(o.count), "--seeds", "0",
+            "--pictures", str(o.data), "--count", str(o.count), "--seeds", *seeds,
             "--steps", str(STEPS[0]), *(f"{r}={s}" for r, s in zip(names, STEPS, strict=True)),
             "--out", str(report),
         ]  # fmt: skip
@@ -57,7 +59,7 @@ def main() -> None:
     ratio = scoring[1] / (whole[1] - scoring[1])
     record = {
         "command": f"python -m benchmarks.evaluating --model {Path(o.model).name} "
-        f"--count {o.count}",
+        f"--count {o.count} --seeds {o.seeds}",
         "hardware": hardware(),
         "rows": len(names),
         "seconds": {"whole": whole[0], "scoring": scoring[0]},

@@ -42,7 +42,7 @@ from koala.checkpoints.validate import (
 )
 from koala.generation.calibration import Inputs, calibration_of
 from koala.generation.memory.calibrated import DAMPING, calibrated
-from koala.generation.memory.quantise import can_be_quantised, hold, low_rank, quantised
+from koala.generation.quantise import can_be_quantised, hold, low_rank, quantised
 from koala.generation.streaming import streamed_pipeline
 from koala.generation.validation import calibration_prompts
 from koala.utils.atomic import check_new, new_folder

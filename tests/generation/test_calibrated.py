@@ -6,7 +6,7 @@ from torch import Tensor
 
 from koala.checkpoints.quantised import GROUP
 from koala.generation.memory.calibrated import calibrated
-from koala.generation.memory.quantise import hold, quantised, scale_of
+from koala.generation.quantise import hold, quantised, scale_of
 
 
 def correlated(inputs: int) -> Tensor:

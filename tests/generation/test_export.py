@@ -117,17 +117,21 @@ def test_an_onnx_folder_is_optimums(model, exported):
     assert 0.45 < sizes[1] / sizes[0] < 0.55
 
 
-def test_genai_draws_what_we_draw(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+def test_genai_draws_what_we_draw(tmp_path, monkeypatch, dtype):
     monkeypatch.setenv("KOALA_CACHE", str(tmp_path / "cache"))
-    report = export("koala-mini", "openvino", tmp_path / "form")
+    report = export("koala-mini", "openvino", tmp_path / "form", dtype)
     assert not report.notes
     assert (tmp_path / "form" / "NOTICE.txt").is_file()
-    theirs = genai.Text2ImagePipeline(str(report.out), "CPU", INFERENCE_PRECISION_HINT="f32")
+    theirs = genai.Text2ImagePipeline(
+        str(report.out), "CPU", INFERENCE_PRECISION_HINT="f32", DYNAMIC_QUANTIZATION_GROUP_SIZE=0
+    )
     drawn = theirs.generate(
         "a fox, noto style", width=128, height=128, num_inference_steps=2, guidance_scale=3.5,
         generator=genai.TorchGenerator(7),
     )  # fmt: skip
-    ours = koala.load("koala-mini", "cpu")("a fox, noto style", seed=7, steps=2).images[0]
+    whole = "koala-mini" if dtype == "fp32" else report.out
+    ours = koala.load(whole, "cpu")("a fox, noto style", seed=7, steps=2).images[0]
     difference = np.array(drawn.data)[0].astype(int) - np.array(ours.convert("RGB")).astype(int)
     assert np.abs(difference).max() <= 4  # it cuts what we round, and rounds its schedule
     assert isinstance(ours, Image.Image) and np.array(ours).std() > 1

@@ -13,7 +13,7 @@ from koala.generation.memory.offload import (
     tensors_of,
     units_of,
 )
-from koala.generation.memory.quantise import quantise
+from koala.generation.quantise import quantise
 from toy import seeded_unet, toy_inputs, toy_text_encoders, toy_vae
 
 CPU = torch.device("cpu")

@@ -326,7 +326,7 @@ def test_a_hollow_u_net_is_quantised_fused_and_converted(hollow):
     pytest.importorskip("openvino")
     from openvino import compile_model
 
-    from koala.generation.memory.quantise import quantise
+    from koala.generation.quantise import quantise
     from koala.generation.runtime.compile import fuse_projections
     from koala.generation.runtime.openvino_graph import unet_model
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from koala.errors import UserError
-from koala.generation.memory.quantise import (
+from koala.generation.quantise import (
     GROUP,
     LARGEST,
     QuantisedConv2d,

@@ -14,8 +14,8 @@ from koala.checkpoints.validate import read_tensors
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation.calibration import calibration
-from koala.generation.memory.quantise import hold, quantise
 from koala.generation.pruning import prune_model
+from koala.generation.quantise import hold, quantise
 from koala.generation.quantised_folder import load_any_unet, stored_layer, write_quantised
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.compiled import Compiled

@@ -11,7 +11,7 @@ from koala.checkpoints.sampling import Sampling
 from koala.errors import UserError
 from koala.generation import load
 from koala.generation.memory.meta_models import DTYPES
-from koala.generation.memory.quantise import LARGEST
+from koala.generation.quantise import LARGEST
 from koala.generation.request_checks import check_values, checked
 from koala.generation.requests import Known
 from koala.generation.samplers import LABELS, SAMPLERS

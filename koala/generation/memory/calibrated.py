@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from koala.checkpoints.quantised import GROUP
-from koala.generation.memory.quantise import packed, scale_of, whole
+from koala.generation.quantise import packed, scale_of, whole
 
 DAMPING = 0.1  # of the mean second moment, added to each
 

@@ -19,7 +19,7 @@ from koala.checkpoints.validate import QUANTISED, read_json
 from koala.generation.decode import tiny_folder
 from koala.generation.memory.estimate import TEXT, UNET, VAE
 from koala.generation.memory.peak import peak_bytes
-from koala.generation.memory.quantise import quantise
+from koala.generation.quantise import quantise
 from koala.generation.row_tiling import decode_tiled, encode_tiled
 from koala.generation.runtime.dtypes import DTYPES
 from koala.utils.networks import (

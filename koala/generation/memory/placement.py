@@ -14,8 +14,8 @@ from koala.generation.decode import full, load_tiny, tiled, tiny
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.offload import GroupOffload, ModelOffload, OneAtATime, Resident
 from koala.generation.memory.plan import GIB, MemoryPlan, Planner
-from koala.generation.memory.quantise import quantise, quantise_layer
 from koala.generation.pixels import Decode
+from koala.generation.quantise import quantise, quantise_layer
 from koala.generation.runtime.dtypes import DTYPES
 from koala.generation.runtime.pytorch import encode_image
 from koala.utils.device import free_unused, ran_out

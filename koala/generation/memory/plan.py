@@ -19,7 +19,7 @@ from koala.generation import validation
 from koala.generation.memory.estimate import CARRIED, GIB, LADDER, MARGIN
 from koala.generation.memory.meta_models import TEXT, TINY, UNET, VAE, MetaModels
 from koala.generation.memory.offload import aligned_size, tensors_of, units_of
-from koala.generation.memory.quantise import LARGEST
+from koala.generation.quantise import LARGEST
 from koala.generation.runtime.dtypes import DTYPES, check_dtype
 from koala.utils.counted import counted
 from koala.utils.device import free_bytes, resident_bytes

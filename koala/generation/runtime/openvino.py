@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from koala.checkpoints.latent_scale import LatentScale
 from koala.errors import UserError
 from koala.generation.denoise import Condition, Predict
-from koala.generation.memory.quantise import Quantised
 from koala.generation.pixels import Decode, finished
+from koala.generation.quantise import Quantised
 from koala.generation.runtime.compiled import Compiled, core, openvino_folder
 from koala.generation.runtime.openvino_graph import decoder_model, unet_model, unsupported
 from koala.utils.digest import digest

@@ -19,7 +19,7 @@ from koala.architectures.config import from_unet_config
 from koala.checkpoints.flat import FlatDecoder, FlatUNet
 from koala.checkpoints.latent_scale import LatentScale
 from koala.errors import UserError
-from koala.generation.memory.quantise import Quantised
+from koala.generation.quantise import Quantised
 
 _LAYER_NORM, _TRANSFORMER_NORM, _VAE_NORM = 1e-5, 1e-6, 1e-6  # epsilons that no config names
 # Settings of diffusers' classes that change what is computed, with the values that are built here.

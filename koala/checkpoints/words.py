@@ -53,7 +53,8 @@ class Words:
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that are none of these."""
         asked = single_words(re.sub(_NO_WORDS, " ", prompt))
-        return [word for word in asked if word not in self.single and word not in _SMALL.split()]
+        known = self.single.union(_SMALL.split())
+        return [word for word in asked if word not in known]
 
     def note(self, prompt: str, model: str) -> str | None:
         """A line about words of a prompt that the model was not taught; None without any."""

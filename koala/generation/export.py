@@ -107,7 +107,8 @@ def _openvino(model: str | Path, out: Path, dtype: str) -> tuple[str, ...]:
     lacking = absent("openvino", "openvino_tokenizers")
     folder, four_bits = resolve_model(model), dtype == KIND
     source = Source.of_folder(folder, name_of(model), store if four_bits else None)
-    write_form(source, OF_DTYPE[dtype], out, folder, not lacking, fp16_text=four_bits)
+    backend = OF_DTYPE[dtype]
+    write_form(source, backend, out, folder, for_genai=not lacking, fp16_text=four_bits)
     return (f"not for OpenVINO GenAI: {lacking}",) if lacking else ()
 
 

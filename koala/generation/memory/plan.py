@@ -44,6 +44,11 @@ class Mode:
         return self.quantised or self.dtype
 
     @property
+    def text_weights(self) -> str:
+        """Of the text encoders, which stay in 8 bits beside a U-Net in 4."""
+        return "int8" if self.weights == "int4" else self.weights
+
+    @property
     def decoder(self) -> str:
         """The part that decodes."""
         return TINY if self.decode == "tiny" else VAE
@@ -118,7 +123,7 @@ class MemoryPlan:
         many = counted(self.images, "picture")
         decodes = {"full": ", decodes whole", "tiled": ", decodes in tiles", "tiny": ", idle"}
         rows = {
-            TEXT: ("int8" if mode.weights == "int4" else mode.weights, ""),
+            TEXT: (mode.text_weights, ""),
             UNET: (mode.weights, ""),
             VAE: (mode.vae_dtype, decodes[mode.decode]),
             TINY: (mode.dtype, ", decodes"),

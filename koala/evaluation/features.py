@@ -15,10 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from koala.utils.extras import require
 
 SIDE = 224  # pixels; the training resolution of EfficientNet-Lite0
+_NORMALISED = (  # convolutions of the network and its blocks, each with its batch norm
+    ("_conv_stem", "_bn0"), ("_conv_head", "_bn1"),
+    ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"),
+)  # fmt: skip
 
 
 class EffLite0(nn.Module):
@@ -38,6 +43,8 @@ class EffLite0(nn.Module):
         self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.net._fc = nn.Identity()  # replaces the classifier: the features come out
         self.requires_grad_(False).eval()
+        _fold_norms(self.net)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] in 0..255, RGB -> float32 [n, 1280].
@@ -49,6 +56,18 @@ class EffLite0(nn.Module):
         x = images.float()
         x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 255)
         return self.net((x - 127) / 128)
+
+
+def _fold_norms(net: nn.Module) -> None:
+    """Folds batch norms into the convolutions before them: half the time, features 1e-5 off."""
+    for module in list(net.modules()):
+        for conv, norm in _NORMALISED:
+            if hasattr(module, conv):
+                folded = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+                setattr(module, conv, folded)
+                setattr(module, norm, nn.Identity())
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
 
 
 @torch.no_grad()

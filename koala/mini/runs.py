@@ -125,7 +125,7 @@ def run_tiny(
     latents = LatentSet(data, source, recipe.kinds, {"short": 1.0}, seed)
     torch.manual_seed(seed)
     task = TinyDistillation(
-        new_tiny().to(device),
+        new_tiny().to(device, memory_format=torch.channels_last),
         load_vae(source).to(device),
         shown=latents.batch(0, 16)["latents"],
     )

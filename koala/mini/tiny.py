@@ -1,8 +1,9 @@
 """The mini family's tiny autoencoder: a cheap decoder, and its inverse.
 
-diffusers' `AutoencoderTiny`, the class of TAESD, at a third of its width. It works on normalised
+diffusers' `AutoencoderTiny`, the class of TAESD, at half of its width. It works on normalised
 latents and is distilled from the VAE alone: it decodes latents to the VAE's image, and encodes that
-image to the latents. So it needs no images, only the latents made by `koala prepare --model`.
+image to the latents. So it needs no images, only the latents made by `koala prepare --model`; half
+of them get noise, since a U-Net's latents are not those of images.
 
 Shapes: n samples, latents [n, 4, h, w], images [n, 3, 8h, 8w].
 """
@@ -23,16 +24,20 @@ from koala.mini.perceptual import MobileNetV2
 from koala.mini.vae import opponent, to_images
 from koala.utils.contact_sheet import contact_sheet
 
-PERCEPTUAL = 0.25  # weight of the perceptual error
+PERCEPTUAL = 0.5  # weight of the perceptual error
+NOISE = 0.5  # standard deviations, at most, on half of the latents
 
 
 def new_tiny() -> AutoencoderTiny:
-    """The untrained autoencoder, fp32: about 160,000 parameters, most of them in the decoder."""
+    """The untrained autoencoder, fp32: about 430,000 parameters, most of them in the decoder.
+
+    Blocks are many where they are cheap, at the latents' resolution: 6, 4, 2 and 1.
+    """
     return AutoencoderTiny(
         encoder_block_out_channels=(16,) * 4,
-        decoder_block_out_channels=(24,) * 4,
+        decoder_block_out_channels=(32,) * 4,
         num_encoder_blocks=(1,) * 4,
-        num_decoder_blocks=(2, 2, 2, 1),
+        num_decoder_blocks=(6, 4, 2, 1),
     )
 
 
@@ -55,6 +60,7 @@ class TinyDistillation(nn.Module):
     ) -> dict[str, Tensor]:
         """Named scalars for {"latents": [n, 4, h, w]}; deterministic."""
         z = batch["latents"].to(next(self.trainable.parameters()).device)
+        z = z + self._noise(z.shape, generators[0]).to(z)
         target = self.drawn(z)
         y = self.trainable.decode(z).sample
         error = opponent(y - target)
@@ -63,6 +69,12 @@ class TinyDistillation(nn.Module):
         latent = F.mse_loss(self.trainable.encode(target).latents, z)
         loss = pixel + PERCEPTUAL * seen + latent
         return {"pixel": pixel, "perceptual": seen, "latent": latent, "loss": loss}
+
+    @staticmethod
+    def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Gaussian noise of a strength for each sample, uniform below `NOISE`, 0 for half."""
+        strength = (2 * torch.rand(shape[0], 1, 1, 1, generator=generator) - 1).clamp(min=0)
+        return NOISE * strength * torch.randn(shape, generator=generator)
 
     @torch.no_grad()
     def drawn(self, z: Tensor) -> Tensor:

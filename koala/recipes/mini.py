@@ -168,8 +168,8 @@ def tiny_mini() -> Tiny:
     return Tiny(
         kinds=MIXTURE.kinds,
         training=Training(
-            samples=8_000, batch=8, lr=2e-3, warmup=400, decay=True, weight_decay=0.0,
-            ema_half_life=400, log_every=400, preview_every=2_000,
+            samples=32_000, batch=8, lr=2e-3, warmup=400, decay=True, weight_decay=0.0,
+            ema_half_life=1_000, log_every=800, preview_every=8_000,
         ),
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from koala.evaluation.pictures import RealPictures, stamp
 from koala.evaluation.prompts import Prompt, PromptSet
 
 KIND = "emoji"
-JUDGE_IMAGES = 4000  # at most: features take about three minutes on two cores
+JUDGE_IMAGES = 4000  # at most: features take under two minutes of a core
 
 
 def choose(real: ImageSet, prompts: int) -> tuple[list[int], list[int], list[int]]:

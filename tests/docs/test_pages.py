@@ -201,6 +201,13 @@ def test_the_readmes_speed_is_the_records():
     assert f"koala-mini-guided is {few} times as fast again" in readme
 
 
+def test_what_scoring_takes_is_the_record():
+    record = json.loads((DOCS.parent / "benchmarks" / "evaluating.json").read_text())
+    page = " ".join((DOCS / "evaluation.md").read_text().split())
+    assert f"took {record['scoring_over_drawing']:.2f} times as long as drawing them" in page
+    assert record["scoring_over_drawing"] <= record["bound"]
+
+
 def test_the_table_of_guided_distillation_is_the_report():
     report = json.loads((DOCS / "evaluation" / "bundled.json").read_text())
     page = (DOCS / "few-steps.md").read_text()

@@ -7,6 +7,7 @@ A path's source is recognised by `koala.data.sources` and encoded by
 
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from koala.checkpoints.resolve import check_name, resolve_model
+from koala.checkpoints.validate import read_json
 from koala.data.illustrations.images import (
     ImageSet,
     check_images,
@@ -109,6 +111,7 @@ def prepare(
         from koala.data.latent_preparation import prepare_latents  # loads torch: after all checks
 
         preparation = preparation or Preparation()
+        _tell_size(model, folder, preparation.size)
         summary = prepare_latents(images, Path(out), folder, preparation, workers, _device(device))
     return PrepareReport(Path(out), {}, summary, None)
 
@@ -178,6 +181,18 @@ def _source(
     settings = asdict(with_captions(found, preparation))
     check_claim(out / CLAIM, {"source": found.name, **settings}, asdict(Preparation()))
     return found
+
+
+def _tell_size(name: str, model: Path, size: int) -> None:
+    """Says so where nobody chose a size, and the model was made for a smaller one."""
+    config = model / "unet" / "config.json"
+    side = read_json(config).get("sample_size") if config.is_file() else None
+    if isinstance(side, int) and 8 * side < size == Preparation().size:
+        print(
+            f"koala: the images are stored for {size} pixels, {name} draws at {8 * side}: choose "
+            "with --size",
+            file=sys.stderr,
+        )
 
 
 def facts_of(folder: str | Path) -> dict[str, Any]:

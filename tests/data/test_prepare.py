@@ -413,6 +413,17 @@ def test_the_command_prepares_and_reports(folder, toy_sdxl, tmp_path, capsys):
     assert "applies to stored embeddings only; add --text" in capsys.readouterr().err
 
 
+def test_a_size_that_nobody_chose_is_named_if_the_model_draws_smaller(folder, tmp_path, capsys):
+    out = tmp_path / "data"
+    given = ["prepare", str(folder), "--model", "koala-mini", "--out", str(out), "--workers", "1"]
+    assert main([*given, "--upscale", "--max-words", "1"]) == 2  # all captions are longer
+    told = "stored for 1024 pixels, koala-mini draws at 128: choose with --size"
+    assert told in capsys.readouterr().err
+    shutil.rmtree(out)
+    assert main([*given, "--upscale", "--size", "128"]) == 0
+    assert told not in capsys.readouterr().err
+
+
 def test_the_pages_commands_do_what_they_say(files, toy_sdxl, tmp_path, monkeypatch, capsys):
     """docs/data.md at toy size: every command, and the lines of Python after them."""
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()

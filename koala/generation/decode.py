@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from koala.generation.row_tiling import POSITIONS, decode_tiled
 from koala.utils.device import device_and_dtype
 from koala.utils.networks import AutoencoderKL, AutoencoderTiny
 
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
+
 TINY = "vae_tiny"  # where a model folder keeps its tiny autoencoder
 TINY_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -28,6 +30,12 @@ TINY_FILE = "diffusion_pytorch_model.safetensors"
 def full(vae: AutoencoderKL) -> Decode:
     """The VAE's decoder as it is, all images at once."""
     return _finite(vae, lambda z: vae.decode(z).sample, partial(vae_latents, vae))
+
+
+def whole(autoencoder: Autoencoder) -> Decode:
+    """`full` of a VAE, `tiny` of a tiny one."""
+    how: Callable[[Any], Decode] = tiny if isinstance(autoencoder, AutoencoderTiny) else full
+    return how(autoencoder)
 
 
 def tiled(vae: AutoencoderKL, positions: int = POSITIONS) -> Decode:

@@ -22,7 +22,7 @@ from koala.checkpoints.validate import is_quantised, unet_architecture
 from koala.checkpoints.words import words_in
 from koala.errors import Failure, UserError
 from koala.generation import validation
-from koala.generation.decode import full
+from koala.generation.decode import Autoencoder, full
 from koala.generation.denoise import Condition, Predict, finish
 from koala.generation.engine import PIXELS_AT_ONCE
 from koala.generation.form_writing import keep_form
@@ -91,7 +91,8 @@ def load(
         from_image, beside_model(place),
     )  # fmt: skip
     budget = None if vram is None else validation.budget(vram)
-    return _as_planned(folder, name, planner, budget, scales, say)
+    unbound = vram is None and weights is None
+    return _as_planned(folder, name, planner, budget, unbound, scales, say)
 
 
 def _largest(
@@ -107,10 +108,13 @@ def _largest(
 
 
 def _as_planned(
-    folder: Path, name: str, planner: Planner, budget: int | None,
+    folder: Path, name: str, planner: Planner, budget: int | None, unbound: bool,
     scales: Mapping[str | Path, float], say: Say,
 ) -> Pipeline:  # fmt: skip
-    """The pipeline in the way that fits: into the budget in bytes, or what is free."""
+    """The pipeline in the way that fits: into the budget in bytes, or what is free.
+
+    unbound: any backend may run it, if all of it fits as it is.
+    """
     place = planner.device
     placement = Placement(planner, planner.choose(budget), say)
     if budget is not None and place.type == "cpu":
@@ -120,6 +124,8 @@ def _as_planned(
     pipeline = placed(folder, name, placement, scales, say)
     if budget is not None and place.type == "cpu" and placement.plan.mode.place == "resident":
         keep_some_freed_memory()
+    if unbound and placement.plan.mode.is_whole:  # the decoder alone was chosen
+        set_runtime(pipeline, say=say, decoder=placement.autoencoder())
     if budget is not None and place.type == "cuda":  # more than that fails, and steps down
         _, total = torch.cuda.mem_get_info(place)
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), place)
@@ -234,11 +240,12 @@ def set_runtime(
     compiled: bool = False,
     graphs: bool = False,
     say: Say = lambda line: None,
+    decoder: Autoencoder | None = None,
 ) -> Backend | None:
     """Sets what runs a pipeline's networks, which are all on one device, with LoRAs merged.
 
-    Returns the backend; None where PyTorch is compiled or replays graphs. Arguments and errors as
-    in `load`.
+    decoder: a tiny autoencoder that decodes in the VAE's place. Returns the backend; None where
+    PyTorch is compiled or replays graphs. Arguments and errors as in `load`.
     """
     validation.runtime(backend, compiled, graphs)
     if compiled:
@@ -252,7 +259,7 @@ def set_runtime(
         pipeline.predict, pipeline.batch_sizes = in_fixed_batches(pipeline.predict), ROWS
         return None
     samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
-    chosen = choose(pipeline.unet, pipeline.vae, backend, samples)
+    chosen = choose(pipeline.unet, decoder or pipeline.vae, backend, samples)
     if chosen.name != "torch":  # which a pipeline has from the beginning
         pipeline.decode = chosen.decode
         # Requests may have LoRAs of their own, as under PyTorch.

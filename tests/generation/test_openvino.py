@@ -18,15 +18,17 @@ pytest.importorskip("openvino")
 from koala.architectures.config import INNER, from_unet_config
 from koala.architectures.layout import inner_widths
 from koala.checkpoints.load import build_unet
+from koala.checkpoints.resolve import resolve_model
 from koala.cli import main
 from koala.errors import UserError
 from koala.generation import Engine
-from koala.generation.decode import full
+from koala.generation.decode import full, load_tiny, tiny
 from koala.generation.loader import load, set_runtime
 from koala.generation.runtime import compiled, openvino
 from koala.generation.runtime.backends import Backend, choose, example, timed
 from koala.generation.runtime.fixed_batches import ROWS
 from koala.generation.runtime.pytorch import predictor
+from koala.mini.tiny import new_tiny
 from koala.serving.warmup import warm_up
 from koala.utils.device import has_bf16
 from toy import toy_pipeline, toy_unet, toy_vae
@@ -86,6 +88,35 @@ def test_the_decoder_gives_the_same_images(vae):
     with torch.inference_mode():
         images = openvino.decoder(vae)(LATENTS)
         torch.testing.assert_close(images, full(vae)(LATENTS), atol=1e-4, rtol=0)
+
+
+def test_a_tiny_decoder_gives_the_same_images():
+    torch.manual_seed(0)
+    model = new_tiny().eval().requires_grad_(False)
+    with torch.inference_mode():
+        for latents in (LATENTS, 5 * LATENTS[:, :, :5]):  # beyond what it bounds them to
+            images = openvino.decoder(model)(latents)
+            torch.testing.assert_close(images, tiny(model)(latents), atol=1e-4, rtol=0)
+    model.register_to_config(act_fn="gelu")
+    with pytest.raises(UserError, match="act_fn is 'relu', this one's is 'gelu'"):
+        openvino.decoder(model)
+
+
+def test_a_tiny_decoder_alone_leaves_the_backend_free():
+    """`decode="tiny"` asks for no memory plan that only PyTorch carries out."""
+    said: list[str] = []
+    pipeline = load("koala-mini", "cpu", decode="tiny", say=said.append)
+    backend = [line for line in said if line.startswith("backend")]
+    assert len(backend) == 1 and pipeline.plan is not None and pipeline.plan.mode.decode == "tiny"
+    asked = {"steps": 1, "seed": 0}
+    image = np.asarray(pipeline("a fox", **asked).images[0], dtype=np.int16)
+    own = load_tiny(resolve_model("koala-mini"))
+    pipeline.predict, pipeline.decode = predictor(pipeline.unet), tiny(own)
+    plain = np.asarray(pipeline("a fox", **asked).images[0], dtype=np.int16)
+    assert np.abs(image - plain).max() <= 1  # of 255
+    said.clear()
+    load("koala-mini", "cpu", decode="tiny", weights="fp32", say=said.append)
+    assert not said
 
 
 def test_what_is_in_the_cache_is_not_made_again(vae, cache):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from koala.errors import Failure
-from koala.generation.decode import full, load_tiny, tiled, tiny
+from koala.generation.decode import Autoencoder, load_tiny, tiled, whole
 from koala.generation.memory.meta_models import TEXT, UNET, VAE
 from koala.generation.memory.offload import GroupOffload, ModelOffload, OneAtATime, Resident
 from koala.generation.memory.plan import GIB, MemoryPlan, Planner
@@ -77,14 +77,23 @@ class Placement:
             self._decoders[how] = self._decoder(how)
         return self._decoders[how](latents)
 
-    def _decoder(self, how: str) -> Decode:
-        if how != "tiny":
+    def autoencoder(self) -> Autoencoder:
+        """Whose decoder the plan has: the VAE, or the tiny autoencoder, read anew."""
+        if self.plan.mode.decode != "tiny":
             (vae,) = self._models[VAE]
             assert isinstance(vae, AutoencoderKL)
-            return {"full": full, "tiled": tiled}[how](vae)
+            return vae
         assert self.planner.tiny is not None, "no mode is tiny without a tiny autoencoder"
         model = load_tiny(self.planner.tiny, DTYPES[self.plan.mode.dtype])
-        return tiny(model.to(self.plan.device))
+        model.to(self.plan.device)
+        return model
+
+    def _decoder(self, how: str) -> Decode:
+        model = self.autoencoder()
+        if how == "tiled":
+            assert isinstance(model, AutoencoderKL)
+            return tiled(model)
+        return whole(model)
 
     def guarded(self, run: Callable[P, R]) -> Callable[P, R]:
         """`run`; if memory runs out, the next smaller plan is followed and `run` called again."""

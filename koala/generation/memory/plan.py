@@ -40,6 +40,11 @@ class Mode:
     decode: str = "full"  # or "tiled" or "tiny"
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all networks lie on the device as they are, and decode an image at once."""
+        return self.quantised is None and self.place == "resident" and self.decode != "tiled"
+
+    @property
     def weights(self) -> str:
         return self.quantised or self.dtype
 

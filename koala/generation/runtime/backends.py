@@ -23,13 +23,13 @@ from koala.architectures.config import pooled_width
 from koala.checkpoints.load import build_unet
 from koala.errors import UserError
 from koala.generation import validation
-from koala.generation.decode import full
+from koala.generation.decode import Autoencoder, whole
 from koala.generation.denoise import Condition, Predict
 from koala.generation.pixels import Decode
 from koala.generation.runtime import openvino
 from koala.generation.runtime.fixed_batches import in_fixed_batches, one_by_one
 from koala.generation.runtime.openvino import Calibration
-from koala.generation.runtime.openvino_graph import unsupported
+from koala.generation.runtime.openvino_graph import unsupported, unsupported_decoder
 from koala.generation.runtime.pytorch import predictor
 from koala.generation.validation import EXACT, ROUNDED
 from koala.text_conditioning import time_ids
@@ -37,7 +37,7 @@ from koala.utils.asset_packages import cache_folder
 from koala.utils.atomic import new_file
 from koala.utils.device import cpu_name, device_and_dtype, free_bytes, has_bf16
 from koala.utils.extras import absent
-from koala.utils.networks import AutoencoderKL, UNet2DConditionModel
+from koala.utils.networks import UNet2DConditionModel
 
 _RUNS = 5  # timed evaluations of each; the least counts
 _ENOUGH = 0.5  # seconds after which one is timed no further
@@ -61,7 +61,7 @@ class Backend:
 
 def choose(
     unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     asked: str | None = None,
     samples: Calibration | None = None,
 ) -> Backend:
@@ -118,7 +118,7 @@ def _is_small(unet: UNet2DConditionModel) -> bool:
 
 
 def _lacking(
-    backend: str, unet: UNet2DConditionModel, vae: AutoencoderKL, samples: Calibration | None
+    backend: str, unet: UNet2DConditionModel, vae: Autoencoder, samples: Calibration | None
 ) -> str | None:
     """Why a backend cannot run the model here; None if it can."""
     engine, _, precision = backend.partition("-")
@@ -138,7 +138,7 @@ def _lacking(
         return lacking
     if precision == "int8" and samples is None:
         return "it needs samples of the U-Net's inputs"
-    strange = unsupported(unet.config) or unsupported(vae.config, vae=True)
+    strange = unsupported(unet.config) or unsupported_decoder(vae.config)
     if engine == "openvino" and strange:
         return strange
     size = sum(p.numel() * p.element_size() for p in unet.parameters())
@@ -152,12 +152,12 @@ def _made(
     backend: str,
     why: str,
     unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     samples: Calibration | None = None,
 ) -> Backend:
     predict = _predictor(backend, unet, samples)
     if not backend.startswith("openvino"):
-        return Backend(backend, why, predict, full(vae))
+        return Backend(backend, why, predict, whole(vae))
     half = vae.dtype == torch.bfloat16 or backend == "openvino-bf16"
     decode = openvino.decoder(vae, "bf16" if half else "fp32")
     # Compiled for one shape: requests that join and leave must not cause a new one.

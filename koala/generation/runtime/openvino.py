@@ -24,14 +24,22 @@ from torch import Tensor, nn
 
 from koala.checkpoints.latent_scale import LatentScale
 from koala.errors import UserError
+from koala.generation.decode import Autoencoder
 from koala.generation.denoise import Condition, Predict
 from koala.generation.pixels import Decode, finished
 from koala.generation.quantise import Quantised
 from koala.generation.runtime.compiled import Compiled, core, openvino_folder
-from koala.generation.runtime.openvino_graph import decoder_model, unet_model, unsupported
+from koala.generation.runtime.openvino_graph import (
+    decoder_model,
+    is_tiny,
+    tiny_decoder_model,
+    unet_model,
+    unsupported,
+    unsupported_decoder,
+)
 from koala.utils.digest import digest
 from koala.utils.extras import require
-from koala.utils.networks import AutoencoderKL, ConfigMixin, UNet2DConditionModel
+from koala.utils.networks import ConfigMixin, UNet2DConditionModel
 
 PRECISIONS = ("fp32", "bf16", "int8")
 _BUILT = 2  # counts changes of what `openvino_graph` builds: others' files are not taken for it
@@ -82,8 +90,8 @@ def unet_engine(
     return Engine(unet, unet_model, precision, samples)
 
 
-def decoder(vae: AutoencoderKL, precision: str = "fp32") -> Decode:
-    """The VAE's decoder run by OpenVINO, all images at once; in "fp32" or "bf16"."""
+def decoder(vae: Autoencoder, precision: str = "fp32") -> Decode:
+    """The decoder of a VAE or a tiny one run by OpenVINO, all images at once; "fp32" or "bf16"."""
     engine, factor = decoder_engine(vae, precision), LatentScale(vae.config).factor
 
     def decode(latents: Tensor) -> Tensor:
@@ -92,13 +100,13 @@ def decoder(vae: AutoencoderKL, precision: str = "fp32") -> Decode:
     return decode
 
 
-def decoder_engine(vae: AutoencoderKL, precision: str) -> "Engine":
+def decoder_engine(vae: Autoencoder, precision: str) -> "Engine":
     """What `decoder` runs."""
     if precision == "int8":
         raise UserError("precision 'int8' is for the U-Net: the VAE takes fp32 or bf16")
     _check(precision, ())
-    _refuse_unsupported(unsupported(vae.config, vae=True))
-    return Engine(vae, decoder_model, precision)
+    _refuse_unsupported(unsupported_decoder(vae.config))
+    return Engine(vae, tiny_decoder_model if is_tiny(vae.config) else decoder_model, precision)
 
 
 def is_converted(unet: UNet2DConditionModel) -> bool:
@@ -127,7 +135,7 @@ class Engine:
 
     def __init__(
         self,
-        model: UNet2DConditionModel | AutoencoderKL,
+        model: UNet2DConditionModel | Autoencoder,
         build: Callable[[Any, Any], Any],
         precision: str = "fp32",
         samples: Calibration | None = None,
@@ -231,7 +239,7 @@ def _refuse_unsupported(reason: str | None) -> None:
         raise UserError(f"OpenVINO cannot run this model: {reason}")
 
 
-def _fingerprint(model: UNet2DConditionModel | AutoencoderKL, kind: str) -> str:
+def _fingerprint(model: UNet2DConditionModel | Autoencoder, kind: str) -> str:
     """A hash of a model's weights and configuration, and of `kind`."""
     weights = _hash([tuple(tensor for _, tensor in sorted(model.state_dict().items()))])
     return digest([json.dumps(settings_of(model), sort_keys=True), weights, kind])

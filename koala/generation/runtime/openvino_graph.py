@@ -1,4 +1,4 @@
-"""SDXL's U-Net and the VAE's decoder as OpenVINO models, layer by layer from the weights.
+"""SDXL's U-Net and the VAE's decoder, or a tiny one, as OpenVINO models, layer by layer.
 
 OpenVINO can trace a PyTorch module itself; for a U-Net of 5 million parameters that takes seconds,
 for one of 800 million over 13 GB. Here the weights are used where they lie, and which layers there
@@ -30,20 +30,40 @@ _UNET: dict[str, Any] = {
     "resnet_out_scale_factor": 1.0, "cross_attention_norm": None, "upcast_attention": False,
 }  # fmt: skip
 _VAE: dict[str, Any] = {"act_fn": "silu"}
+_TINY: dict[str, Any] = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
+_TINY_MAGNITUDE = 3.0  # to which `AutoencoderTiny` bounds the latents
 
 
-def unsupported(config: Mapping[str, Any], vae: bool = False) -> str | None:
-    """Which setting of a model's config is not built here; None if all are."""
-    for key, value in (_VAE if vae else _UNET).items():
-        if config.get(key, value) != value:
-            return f"it takes models whose {key} is {value!r}, this one's is {config[key]!r}"
-    if vae:
-        strange = {*config["up_block_types"]} - {"UpDecoderBlock2D"}
-        return f"it takes no VAE with {min(strange)}" if strange else None
+def unsupported(config: Mapping[str, Any]) -> str | None:
+    """Which setting of a U-Net's config is not built here; None if all are."""
+    if reason := _differing(config, _UNET):
+        return reason
     try:
         from_unet_config(config)
     except UserError as error:
         return str(error)
+    return None
+
+
+def unsupported_decoder(config: Mapping[str, Any]) -> str | None:
+    """The same of a VAE, or a tiny autoencoder."""
+    if is_tiny(config):
+        return _differing(config, _TINY)
+    if reason := _differing(config, _VAE):
+        return reason
+    strange = {*config["up_block_types"]} - {"UpDecoderBlock2D"}
+    return f"it takes no VAE with {min(strange)}" if strange else None
+
+
+def is_tiny(config: Mapping[str, Any]) -> bool:
+    """Whether an autoencoder's config is an `AutoencoderTiny`'s."""
+    return "num_decoder_blocks" in config
+
+
+def _differing(config: Mapping[str, Any], built: Mapping[str, Any]) -> str | None:
+    for key, value in built.items():
+        if config.get(key, value) != value:
+            return f"it takes models whose {key} is {value!r}, this one's is {config[key]!r}"
     return None
 
 
@@ -122,6 +142,31 @@ def decoder_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> A
             y = layers.upsampled(f"{stage}.upsamplers.0.conv", y, twice)
     y = ops.swish(layers.group_norm("decoder.conv_norm_out", y, groups, _VAE_NORM))
     y = layers.conv("decoder.conv_out", y)
+    return named(openvino.Model([y], [z]), FlatDecoder.inputs, FlatDecoder.outputs)
+
+
+def tiny_decoder_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """A tiny autoencoder's decoder: latents [n, 4, h, w] as the U-Net sees them, divided by the
+    config's `scaling_factor`, to images [n, 3, 8h, 8w] in -1 to 1.
+    """
+    import openvino
+
+    layers, blocks = _Layers(tensors), config["num_decoder_blocks"]
+    ops = layers.ops
+    z = ops.parameter([-1, config["latent_channels"], -1, -1])
+    bound, two, one = (ops.constant(np.float32(value)) for value in (_TINY_MAGNITUDE, 2, 1))
+    y = ops.multiply(ops.tanh(ops.divide(z, bound)), bound)
+    y = ops.relu(layers.conv("decoder.layers.0", y))
+    place = 2  # in the list of layers: activations and upsampling have a place, and no weights
+    for stage, number in enumerate(blocks):
+        for _ in range(number):
+            y = layers.tiny_block(f"decoder.layers.{place}", y)
+            place += 1
+        if stage + 1 < len(blocks):
+            twice = ops.multiply(layers.side_lengths(y), layers.constant([2, 2]))
+            y = layers.upsampled(f"decoder.layers.{place + 1}", y, twice)
+            place += 2
+    y = ops.subtract(ops.multiply(layers.conv(f"decoder.layers.{place}", y), two), one)
     return named(openvino.Model([y], [z]), FlatDecoder.inputs, FlatDecoder.outputs)
 
 
@@ -249,7 +294,8 @@ class _Layers:
         side = weight.shape[-1]
         pads = [side // 2] * 2
         y = self.ops.convolution(x, weight, [stride] * 2, pads, pads, [1, 1])
-        return self.ops.add(y, self.weight(f"{name}.bias", 1, -1, 1, 1))
+        bias = f"{name}.bias"
+        return self.ops.add(y, self.weight(bias, 1, -1, 1, 1)) if bias in self.tensors else y
 
     def linear(self, name: str, x: Any) -> Any:
         ops, bias = self.ops, f"{name}.bias"
@@ -284,6 +330,13 @@ class _Layers:
         if self.has(f"{name}.conv_shortcut"):
             x = self.conv(f"{name}.conv_shortcut", x)
         return ops.add(x, y)
+
+    def tiny_block(self, name: str, x: Any) -> Any:
+        """A residual block of `AutoencoderTiny`, of one width: three kernels without norms."""
+        y = x
+        for place in (0, 2):
+            y = self.ops.relu(self.conv(f"{name}.conv.{place}", y))
+        return self.ops.relu(self.ops.add(self.conv(f"{name}.conv.4", y), x))
 
     def attention(self, name: str, x: Any, context: Any, heads: int) -> Any:
         """Of x [n, s, d] to the context [n, s', d']."""

@@ -73,8 +73,7 @@ The runs differ from the recipes of `koala/recipes/mini.py` as follows:
   8e-4, stopped at 191,488 of 256,000. `sdxl-mini-128` continued from there on the new latents, not
   from `sdxl-mini-64`. Between it and `sdxl-mini` came 15,360 samples at 5e-4.
 - `koala-mini-first` was called koala-mini when it ran. `koala-mini` continued from it before
-  `--student` existed; OUT/start, which that option makes, was put there by hand. `tiny-mini` was
-  trained on `koala-mini-first`, whose VAE is the same.
+  `--student` existed; OUT/start, which that option makes, was put there by hand.
 - `koala-mini-guided-first` is `koala-mini-guided` with `cut=none` and koala-mini for both
   `--teacher` and `--student`. `koala-mini-guided` is `koala-mini-lightning` from there, in
   16,384 samples.

@@ -2,8 +2,8 @@
 
 `python -m benchmarks.mini_latency [--out benchmarks/mini_latency.json]`
 
-Both draw as they are made for, with the back end that `koala.load` takes. `python -m
-benchmarks.start` has the memory.
+Both draw as they are made for, with the back end that `koala.load` takes; the few-step model also
+with the tiny decoder. `python -m benchmarks.start` has the memory.
 """
 
 import argparse
@@ -22,13 +22,14 @@ from koala.utils.device import hardware
 
 RUNS = 40
 PARENT = "koala-mini"
+WITH_TINY = f"{DEFAULT}, tiny decoder"
 
 
 class Timed:
     """A model's images, and the seconds of each, of which the decoder takes a part."""
 
-    def __init__(self, model: str) -> None:
-        self.pipeline = load(model, "cpu")
+    def __init__(self, model: str, decode: str | None = None) -> None:
+        self.pipeline = load(model, "cpu", decode=decode)
         self.seconds: list[float] = []
         self.decoding: list[float] = []
         self._decode = self.pipeline.decode
@@ -60,17 +61,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/mini_latency.json"))
     options = parser.parse_args()
     models = {name: Timed(name) for name in (PARENT, DEFAULT)}
+    models[WITH_TINY] = Timed(DEFAULT, "tiny")
     for seed in range(RUNS + 1):
         for model in models.values():
             model.draw(seed)
-    pairs = ratio(models[PARENT].seconds[1:], models[DEFAULT].seconds[1:])
+    parent = models[PARENT].seconds[1:]
+    faster = {name: ratio(parent, models[name].seconds[1:]).text() for name in (DEFAULT, WITH_TINY)}
     record = {
         "command": "python -m benchmarks.mini_latency",
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
         "images of each": RUNS,
         "models": {name: model.figures() for name, model in models.items()},
-        "times faster": pairs.text(),
+        "times faster": faster,
     }
     keep(options.out, record)
 

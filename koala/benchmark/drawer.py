@@ -24,7 +24,8 @@ from koala.benchmark.measure import GB, Timing
 from koala.benchmark.models import build, stock
 from koala.benchmark.ways import STOCK, Way
 from koala.errors import Failure, UserError
-from koala.generation.loader import load, set_runtime
+from koala.generation.decode import load_tiny
+from koala.generation.loader import set_runtime
 from koala.generation.pipeline import Pipeline
 from koala.generation.runtime.backends import example
 from koala.generation.runtime.dtypes import torch_dtype
@@ -59,15 +60,12 @@ class Drawer:
         if threads is not None:
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
-        self.chosen, self.way, self.device = chosen, way, device
+        self.chosen, self.way, self.device, self.dtype = chosen, way, device, dtype
         measure.release(device)
         self._before = measure.held_bytes(device)
         measure.reset_peak(device)
         self._prompts = count()
-        if way.decode is not None and chosen.folder is not None:
-            self.pipeline = load(chosen.folder, device, weights=dtype, decode=way.decode)
-        else:
-            self.pipeline = build(chosen, device, torch_dtype(dtype))
+        self.pipeline = build(chosen, device, torch_dtype(dtype))
         self.backend, self._draw = self._prepared()
         self._draw()  # warm-up: compiling and packing are not timed
 
@@ -83,9 +81,10 @@ class Drawer:
                 height=case.pixels,
                 width=case.pixels,
             )
-        backend = None
-        if way.decode is None:
-            backend = set_runtime(pipeline, way.backend, way.compiled, way.graphs)
+        decoder = None
+        if way.decode is not None and self.chosen.folder is not None:
+            decoder = load_tiny(self.chosen.folder, torch_dtype(self.dtype)).to(self.device)
+        backend = set_runtime(pipeline, way.backend, way.compiled, way.graphs, decoder=decoder)
         return "torch" if backend is None else backend.name, lambda: pipeline(
             self._prompt(),
             steps=case.steps,

@@ -124,7 +124,7 @@ def _as_planned(
     pipeline = placed(folder, name, placement, scales, say)
     if budget is not None and place.type == "cpu" and placement.plan.mode.place == "resident":
         keep_some_freed_memory()
-    if unbound and placement.plan.mode.is_whole:  # the decoder alone was chosen
+    if unbound and place.type == "cpu" and placement.plan.mode.is_whole:
         set_runtime(pipeline, say=say, decoder=placement.autoencoder())
     if budget is not None and place.type == "cuda":  # more than that fails, and steps down
         _, total = torch.cuda.mem_get_info(place)
@@ -260,8 +260,9 @@ def set_runtime(
         return None
     samples = Calibration(f"{CALIBRATION} {koala.__version__}", partial(_samples, pipeline))
     chosen = choose(pipeline.unet, decoder or pipeline.vae, backend, samples)
-    if chosen.name != "torch":  # which a pipeline has from the beginning
+    if chosen.name != "torch" or decoder is not None:  # else it has them from the beginning
         pipeline.decode = chosen.decode
+    if chosen.name != "torch":
         # Requests may have LoRAs of their own, as under PyTorch.
         pipeline.predict = pipeline._plain = _giving_way(pipeline, chosen.predict)
     if chosen.name.startswith("openvino"):

@@ -197,8 +197,14 @@ def test_the_readmes_speed_is_the_records():
     faster = "{median:.2f} ({low:.2f} to {high:.2f})".format(**koala["times_faster"])
     readme = " ".join((DOCS.parent / "README.md").read_text().split())
     assert f"takes {koala['image']['median']:.3f} s, {faster} times as fast as with" in readme
-    few = json.loads((records / "mini_latency.json").read_text())["times faster"]
+    latency = json.loads((records / "mini_latency.json").read_text())
+    few, tiny = latency["times faster"].values()
     assert f"koala-mini-guided is {few} times as fast again" in readme
+    page = " ".join((DOCS / "few-steps.md").read_text().split())
+    full, small = (latency["models"][f"koala-mini-guided{name}"] for name in ("", ", tiny decoder"))
+    assert f"takes {full['image_s']:.3f} s instead of" in page
+    assert f"With the tiny decoder (`--decode tiny`) it takes {small['image_s']:.3f} s" in page
+    assert f"{tiny} times as fast as koala-mini" in page
 
 
 def test_what_scoring_takes_is_the_record():

@@ -17,15 +17,14 @@ into OUT, and below it every run, and every report with a sheet of what was draw
 import argparse
 import json
 import math
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import command
 from koala.errors import UserError
 from koala.evaluation.report import evaluate
 from koala.recipes import configured
@@ -204,7 +203,7 @@ def run(trial: Trial, **options: Any) -> dict[str, Any]:
              for name, path in runs.items()}  # fmt: skip
     record = {
         "trial": trial.about(), "samples": samples, "core_seconds": spent, "measured": measured,
-        "hardware": hardware(), "command": shlex.join(sys.argv),
+        "hardware": hardware(), "command": command("few_steps"),
     }  # fmt: skip
     write_text(trial.out / "few_steps.json", json.dumps(record, indent=2) + "\n")
     write_text(trial.out / "few_steps.md", table(measured, trial.seeds) + "\n")

@@ -244,9 +244,10 @@ def set_runtime(
 ) -> Backend | None:
     """Sets what runs a pipeline's networks, which are all on one device, with LoRAs merged.
 
-    decoder: a tiny autoencoder that decodes in the VAE's place. Returns the backend; None where
-    PyTorch is compiled or replays graphs. Arguments and errors as in `load`.
+    decoder: a tiny autoencoder that decodes in the VAE's place, not where PyTorch is compiled or
+    replays graphs. Returns the backend; None in those two. Arguments and errors as in `load`.
     """
+    assert decoder is None or not (compiled or graphs), "neither is made for a tiny decoder"
     validation.runtime(backend, compiled, graphs)
     if compiled:
         fuse_projections(pipeline.unet)

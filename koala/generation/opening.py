@@ -72,7 +72,8 @@ def load(
         one of the next three is given).
     weights: "fp32", "fp16", "bf16" to compute in, or "int8", "fp8", "int4" to store U-Net and text
         encoders in; by default the largest that fits.
-    decode: "full", "tiled" (by rows) or "tiny" (a tiny autoencoder); by default what fits.
+    decode: "full", "tiled" (by rows) or "tiny" (a tiny autoencoder); by default what fits. "full"
+        and "tiny", without `vram` and `weights`, leave the backend on a CPU free, as by default.
     tiny_vae: folder or Hub id of the tiny autoencoder; by default the model's own.
     size, images, from_image: what the plan must hold: the images' size as in
         `Pipeline.requests`, how many will be asked for at once, and whether they start from
